@@ -1,0 +1,65 @@
+# `make help` lists the targets. Every target that needs Python makes .venv first.
+PYTHON ?= $(shell for p in python3.11 python3; do \
+	$$p -c "import sys; sys.exit(sys.version_info < (3, 11))" 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+MODEL ?= tiny_flux
+ARGS ?=
+SWEEP ?= rank.r=8,16,32
+OP ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.dirotq-installed
+FOLDERS := pipeline stages models kernels assets conf
+
+.DEFAULT_GOAL := help
+.PHONY: help setup compress plan sweep test check bench versions clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@echo
+	@echo 'make compress MODEL=<config name or diffusers folder> ARGS="rank.r=32"'
+
+setup: $(STAMP) ## create .venv and install DiRotQ with its tools
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	@touch $@
+
+compress: $(STAMP) ## run all seven stages: MODEL=..., ARGS="overrides"
+	$(BIN)/dirotq compress "model=$(MODEL)" $(ARGS)
+
+plan: $(STAMP) ## show what compress would run, and what it cost the last time
+	$(BIN)/dirotq plan "model=$(MODEL)" $(ARGS)
+
+sweep: $(STAMP) ## compress once per value: SWEEP="rank.r=8,16,32"
+	$(BIN)/dirotq compress --multirun "model=$(MODEL)" $(SWEEP) $(ARGS)
+
+test: $(STAMP) ## all tests that need no network (GPU tests where there is a GPU)
+	$(BIN)/python -m pytest -m "not download" $(ARGS)
+
+check: $(STAMP) .links ## formatting, lint, types, import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	cd .links && $(abspath $(BIN))/mypy --config-file ../pyproject.toml --package dirotq
+	cd .links && $(abspath $(BIN))/lint-imports --config ../pyproject.toml --no-logo
+
+bench: $(STAMP) ## time the kernels: OP=w4a4_linear, or all
+	$(BIN)/python -m dirotq.kernels.bench $(OP) $(ARGS)
+
+versions: $(STAMP) ## record the code of the stages after bumping a version
+	PYTHONPATH=tests/support $(BIN)/python -m stage_versions
+
+clean: ## remove .venv and caches; artifacts/ stays
+	rm -rf $(VENV) .links .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist *.egg-info
+
+# mypy and import-linter look for packages on disk and cannot follow dirotq.__path__ to the folders
+# beside dirotq/; this tree of links shows them the layout that a wheel has.
+.PHONY: .links
+.links:
+	@rm -rf $@ && mkdir $@
+	@cp -rs $(CURDIR)/dirotq $@/
+	@cp -rs $(addprefix $(CURDIR)/,$(FOLDERS)) $@/dirotq/
+	@touch $@/dirotq/kernels/__init__.py  # import-linter passes over namespace packages

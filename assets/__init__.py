@@ -1,0 +1,1 @@
+"""The embedded model: its scenes, prompts, training and judge (assets/README.md)."""

@@ -1,0 +1,38 @@
+"""DiRotQ: compress a diffusion transformer to 4 bits in the directions that do not matter.
+
+This module is the front door and stays light: importing it loads neither torch nor diffusers.
+``dirotq.load`` and ``dirotq.compress`` arrive with their first use; ``import dirotq`` alone is
+enough for ``DiffusionPipeline.from_pretrained`` to accept a packed folder.
+"""
+
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dirotq.loading import load
+    from dirotq.pipeline.cli import compress
+
+__all__ = ["__version__", "compress", "load"]
+__version__ = "0.1.0"
+
+# In a checkout, pipeline/, stages/, kernels/, ... stand beside this folder and are importable only
+# as dirotq.<folder>: at the top level `kernels` would hide Hugging Face's package of that name.
+# A wheel holds them inside this folder, so there is nothing to add.
+_CHECKOUT = Path(__file__).resolve().parent.parent
+if (_CHECKOUT / "pyproject.toml").is_file():
+    __path__.append(str(_CHECKOUT))
+
+_LAZY = {"load": "dirotq.loading", "compress": "dirotq.pipeline.cli"}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what ``dirotq.load`` and ``dirotq.compress`` need only when they are asked for."""
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'dirotq' has no attribute {name!r}")
+
+
+from dirotq._registration import register_when_imported  # noqa: E402
+
+register_when_imported()

@@ -1,0 +1,26 @@
+"""Where and in which precision a stage computes."""
+
+import torch
+
+from dirotq.errors import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises ConfigError for a CUDA device on a machine without one.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device={name}, but torch {torch.__version__} finds no CUDA device here; "
+            "use device=cpu or device=auto"
+        )
+    return device
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 on a CPU (where bf16 matrix products are several times slower)."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32

@@ -1,0 +1,113 @@
+"""The plan: how each site will be quantized, and why. Written by ``rank``, read by all that follow."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from dirotq.errors import ConfigError
+from dirotq.kernels.hadamard import hadamard_block
+from dirotq.kernels.spec import QuantSpec
+from dirotq.models.family import Site
+
+Rounding = Literal["gptq", "nearest"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A quantization method (conf/method): the transform and the two number formats.
+
+    ``transform``        ``hadamard`` (project out, then block Hadamard) or ``dense`` (the paper's)
+    ``protect``          keep the leading directions in 16 bits; False means rank 0 everywhere
+    ``block``            largest Hadamard block; 1 for none
+    ``rounding``         ``gptq`` or ``nearest``
+    ``weight_scale``     ``channel`` or ``group`` (of ``weight_group`` columns); ``weight_clip``
+                         searches a clipped scale
+    ``act_bits``         4, 8 or 16; ``act_scale`` is ``token``, ``pow2`` or ``group``
+    ``modulator_group``  W4A16 group of linears that see one row per image; null keeps them 16 bit
+    """
+
+    name: str
+    transform: Literal["hadamard", "dense"]
+    protect: bool
+    block: int
+    rounding: Rounding
+    weight_scale: Literal["channel", "group"]
+    weight_group: int
+    weight_clip: bool
+    act_bits: Literal[4, 8, 16]
+    act_scale: Literal["token", "pow2", "group"]
+    act_group: int
+    modulator_group: int | None
+
+    def __post_init__(self) -> None:
+        if self.rounding not in ("gptq", "nearest"):
+            raise ConfigError(
+                f"method.rounding={self.rounding!r} is unknown; use 'gptq' or 'nearest'"
+            )
+        if self.block < 1 or self.block & (self.block - 1):
+            raise ConfigError(
+                f"method.block={self.block} is not a power of two; use 1 (no Hadamard) ... 512"
+            )
+
+    def spec(self, site: Site, rank: int) -> QuantSpec | None:
+        """Formats of one site; None for a modulator that stays in 16 bits.
+
+        Raises ConfigError naming the site, e.g. for a group that doesn't divide its channels.
+        """
+        modulator = site.kind == "modulator"
+        if modulator and self.modulator_group is None:
+            return None
+        try:
+            return QuantSpec(
+                dim=site.dim,
+                rows=site.rows,
+                rank=0 if modulator else rank,
+                transform="hadamard" if modulator else self.transform,
+                block=1 if modulator else hadamard_block(site.dim, self.block),
+                weight_bits=4,
+                weight_scale="group" if modulator else self.weight_scale,
+                weight_group=self.modulator_group if modulator else self.weight_group,
+                act_bits=16 if modulator else self.act_bits,
+                act_scale="token" if modulator else self.act_scale,
+                act_group=self.act_group,
+            )
+        except ValueError as error:
+            raise ConfigError(f"site {site.name}, method {self.name}: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """One site's line of the plan."""
+
+    site: Site
+    spec: QuantSpec
+    rounding: Rounding
+    clip: bool
+    why: str
+
+
+def write_plan(path: Path, plan: Iterable[SitePlan]) -> None:
+    """The plan as readable JSON, in the order of the network."""
+    rows = [asdict(entry) for entry in plan]
+    path.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def read_plan(path: Path) -> list[SitePlan]:
+    """Inverse of :func:`write_plan`."""
+    return [
+        SitePlan(
+            site_from_dict(row["site"]),
+            QuantSpec.from_dict(row["spec"]),
+            row["rounding"],
+            row["clip"],
+            row["why"],
+        )
+        for row in json.loads(path.read_text())
+    ]
+
+
+def site_from_dict(value: dict) -> Site:
+    """A :class:`Site` from the JSON of ``dataclasses.asdict``."""
+    return Site(**value | {"consumers": tuple(value["consumers"]), "rows": tuple(value["rows"])})

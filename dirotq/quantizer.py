@@ -1,0 +1,178 @@
+"""The diffusers side of a packed transformer: its ``quantization_config`` and its quantizer.
+
+diffusers calls the quantizer's methods in this order: ``maybe_update_loaded_keys`` (which tensors the
+files hold), ``_process_model_before_weight_loading`` (modules are swapped, files checked), then per
+tensor ``check_if_quantized_param`` / ``create_quantized_param``, and
+``_process_model_after_weight_loading``.
+"""
+
+import enum
+import types
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from diffusers.configuration_utils import ConfigMixin
+from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
+from diffusers.quantizers.base import DiffusersQuantizer
+from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.spec import QuantSpec
+from dirotq.models.family import Site
+from dirotq.models.swap import put_packed
+from dirotq.plan import site_from_dict
+
+METHOD = "dirotq"
+FORMAT = 1
+STORED = torch.bfloat16
+"""dtype on disk of everything that is not packed."""
+
+
+class _Method(str, enum.Enum):
+    # diffusers reads `.value` of the method: a plain string would not do.
+    DIROTQ = METHOD
+
+
+class DirotqConfig(QuantizationConfigMixin):
+    """``quantization_config`` of a packed transformer: one entry per site, in network order."""
+
+    def __init__(self, *, sites: list[dict[str, Any]], format: int = FORMAT, **_: Any) -> None:
+        if format > FORMAT:
+            raise UnsupportedError(
+                f"this model is packed in format {format}; this DiRotQ reads up to {FORMAT}. "
+                "Upgrade: pip install -U dirotq"
+            )
+        self.quant_method = _Method.DIROTQ
+        self.format = format
+        self.sites = sites
+
+    @classmethod
+    def of(cls, sites: Iterable[tuple[Site, QuantSpec]]) -> "DirotqConfig":
+        return cls(
+            sites=[{"site": _plain(asdict(s)), "spec": spec.to_dict()} for s, spec in sites]
+        )
+
+    def entries(self) -> list[tuple[Site, QuantSpec]]:
+        return [
+            (site_from_dict(entry["site"]), QuantSpec.from_dict(entry["spec"]))
+            for entry in self.sites
+        ]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"quant_method": METHOD, "format": self.format, "sites": self.sites}
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        return self.to_dict()
+
+
+class DirotqQuantizer(DiffusersQuantizer):
+    """Rebuilds packed modules on load; strict about every tensor."""
+
+    requires_calibration = True
+    use_keep_in_fp32_modules = True
+
+    def __init__(self, quantization_config: DirotqConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._found: dict[str, tuple[int, ...]] | None = None
+
+    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+        found = {}
+        for file in checkpoint_files:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                    found[name] = tuple(tensors.get_slice(name).get_shape())
+        self._found = found
+        return loaded_keys
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        put_packed(model, self.quantization_config.entries())
+        if self._found is not None:
+            wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            _compare(wanted, self._found)
+
+    def check_if_quantized_param(
+        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+    ) -> bool:
+        return isinstance(model.get_submodule(param_name.rpartition(".")[0]), QuantLinear)
+
+    def create_quantized_param(
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        target_device: torch.device,
+        state_dict: dict[str, Any],
+        unexpected_keys: list[str] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # From the file, not from `param_value`, which diffusers has already cast to torch_dtype.
+        module, _, buffer = param_name.rpartition(".")
+        packed = model.get_submodule(module)
+        packed._buffers[buffer] = state_dict[param_name].to(target_device)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        model.to_json_string = types.MethodType(_config_without_path, model)
+        return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], safe_serialization: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Back to the stored dtype, so that load and save in any compute dtype changes no byte."""
+        return {n: t.to(STORED) if t.is_floating_point() else t for n, t in state_dict.items()}, {}
+
+    @property
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def mark_packed(transformer: nn.Module, config: DirotqConfig) -> None:
+    """Make ``save_pretrained`` of a freshly packed transformer write what the loader reads."""
+    transformer.hf_quantizer = DirotqQuantizer(config, pre_quantized=True)
+    transformer.register_to_config(quantization_config=config)
+    transformer.to_json_string = types.MethodType(_config_without_path, transformer)
+
+
+def _compare(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+    """Hold the files' tensors against the config; ArtifactError names the first that differ."""
+    missing = sorted(wanted.keys() - found.keys())
+    extra = sorted(found.keys() - wanted.keys())
+    misshapen = sorted(n for n in wanted.keys() & found.keys() if wanted[n] != found[n])
+    problems = [f"{name} is missing" for name in missing]
+    problems += [f"{name} belongs to no layer of this model" for name in extra]
+    problems += [f"{n} has shape {list(found[n])}, expected {list(wanted[n])}" for n in misshapen]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise ArtifactError(
+            "the packed transformer does not fit its config: " + "; ".join(problems[:3]) + more
+            + ". The files are damaged or mixed from two models; pack or download them again."
+        )
+
+
+def _config_without_path(self: ConfigMixin) -> str:
+    """diffusers notes in the config where it loaded from; a packed folder doesn't carry that on."""
+    self._internal_dict = type(self._internal_dict)(
+        {key: value for key, value in self._internal_dict.items() if key != "_name_or_path"}
+    )
+    return type(self).to_json_string(self)
+
+
+def _plain(site: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in site.items()}
+
+
+# diffusers offers no entry point for quantizers; its two tables are where it looks (ADR 0006).
+AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = DirotqConfig
+AUTO_QUANTIZER_MAPPING[METHOD] = DirotqQuantizer

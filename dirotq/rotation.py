@@ -1,0 +1,107 @@
+"""A site's rotation: cut once from its basis, rounded once to 16 bits, and exact ever after.
+
+Letters: D channels, R protected directions, K main-branch width, N outputs.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from dirotq.kernels.spec import QuantSpec
+from dirotq.kernels.transform_quantize import transform
+from dirotq.pipeline.artifact import Artifact
+from dirotq.plan import SitePlan
+from dirotq.tensors import load_site, site_file
+
+SEED = 42
+"""Seed of the random rotation of the dense form (the released implementation's value)."""
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """What the runtime holds for a site, P and T in bf16, and the offline halves that match them.
+
+    The basis is orthonormal only up to bf16. Instead of tolerating the difference, the weights'
+    halves are solved for the *rounded* P and T, so that for every x (docs/method.md, Eq. 5-7)
+
+        z W_zᵀ + c Vᵀ = x Wᵀ     with z, c as kernels/transform_quantize computes them.
+    """
+
+    spec: QuantSpec
+    basis_DR: Tensor | None
+    rotation_DK: Tensor | None
+
+    @classmethod
+    def cut(cls, vectors_DD: Tensor | None, spec: QuantSpec) -> "Rotation":
+        """Take the plan's rank from a site's eigenvectors.
+
+        vectors_DD  ascending eigenvectors as columns (leading direction last); None at rank 0 of
+                    ``hadamard``, which needs none
+        """
+        protected = None
+        if spec.rank:
+            assert vectors_DD is not None
+            protected = vectors_DD[:, -spec.rank :].to(torch.bfloat16).contiguous()
+        if spec.transform == "hadamard":
+            return cls(spec, protected, None)
+        assert vectors_DD is not None
+        rest = vectors_DD[:, : spec.dim - spec.rank].double()
+        mixed = rest @ haar(rest.shape[1], SEED).to(rest.device)
+        rotation = torch.zeros(spec.dim, spec.width, dtype=torch.bfloat16, device=rest.device)
+        rotation[:, : rest.shape[1]] = mixed.to(torch.bfloat16)
+        return cls(spec, protected, rotation)
+
+    def weights(self, w_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+        """W_z [N, K] and V [N, R] (None at rank 0), in W's dtype."""
+        basis = None if self.basis_DR is None else self.basis_DR.double()
+        if self.rotation_DK is not None:
+            both = (w_ND.double() @ self._dual_DD).to(w_ND.dtype)
+            kept = self.spec.dim - self.spec.rank
+            main = both.new_zeros(both.shape[0], self.spec.width)
+            main[:, :kept] = both[:, :kept]
+            return main, both[:, kept:] if basis is not None else None
+        main, _ = transform(w_ND, self.basis_DR, None, self.spec)
+        if basis is None:
+            return main, None
+        gram = basis.mT @ basis
+        correction = 2 * torch.eye(len(gram), dtype=gram.dtype, device=gram.device) - gram
+        return main, (w_ND.double() @ basis @ correction).to(w_ND.dtype)
+
+    def moments(self, s_DD: Tensor) -> Tensor:
+        """S_z = E[zᵀz], float64 [K, K], from S = E[xᵀx]: the transform applied from both sides."""
+        p, t = self._exact
+        half, _ = transform(s_DD.double(), p, t, self.spec)
+        s_KK, _ = transform(half.mT, p, t, self.spec)
+        return (s_KK + s_KK.mT) / 2
+
+    @property
+    def _exact(self) -> tuple[Tensor | None, Tensor | None]:
+        p = None if self.basis_DR is None else self.basis_DR.double()
+        return p, None if self.rotation_DK is None else self.rotation_DK.double()
+
+    @cached_property
+    def _dual_DD(self) -> Tensor:
+        """[T P]⁻ᵀ without T's zero columns: the dual frame, W [T P]⁻ᵀ = [W_z V]."""
+        p, t = self._exact
+        assert t is not None
+        kept = t[:, : self.spec.dim - self.spec.rank]
+        return torch.linalg.inv(kept if p is None else torch.cat([kept, p], 1)).mT
+
+
+def site_rotation(entry: SitePlan, basis: Artifact, device: torch.device) -> Rotation:
+    """The rotation of a planned site, cut from the ``basis`` artifact."""
+    if entry.spec.rank == 0 and entry.spec.transform == "hadamard":
+        return Rotation.cut(None, entry.spec)
+    tensors = load_site(basis.file(f"sites/{site_file(entry.site.name)}"), device)
+    return Rotation.cut(tensors["vectors"], entry.spec)
+
+
+def haar(dim: int, seed: int) -> Tensor:
+    """A random orthogonal matrix, uniform in the Haar measure: float64 [dim, dim]."""
+    generator = torch.Generator().manual_seed(seed)
+    gauss = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
+    q, r = torch.linalg.qr(gauss)
+    # QR alone is not uniform; the signs of R's diagonal make it unique (Mezzadri 2007).
+    return q * r.diagonal().sign()

@@ -1,0 +1,68 @@
+"""Tensors in files: Zarr arrays for what is read in part, safetensors per site for what is read whole."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import zarr
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+ROWS_PER_CHUNK = 512
+
+
+def create_array(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    rows_per_chunk: int = ROWS_PER_CHUNK,
+) -> None:
+    """A 2-D array in chunks of full rows; bfloat16, which Zarr lacks, is kept as its bits."""
+    kind = "uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+    group.create_array(
+        name,
+        shape=shape,
+        chunks=(min(rows_per_chunk, shape[0]), shape[1]),
+        dtype=kind,
+        attributes={"torch_dtype": str(dtype).removeprefix("torch.")},
+        # A missing chunk reads as zeros without an error, so every chunk is written.
+        config={"write_empty_chunks": True},
+    )
+
+
+def write_rows(group: zarr.Group, name: str, start: int, rows: Tensor) -> None:
+    """Write ``rows`` [n, D] at row ``start``, in the array's dtype. One writer per chunk."""
+    array = group[name]
+    rows = rows.to(getattr(torch, array.attrs["torch_dtype"])).cpu().contiguous()
+    array[start : start + len(rows)] = _numpy(rows)
+
+
+def read_array(group: zarr.Group, name: str) -> Tensor:
+    """The whole array as a tensor of the dtype it was written in."""
+    array = group[name]
+    tensor = torch.from_numpy(array[...])
+    dtype = getattr(torch, array.attrs["torch_dtype"])
+    return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
+
+
+def save_site(folder: Path, site: str, tensors: Mapping[str, Tensor]) -> None:
+    """Write ``folder/<site>.safetensors``, whole or not at all (a kill leaves no half file)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{site}.partial"
+    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial)
+    os.replace(partial, folder / site_file(site))
+
+
+def load_site(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """What :func:`save_site` wrote, on ``device``."""
+    return load_file(path, device=str(device))
+
+
+def site_file(site: str) -> str:
+    return f"{site}.safetensors"
+
+
+def _numpy(rows: Tensor):  # noqa: ANN202 (numpy array of the matching kind)
+    return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()

@@ -1,0 +1,111 @@
+"""How one site is quantized: what the plan decides, the config stores and the runtime obeys."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from .hadamard import hadamard_block
+
+POW2_LEVELS = 4
+"""A power-of-two group scale is 2^0 ... 2^-4 of its row's scale: q 2^(e+4) fits INT8 and FP8-E4M3."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantSpec:
+    """Shapes and number formats of the linears that read one site (docs/method.md).
+
+    ``dim`` channels come in, ``rows`` outputs per consumer go out, ``rank`` directions are
+    protected in 16 bits, and the main branch is ``width`` codes wide.
+    """
+
+    dim: int
+    rows: tuple[int, ...]
+    rank: int
+    transform: Literal["hadamard", "dense"]
+    block: int
+    """Hadamard block; 1 is the identity. Unused by ``dense``."""
+    weight_bits: Literal[4]
+    weight_scale: Literal["channel", "group"]
+    weight_group: int
+    act_bits: Literal[4, 8, 16]
+    act_scale: Literal["token", "pow2", "group"]
+    act_group: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", tuple(self.rows))
+        for problem in self._problems():
+            raise ValueError(problem)
+
+    def _problems(self) -> list[str]:
+        found = []
+        if not 0 <= self.rank <= self.dim:
+            found.append(f"rank {self.rank} is not in 0 ... {self.dim} (the site's channels)")
+        if self.transform not in ("hadamard", "dense"):
+            found.append(f"transform {self.transform!r} is neither 'hadamard' nor 'dense'")
+        if self.transform == "hadamard" and self.block != hadamard_block(self.dim, self.block):
+            found.append(
+                f"Hadamard block {self.block} is not a power of two dividing {self.dim} channels"
+            )
+        if self.weight_bits != 4 or self.act_bits not in (4, 8, 16):
+            found.append(
+                f"W{self.weight_bits}A{self.act_bits} is not supported; weights take 4 bits, "
+                "activations 4, 8 or 16"
+            )
+        if self.weight_scale not in ("channel", "group"):
+            found.append(f"weight scale {self.weight_scale!r} is neither 'channel' nor 'group'")
+        if self.act_scale not in ("token", "pow2", "group"):
+            found.append(f"activation scale {self.act_scale!r} is not 'token', 'pow2' or 'group'")
+        if self.act_bits == 8 and self.act_scale == "pow2":
+            found.append(
+                "8-bit activations with power-of-two groups leave INT8: use scale 'token' or 'group'"
+            )
+        if self.width % 2:
+            found.append(f"the main branch is {self.width} codes wide; two codes share a byte")
+        for what, group in (("weight", self.weight_group_size), ("activation", self.act_group_size)):
+            if group < 1 or self.width % group:
+                found.append(
+                    f"{what} group {group} does not divide the {self.width} channels of the main "
+                    f"branch; use one of {_divisors(self.width)}"
+                )
+        return found
+
+    @property
+    def width(self) -> int:
+        """Codes per row of the main branch (K)."""
+        if self.transform == "hadamard":
+            return self.dim
+        # A dense rotation keeps d - r channels; zero columns fill its last group (2: one byte).
+        step = max(self._group("weight"), self._group("act"), 2)
+        return -(-(self.dim - self.rank) // step) * step
+
+    @property
+    def outputs(self) -> int:
+        return sum(self.rows)
+
+    @property
+    def weight_group_size(self) -> int:
+        """Columns that share a weight scale: the group, or the whole row."""
+        return self._group("weight") or self.width
+
+    @property
+    def act_group_size(self) -> int:
+        """Channels that share an activation scale: the group, or the whole row."""
+        return self._group("act") or self.width
+
+    def _group(self, side: str) -> int:
+        whole_row = getattr(self, f"{side}_scale") in ("channel", "token")
+        if whole_row or (side == "act" and self.act_bits == 16):
+            return 0
+        return int(getattr(self, f"{side}_group"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"rows": list(self.rows)}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> "QuantSpec":
+        return cls(**value)
+
+
+def _divisors(width: int) -> list[int]:
+    return [g for g in (16, 32, 48, 64, 80, 96, 128, 256) if width % g == 0]

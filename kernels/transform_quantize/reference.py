@@ -1,0 +1,81 @@
+"""Specification of ``transform_quantize`` (docs/method.md M1, M2, M4).
+
+Letters: M rows (tokens), D channels, R protected directions, K main-branch width, G groups.
+"""
+
+import torch
+from torch import Tensor
+
+from ..hadamard import block_hadamard
+from ..spec import POW2_LEVELS, QuantSpec
+
+POW2_CLIP = 0.9
+"""A group takes the smallest power of two >= 0.9 of its share of the row (quality: docs/quality.md)."""
+
+
+TINY = 1e-30
+"""Rows and groups no larger than this are zero: 7 / amax would overflow for denormals."""
+
+
+def transform(
+    x_MD: Tensor, p_DR: Tensor | None, t_DK: Tensor | None, spec: QuantSpec
+) -> tuple[Tensor, Tensor | None]:
+    """Split x into protected coefficients c = xP and the main branch z.
+
+    x_MD     floating, [..., D]
+    p_DR     [D, R] in any float dtype, or None at rank 0
+    t_DK     [D, K], the dense rotation of the remainder; None unless ``spec.transform == "dense"``
+    returns  z [..., K] and c [..., R] (None at rank 0), both in x's dtype:
+             z = (x - c Pᵀ) H for ``hadamard`` (M2), z = x T for ``dense`` (M1)
+    """
+    c_MR = None if p_DR is None else x_MD @ p_DR.to(x_MD.dtype)
+    if spec.transform == "dense":
+        assert t_DK is not None
+        return x_MD @ t_DK.to(x_MD.dtype), c_MR
+    if c_MR is not None:
+        assert p_DR is not None
+        x_MD = x_MD - c_MR @ p_DR.to(x_MD.dtype).mT
+    return block_hadamard(x_MD, spec.block), c_MR
+
+
+def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Dynamic symmetric codes of each row: z = codes * scale, up to rounding.
+
+    z_MK     floating, [M, K]
+    returns  codes int8 [M, K] and scale float32 [M, G] (G = 1 but for ``group``):
+             ``token``  q in [-qmax, qmax], one scale amax/qmax per row
+             ``group``  the same with one scale per ``act_group`` channels
+             ``pow2``   q 2^(e+4) with 4-bit q and a power of two e in 0 ... -4 per group: the row
+                        scale is amax/7 * 2^-4 and the codes stay exact in INT8 and FP8-E4M3
+    """
+    qmax = 2 ** (spec.act_bits - 1) - 1
+    z_MK = z_MK.float()
+    if spec.act_scale == "pow2":
+        amax_M1 = z_MK.abs().amax(-1, keepdim=True)
+        z_MGk = z_MK.unflatten(-1, (-1, spec.act_group_size))
+        share_MG1 = _ratio(z_MGk.abs().amax(-1, keepdim=True), amax_M1.unsqueeze(-1)) * POW2_CLIP
+        # Smallest e with 2^e >= share, read off the float's exponent: exact, as a kernel does it.
+        mantissa, exponent = torch.frexp(share_MG1)
+        e_MG1 = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(-POW2_LEVELS, 0)
+        power_MG1 = torch.ldexp(torch.ones_like(share_MG1), e_MG1)
+        inverse = _ratio(torch.full_like(amax_M1, qmax), amax_M1).unsqueeze(-1)
+        q = (z_MGk * (inverse / power_MG1)).round().clamp(-qmax, qmax)
+        codes = (q * power_MG1 * 2.0**POW2_LEVELS).flatten(-2)
+        return codes.to(torch.int8), amax_M1 / qmax * 2.0**-POW2_LEVELS
+    z_MGk = z_MK.unflatten(-1, (-1, spec.act_group_size))
+    amax_MG1 = z_MGk.abs().amax(-1, keepdim=True)
+    q = (z_MGk * _ratio(torch.full_like(amax_MG1, qmax), amax_MG1)).round().clamp(-qmax, qmax)
+    return q.flatten(-2).to(torch.int8), amax_MG1.squeeze(-1) / qmax
+
+
+def transform_quantize(
+    x_MD: Tensor, p_DR: Tensor | None, t_DK: Tensor | None, spec: QuantSpec
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """codes int8 [M, K], scale float32 [M, G], c [M, R] in x's dtype: see the two parts above."""
+    z_MK, c_MR = transform(x_MD, p_DR, t_DK, spec)
+    return *quantize_rows(z_MK, spec), c_MR
+
+
+def _ratio(a: Tensor, b: Tensor) -> Tensor:
+    """a / b, and 0 where b is (all but) zero: such a row has codes 0, not inf * 0."""
+    return torch.where(b > TINY, a / b, 0.0)

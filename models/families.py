@@ -1,0 +1,20 @@
+"""Every supported family, found by the class of a model's transformer."""
+
+from dirotq.errors import UnsupportedError
+
+from .family import ModelFamily
+from .flux import FLUX
+
+FAMILIES = (FLUX,)
+
+
+def family_of(transformer_class: str) -> ModelFamily:
+    """The family of a diffusers transformer class; UnsupportedError names the known ones."""
+    for family in FAMILIES:
+        if family.transformer == transformer_class:
+            return family
+    known = ", ".join(f"{f.name} ({f.transformer})" for f in FAMILIES)
+    raise UnsupportedError(
+        f"no model family describes the transformer class {transformer_class!r}; supported: {known}. "
+        "CONTRIBUTING.md says how to add one (a table of about 40 lines)."
+    )

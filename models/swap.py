@@ -1,0 +1,66 @@
+"""Put a wide module in the place of a site's linears, and tell what a transformer weighs."""
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from dirotq.kernels.linear import QuantLinear, SiteView
+from dirotq.kernels.spec import QuantSpec
+
+from .family import Site
+
+
+def swap_sites(
+    transformer: nn.Module, sites: Iterable[Site], build: Callable[[Site], nn.Module]
+) -> None:
+    """Replace each site's consumers by ``build(site)``, in place.
+
+    The wide module stands at the site's path; where several linears share it, each of them becomes a
+    :class:`SiteView` of its rows. ``build`` returns a module with ``forward(x)`` and ``rows(x, slice)``.
+    """
+    for site in sites:
+        wide = build(site)
+        _put(transformer, site.name, wide)
+        if len(site.consumers) > 1:
+            for consumer, rows in site.slices():
+                _put(transformer, consumer, SiteView(wide, rows))
+
+
+def put_packed(transformer: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> None:
+    """Swap every listed site for an empty packed linear (on the meta device), in place."""
+    specs = dict(entries)
+    swap_sites(
+        transformer, specs, lambda site: QuantLinear(specs[site], bias=site.bias, device="meta")
+    )
+
+
+def footprint(transformer: nn.Module) -> dict[str, int]:
+    """Bytes of a packed transformer by category; works on the meta device, from shapes alone.
+
+    ``codes`` 4-bit weights, ``scales``, ``basis`` P (and dense rotations), ``protected`` W P,
+    ``bias`` of packed linears, and ``kept``: every other parameter at its stored 16 bits.
+    """
+    parts = {
+        "qweight": "codes",
+        "wscale": "scales",
+        "basis": "basis",
+        "rotation": "basis",
+        "wp": "protected",
+        "bias": "bias",
+    }
+    total = dict.fromkeys(("codes", "scales", "basis", "protected", "bias", "kept"), 0)
+    packed = set()
+    for name, module in transformer.named_modules():
+        if isinstance(module, QuantLinear):
+            for buffer, tensor in module.named_buffers():
+                total[parts[buffer]] += tensor.numel() * tensor.element_size()
+                packed.add(f"{name}.{buffer}")
+    for name, tensor in transformer.state_dict().items():
+        if name not in packed:
+            total["kept"] += 2 * tensor.numel()
+    return total
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    root.get_submodule(parent).add_module(leaf, module)

@@ -1,0 +1,109 @@
+"""From overrides to a line that can be planned or run. Nothing behind it sees a DictConfig."""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from dirotq.errors import ConfigError, DirotqError
+from dirotq.pipeline import dag
+from dirotq.pipeline.store import ArtifactStore
+
+__all__ = ["Line", "build", "compose_config", "with_model_folder"]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """Everything a configuration says, built."""
+
+    steps: list[dag.Step]
+    store: ArtifactStore
+    executor: Executor
+    force: frozenset[str]
+
+
+def build(cfg: DictConfig) -> Line:
+    """Instantiate the stages that ``cfg.pipeline`` wires, up to ``cfg.until``.
+
+    Raises ConfigError for a wrong wiring, an unknown name in ``until`` or ``force``, or whatever a
+    stage's own checks refuse.
+    """
+    for key in sorted(OmegaConf.missing_keys(cfg)):
+        raise ConfigError(f"{key} has no value; set it with {key}=...")
+    wiring: Any = OmegaConf.to_container(cfg.pipeline, resolve=True)
+    force = [cfg.force] if isinstance(cfg.force, str) else list(cfg.force)
+    for name in wiring:
+        if name not in cfg:
+            raise ConfigError(f"conf/pipeline names the stage {name!r}, which has no configuration")
+    for name in force:
+        if name not in wiring:
+            raise ConfigError(f"force={name}: no such stage; this pipeline has {', '.join(wiring)}")
+    stages = {name: _instantiate(cfg[name]) for name in dag.order(wiring, cfg.until)}
+    return Line(
+        steps=dag.plan(stages, wiring),
+        store=ArtifactStore(cfg.store),
+        executor=_instantiate(cfg.executor),
+        force=frozenset(force),
+    )
+
+
+def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
+    """The configuration that ``overrides`` make of the config tree in the package ``module``."""
+    with _hydra(module):
+        return compose("config", overrides=with_model_folder(overrides, module))
+
+
+def with_model_folder(overrides: Sequence[str], module: str) -> list[str]:
+    """``model=<folder>`` becomes ``model=local model.path=<folder>``; the rest stays as it is.
+
+    A config name wins over a folder of the same name. Raises ConfigError if the value is neither.
+    """
+    result = []
+    for override in overrides:
+        group, _, value = override.partition("=")
+        if group != "model" or not value:
+            result.append(override)
+            continue
+        with _hydra(module):
+            known = GlobalHydra.instance().config_loader().get_group_options("model")
+        if set(value.split(",")) <= set(known):  # a comma: a sweep over several models
+            result.append(override)
+        elif Path(value).is_dir():
+            quoted = str(Path(value).absolute()).replace("\\", "\\\\").replace("'", "\\'")
+            result += ["model=local", f"model.path='{quoted}'"]
+        else:
+            raise ConfigError(
+                f"model={value}: no such model. Known models are {', '.join(known)}; the path of "
+                "an existing diffusers folder works too"
+            )
+    return result
+
+
+@contextmanager
+def _hydra(module: str) -> Iterator[None]:
+    """Hydra's compose API on ``module``, unless Hydra is running already."""
+    if GlobalHydra.instance().is_initialized():
+        yield
+    else:
+        with initialize_config_module(module, version_base="1.3"):
+            yield
+
+
+def _instantiate(node: DictConfig) -> Any:
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, DirotqError):
+            cause = cause.__cause__
+        if cause is None:
+            raise
+        raise cause from None

@@ -1,0 +1,117 @@
+"""4-bit codes and scales of every weight, in its site's rotated coordinates."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+import zarr
+from torch import Tensor
+
+from dirotq.device import pick_device
+from dirotq.errors import ConfigError, NumericalError
+from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
+from dirotq.kernels.quantize_weight import codes_on_grid, dequantize_weight, weight_scales
+from dirotq.models.source import DiffusersModel, stacked_weight
+from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.stage import untracked
+from dirotq.plan import SitePlan, read_plan
+from dirotq.progress import track
+from dirotq.rotation import site_rotation
+from dirotq.tensors import load_site, read_array, save_site, site_file
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizeWeights:
+    """Rotate each site's stacked weights on the fly and round them (docs/method.md M2, M5).
+
+    ``damping``  share of the mean diagonal that is added to the second moment before factoring it
+
+    Writes ``sites/<site>.safetensors`` with ``codes`` (int8 [N, K] in [-7, 7]) and ``scale``
+    (bfloat16 [N, G]), one site at a time; an interrupted run goes on at the next site.
+
+    Raises NumericalError naming the site if its weights are not finite or its second moment can't
+    be factored within the damping schedule.
+    """
+
+    version: ClassVar[str] = "1"
+    resumable: ClassVar[bool] = True
+
+    model: DiffusersModel
+    damping: float
+    device: str = untracked()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.damping <= 1:
+            raise ConfigError(f"gptq.damping={self.damping} is out of range: use 0 < damping <= 1")
+
+    def run(
+        self, out: Path, *, capture: Artifact, basis: Artifact, rank: Artifact
+    ) -> Mapping[str, float]:
+        device = pick_device(self.device)
+        plan = read_plan(rank.file("plan.json"))
+        moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
+        transformer = self.model.transformer(torch.float32)
+        todo = [e for e in plan if not (out / "sites" / site_file(e.site.name)).exists()]
+        if len(todo) < len(plan):
+            log.info("gptq resumes after %d of %d sites", len(plan) - len(todo), len(plan))
+        for entry in track(todo, "gptq"):
+            rotation = site_rotation(entry, basis, device)
+            weight, _ = stacked_weight(transformer, entry.site)
+            w_z, _ = rotation.weights(weight.to(device))
+            s_z = rotation.moments(read_array(moments, entry.site.name).to(device))
+            try:
+                tensors = quantize_site(w_z, s_z, entry, self.damping)
+            except FactorizationError as error:
+                raise NumericalError(
+                    f"site {entry.site.name}: {error}. Capture more tokens (prompts.calibration.count) "
+                    f"or raise gptq.damping (now {self.damping})"
+                ) from error
+            save_site(out / "sites", entry.site.name, tensors)
+        return _summary(out, plan)
+
+
+def quantize_site(w_NK: Tensor, s_KK: Tensor, entry: SitePlan, damping: float) -> dict[str, Tensor]:
+    """Codes and scales of one site, with what its manifest line needs.
+
+    w_NK     float32, [N, K], rotated weights of all consumers
+    s_KK     float64, [K, K], second moment of the main branch
+    returns  ``codes``, ``scale``, ``loss`` (float64 [2]: E|zΔ|² over E|zW|² by our codes and by
+             nearest rounding) and ``counts`` (int64 [3]: damping escalations, rows that kept
+             nearest rounding, rows)
+    """
+    groups = entry.spec.width // entry.spec.weight_group_size
+    scale = weight_scales(w_NK, groups, clip=entry.clip, importance_K=s_KK.diagonal())
+    nearest = codes_on_grid(w_NK, scale)
+    codes, counts = nearest, {"escalations": 0, "nearest": len(nearest)}
+    if entry.rounding == "gptq":
+        codes, counts = gptq(w_NK, s_KK, scale, damping=damping)
+    s_w = s_KK.to(w_NK.dtype)
+    signal = hessian_error(w_NK, s_w).sum().clamp_min(1e-30)
+    loss = [
+        hessian_error(dequantize_weight(q, scale, w_NK.dtype) - w_NK, s_w).sum() / signal
+        for q in (codes, nearest)
+    ]
+    return {
+        "codes": codes,
+        "scale": scale,
+        "loss": torch.stack(loss).double(),
+        "counts": torch.tensor([counts["escalations"], counts["nearest"], len(codes)]),
+    }
+
+
+def _summary(out: Path, plan: list[SitePlan]) -> dict[str, float]:
+    results = [load_site(out / "sites" / site_file(entry.site.name)) for entry in plan]
+    counts = torch.stack([r["counts"] for r in results]).sum(0)
+    loss = torch.stack([r["loss"] for r in results])
+    return {
+        "sites": len(plan),
+        "relative_error": float(loss[:, 0].mean()),
+        "relative_error_nearest": float(loss[:, 1].mean()),
+        "damping_escalations": int(counts[0]),
+        "rows_kept_nearest": int(counts[1]) / int(counts[2]),
+    }

@@ -1,0 +1,100 @@
+"""How many directions each site protects: the plan."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+
+from dirotq.errors import ConfigError
+from dirotq.models.family import Site
+from dirotq.models.source import DiffusersModel
+from dirotq.models.swap import footprint, put_packed
+from dirotq.pipeline.artifact import Artifact
+from dirotq.plan import Method, SitePlan, write_plan
+from dirotq.tensors import load_site, site_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChooseRank:
+    """Choose r per block site, on the grid, once; every later stage only reads it.
+
+    ``r``       the same rank everywhere, or null
+    ``energy``  the smallest rank that holds this share of a site's variance, or null
+    ``grid``    ranks are multiples of this (the kernels' granularity)
+
+    Exactly one of ``r`` and ``energy`` is set. Writes ``plan.json``.
+
+    Raises ConfigError for a rank off the grid or above a site's channels, or a method whose groups
+    don't divide them; :meth:`check` does so before anything runs.
+    """
+
+    version: ClassVar[str] = "1"
+
+    model: DiffusersModel
+    method: Method
+    r: int | None
+    energy: float | None
+    grid: int
+
+    def __post_init__(self) -> None:
+        if (self.r is None) == (self.energy is None):
+            raise ConfigError(
+                f"rank.r={self.r} and rank.energy={self.energy}: set exactly one of them and leave "
+                "the other null"
+            )
+        if self.r is not None and (self.r < 0 or self.r % self.grid):
+            raise ConfigError(
+                f"rank.r={self.r} is not on the grid: use a multiple of {self.grid}, such as "
+                f"{max(round(self.r / self.grid), 1) * self.grid}"
+            )
+        if self.energy is not None and not 0 <= self.energy < 1:
+            raise ConfigError(f"rank.energy={self.energy} is no share: use 0 <= energy < 1")
+
+    def check(self) -> None:
+        """Everything about the plan that the shapes alone can refute."""
+        for site in self.model.sites():
+            self.method.spec(site, self.r if self._protects(site) and self.r else 0)
+
+    def run(self, out: Path, *, basis: Artifact) -> Mapping[str, float]:
+        plan = []
+        for site in self.model.sites():
+            rank, why = 0, f"{self.method.name} protects nothing here"
+            if self._protects(site):
+                variances = load_site(basis.file(f"sites/{site_file(site.name)}"))["variances"]
+                rank, why = self._rank(variances)
+            spec = self.method.spec(site, rank)
+            if spec is not None:
+                plan.append(
+                    SitePlan(site, spec, self.method.rounding, self.method.weight_clip, why)
+                )
+        write_plan(out / "plan.json", plan)
+        ranks = [entry.spec.rank for entry in plan if entry.site.kind == "block"]
+        return {
+            "mean_rank": sum(ranks) / max(len(ranks), 1),
+            "bits_per_parameter": effective_bits(self.model.skeleton(), plan),
+        }
+
+    def _protects(self, site: Site) -> bool:
+        return self.method.protect and site.kind == "block"
+
+    def _rank(self, variances_D: Tensor) -> tuple[int, str]:
+        share_D = variances_D.flip(0).cumsum(0) / variances_D.sum()
+        if self.r is not None:
+            rank, mode = self.r, "fixed"
+        else:
+            needed = int((share_D < self.energy).sum()) + 1
+            rank, mode = min(-(-needed // self.grid) * self.grid, len(share_D)), "energy"
+        held = float(share_D[rank - 1]) if rank else 0.0
+        return rank, f"{mode}: {rank} of {len(share_D)} directions hold {held:.1%} of the energy"
+
+
+def effective_bits(skeleton: nn.Module, plan: list[SitePlan]) -> float:
+    """Bits per original parameter of the packed transformer, everything counted.
+
+    skeleton  the 16-bit transformer; shapes are enough (meta device), and it is packed in place
+    """
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    put_packed(skeleton, [(entry.site, entry.spec) for entry in plan])
+    return 8 * sum(footprint(skeleton).values()) / parameters

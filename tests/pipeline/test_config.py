@@ -1,0 +1,71 @@
+import pytest
+from toyline.stages import Squares
+
+from dirotq.errors import ConfigError
+from dirotq.pipeline.config import build, compose_config, with_model_folder
+
+TOY = "toyline.conf"
+
+
+def line(*overrides):
+    return build(compose_config(overrides, TOY))
+
+
+def test_overrides_reach_the_stages(store_root):
+    built = line("squares.power=3", "force=squares")
+    assert [step.name for step in built.steps] == ["numbers", "squares", "total"]
+    assert built.steps[1].stage == Squares(power=3, fail=False)
+    assert built.store.root == store_root
+    assert built.force == {"squares"}
+    assert line("force=[squares,total]").force == {"squares", "total"}
+
+
+def test_until():
+    assert [step.name for step in line("until=squares").steps] == ["numbers", "squares"]
+
+
+@pytest.mark.parametrize("override", ["until=nix", "force=nix", "force=[squares,nix]"])
+def test_unknown_stage_names(override):
+    with pytest.raises(ConfigError, match=r"nix.*numbers, squares, total"):
+        line(override)
+
+
+def test_a_stage_that_refuses_its_value_says_so_itself():
+    with pytest.raises(ConfigError, match=r"^squares.power=5: allowed are 2 and 3$"):
+        line("squares.power=5")
+
+
+def test_stage_without_configuration():
+    with pytest.raises(ConfigError, match="names the stage 'squares', which has no configuration"):
+        line("~squares")
+
+
+@pytest.mark.parametrize("name", ["plain", "with space", "quo'te", "a=b,c"])
+def test_a_folder_is_a_model(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    cfg = compose_config([f"model={folder}"], TOY)
+    assert cfg.model.path == str(folder)
+    assert cfg.model.offset == 7  # conf/model/local.yaml
+
+
+def test_relative_folder_becomes_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine").mkdir()
+    assert with_model_folder(["model=mine"], TOY)[1] == f"model.path='{tmp_path / 'mine'}'"
+
+
+def test_a_config_name_wins_over_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "large").mkdir()
+    assert with_model_folder(["model=large"], TOY) == ["model=large"]
+
+
+def test_other_overrides_and_sweeps_stay():
+    overrides = ["model=small,large", "model.offset=3", "+x=1", "-m", "~squares"]
+    assert with_model_folder(overrides, TOY) == overrides
+
+
+def test_unknown_model():
+    with pytest.raises(ConfigError, match=r"model=larg.*large, local, small.*diffusers folder"):
+        compose_config(["model=larg"], TOY)
