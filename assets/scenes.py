@@ -53,7 +53,7 @@ SLOT_FIELDS = 6
 KIND, COLOR_1, COLOR_2, COUNT, FIRST_SLOT = range(5)
 CELL, SHAPE, COLOR, SIZE, JITTER_X, JITTER_Y = range(SLOT_FIELDS)
 
-_RADIUS = (10.0, 16.0)  # pixels, by size; a large shape plus its jitter stays inside its cell
+_RADIUS = (10.0, 17.0)  # pixels, by size; a large shape plus its jitter stays inside its cell
 _JITTER = 2
 _MUTING = 0.38  # backgrounds are drawn this much closer to grey, so that objects stand out
 _OUTLINE = 1.2  # pixels
@@ -145,14 +145,14 @@ def _distances(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
 
     triangle = torch.maximum(y - 0.75 * r, 0.873 * ax - 0.488 * (y + 0.95 * r))
     bar = torch.maximum(torch.maximum(ax, ay) - r, torch.minimum(ax, ay) - 0.3 * r)
-    diamond = (1.3 * ax + ay - r) * 0.61
+    diamond = torch.maximum((1.3 * ax + ay - r) * 0.61, radius - r)  # keeps the outline short
 
     # A five-pointed star, folded onto half of one arm: a line from its tip to the inner corner.
     fold = (torch.remainder(torch.atan2(x, -y) + math.pi / 5, 2 * math.pi / 5) - math.pi / 5).abs()
     tip, inner = 1.08, 0.46
     dx, dy = tip - inner * math.cos(math.pi / 5), inner * math.sin(math.pi / 5)
     along = (radius * fold.cos() - tip * r) * dy + radius * fold.sin() * dx
-    star = along / math.hypot(dx, dy)
+    star = torch.maximum(along / math.hypot(dx, dy), radius - r)
 
     # A heart: two lobes, and below them the wedge that touches both and ends in the tip.
     lobes = torch.sqrt((ax - 0.45 * r) ** 2 + (y + 0.3 * r) ** 2) - 0.52 * r

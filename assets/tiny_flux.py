@@ -99,6 +99,8 @@ def build_autoencoder() -> AutoencoderKL:
         use_post_quant_conv=False,
         mid_block_add_attention=False,
         force_upcast=False,
+        shift_factor=0.0,
+        scaling_factor=1.0,  # both measured after training
     )
 
 

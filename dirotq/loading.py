@@ -1,6 +1,8 @@
 """``dirotq.load``: a packed folder as a working diffusers pipeline."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,23 +30,35 @@ def load(
     return open_pipeline(packed_folder(folder), dtype or compute_dtype(target), target)
 
 
-def open_pipeline(
-    folder: Path, dtype: torch.dtype, device: torch.device
-) -> "DiffusionPipeline":
-    """A local diffusers folder, packed or not, from safetensors only and without progress bars."""
+def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
+    """A local diffusers folder, packed or not, from safetensors only."""
+    import diffusers
+
+    with quiet():
+        pipe = diffusers.DiffusionPipeline.from_pretrained(
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+        )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe.to(device)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep diffusers' and transformers' loading bars and notices off the screen; errors still show."""
     import diffusers
     import transformers
 
-    quiet = (diffusers.utils.logging, transformers.utils.logging)
-    for logging in quiet:
-        logging.disable_progress_bar()
-    pipe = diffusers.DiffusionPipeline.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, local_files_only=True
-    )
-    for logging in quiet:
-        logging.enable_progress_bar()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, level in zip(libraries, levels, strict=True):
+            library.set_verbosity(level)
+            library.enable_progress_bar()
 
 
 def packed_folder(folder: str | Path) -> Path:
@@ -54,13 +68,14 @@ def packed_folder(folder: str | Path) -> Path:
     config = root / "transformer" / "config.json"
     if not config.is_file() or not (root / "model_index.json").is_file():
         raise ArtifactError(
-            f"{folder} holds no packed pipeline (no model_index.json with a transformer/config.json "
-            "below it); give the folder that `dirotq compress` printed"
+            f"{folder} holds no packed pipeline (no model_index.json with a "
+            "transformer/config.json below it); give the folder that `dirotq compress` printed"
         )
     packing = json.loads(config.read_text()).get("quantization_config", {})
     if packing.get("quant_method") != "dirotq":
         raise ArtifactError(
             f"{folder} is a diffusers pipeline, but its transformer is not packed by DiRotQ "
-            f"(quant_method {packing.get('quant_method')!r}); `dirotq compress model={folder}` packs it"
+            f"(quant_method {packing.get('quant_method')!r}); pack it with "
+            f"`dirotq compress model={folder}`"
         )
     return root

@@ -1,4 +1,4 @@
-"""The plan: how each site will be quantized, and why. Written by ``rank``, read by all that follow."""
+"""The plan: how each site will be quantized, and why. ``rank`` writes it, later stages read it."""
 
 import json
 from collections.abc import Iterable
@@ -57,7 +57,8 @@ class Method:
         Raises ConfigError naming the site, e.g. for a group that doesn't divide its channels.
         """
         modulator = site.kind == "modulator"
-        if modulator and self.modulator_group is None:
+        group = self.modulator_group if modulator else self.weight_group
+        if group is None:
             return None
         try:
             return QuantSpec(
@@ -68,7 +69,7 @@ class Method:
                 block=1 if modulator else hadamard_block(site.dim, self.block),
                 weight_bits=4,
                 weight_scale="group" if modulator else self.weight_scale,
-                weight_group=self.modulator_group if modulator else self.weight_group,
+                weight_group=group,
                 act_bits=16 if modulator else self.act_bits,
                 act_scale="token" if modulator else self.act_scale,
                 act_group=self.act_group,

@@ -20,7 +20,8 @@ class Prompt:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptSet:
-    """``count`` rows, from row ``start``, of a JSONL file with ``prompt`` and, optionally, ``seed``, ``attributes``.
+    """``count`` rows of a JSONL file, from row ``start``: ``prompt`` and, optionally, ``seed`` and
+    ``attributes``.
 
     A row without a seed gets its row number, so a prompt's noise never depends on batching.
     """
@@ -41,8 +42,9 @@ class PromptSet:
         rows = list(stream.skip(self.start).take(self.count))
         if len(rows) < self.count or self.count < 1:
             raise ConfigError(
-                f"{self.path} holds {len(rows)} prompts from row {self.start} on, {self.count} were "
-                "asked for; set prompts.calibration.count / prompts.heldout.count to 1 ... that many"
+                f"{self.path} holds {len(rows)} prompts from row {self.start} on, {self.count} "
+                "were asked for; set prompts.calibration.count or prompts.heldout.count to 1 ... "
+                "that many"
             )
         for number, row in enumerate(rows):
             if not isinstance(row.get("prompt"), str):

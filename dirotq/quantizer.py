@@ -1,8 +1,8 @@
 """The diffusers side of a packed transformer: its ``quantization_config`` and its quantizer.
 
-diffusers calls the quantizer's methods in this order: ``maybe_update_loaded_keys`` (which tensors the
-files hold), ``_process_model_before_weight_loading`` (modules are swapped, files checked), then per
-tensor ``check_if_quantized_param`` / ``create_quantized_param``, and
+diffusers calls the quantizer's methods in this order: ``maybe_update_loaded_keys`` (which tensors
+the files hold), ``_process_model_before_weight_loading`` (modules are swapped, files checked), then
+per tensor ``check_if_quantized_param`` / ``create_quantized_param``, and
 ``_process_model_after_weight_loading``.
 """
 
@@ -33,7 +33,7 @@ STORED = torch.bfloat16
 """dtype on disk of everything that is not packed."""
 
 
-class _Method(str, enum.Enum):
+class _Method(enum.StrEnum):
     # diffusers reads `.value` of the method: a plain string would not do.
     DIROTQ = METHOD
 
@@ -53,9 +53,7 @@ class DirotqConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, sites: Iterable[tuple[Site, QuantSpec]]) -> "DirotqConfig":
-        return cls(
-            sites=[{"site": _plain(asdict(s)), "spec": spec.to_dict()} for s, spec in sites]
-        )
+        return cls(sites=[{"site": _plain(asdict(s)), "spec": spec.to_dict()} for s, spec in sites])
 
     def entries(self) -> list[tuple[Site, QuantSpec]]:
         return [
@@ -80,7 +78,9 @@ class DirotqQuantizer(DiffusersQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._found: dict[str, tuple[int, ...]] | None = None
 
-    def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: list[str]) -> list[str]:
+    def maybe_update_loaded_keys(
+        self, loaded_keys: list[str], checkpoint_files: list[str]
+    ) -> list[str]:
         found = {}
         for file in checkpoint_files:
             with safe_open(file, framework="pt") as tensors:
@@ -96,7 +96,12 @@ class DirotqQuantizer(DiffusersQuantizer):
             _compare(wanted, self._found)
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, state_dict: dict[str, Any], **kwargs: Any
+        self,
+        model: nn.Module,
+        param_value: Tensor,
+        param_name: str,
+        state_dict: dict[str, Any],
+        **kwargs: Any,
     ) -> bool:
         return isinstance(model.get_submodule(param_name.rpartition(".")[0]), QuantLinear)
 
@@ -115,7 +120,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         packed = model.get_submodule(module)
         packed._buffers[buffer] = state_dict[param_name].to(target_device)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         model.to_json_string = types.MethodType(_config_without_path, model)
         return model
 
@@ -138,7 +143,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         return True
 
 
-def mark_packed(transformer: nn.Module, config: DirotqConfig) -> None:
+def mark_packed(transformer: Any, config: DirotqConfig) -> None:
     """Make ``save_pretrained`` of a freshly packed transformer write what the loader reads."""
     transformer.hf_quantizer = DirotqQuantizer(config, pre_quantized=True)
     transformer.register_to_config(quantization_config=config)
@@ -156,7 +161,9 @@ def _compare(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ArtifactError(
-            "the packed transformer does not fit its config: " + "; ".join(problems[:3]) + more
+            "the packed transformer does not fit its config: "
+            + "; ".join(problems[:3])
+            + more
             + ". The files are damaged or mixed from two models; pack or download them again."
         )
 

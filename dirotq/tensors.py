@@ -1,9 +1,9 @@
-"""Tensors in files: Zarr arrays for what is read in part, safetensors per site for what is read whole."""
+"""Tensors in files: Zarr arrays for what is read in part, safetensors for what is read whole."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 import zarr
 from safetensors.torch import load_file, save_file
@@ -34,16 +34,15 @@ def create_array(
 
 def write_rows(group: zarr.Group, name: str, start: int, rows: Tensor) -> None:
     """Write ``rows`` [n, D] at row ``start``, in the array's dtype. One writer per chunk."""
-    array = group[name]
-    rows = rows.to(getattr(torch, array.attrs["torch_dtype"])).cpu().contiguous()
+    array = _array(group, name)
+    rows = rows.to(_dtype(array)).cpu().contiguous()
     array[start : start + len(rows)] = _numpy(rows)
 
 
 def read_array(group: zarr.Group, name: str) -> Tensor:
     """The whole array as a tensor of the dtype it was written in."""
-    array = group[name]
-    tensor = torch.from_numpy(array[...])
-    dtype = getattr(torch, array.attrs["torch_dtype"])
+    array = _array(group, name)
+    tensor, dtype = torch.from_numpy(array[...]), _dtype(array)
     return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
 
 
@@ -52,7 +51,7 @@ def save_site(folder: Path, site: str, tensors: Mapping[str, Tensor]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{site}.partial"
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial)
-    os.replace(partial, folder / site_file(site))
+    partial.replace(folder / site_file(site))
 
 
 def load_site(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -64,5 +63,15 @@ def site_file(site: str) -> str:
     return f"{site}.safetensors"
 
 
-def _numpy(rows: Tensor):  # noqa: ANN202 (numpy array of the matching kind)
+def _array(group: zarr.Group, name: str) -> zarr.Array:
+    array = group[name]
+    assert isinstance(array, zarr.Array)
+    return array
+
+
+def _dtype(array: zarr.Array) -> torch.dtype:
+    return getattr(torch, str(array.attrs["torch_dtype"]))
+
+
+def _numpy(rows: Tensor) -> np.ndarray:
     return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()

@@ -29,6 +29,13 @@ class QuantLinear(nn.Module):
     Outputs have the input's dtype.
     """
 
+    qweight: Tensor
+    wscale: Tensor
+    basis: Tensor | None
+    rotation: Tensor | None
+    wp: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, spec: QuantSpec, *, bias: bool, device: Any = None) -> None:
         super().__init__()
         self.spec = spec
@@ -51,7 +58,8 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias[rows]
         if spec.act_bits == 16:
             y = w4a16_linear(z, qweight, wscale, bias)
-            y = y if c is None else y + c.float() @ wp.float().mT
+            if c is not None and wp is not None:
+                y = y + c.float() @ wp.float().mT
         else:
             y = w4a4_linear(*quantize_rows(z, spec), c, qweight, wscale, wp, bias)
         return y.to(x.dtype).unflatten(0, x.shape[:-1])
@@ -67,11 +75,15 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.spec
-        return f"{s.dim} -> {list(s.rows)}, W{s.weight_bits}A{s.act_bits}, r={s.rank}, {s.transform}"
+        return (
+            f"{s.dim} -> {list(s.rows)}, W{s.weight_bits}A{s.act_bits}, r={s.rank}, {s.transform}"
+        )
 
 
 class SiteView(nn.Module):
-    """One consumer of a shared site: a slice of the site's wide linear, without state of its own."""
+    """One consumer of a shared site: rows of the site's wide linear, without state of its own."""
+
+    site: Any
 
     def __init__(self, site: nn.Module, rows: slice) -> None:
         super().__init__()
@@ -80,7 +92,7 @@ class SiteView(nn.Module):
         self.output_rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.site.rows(x, self.output_rows)  # type: ignore[attr-defined]
+        return self.site.rows(x, self.output_rows)
 
     def extra_repr(self) -> str:
         return f"rows {self.output_rows.start}:{self.output_rows.stop} of the site"

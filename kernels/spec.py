@@ -8,7 +8,7 @@ from typing import Any, Literal
 from .hadamard import hadamard_block
 
 POW2_LEVELS = 4
-"""A power-of-two group scale is 2^0 ... 2^-4 of its row's scale: q 2^(e+4) fits INT8 and FP8-E4M3."""
+"""A group's scale is 2^0 ... 2^-4 of its row's: q 2^(e+4) is exact in INT8 and in FP8-E4M3."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +58,15 @@ class QuantSpec:
             found.append(f"activation scale {self.act_scale!r} is not 'token', 'pow2' or 'group'")
         if self.act_bits == 8 and self.act_scale == "pow2":
             found.append(
-                "8-bit activations with power-of-two groups leave INT8: use scale 'token' or 'group'"
+                "8-bit activations with power-of-two groups leave INT8: use scale 'token' or "
+                "'group'"
             )
         if self.width % 2:
             found.append(f"the main branch is {self.width} codes wide; two codes share a byte")
-        for what, group in (("weight", self.weight_group_size), ("activation", self.act_group_size)):
+        for what, group in (
+            ("weight", self.weight_group_size),
+            ("activation", self.act_group_size),
+        ):
             if group < 1 or self.width % group:
                 found.append(
                     f"{what} group {group} does not divide the {self.width} channels of the main "

@@ -26,7 +26,9 @@ class AttributeJudge:
                 f"prompts.reader.path={self.path} holds no attribute reader (config.json and "
                 "model.safetensors); set prompts.reader=null to go without"
             )
-        return {p.name: file_digest(p) for p in (folder / "config.json", folder / "model.safetensors")}
+        return {
+            p.name: file_digest(p) for p in (folder / "config.json", folder / "model.safetensors")
+        }
 
     def accuracy(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
         """Share of captioned attributes that images [B, 3, H, W] in [0, 1] show, by kind and mean.

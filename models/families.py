@@ -15,6 +15,6 @@ def family_of(transformer_class: str) -> ModelFamily:
             return family
     known = ", ".join(f"{f.name} ({f.transformer})" for f in FAMILIES)
     raise UnsupportedError(
-        f"no model family describes the transformer class {transformer_class!r}; supported: {known}. "
-        "CONTRIBUTING.md says how to add one (a table of about 40 lines)."
+        f"no model family describes the transformer class {transformer_class!r}; supported: "
+        f"{known}. CONTRIBUTING.md says how to add one (a table of about 40 lines)."
     )

@@ -39,8 +39,8 @@ class Site:
 class SiteRule:
     """Linears under each module matching ``parent`` that read the same tensor.
 
-    ``parent`` is a path with ``*`` for one component; ``consumers`` are paths below it, ``name`` the
-    site's path below it. A site with one consumer is named after it.
+    ``parent`` is a path with ``*`` for one component; ``consumers`` are paths below it, ``name``
+    the site's path below it. A site with one consumer is named after it.
     """
 
     parent: str

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dirotq.digest import file_digest
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.loading import open_pipeline
+from dirotq.loading import open_pipeline, quiet
 from dirotq.prompts import Prompt, resolve
 
 from .families import family_of
@@ -51,8 +51,8 @@ class DiffusersModel:
         if not (root / "model_index.json").is_file():
             found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else "nothing"
             raise ConfigError(
-                f"{self.path} is no diffusers pipeline: it has no model_index.json (found {found}). "
-                "Give the folder that pipeline.save_pretrained(...) wrote."
+                f"{self.path} is no diffusers pipeline: it has no model_index.json (found "
+                f"{found}). Give the folder that pipeline.save_pretrained(...) wrote."
             )
         for part in sorted(p for p in root.iterdir() if p.is_dir()):
             pickles = sorted(p.name for p in part.iterdir() if p.suffix in PICKLES)
@@ -71,8 +71,8 @@ class DiffusersModel:
             )
         if "quantization_config" in json.loads(config.read_text()):
             raise ConfigError(
-                f"{self.path} is already quantized (its transformer carries a quantization_config); "
-                "compress the 16-bit model it was made from"
+                f"{self.path} is already quantized (its transformer carries a "
+                "quantization_config); compress the 16-bit model it was made from"
             )
         return root
 
@@ -83,7 +83,7 @@ class DiffusersModel:
         return family_of(config["_class_name"])
 
     def call_arguments(self) -> dict[str, float | int]:
-        """Arguments of a pipeline call: family's, then the folder's generation.json, then ``call``."""
+        """Pipeline call arguments: of the family, of the folder's generation.json, of ``call``."""
         file = self.folder() / CALL_FILE
         stored = json.loads(file.read_text()) if file.is_file() else {}
         chosen = {**self.family.call, **stored, **self.call}
@@ -102,13 +102,11 @@ class DiffusersModel:
 
     def transformer(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
         """The 16-bit transformer, in ``dtype``."""
-        return (
-            _transformer_class(self.family)
-            .from_pretrained(
+        with quiet():
+            transformer = _transformer_class(self.family).from_pretrained(
                 self.folder(), subfolder="transformer", dtype=dtype, use_safetensors=True
             )
-            .to(device)
-        )
+        return transformer.to(device)
 
     def pipeline(self, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
         """The whole 16-bit pipeline, in ``dtype`` on ``device``."""
@@ -148,7 +146,7 @@ def stacked_weight(transformer: nn.Module, site: Site) -> tuple[Tensor, Tensor |
 
     Raises NumericalError naming the linear whose weights are not finite.
     """
-    linears = [transformer.get_submodule(name) for name in site.consumers]
+    linears: list[Any] = [transformer.get_submodule(name) for name in site.consumers]
     for name, linear in zip(site.consumers, linears, strict=True):
         if not all(bool(p.isfinite().all()) for p in linear.parameters()):
             raise NumericalError(

@@ -15,8 +15,9 @@ def swap_sites(
 ) -> None:
     """Replace each site's consumers by ``build(site)``, in place.
 
-    The wide module stands at the site's path; where several linears share it, each of them becomes a
-    :class:`SiteView` of its rows. ``build`` returns a module with ``forward(x)`` and ``rows(x, slice)``.
+    The wide module stands at the site's path; where several linears share it, each of them becomes
+    a :class:`SiteView` of its rows. ``build`` returns a module with ``forward(x)`` and
+    ``rows(x, slice)``.
     """
     for site in sites:
         wide = build(site)

@@ -22,7 +22,8 @@ from omegaconf.errors import OmegaConfBaseException
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.pipeline import dag, doctor, explain, generate, housekeeping, report, runs
 from dirotq.pipeline.config import Line, build, compose_config, with_model_folder
-from dirotq.pipeline.store import Artifact, disk_full
+from dirotq.pipeline.disk import is_disk_full
+from dirotq.pipeline.store import Artifact, ArtifactStore, default_root
 
 __all__ = ["compress", "main"]
 
@@ -105,6 +106,8 @@ def _dispatch(verb: str, rest: list[str], config: str) -> int:
 
 
 def _compress(args: list[str], config: str) -> int:
+    stores = [arg.partition("=")[2] for arg in args if arg.startswith("store=")]
+    ArtifactStore(stores[-1] if stores else default_root())  # before Hydra puts a folder into it
     hydra_main = hydra.main(version_base="1.3", config_path=f"pkg://{config}", config_name="config")
     with _hydra_process(with_model_folder(args, config)):
         hydra_main(_job)()
@@ -160,7 +163,7 @@ def _explained(error: BaseException) -> str | None:
     if isinstance(error, KeyboardInterrupt):
         where = f" in {error.args[0]}" if error.args else ""
         return f"interrupted{where}; finished work is kept; run the same command to resume"
-    if disk_full(error):
+    if is_disk_full(error):
         return f"the disk is full: {error}. Make room, then run the same command to resume"
     if isinstance(error, PermissionError):
         return f"{error}. Choose a writable store with store=FOLDER or DIROTQ_STORE"

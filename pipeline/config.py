@@ -47,6 +47,9 @@ def build(cfg: DictConfig) -> Line:
         if name not in wiring:
             raise ConfigError(f"force={name}: no such stage; this pipeline has {', '.join(wiring)}")
     stages = {name: _instantiate(cfg[name]) for name in dag.order(wiring, cfg.until)}
+    for stage in stages.values():
+        if callable(check := getattr(stage, "check", None)):
+            check()
     return Line(
         steps=dag.plan(stages, wiring),
         store=ArtifactStore(cfg.store),

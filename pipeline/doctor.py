@@ -9,6 +9,7 @@ from pathlib import Path
 
 from dirotq.pipeline.provenance import LIBRARIES, gpu, versions
 from dirotq.pipeline.report import bytes_text
+from dirotq.pipeline.store import default_root
 
 __all__ = ["command", "findings"]
 
@@ -34,7 +35,7 @@ def findings() -> dict[str, str]:
     assert set(LIBRARIES) <= set(found)
     found["gpu"] = "; ".join(gpu()) or "none that nvidia-smi knows"
     usable, found["cuda"] = _cuda()
-    store = Path(os.environ.get("DIROTQ_STORE", "artifacts")).absolute()
+    store = Path(default_root()).absolute()
     place = next(path for path in (store, *store.parents) if path.exists())
     found["store"] = f"{store}, {bytes_text(shutil.disk_usage(place).free)} free"
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"

@@ -1,14 +1,13 @@
 """``verify`` and ``gc``: is what the store holds still what was written, and is it still needed."""
 
 import argparse
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from dirotq.errors import ArtifactError
 from dirotq.pipeline import runs
 from dirotq.pipeline.report import bytes_text
-from dirotq.pipeline.store import ArtifactStore
+from dirotq.pipeline.store import ArtifactStore, default_root
 
 __all__ = ["garbage", "gc", "split_store", "store_option", "verify"]
 
@@ -70,8 +69,7 @@ def garbage(store: ArtifactStore, keep: int) -> Iterator[tuple[Path, str]]:
 
 def store_option(parser: argparse.ArgumentParser) -> None:
     """Add --store; ``store=FOLDER``, as the other verbs write it, means the same."""
-    default = os.environ.get("DIROTQ_STORE", "artifacts")
-    parser.add_argument("--store", default=default, help="artifact store (%(default)s)")
+    parser.add_argument("--store", default=default_root(), help="artifact store (%(default)s)")
 
 
 def split_store(args: list[str]) -> tuple[list[str], ArtifactStore]:

@@ -15,35 +15,46 @@ __all__ = ["bytes_text", "plan", "seconds_text", "summary"]
 
 
 def plan(line: Line) -> None:
-    """Per stage: cached or to run, and what it took the last time this stage ran anywhere."""
+    """Per stage: cached or to run, and what it took the last time this stage ran anywhere.
+
+    Memory is the peak of the process that ran the stage, up to its end.
+    """
     table = Table("stage", "state", "artifact", box=None, pad_edge=False)
-    for name in ("seconds", "disk"):
+    for name in ("seconds", "memory", "disk"):
         table.add_column(name, justify="right")
     latest = {artifact.stage: artifact for artifact in line.store.list()}  # sorted by time
-    total, missing = 0.0, 0
-    unknown = []
+    missing: list[str] = []
+    cost: dict[str, float] = {}  # seconds of the stages to run, where known
     for step in line.steps:
         cached = None if step.name in line.force else line.store.get(step.name, step.fingerprint)
         known = cached or latest.get(step.name)
+        past = known.provenance if known else {}
         if not cached:
-            missing += 1
+            missing.append(step.name)
             if known:
-                total += known.provenance["seconds"]
-            else:
-                unknown.append(step.name)
+                cost[step.name] = past["seconds"]
         table.add_row(
             step.name,
             "cached" if cached else "to run",
             step.fingerprint,
-            seconds_text(known.provenance["seconds"]) if known else "-",
+            seconds_text(past["seconds"]) if known else "-",
+            bytes_text(past["peak_rss_bytes"]) if known else "-",
             bytes_text(known.bytes) if known else "-",
         )
     Console().print(table)
-    if missing:
-        also = f", not counting {', '.join(unknown)} (never run here)" if unknown else ""
-        print(f"\n{missing} to run: about {seconds_text(total)} s{also}")
-    else:
-        print("\neverything is cached")
+    print(f"\n{_outlook(missing, cost)}")
+
+
+def _outlook(missing: list[str], cost: Mapping[str, float]) -> str:
+    if not missing:
+        return "everything is cached"
+    new = [name for name in missing if name not in cost]
+    parts = [f"{len(missing)} to run"]
+    if cost:
+        parts.append(f"about {seconds_text(sum(cost.values()))} s, going by the last time")
+    if new:
+        parts.append(f"never run here: {', '.join(new)}")
+    return "; ".join(parts)
 
 
 def summary(outcomes: Mapping[str, Outcome], folder: Path) -> None:

@@ -10,8 +10,6 @@ local folders for now).
 """
 
 import contextlib
-import errno
-import json
 import logging
 import os
 import re
@@ -27,10 +25,11 @@ from filelock import FileLock, Timeout
 
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.artifact import MANIFEST, SCHEMA, Artifact, inventory, read_json, refuse_newer
+from dirotq.pipeline.disk import is_disk_full, sync, sync_tree, write_json
 from dirotq.pipeline.provenance import provenance
 from dirotq.pipeline.stage import fingerprint
 
-__all__ = ["Artifact", "ArtifactStore", "Draft", "disk_full"]
+__all__ = ["Artifact", "ArtifactStore", "Draft", "default_root"]
 
 log = logging.getLogger(__name__)
 
@@ -138,12 +137,12 @@ class ArtifactStore:
                 "files": inventory(draft.data),
                 "metrics": {name: _jsonable(value) for name, value in draft.metrics.items()},
             }
-            _write_json(partial / "provenance.json", provenance(started, overrides))
-            _write_json(partial / MANIFEST, manifest)
-            _sync_tree(partial)
+            write_json(partial / "provenance.json", provenance(started, overrides))
+            write_json(partial / MANIFEST, manifest)
+            sync_tree(partial)
             self.discard(final)  # there only under force
             partial.replace(final)
-            _sync(final.parent)
+            sync(final.parent)
             draft.artifact = Artifact(stage, key, final)
 
     def verify(self, artifact: Artifact) -> None:
@@ -182,7 +181,7 @@ class ArtifactStore:
             (self.root / stage).mkdir(parents=True, exist_ok=True)
             (self.root / ".locks").mkdir(exist_ok=True)
             if not (marker := self.root / MARKER).exists():
-                _write_json(marker, {"schema": SCHEMA})
+                write_json(marker, {"schema": SCHEMA})
             lock = self._file_lock(stage, key)
             lock.acquire(timeout=0)
         except Timeout:
@@ -206,7 +205,7 @@ class ArtifactStore:
         try:
             yield
         except Exception as error:
-            if not disk_full(error):
+            if not is_disk_full(error):
                 raise
             free = shutil.disk_usage(self.root).free
             raise ArtifactError(
@@ -216,38 +215,11 @@ class ArtifactStore:
             ) from error
 
 
-def disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk or quota is at the root of ``error``, however a library wrapped it."""
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return True
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
-            return True  # safetensors reports its I/O errors as text
-        error = error.__cause__ or error.__context__
-    return False
+def default_root() -> str:
+    """The store of a command that names none: DIROTQ_STORE, or ``artifacts`` in this folder."""
+    return os.environ.get("DIROTQ_STORE", "artifacts")
 
 
 def _jsonable(value: float) -> float | str:
     number = float(value)
     return number if abs(number) < float("inf") else str(number)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write atomically: a second process may read the store's marker at any time."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    scratch.replace(path)
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

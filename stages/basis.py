@@ -62,5 +62,7 @@ class FitBasis:
             except NumericalError as error:
                 raise NumericalError(f"site {site.name}: {error}") from error
             deficient += bool(variances[0] < 1e-9 * variances[-1])
-            save_site(out / "sites", site.name, {"vectors": vectors.float(), "variances": variances})
+            save_site(
+                out / "sites", site.name, {"vectors": vectors.float(), "variances": variances}
+            )
         return {"sites": len(sites), "rank_deficient": deficient}

@@ -4,7 +4,6 @@ Letters: T tokens of one call, D channels.
 """
 
 import logging
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -56,8 +55,8 @@ class Capture:
     def __post_init__(self) -> None:
         if min(self.batch, self.every, self.rows) < 1:
             raise ConfigError(
-                f"capture.batch={self.batch}, capture.every={self.every}, capture.rows={self.rows}: "
-                "each must be at least 1"
+                f"capture.batch={self.batch}, capture.every={self.every}, "
+                f"capture.rows={self.rows}: each must be at least 1"
             )
 
     def run(self, out: Path) -> Mapping[str, float]:
@@ -116,7 +115,7 @@ class _Totals:
         counts = {f"tokens.{name}": torch.tensor(n) for name, n in self.tokens.items()}
         partial = state / "partial"
         save_file({f"moment.{n}": m for n, m in self.moments.items()} | counts, partial)
-        os.replace(partial, state / f"{shards:06d}.safetensors")
+        partial.replace(state / f"{shards:06d}.safetensors")
         for older in state.glob("*.safetensors"):
             if int(older.stem) < shards:
                 older.unlink()
@@ -146,7 +145,11 @@ class _RowStore:
         if fresh:
             for site in sites:
                 create_array(
-                    self.group, site.name, (self.quota * shards, site.dim), torch.bfloat16, self.quota
+                    self.group,
+                    site.name,
+                    (self.quota * shards, site.dim),
+                    torch.bfloat16,
+                    self.quota,
                 )
 
     def write(self, shard: int, rows: Mapping[str, Tensor]) -> None:
@@ -161,7 +164,9 @@ class _RowStore:
 class _Recorder:
     """Forward hooks that accumulate one shard's moments, token counts and sampled rows."""
 
-    def __init__(self, transformer: nn.Module, sites: list[Site], every: int, shard: int, quota: int):
+    def __init__(
+        self, transformer: nn.Module, sites: list[Site], every: int, shard: int, quota: int
+    ):
         self.transformer, self.sites = transformer, sites
         self.every, self.shard, self.quota = every, shard, quota
         self.calls = -1

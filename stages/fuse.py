@@ -30,6 +30,12 @@ from dirotq.tensors import read_array, save_site
 class FusedLinear(nn.Module):
     """A site's wide linear after fusing and before quantizing: y = z W_zᵀ + c Vᵀ + bias."""
 
+    basis: Tensor | None
+    rotation: Tensor | None
+    main: Tensor
+    protected: Tensor | None
+    bias: Tensor | None
+
     def __init__(self, rotation: Rotation, weight: Tensor, bias: Tensor | None) -> None:
         super().__init__()
         self.spec: QuantSpec = rotation.spec
@@ -46,20 +52,20 @@ class FusedLinear(nn.Module):
     def rows(self, x: Tensor, rows: slice) -> Tensor:
         z, c = transform(x, self.basis, self.rotation, self.spec)
         y = z @ self.main[rows].to(x.dtype).mT
-        if c is not None:
+        if c is not None and self.protected is not None:
             y = y + c @ self.protected[rows].to(x.dtype).mT
         return y if self.bias is None else y + self.bias[rows].to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fuse:
-    """Write what each site holds besides its codes, and prove the fused network equals the original.
+    """Write what each site holds besides its codes; prove the fused network equals the original.
 
     ``layer_tolerance``    largest relative error of a site on its sampled rows, in float64
-    ``network_tolerance``  largest relative error of the whole denoiser on the captured call, float32
+    ``network_tolerance``  largest relative error of the denoiser on the captured call, float32
 
-    Writes ``sites/<site>.safetensors`` with ``basis``, ``rotation``, ``wp``, ``bias`` (bfloat16, those
-    that exist). Needs no codes: a change of ``gptq`` leaves the proof as it stands.
+    Writes ``sites/<site>.safetensors`` with ``basis``, ``rotation``, ``wp``, ``bias`` (bfloat16,
+    those that exist). Needs no codes: a change of ``gptq`` leaves the proof as it stands.
 
     Raises NumericalError naming the site, or the network, whose error exceeds its tolerance.
     """
@@ -100,7 +106,7 @@ class Fuse:
                 )
                 if tensor is not None
             }
-            if "wp" in stored:
+            if module.protected is not None:
                 rounding = max(rounding, relative_error(stored["wp"].float(), module.protected))
             save_site(out / "sites", name, stored)
             fused[name] = module
@@ -120,8 +126,9 @@ class Fuse:
         error = relative_error(module(x), want)
         if not error <= self.layer_tolerance:
             raise NumericalError(
-                f"site {name}: fused and original outputs differ by {error:.2g} (relative), more than "
-                f"fuse.layer_tolerance={self.layer_tolerance:g}; the basis or the weights are damaged"
+                f"site {name}: fused and original outputs differ by {error:.2g} (relative), more "
+                f"than fuse.layer_tolerance={self.layer_tolerance:g}; the basis or the weights "
+                "are damaged"
             )
         return error
 
@@ -135,8 +142,8 @@ class Fuse:
             error = relative_error(original(**inputs, return_dict=False)[0], want)
         if not error <= self.network_tolerance:
             raise NumericalError(
-                f"the fused network and the original differ by {error:.2g} (relative) on the captured "
-                f"call, more than fuse.network_tolerance={self.network_tolerance:g}"
+                f"the fused network and the original differ by {error:.2g} (relative) on the "
+                f"captured call, more than fuse.network_tolerance={self.network_tolerance:g}"
             )
         return error
 

@@ -68,8 +68,8 @@ class QuantizeWeights:
                 tensors = quantize_site(w_z, s_z, entry, self.damping)
             except FactorizationError as error:
                 raise NumericalError(
-                    f"site {entry.site.name}: {error}. Capture more tokens (prompts.calibration.count) "
-                    f"or raise gptq.damping (now {self.damping})"
+                    f"site {entry.site.name}: {error}. Capture more tokens "
+                    f"(prompts.calibration.count) or raise gptq.damping (now {self.damping})"
                 ) from error
             save_site(out / "sites", entry.site.name, tensors)
         return _summary(out, plan)

@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.pack_int4 import pack_int4
@@ -24,8 +24,8 @@ pipe = dirotq.load("{name}")          # or, after `import dirotq`: DiffusionPipe
 image = pipe("...", **{call}).images[0]
 ```
 
-{parameters:.2f} M transformer parameters in {megabytes:.2f} MB: {bits:.2f} bits per parameter, everything counted
-(codes, scales, bases, protected columns and all layers kept in 16 bits).
+{parameters:.2f} M transformer parameters in {megabytes:.2f} MB: {bits:.2f} bits per parameter,
+everything counted (codes, scales, bases, protected columns, all layers kept in 16 bits).
 """
 
 
@@ -47,7 +47,7 @@ class Pack:
         plan = read_plan(rank.file("plan.json"))
         folder = out / "model"
         _copy_pipeline(self.model.folder(), folder)
-        transformer = self.model.transformer(STORED)
+        transformer: Any = self.model.transformer(STORED)
         parameters = sum(p.numel() for p in transformer.parameters())
         plans = {entry.site: entry for entry in plan}
         swap_sites(transformer, plans, lambda site: _packed(plans[site], gptq, fuse))

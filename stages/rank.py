@@ -84,6 +84,7 @@ class ChooseRank:
         if self.r is not None:
             rank, mode = self.r, "fixed"
         else:
+            assert self.energy is not None
             needed = int((share_D < self.energy).sum()) + 1
             rank, mode = min(-(-needed // self.grid) * self.grid, len(share_D)), "energy"
         held = float(share_D[rank - 1]) if rank else 0.0

@@ -100,7 +100,7 @@ class Validate:
         return metrics
 
     def _images(self, pipe: Any, prompts: Sequence[Prompt], what: str) -> tuple[Tensor, float]:
-        """Images [B, 3, H, W] and the mean seconds per image, the first batch left out if it can be."""
+        """Images [B, 3, H, W] and mean seconds per image, the first batch left out if it can be."""
         call = self.model.call_arguments()
         images, seconds = [], []
         for start in track(range(0, len(prompts), self.batch), what):

@@ -1,4 +1,4 @@
-"""One pass over a site's activation: protected coefficients, spread remainder, 4- or 8-bit codes."""
+"""One pass over an activation: protected coefficients, spread remainder, 4- or 8-bit codes."""
 
 from .reference import quantize_rows, transform, transform_quantize
 

@@ -10,7 +10,7 @@ from ..hadamard import block_hadamard
 from ..spec import POW2_LEVELS, QuantSpec
 
 POW2_CLIP = 0.9
-"""A group takes the smallest power of two >= 0.9 of its share of the row (quality: docs/quality.md)."""
+"""A group takes the smallest power of two >= 0.9 of its share of the row (docs/quality.md)."""
 
 
 TINY = 1e-30

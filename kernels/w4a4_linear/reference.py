@@ -3,7 +3,6 @@
 Letters: M rows, N outputs, K main-branch width, R protected directions, G groups.
 """
 
-import torch
 from torch import Tensor
 
 from ..pack_int4 import unpack_int4
@@ -37,7 +36,9 @@ def w4a4_linear(
         acc_MN = codes_MK.float() @ unpack_int4(qweight_NK2).float().mT
         y_MN = acc_MN * scale_MG * wscale_NG.float().mT
     else:
-        z_MK = (codes_MK.float().unflatten(-1, (scale_MG.shape[-1], -1)) * scale_MG[..., None]).flatten(-2)
+        z_MK = (
+            codes_MK.float().unflatten(-1, (scale_MG.shape[-1], -1)) * scale_MG[..., None]
+        ).flatten(-2)
         y_MN = z_MK @ dequantize_weight(unpack_int4(qweight_NK2), wscale_NG).mT
     if c_MR is not None:
         assert wp_NR is not None

@@ -43,7 +43,7 @@ def parse(caption: str) -> tuple[list[dict[str, str]], str, list[str]]:
     ]
     behind = caption[list(_THING.finditer(caption))[-1].end() :]
     kinds = [k for k, words in _KIND_WORDS.items() if any(word in behind for word in words)]
-    return things, (kinds or ["plain"])[0], re.findall("|".join(COLORS), behind)
+    return things, (kinds or ["plain"])[0], re.findall(rf"\b({'|'.join(COLORS)})\b", behind)
 
 
 @pytest.fixture(scope="module")

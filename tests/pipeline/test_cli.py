@@ -50,7 +50,7 @@ def test_plan_touches_nothing_and_knows_the_past(dirotq, store):
     fresh = dirotq("plan")
     assert fresh.status == 0
     assert fresh.out.count("to run") == 4
-    assert "never run here" in fresh.out
+    assert "3 to run; never run here: numbers, squares, total\n" in fresh.out
     assert not store.root.exists()
     dirotq("compress")
     planned = dirotq("plan", "squares.power=3")
@@ -59,7 +59,7 @@ def test_plan_touches_nothing_and_knows_the_past(dirotq, store):
         ["squares", "to"],
         ["total", "to"],
     ]
-    assert "2 to run: about 0.0 s" in planned.out
+    assert "2 to run; about 0.0 s, going by the last time\n" in planned.out
     assert "everything is cached" in dirotq("plan").out
     assert "squares  to run" in dirotq("plan", "force=squares").out
 
@@ -90,12 +90,14 @@ def test_plan_touches_nothing_and_knows_the_past(dirotq, store):
         (["compres"], "Did you mean `compress`?"),
     ],
 )
-def test_bad_input_is_one_paragraph_and_status_2(dirotq, args, says):
+def test_bad_input_is_one_paragraph_and_status_2(dirotq, args, says, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     result = dirotq(*args)
     assert result.status == 2
     assert says in result.err
     assert "Traceback" not in result.err
     assert "dirotq: " in result.err
+    assert {path.name for path in tmp_path.iterdir()} <= {"store"}  # nothing beside the store
 
 
 def test_traceback_on_demand(dirotq, monkeypatch):

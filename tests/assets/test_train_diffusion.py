@@ -1,0 +1,70 @@
+"""Training moves the networks, keeps an average, and can be interrupted by a checkpoint."""
+
+import torch
+from torch import Tensor
+
+from dirotq.assets.captions import captions_of
+from dirotq.assets.scenes import sample_scenes
+from dirotq.assets.schedule import set_rate, timed_steps
+from dirotq.assets.tiny_flux import train_tokenizers
+from dirotq.assets.train_diffusion import Pool, swapped, tokenize, train_diffusion, untrained
+
+
+def test_a_few_steps_train_every_network() -> None:
+    torch.manual_seed(0)
+    captions = captions_of(sample_scenes(300, torch.Generator().manual_seed(1)), seed=1)
+    tokenizers = train_tokenizers(captions)
+    networks = untrained(tokenizers)
+    before = [p.detach().clone() for p in networks.parameters()]
+    clip_ids, t5_ids = tokenize(captions[:4], tokenizers)
+    pool = Pool(
+        latents=torch.randn(4, 4, 8, 8).bfloat16(),
+        clip_ids=torch.from_numpy(clip_ids),
+        t5_ids=torch.from_numpy(t5_ids),
+    )
+    checkpoints: list[Tensor] = []
+    report = train_diffusion(
+        networks,
+        pool,
+        seconds=4,
+        batch=2,
+        peak_rate=1e-3,
+        warmup=1,
+        compiled=False,
+        checkpoint=lambda: checkpoints.append(networks.transformer.proj_out.weight.clone()),
+        checkpoint_every=2,
+    )
+    assert report["steps"] > 2
+    assert len(checkpoints) == 1
+    moved = [not torch.equal(a, b) for a, b in zip(before, networks.parameters(), strict=True)]
+    assert sum(moved) / len(moved) > 0.9
+    assert not any(module.training for module in networks.modules())
+
+
+def test_swapped_restores_even_after_an_error() -> None:
+    weights, others = [torch.ones(3)], [torch.zeros(3)]
+    try:
+        with swapped(weights, others):
+            assert weights[0].sum() == 0
+            raise KeyError
+    except KeyError:
+        pass
+    assert weights[0].sum() == 3
+
+
+def test_rate_warms_up_and_falls_to_two_percent() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+
+    def rate(step: int, fraction: float) -> float:
+        set_rate(optimizer, 2.0, step, fraction, warmup=10)
+        return optimizer.param_groups[0]["lr"]
+
+    assert rate(0, 0.0) == 0.2
+    assert rate(100, 0.0) == 2.0
+    assert abs(rate(100, 1.0) - 0.04) < 1e-9
+
+
+def test_timed_steps_stop_in_time() -> None:
+    steps = list(timed_steps(0.02))
+    assert [step for step, _ in steps] == list(range(len(steps)))
+    assert all(0 <= fraction < 1 for _, fraction in steps)

@@ -1,0 +1,171 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error, reference
+from dirotq.kernels.quantize_weight import codes_on_grid, dequantize_weight, weight_scales
+
+N, K = 6, 32
+DAMPING = 0.01
+
+
+def correlated(seed: int, tokens: int, channels: int = K) -> Tensor:
+    """Second moment of ``tokens`` correlated rows, float64; singular if they are few."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(channels, channels, generator=generator, dtype=torch.float64)
+    mix *= torch.logspace(0, -2, channels, dtype=torch.float64)[:, None]
+    x = torch.randn(tokens, channels, generator=generator, dtype=torch.float64) @ mix
+    return x.T @ x / tokens
+
+
+def weights(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1)
+    return torch.randn(N, K, generator=generator, dtype=dtype)
+
+
+def loss(w: Tensor, codes: Tensor, scale: Tensor, s: Tensor) -> Tensor:
+    return hessian_error(dequantize_weight(codes, scale, torch.float64) - w.double(), s)
+
+
+def one_column_at_a_time(w: Tensor, s: Tensor, scale: Tensor) -> Tensor:
+    """The textbook: after each column, the optimal update of all that follow, by a fresh inverse."""
+    order = s.diagonal().argsort(descending=True, stable=True)
+    hessian = s[order][:, order]
+    hessian = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(s), dtype=s.dtype)
+    w, codes = w[:, order].double(), torch.zeros(w.shape, dtype=torch.int8)
+    step = scale.double().repeat_interleave(w.shape[1] // scale.shape[1], 1)[:, order]
+    for k in range(w.shape[1]):
+        q = (w[:, k] / step[:, k]).round().clamp(-7, 7)
+        inverse = torch.linalg.inv(hessian[k:, k:])
+        error = (w[:, k] - q * step[:, k]) / inverse[0, 0]
+        w[:, k:] -= torch.outer(error, inverse[0])
+        codes[:, order[k]] = q.to(torch.int8)
+    return codes
+
+
+def test_hessian_error_is_the_expected_squared_output_error():
+    x, e = torch.randn(100, K, dtype=torch.float64), torch.randn(N, K, dtype=torch.float64)
+    torch.testing.assert_close(hessian_error(e, x.T @ x / 100), (x @ e.T).square().mean(0))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("tokens", [500, 12])
+def test_matches_the_textbook(groups, tokens):
+    w, s = weights(0, torch.float64), correlated(0, tokens)
+    scale = weight_scales(w, groups, clip=False)
+    codes, counts = gptq(w, s, scale, damping=DAMPING)
+    want = one_column_at_a_time(w, s, scale)
+    ours = (loss(w, want, scale, s) < loss(w, codes_on_grid(w, scale), scale, s)).nonzero()[:, 0]
+    assert len(ours) >= N - counts["nearest"]
+    assert len(ours) > N // 2
+    assert torch.equal(codes[ours], want[ours])
+
+
+@given(st.integers(0, 10_000), st.integers(1, 80), st.sampled_from([1, 4]))
+def test_never_worse_than_nearest_even_when_singular(seed, tokens, groups):
+    w, s = weights(seed), correlated(seed, tokens)
+    scale = weight_scales(w, groups, clip=True, importance_K=s.diagonal())
+    codes, counts = gptq(w, s, scale, damping=DAMPING)
+    assert codes.dtype == torch.int8
+    assert codes.abs().max() <= 7
+    assert counts["escalations"] == 0
+    nearest = codes_on_grid(w, scale)
+    # gptq compares in float32: allow for its rounding of both sides.
+    slack = 1e-5 * hessian_error(w.double(), s)
+    assert (loss(w, codes, scale, s) <= loss(w, nearest, scale, s) + slack).all()
+
+
+def test_much_better_than_nearest_where_channels_are_correlated():
+    w, s = weights(5), correlated(5, 24)
+    scale = weight_scales(w, 1, clip=False)
+    codes, counts = gptq(w, s, scale, damping=DAMPING)
+    ours, nearest = (loss(w, q, scale, s).sum() for q in (codes, codes_on_grid(w, scale)))
+    assert ours < nearest / 2
+    assert counts["nearest"] < N
+
+
+def test_uncorrelated_channels_are_rounded_to_nearest():
+    w = weights(1)
+    s = torch.diag(torch.rand(K, dtype=torch.float64) + 0.1)
+    scale = weight_scales(w, 4, clip=False)
+    codes, counts = gptq(w, s, scale, damping=DAMPING)
+    assert torch.equal(codes, codes_on_grid(w, scale))
+    assert counts == {"escalations": 0, "nearest": N}
+
+
+def test_channels_that_saw_nothing_keep_their_weights():
+    w, s = weights(2), correlated(2, 200)
+    dead = [3, 17, 18]
+    s[dead] = 0.0
+    s[:, dead] = 0.0
+    scale = weight_scales(w, 1, clip=False)
+    codes, _ = gptq(w, s, scale, damping=DAMPING)
+    assert torch.equal(codes[:, dead], codes_on_grid(w, scale)[:, dead])
+    assert not torch.equal(codes, codes_on_grid(w, scale))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_the_order_of_channels_does_not_matter(groups):
+    w, s = weights(3), correlated(3, 200)
+    scale = weight_scales(w, groups, clip=False)
+    codes, _ = gptq(w, s, scale, damping=DAMPING)
+    if groups == 1:
+        shuffled, shuffled_scale = torch.randperm(K), scale
+    else:  # whole groups move, with their scales
+        groups_moved = torch.tensor([2, 0, 3, 1])
+        shuffled = torch.arange(K).unflatten(0, (4, -1))[groups_moved].flatten()
+        shuffled_scale = scale[:, groups_moved]
+    again, _ = gptq(w[:, shuffled], s[shuffled][:, shuffled], shuffled_scale, damping=DAMPING)
+    assert torch.equal(again, codes[:, shuffled])
+
+
+def test_rows_do_not_see_each_other():
+    w, s = weights(4, torch.float64), correlated(4, 200)
+    scale = weight_scales(w, 1, clip=False)
+    codes, _ = gptq(w, s, scale, damping=DAMPING)
+    alone, _ = gptq(w[2:3], s, scale[2:3], damping=DAMPING)
+    assert torch.equal(alone, codes[2:3])
+
+
+@pytest.mark.parametrize("block", [1, 5, 16])
+def test_lazy_blocks_change_nothing(block, monkeypatch):
+    w, s = weights(6, torch.float64), correlated(6, 200)
+    scale = weight_scales(w, 1, clip=False)
+    whole, _ = gptq(w, s, scale, damping=DAMPING)
+    monkeypatch.setattr(reference, "BLOCK", block)
+    blocked, _ = gptq(w, s, scale, damping=DAMPING)
+    assert torch.equal(whole, blocked)
+
+
+def test_zero_rows_stay_zero():
+    w, s = weights(7), correlated(7, 200)
+    w[1] = 0.0
+    codes, _ = gptq(w, s, weight_scales(w, 1, clip=False), damping=DAMPING)
+    assert not codes[1].any()
+    assert codes[0].any()
+
+
+@pytest.mark.parametrize(("negative", "escalations"), [(1e-3, 0), (0.05, 1), (0.5, 2), (2.0, 3)])
+def test_damping_grows_tenfold_and_is_counted(negative, escalations):
+    s = torch.eye(K, dtype=torch.float64)
+    s[5, 5] = -negative
+    w = weights(8)
+    scale = weight_scales(w, 1, clip=False)
+    assert gptq(w, s, scale, damping=DAMPING)[1]["escalations"] == escalations
+
+
+@pytest.mark.parametrize("entry", [-30.0, float("nan")])
+def test_escalation_is_bounded(entry):
+    s = 4 * torch.eye(K, dtype=torch.float64)
+    s[5, 5] = entry
+    w = weights(9)
+    with pytest.raises(FactorizationError, match=r"32 channels.*even with damping 10"):
+        gptq(w, s, weight_scales(w, 1, clip=False), damping=DAMPING)
+
+
+def test_a_site_without_any_signal_is_an_error():
+    w = weights(10)
+    with pytest.raises(FactorizationError, match="mean diagonal 0"):
+        gptq(w, torch.zeros(K, K, dtype=torch.float64), weight_scales(w, 1, clip=False), damping=0.1)

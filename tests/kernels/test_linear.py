@@ -1,0 +1,138 @@
+import copy
+
+import pytest
+import torch
+from tiny_packed import packed
+from tiny_spec import tiny_spec
+from torch import nn
+
+from dirotq.kernels.linear import QuantLinear, SiteView, buffer_shapes
+from dirotq.kernels.pack_int4 import unpack_int4
+from dirotq.kernels.quantize_weight import dequantize_weight
+from dirotq.kernels.transform_quantize import transform
+
+SPECS = {
+    "token": tiny_spec(),
+    "pow2-protected": tiny_spec(rank=8, block=16, act_scale="pow2"),
+    "groups": tiny_spec(rank=8, block=64, weight_scale="group", act_scale="group"),
+    "w4a8": tiny_spec(rank=8, block=16, act_bits=8),
+    "dense": tiny_spec(rank=16, transform="dense"),
+    "w4a16": tiny_spec(act_bits=16, weight_scale="group"),
+    "w4a16-protected": tiny_spec(act_bits=16, rank=8, block=16),
+}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+
+
+def in_full_precision(module: QuantLinear, x: torch.Tensor) -> torch.Tensor:
+    """The same linear without rounding activations, float64."""
+    basis, rotation = (b if b is None else b.double() for b in (module.basis, module.rotation))
+    z, c = transform(x.double(), basis, rotation, module.spec)
+    weight = dequantize_weight(unpack_int4(module.qweight), module.wscale, torch.float64)
+    y = z @ weight.T + module.bias.double()
+    return y if c is None else y + c @ module.wp.double().T
+
+
+@every_spec
+def test_close_to_the_unrounded_linear(spec):
+    module = packed(spec)
+    x = torch.randn(40, 64)
+    want = in_full_precision(module, x)
+    error = (module(x) - want).norm() / want.norm()
+    assert error < {4: 0.2, 8: 0.01, 16: 1e-5}[spec.act_bits]
+    if spec.act_bits == 4:
+        assert error > 0.005  # really four bits
+
+
+@every_spec
+def test_rows_are_slices_of_the_whole(spec):
+    module, x = packed(spec), torch.randn(3, 7, 64)
+    whole = module(x)
+    for rows in (slice(0, 16), slice(16, 48), slice(5, 6)):
+        torch.testing.assert_close(module.rows(x, rows), whole[..., rows], rtol=1e-5, atol=1e-5)
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_shape_and_dtype_follow_the_input(spec, dtype):
+    y = packed(spec)(torch.randn(2, 3, 5, 64, dtype=dtype))
+    assert y.shape == (2, 3, 5, 48)
+    assert y.dtype == dtype
+    assert y.isfinite().all()
+
+
+@every_spec
+@pytest.mark.parametrize("bias", [False, True])
+def test_buffers_have_the_declared_shapes(spec, bias):
+    module = QuantLinear(spec, bias=bias, device="meta")
+    declared = {n: s for n, s in buffer_shapes(spec, bias=bias).items() if s is not None}
+    assert {n: tuple(b.shape) for n, b in module.named_buffers()} == declared
+    assert {n for n, b in module.named_buffers() if b.dtype == torch.uint8} == {"qweight"}
+    assert ("bias" in declared) == bias
+    assert ("basis" in declared) == ("wp" in declared) == (spec.rank > 0)
+    assert ("rotation" in declared) == (spec.transform == "dense")
+    assert set(module.state_dict()) == set(declared)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda m: m.to(torch.float16),
+        lambda m: m.half(),
+        lambda m: m.double(),
+        lambda m: m.to("cpu", torch.float32),
+    ],
+    ids=["to", "half", "double", "device-and-dtype"],
+)
+def test_casting_a_model_leaves_packed_buffers_alone(cast):
+    model = nn.Sequential(nn.Linear(64, 64), packed(SPECS["pow2-protected"]))
+    before = {n: b.clone() for n, b in model[1].named_buffers()}
+    cast(model)
+    for name, buffer in model[1].named_buffers():
+        assert buffer.dtype == before[name].dtype
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_moving_a_model_moves_packed_buffers():
+    module = packed(SPECS["pow2-protected"]).to("meta", torch.float16)
+    assert {b.device.type for b in module.buffers()} == {"meta"}
+    assert module.basis.dtype == torch.bfloat16
+
+
+class Shared(nn.Module):
+    """Two consumers of one site."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.site = packed(tiny_spec(rows=(16, 32), rank=8, block=16))
+        self.first = SiteView(self.site, slice(0, 16))
+        self.second = SiteView(self.site, slice(16, 48))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.first(x), self.second(x)], -1)
+
+
+def test_views_together_are_the_site():
+    model, x = Shared(), torch.randn(4, 64)
+    torch.testing.assert_close(model(x), model.site(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_shared_site_is_stored_once():
+    names = set(Shared().state_dict())
+    assert names == {f"site.{b}" for b in ("qweight", "wscale", "basis", "wp", "bias")}
+
+
+def test_a_deep_copy_reads_its_own_site():
+    model, x = Shared(), torch.randn(4, 64)
+    before = model(x)
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), before)
+    twin.site.wscale.mul_(2)
+    assert not torch.allclose(twin(x), before)
+    assert torch.equal(model(x), before)
+    assert twin.first.site is twin.site
+
+
+def test_repr_says_what_it_is():
+    model = Shared()
+    assert "64 -> [16, 32], W4A4, r=8, hadamard" in repr(model.site)
+    assert "rows 16:48 of the site" in repr(model.second)

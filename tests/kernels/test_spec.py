@@ -1,0 +1,92 @@
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_spec import tiny_spec
+
+from dirotq.kernels.spec import QuantSpec
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": -1}, r"rank -1 is not in 0 \.\.\. 64"),
+        ({"rank": 65}, r"rank 65 is not in 0 \.\.\. 64 \(the site's channels\)"),
+        ({"transform": "fourier"}, "'fourier' is neither 'hadamard' nor 'dense'"),
+        ({"block": 48}, "block 48 is not a power of two dividing 64"),
+        ({"block": 128}, "block 128 is not a power of two dividing 64"),
+        ({"weight_bits": 8}, "W8A4 is not supported; weights take 4 bits"),
+        ({"act_bits": 5}, "W4A5 is not supported.*4, 8 or 16"),
+        ({"weight_scale": "token"}, "weight scale 'token' is neither 'channel' nor 'group'"),
+        ({"act_scale": "channel"}, "activation scale 'channel' is not 'token', 'pow2' or 'group'"),
+        ({"act_bits": 8, "act_scale": "pow2"}, "leave INT8: use scale 'token' or 'group'"),
+        ({"dim": 63}, "63 codes wide; two codes share a byte"),
+        (
+            {"weight_scale": "group", "weight_group": 48},
+            r"weight group 48 does not divide the 64 channels.*use one of \[16, 32, 64\]",
+        ),
+        (
+            {"act_scale": "pow2", "act_group": 60},
+            r"activation group 60 does not divide the 64 channels.*use one of \[16, 32, 64\]",
+        ),
+        ({"act_scale": "group", "act_group": -16}, "activation group -16 does not divide"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_refused_with_a_way_out(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_spec(**changes)
+
+
+def test_hadamard_keeps_every_channel():
+    spec = tiny_spec(rank=16, block=64, rows=(8, 24, 16))
+    assert spec.width == 64
+    assert spec.outputs == 48
+
+
+@pytest.mark.parametrize(
+    ("rank", "weight_scale", "act_scale", "width"),
+    [
+        (0, "channel", "token", 64),
+        (16, "channel", "token", 48),
+        (15, "channel", "token", 50),  # 49 channels and one of zeros: two codes share a byte
+        (8, "group", "token", 64),  # 56 channels fill up to four groups of 16
+        (8, "channel", "group", 64),
+        (16, "group", "group", 48),
+    ],
+)
+def test_dense_keeps_the_rest_filled_up_to_whole_groups(rank, weight_scale, act_scale, width):
+    spec = tiny_spec(
+        rank=rank, transform="dense", weight_scale=weight_scale, act_scale=act_scale
+    )
+    assert spec.width == width
+
+
+def test_group_sizes():
+    whole = tiny_spec()
+    assert (whole.weight_group_size, whole.act_group_size) == (64, 64)
+    grouped = tiny_spec(weight_scale="group", act_scale="pow2", act_group=32)
+    assert (grouped.weight_group_size, grouped.act_group_size) == (16, 32)
+
+
+def test_sixteen_bit_activations_have_no_groups_to_check():
+    assert tiny_spec(act_bits=16, act_scale="group", act_group=60).act_group_size == 64
+
+
+@given(
+    rank=st.sampled_from([0, 8, 16, 64]),
+    block=st.sampled_from([1, 16, 64]),
+    act=st.sampled_from([(4, "token"), (4, "pow2"), (4, "group"), (8, "group"), (16, "token")]),
+    rows=st.lists(st.integers(1, 100), min_size=1, max_size=4),
+)
+def test_round_trip_through_json(rank, block, act, rows):
+    spec = tiny_spec(rank=rank, block=block, act_bits=act[0], act_scale=act[1], rows=rows)
+    assert isinstance(spec.rows, tuple)
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+    assert hash(spec) == hash(QuantSpec.from_dict(spec.to_dict()))
+
+
+def test_an_unknown_field_is_not_swallowed():
+    with pytest.raises(TypeError, match="colour"):
+        QuantSpec.from_dict(tiny_spec().to_dict() | {"colour": "red"})

@@ -1,0 +1,200 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_spec import tiny_spec
+from torch import Tensor
+
+from dirotq.kernels.hadamard import hadamard_matrix
+from dirotq.kernels.transform_quantize import quantize_rows, transform, transform_quantize
+
+FORMATS = {
+    "token4": tiny_spec(),
+    "token8": tiny_spec(act_bits=8),
+    "group4": tiny_spec(act_scale="group"),
+    "group8": tiny_spec(act_scale="group", act_bits=8),
+    "pow2": tiny_spec(act_scale="pow2"),
+}
+every_format = pytest.mark.parametrize("spec", FORMATS.values(), ids=FORMATS)
+POW2_BOUND = 7 * (1 / 0.9 - 1)
+"""Steps that the largest value of a group may lose to the 0.9 clip; more than half of one."""
+
+
+def rows(seed: int, count: int = 8, dim: int = 64) -> Tensor:
+    """Gaussian rows of very different sizes, groups of different sizes within a row."""
+    generator = torch.Generator().manual_seed(seed)
+    gauss = torch.randn(count, dim, generator=generator)
+    of_row = torch.exp(4 * torch.randn(count, 1, generator=generator))
+    of_group = torch.exp(1.5 * torch.randn(count, dim // 16, generator=generator))
+    return gauss * of_row * of_group.repeat_interleave(16, 1)
+
+
+def values(codes: Tensor, scale: Tensor) -> Tensor:
+    """What the codes stand for, float64."""
+    return (codes.double().unflatten(-1, (scale.shape[-1], -1)) * scale.double()[..., None]).flatten(
+        -2
+    )
+
+
+def powers(z: Tensor, group: int) -> Tensor:
+    """Per group of each row, the smallest 2^e in 1/16 ... 1 that is >= 0.9 of its share; [M, K]."""
+    share = 0.9 * z.unflatten(-1, (-1, group)).abs().amax(-1) / z.abs().amax(-1, keepdim=True)
+    ladder = torch.tensor([2.0**-e for e in range(4, -1, -1)])
+    fits = share[..., None] <= ladder
+    return ladder[fits.int().argmax(-1)].repeat_interleave(group, -1)
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from(sorted(FORMATS)))
+def test_codes_stay_in_range_and_within_half_a_step(seed, name):
+    spec, z = FORMATS[name], rows(seed)
+    codes, scale = quantize_rows(z, spec)
+    assert codes.dtype == torch.int8
+    assert scale.dtype == torch.float32
+    assert scale.shape == (len(z), 4 if spec.act_scale == "group" else 1)
+    error = (values(codes, scale) - z.double()).abs()
+    step = scale.double().repeat_interleave(64 // scale.shape[1], 1)
+    if name == "pow2":
+        step = step * 16 * powers(z, 16)
+        assert (error <= step * POW2_BOUND * (1 + 1e-5)).all()
+        clipped = z.abs() > 7 * step
+        assert (error <= step * 0.5 * (1 + 1e-5))[~clipped].all()
+    else:
+        assert codes.abs().max() == (7 if spec.act_bits == 4 else 127)
+        assert (error <= step * 0.5 * (1 + 1e-5)).all()
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_pow2_codes_are_four_bits_shifted_and_exact_in_fp8(seed):
+    z = rows(seed)
+    codes, _ = quantize_rows(z, FORMATS["pow2"])
+    shift = 16 * powers(z, 16)
+    assert (codes % shift == 0).all()
+    assert (codes.abs() / shift <= 7).all()
+    in_fp8 = codes.float().to(torch.float8_e4m3fn).float()
+    assert torch.equal(in_fp8, codes.float())
+
+
+@pytest.mark.parametrize(
+    ("share", "shift"),
+    [(1.0, 16), (0.56, 16), (0.55, 8), (0.28, 8), (0.27, 4), (0.13, 2), (0.06, 1), (1e-6, 1)],
+)
+def test_pow2_takes_the_smallest_power_that_holds_nine_tenths(share, shift):
+    # The row's largest value 112 makes the scale exactly 1, so codes are values on a grid of `shift`.
+    z = torch.zeros(1, 64)
+    z[0, 5] = -112.0
+    z[0, 16:32] = torch.linspace(-1, 1, 16) * share * 112
+    codes, scale = quantize_rows(z, FORMATS["pow2"])
+    assert scale.item() == 1.0
+    assert codes[0, 5] == -112
+    want = (z[0, 16:32].double() / shift).round().clamp(-7, 7) * shift
+    assert codes[0, 16:32].tolist() == want.tolist()
+
+
+def test_known_row():
+    z = torch.tensor([[14.0, -14.0, 2.9, 0.9, 1.0, -3.0]])
+    codes, scale = quantize_rows(z, tiny_spec(dim=6))
+    assert scale.item() == 2.0
+    assert codes.tolist() == [[7, -7, 1, 0, 0, -2]]  # ties go to the even code
+
+
+@every_format
+def test_grid_values_are_fixed_points(spec):
+    codes, scale = quantize_rows(rows(3), spec)
+    again, scale_again = quantize_rows(values(codes, scale).float(), spec)
+    assert torch.equal(again, codes)
+    torch.testing.assert_close(scale_again, scale)
+
+
+@every_format
+def test_each_row_is_on_its_own(spec):
+    z = rows(4)
+    codes, scale = quantize_rows(z, spec)
+    for i in range(len(z)):
+        alone = quantize_rows(z[i : i + 1], spec)
+        assert torch.equal(alone[0], codes[i : i + 1])
+        assert torch.equal(alone[1], scale[i : i + 1])
+
+
+@every_format
+def test_zero_rows_and_zero_groups(spec):
+    z = rows(5)
+    z[2] = 0.0
+    z[3, 16:32] = 0.0
+    codes, scale = quantize_rows(z, spec)
+    assert not codes[2].any()
+    assert not scale[2].any()
+    assert not codes[3, 16:32].any()
+    assert scale.isfinite().all()
+    assert codes[3].any()
+
+
+@every_format
+@pytest.mark.parametrize("size", [1e-45, 1e-40, 1e-32, 1e-29, 1e30, 3e38])
+def test_extreme_sizes_give_finite_codes(spec, size):
+    z = torch.sign(torch.randn(2, 64)) * size
+    codes, scale = quantize_rows(z, spec)
+    assert scale.isfinite().all()
+    # Rows too small to scale are zero; nothing may come out larger than it went in.
+    assert (values(codes, scale).abs() <= z.double().abs() * (1 + 1e-5)).all()
+    if size > 1e-29:
+        assert (codes.abs() == codes.abs().max()).all()
+        assert codes.any()
+
+
+@every_format
+def test_one_huge_outlier_costs_the_others_their_codes_but_nothing_else(spec):
+    z = torch.full((1, 64), 0.5)
+    z[0, 7] = 1e6
+    codes, scale = quantize_rows(z, spec)
+    torch.testing.assert_close(values(codes, scale)[0, 7].item(), 1e6)
+    assert not codes[0, 8:16].any()
+    if spec.act_scale == "group":
+        torch.testing.assert_close(values(codes, scale)[0, 16:], torch.full((48,), 0.5).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_transform_hadamard_projects_out_then_spreads(dtype):
+    spec = tiny_spec(rank=8, block=16)
+    x = torch.randn(2, 5, 64, dtype=torch.float64)
+    p = torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64)).Q
+    h = torch.block_diag(*[hadamard_matrix(16, torch.float64, torch.device("cpu"))] * 4)
+    z, c = transform(x.to(dtype), p, None, spec)
+    assert z.dtype == c.dtype == dtype
+    tolerance = {"atol": 0.1, "rtol": 0} if dtype == torch.bfloat16 else {"atol": 1e-5, "rtol": 0}
+    torch.testing.assert_close(c.double(), x @ p, **tolerance)
+    torch.testing.assert_close(z.double(), (x - x @ p @ p.T) @ h, **tolerance)
+
+
+def test_transform_splits_the_energy():
+    x = torch.randn(5, 64, dtype=torch.float64)
+    p = torch.linalg.qr(torch.randn(64, 8, dtype=torch.float64)).Q
+    z, c = transform(x, p, None, tiny_spec(rank=8, block=64))
+    total = z.square().sum(-1) + c.square().sum(-1)
+    torch.testing.assert_close(total, x.square().sum(-1))
+
+
+def test_transform_dense_is_two_products():
+    spec = tiny_spec(rank=8, transform="dense")
+    x, p, t = torch.randn(5, 64), torch.randn(64, 8), torch.randn(64, 56)
+    z, c = transform(x, p, t, spec)
+    torch.testing.assert_close(z, x @ t)
+    torch.testing.assert_close(c, x @ p)
+
+
+def test_transform_at_rank_zero_and_block_one_is_nothing():
+    x = torch.randn(5, 64)
+    z, c = transform(x, None, None, tiny_spec())
+    assert z is x
+    assert c is None
+
+
+@every_format
+def test_transform_quantize_is_its_two_halves(spec):
+    spec = tiny_spec(rank=8, block=16, act_bits=spec.act_bits, act_scale=spec.act_scale)
+    x, p = torch.randn(6, 64), torch.linalg.qr(torch.randn(64, 8)).Q
+    codes, scale, c = transform_quantize(x, p, None, spec)
+    z, want_c = transform(x, p, None, spec)
+    want_codes, want_scale = quantize_rows(z, spec)
+    assert torch.equal(codes, want_codes)
+    assert torch.equal(scale, want_scale)
+    assert torch.equal(c, want_c)

@@ -1,0 +1,107 @@
+"""The root folders are packages under dirotq, in a checkout and in a wheel, and hide no other."""
+
+import fnmatch
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib import metadata
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tool(root):
+    return tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def run(code, *, cwd, path):
+    env = dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, path)))
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_folder_of_code_is_listed(tool, folders):
+    found = set()
+    for package, folder in folders.items():
+        for path in folder.rglob("*.py"):
+            inner = path.parent.relative_to(folder).parts
+            found.add(".".join((package, *inner)))
+    assert found == set(tool["packages"])
+
+
+def test_package_dir_maps_every_root_folder(tool, folders):
+    assert tool["package-dir"] == {package: folder.name for package, folder in folders.items()}
+
+
+def test_every_data_file_is_shipped(tool, folders):
+    for package in ("dirotq.conf", "dirotq.assets"):
+        folder, patterns = folders[package], tool["package-data"][package]
+        for path in folder.rglob("*"):
+            if path.is_dir() or path.suffix == ".py" or "__pycache__" in path.parts:
+                continue
+            name = path.relative_to(folder).as_posix()
+            shipped = any(fnmatch.fnmatch(f"/{name}", f"/{p}".replace("/**", "")) for p in patterns)
+            assert shipped, f"{package}: {name} matches none of {patterns}"
+
+
+def test_kernels_has_no_init(root):
+    """With one, ``import kernels`` in a checkout would find ours instead of Hugging Face's."""
+    assert not (root / "kernels" / "__init__.py").exists()
+
+
+def test_an_installed_package_called_kernels_wins(root, tmp_path):
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    found = run("import kernels; print(kernels.__file__)", cwd=root, path=[root, tmp_path])
+    assert found == str(tmp_path / "kernels" / "__init__.py")
+
+
+def test_hugging_face_packages_import_from_the_root(root):
+    code = "import diffusers; from diffusers import FluxPipeline; print(diffusers.__file__)"
+    assert "site-packages" in run(code, cwd=root, path=[root])
+    try:
+        metadata.version("kernels")
+    except metadata.PackageNotFoundError:
+        return
+    assert "site-packages" in run("import kernels; print(kernels.__file__)", cwd=root, path=[root])
+
+
+def test_imports_from_any_working_folder(root, tmp_path):
+    code = "import dirotq.pipeline, dirotq.conf, dirotq.kernels; print(dirotq.pipeline.__file__)"
+    assert run(code, cwd=tmp_path, path=[root]) == str(root / "pipeline" / "__init__.py")
+
+
+@pytest.mark.slow
+def test_wheel_holds_everything(root, tool, folders, tmp_path):
+    """Built from a copy, imported alone: the checkout must not be needed."""
+    if int(metadata.version("setuptools").split(".")[0]) < 77:
+        pytest.skip("building needs setuptools >= 77")
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns("__pycache__")
+    for folder in folders.values():
+        shutil.copytree(folder, source / folder.name, ignore=skip)
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(root / name, source / name)
+    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
+    wheel = source / run(build, cwd=source, path=[]).splitlines()[-1]
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    site = tmp_path / "site"
+    shutil.rmtree(source)
+    code = (
+        "import dirotq, dirotq.pipeline.cli as c, dirotq.kernels.pack_int4 as k; print(c.__file__)"
+    )
+    assert run(code, cwd=tmp_path, path=[site]) == str(site / "dirotq" / "pipeline" / "cli.py")
+    top = {path.name for path in site.iterdir()}
+    assert {name for name in top if not name.endswith(".dist-info")} == {"dirotq"}
+    compose = (
+        "from dirotq.pipeline.config import compose_config\n"
+        "print(compose_config([], 'dirotq.conf').pipeline.keys() >= {'capture', 'validate'})"
+    )
+    assert run(compose, cwd=tmp_path, path=[site]) == "True"

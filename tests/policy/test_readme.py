@@ -1,0 +1,63 @@
+"""Commands in the documents exist: make targets, verbs, overrides, files."""
+
+import re
+import shlex
+
+import pytest
+
+from dirotq.pipeline import cli
+from dirotq.pipeline.config import compose_config
+
+DOCUMENTS = ["README.md", "CONTRIBUTING.md", "artifacts/README.md", "docs/quality.md"]
+
+
+def commands(root):
+    """(document, command) of every line in a shell block, and of every `make ...` in the text."""
+    for name in filter(lambda name: (root / name).is_file(), DOCUMENTS):
+        text = (root / name).read_text()
+        for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if command := line.removeprefix("$ ").partition("  #")[0].strip():
+                    yield name, command
+        for command in re.findall(r"`((?:make|dirotq) [^`\n]*)`", text):
+            yield name, command
+
+
+def pytest_generate_tests(metafunc):
+    if "command" in metafunc.fixturenames:
+        found = sorted(set(commands(metafunc.config.rootpath)))
+        metafunc.parametrize(("document", "command"), found, ids=[f"{d}: {c}" for d, c in found])
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_document_exists(root, name):
+    assert (root / name).is_file()
+
+
+def test_command_exists(document, command, root):
+    if "<" in command or "..." in command or "[" in command.split(" ")[-1][:1]:
+        pytest.skip("a pattern, not a command")
+    words = [word for word in shlex.split(command) if word]
+    if "MODEL=FOLDER" in words or "model=FOLDER" in words:
+        pytest.skip("needs a folder of the reader's")
+    if words[0] == "make":
+        variables = dict(word.split("=", 1) for word in words[1:] if "=" in word)
+        targets = [word for word in words[1:] if "=" not in word]
+        phony = re.search(r"^\.PHONY: (.*)$", (root / "Makefile").read_text(), re.MULTILINE)
+        assert set(targets) <= set(phony[1].split())
+        if {"compress", "plan"} & set(targets):
+            model = variables.get("MODEL", "tiny_flux")
+            compose_config([f"model={model}", *shlex.split(variables.get("ARGS", ""))], cli.CONFIG)
+    elif words[0] == "dirotq":
+        assert f"\n  {words[1]} " in cli.USAGE, f"{words[1]} is no verb"
+        multirun = {"-m", "--multirun"} & set(words)
+        if words[1] in ("compress", "plan") and not multirun:
+            compose_config(words[2:], cli.CONFIG)
+    elif words[0] in ("python", "python3") and words[1:2] and words[1].endswith(".py"):
+        assert (root / words[1]).is_file()
+
+
+def test_the_readme_is_short_and_starts_with_two_commands(root):
+    text = (root / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert "make compress" in text

@@ -1,0 +1,158 @@
+"""A random FLUX pipeline small enough to run the whole line in seconds, and that line itself.
+
+The folder is what `save_pretrained` writes. Nothing in it is zero: modulators and the last layer
+are random too (a zero modulator would hide every error behind a closed gate), and a few input
+channels are outliers, as in trained models.
+"""
+
+import functools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FluxPipeline, FluxTransformer2DModel
+from torch import nn
+
+from dirotq.assets import tiny_flux
+from dirotq.models.source import DiffusersModel
+from dirotq.pipeline import dag
+from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.config import Line, build, compose_config
+from dirotq.prompts import PromptSet
+
+CAPTIONS = ("a large red circle at the top left", "two small blue stars", "a green square", "dots")
+WIDTH = 64
+TEXT = 192
+POOLED = 128
+CALL = {
+    "num_inference_steps": 3,
+    "guidance_scale": 0.0,
+    "height": 32,
+    "width": 32,
+    "max_sequence_length": 8,
+}
+METHODS = ("dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups")
+"""Methods of conf/method, and ``groups``: the default one with group scales on both sides."""
+
+LINE = (
+    "capture.batch=2",
+    "capture.rows=64",
+    "rank.r=16",
+    "validate.batch=2",
+    "validate.pairs=2",
+    "prompts.calibration.count=6",
+    "prompts.heldout.start=6",
+    "prompts.heldout.count=2",
+    "device=cpu",
+)
+
+
+def build_transformer(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
+    """One double-stream and one single-stream block, every weight random, in float32."""
+    config: dict[str, Any] = {
+        "patch_size": 1,
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": WIDTH // 32,
+        "joint_attention_dim": TEXT,
+        "pooled_projection_dim": POOLED,
+        "guidance_embeds": False,
+        "axes_dims_rope": (8, 12, 12),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        transformer = FluxTransformer2DModel(**config | changes)
+        with torch.no_grad():
+            for name, module in transformer.named_modules():
+                if isinstance(module, nn.Linear):
+                    gain = 0.3 if "norm" in name else 1.0
+                    nn.init.normal_(module.weight, std=gain * module.in_features**-0.5)
+                    nn.init.normal_(module.bias, std=0.05)
+            for name, parameter in transformer.named_parameters():
+                if name.endswith("norm1.linear.weight"):
+                    parameter[-3:] *= 8  # outlier channels of the feed-forward's input
+    return transformer.eval()
+
+
+@functools.cache
+def model_folder(root: Path) -> Path:
+    """The pipeline's folder under ``root``, written once per process."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        clip, t5 = tiny_flux.train_tokenizers(CAPTIONS)
+        autoencoder = tiny_flux.build_autoencoder()
+        autoencoder.register_to_config(shift_factor=0.0, scaling_factor=1.0)
+        pipeline = FluxPipeline(
+            scheduler=tiny_flux.build_scheduler(1.0),
+            vae=autoencoder.eval(),
+            text_encoder=tiny_flux.build_clip(clip).eval(),
+            tokenizer=clip,
+            text_encoder_2=tiny_flux.build_t5(t5).eval(),
+            tokenizer_2=t5,
+            transformer=build_transformer(),
+        )
+    folder = root / "model"
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    (folder / "generation.json").write_text(json.dumps(CALL))
+    return folder
+
+
+@functools.cache
+def prompt_file(root: Path) -> Path:
+    """Eight prompts as JSONL."""
+    rows = [{"prompt": CAPTIONS[i % len(CAPTIONS)], "seed": 100 + i} for i in range(8)]
+    file = root / "prompts.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def model(folder: Path, **call: float | int | None) -> DiffusersModel:
+    return DiffusersModel(path=str(folder), call=call)
+
+
+def prompts(file: Path, start: int = 0, count: int = 6) -> PromptSet:
+    return PromptSet(path=str(file), start=start, count=count)
+
+
+def overrides(folder: Path, file: Path, store: Path, *more: str) -> list[str]:
+    """What `dirotq compress` would be told to run the tiny line; ``method=groups`` is understood."""
+    method = [o for o in more if o.startswith("method=")]
+    rest = [o for o in more if not o.startswith("method=")]
+    if method == ["method=groups"]:
+        method = ["method.weight_scale=group", "method.act_scale=group"]
+    where = [
+        f"model={folder}",
+        f"prompts.calibration.path={file}",
+        f"prompts.heldout.path={file}",
+        f"store={store}",
+    ]
+    return [*where, *LINE, *method, *rest]
+
+
+def line(folder: Path, file: Path, store: Path, *more: str) -> Line:
+    """The configured line of the real config tree on the tiny model."""
+    return build(compose_config(overrides(folder, file, store, *more), "dirotq.conf"))
+
+
+def run(built: Line) -> dict[str, Artifact]:
+    """Run it; {stage: artifact}."""
+    outcomes = dag.run(built.steps, built.store, built.executor)
+    return {name: outcome.artifact for name, outcome in outcomes.items()}
+
+
+def stage(built: Line, name: str) -> Any:
+    """One stage object of a line."""
+    return next(step.stage for step in built.steps if step.name == name)
+
+
+def tree_bytes(folder: Path) -> Mapping[str, bytes]:
+    """Every file below ``folder`` with its content."""
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes()
+        for p in sorted(folder.rglob("*"))
+        if p.is_file()
+    }

@@ -1,0 +1,27 @@
+"""A packed linear with random content."""
+
+import torch
+
+from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.pack_int4 import pack_int4
+from dirotq.kernels.spec import QuantSpec
+
+
+def packed(spec: QuantSpec, *, bias: bool = True, seed: int = 0) -> QuantLinear:
+    """Random codes and scales, an orthonormal basis (and rotation) rounded to bf16."""
+    generator = torch.Generator().manual_seed(seed)
+    module = QuantLinear(spec, bias=bias)
+    shape = (spec.outputs, spec.width)
+    codes = torch.randint(-7, 8, shape, generator=generator, dtype=torch.int8)
+    vectors = torch.linalg.qr(torch.randn(spec.dim, spec.dim, generator=generator)).Q
+    content = {
+        "qweight": pack_int4(codes),
+        "wscale": torch.rand(module.wscale.shape, generator=generator) * 0.1 + 0.01,
+        "bias": torch.randn(spec.outputs, generator=generator),
+        "wp": torch.randn(spec.outputs, spec.rank, generator=generator),
+        "basis": vectors[:, spec.dim - spec.rank :],
+        "rotation": vectors[:, : spec.width],
+    }
+    for name, buffer in module.named_buffers():
+        buffer.copy_(content[name])
+    return module
