@@ -5,14 +5,13 @@ VENV ?= .venv
 MODEL ?= tiny_flux
 ARGS ?=
 SWEEP ?= rank.r=8,16,32
-OP ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test check bench versions clean
+.PHONY: help setup compress plan sweep test check bench bench-bits bench-quality versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -45,8 +44,13 @@ check: $(STAMP) .links ## formatting, lint, types, import contracts
 	cd .links && $(abspath $(BIN))/mypy --config-file ../pyproject.toml --package dirotq
 	cd .links && $(abspath $(BIN))/lint-imports --config ../pyproject.toml --no-logo
 
-bench: $(STAMP) ## time the kernels: OP=w4a4_linear, or all
-	$(BIN)/python -m dirotq.kernels.bench $(OP) $(ARGS)
+bench: bench-bits bench-quality ## every table of docs/: bits per parameter, quality of each method
+
+bench-bits: $(STAMP)
+	@$(BIN)/python benchmarks/bits.py $(ARGS)
+
+bench-quality: $(STAMP)
+	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 versions: $(STAMP) ## record the code of the stages after bumping a version
 	PYTHONPATH=tests/support $(BIN)/python -m stage_versions

@@ -1,6 +1,6 @@
-"""`make bench-quality`: every method through the whole line on tiny-flux, as a table for docs/quality.md.
+"""`make bench-quality`: every method through the whole line on tiny-flux, as a table.
 
-usage: python benchmarks/quality.py [--prompts 64] [--out docs/quality-tiny-flux.md] [overrides...]
+usage: python benchmarks/quality.py [--prompts 64] [--out FILE.md] [overrides...]
 """
 
 import argparse
@@ -46,7 +46,7 @@ def table(reports: Mapping[str, Mapping[str, Any]], overrides: str) -> str:
     first = next(iter(reports.values()))
     lines = [
         f"<!-- written by `make bench-quality ARGS='{overrides}'` -->",
-        "| method (activations/weights) | PSNR, dB | against rtn, 95 % | SSIM | attributes | bits |",
+        "| method (activations/weights) | PSNR, dB | vs rtn, 95 % | SSIM | attributes | bits |",
         "|---|---|---|---|---|---|",
     ]
     for name, report in reports.items():
@@ -60,15 +60,15 @@ def table(reports: Mapping[str, Mapping[str, Any]], overrides: str) -> str:
     lines += [
         f"| 16 bit | | | | {original:.2%} | 16 |",
         "",
-        f"{len(first['images'])} held-out captions, 20 steps, against the 16-bit images of the same "
-        f"noise. {first['device']}; torch {torch.__version__}, Python {platform.python_version()}; "
-        f"{today}.",
+        f"{len(first['images'])} held-out captions, 20 steps, against the 16-bit images of the "
+        f"same noise. {first['device']}; torch {torch.__version__}, "
+        f"Python {platform.python_version()}; {today}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _gain(report: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """Mean paired PSNR difference with its 95 % bootstrap interval (10,000 resamples, seeded)."""
+    """Mean paired PSNR difference, 95 % bootstrap interval (10,000 resamples, seeded)."""
     pairs = zip(report["images"], base["images"], strict=True)
     gain = torch.tensor([a["psnr"] - b["psnr"] for a, b in pairs])
     if not gain.any():

@@ -44,7 +44,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "Di
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep diffusers' and transformers' loading bars and notices off the screen; errors still show."""
+    """Keep diffusers' and transformers' loading bars and notices off the screen."""
     import diffusers
     import transformers
 

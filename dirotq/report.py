@@ -8,6 +8,7 @@ from typing import Any
 
 import jinja2
 import numpy as np
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -47,11 +48,22 @@ def write_report(
     path.write_text(page)
 
 
+def write_pairs(path: Path, want: Tensor, got: Tensor) -> None:
+    """One PNG with the 16-bit images in the upper row and the packed ones below them."""
+    rows = [torch.cat(list(images), 2) for images in (want, got)]
+    _picture(torch.cat(rows, 1)).save(path)
+
+
+def _picture(image: Tensor) -> Image.Image:
+    """[3, H, W] in [0, 1] as an 8-bit picture."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+    return Image.fromarray(pixels)
+
+
 def _png(image: Tensor) -> str:
     """[3, H, W] in [0, 1] as a data URL."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
+    _picture(image).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
@@ -82,14 +94,14 @@ def _depth(sites: Sequence[Mapping[str, Any]]) -> str:
 
 def _bytes(size: Mapping[str, int]) -> str:
     """Where the packed transformer's bytes are."""
-    figure, axes = _figure(height=1.5)
+    figure, axes = _figure(height=1.7)
     parts = {k: v for k, v in size.items() if k not in ("total", "original") and v}
     left = 0.0
     for name, count in parts.items():
         axes.barh(0, count / 1e6, left=left, label=f"{name} {count / 1e6:.2f}")
         left += count / 1e6
     axes.set(yticks=[], xlabel=f"MB (original {size['original'] / 1e6:.2f})")
-    axes.legend(ncols=3, fontsize=7, loc="upper center", bbox_to_anchor=(0.5, 1.55))
+    figure.legend(ncols=6, fontsize=7, loc="outside upper center", frameon=False)
     return _svg(figure)
 
 

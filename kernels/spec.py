@@ -1,6 +1,7 @@
 """How one site is quantized: what the plan decides, the config stores and the runtime obeys."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -80,7 +81,7 @@ class QuantSpec:
         if self.transform == "hadamard":
             return self.dim
         # A dense rotation keeps d - r channels; zero columns fill its last group (2: one byte).
-        step = max(self._group("weight"), self._group("act"), 2)
+        step = math.lcm(2, *(g for g in (self._group("weight"), self._group("act")) if g))
         return -(-(self.dim - self.rank) // step) * step
 
     @property
@@ -90,17 +91,19 @@ class QuantSpec:
     @property
     def weight_group_size(self) -> int:
         """Columns that share a weight scale: the group, or the whole row."""
-        return self._group("weight") or self.width
+        group = self._group("weight")
+        return self.width if group is None else group
 
     @property
     def act_group_size(self) -> int:
         """Channels that share an activation scale: the group, or the whole row."""
-        return self._group("act") or self.width
+        group = self._group("act")
+        return self.width if group is None else group
 
-    def _group(self, side: str) -> int:
+    def _group(self, side: str) -> int | None:
         whole_row = getattr(self, f"{side}_scale") in ("channel", "token")
         if whole_row or (side == "act" and self.act_bits == 16):
-            return 0
+            return None
         return int(getattr(self, f"{side}_group"))
 
     def to_dict(self) -> dict[str, Any]:

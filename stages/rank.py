@@ -60,8 +60,10 @@ class ChooseRank:
     def run(self, out: Path, *, basis: Artifact) -> Mapping[str, float]:
         plan = []
         for site in self.model.sites():
-            rank, why = 0, f"{self.method.name} protects nothing here"
-            if self._protects(site):
+            rank, why = 0, f"method {self.method.name} protects no direction"
+            if site.kind == "modulator":
+                why = "modulator: one row per image, so 16-bit activations cost nothing"
+            elif self._protects(site):
                 variances = load_site(basis.file(f"sites/{site_file(site.name)}"))["variances"]
                 rank, why = self._rank(variances)
             spec = self.method.spec(site, rank)

@@ -27,7 +27,7 @@ from dirotq.pipeline.stage import untracked
 from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
 from dirotq.prompts import Prompt, PromptSet
-from dirotq.report import write_report
+from dirotq.report import write_pairs, write_report
 from dirotq.tensors import load_site, read_array, site_file
 
 
@@ -40,8 +40,8 @@ class Validate:
                 beyond rounding
     ``pairs``   image pairs shown in the report
 
-    Writes ``report.json`` (every number, per image and per site) and ``report.html`` (one file,
-    nothing to fetch).
+    Writes ``report.json`` (every number, per image and per site), ``report.html`` (one file,
+    nothing to fetch) and ``pairs.png``.
     """
 
     version: ClassVar[str] = "1"
@@ -97,6 +97,8 @@ class Validate:
         }
         shown = slice(0, self.pairs)
         write_report(out / "report.html", report, spectra, want[shown], got[shown])
+        if self.pairs:
+            write_pairs(out / "pairs.png", want[shown], got[shown])
         return metrics
 
     def _images(self, pipe: Any, prompts: Sequence[Prompt], what: str) -> tuple[Tensor, float]:

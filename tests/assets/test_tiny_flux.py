@@ -20,7 +20,8 @@ from dirotq.assets.tiny_flux import (
     save_pipeline,
     train_tokenizers,
 )
-from dirotq.assets.train_diffusion import tokenize, untrained
+from dirotq.assets.train_diffusion import untrained
+from dirotq.assets.training_pool import tokenize
 from dirotq.models.attribute_reader import AttributeReader, caption_accuracy
 
 HOME = Path(dirotq.assets.__file__).parent

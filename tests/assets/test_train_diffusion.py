@@ -4,15 +4,18 @@ import torch
 from torch import Tensor
 
 from dirotq.assets.captions import captions_of
+from dirotq.assets.color_roles import color_roles
 from dirotq.assets.scenes import sample_scenes
 from dirotq.assets.schedule import set_rate, timed_steps
 from dirotq.assets.tiny_flux import train_tokenizers
-from dirotq.assets.train_diffusion import Pool, swapped, tokenize, train_diffusion, untrained
+from dirotq.assets.train_diffusion import swapped, train_diffusion, untrained
+from dirotq.assets.training_pool import Pool, tokenize
 
 
 def test_a_few_steps_train_every_network() -> None:
     torch.manual_seed(0)
-    captions = captions_of(sample_scenes(300, torch.Generator().manual_seed(1)), seed=1)
+    scenes = sample_scenes(300, torch.Generator().manual_seed(1))
+    captions = captions_of(scenes, seed=1)
     tokenizers = train_tokenizers(captions)
     networks = untrained(tokenizers)
     before = [p.detach().clone() for p in networks.parameters()]
@@ -21,6 +24,8 @@ def test_a_few_steps_train_every_network() -> None:
         latents=torch.randn(4, 4, 8, 8).bfloat16(),
         clip_ids=torch.from_numpy(clip_ids),
         t5_ids=torch.from_numpy(t5_ids),
+        roles=torch.from_numpy(color_roles(scenes[:4].numpy(), t5_ids, tokenizers[1])),
+        ordered=torch.tensor([2]),
     )
     checkpoints: list[Tensor] = []
     report = train_diffusion(
@@ -30,11 +35,13 @@ def test_a_few_steps_train_every_network() -> None:
         batch=2,
         peak_rate=1e-3,
         warmup=1,
+        emphasis=0.5,
         compiled=False,
         checkpoint=lambda: checkpoints.append(networks.transformer.proj_out.weight.clone()),
         checkpoint_every=2,
     )
     assert report["steps"] > 2
+    assert 0 < report["role_accuracy"] <= 1
     assert len(checkpoints) == 1
     moved = [not torch.equal(a, b) for a, b in zip(before, networks.parameters(), strict=True)]
     assert sum(moved) / len(moved) > 0.9

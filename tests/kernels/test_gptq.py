@@ -30,7 +30,7 @@ def loss(w: Tensor, codes: Tensor, scale: Tensor, s: Tensor) -> Tensor:
 
 
 def one_column_at_a_time(w: Tensor, s: Tensor, scale: Tensor) -> Tensor:
-    """The textbook: after each column, the optimal update of all that follow, by a fresh inverse."""
+    """The textbook: after each column the optimal update of all later ones, by a fresh inverse."""
     order = s.diagonal().argsort(descending=True, stable=True)
     hessian = s[order][:, order]
     hessian = hessian + DAMPING * hessian.diagonal().mean() * torch.eye(len(s), dtype=s.dtype)
@@ -168,4 +168,6 @@ def test_escalation_is_bounded(entry):
 def test_a_site_without_any_signal_is_an_error():
     w = weights(10)
     with pytest.raises(FactorizationError, match="mean diagonal 0"):
-        gptq(w, torch.zeros(K, K, dtype=torch.float64), weight_scales(w, 1, clip=False), damping=0.1)
+        gptq(
+            w, torch.zeros(K, K, dtype=torch.float64), weight_scales(w, 1, clip=False), damping=0.1
+        )

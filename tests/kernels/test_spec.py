@@ -31,6 +31,7 @@ from dirotq.kernels.spec import QuantSpec
             r"activation group 60 does not divide the 64 channels.*use one of \[16, 32, 64\]",
         ),
         ({"act_scale": "group", "act_group": -16}, "activation group -16 does not divide"),
+        ({"weight_scale": "group", "weight_group": 0}, "weight group 0 does not divide"),
     ],
     ids=lambda value: None if isinstance(value, str) else "-".join(map(str, value.values())),
 )
@@ -57,10 +58,18 @@ def test_hadamard_keeps_every_channel():
     ],
 )
 def test_dense_keeps_the_rest_filled_up_to_whole_groups(rank, weight_scale, act_scale, width):
-    spec = tiny_spec(
-        rank=rank, transform="dense", weight_scale=weight_scale, act_scale=act_scale
-    )
+    spec = tiny_spec(rank=rank, transform="dense", weight_scale=weight_scale, act_scale=act_scale)
     assert spec.width == width
+
+
+def test_dense_fills_groups_of_both_sides():
+    spec = tiny_spec(transform="dense", weight_scale="group", act_scale="group", act_group=24)
+    assert spec.width == 96  # a multiple of 16 and of 24
+
+
+def test_dense_needs_something_to_rotate():
+    with pytest.raises(ValueError, match="rank 64 leaves no channel"):
+        tiny_spec(transform="dense", rank=64)
 
 
 def test_group_sizes():

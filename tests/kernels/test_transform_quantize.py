@@ -31,9 +31,9 @@ def rows(seed: int, count: int = 8, dim: int = 64) -> Tensor:
 
 def values(codes: Tensor, scale: Tensor) -> Tensor:
     """What the codes stand for, float64."""
-    return (codes.double().unflatten(-1, (scale.shape[-1], -1)) * scale.double()[..., None]).flatten(
-        -2
-    )
+    return (
+        codes.double().unflatten(-1, (scale.shape[-1], -1)) * scale.double()[..., None]
+    ).flatten(-2)
 
 
 def powers(z: Tensor, group: int) -> Tensor:
@@ -79,7 +79,7 @@ def test_pow2_codes_are_four_bits_shifted_and_exact_in_fp8(seed):
     [(1.0, 16), (0.56, 16), (0.55, 8), (0.28, 8), (0.27, 4), (0.13, 2), (0.06, 1), (1e-6, 1)],
 )
 def test_pow2_takes_the_smallest_power_that_holds_nine_tenths(share, shift):
-    # The row's largest value 112 makes the scale exactly 1, so codes are values on a grid of `shift`.
+    # The row's largest value 112 makes the scale 1: codes are the values, on a grid of `shift`.
     z = torch.zeros(1, 64)
     z[0, 5] = -112.0
     z[0, 16:32] = torch.linspace(-1, 1, 16) * share * 112

@@ -5,22 +5,27 @@ are random too (a zero modulator would hide every error behind a closed gate), a
 channels are outliers, as in trained models.
 """
 
+import dataclasses
 import functools
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+import zarr
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from torch import nn
+from hydra.utils import instantiate
+from torch import Tensor, nn
 
 from dirotq.assets import tiny_flux
-from dirotq.models.source import DiffusersModel
 from dirotq.pipeline import dag
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line, build, compose_config
-from dirotq.prompts import PromptSet
+from dirotq.pipeline.store import ArtifactStore
+from dirotq.plan import Method
+from dirotq.tensors import read_array, write_rows
 
 CAPTIONS = ("a large red circle at the top left", "two small blue stars", "a green square", "dots")
 WIDTH = 64
@@ -74,7 +79,7 @@ def build_transformer(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
                     nn.init.normal_(module.bias, std=0.05)
             for name, parameter in transformer.named_parameters():
                 if name.endswith("norm1.linear.weight"):
-                    parameter[-3:] *= 8  # outlier channels of the feed-forward's input
+                    parameter[-3:] *= 8  # the last gates: outlier channels of the residual stream
     return transformer.eval()
 
 
@@ -110,32 +115,29 @@ def prompt_file(root: Path) -> Path:
     return file
 
 
-def model(folder: Path, **call: float | int | None) -> DiffusersModel:
-    return DiffusersModel(path=str(folder), call=call)
+def method(name: str, **changes: Any) -> Method:
+    """A method of the config tree (or ``groups``), with fields replaced."""
+    chosen = compose_config(_method_overrides(name), "dirotq.conf").method
+    return dataclasses.replace(instantiate(chosen), **changes)
 
 
-def prompts(file: Path, start: int = 0, count: int = 6) -> PromptSet:
-    return PromptSet(path=str(file), start=start, count=count)
-
-
-def overrides(folder: Path, file: Path, store: Path, *more: str) -> list[str]:
-    """What `dirotq compress` would be told to run the tiny line; ``method=groups`` is understood."""
-    method = [o for o in more if o.startswith("method=")]
-    rest = [o for o in more if not o.startswith("method=")]
-    if method == ["method=groups"]:
-        method = ["method.weight_scale=group", "method.act_scale=group"]
-    where = [
-        f"model={folder}",
+def overrides(root: Path, store: Path, *more: str) -> list[str]:
+    """What ``dirotq compress`` would be told; ``method=groups`` is understood here only."""
+    file = prompt_file(root)
+    return [
+        f"model={model_folder(root)}",
         f"prompts.calibration.path={file}",
         f"prompts.heldout.path={file}",
         f"store={store}",
+        *LINE,
+        *(o for o in more if not o.startswith("method=")),
+        *(m for o in more if o.startswith("method=") for m in _method_overrides(o[7:])),
     ]
-    return [*where, *LINE, *method, *rest]
 
 
-def line(folder: Path, file: Path, store: Path, *more: str) -> Line:
-    """The configured line of the real config tree on the tiny model."""
-    return build(compose_config(overrides(folder, file, store, *more), "dirotq.conf"))
+def configured(root: Path, store: Path, *more: str) -> Line:
+    """The line that the real config tree makes of the tiny pipeline."""
+    return build(compose_config(overrides(root, store, *more), "dirotq.conf"))
 
 
 def run(built: Line) -> dict[str, Artifact]:
@@ -149,6 +151,33 @@ def stage(built: Line, name: str) -> Any:
     return next(step.stage for step in built.steps if step.name == name)
 
 
+def run_stage(stage: Any, out: Path, **inputs: Artifact) -> dict[str, float]:
+    """Run one stage into a folder of its own, outside of any store; its metrics."""
+    out.mkdir(parents=True, exist_ok=True)
+    return dict(stage.run(out, **inputs))
+
+
+def publish(store: Path, stage: str, write: Callable[[Path], None]) -> Artifact:
+    """An artifact with whatever ``write`` puts into its data folder."""
+    with ArtifactStore(store).create(stage, {"made": "by a test"}) as draft:
+        write(draft.data)
+    assert draft.artifact is not None
+    return draft.artifact
+
+
+def with_moment(
+    capture: Artifact, store: Path, site: str, change: Callable[[Tensor], Tensor]
+) -> Artifact:
+    """A capture artifact like ``capture``, the second moment of one site changed."""
+
+    def write(data: Path) -> None:
+        shutil.copytree(capture.data, data, dirs_exist_ok=True)
+        group = zarr.open_group(data / "moments.zarr", mode="r+")
+        write_rows(group, site, 0, change(read_array(group, site)))
+
+    return publish(store, "capture", write)
+
+
 def tree_bytes(folder: Path) -> Mapping[str, bytes]:
     """Every file below ``folder`` with its content."""
     return {
@@ -156,3 +185,9 @@ def tree_bytes(folder: Path) -> Mapping[str, bytes]:
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     }
+
+
+def _method_overrides(name: str) -> list[str]:
+    if name == "groups":
+        return ["method.weight_scale=group", "method.act_scale=group"]
+    return [f"method={name}"]

@@ -1,0 +1,68 @@
+import json
+import shutil
+
+import pytest
+import torch
+from tiny_line import CALL, CAPTIONS
+
+import dirotq
+from dirotq.errors import ArtifactError
+from dirotq.kernels.linear import QuantLinear
+
+
+def image(pipe) -> torch.Tensor:
+    noise = torch.Generator("cpu").manual_seed(1)
+    return pipe(CAPTIONS[0], generator=noise, output_type="pt", **CALL).images.float()
+
+
+def test_artifact_and_model_folder_are_the_same_pipeline(finished):
+    by_artifact = dirotq.load(finished["pack"].path)
+    by_folder = dirotq.load(str(finished["pack"].data / "model"), device="cpu")
+    assert torch.equal(image(by_artifact), image(by_folder))
+    assert any(isinstance(m, QuantLinear) for m in by_folder.transformer.modules())
+
+
+def test_the_folder_may_be_moved(finished, tmp_path):
+    moved = shutil.copytree(finished["pack"].data / "model", tmp_path / "anywhere else")
+    assert torch.equal(image(dirotq.load(moved)), image(dirotq.load(finished["pack"].path)))
+
+
+def test_dtype_is_that_of_the_sixteen_bit_parts(finished):
+    default = dirotq.load(finished["pack"].path, device="cpu")
+    assert default.transformer.x_embedder.weight.dtype == torch.float32
+    half = dirotq.load(finished["pack"].path, device="cpu", dtype=torch.bfloat16)
+    assert half.transformer.x_embedder.weight.dtype == torch.bfloat16
+    assert half.vae.decoder.conv_in.weight.dtype == torch.bfloat16
+    close = (image(half) - image(default)).abs().max()
+    assert 0 < close < 0.1
+
+
+def test_a_pipeline_that_is_not_packed(folder):
+    with pytest.raises(ArtifactError, match=r"not packed by DiRotQ.*dirotq compress model="):
+        dirotq.load(folder)
+
+
+@pytest.mark.parametrize("missing", ["model_index.json", "transformer/config.json", "."])
+def test_no_packed_pipeline(packed_folder, missing):
+    if missing == ".":
+        shutil.rmtree(packed_folder)
+    else:
+        (packed_folder / missing).unlink()
+    with pytest.raises(ArtifactError, match="holds no packed pipeline"):
+        dirotq.load(packed_folder)
+
+
+def test_another_quantizer(packed_folder):
+    file = packed_folder / "transformer" / "config.json"
+    config = json.loads(file.read_text())
+    config["quantization_config"]["quant_method"] = "gguf"
+    file.write_text(json.dumps(config))
+    with pytest.raises(ArtifactError, match=r"not packed by DiRotQ \(quant_method 'gguf'\)"):
+        dirotq.load(packed_folder)
+
+
+def test_loading_needs_no_pickle(packed_folder):
+    for weights in packed_folder.glob("vae/*.safetensors"):
+        weights.rename(weights.with_suffix(".bin"))
+    with pytest.raises((OSError, ArtifactError), match="safetensors"):
+        dirotq.load(packed_folder)

@@ -1,0 +1,81 @@
+import dataclasses
+import json
+
+import pytest
+from tiny_line import METHODS, method
+
+from dirotq.errors import ConfigError
+from dirotq.models.family import Site
+from dirotq.plan import Method, SitePlan, read_plan, write_plan
+
+BLOCK = Site("a.qkv", ("a.q", "a.k", "a.v"), 96, (8, 8, 16), "block", True)
+MODULATOR = Site("a.norm.linear", ("a.norm.linear",), 64, (384,), "modulator", True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_plan_round_trip(name, tmp_path):
+    used = dataclasses.replace(method(name), weight_group=32, act_group=32)
+    plan = [
+        SitePlan(site, used.spec(site, 16), used.rounding, used.weight_clip, "because")
+        for site in (BLOCK, MODULATOR)
+    ]
+    write_plan(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path / "plan.json") == plan
+    assert json.loads((tmp_path / "plan.json").read_text())[0]["site"]["name"] == "a.qkv"
+
+
+def test_a_block_takes_the_method_and_the_largest_hadamard_block_that_fits():
+    spec = method("dirotq", act_group=32).spec(BLOCK, 16)
+    assert (spec.dim, spec.rows, spec.rank, spec.block) == (96, (8, 8, 16), 16, 32)
+    assert (spec.transform, spec.act_bits, spec.act_scale) == ("hadamard", 4, "pow2")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_modulator_is_w4a16_in_groups_and_never_rotated(name):
+    spec = method(name).spec(MODULATOR, 16)
+    assert (spec.rank, spec.transform, spec.block) == (0, "hadamard", 1)
+    assert (spec.act_bits, spec.weight_scale, spec.weight_group) == (16, "group", 64)
+
+
+def test_modulators_may_stay_in_sixteen_bits():
+    assert method("dirotq", modulator_group=None).spec(MODULATOR, 0) is None
+    assert method("dirotq", modulator_group=None, act_group=32).spec(BLOCK, 0) is not None
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"site a\.qkv, method dirotq: activation group 64 does not divide the 96"),
+        ({"weight_scale": "group", "weight_group": 40}, r"site a\.qkv.*weight group 40"),
+        ({"act_bits": 8}, r"site a\.qkv.*8-bit activations with power-of-two groups"),
+    ],
+)
+def test_formats_that_do_not_fit_name_the_site(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        method("dirotq", **changes).spec(BLOCK, 16)
+
+
+def test_a_rank_above_the_channels_names_the_site():
+    with pytest.raises(ConfigError, match=r"site a\.qkv.*rank 104 is not in 0 \.\.\. 96"):
+        method("dirotq").spec(BLOCK, 104)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounding": "up"}, r"method\.rounding='up' is unknown; use 'gptq' or 'nearest'"),
+        ({"block": 0}, r"method\.block=0 is not a power of two"),
+        ({"block": 96}, r"method\.block=96 is not a power of two"),
+    ],
+)
+def test_methods_are_checked_when_built(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        method("dirotq", **changes)
+
+
+def test_methods_of_the_config_tree_differ_in_what_they_say():
+    built: dict[str, Method] = {name: method(name) for name in METHODS}
+    assert built["dirotq_dense"].transform == "dense"
+    assert not built["rtn"].protect
+    assert built["rtn"].rounding == "nearest"
+    assert built["dirotq_w4a8"].act_bits == 8

@@ -1,0 +1,61 @@
+import pytest
+import torch
+import zarr
+
+from dirotq import tensors
+from dirotq.tensors import create_array, load_site, read_array, save_site, write_rows
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int8])
+def test_array_round_trip(tmp_path, dtype):
+    group = zarr.open_group(tmp_path / "x.zarr", mode="w")
+    create_array(group, "a.b.0.c", (10, 6), dtype, rows_per_chunk=4)
+    rows = (100 * torch.randn(10, 6)).to(dtype)
+    write_rows(group, "a.b.0.c", 0, rows[:4])
+    write_rows(group, "a.b.0.c", 4, rows[4:])
+    again = read_array(zarr.open_group(tmp_path / "x.zarr", mode="r"), "a.b.0.c")
+    assert again.dtype == dtype
+    assert torch.equal(again, rows)
+
+
+def test_rows_are_written_in_the_dtype_of_the_array(tmp_path):
+    group = zarr.open_group(tmp_path / "x.zarr", mode="w")
+    create_array(group, "a", (2, 3), torch.bfloat16)
+    rows = torch.randn(3, 2).T  # float32, not contiguous
+    write_rows(group, "a", 0, rows)
+    assert torch.equal(read_array(group, "a"), rows.to(torch.bfloat16))
+
+
+def test_chunks_of_zeros_are_written_too(tmp_path):
+    # A missing chunk would read as zeros as well, and a lost one could not be told from it.
+    group = zarr.open_group(tmp_path / "x.zarr", mode="w")
+    create_array(group, "a", (8, 3), torch.float32, rows_per_chunk=2)
+    write_rows(group, "a", 0, torch.zeros(8, 3))
+    assert group["a"].nchunks_initialized == 4
+
+
+def test_site_round_trip(tmp_path):
+    content = {
+        "codes": torch.randint(-7, 8, (4, 6), dtype=torch.int8).T,
+        "scale": torch.randn(4, 1).bfloat16(),
+        "loss": torch.randn(2, dtype=torch.float64),
+    }
+    save_site(tmp_path / "sites", "blocks.0.ff.net.2", content)
+    file = tmp_path / "sites" / "blocks.0.ff.net.2.safetensors"
+    assert list((tmp_path / "sites").iterdir()) == [file]
+    again = load_site(file)
+    assert again.keys() == content.keys()
+    for name, tensor in content.items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name], tensor)
+
+
+def test_an_interrupted_write_leaves_no_site(tmp_path, monkeypatch):
+    def killed(content, path):
+        path.write_bytes(b"half a file")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tensors, "save_file", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_site(tmp_path, "site", {"x": torch.zeros(2)})
+    assert not (tmp_path / "site.safetensors").exists()

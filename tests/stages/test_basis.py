@@ -1,0 +1,78 @@
+import pytest
+import torch
+import zarr
+from tiny_line import run_stage, stage, with_moment
+
+from dirotq.errors import NumericalError
+from dirotq.stages.basis import principal_basis
+from dirotq.tensors import load_site, read_array
+
+
+def moment(rows: int, dim: int = 12) -> torch.Tensor:
+    x = torch.randn(rows, dim, dtype=torch.float64)
+    return x.T @ x / rows
+
+
+def test_a_diagonal_moment_is_its_own_basis():
+    variances, vectors = principal_basis(torch.diag(torch.tensor([3.0, 1.0, 2.0])))
+    assert variances.tolist() == [1.0, 2.0, 3.0]
+    assert vectors.abs().tolist() == [[0, 0, 1], [1, 0, 0], [0, 1, 0]]
+
+
+@pytest.mark.parametrize("rows", [100, 5])
+def test_orthonormal_ascending_and_complete(rows):
+    s = moment(rows)
+    variances, vectors = principal_basis(s.float())
+    assert variances.dtype == vectors.dtype == torch.float64
+    assert (variances.diff() >= 0).all()
+    assert (variances >= 0).all()  # rounding below zero is cut off
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(12).double(), rtol=0, atol=1e-12)
+    torch.testing.assert_close((vectors * variances) @ vectors.T, s, rtol=0, atol=1e-5)
+
+
+def test_the_last_columns_hold_the_most_energy_of_any_basis():
+    x = torch.randn(300, 12, dtype=torch.float64) * torch.logspace(0, -2, 12)
+    _, vectors = principal_basis(x.T @ x / 300)
+    held = (x @ vectors[:, -4:]).square().sum()
+    for _ in range(20):
+        other = torch.linalg.qr(torch.randn(12, 4, dtype=torch.float64)).Q
+        assert (x @ other).square().sum() <= held
+
+
+def test_a_dead_site():
+    with pytest.raises(NumericalError, match="all activations are zero"):
+        principal_basis(torch.zeros(4, 4))
+
+
+def test_a_moment_that_is_none():
+    with pytest.raises(
+        NumericalError, match=r"not positive semi-definite: eigenvalues -1 \.\.\. 2"
+    ):
+        principal_basis(torch.diag(torch.tensor([2.0, -1.0])))
+
+
+def test_every_block_site_has_an_orthonormal_basis_of_its_moment(finished, line):
+    moments = zarr.open_group(finished["capture"].tree("moments.zarr"), mode="r")
+    sites = stage(line(), "basis").model.sites()
+    files = set(finished["basis"].manifest["files"])
+    assert files == {f"sites/{s.name}.safetensors" for s in sites if s.kind == "block"}
+    for site in (s for s in sites if s.kind == "block"):
+        found = load_site(finished["basis"].file(f"sites/{site.name}.safetensors"))
+        vectors, variances = found["vectors"], found["variances"]
+        assert (vectors.dtype, variances.dtype) == (torch.float32, torch.float64)
+        error = vectors.T @ vectors - torch.eye(site.dim)
+        assert error.abs().max() < 1e-5
+        s = read_array(moments, site.name)
+        rebuilt = (vectors.double() * variances) @ vectors.double().T
+        assert (rebuilt - s).norm() < 1e-5 * s.norm()
+    assert finished["basis"].metrics["sites"] == len(files)
+
+
+@pytest.mark.parametrize(
+    ("factor", "message"), [(0.0, "all activations are zero"), (-1.0, "not positive semi-definite")]
+)
+def test_a_bad_moment_names_its_site(line, finished, store_root, factor, message):
+    site = "transformer_blocks.0.ff.net.2"
+    capture = with_moment(finished["capture"], store_root, site, lambda s: s * factor)
+    with pytest.raises(NumericalError, match=rf"site {site}: .*{message}"):
+        run_stage(stage(line(), "basis"), store_root / "out", capture=capture)

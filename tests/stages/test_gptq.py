@@ -1,0 +1,113 @@
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_line import run, run_stage, stage, tree_bytes, with_moment
+
+from dirotq.errors import ConfigError, NumericalError
+from dirotq.models.source import DiffusersModel
+from dirotq.plan import read_plan
+from dirotq.stages import gptq as module
+from dirotq.stages.gptq import QuantizeWeights
+from dirotq.tensors import load_site, save_site, site_file
+
+
+@pytest.fixture(scope="session")
+def gptq(line) -> QuantizeWeights:
+    return stage(line(), "gptq")
+
+
+@pytest.fixture(scope="session")
+def inputs(finished):
+    return {name: finished[name] for name in ("capture", "basis", "rank")}
+
+
+def results(finished):
+    plan = read_plan(finished["rank"].file("plan.json"))
+    return [(e, load_site(finished["gptq"].file(f"sites/{site_file(e.site.name)}"))) for e in plan]
+
+
+def test_codes_and_scales_of_every_site(finished):
+    for entry, found in results(finished):
+        codes, scale = found["codes"], found["scale"]
+        assert codes.shape == (entry.spec.outputs, entry.spec.width)
+        assert codes.dtype == torch.int8
+        assert codes.abs().max() <= 7
+        assert scale.shape == (entry.spec.outputs, entry.spec.width // entry.spec.weight_group_size)
+        assert scale.dtype == torch.bfloat16
+        assert (scale > 0).all()
+
+
+def test_the_loss_is_never_above_that_of_nearest_rounding(finished):
+    for entry, found in results(finished):
+        ours, nearest = found["loss"].tolist()
+        assert 0 < ours <= nearest * (1 + 1e-6), entry.site.name
+    metrics = finished["gptq"].metrics
+    assert metrics["relative_error"] < 0.7 * metrics["relative_error_nearest"]
+    assert metrics["damping_escalations"] == 0
+    assert 0 <= metrics["rows_kept_nearest"] < 0.5
+
+
+def test_rtn_is_nearest_everywhere(line):
+    metrics = run(line("method=rtn", "until=gptq"))["gptq"].metrics
+    assert metrics["relative_error"] == metrics["relative_error_nearest"]
+    assert metrics["rows_kept_nearest"] == 1
+
+
+@pytest.mark.parametrize("sites", [1, 7])
+def test_an_interrupted_run_goes_on_at_the_next_site(gptq, inputs, tmp_path, monkeypatch, sites):
+    run_stage(gptq, tmp_path / "undisturbed", **inputs)
+    saved = []
+
+    def counted(folder, site, tensors):
+        if len(saved) == sites and not (tmp_path / "power is back").exists():
+            raise KeyboardInterrupt
+        saved.append(site)
+        save_site(folder, site, tensors)
+
+    monkeypatch.setattr(module, "save_site", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(gptq, tmp_path / "resumed", **inputs)
+    (tmp_path / "power is back").touch()
+    metrics = run_stage(gptq, tmp_path / "resumed", **inputs)
+    assert len(saved) == len(set(saved)) == metrics["sites"]
+    assert tree_bytes(tmp_path / "resumed") == tree_bytes(tmp_path / "undisturbed")
+
+
+@pytest.mark.parametrize("linear", ["attn.to_k", "proj_mlp", "norm.linear"])
+def test_weights_that_are_not_finite_name_their_linear(gptq, inputs, own_folder, tmp_path, linear):
+    (file,) = (own_folder / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors[f"single_transformer_blocks.0.{linear}.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    broken = dataclasses.replace(gptq, model=DiffusersModel(path=str(own_folder), call={}))
+    with pytest.raises(NumericalError, match=rf"single.*\.0\.{linear}: the weights hold NaN"):
+        run_stage(broken, tmp_path / "out", **inputs)
+
+
+def test_a_moment_that_cannot_be_factored_names_its_site(gptq, inputs, store_root):
+    site = "transformer_blocks.0.ff.net.0.proj"
+    capture = with_moment(inputs["capture"], store_root, site, lambda s: -s)
+    with pytest.raises(NumericalError, match=rf"site {site}: .*not positive.*gptq\.damping") as e:
+        run_stage(gptq, store_root / "out", **inputs | {"capture": capture})
+    assert "prompts.calibration.count" in str(e.value)
+
+
+def test_an_escalation_of_the_damping_is_reported(gptq, inputs, store_root):
+    site = "transformer_blocks.0.norm1.linear"  # a modulator: its moment is not rotated
+
+    def slightly_indefinite(s):
+        s = torch.eye(len(s))
+        s[5, 5] = -0.05
+        return s
+
+    capture = with_moment(inputs["capture"], store_root, site, slightly_indefinite)
+    metrics = run_stage(gptq, store_root / "out", **inputs | {"capture": capture})
+    assert metrics["damping_escalations"] == 1
+
+
+@pytest.mark.parametrize("damping", [0.0, -0.1, 1.5])
+def test_damping_out_of_range(gptq, damping):
+    with pytest.raises(ConfigError, match=rf"gptq\.damping={damping}.*0 < damping <= 1"):
+        dataclasses.replace(gptq, damping=damping)

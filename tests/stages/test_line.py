@@ -1,0 +1,132 @@
+"""The seven stages together, from the real config tree, on the tiny pipeline."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_line import METHODS, configured, overrides, run, tree_bytes
+
+import dirotq
+
+STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "validate"]
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_runs_through(line, name):
+    artifacts = run(line(f"method={name}"))
+    assert list(artifacts) == STAGES
+    metrics = artifacts["validate"].metrics
+    assert all(math.isfinite(value) for value in metrics.values())
+    assert metrics["psnr"] > 30
+    assert metrics["sqnr_db"] > 10
+    assert artifacts["fuse"].metrics["network_error"] < 1e-5
+    for artifact in artifacts.values():
+        artifact.check()
+
+
+@pytest.mark.parametrize("change", ["rank.r=0", "rank.r=64", "method.modulator_group=null"])
+def test_the_extremes_run_through(line, change):
+    metrics = run(line(change))["validate"].metrics
+    assert metrics["psnr"] > 30
+    assert math.isfinite(metrics["sqnr_db"])
+
+
+def test_more_bits_and_more_rank_mean_less_error(line):
+    sqnr = {
+        change: run(line(change))["validate"].metrics["sqnr_db"]
+        for change in ("rank.r=0", "rank.r=16", "rank.r=64", "method=dirotq_w4a8")
+    }
+    assert sqnr["rank.r=0"] < sqnr["rank.r=16"] < sqnr["rank.r=64"]
+    assert sqnr["method=dirotq_w4a8"] > sqnr["rank.r=16"] + 3
+
+
+@pytest.mark.parametrize(
+    ("change", "rerun"),
+    [
+        ("rank.r=8", STAGES[2:]),
+        ("gptq.damping=0.02", ["gptq", "pack", "validate"]),
+        ("validate.pairs=1", ["validate"]),
+        ("fuse.layer_tolerance=2e-5", ["fuse", "pack", "validate"]),
+        ("capture.every=1", STAGES),
+        ("device=auto", []),
+    ],
+)
+def test_a_change_reruns_only_what_follows_from_it(finished, line, change, rerun):
+    steps = line(change).steps
+    changed = [step.name for step in steps if step.fingerprint != finished[step.name].fingerprint]
+    assert changed == rerun
+
+
+@pytest.mark.parametrize("name", ["dirotq", "dirotq_dense"])
+def test_another_store_gets_the_same_bytes(tiny_root, tmp_path, line, name):
+    here = run(line(f"method={name}"))
+    there = run(configured(tiny_root, tmp_path / "other", f"method={name}", "until=pack"))
+    for stage in STAGES[:-1]:
+        assert here[stage].fingerprint == there[stage].fingerprint
+        assert tree_bytes(here[stage].data) == tree_bytes(there[stage].data), stage
+
+
+def test_compress_from_python(tiny_root, tmp_path):
+    artifacts = dirotq.compress(*overrides(tiny_root, tmp_path / "store"), "until=rank")
+    assert list(artifacts) == STAGES[:3]
+    assert (artifacts["rank"].data / "plan.json").is_file()
+
+
+KILL = """
+import importlib, os, signal, sys
+module, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
+owner = importlib.import_module(module)
+for part in name.split(".")[:-1]:
+    owner = getattr(owner, part)
+leaf = name.split(".")[-1]
+right = getattr(owner, leaf)
+
+def kill_at(*args, **kwargs):
+    global count
+    count -= 1
+    if count < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(*args, **kwargs)
+
+setattr(owner, leaf, kill_at)
+from tiny_line import run
+from dirotq.pipeline.config import build, compose_config
+run(build(compose_config(sys.argv[4:], "dirotq.conf")))
+"""
+
+
+@pytest.mark.parametrize(
+    ("stage", "module", "function", "calls"),
+    [
+        ("capture", "dirotq.stages.capture", "generate", 1),
+        ("capture", "dirotq.stages.capture", "_Totals.save", 1),
+        ("gptq", "dirotq.stages.gptq", "save_site", 5),
+    ],
+    ids=["capture-between-shards", "capture-rows-before-state", "gptq"],
+)
+def test_kill_dash_nine_then_the_same_command(
+    tiny_root, finished, tmp_path, stage, module, function, calls
+):
+    store = tmp_path / "store"
+    command = overrides(tiny_root, store, "until=pack")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILL, module, function, str(calls), *command],
+        env=dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    (left,) = (store / stage).iterdir()
+    assert left.suffix == ".partial"
+    assert any((left / "data").rglob("*.safetensors"))
+    artifacts = run(configured(tiny_root, store, "until=pack"))
+    assert artifacts[stage].path.stem == left.stem
+    assert not left.exists()
+    for name, artifact in artifacts.items():
+        assert tree_bytes(artifact.data) == tree_bytes(finished[name].data), name

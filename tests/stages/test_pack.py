@@ -1,0 +1,120 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_line import CALL, CAPTIONS, run_stage, stage, tree_bytes
+
+import dirotq
+from dirotq.kernels.pack_int4 import unpack_int4
+from dirotq.models.swap import footprint
+from dirotq.plan import read_plan
+from dirotq.stages.pack import Pack
+from dirotq.tensors import load_site, site_file
+
+
+@pytest.fixture(scope="session")
+def pack(line) -> Pack:
+    return stage(line(), "pack")
+
+
+@pytest.fixture(scope="session")
+def inputs(finished):
+    return {name: finished[name] for name in ("rank", "gptq", "fuse")}
+
+
+@pytest.fixture(scope="session")
+def model(finished):
+    return finished["pack"].tree("model")
+
+
+@pytest.fixture(scope="session")
+def stored(model) -> dict[str, torch.Tensor]:
+    return load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
+
+
+def test_what_the_stages_wrote_is_what_is_packed(finished, stored):
+    for entry in read_plan(finished["rank"].file("plan.json")):
+        file = f"sites/{site_file(entry.site.name)}"
+        quantized = load_site(finished["gptq"].file(file))
+        assert torch.equal(unpack_int4(stored[f"{entry.site.name}.qweight"]), quantized["codes"])
+        assert torch.equal(stored[f"{entry.site.name}.wscale"], quantized["scale"])
+        for name, tensor in load_site(finished["fuse"].file(file)).items():
+            assert torch.equal(stored[f"{entry.site.name}.{name}"], tensor)
+
+
+def test_no_packed_linear_left_its_16_bit_weight_behind(finished, stored, folder):
+    original = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    packed = {c for e in read_plan(finished["rank"].file("plan.json")) for c in e.site.consumers}
+    for name, tensor in original.items():
+        if name.rpartition(".")[0] not in packed:
+            assert torch.equal(stored[name], tensor), name
+        elif name.endswith(".weight"):
+            assert name not in stored
+
+
+def test_everything_else_of_the_pipeline_is_copied(model, folder):
+    source, packed = tree_bytes(folder), tree_bytes(model)
+    for name, content in source.items():
+        if not name.startswith("transformer/") and name != "generation.json":
+            assert packed[name] == content, name
+    assert set(packed) - set(source) == {"README.md"}
+    assert json.loads(packed["generation.json"]) == CALL
+
+
+def test_hidden_files_and_the_old_card_stay_behind(pack, inputs, own_folder, tmp_path):
+    (own_folder / "README.md").write_text("# the 16-bit model")
+    (own_folder / "training.json").write_text("{}")
+    (own_folder / ".cache").write_text("x")
+    moved = dataclasses.replace(pack, model=dataclasses.replace(pack.model, path=str(own_folder)))
+    run_stage(moved, tmp_path, **inputs)
+    card = (tmp_path / "model" / "README.md").read_text()
+    assert "packed to 4 bits by DiRotQ" in card
+    assert "16-bit model" not in card
+    assert not (tmp_path / "model" / ".cache").exists()
+    assert not (tmp_path / "model" / "training.json").exists()
+
+
+def test_no_path_of_this_machine_is_written(model, folder, tiny_root):
+    for name, content in tree_bytes(model).items():
+        assert str(tiny_root).encode() not in content, name
+
+
+def test_metrics_weigh_what_lies_on_disk(finished, model, stored, folder):
+    metrics = finished["pack"].metrics
+    size = sum(t.numel() * t.element_size() for t in stored.values())
+    assert metrics["transformer_megabytes"] == pytest.approx(size / 1e6)
+    original = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
+    parameters = sum(t.numel() for t in original.values())
+    assert metrics["bits_per_parameter"] == pytest.approx(8 * size / parameters)
+    assert metrics["compression"] == pytest.approx(2 * parameters / size)
+    assert sum(footprint(dirotq.load(model, device="cpu").transformer).values()) == size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shard", ["5GB", "100KB"])
+def test_load_then_save_changes_no_byte(pack, inputs, tmp_path, dtype, shard):
+    run_stage(dataclasses.replace(pack, shard=shard), tmp_path / "first", **inputs)
+    first = tmp_path / "first" / "model"
+    pipe = dirotq.load(first, device="cpu", dtype=dtype)
+    pipe.transformer.save_pretrained(tmp_path / "second", max_shard_size=shard)
+    before, after = tree_bytes(first / "transformer"), tree_bytes(tmp_path / "second")
+    assert before == after
+    assert (len(before) > 3) == (shard == "100KB")
+
+
+def test_a_saved_pipeline_loads_and_draws_the_same(model, tmp_path):
+    pipe = dirotq.load(model, device="cpu")
+    pipe.save_pretrained(tmp_path / "again")
+    again = dirotq.load(tmp_path / "again", device="cpu")
+    images = [
+        p(CAPTIONS[0], generator=torch.Generator().manual_seed(1), output_type="pt", **CALL).images
+        for p in (pipe, again)
+    ]
+    assert torch.equal(*images)
+
+
+def test_packing_twice_gives_the_same_bytes(pack, inputs, finished, tmp_path):
+    run_stage(pack, tmp_path, **inputs)
+    assert tree_bytes(tmp_path) == tree_bytes(finished["pack"].data)

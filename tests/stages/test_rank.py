@@ -1,0 +1,155 @@
+import dataclasses
+import json
+
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from tiny_line import METHODS, method, publish, run, run_stage, stage
+
+from dirotq.errors import ConfigError
+from dirotq.models.flux import FLUX
+from dirotq.plan import SitePlan, read_plan
+from dirotq.stages.rank import ChooseRank, effective_bits
+from dirotq.tensors import save_site
+
+
+@pytest.fixture(scope="session")
+def rank(line) -> ChooseRank:
+    return stage(line(), "rank")
+
+
+def with_spectra(store, sites, variances):
+    """A basis artifact in which every block site has these variances, ascending."""
+
+    def write(data):
+        for site in sites:
+            if site.kind == "block":
+                content = {"variances": torch.tensor(variances, dtype=torch.float64)}
+                save_site(data / "sites", site.name, content)
+
+    return publish(store, "basis", write)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 12}, r"rank\.r=12 is not on the grid: use a multiple of 8, such as (8|16)$"),
+        ({"r": 3}, r"rank\.r=3 .* such as 8$"),
+        ({"r": -8}, r"rank\.r=-8 is not on the grid"),
+        ({"energy": 0.5}, r"rank\.r=16 and rank\.energy=0\.5: set exactly one"),
+        ({"r": None}, r"rank\.r=None and rank\.energy=None: set exactly one"),
+        ({"r": None, "energy": 1.0}, r"rank\.energy=1\.0 is no share"),
+        ({"r": None, "energy": -0.1}, r"rank\.energy=-0\.1 is no share"),
+    ],
+)
+def test_settings_that_say_nothing_or_too_much(rank, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dataclasses.replace(rank, **changes)
+
+
+def test_check_refuses_a_rank_above_the_channels_and_names_the_site(rank):
+    dataclasses.replace(rank, r=64).check()
+    with pytest.raises(
+        ConfigError, match=r"site transformer_blocks\.0\..*rank 72 is not in 0 \.\.\. 64"
+    ):
+        dataclasses.replace(rank, r=72).check()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"act_group": 48},
+            r"activation group 48 does not divide the 64 .*use one of \[16, 32, 64",
+        ),
+        ({"weight_scale": "group", "weight_group": 7}, "weight group 7 does not divide"),
+        ({"act_bits": 8}, "leave INT8"),
+    ],
+)
+def test_check_refuses_a_method_that_does_not_fit_and_names_the_site(rank, changes, message):
+    wrong = dataclasses.replace(rank, method=dataclasses.replace(rank.method, **changes))
+    with pytest.raises(ConfigError, match=rf"site transformer_blocks\.0.*{message}"):
+        wrong.check()
+
+
+def test_check_names_a_modulator_whose_group_does_not_divide(rank):
+    wrong = dataclasses.replace(rank, method=dataclasses.replace(rank.method, modulator_group=48))
+    with pytest.raises(ConfigError, match=r"site transformer_blocks\.0\.norm1\.linear.*group 48"):
+        wrong.check()
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_plan_lists_every_site_in_order(finished, line, name):
+    built = line(f"method={name}", "until=rank")
+    plan = read_plan(run(built)["rank"].file("plan.json"))
+    used = method(name)
+    assert [entry.site for entry in plan] == stage(built, "rank").model.sites()
+    for entry in plan:
+        modulator = entry.site.kind == "modulator"
+        assert entry.spec.rank == (0 if modulator or not used.protect else 16)
+        assert entry.spec.act_bits == (16 if modulator else used.act_bits)
+        assert entry.spec.rows == entry.site.rows
+        assert (entry.rounding, entry.clip) == (used.rounding, used.weight_clip)
+        assert entry.why
+    assert "16 of 64 directions hold" in plan[2].why or not used.protect
+
+
+def test_modulators_that_stay_in_16_bits_are_not_in_the_plan(finished, rank, tmp_path):
+    rank = dataclasses.replace(rank, method=dataclasses.replace(rank.method, modulator_group=None))
+    run_stage(rank, tmp_path, basis=finished["basis"])
+    plan = read_plan(tmp_path / "plan.json")
+    assert {entry.site.kind for entry in plan} == {"block"}
+
+
+@pytest.mark.parametrize(
+    ("energy", "ranks"),
+    [
+        (0.0, {64: 8}),
+        (0.5, {64: 8}),
+        (0.51, {64: 16}),  # the ninth direction is needed
+        (0.8, {64: 48}),
+        (0.9999, {64: 64}),
+    ],
+)
+def test_energy_takes_the_smallest_rank_on_the_grid_that_holds_it(
+    rank, store_root, tmp_path, energy, ranks
+):
+    # Eight directions hold one half; the other 56 share the rest evenly.
+    narrow = [s for s in rank.model.sites() if s.kind == "block"]
+    spectrum = [0.5 / 56] * 56 + [0.5 / 8] * 8
+    basis = with_spectra(store_root, narrow, spectrum)
+    chosen = dataclasses.replace(rank, r=None, energy=energy)
+    run_stage(chosen, tmp_path, basis=basis)
+    plan = {e.site.name: e for e in read_plan(tmp_path / "plan.json")}
+    got = {s.dim: plan[s.name].spec.rank for s in narrow if s.dim == 64}
+    assert got == ranks
+    assert "energy: " in plan[narrow[0].name].why
+
+
+def test_metrics(finished):
+    metrics = finished["rank"].metrics
+    assert metrics["mean_rank"] == 16
+    packed = finished["pack"].metrics["bits_per_parameter"]
+    assert (
+        metrics["bits_per_parameter"]
+        == packed
+        == finished["validate"].metrics["bits_per_parameter"]
+    )
+
+
+def test_the_plan_is_readable_json(finished):
+    first = json.loads(finished["rank"].file("plan.json").read_text())[0]
+    assert {"site", "spec", "rounding", "clip", "why"} == first.keys()
+
+
+def test_effective_bits_of_flux_1_dev():
+    with torch.device("meta"):
+        flux = FluxTransformer2DModel(guidance_embeds=True)
+    assert sum(p.numel() for p in flux.parameters()) == pytest.approx(11.9e9, rel=0.01)
+    used = method("dirotq")
+    plan = []
+    for site in FLUX.sites(flux):
+        spec = used.spec(site, 64 if site.kind == "block" else 0)
+        plan.append(SitePlan(site, spec, used.rounding, used.weight_clip, "r = 64"))
+    bits = effective_bits(flux, plan)
+    assert 4.0 < bits <= 4.8
