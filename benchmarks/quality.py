@@ -1,6 +1,8 @@
 """`make bench-quality`: every method through the whole line on tiny-flux, as a table.
 
-usage: python benchmarks/quality.py [--prompts 64] [--out FILE.md] [overrides...]
+usage: python benchmarks/quality.py [--prompts 64] [--into docs/quality.md] [overrides...]
+
+With --into, the table replaces what stands between the two markers of that file.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import torch
 
 import dirotq
 
+BEGIN, END = "<!-- begin: make bench-quality -->", "<!-- end -->"
 G64 = ["method.weight_scale=group", "method.weight_clip=false", "method.act_scale=group"]
 ROWS: dict[str, list[str]] = {
     "rtn, g64/g64": ["method=rtn"],
@@ -30,7 +33,7 @@ ROWS: dict[str, list[str]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--out", type=Path, default=Path("docs/quality-tiny-flux.md"))
+    parser.add_argument("--into", type=Path, default=Path("docs/quality.md"))
     options, overrides = parser.parse_known_args()
     common = ["experiment=quality", f"prompts.heldout.count={options.prompts}", *overrides]
     reports = {}
@@ -38,14 +41,20 @@ def main() -> None:
         artifact = dirotq.compress(*common, *row)["validate"]
         reports[name] = json.loads(artifact.file("report.json").read_text())
         print(name, reports[name]["metrics"], flush=True)
-    options.out.write_text(table(reports, " ".join(overrides)))
+    put(options.into, table(reports))
 
 
-def table(reports: Mapping[str, Mapping[str, Any]], overrides: str) -> str:
+def put(document: Path, text: str) -> None:
+    """Replace what stands between the markers of a document."""
+    before, _, rest = document.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    document.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+
+
+def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: one row per method, PSNR with the paired difference to round-to-nearest."""
     first = next(iter(reports.values()))
     lines = [
-        f"<!-- written by `make bench-quality ARGS='{overrides}'` -->",
         "| method (activations/weights) | PSNR, dB | vs rtn, 95 % | SSIM | attributes | bits |",
         "|---|---|---|---|---|---|",
     ]

@@ -1,8 +1,10 @@
 import json
 import shutil
 
+import diffusers
 import pytest
 import torch
+import transformers
 from tiny_line import CALL, CAPTIONS
 
 import dirotq
@@ -59,6 +61,15 @@ def test_another_quantizer(packed_folder):
     file.write_text(json.dumps(config))
     with pytest.raises(ArtifactError, match=r"not packed by DiRotQ \(quant_method 'gguf'\)"):
         dirotq.load(packed_folder)
+
+
+def test_loading_says_nothing_and_leaves_the_libraries_as_they_were(finished, capfd):
+    before = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+    capfd.readouterr()
+    dirotq.load(finished["pack"].path)
+    assert capfd.readouterr() == ("", "")
+    after = diffusers.utils.logging.get_verbosity(), transformers.utils.logging.get_verbosity()
+    assert after == before
 
 
 def test_loading_needs_no_pickle(packed_folder):

@@ -56,6 +56,8 @@ def test_too_few_rows(jsonl):
 def test_a_row_without_a_text(jsonl, row):
     with pytest.raises(ConfigError, match=r"row 1: no text under 'prompt'.*each line is"):
         prompts(jsonl(row, {"prompt": "b"} | row)).load()
+    with pytest.raises(ConfigError, match="row 2: no text"):
+        prompts(jsonl({"prompt": "a"}, row), start=1, count=1).load()
 
 
 def test_a_missing_file(tmp_path):

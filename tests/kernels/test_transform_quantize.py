@@ -90,6 +90,21 @@ def test_pow2_takes_the_smallest_power_that_holds_nine_tenths(share, shift):
     assert codes[0, 16:32].tolist() == want.tolist()
 
 
+def test_pow2_just_fits_at_the_boundary():
+    row = torch.tensor(112.0)
+    peak = torch.tensor(0.5 / 0.9 * 112)
+    for _ in range(8):  # to the float whose nine tenths are exactly one half of the row's
+        too_large = peak / row * 0.9 > 0.5
+        peak = torch.nextafter(peak, torch.tensor(0.0 if too_large else 112.0))
+        if peak / row * 0.9 == 0.5:
+            break
+    assert peak / row * 0.9 == 0.5
+    z = torch.zeros(1, 64)
+    z[0, 0], z[0, 16], z[0, 17] = row, peak, 7.9
+    codes, _ = quantize_rows(z, FORMATS["pow2"])
+    assert codes[0, 16:18].tolist() == [56, 8]  # the group's power is 2^-1
+
+
 def test_known_row():
     z = torch.tensor([[14.0, -14.0, 2.9, 0.9, 1.0, -3.0]])
     codes, scale = quantize_rows(z, tiny_spec(dim=6))

@@ -3,6 +3,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import dirotq
 from dirotq.errors import ConfigError
 from dirotq.models.source import generate
 from dirotq.prompts import Prompt
+from dirotq.stages import validate as module
 from dirotq.stages.validate import Validate, _compare
 
 
@@ -145,6 +147,15 @@ def test_psnr_and_ssim_by_hand():
     assert first["ssim"] == pytest.approx(1.0)
     assert second["psnr"] == pytest.approx(20.0, abs=1e-3)
     assert (second["prompt"], second["seed"]) == ("b", 2)
+
+
+def test_the_first_batch_warms_up_and_is_not_timed(validate, monkeypatch):
+    clock = iter([0.0, 100.0, 100.0, 104.0, 104.0, 110.0])
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr(module, "generate", lambda pipe, batch, call: torch.zeros(len(batch), 3, 4))
+    images, seconds = validate._images(None, [Prompt("a", 1)] * 6, "images")
+    assert len(images) == 6
+    assert seconds == 2.5  # (4 + 6) s over four images
 
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"pairs": -1}])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-__all__ = ["finished", "folder", "line", "own_folder", "packed_folder", "prompts", "tiny_root"]
+__all__ = ["finished", "folder", "line", "own_folder", "packed_folder", "tiny_root"]
 
 
 @pytest.fixture(scope="session")
@@ -30,13 +30,6 @@ def folder(tiny_root: Path) -> Path:
 def own_folder(folder: Path, tmp_path: Path) -> Path:
     """A copy of the 16-bit pipeline that a test may damage."""
     return Path(shutil.copytree(folder, tmp_path / "copy of the model"))
-
-
-@pytest.fixture(scope="session")
-def prompts(tiny_root: Path) -> Path:
-    from tiny_line import prompt_file
-
-    return prompt_file(tiny_root)
 
 
 @pytest.fixture(scope="session")
