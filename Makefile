@@ -14,7 +14,7 @@ FOLDERS := pipeline stages models kernels assets conf
 .PHONY: help setup compress plan sweep test check bench bench-bits bench-quality versions clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo
 	@echo 'make compress MODEL=<config name or diffusers folder> ARGS="rank.r=32"'
 
@@ -46,10 +46,10 @@ check: $(STAMP) .links ## formatting, lint, types, import contracts
 
 bench: bench-bits bench-quality ## every table of docs/: bits per parameter, quality of each method
 
-bench-bits: $(STAMP)
+bench-bits: $(STAMP) ## bits per parameter of real models, from shapes alone
 	@$(BIN)/python benchmarks/bits.py $(ARGS)
 
-bench-quality: $(STAMP)
+bench-quality: $(STAMP) ## every method on tiny-flux, into docs/quality.md
 	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 versions: $(STAMP) ## record the code of the stages after bumping a version

@@ -1,5 +1,7 @@
 """Where and in which precision a stage computes."""
 
+import re
+
 import torch
 
 from dirotq.errors import ConfigError
@@ -8,10 +10,12 @@ from dirotq.errors import ConfigError
 def pick_device(name: str) -> torch.device:
     """``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
 
-    Raises ConfigError for a CUDA device on a machine without one.
+    Raises ConfigError for any other name, and for a CUDA device on a machine without one.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ConfigError(f"device={name} is unknown; use auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(

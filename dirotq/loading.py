@@ -10,6 +10,7 @@ import torch
 
 from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ArtifactError
+from dirotq.pipeline.artifact import MANIFEST, Artifact
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -49,22 +50,27 @@ def quiet() -> Iterator[None]:
     import transformers
 
     libraries = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [library.get_verbosity() for library in libraries]
+    before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
     for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
     try:
         yield
     finally:
-        for library, level in zip(libraries, levels, strict=True):
+        for library, (level, bars) in zip(libraries, before, strict=True):
             library.set_verbosity(level)
-            library.enable_progress_bar()
+            if bars:
+                library.enable_progress_bar()
 
 
 def packed_folder(folder: str | Path) -> Path:
-    """The diffusers folder itself, checked to hold a transformer packed by DiRotQ."""
+    """The diffusers folder itself, checked to hold a transformer packed by DiRotQ.
+
+    An artifact of ``pack`` is also held against its digests.
+    """
     root = Path(folder).expanduser()
-    root = root / "data" / "model" if (root / "data" / "model").is_dir() else root
+    if (root / MANIFEST).is_file():
+        root = Artifact(root.parent.name, root.name, root).tree("model")
     config = root / "transformer" / "config.json"
     if not config.is_file() or not (root / "model_index.json").is_file():
         raise ArtifactError(

@@ -46,7 +46,7 @@ class PromptSet:
                 "were asked for; set prompts.calibration.count or prompts.heldout.count to 1 ... "
                 "that many"
             )
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, self.start):
             if not isinstance(row.get("prompt"), str):
                 raise ConfigError(
                     f"{self.path}, row {number + 1}: no text under 'prompt' (found {sorted(row)}); "
@@ -54,7 +54,7 @@ class PromptSet:
                 )
         return [
             Prompt(row["prompt"], _seed(row, number), row.get("attributes"))
-            for number, row in enumerate(rows)
+            for number, row in enumerate(rows, self.start)
         ]
 
     def _file(self) -> Path:

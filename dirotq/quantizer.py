@@ -10,7 +10,7 @@ import enum
 import types
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin
@@ -76,7 +76,7 @@ class DirotqQuantizer(DiffusersQuantizer):
 
     def __init__(self, quantization_config: DirotqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self._found: dict[str, tuple[int, ...]] | None = None
+        self._found: dict[str, Signature] | None = None
 
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str]
@@ -85,15 +85,15 @@ class DirotqQuantizer(DiffusersQuantizer):
         for file in checkpoint_files:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                    found[name] = tuple(tensors.get_slice(name).get_shape())
+                    tensor = tensors.get_slice(name)
+                    found[name] = Signature(tuple(tensor.get_shape()), tensor.get_dtype())
         self._found = found
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         put_packed(model, self.quantization_config.entries())
         if self._found is not None:
-            wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-            _compare(wanted, self._found)
+            _compare({n: Signature.of(t) for n, t in model.state_dict().items()}, self._found)
 
     def check_if_quantized_param(
         self,
@@ -150,14 +150,29 @@ def mark_packed(transformer: Any, config: DirotqConfig) -> None:
     transformer.to_json_string = types.MethodType(_config_without_path, transformer)
 
 
-def _compare(wanted: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]]) -> None:
+class Signature(NamedTuple):
+    """Shape and dtype of a stored tensor, the latter as safetensors names it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "Signature":
+        """What a tensor of the model is stored as: codes as bytes, everything else in bfloat16."""
+        return cls(tuple(tensor.shape), "U8" if tensor.dtype == torch.uint8 else "BF16")
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {list(self.shape)}"
+
+
+def _compare(wanted: dict[str, Signature], found: dict[str, Signature]) -> None:
     """Hold the files' tensors against the config; ArtifactError names the first that differ."""
     missing = sorted(wanted.keys() - found.keys())
     extra = sorted(found.keys() - wanted.keys())
-    misshapen = sorted(n for n in wanted.keys() & found.keys() if wanted[n] != found[n])
+    different = sorted(n for n in wanted.keys() & found.keys() if wanted[n] != found[n])
     problems = [f"{name} is missing" for name in missing]
     problems += [f"{name} belongs to no layer of this model" for name in extra]
-    problems += [f"{n} has shape {list(found[n])}, expected {list(wanted[n])}" for n in misshapen]
+    problems += [f"{name} is {found[name]}, expected {wanted[name]}" for name in different]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ArtifactError(

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from dirotq.errors import NumericalError
 from dirotq.kernels.spec import QuantSpec
 from dirotq.kernels.transform_quantize import transform
 from dirotq.pipeline.artifact import Artifact
@@ -87,7 +88,10 @@ class Rotation:
         p, t = self._exact
         assert t is not None
         kept = t[:, : self.spec.dim - self.spec.rank]
-        return torch.linalg.inv(kept if p is None else torch.cat([kept, p], 1)).mT
+        inverse, singular = torch.linalg.inv_ex(kept if p is None else torch.cat([kept, p], 1))
+        if singular:
+            raise NumericalError("the stored rotation is singular: the basis is damaged")
+        return inverse.mT
 
 
 def site_rotation(entry: SitePlan, basis: Artifact, device: torch.device) -> Rotation:

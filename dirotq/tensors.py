@@ -27,8 +27,6 @@ def create_array(
         chunks=(min(rows_per_chunk, shape[0]), shape[1]),
         dtype=kind,
         attributes={"torch_dtype": str(dtype).removeprefix("torch.")},
-        # A missing chunk reads as zeros without an error, so every chunk is written.
-        config={"write_empty_chunks": True},
     )
 
 
@@ -66,7 +64,9 @@ def site_file(site: str) -> str:
 def _array(group: zarr.Group, name: str) -> zarr.Array:
     array = group[name]
     assert isinstance(array, zarr.Array)
-    return array
+    # A missing chunk reads as zeros without an error, so every chunk is written. The setting is not
+    # stored with the array: it has to be made wherever one is opened.
+    return array.with_config({"write_empty_chunks": True})
 
 
 def _dtype(array: zarr.Array) -> torch.dtype:

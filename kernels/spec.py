@@ -44,6 +44,11 @@ class QuantSpec:
             found.append(f"rank {self.rank} is not in 0 ... {self.dim} (the site's channels)")
         if self.transform not in ("hadamard", "dense"):
             found.append(f"transform {self.transform!r} is neither 'hadamard' nor 'dense'")
+        if self.transform == "dense" and self.rank == self.dim:
+            found.append(
+                f"rank {self.rank} leaves no channel of {self.dim} for the dense rotation; use a "
+                "lower rank"
+            )
         if self.transform == "hadamard" and self.block != hadamard_block(self.dim, self.block):
             found.append(
                 f"Hadamard block {self.block} is not a power of two dividing {self.dim} channels"

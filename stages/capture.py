@@ -100,11 +100,6 @@ class _Totals:
 
     def add(self, recorder: "_Recorder") -> None:
         for name, moment in recorder.moments.items():
-            if not moment.diagonal().isfinite().all():
-                raise NumericalError(
-                    f"site {name}: the 16-bit model's activations are not finite. The model "
-                    "overflows in this precision or its weights are damaged; nothing was published"
-                )
             self.moments[name] += moment.cpu()
             self.tokens[name] += recorder.tokens[name]
 
@@ -189,6 +184,9 @@ class _Recorder:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for hook in self._hooks:
             hook.remove()
+        # Also where the pipeline itself gave up on a non-finite image: this names the site.
+        if kind is None or issubclass(kind, NumericalError):
+            self._refuse_non_finite()
         empty = [name for name, count in self.tokens.items() if count == 0]
         if empty and kind is None:
             raise NumericalError(
@@ -196,11 +194,24 @@ class _Recorder:
                 "reach it. Record more calls (capture.every=1, more prompts) or check the model"
             )
 
+    def _refuse_non_finite(self) -> None:
+        """Name the first site, in the order of execution, whose recorded moment is not finite."""
+        if not self.moments:
+            return
+        traces = torch.stack([moment.diagonal().sum() for moment in self.moments.values()])
+        for name, finite in zip(self.moments, traces.isfinite().tolist(), strict=True):
+            if not finite:
+                raise NumericalError(
+                    f"site {name}: the 16-bit model's activations are not finite. The model "
+                    "overflows in this precision or its weights are damaged; nothing was published"
+                )
+
     @property
     def _active(self) -> bool:
         return (self.calls + self.shard) % self.every == 0
 
     def _on_call(self, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._refuse_non_finite()  # per call: one later, every site would be
         self.calls += 1
         if self._active and not self.probe:
             tensors = {k: v for k, v in kwargs.items() if isinstance(v, Tensor)}

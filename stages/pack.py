@@ -89,3 +89,18 @@ def _copy_pipeline(source: Path, target: Path) -> None:
         if path.is_file() and not skipped and not path.name.startswith("."):
             (target / relative).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, target / relative)
+            if path.name == "config.json":
+                _neutral_dtype(target / relative)
+
+
+def _neutral_dtype(config: Path) -> None:
+    """Let a component load in float32 unless told otherwise, as diffusers' own components do.
+
+    transformers takes the dtype noted in a config, so a pipeline loaded without one would mix
+    bfloat16 text encoders with a float32 denoiser and fail at its first call.
+    """
+    values = json.loads(config.read_text())
+    noted = {"dtype", "torch_dtype"} & values.keys()
+    if noted:
+        values |= dict.fromkeys(noted, "float32")
+        config.write_text(json.dumps(values, indent=2) + "\n")

@@ -14,6 +14,7 @@ from dirotq.plan import read_plan
 from dirotq.quantizer import FORMAT, DirotqConfig
 
 CODES = "single_transformer_blocks.0.qkv_mlp.qweight"
+SCALES = CODES.replace("qweight", "wscale")
 
 
 def weights(folder: Path) -> Path:
@@ -82,14 +83,18 @@ def test_packed_buffers_are_never_cast(finished, dtype):
         (lambda t: t.update({"foreign": torch.zeros(1)}), "foreign belongs to no layer"),
         (
             lambda t: t.update({CODES: t[CODES][:, :-1].contiguous()}),
-            rf"{CODES} has shape \[448, 31\], expected \[448, 32\]",
+            rf"{CODES} is U8 \[448, 31\], expected U8 \[448, 32\]",
         ),
         (
             lambda t: t.update({"proj_out.weight": t["proj_out.weight"].T.contiguous()}),
-            r"proj_out\.weight has shape \[64, 16\], expected \[16, 64\]",
+            r"proj_out\.weight is BF16 \[64, 16\], expected BF16 \[16, 64\]",
+        ),
+        (
+            lambda t: t.update({SCALES: t[SCALES].float()}),
+            rf"{SCALES} is F32 \[448, 1\], expected BF16 \[448, 1\]",
         ),
     ],
-    ids=["packed-missing", "plain-missing", "extra", "packed-shape", "plain-shape"],
+    ids=["packed-missing", "plain-missing", "extra", "packed-shape", "plain-shape", "dtype"],
 )
 def test_tensors_that_do_not_fit_are_named(packed_folder, change, message):
     rewrite(packed_folder, change)
@@ -108,7 +113,7 @@ def test_a_rank_that_the_tensors_do_not_have(packed_folder):
     sites = config["quantization_config"]["sites"]
     next(s for s in sites if s["spec"]["rank"])["spec"]["rank"] = 8
     edit_packing(packed_folder, sites=sites)
-    with pytest.raises(ArtifactError, match=r"basis has shape \[64, 16\], expected \[64, 8\]"):
+    with pytest.raises(ArtifactError, match=r"basis is BF16 \[64, 16\], expected BF16 \[64, 8\]"):
         dirotq.load(packed_folder)
 
 

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-# With a dtype, as for every bf16 pipeline: without one, transformers keeps bf16 and diffusers takes
-# float32, and the two do not multiply.
+# Without a dtype: pack sees to it that all components then load in float32.
 LOAD = """
 import torch
-pipe = DiffusionPipeline.from_pretrained(FOLDER, torch_dtype=torch.float32)
+pipe = DiffusionPipeline.from_pretrained(FOLDER)
 print(type(pipe.transformer.single_transformer_blocks[0].proj_out).__name__)
 print(pipe("dots", num_inference_steps=1, height=32, width=32, max_sequence_length=8,
            output_type="pt").images.isfinite().all().item())

@@ -23,7 +23,7 @@ def has_make():
 def test_help_is_the_default_and_names_every_target(root):
     status, out = make(root)
     assert status == 0
-    listed = re.findall(r"^(\w+) {2,}\S", out, re.MULTILINE)
+    listed = re.findall(r"^([\w-]+) {2,}\S", out, re.MULTILINE)
     assert set(TARGETS) <= set(listed)
     phony = re.search(r"^\.PHONY: (.*)$", (root / "Makefile").read_text(), re.MULTILINE)
     assert set(listed) == set(phony[1].split())
