@@ -39,11 +39,10 @@ def findings() -> dict[str, str]:
     place = next(path for path in (store, *store.parents) if path.exists())
     found["store"] = f"{store}, {bytes_text(shutil.disk_usage(place).free)} free"
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    found["hub"] = "offline (HF_HUB_OFFLINE=1)" if offline else "models are downloaded when named"
+    found["hub"] = "offline (HF_HUB_OFFLINE=1)" if offline else "not used: models are local folders"
     found["would run"] = (
-        "all stages on the GPU (device=cuda), packed models on Triton kernels"
-        if usable
-        else "all stages on the CPU (device=cpu), packed models on the torch reference path"
+        f"all stages on the {'GPU (device=cuda)' if usable else 'CPU (device=cpu)'}; "
+        "packed models on the torch reference path"
     )
     return found
 

@@ -49,7 +49,7 @@ def test_devices_share_fingerprints(finished, on_cuda):
     }
 
 
-# Seen once, H100, 2026-11-23, torch 2.11: 0.59 at transformer_blocks.0.attn.to_add_out, where bf16 on
+# Seen once (H100, torch 2.11): 0.59 at transformer_blocks.0.attn.to_add_out, where bf16 on
 # a CPU differs by 0.02. The trained model's moments lead to the same quality on both devices.
 @pytest.mark.xfail(strict=False, reason="cause not found: 24 tokens, perhaps attention's backend")
 def test_moments_agree(finished, on_cuda):
