@@ -40,7 +40,7 @@ def test_package_dir_maps_every_root_folder(tool, folders):
 
 
 def test_every_data_file_is_shipped(tool, folders):
-    for package in ("dirotq.conf", "dirotq.assets"):
+    for package in ("dirotq", "dirotq.conf", "dirotq.assets"):
         folder, patterns = folders[package], tool["package-data"][package]
         for path in folder.rglob("*"):
             if path.is_dir() or path.suffix == ".py" or "__pycache__" in path.parts:
