@@ -33,8 +33,8 @@ class Capture:
     """Run the calibration prompts and accumulate S = XᵀX / T per site (docs/method.md Eq. 1).
 
     ``batch``   prompts per pipeline call; one batch is one shard, the unit of resuming
-    ``every``   record one denoiser call in this many (which ones rotates with the shard, so that
-                all timesteps are covered)
+    ``every``   record one denoiser call in this many, and at least one per shard (which ones
+                rotates with the shard, so that all timesteps are covered)
     ``rows``    activation rows kept per site, for proofs and per-layer errors
 
     Writes ``moments.zarr`` (float32 [D, D] per site, attribute ``tokens``), ``rows.zarr`` (bfloat16
@@ -73,11 +73,13 @@ class Capture:
         else:
             totals.moments = {s.name: torch.zeros(s.dim, s.dim, dtype=torch.float64) for s in sites}
             totals.tokens = dict.fromkeys(totals.moments, 0)
+        call = self.model.call_arguments()
+        every = min(self.every, int(call.get("num_inference_steps", self.every)))
         rows = _RowStore(out / "rows.zarr", sites, self.rows, len(shards), fresh=not done)
         for index in track(range(done, len(shards)), "capture"):
-            recorder = Recorder(pipe.transformer, sites, self.every, index, rows.quota)
+            recorder = Recorder(pipe.transformer, sites, every, index, rows.quota)
             with recorder:
-                generate(pipe, shards[index], self.model.call_arguments(), output="latent")
+                generate(pipe, shards[index], call, output="latent")
             totals.add(recorder)
             if index == 0:
                 save_file(recorder.probe, out / "probe.safetensors")

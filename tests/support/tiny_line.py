@@ -43,6 +43,7 @@ METHODS = ("dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups")
 
 LINE = (
     "capture.batch=2",
+    "capture.every=2",
     "capture.rows=64",
     "rank.r=16",
     "validate.batch=2",
