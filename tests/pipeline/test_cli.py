@@ -141,7 +141,7 @@ def started(process, ledger, count):
 def test_stopped_in_the_middle_resumes_to_the_same_bytes(spawn, dirotq, store, tmp_path, how):
     ledger = tmp_path / "ledger"
     args = ["compress", "numbers.count=6", f"numbers.ledger={ledger}"]
-    process = spawn(*args, "numbers.pause=0.2")
+    process = spawn(*args, "numbers.pause=0.5")
     started(process, ledger, 3)
     process.send_signal(how)
     _, err = process.communicate(timeout=60)
