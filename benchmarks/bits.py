@@ -1,6 +1,6 @@
 """`make bench-bits`: bits per parameter of real models, everything counted, from shapes alone.
 
-The same Method, QuantSpec and footprint as the pipeline, on a model of the meta device.
+The same Method, QuantSpec and count as in the pipeline, on a model of the meta device.
 """
 
 import torch
@@ -9,7 +9,7 @@ from hydra import compose, initialize_config_module
 from hydra.utils import instantiate
 
 from dirotq.models.flux import FLUX
-from dirotq.models.swap import footprint, put_packed
+from dirotq.models.swap import effective_bits
 
 
 def main() -> None:
@@ -22,10 +22,9 @@ def main() -> None:
         parameters = sum(p.numel() for p in transformer.parameters())
         sites = FLUX.sites(transformer)
         specs = ((site, method.spec(site, rank)) for site in sites)
-        put_packed(transformer, [(site, spec) for site, spec in specs if spec is not None])
-        size = sum(footprint(transformer).values())
+        bits = effective_bits(transformer, [(s, spec) for s, spec in specs if spec is not None])
         print(
-            f"| FLUX.1-dev | {rank} | {8 * size / parameters:.2f} | {size / 1e9:.2f} "
+            f"| FLUX.1-dev | {rank} | {bits:.2f} | {bits * parameters / 8e9:.2f} "
             f"| {2 * parameters / 1e9:.2f} |"
         )
 

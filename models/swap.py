@@ -62,6 +62,16 @@ def footprint(transformer: nn.Module) -> dict[str, int]:
     return total
 
 
+def effective_bits(skeleton: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> float:
+    """Bits per original parameter of a transformer packed by this plan, everything counted.
+
+    skeleton  the 16-bit transformer; shapes are enough (meta device), and it is packed in place
+    """
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    put_packed(skeleton, entries)
+    return 8 * sum(footprint(skeleton).values()) / parameters
+
+
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:
     parent, _, leaf = path.rpartition(".")
     root.get_submodule(parent).add_module(leaf, module)

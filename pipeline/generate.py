@@ -21,7 +21,7 @@ def command(args: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("image.png"), metavar="FILE")
     parser.add_argument("--steps", type=int, help="default: generation.json of the model")
-    parser.add_argument("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
     store_option(parser)
     options = parser.parse_args(args)
     folder = model_folder(options.model, options.store)
@@ -31,8 +31,7 @@ def command(args: list[str]) -> int:
 
     import torch  # the other verbs do without
 
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    pipeline = dirotq.load(folder).to(device)
+    pipeline = dirotq.load(folder, device=options.device)
     # The noise comes from the CPU's generator, so a seed means the same image on every device.
     noise = torch.Generator("cpu").manual_seed(options.seed)
     image = pipeline(options.prompt, generator=noise, **settings).images[0]

@@ -101,7 +101,7 @@ class _Totals:
         self.moments: dict[str, Tensor] = {}
         self.tokens: dict[str, int] = {}
 
-    def add(self, recorder: "Recorder") -> None:
+    def add(self, recorder: Recorder) -> None:
         for name, moment in recorder.moments.items():
             self.moments[name] += moment.cpu()
             self.tokens[name] += recorder.tokens[name]

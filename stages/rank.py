@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dirotq.errors import ConfigError
 from dirotq.models.family import Site
 from dirotq.models.source import DiffusersModel
-from dirotq.models.swap import footprint, put_packed
+from dirotq.models.swap import effective_bits
 from dirotq.pipeline.artifact import Artifact
 from dirotq.plan import Method, SitePlan, write_plan
 from dirotq.tensors import load_site, site_file
@@ -75,7 +75,9 @@ class ChooseRank:
         ranks = [entry.spec.rank for entry in plan if entry.site.kind == "block"]
         return {
             "mean_rank": sum(ranks) / max(len(ranks), 1),
-            "bits_per_parameter": effective_bits(self.model.skeleton(), plan),
+            "bits_per_parameter": effective_bits(
+                self.model.skeleton(), [(entry.site, entry.spec) for entry in plan]
+            ),
         }
 
     def _protects(self, site: Site) -> bool:
@@ -91,13 +93,3 @@ class ChooseRank:
             rank, mode = min(-(-needed // self.grid) * self.grid, len(share_D)), "energy"
         held = float(share_D[rank - 1]) if rank else 0.0
         return rank, f"{mode}: {rank} of {len(share_D)} directions hold {held:.1%} of the energy"
-
-
-def effective_bits(skeleton: nn.Module, plan: list[SitePlan]) -> float:
-    """Bits per original parameter of the packed transformer, everything counted.
-
-    skeleton  the 16-bit transformer; shapes are enough (meta device), and it is packed in place
-    """
-    parameters = sum(p.numel() for p in skeleton.parameters())
-    put_packed(skeleton, [(entry.site, entry.spec) for entry in plan])
-    return 8 * sum(footprint(skeleton).values()) / parameters

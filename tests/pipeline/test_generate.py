@@ -6,12 +6,8 @@ import dirotq as front_door
 
 
 class FakePipeline:
-    def __init__(self, folder):
-        self.folder, self.calls = folder, []
-
-    def to(self, device):
-        self.device = device
-        return self
+    def __init__(self, folder, device):
+        self.folder, self.device, self.calls = folder, device, []
 
     def __call__(self, prompt, *, generator, **settings):
         from PIL import Image
@@ -24,8 +20,8 @@ class FakePipeline:
 def loaded(monkeypatch):
     pipelines = []
 
-    def load(folder):
-        pipelines.append(FakePipeline(folder))
+    def load(folder, *, device):
+        pipelines.append(FakePipeline(folder, device))
         return pipelines[-1]
 
     monkeypatch.setattr(front_door, "load", load, raising=False)
@@ -42,6 +38,7 @@ def test_one_image_with_the_models_own_settings(dirotq, loaded, tmp_path):
     assert dirotq("generate", *args).status == 0
     assert out.read_bytes().startswith(b"\x89PNG")
     dirotq("generate", *args, "--steps", "4")
+    assert [pipeline.device for pipeline in loaded] == ["cpu", "cpu"]
     assert [pipeline.calls[0] for pipeline in loaded] == [
         ("a star", 7, {"num_inference_steps": 20, "height": 64}),
         ("a star", 7, {"num_inference_steps": 4, "height": 64}),

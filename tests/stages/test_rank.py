@@ -8,8 +8,9 @@ from tiny_line import METHODS, method, publish, run, run_stage, stage
 
 from dirotq.errors import ConfigError
 from dirotq.models.flux import FLUX
+from dirotq.models.swap import effective_bits
 from dirotq.plan import SitePlan, read_plan
-from dirotq.stages.rank import ChooseRank, effective_bits
+from dirotq.stages.rank import ChooseRank
 from dirotq.tensors import save_site
 
 
@@ -151,5 +152,5 @@ def test_effective_bits_of_flux_1_dev():
     for site in FLUX.sites(flux):
         spec = used.spec(site, 64 if site.kind == "block" else 0)
         plan.append(SitePlan(site, spec, used.rounding, used.weight_clip, "r = 64"))
-    bits = effective_bits(flux, plan)
+    bits = effective_bits(flux, [(entry.site, entry.spec) for entry in plan])
     assert 4.0 < bits <= 4.8
