@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .chip import capability
+from .ops import quant_linear, spec_key
+from .plan import Plan, choose
 from .spec import QuantSpec
-from .transform_quantize import quantize_rows, transform
-from .w4a4_linear import w4a4_linear
-from .w4a16_linear import w4a16_linear
 
 
 class QuantLinear(nn.Module):
@@ -39,6 +39,7 @@ class QuantLinear(nn.Module):
     def __init__(self, spec: QuantSpec, *, bias: bool, device: Any = None) -> None:
         super().__init__()
         self.spec = spec
+        self._key = spec_key(spec)
         for name, shape in buffer_shapes(spec, bias=bias).items():
             dtype = torch.uint8 if name == "qweight" else torch.bfloat16
             empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
@@ -49,20 +50,34 @@ class QuantLinear(nn.Module):
         return self.rows(x, slice(None))
 
     def rows(self, x: Tensor, rows: slice) -> Tensor:
-        """The outputs ``rows`` of :meth:`forward`, computed alone."""
-        spec = self.spec
-        flat = x.reshape(-1, spec.dim)
-        z, c = transform(flat, self.basis, self.rotation, spec)
-        qweight, wscale = self.qweight[rows], self.wscale[rows]
+        """The outputs ``rows`` of :meth:`forward`, computed alone.
+
+        Raises ValueError if x has another number of channels, is not floating point or lies on
+        another device than the packed tensors.
+        """
+        self._check(x)
         wp = None if self.wp is None else self.wp[rows]
         bias = None if self.bias is None else self.bias[rows]
-        if spec.act_bits == 16:
-            y = w4a16_linear(z, qweight, wscale, bias)
-            if c is not None and wp is not None:
-                y = y + c.float() @ wp.float().mT
-        else:
-            y = w4a4_linear(*quantize_rows(z, spec), c, qweight, wscale, wp, bias)
-        return y.to(x.dtype).unflatten(0, x.shape[:-1])
+        return quant_linear(
+            x, self.qweight[rows], self.wscale[rows], self.basis, self.rotation, wp, bias, self._key
+        )
+
+    def plan(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
+        """Which kernels run a call with so many rows of ``dtype`` where the module now is."""
+        return choose(capability(self.qweight.device), rows, self.spec.outputs, self.spec, dtype)
+
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.spec.dim:
+            raise ValueError(
+                f"x has {x.shape[-1]} channels {tuple(x.shape)}; this linear takes {self.spec.dim}"
+            )
+        if not x.is_floating_point():
+            raise ValueError(f"x is {x.dtype}; use bfloat16, float16 or float32")
+        if x.device != self.qweight.device:
+            raise ValueError(
+                f"x is on {x.device}, the packed weights are on {self.qweight.device}; move one of "
+                "them"
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
         # Moving a model to a compute dtype must not re-round scales and bases: only devices change.

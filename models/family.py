@@ -1,7 +1,7 @@
 """Model families as data: which linears read one activation, which are modulators, which stay."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -61,6 +61,9 @@ class ModelFamily:
     """Linears that stay in 16 bits (paths with ``*``)."""
     call: Mapping[str, float | int]
     """Defaults of a pipeline call; a folder's generation.json wins over them."""
+    share: Callable[[nn.Module], None] | None = None
+    """Makes a transformer whose sites were swapped run each shared one once, in place. Without it
+    every consumer computes its own rows: the same numbers, slower."""
 
     def sites(self, transformer: nn.Module) -> list[Site]:
         """The sites of ``transformer``, in the order of its blocks.

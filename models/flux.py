@@ -1,8 +1,17 @@
 """FLUX.1 (dev, schnell and finetunes): 19 double-stream and 38 single-stream blocks."""
 
+from torch import nn
+
 from .family import ModelFamily, SiteRule
 
 DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+
+
+def _share(transformer: nn.Module) -> None:
+    from .flux_sharing import share_sites  # imports diffusers, which reading the table must not
+
+    share_sites(transformer)
+
 
 FLUX = ModelFamily(
     name="flux",
@@ -37,4 +46,5 @@ FLUX = ModelFamily(
         "width": 1024,
         "max_sequence_length": 512,
     },
+    share=_share,
 )

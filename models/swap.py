@@ -7,6 +7,7 @@ from torch import nn
 from dirotq.kernels.linear import QuantLinear, SiteView
 from dirotq.kernels.spec import QuantSpec
 
+from .families import FAMILIES
 from .family import Site
 
 
@@ -17,7 +18,8 @@ def swap_sites(
 
     The wide module stands at the site's path; where several linears share it, each of them becomes
     a :class:`SiteView` of its rows. ``build`` returns a module with ``forward(x)`` and
-    ``rows(x, slice)``.
+    ``rows(x, slice)``. A transformer whose family can (``ModelFamily.share``) then runs each shared
+    site once per call.
     """
     for site in sites:
         wide = build(site)
@@ -25,6 +27,9 @@ def swap_sites(
         if len(site.consumers) > 1:
             for consumer, rows in site.slices():
                 _put(transformer, consumer, SiteView(wide, rows))
+    for family in FAMILIES:
+        if family.transformer == type(transformer).__name__ and family.share is not None:
+            family.share(transformer)
 
 
 def put_packed(transformer: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> None:

@@ -80,11 +80,12 @@ def test_a_weight_that_is_wrong_by_a_thousandth_names_the_site(
         run_stage(fuse, tmp_path, **inputs)
 
 
-def test_consumers_wired_to_each_others_rows_fail_the_network(fuse, inputs, tmp_path, monkeypatch):
+def test_streams_wired_to_each_others_sites_fail_the_network(fuse, inputs, tmp_path, monkeypatch):
     def crossed(transformer, sites, build):
         right(transformer, sites, build)
         attention = transformer.transformer_blocks[0].attn
-        attention.to_q, attention.to_v = attention.to_v, attention.to_q
+        image, text = attention.to_qkv, attention.to_added_qkv
+        attention.to_qkv, attention.to_added_qkv = text, image
 
     right = module.swap_sites
     monkeypatch.setattr(module, "swap_sites", crossed)

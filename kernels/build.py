@@ -1,0 +1,32 @@
+"""What a kernel is compiled from: lets tests compile every configuration for chips we don't have."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+CHIPS = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities (major * 10 + minor) that every kernel is compiled for."""
+
+FP8_CHIPS = tuple(chip for chip in CHIPS if chip >= 89)
+"""Chips whose tensor cores take FP8-E4M3."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Build:
+    """One kernel in one configuration.
+
+    ``signature`` maps every non-constexpr argument to its Triton type ("*bf16", "i32", ...), in the
+    kernel's order; ``constants`` every constexpr to its value. Pointers and i32 arguments named in
+    ``aligned`` are multiples of 16, as launches on real tensors find them.
+    """
+
+    name: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    warps: int
+    stages: int
+    chips: tuple[int, ...] = CHIPS
+    tensor_core: bool = True
+    """Whether a matrix instruction must appear in the machine code."""
+    aligned: tuple[str, ...] = field(default=())

@@ -1,0 +1,69 @@
+"""``torch.ops.dirotq.quant_linear``: a packed linear as one operator.
+
+One operator, so that the plan is chosen when it runs, by the rows it then has: ``torch.compile``
+sees a single node whatever M is, and a CUDA graph captures the kernels that were chosen.
+"""
+
+import functools
+import json
+
+import torch
+from torch import Tensor
+
+from . import engine
+from .chip import capability, say_once
+from .plan import Plan, choose
+from .spec import QuantSpec
+
+
+@functools.lru_cache(maxsize=4096)
+def spec_from_key(key: str) -> QuantSpec:
+    return QuantSpec.from_dict(json.loads(key))
+
+
+def spec_key(spec: QuantSpec) -> str:
+    """A spec as an operator's argument."""
+    return json.dumps(spec.to_dict())
+
+
+def plan_for(x_MD: Tensor, outputs: int, spec: QuantSpec) -> Plan:
+    """The plan that a call with this input takes."""
+    return choose(capability(x_MD.device), x_MD.shape[0], outputs, spec, x_MD.dtype)
+
+
+@torch.library.custom_op("dirotq::quant_linear", mutates_args=())
+def quant_linear(
+    x: Tensor,
+    qweight: Tensor,
+    wscale: Tensor,
+    basis: Tensor | None,
+    rotation: Tensor | None,
+    wp: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+) -> Tensor:
+    """y [..., N] of x [..., D]; buffers as ``kernels.linear.QuantLinear`` describes them."""
+    known = spec_from_key(spec)
+    flat = x.reshape(-1, known.dim)
+    outputs = wscale.shape[0]
+    if flat.shape[0] == 0:
+        return x.new_empty((*x.shape[:-1], outputs))
+    plan = plan_for(flat, outputs, known)
+    if plan.engine == "reference" and x.is_cuda:
+        say_once(f"packed linears run on the torch reference path, slowly: {plan.why}")
+    y = engine.run(plan, flat, qweight, wscale, basis, rotation, wp, bias, known)
+    return y.view(*x.shape[:-1], outputs)
+
+
+@quant_linear.register_fake
+def _(
+    x: Tensor,
+    qweight: Tensor,
+    wscale: Tensor,
+    basis: Tensor | None,
+    rotation: Tensor | None,
+    wp: Tensor | None,
+    bias: Tensor | None,
+    spec: str,
+) -> Tensor:
+    return x.new_empty((*x.shape[:-1], wscale.shape[0]))

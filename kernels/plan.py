@@ -1,0 +1,160 @@
+"""Which kernels run a packed linear: chosen per chip and shape, from measurements.
+
+``plans.json`` holds, per compute capability, the fastest candidate for shapes that ``make tune``
+measured on such a chip; a shape in between takes its nearest neighbour's (in log M, N, K). Chips
+that nobody measured take the rules in :func:`unmeasured`. Letters: M rows, N outputs, K width.
+"""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from . import chip as chips
+from .spec import QuantSpec
+from .w4a4_linear.tiles import TILES, Tile, fits, packed_fits, scales_fit
+from .w4a16_linear import tiles as w4a16
+
+TABLE = Path(__file__).with_name("plans.json")
+
+Engine = Literal["reference", "scaled_mm", "packed", "unpacked", "w4a16"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """How one linear runs.
+
+    ``reference``  plain torch, the specification
+    ``scaled_mm``  weights unpacked to FP8 scratch, ``torch._scaled_mm``, protected branch and bias
+                   as FP8 columns (kernels/tail.py)
+    ``packed``     Triton GEMM that decodes nibbles in registers, protected branch as a 16-bit tail
+    ``unpacked``   Triton GEMM on unpacked scratch, protected branch as a 16-bit tail
+    ``w4a16``      Triton, 16-bit activations
+    """
+
+    engine: Engine
+    container: Literal["fp8", "int8", "none"]
+    tile: Tile | w4a16.Tile | None = None
+    why: str = ""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float8_e4m3fn if self.container == "fp8" else torch.int8
+
+    def __str__(self) -> str:
+        codes = "" if self.container == "none" else f" on {self.container.upper()} codes"
+        shape = ""
+        if self.tile is not None:
+            shape = f", tile {self.tile.bm} x {self.tile.bn}"
+        return f"{self.engine}{codes}{shape} ({self.why})"
+
+
+def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> Plan:
+    """The plan for M rows and N outputs of a linear on compute capability ``chip`` (90: 9.0).
+
+    dtype  of the input; float32 and float64 always take the reference path
+    """
+    why = chips.why_reference(chip) or _why_not(spec, dtype)
+    if why or chip is None:
+        return Plan(engine="reference", container="none", why=why or "")
+    return _choose(chip, max(m, 1), max(n, 1), spec, dtype)
+
+
+def _why_not(spec: QuantSpec, dtype: torch.dtype) -> str | None:
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"{str(dtype).removeprefix('torch.')} inputs are computed as specified"
+    k, weight_groups = spec.width, spec.width // spec.weight_group_size
+    if spec.act_bits == 16:
+        if not w4a16.fits(k, weight_groups):
+            return f"{weight_groups} weight scales per {k} columns fit no kernel"
+        return None
+    if spec.block > 512:
+        return f"Hadamard block {spec.block} is larger than 512"
+    if spec.act_scale != "token" and spec.act_group not in (16, 32, 64, 128, 256):
+        return f"activation groups of {spec.act_group} fit no kernel; 16, 32, 64, 128 and 256 do"
+    act_groups = k // spec.act_group_size if spec.act_scale == "group" else 1
+    if not scales_fit(k, act_groups, weight_groups) or not packed_fits(k):
+        return f"{act_groups} x {weight_groups} scales per {k} columns fit no kernel"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> Plan:
+    candidates = {name_of(plan): plan for plan in candidates_for(chip, m, spec, dtype)}
+    kind = kind_of(spec)
+    rows = [r for r in _table().get(str(chip), {}).get(kind, []) if r["plan"] in candidates]
+    if rows:
+        want = (m, n, spec.width)
+        near = min(rows, key=lambda r: _distance((r["m"], r["n"], r["k"]), want))
+        plan = candidates[near["plan"]]
+        why = f"measured at {near['m']} x {near['k']} -> {near['n']} on sm_{chip}"
+    else:
+        plan = unmeasured(list(candidates.values()), m)
+        why = f"no measurement for sm_{chip}"
+    return Plan(engine=plan.engine, container=plan.container, tile=plan.tile, why=why)
+
+
+def candidates_for(chip: int, m: int, spec: QuantSpec, dtype: torch.dtype) -> list[Plan]:
+    """Every plan that can run this linear on this chip."""
+    if spec.act_bits == 16:
+        kinds = ["few", "many"] + (["wide"] if chip in w4a16.WIDE_CHIPS else [])
+        if m <= 4:
+            kinds = ["row"] + kinds
+        few = [t for kind in kinds for t in w4a16.TILES[kind] if m > 16 or t.bm <= 16]
+        return [Plan(engine="w4a16", container="none", tile=tile) for tile in few]
+    by_row = spec.act_scale != "group" and spec.weight_scale == "channel"
+    fp8 = chip >= 89 and spec.act_bits == 4
+    container: Literal["fp8", "int8"] = "fp8" if fp8 else "int8"
+    found = []
+    if fp8 and by_row and dtype == torch.bfloat16 and spec.transform == "hadamard":
+        found.append(Plan(engine="scaled_mm", container="fp8"))
+    if by_row:
+        for variant in ("packed", "unpacked", "tma"):
+            engine: Engine = "packed" if variant == "packed" else "unpacked"
+            for tile in TILES[variant]:  # type: ignore[index]
+                if fits(tile, variant, chip, fp8=fp8):  # type: ignore[arg-type]
+                    found.append(Plan(engine=engine, container=container, tile=tile))
+        return found
+    tiles = [tile for tile in TILES["grouped"] if fits(tile, "grouped", chip, fp8=fp8)]
+    return [Plan(engine="packed", container=container, tile=tile) for tile in tiles]
+
+
+def unmeasured(candidates: list[Plan], m: int) -> Plan:
+    """Without measurements: library GEMMs for many rows, small packed tiles for few."""
+    if candidates[0].engine == "w4a16":
+        kind = "row" if m <= 2 else "few" if m <= 16 else "many"
+        return next(p for p in candidates if p.tile is w4a16.TILES[kind][0])
+    many = [p for p in candidates if p.engine == "scaled_mm"]
+    if many and m > 256:
+        return many[0]
+    packed = [p for p in candidates if p.engine == "packed" and p.tile is not None]
+    return min(packed, key=lambda p: abs(math.log2(p.tile.bm) - math.log2(min(m, 128))))  # type: ignore[union-attr]
+
+
+def kind_of(spec: QuantSpec) -> str:
+    """Linears whose measurements compare: ``w4a16``, ``w4a4``, ``w4a8``, ``w4a4-grouped``..."""
+    if spec.act_bits == 16:
+        return "w4a16"
+    grouped = spec.act_scale == "group" or spec.weight_scale == "group"
+    return f"w4a{spec.act_bits}" + ("-grouped" if grouped else "")
+
+
+def name_of(plan: Plan) -> str:
+    """The plan's name in the table."""
+    if plan.tile is None:
+        return plan.engine
+    fields = [getattr(plan.tile, name) for name in type(plan.tile).__dataclass_fields__]
+    return "-".join(str(v) for v in (plan.engine, plan.container, *fields))
+
+
+@functools.lru_cache
+def _table() -> dict[str, dict[str, list[dict[str, int | float | str]]]]:
+    return json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+
+
+def _distance(a: tuple[int | float | str, ...], b: tuple[int, ...]) -> float:
+    return sum(abs(math.log(float(x) / y)) for x, y in zip(a, b, strict=True))

@@ -1,0 +1,77 @@
+"""The protected branch and the bias as further columns of the 8-bit product (docs/kernels.md).
+
+c (W P)ᵀ + bias joins the main branch's accumulator as FP8 columns. A bfloat16 value is high + low, two
+E4M3 numbers of four significant bits each, so three column blocks hold the product but for low low:
+(high, low, high) of c against (high, high, low) of W P. The bias is one more direction, whose
+coefficient is constant.
+"""
+
+import torch
+from torch import Tensor
+
+from .planar import padded, to_planar
+
+TINY = 1e-30
+
+LIMIT = 512.0
+"""Largest |W P| / weight scale of an output that its columns hold; ``gptq`` keeps scales large enough."""
+
+BIAS_COEFFICIENT = 4.0
+"""c of the bias's direction: |bias| / weight scale may be that much larger, up to BIAS_LIMIT."""
+
+BIAS_LIMIT = LIMIT * BIAS_COEFFICIENT
+
+
+def tail_part(rank: int, bias: bool) -> int:
+    """Columns of each of the tail's three blocks: a direction each, rounded up to 16."""
+    return -(-(rank + bias) // 16) * 16
+
+
+def columns_with_tail(width: int, rank: int, bias: bool) -> int:
+    """Columns of codes and tail together, zeros up to whole 128s, which matrix units like best."""
+    return -(-(padded(width) + 3 * tail_part(rank, bias)) // 128) * 128
+
+
+def split_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
+    """v = high + low in float8_e4m3fn: exact for bfloat16 values of magnitude 2^-2 ... 448."""
+    high = v.to(torch.float8_e4m3fn)
+    return high, (v.float() - high.float()).to(torch.float8_e4m3fn)
+
+
+def with_tail(
+    codes_MK: Tensor, scale_M1: Tensor, c_MR: Tensor | None, *, bits_below: int, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """Codes of ``quantize_rows`` in FP8, in R1 order, with c behind them: what the kernel writes.
+
+    codes_MK    int8, [M, K], one scale per row (``token``: bits_below 0, ``pow2``: POW2_LEVELS,
+                the powers of two that the codes carry below a step)
+    scale_M1    float32, [M, 1]
+    c_MR        floating, [M, R], or None at rank 0
+    returns     float8_e4m3fn [M, columns_with_tail(K, R, bias)] and their scale, float32 [M, 1], for
+                a product with what ``unpack_w4`` makes of the weights
+
+    A step is worth 2^(6 - k) in FP8: k >= 0 halves a row's codes, exactly down to 2^-9, as often as
+    its largest coefficient needs to stay within FP8's 448.
+    """
+    m = len(codes_MK)
+    step_M1 = scale_M1 * 2.0**bits_below
+    directions = [] if c_MR is None else [c_MR.float()]
+    directions += [torch.full_like(scale_M1, BIAS_COEFFICIENT)] if bias else []
+    v_Mr = torch.cat([scale_M1.new_zeros(m, 0), *directions], 1)
+    peak_M1 = v_Mr.abs().amax(1, keepdim=True) if v_Mr.shape[1] else torch.zeros_like(scale_M1)
+    step_M1 = torch.where(step_M1 > TINY / 7, step_M1, peak_M1.clamp_min(TINY) / 256)
+    mantissa, exponent = torch.frexp(peak_M1 / (step_M1 * 1792))
+    k_M1 = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(0, 60)
+    unit_M1 = torch.ldexp(torch.ones_like(step_M1), 6 - bits_below - k_M1)
+    out_scale_M1 = torch.ldexp(step_M1, k_M1 + 3)
+    rank = 0 if c_MR is None else c_MR.shape[1]
+    v_Mr = torch.nn.functional.pad(
+        v_Mr * (2 / out_scale_M1), (0, tail_part(rank, bias) - v_Mr.shape[1])
+    )
+    high, low = split_fp8(v_Mr)
+    main = (to_planar(codes_MK).float() * unit_M1).to(torch.float8_e4m3fn)
+    columns = columns_with_tail(codes_MK.shape[1], rank, bias)
+    out = torch.zeros(m, columns, dtype=torch.uint8, device=codes_MK.device)
+    parts = torch.cat([t.view(torch.uint8) for t in (main, high, low, high)], 1)
+    out[:, : parts.shape[1]] = parts
+    return out.view(torch.float8_e4m3fn), out_scale_M1

@@ -1,0 +1,338 @@
+"""Triton ``w4a16_linear``: one row at the speed of memory, more rows on the tensor cores.
+
+Weights are read as 32-bit words of eight codes: code i of a word stands in bits 4 i ... 4 i + 3 and
+belongs to column 8 * word + i (layout L1, little endian). One instruction makes a code a float:
+under the exponent of a power of two its bits are the last bits of the mantissa, so
+``(bits & mask) ^ magic`` is offset + code exactly; the offset is taken off the sums (one row) or
+the halves (tensor cores). The magic numbers are arguments and not constants on purpose: the
+instruction that does both operations takes one constant only.
+
+Letters: M rows, N outputs, K inputs, G groups; W words of a tile (8 W columns), BM and BN its rows
+and outputs.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..build import CHIPS, Build
+from .tiles import TILES, WIDE_CHIPS, Tile, fits, usual
+
+__all__ = ["TILES", "Tile", "builds", "fits", "launch", "usual"]
+
+HIGH = 0x43080000
+"""float32 128 + 8 with the code's bits at 16 ... 19: codes -8 ... 7 are 136 + code."""
+LOW = 0x45008000
+"""float32 2048 + 8 with the code's bits at 12 ... 15: codes are 2056 + code."""
+HALVES = {torch.bfloat16: (0x43084308, 136.0), torch.float16: (0x64086408, 1032.0)}
+"""Two 16-bit floats in a word, code bits at 0 ... 3 of each; and the offset they carry."""
+
+
+@triton.jit
+def _parts(x, SHAPE: tl.constexpr):
+    """x in ``SHAPE`` (..., 2, 2, 2) -> columns i and i + 4 of every word, i = 0 ... 3: (..., 2)."""
+    even, odd = tl.split(tl.reshape(x, SHAPE))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _columns(pair):
+    """[W, 2] -> two [1, W] in float32."""
+    first, second = tl.split(pair)
+    return first.to(tl.float32)[None, :], second.to(tl.float32)[None, :]
+
+
+@triton.jit
+def _float(bits, MASK: tl.constexpr, magic):
+    """The code under MASK in every word as float32, plus the offset of ``magic``."""
+    return ((bits & MASK) ^ magic).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def one_row(
+    p_x, p_w, p_scale, p_bias, p_y, N, units, x_stride, y_stride, scale_stride, high, low,
+    UNIT: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """y of one row and BN outputs: multiply-adds in float32, four words (16 bytes) a thread.
+
+    units    words of a weight row / UNIT; UNIT 4 says that rows are whole 16 bytes
+    GROUP    words of a group, a multiple of 4; 0: one scale per row
+
+    Taking the offsets off rounds by up to 2056 * 2^-24 (about 1e-4) of |x| times the scale, far
+    below what rounding an output to 16 bits costs, even where the code itself is 0.
+    """
+    words = units * UNIT
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    n = tl.minimum(o_n, N - 1).to(tl.int64)
+    p_x += tl.program_id(1).to(tl.int64) * x_stride
+    acc = tl.zeros([BN, W // 4], tl.float32)
+    for start in tl.range(0, words, W, num_stages=STAGES):
+        o_w = start + tl.arange(0, W)
+        o_k = start * 8 + tl.arange(0, 8 * W)
+        at = p_w + (n * words)[:, None] + o_w[None, :]
+        if EVEN:
+            w = tl.load(at, eviction_policy="evict_first")  # [BN, W]
+            x = tl.load(p_x + o_k)  # [8 W]
+        else:
+            w = tl.load(at, mask=(o_w < words)[None, :], other=0)
+            x = tl.load(p_x + o_k, mask=o_k < words * 8, other=0.0)
+        if GROUP > 0:
+            o_g = start // GROUP + tl.arange(0, W // 4) // (GROUP // 4)
+            if W % GROUP != 0:  # a step may start inside of a group
+                o_g = (start // 4 + tl.arange(0, W // 4)) // (GROUP // 4)
+            scale_at = p_scale + (n * scale_stride)[:, None] + o_g[None, :]
+            if EVEN:
+                s = tl.load(scale_at)  # [BN, W / 4]
+            else:
+                s = tl.load(scale_at, mask=(o_g * GROUP < words)[None, :], other=0.0)
+        x04, x15, x26, x37 = _parts(x, [W, 2, 2, 2])
+        x0, x4 = _columns(x04)
+        x1, x5 = _columns(x15)
+        x2, x6 = _columns(x26)
+        x3, x7 = _columns(x37)
+        # Two codes of every shifted word stand where they are wanted: four shifts for eight codes.
+        left, right = w << 8, w >> 12
+        p = _float(w << 16, 0xF0000, high) * x0
+        p -= (x0 + x2 + x4 + x5 + x7) * 136.0 + (x1 + x3 + x6) * 2056.0
+        p += _float(left, 0xF000, low) * x1
+        p += _float(left, 0xF0000, high) * x2
+        p += _float(w, 0xF000, low) * x3
+        p += _float(w, 0xF0000, high) * x4
+        p += _float(w >> 4, 0xF0000, high) * x5
+        p += _float(right, 0xF000, low) * x6
+        p += _float(right, 0xF0000, high) * x7
+        p4 = tl.sum(tl.reshape(p, [BN, W // 4, 4]), 2)
+        if GROUP > 0:
+            acc += p4 * s.to(tl.float32)
+        else:
+            acc += p4
+    y = tl.sum(acc, 1)
+    if GROUP == 0:
+        y *= tl.load(p_scale + n * scale_stride).to(tl.float32)
+    if BIAS:
+        y += tl.load(p_bias + n).to(tl.float32)
+    out = p_y + tl.program_id(1).to(tl.int64) * y_stride + o_n
+    tl.store(out, y.to(p_y.dtype.element_ty), mask=o_n < N)
+
+
+@triton.jit
+def _halves(bits, magic, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
+    """Codes i and i + 4 of every word (``bits`` shifted right by 4 i), [BN, W] -> [BN, W, 2]."""
+    pair = (bits & 0x000F000F) ^ magic
+    low = pair.to(tl.int16).to(DTYPE, bitcast=True)
+    high = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.join(low, high) - OFFSET
+
+
+@triton.jit
+def _multiply(bits, x, s, acc, magic, OFFSET: tl.constexpr, SCALED: tl.constexpr):
+    """acc [BN, BM] + the weights in ``bits`` (see _halves) times their columns x [BM, W, 2]."""
+    BM: tl.constexpr = x.shape[0]
+    BN: tl.constexpr = bits.shape[0]
+    W: tl.constexpr = bits.shape[1]
+    weight = _halves(bits, magic, OFFSET, x.dtype)
+    if SCALED:
+        weight *= s[:, :, None]
+    return tl.dot(tl.reshape(weight, [BN, 2 * W]), tl.trans(tl.reshape(x, [BM, 2 * W])), acc)
+
+
+@triton.jit
+def _largest(p_rows, groups, BN: tl.constexpr):
+    """Largest scale of each of BN rows in float32, and at least 1e-30 so that it has an inverse."""
+    top = tl.full([BN], 1e-30, tl.float32)
+    for start in range(0, groups, 32):
+        o_g = start + tl.arange(0, 32)
+        s = tl.load(p_rows[:, None] + o_g[None, :], mask=(o_g < groups)[None, :], other=0.0)
+        top = tl.maximum(top, tl.max(s.to(tl.float32), 1))
+    return top
+
+
+@triton.jit
+def dots(
+    p_x, p_w, p_scale, p_bias, p_y, M, N, units, x_stride, y_stride, scale_stride, magic,
+    UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
+    SUMS: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """y of BM rows and BN outputs; weights are the left operand. Arguments as in :func:`one_row`.
+
+    SUMS     scales multiply the float32 sums of a step (GROUP is a multiple of W), not the weights
+    """
+    words = units * UNIT
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
+    o_m = tl.program_id(1) * BM + tl.arange(0, BM)
+    n = tl.minimum(o_n, N - 1).to(tl.int64)
+    m = tl.minimum(o_m, M - 1).to(tl.int64)
+    DTYPE: tl.constexpr = p_x.dtype.element_ty
+    SCALED: tl.constexpr = GROUP > 0 and not SUMS
+    # fp16 has not the range of bf16 scales: its weights are relative to the row's largest one.
+    RELATIVE: tl.constexpr = SCALED and p_x.dtype.element_ty.is_fp16()
+    if RELATIVE:
+        top = _largest(p_scale + n * scale_stride, words // GROUP, BN)  # [BN]
+        inverse = 1 / top
+    acc = tl.zeros([BN, BM], tl.float32)
+    for start in tl.range(0, words, W, num_stages=STAGES):
+        o_w = start + tl.arange(0, W)
+        o_k = start * 8 + tl.arange(0, 8 * W)
+        w_at = p_w + (n * words)[:, None] + o_w[None, :]
+        x_at = p_x + (m * x_stride)[:, None] + o_k[None, :]
+        if EVEN:
+            w = tl.load(w_at)  # [BN, W]
+            x = tl.load(x_at)  # [BM, 8 W]
+        else:
+            w = tl.load(w_at, mask=(o_w < words)[None, :], other=0)
+            x = tl.load(x_at, mask=(o_k < words * 8)[None, :], other=0.0)
+        s = 0.0
+        if SCALED:
+            s_at = p_scale + (n * scale_stride)[:, None] + (o_w // GROUP)[None, :]
+            inside = (o_w < words)[None, :]
+            s = tl.load(s_at) if EVEN else tl.load(s_at, mask=inside, other=0.0)  # [BN, W]
+            if RELATIVE:
+                s = s.to(tl.float32) * inverse[:, None]
+            s = s.to(DTYPE)
+        p = tl.zeros([BN, BM], tl.float32) if GROUP > 0 and SUMS else acc
+        x0, x1, x2, x3 = _parts(x, [BM, W, 2, 2, 2])
+        p = _multiply(w, x0, s, p, magic, OFFSET, SCALED)
+        p = _multiply(w >> 4, x1, s, p, magic, OFFSET, SCALED)
+        p = _multiply(w >> 8, x2, s, p, magic, OFFSET, SCALED)
+        p = _multiply(w >> 12, x3, s, p, magic, OFFSET, SCALED)
+        if GROUP > 0 and SUMS:
+            group = tl.load(p_scale + n * scale_stride + start // GROUP)  # [BN]
+            acc += p * group.to(tl.float32)[:, None]
+        else:
+            acc = p
+    if GROUP == 0:
+        acc *= tl.load(p_scale + n * scale_stride).to(tl.float32)[:, None]
+    if RELATIVE:
+        acc *= top[:, None]
+    if BIAS:
+        acc += tl.load(p_bias + n).to(tl.float32)[:, None]
+    out = p_y + o_m.to(tl.int64)[None, :] * y_stride + o_n[:, None]
+    valid = (o_n < N)[:, None] & (o_m < M)[None, :]
+    tl.store(out, acc.to(p_y.dtype.element_ty), mask=valid)
+
+
+def launch(
+    x_MK: Tensor,
+    qweight_NK2: Tensor,
+    wscale_NG: Tensor,
+    bias_N: Tensor | None,
+    *,
+    out_dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """y = x (s_w q_w)ᵀ + bias on the GPU; specification: ``reference.py``.
+
+    x_MK         bf16 or fp16, [M, K], any strides
+    qweight_NK2  uint8, [N, K // 2], layout L1, rows side by side
+    wscale_NG    bf16, [N, 1] or one per group of a multiple of 32 columns
+    bias_N       bf16, [N] or None
+    out_dtype    of y: bf16, fp16 or float32; None: that of x
+    tile         None: :func:`usual`
+    out          [M, N] to write to, of ``out_dtype`` and with neighbouring columns; None: a new one
+    returns      y, [M, N], accumulated in float32
+
+    Raises ValueError for weights that the kernels can't read (:func:`fits`).
+    """
+    (M, K), (N, groups) = x_MK.shape, wscale_NG.shape
+    if not fits(K, groups):
+        raise ValueError(
+            f"weights of {K} columns with {groups} scales per row do not fit the kernels; use a "
+            "multiple of 8 columns and one scale per row or groups of a multiple of 32 columns, or "
+            "the reference path"
+        )
+    y_MN = x_MK.new_empty(M, N, dtype=out_dtype or x_MK.dtype) if out is None else out
+    if y_MN.numel() == 0:
+        return y_MN
+    if x_MK.stride(1) != 1:
+        x_MK = x_MK.contiguous()
+    if wscale_NG.stride(1) != 1:
+        wscale_NG = wscale_NG.contiguous()
+    if tile is None:
+        chip = torch.cuda.get_device_capability(x_MK.device) if x_MK.is_cuda else (0, 0)
+        tile = usual(M, 10 * chip[0] + chip[1])
+    constants = _constants(tile, x_MK.dtype, K, groups, bias=bias_N is not None)
+    words_NW = qweight_NK2.contiguous().view(torch.int32)
+    units = words_NW.shape[1] // constants["UNIT"]
+    bias = wscale_NG if bias_N is None else bias_N
+    pointers = x_MK, words_NW, wscale_NG, bias, y_MN
+    strides = x_MK.stride(0), y_MN.stride(0), wscale_NG.stride(0)
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    with torch.cuda.device_of(x_MK):
+        if tile.kind == "row":
+            grid = triton.cdiv(N, tile.bn), M
+            one_row[grid](*pointers, N, units, *strides, HIGH, LOW, **constants, **options)
+        else:
+            grid = triton.cdiv(N, tile.bn), triton.cdiv(M, tile.bm)
+            magic = HALVES[x_MK.dtype][0]
+            dots[grid](*pointers, M, N, units, *strides, magic, **constants, **options)
+    return y_MN
+
+
+def _constants(
+    tile: Tile, dtype: torch.dtype, width: int, groups: int, *, bias: bool
+) -> dict[str, Any]:
+    """Constexpr arguments of a tile's kernel."""
+    group = width // groups // 8 if groups > 1 else 0
+    constants: dict[str, Any] = {
+        "UNIT": 4 if width % 32 == 0 else 1,
+        "BN": tile.bn,
+        "W": tile.words,
+        "GROUP": group,
+        "BIAS": bias,
+        "EVEN": width % (8 * tile.words) == 0,
+        "STAGES": tile.stages,
+    }
+    if tile.kind == "dots":
+        sums = tile.scale == "sums" and group % tile.words == 0
+        constants |= {"BM": tile.bm, "SUMS": sums, "OFFSET": HALVES[dtype][1]}
+    return constants
+
+
+def builds() -> list[Build]:
+    """The usual tiles for every chip: group 64, fp16, one scale, masked steps; the others, which
+    only measurements choose, for the chips that they are measured on."""
+    formats = (
+        (torch.bfloat16, 3072, 48),
+        (torch.float16, 3072, 48),
+        (torch.bfloat16, 3072, 1),
+        (torch.bfloat16, 2240, 35),
+    )
+    found = []
+    for name, tiles in TILES.items():
+        for tile in tiles:
+            common = name != "wide" and tile is tiles[0]
+            chips = CHIPS if common else WIDE_CHIPS
+            for dtype, width, groups in formats if tile is tiles[0] else formats[:1]:
+                found.append(_build(tile, dtype, width, groups, chips))
+    return found
+
+
+def _build(
+    tile: Tile, dtype: torch.dtype, width: int, groups: int, chips: tuple[int, ...]
+) -> Build:
+    kernel = one_row if tile.kind == "row" else dots
+    constants = _constants(tile, dtype, width, groups, bias=True)
+    kinds = {"p_x": "*bf16", "p_w": "*i32", "p_scale": "*bf16", "p_bias": "*bf16", "p_y": "*bf16"}
+    if dtype == torch.float16:
+        kinds |= {"p_x": "*fp16", "p_y": "*fp16"}
+    signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constants}
+    return Build(
+        name=f"{tile.kind}-{tile.bm}x{tile.bn}x{tile.words}-w{tile.warps}s{tile.stages}"
+        f"-{tile.scale}-{kinds['p_x'][1:]}-k{width}g{groups}",
+        kernel=kernel,
+        signature=signature,
+        constants=constants,
+        warps=tile.warps,
+        stages=tile.stages,
+        chips=chips,
+        tensor_core=tile.kind == "dots",
+        aligned=(*kinds, "x_stride", "y_stride"),
+    )
