@@ -11,7 +11,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test check bench bench-bits bench-quality versions clean
+.PHONY: help setup compress plan sweep test check bench bench-bits bench-quality bench-kernels tune versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,13 +44,19 @@ check: $(STAMP) .links ## formatting, lint, types, import contracts
 	cd .links && $(abspath $(BIN))/mypy --config-file ../pyproject.toml --package dirotq
 	cd .links && $(abspath $(BIN))/lint-imports --config ../pyproject.toml --no-logo
 
-bench: bench-bits bench-quality ## every table of docs/: bits per parameter, quality of each method
+bench: bench-bits bench-quality ## the tables that need no GPU: bits per parameter, quality of each method
 
 bench-bits: $(STAMP) ## bits per parameter of real models, from shapes alone
 	@$(BIN)/python benchmarks/bits.py $(ARGS)
 
 bench-quality: $(STAMP) ## every method on tiny-flux, into docs/quality.md
 	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+bench-kernels: $(STAMP) ## time the kernels (needs a GPU): ARGS="linear --write"
+	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+tune: $(STAMP) ## choose plans for this GPU by measurement, into kernels/plans.json
+	$(BIN)/python benchmarks/tune.py $(ARGS)
 
 versions: $(STAMP) ## record the code of the stages after bumping a version
 	PYTHONPATH=tests/support $(BIN)/python -m stage_versions

@@ -1,13 +1,14 @@
-"""How every GPU benchmark here measures time."""
+"""How every GPU benchmark here measures time: the same for us and for whatever we compare with."""
 
+import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-FLUSH_BYTES = 256 * 2**20
-"""More than any chip's L2 cache: written before each call, so that no input is still in it."""
+LEAST, MOST = 4, 200
+"""Calls in one graph: enough to share the cost of launching it, and a bound on building it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,26 +20,52 @@ class Timing:
     p80: float
 
 
-def time_call(call: Callable[[], object], *, repeats: int = 30) -> Timing:
-    """Time on the GPU alone: the call's kernels replayed as a CUDA graph, between two events.
+def copies(bytes_per_call: int, cache: int | None = None) -> int:
+    """Calls, each on data of its own, that push one another's inputs out of the L2 cache.
 
-    A graph, so that small kernels are not measured by how fast Python launches them. Inputs come
-    from memory, not from the L2 cache. The graph's own launch (about 3 us) is included.
+    bytes_per_call  bytes of activations and weights that one call reads
+    cache           bytes of L2; None: the current GPU's
     """
-    call()
+    if cache is None:
+        cache = torch.cuda.get_device_properties().L2_cache_size
+    return min(MOST, max(LEAST, math.ceil(2 * cache / bytes_per_call)))
+
+
+def time_calls(
+    calls: Sequence[Callable[[], object]], *, repeats: int = 20, limit: float = math.inf
+) -> Timing:
+    """Time of one of ``calls`` on the GPU alone: all of them in one CUDA graph, between two events.
+
+    In a graph, so that small kernels are not measured by how fast Python launches them; on
+    different data (:func:`copies` says how many), so that nothing is warm that wouldn't be in a
+    network; many in one graph, so that its own launch (a few us) hardly counts.
+
+    limit  microseconds per call above which one replay is enough: the caller has lost interest
+    """
+    calls[0]()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        call()
-    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) * 1e3)
-    times.sort()
-    return Timing(times[repeats // 5], statistics.median(times), times[-1 - repeats // 5])
+        for call in calls:
+            call()
+    _replay(graph)
+    times: list[float] = []
+    while len(times) < repeats and not (times and times[-1] > limit):
+        times.append(_replay(graph) / len(calls))
+    return summary(times)
+
+
+def summary(times: Sequence[float]) -> Timing:
+    """Median and percentiles of measured times."""
+    ordered, fifth = sorted(times), len(times) // 5
+    return Timing(ordered[fifth], statistics.median(ordered), ordered[-1 - fifth])
+
+
+def _replay(graph: torch.cuda.CUDAGraph) -> float:
+    """Microseconds of one replay."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    graph.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) * 1e3

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ArtifactError
@@ -24,16 +25,24 @@ def load(
     device  ``auto``, ``cpu``, ``cuda``, ``cuda:N``
     dtype   of the parts that stay in 16 bits; float32 on a CPU and bfloat16 on a GPU by default
 
-    Raises ArtifactError if the folder holds no packed pipeline, or a tensor is missing, extra or
-    misshapen; UnsupportedError if it was packed by a newer format.
+    Raises ArtifactError if the folder holds no packed pipeline, a file is truncated, or a tensor is
+    missing, extra, misshapen, not finite or out of its range; UnsupportedError if it was packed by
+    a newer format.
     """
     target = pick_device(device)
     return open_pipeline(packed_folder(folder), dtype or compute_dtype(target), target)
 
 
 def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
-    """A local diffusers folder, packed or not, from safetensors only."""
+    """A local diffusers folder, packed or not, from safetensors only.
+
+    Raises ArtifactError naming the weights file that is truncated or damaged.
+    """
     import diffusers
+
+    for file in sorted(folder.glob("*/*.safetensors")):
+        # Before diffusers and transformers open it, each of which fails in a way of its own.
+        check_weights(file)
 
     with quiet():
         pipe = diffusers.DiffusionPipeline.from_pretrained(
@@ -41,6 +50,21 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "Di
         )
     pipe.set_progress_bar_config(disable=True)
     return pipe.to(device)
+
+
+def check_weights(file: str | Path) -> None:
+    """Read a safetensors file's header, which says where the file has to end.
+
+    Raises ArtifactError if the header can't be read or the file isn't as long as it says.
+    """
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"{file} is damaged or was not written to its end ({error}); download it again, or "
+            "make it again with `dirotq compress`"
+        ) from error
 
 
 @contextmanager

@@ -3,7 +3,8 @@
 diffusers calls the quantizer's methods in this order: ``maybe_update_loaded_keys`` (which tensors
 the files hold), ``_process_model_before_weight_loading`` (modules are swapped, files checked), then
 per tensor ``check_if_quantized_param`` / ``create_quantized_param``, and
-``_process_model_after_weight_loading``.
+``_process_model_after_weight_loading`` (the numbers are checked). Weights that are not in shards
+diffusers reads before it asks the quantizer: if truncated, the error is diffusers' own.
 """
 
 import enum
@@ -22,7 +23,9 @@ from torch import Tensor, nn
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.quantize_weight import scale_floor
 from dirotq.kernels.spec import QuantSpec
+from dirotq.loading import check_weights
 from dirotq.models.family import Site
 from dirotq.models.swap import put_packed
 from dirotq.plan import site_from_dict
@@ -31,6 +34,8 @@ METHOD = "dirotq"
 FORMAT = 1
 STORED = torch.bfloat16
 """dtype on disk of everything that is not packed."""
+FLOOR_GRACE = 2.0**-6
+"""Part of its floor that a scale may lack: gptq and fuse may have rounded wp on two machines."""
 
 
 class _Method(enum.StrEnum):
@@ -83,6 +88,7 @@ class DirotqQuantizer(DiffusersQuantizer):
     ) -> list[str]:
         found = {}
         for file in checkpoint_files:
+            check_weights(file)
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     tensor = tensors.get_slice(name)
@@ -121,6 +127,9 @@ class DirotqQuantizer(DiffusersQuantizer):
         packed._buffers[buffer] = state_dict[param_name].to(target_device)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, QuantLinear):
+                check_numbers(name, module)
         model.to_json_string = types.MethodType(_config_without_path, model)
         return model
 
@@ -180,6 +189,41 @@ def _compare(wanted: dict[str, Signature], found: dict[str, Signature]) -> None:
             + "; ".join(problems[:3])
             + more
             + ". The files are damaged or mixed from two models; pack or download them again."
+        )
+
+
+def check_numbers(name: str, packed: QuantLinear) -> None:
+    """Hold a packed linear's numbers against what the kernels rely on, where its tensors lie.
+
+    Tensors that were offloaded while loading are on the meta device and are passed over.
+
+    Raises ArtifactError naming the first tensor with NaN or infinity, with a negative scale, or
+    with a channel scale below its floor (docs/method.md Eq. 9).
+    """
+    tensors = {b: t for b, t in packed.named_buffers() if t.is_floating_point() and not t.is_meta}
+    for buffer, tensor in tensors.items():
+        low, high = tensor.aminmax()  # NaN comes out on top: one pass, and no mask in memory
+        if not bool(low.isfinite() & high.isfinite()):
+            raise ArtifactError(
+                f"{name}.{buffer} holds NaN or infinity: the file is damaged; download it again, "
+                "or pack the model again with `dirotq compress`"
+            )
+        if buffer == "wscale" and bool(low < 0):
+            raise ArtifactError(
+                f"{name}.wscale holds {low.item():.3g}, but scales are zero or more: the file is "
+                "damaged; download it again, or pack the model again with `dirotq compress`"
+            )
+    floor = scale_floor(tensors.get("wp"), tensors.get("bias"))
+    if packed.spec.weight_scale != "channel" or floor is None or "wscale" not in tensors:
+        return
+    missing = floor.float() * (1 - FLOOR_GRACE) - packed.wscale.float()
+    if bool((missing > 0).any()):
+        row = int(missing.argmax())
+        raise ArtifactError(
+            f"{name}.wscale is {packed.wscale[row].item():.3g} in row {row}, too small for the "
+            f"row's wp and bias, which need {floor[row].item():.3g} (docs/method.md Eq. 9): the "
+            "model was packed by an older DiRotQ or the file is damaged; pack it again with "
+            "`dirotq compress`"
         )
 
 

@@ -1,4 +1,4 @@
-"""What a kernel is compiled from: lets tests compile every configuration for chips we don't have."""
+"""What a kernel is compiled from, so that tests can compile it for chips that are not here."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -36,6 +36,6 @@ def why_reference(chip: int | None) -> str | None:
 
 
 @functools.lru_cache
-def say_once(message: str) -> None:
+def say_once(message: str, level: int) -> None:
     """Log a line the first time it is said."""
-    log.warning(message)
+    log.log(level, message)

@@ -6,6 +6,7 @@ sees a single node whatever M is, and a CUDA graph captures the kernels that wer
 
 import functools
 import json
+import logging
 
 import torch
 from torch import Tensor
@@ -49,8 +50,10 @@ def quant_linear(
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], outputs))
     plan = plan_for(flat, outputs, known)
-    if plan.engine == "reference" and x.is_cuda:
-        say_once(f"packed linears run on the torch reference path, slowly: {plan.why}")
+    if plan.engine == "reference":
+        # On a GPU somebody expected speed; on a CPU it is the way that it works.
+        level = logging.WARNING if x.is_cuda else logging.INFO
+        say_once(f"packed linears run on the torch reference path: {plan.why}", level)
     y = engine.run(plan, flat, qweight, wscale, basis, rotation, wp, bias, known)
     return y.view(*x.shape[:-1], outputs)
 

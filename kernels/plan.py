@@ -16,7 +16,7 @@ import torch
 
 from . import chip as chips
 from .spec import QuantSpec
-from .w4a4_linear.tiles import TILES, Tile, fits, packed_fits, scales_fit
+from .w4a4_linear.tiles import TILES, Tile, Variant, fits, packed_fits, scales_fit
 from .w4a16_linear import tiles as w4a16
 
 TABLE = Path(__file__).with_name("plans.json")
@@ -84,13 +84,13 @@ def _why_not(spec: QuantSpec, dtype: torch.dtype) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> Plan:
-    candidates = {name_of(plan): plan for plan in candidates_for(chip, m, spec, dtype)}
+    candidates = {name_of(plan): plan for plan in candidates_for(chip, m, n, spec, dtype)}
     kind = kind_of(spec)
     rows = [r for r in _table().get(str(chip), {}).get(kind, []) if r["plan"] in candidates]
     if rows:
         want = (m, n, spec.width)
         near = min(rows, key=lambda r: _distance((r["m"], r["n"], r["k"]), want))
-        plan = candidates[near["plan"]]
+        plan = candidates[str(near["plan"])]
         why = f"measured at {near['m']} x {near['k']} -> {near['n']} on sm_{chip}"
     else:
         plan = unmeasured(list(candidates.values()), m)
@@ -98,25 +98,27 @@ def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> P
     return Plan(engine=plan.engine, container=plan.container, tile=plan.tile, why=why)
 
 
-def candidates_for(chip: int, m: int, spec: QuantSpec, dtype: torch.dtype) -> list[Plan]:
+def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> list[Plan]:
     """Every plan that can run this linear on this chip."""
     if spec.act_bits == 16:
         kinds = ["few", "many"] + (["wide"] if chip in w4a16.WIDE_CHIPS else [])
         if m <= 4:
-            kinds = ["row"] + kinds
+            kinds = ["row", *kinds]
         few = [t for kind in kinds for t in w4a16.TILES[kind] if m > 16 or t.bm <= 16]
         return [Plan(engine="w4a16", container="none", tile=tile) for tile in few]
     by_row = spec.act_scale != "group" and spec.weight_scale == "channel"
     fp8 = chip >= 89 and spec.act_bits == 4
     container: Literal["fp8", "int8"] = "fp8" if fp8 else "int8"
     found = []
-    if fp8 and by_row and dtype == torch.bfloat16 and spec.transform == "hadamard":
+    library = dtype == torch.bfloat16 and n % 16 == 0  # what torch._scaled_mm takes
+    if fp8 and by_row and library and spec.transform == "hadamard":
         found.append(Plan(engine="scaled_mm", container="fp8"))
     if by_row:
-        for variant in ("packed", "unpacked", "tma"):
+        variants: tuple[Variant, ...] = ("packed", "unpacked", "tma")
+        for variant in variants:
             engine: Engine = "packed" if variant == "packed" else "unpacked"
-            for tile in TILES[variant]:  # type: ignore[index]
-                if fits(tile, variant, chip, fp8=fp8):  # type: ignore[arg-type]
+            for tile in TILES[variant]:
+                if fits(tile, variant, chip, fp8=fp8):
                     found.append(Plan(engine=engine, container=container, tile=tile))
         return found
     tiles = [tile for tile in TILES["grouped"] if fits(tile, "grouped", chip, fp8=fp8)]

@@ -1,8 +1,8 @@
 """The protected branch and the bias as further columns of the 8-bit product (docs/kernels.md).
 
-c (W P)ᵀ + bias joins the main branch's accumulator as FP8 columns. A bfloat16 value is high + low, two
-E4M3 numbers of four significant bits each, so three column blocks hold the product but for low low:
-(high, low, high) of c against (high, high, low) of W P. The bias is one more direction, whose
+c (W P)ᵀ + bias joins the main branch's accumulator as FP8 columns. A bfloat16 value is high + low,
+two E4M3 numbers of four significant bits each, so three column blocks hold the product but for low
+low: (high, low, high) of c against (high, high, low) of W P. The bias is one more direction, whose
 coefficient is constant.
 """
 
@@ -14,7 +14,7 @@ from .planar import padded, to_planar
 TINY = 1e-30
 
 LIMIT = 512.0
-"""Largest |W P| / weight scale of an output that its columns hold; ``gptq`` keeps scales large enough."""
+"""Largest |W P| / weight scale that the columns hold; ``gptq`` keeps scales large enough."""
 
 BIAS_COEFFICIENT = 4.0
 """c of the bias's direction: |bias| / weight scale may be that much larger, up to BIAS_LIMIT."""
@@ -47,8 +47,8 @@ def with_tail(
                 the powers of two that the codes carry below a step)
     scale_M1    float32, [M, 1]
     c_MR        floating, [M, R], or None at rank 0
-    returns     float8_e4m3fn [M, columns_with_tail(K, R, bias)] and their scale, float32 [M, 1], for
-                a product with what ``unpack_w4`` makes of the weights
+    returns     float8_e4m3fn [M, columns_with_tail(K, R, bias)] and their scale, float32 [M, 1],
+                for a product with what ``unpack_w4`` makes of the weights
 
     A step is worth 2^(6 - k) in FP8: k >= 0 halves a row's codes, exactly down to 2^-9, as often as
     its largest coefficient needs to stay within FP8's 448.

@@ -13,6 +13,14 @@ from dirotq.pipeline.store import default_root
 
 __all__ = ["command", "findings"]
 
+FLUX_LINEARS = (
+    # name, rows at 1024 x 1024 pixels, channels, outputs
+    ("qkv", 4608, 3072, 9216),
+    ("mlp down", 4608, 12288, 3072),
+    ("modulator", 1, 3072, 18432),
+)
+"""Linears of FLUX.1 whose plans are shown, in the default method's formats."""
+
 
 def command(args: list[str]) -> int:
     """Say what is installed, which GPU there is, and what would run."""
@@ -35,6 +43,7 @@ def findings() -> dict[str, str]:
     assert set(LIBRARIES) <= set(found)
     found["gpu"] = "; ".join(gpu()) or "none that nvidia-smi knows"
     usable, found["cuda"] = _cuda()
+    fast, found["kernels"] = _kernels()
     store = Path(default_root()).absolute()
     place = next(path for path in (store, *store.parents) if path.exists())
     found["store"] = f"{store}, {bytes_text(shutil.disk_usage(place).free)} free"
@@ -42,14 +51,14 @@ def findings() -> dict[str, str]:
     found["hub"] = "offline (HF_HUB_OFFLINE=1)" if offline else "not used: models are local folders"
     found["would run"] = (
         f"all stages on the {'GPU (device=cuda)' if usable else 'CPU (device=cpu)'}; "
-        "packed models on the torch reference path"
+        f"packed models on {'the Triton kernels' if fast else 'the torch reference path'}"
     )
     return found
 
 
 def _cuda() -> tuple[bool, str]:
     try:
-        import torch  # nothing else in this package looks at torch, but for generate
+        import torch  # nothing else in this package looks at it but _kernels and generate
 
         if not torch.cuda.is_available():
             build = torch.version.cuda or "none"
@@ -61,3 +70,31 @@ def _cuda() -> tuple[bool, str]:
     except Exception as error:  # noqa: BLE001 - see findings
         return False, f"unknown: {type(error).__name__}: {error}"
     return True, f"{name}, sm_{major}{minor}, {memory}"
+
+
+def _kernels() -> tuple[bool, str]:
+    """Whether packed linears run on kernels here, and on which; or why they don't."""
+    try:
+        import torch
+
+        from dirotq.kernels.chip import capability, why_reference
+        from dirotq.kernels.plan import choose
+        from dirotq.kernels.spec import QuantSpec
+
+        chip = capability(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        if chip is None or why_reference(chip):
+            return False, f"torch reference path, right but slow: {why_reference(chip)}"
+        plans = []
+        for name, rows, channels, outputs in FLUX_LINEARS:
+            modulator = name == "modulator"
+            spec = QuantSpec(
+                dim=channels, rows=(outputs,), transform="hadamard", weight_bits=4,
+                rank=0 if modulator else 64, block=1 if modulator else 256,
+                weight_scale="group" if modulator else "channel", weight_group=64,
+                act_bits=16 if modulator else 4, act_scale="pow2", act_group=64,
+            )  # fmt: skip
+            plan = choose(chip, rows, outputs, spec, torch.bfloat16)
+            plans.append(f"FLUX {name} {rows} x {channels} -> {outputs}: {plan}")
+    except Exception as error:  # noqa: BLE001 - see findings
+        return False, f"unknown: {type(error).__name__}: {error}"
+    return True, f"sm_{chip}; " + "; ".join(plans)

@@ -13,7 +13,12 @@ from torch import Tensor
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
-from dirotq.kernels.quantize_weight import codes_on_grid, dequantize_weight, weight_scales
+from dirotq.kernels.quantize_weight import (
+    codes_on_grid,
+    dequantize_weight,
+    scale_floor,
+    weight_scales,
+)
 from dirotq.models.source import DiffusersModel, stacked_weight
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
@@ -29,6 +34,9 @@ log = logging.getLogger(__name__)
 class QuantizeWeights:
     """Rotate each site's stacked weights on the fly and round them (docs/method.md M2, M5).
 
+    Scales per channel are large enough for the runtime's FP8 tail (docs/method.md Eq. 9); the
+    metric ``rows_on_scale_floor`` is the share of rows whose scale that decided.
+
     ``damping``  share of the mean diagonal that is added to the second moment before factoring it
 
     Writes ``sites/<site>.safetensors`` with ``codes`` (int8 [N, K] in [-7, 7]) and ``scale``
@@ -38,7 +46,7 @@ class QuantizeWeights:
     be factored within the damping schedule.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     resumable: ClassVar[bool] = True
 
     model: DiffusersModel
@@ -61,11 +69,11 @@ class QuantizeWeights:
             log.info("gptq resumes after %d of %d sites", len(plan) - len(todo), len(plan))
         for entry in track(todo, "gptq"):
             rotation = site_rotation(entry, basis, device)
-            weight, _ = stacked_weight(transformer, entry.site)
-            w_z, _ = rotation.weights(weight.to(device))
+            weight, bias = stacked_weight(transformer, entry.site)
+            w_z, protected = rotation.weights(weight.to(device))
             s_z = rotation.moments(read_array(moments, entry.site.name).to(device))
             try:
-                tensors = quantize_site(w_z, s_z, entry, self.damping)
+                tensors = quantize_site(w_z, s_z, entry, self.damping, protected, bias)
             except FactorizationError as error:
                 raise NumericalError(
                     f"site {entry.site.name}: {error}. Capture more tokens "
@@ -75,17 +83,33 @@ class QuantizeWeights:
         return _summary(out, plan)
 
 
-def quantize_site(w_NK: Tensor, s_KK: Tensor, entry: SitePlan, damping: float) -> dict[str, Tensor]:
+def quantize_site(
+    w_NK: Tensor,
+    s_KK: Tensor,
+    entry: SitePlan,
+    damping: float,
+    wp_NR: Tensor | None,
+    bias_N: Tensor | None,
+) -> dict[str, Tensor]:
     """Codes and scales of one site, with what its manifest line needs.
 
     w_NK     float32, [N, K], rotated weights of all consumers
     s_KK     float64, [K, K], second moment of the main branch
+    wp_NR    float32, [N, R], the protected columns, or None at rank 0
+    bias_N   float32, [N], or None
     returns  ``codes``, ``scale``, ``loss`` (float64 [2]: E|zΔ|² over E|zW|² by our codes and by
-             nearest rounding) and ``counts`` (int64 [3]: damping escalations, rows that kept
-             nearest rounding, rows)
+             nearest rounding) and ``counts`` (int64 [4]: damping escalations, rows that kept
+             nearest rounding, rows whose scale is the tail's floor, rows)
     """
     groups = entry.spec.width // entry.spec.weight_group_size
-    scale = weight_scales(w_NK, groups, clip=entry.clip, importance_K=s_KK.diagonal())
+    floor = None
+    if entry.spec.weight_scale == "channel":
+        # As `fuse` stores them: the runtime and the loader meet the rounded values.
+        floor = scale_floor(*(_stored(t, w_NK.device) for t in (wp_NR, bias_N)))
+    scale = weight_scales(
+        w_NK, groups, clip=entry.clip, importance_K=s_KK.diagonal(), floor_N1=floor
+    )
+    on_floor = 0 if floor is None else int(((scale == floor) & (floor > 0)).sum())
     nearest = codes_on_grid(w_NK, scale)
     codes, counts = nearest, {"escalations": 0, "nearest": len(nearest)}
     if entry.rounding == "gptq":
@@ -100,8 +124,12 @@ def quantize_site(w_NK: Tensor, s_KK: Tensor, entry: SitePlan, damping: float) -
         "codes": codes,
         "scale": scale,
         "loss": torch.stack(loss).double(),
-        "counts": torch.tensor([counts["escalations"], counts["nearest"], len(codes)]),
+        "counts": torch.tensor([counts["escalations"], counts["nearest"], on_floor, len(codes)]),
     }
+
+
+def _stored(tensor: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if tensor is None else tensor.to(device, torch.bfloat16)
 
 
 def _summary(out: Path, plan: list[SitePlan]) -> dict[str, float]:
@@ -113,5 +141,6 @@ def _summary(out: Path, plan: list[SitePlan]) -> dict[str, float]:
         "relative_error": float(loss[:, 0].mean()),
         "relative_error_nearest": float(loss[:, 1].mean()),
         "damping_escalations": int(counts[0]),
-        "rows_kept_nearest": int(counts[1]) / int(counts[2]),
+        "rows_kept_nearest": int(counts[1]) / int(counts[3]),
+        "rows_on_scale_floor": int(counts[2]) / int(counts[3]),
     }

@@ -1,7 +1,13 @@
-"""What holds for every test: no network, no store of ours, threads that do not fight each other."""
+"""What holds for every test: no network, no store of ours, threads that do not fight each other.
+
+Triton kernels run on the GPU where there is one, in Triton's interpreter where there is none.
+"""
 
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -10,6 +16,12 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 _threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(os.cpu_count() or 1, 4)
 os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch  # noqa: E402
+
+# Before triton is imported: kernels are bound to the compiler or the interpreter for good.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(autouse=True)
@@ -20,13 +32,36 @@ def store_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
+@pytest.fixture
+def empty_is(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Any]:
+    """``with empty_is(255):`` every byte of memory that torch hands out unwritten has that value.
+
+    255 makes any float NaN. A kernel that leaves an element of its output out, or reads one that
+    nobody wrote, shows it: as NaN, or as results that differ between two values.
+    """
+
+    def filled(allocate: Callable[..., torch.Tensor], byte: int) -> Callable[..., torch.Tensor]:
+        def empty(*args: Any, **kwargs: Any) -> torch.Tensor:
+            new = allocate(*args, **kwargs)
+            new.flatten().view(torch.uint8).fill_(byte)
+            return new
+
+        return empty
+
+    @contextmanager
+    def empty_is(byte: int) -> Iterator[None]:
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty", filled(torch.empty, byte))
+            patch.setattr(torch.Tensor, "new_empty", filled(torch.Tensor.new_empty, byte))
+            yield
+
+    return empty_is
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked gpu where torch finds no CUDA device."""
-    marked = [item for item in items if item.get_closest_marker("gpu")]
-    if not marked:
+    if torch.cuda.is_available():
         return
-    import torch
-
-    if not torch.cuda.is_available():
-        for item in marked:
+    for item in items:
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))

@@ -27,7 +27,7 @@ class Sweep:
 
     bm: int
     width: int = 0
-    """Columns: of a step of ``project``, of a program of ``round_rows``; ``rotate`` takes four tiles."""
+    """Columns: of a step of ``project``, of a program of ``round_rows``. ``rotate``: four tiles."""
     warps: int = 4
     stages: int = 3
     per_sm: int = 1
@@ -71,42 +71,26 @@ def launch(
     p_DR       bf16, [D, R], contiguous, or None at rank 0
     t_DK       bf16, [D, K]; ``transform="dense"`` only
     container  int8 or float8_e4m3fn: the dtype of codes
-    tail       c (and the coefficient of a ``bias``) become columns behind the codes: float8 and one
-               scale per row only
-    returns    codes [M, padded(K)] in R1 order (``tail``: [M, columns_with_tail(K, R, bias)]), scale
-               float32 [M, G], c [M, R] in x's dtype (None at rank 0 or with ``tail``)
+    tail       c (and the coefficient of a ``bias``) become columns behind the codes: float8 and
+               one scale per row only
+    returns    codes [M, padded(K)] in R1 order (``tail``: [M, columns_with_tail(K, R, bias)]),
+               scale float32 [M, G], c [M, R] in x's dtype (None at rank 0 or with ``tail``)
     """
-    m, d = x_MD.shape
-    k, r = spec.width, spec.rank
-    rp = max(16, triton.next_power_of_2(r))
+    m, k, r = len(x_MD), spec.width, spec.rank
     new = x_MD.new_empty
-    amax = new((m,), dtype=torch.int32)
-    if spec.transform == "dense":
-        assert t_DK is not None
-        columns = planar_columns(k, x_MD.device)
-        z = x_MD @ t_DK.to(x_MD.dtype)[:, columns.clamp_max(k - 1)]
-        z[:, columns >= k] = 0
-        amax = z.abs().amax(1).float().view(torch.int32)
-        c = None if p_DR is None else _padded(x_MD @ p_DR.to(x_MD.dtype), rp)
-    else:
-        z = new((m, padded(d)))
-        c = _project_and_rotate(x_MD, p_DR, spec, z, amax, rp, sweeps)
     by_row = spec.act_scale != "group"
-    part = tail_part(r, bias) if tail else 0
     codes = new((m, columns_with_tail(k, r, bias) if tail else padded(k)), dtype=container)
     scale = new((m, 1 if by_row else k // spec.act_group_size), dtype=torch.float32)
-    s = sweeps.round_rows
-    n_col = triton.cdiv(padded(k), s.width)
-    behind = codes.shape[1] - padded(k)
-    kernels.round_rows[(triton.cdiv(m, s.bm) * n_col,)](
-        z, z if c is None else c, amax, codes, scale, m, k, z.stride(0), codes.stride(0),
-        scale.stride(0), padded(k), n_col, BIAS_COEFFICIENT if bias else 0.0,
-        R=r, RP=rp, RT=max(part, 1), T=triton.next_power_of_2(behind) if tail else 0,
-        SCALE=spec.act_scale, G=64 if spec.act_scale == "token" else spec.act_group_size,
-        QMAX=2 ** (spec.act_bits - 1) - 1, UNIT=2.0**POW2_LEVELS if spec.act_scale == "pow2" else 1.0,
-        LEVELS=POW2_LEVELS, CLIP=POW2_CLIP, TINY=TINY, BM=s.bm, BW=s.width,
-        num_warps=s.warps,
-    )  # fmt: skip
+    if spec.transform == "dense":
+        z, amax, c = _dense(x_MD, p_DR, t_DK, k)
+    else:
+        residual, outside = _project_outside(x_MD, p_DR, spec)
+        inside = p_DR is not None and outside is None
+        z, amax = new((m, padded(k))), new((m,), dtype=torch.int32)
+        c = new((m, _width_of_c(r))) if inside else outside
+        spread = new((_tiles(spec) * _tile(spec), _width_of_c(r))) if inside else x_MD
+        _project_and_rotate(residual, p_DR if inside else None, spec, c, spread, z, amax, sweeps)
+    _round_rows(z, c, amax, codes, scale, spec, tail, bias, sweeps.round_rows)
     return codes, scale, None if tail or c is None else c[:, :r]
 
 
@@ -114,44 +98,106 @@ def _project_and_rotate(
     x_MD: Tensor,
     p_DR: Tensor | None,
     spec: QuantSpec,
+    c_MR: Tensor | None,
+    spread_DR: Tensor,
     z_MK: Tensor,
     amax_M: Tensor,
-    rp: int,
     sweeps: Sweeps,
-) -> Tensor | None:
-    """Fill z and the bits of each row's largest |z|; c [M, RP], or None at rank 0."""
+) -> None:
+    """Fill z, the bits of each row's largest |z| and, given P, c and the spread basis."""
     m, d = x_MD.shape
-    tile = 128 if spec.block == 512 else 64
+    tile, rp = _tile(spec), _width_of_c(spec.rank)
     half = tl.float32 if INTERPRETED else DOTS[x_MD.dtype]
-    block = {"B": min(spec.block, tile), "W": tile, "DOT": half}
-    c: Tensor | None = None
-    inside = p_DR is not None and spec.rank <= MAX_RANK
-    if p_DR is not None and inside:
+    chain = _chained(x_MD)
+    block = {"B": min(spec.block, tile), "W": tile, "DOT": half, "CHAIN": chain}
+    if p_DR is None:
+        amax_M.zero_()
+    else:
         s = sweeps.project
-        c = x_MD.new_empty((m, rp))
-        turns, programs = triton.cdiv(d, tile), triton.cdiv(m, s.bm)
-        spread = x_MD.new_empty((turns * tile, rp))
-        kernels.project[(programs + turns,)](
-            x_MD, p_DR, c, spread, amax_M, m, d, x_MD.stride(0), programs,
+        programs = triton.cdiv(m, s.bm)
+        kernels.project[(programs + _tiles(spec),)](
+            x_MD, p_DR, c_MR, spread_DR, amax_M, m, d, x_MD.stride(0), programs,
             R=spec.rank, RP=rp, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, **block,
             num_warps=s.warps, num_stages=s.stages,
         )  # fmt: skip
-    else:
-        spread = x_MD
-        amax_M.zero_()
-        if p_DR is not None:
-            p = p_DR.to(x_MD.dtype)
-            c = _padded(x_MD @ p, rp)
-            x_MD = x_MD - c[:, : spec.rank] @ p.mT
     s = _rotate(sweeps, spec.block)
     n_col, n_row = triton.cdiv(d, 4 * tile), triton.cdiv(m, s.bm)
     kernels.rotate[(_programs(x_MD, n_row, n_col, s),)](
-        x_MD, x_MD if c is None else c, spread, z_MK, amax_M, m, d, x_MD.stride(0), z_MK.stride(0),
-        n_col, n_row, spec.block**-0.5,
-        SUB=max(1, spec.block // tile), RP=rp, PROJECT=inside, EVEN=d % (4 * tile) == 0, BM=s.bm,
-        **block, num_warps=s.warps, num_stages=s.stages,
+        x_MD, x_MD if c_MR is None else c_MR, spread_DR, z_MK, amax_M, m, d, x_MD.stride(0),
+        z_MK.stride(0), n_col, n_row, spec.block**-0.5,
+        SUB=max(1, spec.block // tile), RP=rp, PROJECT=p_DR is not None,
+        EVEN=d % (4 * tile) == 0, BM=s.bm, **block,
+        num_warps=s.warps, num_stages=s.stages, launch_pdl=chain and p_DR is not None,
     )  # fmt: skip
-    return c
+
+
+def _round_rows(
+    z_MK: Tensor,
+    c_MR: Tensor | None,
+    amax_M: Tensor,
+    codes_MK: Tensor,
+    scale_MG: Tensor,
+    spec: QuantSpec,
+    tail: bool,
+    bias: bool,
+    s: Sweep,
+) -> None:
+    m, k, r = len(z_MK), spec.width, spec.rank
+    n_col = triton.cdiv(padded(k), s.width)
+    behind = codes_MK.shape[1] - padded(k)
+    chain = _chained(z_MK) and spec.transform == "hadamard"
+    kernels.round_rows[(triton.cdiv(m, s.bm) * n_col,)](
+        z_MK, z_MK if c_MR is None else c_MR, amax_M, codes_MK, scale_MG, m, k, z_MK.stride(0),
+        codes_MK.stride(0), scale_MG.stride(0), padded(k), n_col,
+        BIAS_COEFFICIENT if bias else 0.0,
+        R=r, RP=_width_of_c(r), RT=max(tail_part(r, bias), 1),
+        T=triton.next_power_of_2(behind) if tail else 0,
+        SCALE=spec.act_scale, G=64 if spec.act_scale == "token" else spec.act_group_size,
+        QMAX=2 ** (spec.act_bits - 1) - 1,
+        UNIT=2.0**POW2_LEVELS if spec.act_scale == "pow2" else 1.0,
+        LEVELS=POW2_LEVELS, CLIP=POW2_CLIP, TINY=TINY, BM=s.bm, BW=s.width,
+        CHAIN=chain, num_warps=s.warps, launch_pdl=chain,
+    )  # fmt: skip
+
+
+def _dense(
+    x_MD: Tensor, p_DR: Tensor | None, t_DK: Tensor | None, width: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """z = x T in R1 order, the bits of each row's largest |z|, and c: library products."""
+    assert t_DK is not None
+    columns = planar_columns(width, x_MD.device)
+    z = x_MD @ t_DK.to(x_MD.dtype)[:, columns.clamp_max(width - 1)]
+    z[:, columns >= width] = 0
+    amax = z.abs().amax(1).float().view(torch.int32)
+    return z, amax, None if p_DR is None else _padded(x_MD @ p_DR.to(x_MD.dtype))
+
+
+def _project_outside(
+    x_MD: Tensor, p_DR: Tensor | None, spec: QuantSpec
+) -> tuple[Tensor, Tensor | None]:
+    """x - c Pᵀ and c by library products where the rank is too large for ``rotate``."""
+    if p_DR is None or spec.rank <= MAX_RANK:
+        return x_MD, None
+    p = p_DR.to(x_MD.dtype)
+    c = x_MD @ p
+    return x_MD - c @ p.mT, _padded(c)
+
+
+def _tile(spec: QuantSpec) -> int:
+    """Columns of a tile of ``rotate``."""
+    return 128 if spec.block == 512 else 64
+
+
+def _tiles(spec: QuantSpec) -> int:
+    return triton.cdiv(spec.dim, _tile(spec))
+
+
+def _width_of_c(rank: int) -> int:
+    return max(16, triton.next_power_of_2(rank))
+
+
+def _padded(c_MR: Tensor) -> Tensor:
+    return torch.nn.functional.pad(c_MR, (0, _width_of_c(c_MR.shape[1]) - c_MR.shape[1]))
 
 
 def _rotate(sweeps: Sweeps, block: int) -> Sweep:
@@ -159,14 +205,15 @@ def _rotate(sweeps: Sweeps, block: int) -> Sweep:
     return replace(sweeps.rotate, warps=8, stages=1, per_sm=1) if block == 512 else sweeps.rotate
 
 
+def _chained(x: Tensor) -> bool:
+    """Whether the sweeps may overlap at their ends (programmatic dependent launch)."""
+    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+
+
 def _programs(x: Tensor, n_row: int, n_col: int, sweep: Sweep) -> int:
     """A multiple of the column blocks that fills the chip, at most one program per row block."""
     sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
     return n_col * max(1, min(n_row, sms * sweep.per_sm // n_col))
-
-
-def _padded(c_MR: Tensor, columns: int) -> Tensor:
-    return torch.nn.functional.pad(c_MR, (0, columns - c_MR.shape[1]))
 
 
 def builds() -> list[Build]:
@@ -191,7 +238,14 @@ def builds() -> list[Build]:
 
     for b, even in ((256, True), (32, False), (512, True)):
         tile = 128 if b == 512 else 64
-        shared = {"B": min(b, tile), "W": tile, "RP": 64, "EVEN": even, "DOT": tl.bfloat16}
+        shared = {
+            "B": min(b, tile),
+            "W": tile,
+            "RP": 64,
+            "EVEN": even,
+            "DOT": tl.bfloat16,
+            "CHAIN": False,
+        }
         s = sweeps.project
         add(f"project-b{b}", kernels.project, {**shared, "R": 64, "BM": s.bm, "BK": s.width}, s)
         s = _rotate(sweeps, b)
@@ -207,7 +261,7 @@ def builds() -> list[Build]:
         constants = {
             "R": 64, "RP": 64, "RT": 80, "T": 256 if tail else 0, "SCALE": scale, "G": g,
             "QMAX": 2 ** (bits - 1) - 1, "UNIT": 1.0, "LEVELS": POW2_LEVELS, "CLIP": POW2_CLIP,
-            "TINY": TINY, "BM": s.bm, "BW": s.width,
+            "TINY": TINY, "BM": s.bm, "BW": s.width, "CHAIN": False,
         }  # fmt: skip
         add(
             f"round-{scale}{g}-{bits}-{'fp8' if fp8 else 'int8'}", kernels.round_rows, constants, s,

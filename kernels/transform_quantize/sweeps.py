@@ -4,10 +4,13 @@
     rotate      z = (x - c Pᵀ) H in x's dtype, and the largest |z| of each row
     round_rows  codes and scales, and c as the GEMM wants it
 
-H of blocks above W = 64 is H_W on the tensor cores, then a butterfly between neighbouring tiles of W
-columns in registers (Sylvester: H_ab = H_a (x) H_b); the projection goes into the same accumulator as
--c P''ᵀ. Columns leave in R1 order because the columns of H_W are permuted that way
+H of blocks above W = 64 is H_W on the tensor cores, then a butterfly between neighbouring tiles of
+W columns in registers (Sylvester: H_ab = H_a (x) H_b); the projection goes into the same
+accumulator as -c P''ᵀ. Columns leave in R1 order because the columns of H_W are permuted that way
 (kernels/planar.py). Its entries are +-1, exact in 16 bits; 1 / sqrt(b) comes last.
+
+CHAIN: a sweep starts while the one before still runs (programmatic dependent launch, sm_90+) and
+waits before it reads what that one wrote.
 
 Letters: M rows, D channels, K main-branch width, R protected directions (RP: padded to a power of
 two, RT: columns of one part of the tail, kernels/tail.py).
@@ -15,6 +18,7 @@ two, RT: columns of one part of the tail, kernels/tail.py).
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -46,10 +50,12 @@ def _turn(B: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr):
 def project(
     p_x, p_basis, p_c, p_spread, p_amax, M, D, stride_x, n_main,
     R: tl.constexpr, RP: tl.constexpr, B: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """c = x P in x's dtype, [M, RP]; amax = 0; and, in the last programs, the spread basis -P''."""
     pid = tl.program_id(0)
+    if CHAIN:
+        gdc_launch_dependents()
     o_r = tl.arange(0, RP)
     m_r = o_r < R
     if pid < n_main:
@@ -85,7 +91,7 @@ def project(
 def _spread_tile(
     p_spread, col, D, RP: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr
 ):
-    """W rows of the spread basis, transposed: [RP, W]. They are in R1 order and fill whole tiles."""
+    """W rows of the spread basis, transposed: [RP, W]. In R1 order, they fill whole tiles."""
     o_d = col + tl.arange(0, W)
     o_p = o_d[None, :] * RP + tl.arange(0, RP)[:, None]
     if EVEN:
@@ -121,6 +127,7 @@ def rotate(
     p_x, p_c, p_spread, p_z, p_amax, M, D, stride_x, stride_z, n_col, n_row, root,
     B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
     PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """z [M, stride_z] in R1 order, and amax [M] int32: the bits of each row's largest |z|.
 
@@ -130,6 +137,9 @@ def rotate(
     pid = tl.program_id(0)
     col = (pid % n_col) * (4 * W)
     turn = _turn(B, W, False).to(DOT)
+    if CHAIN:
+        gdc_launch_dependents()
+        gdc_wait()
     basis0, basis1, basis2, basis3 = turn, turn, turn, turn
     if PROJECT:
         basis0 = _spread_tile(p_spread, col, D, RP, W, EVEN, DOT)
@@ -226,6 +236,7 @@ def round_rows(
     R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, T: tl.constexpr, SCALE: tl.constexpr,
     G: tl.constexpr, QMAX: tl.constexpr, UNIT: tl.constexpr, LEVELS: tl.constexpr,
     CLIP: tl.constexpr, TINY: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Codes [M, padded(K)] in R1 order and scales; the last of n_col programs writes the tail.
 
@@ -236,6 +247,8 @@ def round_rows(
     # multiplication by a power of two, so that nothing is rounded twice.
     MAGIC: tl.constexpr = 12582912.0
     pid = tl.program_id(0)
+    if CHAIN:
+        gdc_wait()
     o_m = (pid // n_col) * BM + tl.arange(0, BM)
     m_m = o_m < M
     row_codes = o_m.to(tl.int64) * stride_codes

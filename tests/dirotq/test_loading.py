@@ -77,3 +77,12 @@ def test_loading_needs_no_pickle(packed_folder):
         weights.rename(weights.with_suffix(".bin"))
     with pytest.raises((OSError, ArtifactError), match="safetensors"):
         dirotq.load(packed_folder)
+
+
+@pytest.mark.parametrize("keep", [0, 20, -1], ids=["empty", "header", "last-byte"])
+@pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "text_encoder_2"])
+def test_a_truncated_file_is_named(packed_folder, part, keep):
+    (file,) = (packed_folder / part).glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:keep])
+    with pytest.raises(ArtifactError, match=rf"{part}/{file.name} is damaged or was not written"):
+        dirotq.load(packed_folder)

@@ -5,16 +5,19 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
+from tiny_packed import packed
+from tiny_spec import tiny_spec
 from torch import Tensor
 
 import dirotq
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.kernels.linear import QuantLinear, SiteView
+from dirotq.kernels.quantize_weight import scale_floor
 from dirotq.plan import read_plan
-from dirotq.quantizer import FORMAT, DirotqConfig
+from dirotq.quantizer import FLOOR_GRACE, FORMAT, DirotqConfig, check_numbers
 
-CODES = "single_transformer_blocks.0.qkv_mlp.qweight"
-SCALES = CODES.replace("qweight", "wscale")
+SITE = "single_transformer_blocks.0.qkv_mlp"
+CODES, SCALES = f"{SITE}.qweight", f"{SITE}.wscale"
 
 
 def weights(folder: Path) -> Path:
@@ -121,3 +124,90 @@ def test_a_newer_format_is_refused(packed_folder):
     edit_packing(packed_folder, format=FORMAT + 1)
     with pytest.raises(UnsupportedError, match=rf"format {FORMAT + 1}; .* up to {FORMAT}.*Upgrade"):
         dirotq.load(packed_folder)
+
+
+def load_alone(folder: Path) -> FluxTransformer2DModel:
+    """By diffusers itself, which knows of us only that ``dirotq`` was imported."""
+    return FluxTransformer2DModel.from_pretrained(folder / "transformer")
+
+
+@pytest.mark.parametrize("load", [dirotq.load, load_alone])
+@pytest.mark.parametrize(
+    ("buffer", "value", "message"),
+    [
+        ("wscale", float("nan"), "wscale holds NaN or infinity: the file is damaged"),
+        ("basis", float("inf"), "basis holds NaN or infinity"),
+        ("wp", float("nan"), "wp holds NaN or infinity"),
+        ("bias", -float("inf"), "bias holds NaN or infinity"),
+        ("wscale", -0.5, r"wscale holds -0\.5, but scales are zero or more"),
+        (
+            "wscale",
+            2**-30,
+            r"wscale is 9.31e-10 in row 0, too small .* which need .*dirotq compress",
+        ),
+        ("bias", 1e6, r"wscale is .* in row 0, too small .* which need 488"),
+    ],
+)
+def test_damaged_numbers_are_named(packed_folder, load, buffer, value, message):
+    rewrite(packed_folder, lambda t: t[f"{SITE}.{buffer}"].view(-1)[:1].fill_(value))
+    with pytest.raises(ArtifactError, match=rf"^{SITE}\.{message}"):
+        load(packed_folder)
+
+
+def test_a_modulators_group_scales_have_no_floor(packed_folder):
+    name = "single_transformer_blocks.0.norm.linear"
+    rewrite(packed_folder, lambda t: t[f"{name}.bias"].fill_(1e6))
+    load_alone(packed_folder)
+
+
+@pytest.mark.parametrize("buffer", ["wscale", "basis", "rotation", "wp", "bias"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_every_floating_buffer_is_looked_at(buffer, value):
+    module = packed(tiny_spec(rank=8, transform="dense"))
+    module.wscale.clamp_min_(scale_floor(module.wp, module.bias))
+    check_numbers("linear", module)
+    getattr(module, buffer)[-1] = value
+    with pytest.raises(ArtifactError, match=rf"^linear\.{buffer} holds NaN or infinity"):
+        check_numbers("linear", module)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rank", [0, 8])
+def test_a_scale_may_lie_on_its_floor_but_not_below(rank, bias):
+    module = packed(tiny_spec(rank=rank), bias=bias)
+    floor = scale_floor(module.wp, module.bias)
+    if floor is None:
+        module.wscale.zero_()
+        check_numbers("linear", module)
+        return
+    module.wscale.copy_(floor)
+    check_numbers("linear", module)
+    module.wscale[7] = floor[7] * (1 - 2 * FLOOR_GRACE)
+    with pytest.raises(ArtifactError, match=r"wscale is .* in row 7, too small"):
+        check_numbers("linear", module)
+
+
+def test_a_zero_scale_needs_zero_wp_and_bias():
+    module = packed(tiny_spec(rank=8))
+    module.wscale.clamp_min_(scale_floor(module.wp, module.bias))
+    module.wscale[5], module.wp[5] = 0.0, 0.0
+    with pytest.raises(ArtifactError, match="in row 5"):
+        check_numbers("linear", module)
+    module.bias[5] = 0.0
+    check_numbers("linear", module)
+
+
+def test_offloaded_tensors_are_passed_over():
+    module = packed(tiny_spec(rank=8)).to("meta")
+    check_numbers("linear", module)
+
+
+def test_a_truncated_shard_is_named(packed_folder):
+    model = load_alone(packed_folder)
+    weights(packed_folder).unlink()
+    model.save_pretrained(packed_folder / "transformer", max_shard_size="100KB")
+    load_alone(packed_folder)
+    shard = sorted((packed_folder / "transformer").glob("*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(ArtifactError, match=rf"{shard.name} is damaged or was not written to its"):
+        load_alone(packed_folder)

@@ -3,7 +3,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dirotq.kernels.quantize_weight import codes_on_grid, dequantize_weight, weight_scales
+from dirotq.kernels.pack_int4 import pack_int4
+from dirotq.kernels.quantize_weight import (
+    codes_on_grid,
+    dequantize_weight,
+    scale_floor,
+    weight_scales,
+)
+from dirotq.kernels.tail import BIAS_LIMIT, LIMIT, TINY
+from dirotq.kernels.unpack_w4 import unpack_w4
 
 seeds = st.integers(0, 2**32 - 1)
 
@@ -97,3 +105,78 @@ def test_dequantize_multiplies_each_group_by_its_scale():
     codes = torch.tensor([[1, -2, 3, 4]], dtype=torch.int8)
     scale = torch.tensor([[0.5, 2.0]], dtype=torch.bfloat16)
     assert dequantize_weight(codes, scale).tolist() == [[0.5, -1.0, 6.0, 8.0]]
+
+
+def tail_of(seed: int, rows: int = 6, rank: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """wp and bias in bf16, rows of very different size, some of them zero."""
+    generator = torch.Generator().manual_seed(seed)
+    size = torch.exp(6 * torch.randn(2, rows, 1, generator=generator))
+    size *= torch.rand(2, rows, 1, generator=generator) > 0.2
+    wp = torch.randn(rows, rank, generator=generator) * size[0]
+    bias = torch.randn(rows, generator=generator) * size[1, :, 0]
+    return wp.bfloat16(), bias.bfloat16()
+
+
+@given(seeds)
+def test_the_floor_is_the_least_bf16_that_the_tail_needs(seed):
+    wp, bias = tail_of(seed)
+    need = torch.maximum(wp.double().abs().amax(1) / LIMIT, bias.double().abs() / BIAS_LIMIT)
+    floor = scale_floor(wp, bias)
+    assert floor.shape == (6, 1)
+    assert floor.dtype == torch.bfloat16
+    assert (floor[:, 0].double() >= need).all()
+    below = torch.nextafter(floor, torch.zeros_like(floor))[:, 0].double()
+    assert ((below < need) | (floor[:, 0] <= 1.01 * TINY)).all()
+
+
+def test_wp_and_bias_each_set_a_floor_and_zeros_none():
+    wp = torch.tensor([[512.0, -1024.0], [1.0, 0.0], [0.0, 0.0]]).bfloat16()
+    bias = torch.tensor([2048.0, -8192.0, 0.0]).bfloat16()
+    assert scale_floor(wp, bias).flatten().tolist() == [2.0, 4.0, 0.0]
+    assert scale_floor(wp, None).flatten().tolist() == [2.0, 2**-9, 0.0]
+    assert scale_floor(None, bias).flatten().tolist() == [1.0, 4.0, 0.0]
+    assert scale_floor(wp[:, :0], None) is None
+    assert scale_floor(None, None) is None
+
+
+def test_the_floor_has_a_reciprocal():
+    floor = scale_floor(None, torch.tensor([1e-39, -1e-30, 0.0]).bfloat16())[:, 0]
+    assert (floor[:2].double() >= TINY).all()
+    assert floor[2] == 0
+
+
+@given(seeds, st.booleans())
+def test_no_scale_is_below_the_floor_and_no_other_moves(seed, clip):
+    w, (wp, bias) = heavy_tailed(seed), tail_of(seed)
+    floor = scale_floor(wp, bias)
+    free = weight_scales(w, 1, clip=clip)
+    held = weight_scales(w, 1, clip=clip, floor_N1=floor)
+    assert held.dtype == torch.bfloat16
+    assert (held >= floor).all()
+    largest = weight_scales(w, 1, clip=False)
+    assert (held <= torch.maximum(largest, floor)).all()
+    untouched = floor <= 0.6 * largest  # below every grid that the clip search tries
+    assert torch.equal(held[untouched], free[untouched])
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_zero_row_with_a_bias_gets_a_scale_and_zero_codes(clip):
+    w, bias = torch.zeros(2, 32), torch.tensor([3.0, 0.0]).bfloat16()
+    scale = weight_scales(w, 1, clip=clip, floor_N1=scale_floor(None, bias))
+    assert scale[0] > 0
+    assert scale[1] == 0
+    assert not codes_on_grid(w, scale).any()
+
+
+@given(seeds)
+def test_on_the_floor_the_tail_holds_wp_and_bias(seed):
+    wp, bias = tail_of(seed)
+    floor = scale_floor(wp, bias)
+    codes = torch.zeros(6, 64, dtype=torch.int8)
+    tail = unpack_w4(pack_int4(codes), torch.float8_e4m3fn, floor, wp, bias)[:, 64:].double()
+    high, again, low = (tail[:, 16 * part :][:, :9] for part in range(3))
+    assert torch.equal(high, again)
+    # Two numbers of four significant bits, the lower one no finer than FP8's least step.
+    held = (high + low) * 2 * floor.double()
+    want = torch.cat([wp.double(), bias.double()[:, None] / (BIAS_LIMIT / LIMIT)], 1)
+    assert ((held - want).abs() <= want.abs() * 2**-8 + floor.double() * 2**-9).all()

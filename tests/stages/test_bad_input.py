@@ -152,3 +152,30 @@ def test_the_model_may_move_between_runs(compress, own_folder, store_root, tmp_p
     assert compress(f"model.path={moved}", "until=rank").status == 0
     assert published(store_root) == before
     assert len(list(store_root.glob("capture/*"))) == 1
+
+
+@pytest.fixture
+def generate(capsys):
+    """``dirotq generate`` in this process."""
+
+    def call(folder) -> Said:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(["generate", str(folder), "--prompt", "dots", "--device", "cpu"])
+        return Said(left.value.code, capsys.readouterr().err)
+
+    return call
+
+
+def test_a_truncated_packed_model(generate, packed_folder):
+    (weights,) = (packed_folder / "transformer").glob("*.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    refused(generate(packed_folder), weights.name, "not written to its end", "dirotq compress")
+
+
+def test_a_packed_model_whose_scales_are_not_finite(generate, packed_folder):
+    (weights,) = (packed_folder / "transformer").glob("*.safetensors")
+    tensors, name = load_file(weights), "transformer_blocks.0.ff.net.2.wscale"
+    tensors[name][0] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    refused(generate(packed_folder), name, "NaN or infinity", "dirotq compress")

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from tiny_line import run, run_stage, stage, tree_bytes, with_moment
 
 from dirotq.errors import ConfigError, NumericalError
+from dirotq.kernels.quantize_weight import scale_floor
 from dirotq.models.source import DiffusersModel
 from dirotq.plan import read_plan
 from dirotq.stages import gptq as module
@@ -53,6 +54,55 @@ def test_rtn_is_nearest_everywhere(line):
     metrics = run(line("method=rtn", "until=gptq"))["gptq"].metrics
     assert metrics["relative_error"] == metrics["relative_error_nearest"]
     assert metrics["rows_kept_nearest"] == 1
+
+
+def channel_sites(plan, gptq, fuse):
+    """(site, scales of gptq, their floor by what fuse stored) where one scale serves an output."""
+    for entry in plan:
+        if entry.spec.weight_scale == "channel":
+            name = site_file(entry.site.name)
+            stored = load_site(fuse / "sites" / name)
+            floor = scale_floor(stored.get("wp"), stored.get("bias"))
+            yield entry.site.name, load_site(gptq / "sites" / name)["scale"], floor
+
+
+def test_the_tail_holds_every_row_and_binds_nowhere_in_a_usual_model(finished):
+    plan = read_plan(finished["rank"].file("plan.json"))
+    found = list(channel_sites(plan, finished["gptq"].data, finished["fuse"].data))
+    assert len(found) > 5
+    for name, scale, floor in found:
+        assert (scale > floor).all(), name
+    assert finished["gptq"].metrics["rows_on_scale_floor"] == 0
+
+
+@pytest.mark.parametrize("method", ["dirotq", "dirotq_dense", "rtn"])
+def test_a_large_bias_raises_the_scale_of_its_row(line, own_folder, tmp_path, method):
+    (file,) = (own_folder / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    linear = "single_transformer_blocks.0.attn.to_k"
+    tensors[f"{linear}.bias"][3] = 900.0
+    tensors[f"{linear}.weight"][5] = 0.0
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = DiffusersModel(path=str(own_folder), call={})
+    built, inputs = line(f"method={method}"), {}
+    for name, artifact in run(line(f"method={method}", "until=rank")).items():
+        inputs[name] = artifact
+    metrics = run_stage(
+        dataclasses.replace(stage(built, "gptq"), model=model), tmp_path / "gptq", **inputs
+    )
+    plan = read_plan(inputs["rank"].file("plan.json"))
+    entry = next(e for e in plan if f"{linear}" in e.site.consumers)
+    _, rows = next(part for part in entry.site.slices() if part[0] == linear)
+    found = load_site(tmp_path / "gptq" / "sites" / site_file(entry.site.name))
+    row, zero = rows.start + 3, rows.start + 5
+    if entry.spec.weight_scale == "group":
+        assert metrics["rows_on_scale_floor"] == 0
+        return
+    assert found["scale"][row] >= 900 / 2048
+    assert found["scale"][zero] > 0
+    assert not found["codes"][zero].any()
+    rows_in_all = sum(e.spec.outputs for e in plan)
+    assert metrics["rows_on_scale_floor"] == pytest.approx(2 / rows_in_all)
 
 
 @pytest.mark.parametrize("sites", [1, 7])

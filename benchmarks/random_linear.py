@@ -1,0 +1,108 @@
+"""Random packed linears of real shapes, and whether a kernel computes what it should on them.
+
+Letters: M rows, D channels, K main-branch width, N outputs, R protected directions.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dirotq.kernels import engine
+from dirotq.kernels.hadamard import hadamard_block
+from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.pack_int4 import pack_int4
+from dirotq.kernels.spec import QuantSpec
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "w4a4": {"act_bits": 4, "act_scale": "pow2", "weight_scale": "channel"},
+    "w4a8": {"act_bits": 8, "act_scale": "token", "weight_scale": "channel"},
+    "w4a4-grouped": {"act_bits": 4, "act_scale": "group", "weight_scale": "group"},
+    "w4a16": {"act_bits": 16, "act_scale": "token", "weight_scale": "group"},
+}
+"""Number formats that have measurements, by ``kernels.plan.kind_of``."""
+
+CHECKED_ROWS = 32
+"""First and last rows of a result that are compared with float64."""
+
+SLACK = 3, 5e-3
+"""Allowed error: so many times plain torch's, and so much on top. One row of 4-bit codes has only a
+few ties that can fall to the other side; the sharp bound, over many rows, is in tests/gpu."""
+
+
+def spec_for(kind: str, k: int, n: int, rank: int = 64) -> QuantSpec:
+    """The default method's spec of a linear K -> N in one of :data:`FORMATS`; W4A16 as modulators
+    have it, without transform or protected directions."""
+    plain = kind == "w4a16"
+    group = min(64, hadamard_block(k, 64))
+    return QuantSpec(
+        dim=k,
+        rows=(n,),
+        rank=0 if plain else rank,
+        transform="hadamard",
+        block=1 if plain else hadamard_block(k, 256),
+        weight_bits=4,
+        weight_group=group,
+        act_group=group,
+        **FORMATS[kind],
+    )
+
+
+def random_linear(spec: QuantSpec, *, device: str = "cuda") -> QuantLinear:
+    """Random codes, scales, protected columns and bias; an orthonormal basis."""
+    linear = QuantLinear(spec, bias=True, device=device)
+    codes_NK = torch.randint(-7, 8, (spec.outputs, spec.width), device=device, dtype=torch.int8)
+    linear.qweight.copy_(pack_int4(codes_NK))
+    linear.wscale.uniform_(0.01, 0.02)
+    assert linear.bias is not None
+    linear.bias.normal_()
+    if linear.basis is not None and linear.wp is not None:
+        vectors_DR = torch.randn(spec.dim, spec.rank, device=device)
+        linear.basis.copy_(torch.linalg.qr(vectors_DR).Q)
+        linear.wp.normal_(0, 0.3)
+    return linear
+
+
+def random_rows(m: int, d: int, *, device: str = "cuda") -> Tensor:
+    """x [M, D] in bf16 with a few loud channels, as trained networks have them."""
+    x_MD = torch.randn(m, d, device=device, dtype=torch.bfloat16)
+    x_MD[:, :4] *= 20
+    return x_MD
+
+
+def buffers(linear: QuantLinear) -> tuple[Tensor | None, ...]:
+    """The tensors of a linear in the order of ``engine.run``."""
+    names = ("qweight", "wscale", "basis", "rotation", "wp", "bias")
+    return tuple(getattr(linear, name) for name in names)
+
+
+def read_bytes(linear: QuantLinear) -> int:
+    """Bytes of a linear at rest, all of which one call reads."""
+    return sum(b.numel() * b.element_size() for b in linear.buffers())
+
+
+class Checker:
+    """Whether results for x are right: error against float64 compared with plain torch's in bf16.
+
+    Some rows of x stand for all of them: rows don't depend on one another.
+    """
+
+    def __init__(self, linear: QuantLinear, x_MD: Tensor) -> None:
+        m = len(x_MD)
+        ends = {*range(min(m, CHECKED_ROWS)), *range(max(0, m - CHECKED_ROWS), m)}
+        self.rows = torch.tensor(sorted(ends), device=x_MD.device)
+        x = x_MD[self.rows]
+        tensors = buffers(linear)
+        self.want = engine.reference(x.double(), *tensors, linear.spec)  # type: ignore[arg-type]
+        plain = engine.reference(x, *tensors, linear.spec)  # type: ignore[arg-type]
+        self.allowed = SLACK[0] * self.error(plain) + SLACK[1]
+
+    def error(self, part: Tensor) -> float:
+        return float((part.double() - self.want).norm() / self.want.norm())
+
+    def problem(self, y_MN: Tensor) -> str | None:
+        """What is wrong with a result; None if nothing is."""
+        error = self.error(y_MN[self.rows])
+        if error <= self.allowed:  # NaN is not
+            return None
+        return f"wrong result: relative error {error:.2g}, allowed {self.allowed:.2g}"

@@ -1,0 +1,149 @@
+"""Rows of `make bench-kernels`: what was measured, as CSV and as the tables of docs/kernels.md."""
+
+import csv
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from pathlib import Path
+
+BEGIN, END = "<!-- begin: make bench-kernels -->", "<!-- end -->"
+
+TITLES = {
+    "linear": "Whole linears, times faster than cuBLAS bf16",
+    "gemm": "Product alone (unpack + main term + protected branch + bias), times faster than bf16",
+    "transform_quantize": "`transform_quantize`, times its memory traffic",
+    "unpack_w4": "`unpack_w4`, times its memory traffic",
+    "w4a16": "W4A16 of few rows, times faster than cuBLAS bf16",
+    "memory": "Bytes of one linear at rest, times bf16",
+    "parts": "Where the time goes: leave-one-out, times the whole",
+}
+LESS_IS_BETTER = ("transform_quantize", "unpack_w4", "memory", "parts")
+OURS = "ours"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """One contestant in one case. Times are microseconds per call (20th, 50th, 80th percentile).
+
+    ``ratio`` is what ``reach`` and ``stretch`` ask for, see TITLES; None for what it is a ratio to.
+    """
+
+    op: str
+    case: str
+    contestant: str
+    plan: str = ""
+    us_p20: float | None = None
+    us_p50: float | None = None
+    us_p80: float | None = None
+    ratio: float | None = None
+    reach: float | None = None
+    stretch: float | None = None
+    gpu: str = ""
+    torch: str = ""
+    triton: str = ""
+    git: str = ""
+    date: str = ""
+
+    def verdict(self) -> str:
+        """How the ratio stands to what was asked."""
+        if self.ratio is None or self.reach is None:
+            return ""
+        sign = -1 if self.op in LESS_IS_BETTER else 1
+        if self.stretch is not None and sign * self.ratio >= sign * self.stretch:
+            return "stretch"
+        return "reached" if sign * self.ratio >= sign * self.reach else "**missed**"
+
+
+def append(path: Path, rows: Iterable[Row]) -> None:
+    """Add rows to a CSV file, with its header if it is new."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
+        if new:
+            writer.writeheader()
+        for row in rows:
+            values = asdict(row)
+            writer.writerow(
+                {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
+            )
+
+
+def read(path: Path) -> list[Row]:
+    """Inverse of :func:`append`, up to four digits."""
+    numbers = ("us_p20", "us_p50", "us_p80", "ratio", "reach", "stretch")
+    with path.open(newline="") as file:
+        return [
+            Row(**{k: (float(v) if v else None) if k in numbers else v for k, v in line.items()})
+            for line in csv.DictReader(file)
+        ]
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """Markdown: a table per op, a line per case, a column per contestant."""
+    parts = []
+    for op, title in TITLES.items():
+        mine = [row for row in rows if row.op == op]
+        if mine:
+            parts += [f"### {title}", "", *_table(mine), ""]
+    if rows:
+        first = rows[0]
+        parts.append(
+            f"{first.gpu}; torch {first.torch}, triton {first.triton}; {first.git[:12]}, "
+            f"{first.date}. Medians; brackets: 20th and 80th percentile."
+        )
+    return "\n".join(parts) + "\n"
+
+
+def put(document: Path, text: str) -> None:
+    """Replace what stands between the markers of a document.
+
+    Raises ValueError if it has none.
+    """
+    before, begin, rest = document.read_text().partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise ValueError(f"{document} has no {BEGIN} ... {END}; add the two lines where it belongs")
+    document.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+
+
+def _table(rows: Sequence[Row]) -> list[str]:
+    others = list(dict.fromkeys(row.contestant for row in rows if row.contestant != OURS))
+    timed = any(row.us_p50 is not None for row in rows)
+    asked = any(row.reach is not None for row in rows)
+    head = ["case", *(["ours, us"] if timed else []), "ours"]
+    head += ["reach / stretch", ""] if asked else []
+    head += [*others, *(["plan"] if any(row.plan for row in rows) else [])]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for case, group in groupby(rows, key=lambda row: row.case):
+        by = {row.contestant: row for row in group}
+        row = by[OURS]
+        cells = [case, *([_time(row)] if timed else []), _ratio(row)]
+        if asked:
+            wanted = [f"{v:g}" for v in (row.reach, row.stretch) if v is not None]
+            cells += [" / ".join(wanted), row.verdict()]
+        cells += [_beside(by[name]) if name in by else "" for name in others]
+        cells += [row.plan] if "plan" in head else []
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def _ratio(row: Row) -> str:
+    if row.ratio is None:
+        return ""
+    return f"{row.ratio:.3f}x" if row.op == "memory" else f"{row.ratio:.2f}x"
+
+
+def _time(row: Row) -> str:
+    if row.us_p50 is None:
+        return ""
+    if row.us_p20 is None or row.us_p80 is None:
+        return f"{row.us_p50:.1f}"
+    return f"{row.us_p50:.1f} [{row.us_p20:.1f}, {row.us_p80:.1f}]"
+
+
+def _beside(row: Row) -> str:
+    """A contestant in its column: its ratio, or the time that others are a ratio to."""
+    if row.ratio is not None:
+        return _ratio(row)
+    return "" if row.us_p50 is None else f"{row.us_p50:.1f} us"

@@ -1,0 +1,228 @@
+"""`make bench-kernels`: no figure on red, rows to CSV and back, tables, and what it measures."""
+
+import dataclasses
+import functools
+import math
+
+import pytest
+import torch
+
+from dirotq.benchmarks import gpu_timing, rivals, speed
+from dirotq.benchmarks.random_linear import FORMATS, Checker, random_linear, random_rows, spec_for
+from dirotq.benchmarks.speed_table import BEGIN, END, TITLES, Row, append, put, read, tables
+from dirotq.kernels import transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
+from dirotq.kernels.case import LINEARS
+from dirotq.kernels.plan import candidates_for, kind_of
+
+CASES = {
+    "linear": LINEARS,
+    "transform_quantize": transform_quantize.CASES,
+    "unpack_w4": unpack_w4.CASES,
+    "w4a4_linear": w4a4_linear.CASES,
+    "w4a16_linear": w4a16_linear.CASES,
+}
+
+
+def row(**changes):
+    fields = {"op": "linear", "case": "A", "contestant": "ours", "us_p50": 100.0, "ratio": 1.5}
+    return Row(**fields | {"gpu": "H", "torch": "2", "triton": "3", "git": "abc", **changes})
+
+
+@pytest.fixture
+def tests_in(tmp_path):
+    """A file of tests with this body."""
+
+    def write(body):
+        path = tmp_path / "test_it.py"
+        path.write_text(f"def test_kernel():\n    {body}\n")
+        return str(path)
+
+    return write
+
+
+def test_red_tests_are_shown(tests_in):
+    said = speed.red(tests_in("assert 1 + 1 == 3, 'wrong codes'"))
+    assert "wrong codes" in said
+    assert "must pass before anything is timed" in said
+
+
+def test_green_tests_let_timings_through(tests_in):
+    assert speed.red(tests_in("assert True")) is None
+
+
+def test_tests_that_were_not_found_are_red(tests_in):
+    assert "must pass" in speed.red(tests_in("assert True"), select="another")
+
+
+def test_nothing_is_timed_on_red(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(speed, "why_not", lambda select: "1 failed: wrong codes")
+    monkeypatch.setattr(speed, "measured", lambda ops: pytest.fail("timed in spite of it"))
+    assert speed.main(["--csv", str(tmp_path / "rows.csv"), "--write"]) == 1
+    out = capsys.readouterr()
+    assert out.out == ""
+    assert "wrong codes" in out.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert speed.main([]) == 1
+    assert "needs a CUDA GPU" in capsys.readouterr().err
+
+
+def test_unknown_ops_are_named(capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["gem"])
+    assert "unknown: gem; there are linear, gemm" in capsys.readouterr().err
+
+
+def test_rows_survive_csv(tmp_path):
+    path = tmp_path / "deep" / "rows.csv"
+    first, second = row(plan="scaled_mm", reach=1.4, stretch=1.6), row(case="B, M = 1", ratio=None)
+    append(path, [first])
+    append(path, [second])
+    assert read(path) == [first, second]
+    assert path.read_text().count("op,case,contestant") == 1
+
+
+def test_a_line_per_case_and_a_column_per_contestant():
+    rows = [
+        row(contestant="bf16", us_p50=300.0, ratio=None),
+        row(us_p20=199.0, us_p50=200.0, us_p80=201.0, reach=1.4, stretch=1.6, plan="scaled_mm"),
+        row(contestant="FP8", us_p50=150.0, ratio=2.0),
+        row(case="B", us_p50=10.0, ratio=0.5, reach=1.0, plan="packed"),
+    ]
+    text = tables(rows).splitlines()
+    assert text[0] == f"### {TITLES['linear']}"
+    assert text[2] == "| case | ours, us | ours | reach / stretch |  | bf16 | FP8 | plan |"
+    assert text[4] == (
+        "| A | 200.0 [199.0, 201.0] | 1.50x | 1.4 / 1.6 | reached | 300.0 us | 2.00x | scaled_mm |"
+    )
+    assert text[5] == "| B | 10.0 | 0.50x | 1 | **missed** |  |  | packed |"
+    assert text[-1].startswith("H; torch 2, triton 3; abc, ")
+
+
+@pytest.mark.parametrize(
+    ("op", "ratio", "verdict"),
+    [
+        ("linear", 1.39, "**missed**"),
+        ("linear", 1.4, "reached"),
+        ("linear", 1.6, "stretch"),
+        ("linear", None, ""),
+        ("transform_quantize", 1.6, "reached"),
+        ("transform_quantize", 1.4, "stretch"),
+        ("transform_quantize", 1.61, "**missed**"),
+    ],
+)
+def test_verdicts(op, ratio, verdict):
+    wanted = {"reach": 1.4, "stretch": 1.6} if op == "linear" else {"reach": 1.6, "stretch": 1.4}
+    assert row(op=op, ratio=ratio, **wanted).verdict() == verdict
+
+
+def test_rows_of_an_earlier_run_are_published(monkeypatch, capsys, tmp_path):
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "kernels.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    append(tmp_path / "rows.csv", [row(), row(op="gemm")])
+    monkeypatch.setattr(speed, "ROOT", tmp_path)
+    assert speed.main(["linear", "--from", str(tmp_path / "rows.csv"), "--write"]) == 0
+    text = (docs / "kernels.md").read_text()
+    assert text.startswith(f"before\n{BEGIN}\n### {TITLES['linear']}")
+    assert text.endswith(f"{END}\nafter\n")
+    assert "old" not in text
+    assert read(docs / "kernels.csv") == [row()]
+
+
+def test_a_document_without_markers_is_left_alone(tmp_path):
+    document = tmp_path / "kernels.md"
+    document.write_text("nothing\n")
+    with pytest.raises(ValueError, match="has no <!-- begin"):
+        put(document, "new")
+    assert document.read_text() == "nothing\n"
+
+
+def test_the_document_has_the_markers(request):
+    text = (request.config.rootpath / "docs" / "kernels.md").read_text()
+    assert text.index(BEGIN) < text.index(END)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_cases_are_shapes_that_a_plan_takes(op):
+    cases = CASES[op]
+    assert len({str(case) for case in cases}) == len(cases)
+    for case in cases:
+        kind = "w4a16" if op == "w4a16_linear" else "w4a4"
+        spec = spec_for(kind, case.k, case.n, case.rank)
+        assert candidates_for(90, case.m, case.n, spec, torch.bfloat16)
+        assert spec.rank == case.rank
+        if case.stretch is not None:
+            harder = (
+                case.reach > case.stretch if op in TITLES_OF_LESS else case.stretch > case.reach
+            )
+            assert harder, str(case)
+
+
+TITLES_OF_LESS = ("transform_quantize", "unpack_w4")
+
+
+def test_every_figure_that_was_asked_for_has_a_case():
+    asked = {(c.m, c.k, c.n): (c.reach, c.stretch) for c in LINEARS}
+    assert asked[4608, 3072, 9216] == (1.4, 1.6)
+    assert asked[18432, 12288, 3072] == (1.35, None)
+    assert asked[1024, 2240, 11200] == (1.0, 1.2)
+    assert len(asked) == 18
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_formats_are_named_as_the_table_of_plans_names_them(kind):
+    assert kind_of(spec_for(kind, 256, 64)) == kind
+
+
+def test_enough_calls_to_fill_the_cache_twice():
+    assert gpu_timing.copies(10, cache=100) == 20
+    assert gpu_timing.copies(1000, cache=100) == gpu_timing.LEAST
+    assert gpu_timing.copies(1, cache=10**6) == gpu_timing.MOST
+
+
+def test_percentiles():
+    timing = gpu_timing.summary([5.0, 1.0, 2.0, 3.0, 4.0])
+    assert dataclasses.astuple(timing) == (2.0, 3.0, 4.0)
+    assert dataclasses.astuple(gpu_timing.summary([7.0])) == (7.0, 7.0, 7.0)
+
+
+def test_the_fp8_rival_quantizes_by_row():
+    x = torch.randn(4, 64) * torch.tensor([[1e-6], [1.0], [1e4], [0.0]])
+    codes, scale = rivals.fp8_rows(x)
+    assert codes.dtype == torch.float8_e4m3fn
+    assert (codes.float().abs().amax(1)[:3] == 448).all()
+    error = (codes.float() * scale - x).abs()
+    assert (error <= x.abs() / 16 + scale * 2**-10).all()
+
+
+def test_a_wrong_result_is_noticed():
+    linear, x = (
+        random_linear(spec_for("w4a4", 128, 48), device="cpu"),
+        random_rows(70, 128, device="cpu"),
+    )
+    checker = Checker(linear, x)
+    y = linear(x)
+    assert len(checker.rows) == 64
+    assert checker.problem(y) is None
+    y[69] *= 2
+    assert "wrong result" in checker.problem(y)
+    assert "wrong result" in checker.problem(y * math.nan)
+
+
+@pytest.mark.parametrize("engine", ["packed", "unpacked"])
+def test_the_parts_of_a_linear_make_up_the_whole(engine):
+    if torch.cuda.is_available():
+        pytest.skip("tests/gpu runs the engines themselves there")
+    from dirotq.benchmarks import speed_rows
+
+    linear = random_linear(spec_for("w4a4", 128, 32, rank=16), device="cpu")
+    x = random_rows(5, 128, device="cpu").half()  # the interpreter knows no bf16
+    plans = candidates_for(90, 5, 32, linear.spec, torch.float16)
+    plan = next(p for p in plans if p.engine == engine)
+    checker = Checker(linear, x)
+    for make in (speed_rows.product, speed_rows.product_alone, speed_rows.on_unpacked):
+        assert checker.problem(functools.partial(make, plan)(linear, x)()) is None

@@ -1,0 +1,218 @@
+"""Packed linears on a real GPU, every number format and engine, against float64.
+
+The rule for accuracy explains itself: the error must be below twice that of the specification run
+by plain torch in the same dtype, on the same GPU. Codes at a tie may fall to either side in both,
+so an error is taken over at least 64 rows, however few of them one call has.
+"""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from formats import DEVICE, FORMATS, buffers, inputs, random_linear, spec_of
+from tiny_spec import tiny_spec
+from torch import Tensor, nn
+
+pytest.importorskip("triton")
+
+from dirotq.kernels import engine
+from dirotq.kernels.chip import capability
+from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.pack_int4 import pack_int4
+from dirotq.kernels.plan import Plan, candidates_for, name_of
+from dirotq.kernels.transform_quantize.kernel import MAX_RANK
+from dirotq.kernels.unpack_w4 import unpack_w4
+from dirotq.kernels.unpack_w4.kernel import launch as unpack
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+
+CHIP = capability(DEVICE) or 90
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+ROWS = 64
+
+PER_ROW = ("pow2", "token", "token-r0", "w4a8", "w4a16")
+"""Formats that every width of a multiple of 8 can have (w4a16 then has one scale per row)."""
+
+
+def errors(got: Tensor, x: Tensor, module: QuantLinear) -> tuple[float, float]:
+    """Relative error against float64: of ``got``, and of plain torch in x's dtype."""
+    want = engine.reference(x.double(), *buffers(module), module.spec)
+    plain = engine.reference(x, *buffers(module), module.spec)
+    size = want.norm()
+    return tuple(float((y.double() - want).norm() / size) for y in (got, plain))
+
+
+def assert_accurate(got: Tensor, x: Tensor, module: QuantLinear) -> None:
+    assert got.dtype == x.dtype
+    assert got.isfinite().all()
+    ours, torchs = errors(got, x, module)
+    assert ours < 2 * torchs, f"relative error {ours:.2e}, plain torch {torchs:.2e}"
+
+
+def in_calls_of(rows: int, module: nn.Module, x: Tensor) -> Tensor:
+    """All of x, a few rows a call."""
+    return torch.cat([module(part) for part in x.split(rows)])
+
+
+def plans(name: str) -> list[Plan]:
+    """Every plan for one row and for many."""
+    spec = spec_of(name, 2240, 1008)
+    found = itertools.chain(
+        *(candidates_for(CHIP, m, spec.outputs, spec, torch.bfloat16) for m in (1, 33))
+    )
+    return list({name_of(plan): plan for plan in found}.values())
+
+
+ENGINES = [
+    pytest.param(name, plan, id=f"{name}-{name_of(plan)}")
+    for name in ("pow2", "token", "groups", "w4a8", "w4a8-groups", "dense", "w4a16-protected")
+    for plan in plans(name)
+]
+ONE_OF_EACH = [
+    pytest.param("pow2", plan, id=f"{plan.engine}{'-tma' if getattr(plan.tile, 'tma', 0) else ''}")
+    for plan in {(p.engine, getattr(p.tile, "tma", 0)): p for p in plans("pow2")}.values()
+] + [pytest.param("w4a16-protected", plans("w4a16-protected")[0], id="w4a16")]
+
+
+@pytest.fixture(autouse=True)
+def full_float32():
+    """No TF32 in what we compare with."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.parametrize(("name", "plan"), ENGINES)
+def test_every_plan(name, plan, empty_is):
+    module, x = random_linear(spec_of(name, 2240, 1008)), inputs(ROWS, 2240)
+    with empty_is(255):
+        got = [engine.run(plan, part, *buffers(module), module.spec) for part in x.split(33)]
+    assert_accurate(torch.cat(got), x, module)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 33, 4608])
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format(name, rows, empty_is):
+    module, x = random_linear(spec_of(name, 2240, 1000)), inputs(max(rows, ROWS), 2240)
+    assert module.plan(rows).engine != "reference"
+    with empty_is(255):
+        got = in_calls_of(rows, module, x)
+    assert_accurate(got, x, module)
+
+
+@HALVES
+@pytest.mark.parametrize("rows", [1, 33, 4608])
+@pytest.mark.parametrize(("dim", "outputs"), [(1000, 2240), (5600, 1000), (2240, 5600)])
+@pytest.mark.parametrize("name", PER_ROW)
+def test_sizes_off_the_tiles(name, dim, outputs, rows, dtype, empty_is):
+    module, x = random_linear(spec_of(name, dim, outputs)), inputs(max(rows, ROWS), dim, dtype)
+    assert module.plan(rows, dtype).engine != "reference"
+    with empty_is(255):
+        got = in_calls_of(rows, module, x)
+    assert_accurate(got, x, module)
+
+
+@pytest.mark.parametrize("block", [1, 32, 64, 128, 256, 512])
+def test_every_hadamard_block(block, empty_is):
+    spec = dataclasses.replace(spec_of("pow2", 3072, 1008), block=block)
+    module, x = random_linear(spec), inputs(ROWS, 3072)
+    with empty_is(255):
+        assert_accurate(module(x), x, module)
+
+
+@pytest.mark.parametrize("rank", [1, 8, 16, 100, 128, MAX_RANK])
+@pytest.mark.parametrize("rows", [33, 600])
+def test_every_rank(rank, rows):
+    spec = dataclasses.replace(spec_of("pow2", 2240, 1008), rank=rank)
+    module, x = random_linear(spec), inputs(max(rows, ROWS), 2240)
+    assert_accurate(in_calls_of(rows, module, x), x, module)
+
+
+@pytest.mark.parametrize(("name", "plan"), ONE_OF_EACH)
+@pytest.mark.parametrize("kind", ["outlier", "in-the-basis", "all-equal", "denormal", "huge"])
+def test_adversarial_rows(name, plan, kind):
+    module = random_linear(spec_of(name, 2240, 1008))
+    x = inputs(ROWS, 2240)
+    if kind == "outlier":
+        x[torch.arange(ROWS), torch.arange(ROWS) * 7] = 1e4
+    elif kind == "in-the-basis":
+        inside = 100 * inputs(ROWS, 64).float() @ module.basis.float().T
+        x = (x.float() + inside).to(x.dtype)
+    elif kind == "all-equal":
+        x = x[:, :1].expand_as(x)
+    elif kind == "denormal":
+        x = x * 1e-39
+        module.bias.zero_()
+    else:
+        x = x * 1e30
+    got = engine.run(plan, x, *buffers(module), module.spec)
+    assert got.isfinite().all()
+    if kind == "denormal":  # below what a scale can hold: nothing, or at most what went in
+        assert float(got.abs().max()) < 1e-34
+    else:
+        assert_accurate(got, x, module)
+
+
+@pytest.mark.parametrize(("name", "plan"), ONE_OF_EACH)
+def test_zero_rows_give_the_bias_and_leave_the_others_alone(name, plan):
+    module, x = random_linear(spec_of(name, 2240, 1008)), inputs(ROWS, 2240)
+    want = engine.run(plan, x, *buffers(module), module.spec)
+    x[5:9] = 0
+    got = engine.run(plan, x, *buffers(module), module.spec)
+    bias = module.bias.expand(4, -1).float()
+    step = module.wscale.float().amax(1)
+    # As two FP8 numbers the bias keeps eight bits, and a 64th of a code's worth.
+    assert ((got[5:9].float() - bias).abs() <= bias.abs() * 2**-7 + step / 64).all()
+    kept = [i for i in range(ROWS) if not 5 <= i < 9]
+    assert torch.equal(got[kept], want[kept])
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["pow2", "token-r0", "groups-r0", "w4a8", "w4a8-groups", "w4a16"])
+@pytest.mark.parametrize("rows", [16, 600])
+def test_bad_numbers_show_and_stay_in_their_row(name, rows, bad):
+    module, x = random_linear(spec_of(name, 2240, 1008)), inputs(rows, 2240)
+    want = module(x)
+    x[3, 1234] = bad
+    got = module(x)
+    assert not got[3].isfinite().any()
+    kept = [i for i in range(rows) if i != 3]
+    assert torch.equal(got[kept], want[kept])
+
+
+@pytest.mark.parametrize(
+    ("name", "plan"),
+    [p for p in ENGINES if p.values[0] in ("token", "w4a8") and p.values[1].engine != "w4a16"],
+)
+@pytest.mark.parametrize("signs", ["equal", "aligned"])
+def test_longest_sums_of_largest_codes(name, plan, signs, record_property, capsys):
+    """K = 15360 products of +-7 and +-7 (+-127): |sum| reaches 752,640, or 13.6 million."""
+    spec = tiny_spec(dim=15360, rows=(256,), act_bits=8 if name == "w4a8" else 4)
+    module = random_linear(spec, bias=False)
+    sign = torch.ones(256, 15360, device=DEVICE)
+    if signs == "aligned":  # row i of x has the signs of weight row i: its sum is the largest
+        sign = torch.sign(torch.randn(256, 15360, device=DEVICE))
+    module.qweight.copy_(pack_int4((7 * sign).to(torch.int8)))
+    module.wscale.fill_(1 / 16)
+    x = (3 * sign).to(torch.bfloat16)
+    got = engine.run(plan, x, *buffers(module), module.spec)
+    want = (x.double() @ sign.double().T * 7 / 16).diagonal()
+    error = float(((got.double().diagonal() - want) / want).abs().max())
+    record_property("relative_error", error)
+    with capsys.disabled():
+        print(f"\n{name} {name_of(plan)} {signs}: largest relative error {error:.1e}", end=" ")
+    # Integers add up exactly; what is left is the rounding of bf16.
+    assert error < (0.02 if plan.container == "fp8" else 2**-8)
+
+
+@pytest.mark.parametrize("container", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
+@pytest.mark.parametrize("width", [64, 1000, 2240, 3072])
+def test_unpacked_codes_are_exact(container, width, empty_is):
+    codes = torch.randint(-8, 8, (100, width), device=DEVICE, dtype=torch.int8)
+    with empty_is(255):
+        got, scale = unpack(pack_int4(codes), container)
+    assert scale is None
+    want = unpack_w4(pack_int4(codes), container)
+    assert torch.equal(got.view(torch.int8), want.view(torch.int8))

@@ -1,0 +1,79 @@
+"""Packed linears of realistic width in every number format, on the GPU where there is one."""
+
+from typing import Any
+
+import torch
+from tiny_spec import tiny_spec
+from torch import Tensor
+
+from dirotq.kernels.hadamard import hadamard_block
+from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.pack_int4 import pack_int4
+from dirotq.kernels.spec import QuantSpec
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+FORMATS: dict[str, dict[str, Any]] = {
+    "pow2": {"rank": 64, "act_scale": "pow2"},
+    "pow2-r24-b16": {"rank": 24, "block": 16, "act_scale": "pow2"},
+    "token": {"rank": 64},
+    "token-r0": {},
+    "token-rank-beyond-the-kernel": {"rank": 320},
+    "weight-groups": {"rank": 64, "weight_scale": "group"},
+    "groups": {"rank": 64, "weight_scale": "group", "act_scale": "group"},
+    "groups-r0": {"weight_scale": "group", "act_scale": "group"},
+    "w4a8": {"rank": 64, "act_bits": 8},
+    "w4a8-groups": {"rank": 64, "act_bits": 8, "act_scale": "group"},
+    "dense": {"rank": 64, "transform": "dense"},
+    "dense-pow2": {"rank": 64, "transform": "dense", "act_scale": "pow2"},
+    "w4a16": {"act_bits": 16, "weight_scale": "group", "block": 1},
+    "w4a16-protected": {"act_bits": 16, "rank": 64, "weight_scale": "group"},
+}
+"""Fields of the spec that differ from W4A4 with one scale per row."""
+
+
+def spec_of(name: str, dim: int, outputs: int) -> QuantSpec:
+    """Hadamard blocks of up to 256 and groups of up to 64 channels, as ``dim`` allows."""
+    changes = {"block": 256, **FORMATS[name]}
+    changes["block"] = hadamard_block(dim, changes["block"])
+    group = hadamard_block(dim, 64)
+    if group < 64 and changes.get("weight_scale") == "group":
+        changes["weight_scale"] = "channel"
+    if group < 16 and changes.get("act_scale") == "pow2":
+        changes["act_scale"] = "token"
+    return tiny_spec(dim=dim, rows=(outputs,), act_group=group, weight_group=group, **changes)
+
+
+def random_linear(spec: QuantSpec, *, bias: bool = True) -> QuantLinear:
+    """Random codes, scales, bias and protected columns; an orthonormal basis and rotation."""
+    torch.manual_seed(spec.dim)
+    module = QuantLinear(spec, bias=bias, device=DEVICE)
+    columns = spec.dim if spec.transform == "dense" else spec.rank
+    vectors = torch.linalg.qr(torch.randn(spec.dim, max(columns, 1), device=DEVICE)).Q
+    rest = vectors[:, spec.rank :]
+    codes = torch.randint(-7, 8, (spec.outputs, spec.width), device=DEVICE, dtype=torch.int8)
+    content = {
+        "qweight": pack_int4(codes),
+        "wscale": torch.rand(module.wscale.shape, device=DEVICE) * 0.1 + 0.01,
+        "bias": torch.randn(spec.outputs, device=DEVICE),
+        "wp": torch.randn(spec.outputs, spec.rank, device=DEVICE),
+        "basis": vectors[:, : spec.rank],
+        "rotation": torch.nn.functional.pad(rest, (0, spec.width - rest.shape[1])),
+    }
+    for name, buffer in module.named_buffers():
+        buffer.copy_(content[name])
+    return module
+
+
+def inputs(rows: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """Gaussian rows, with a few outlier channels as in trained models."""
+    torch.manual_seed(rows)
+    x = torch.randn(rows, dim, device=DEVICE)
+    x[:, ::97] *= 10
+    return x.to(dtype)
+
+
+def buffers(module: QuantLinear) -> tuple[Tensor | None, ...]:
+    return tuple(
+        getattr(module, n) for n in ("qweight", "wscale", "basis", "rotation", "wp", "bias")
+    )
