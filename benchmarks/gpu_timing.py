@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,10 @@ import torch
 
 LEAST, MOST = 4, 200
 """Calls in one graph: enough to share the cost of launching it, and a bound on building it."""
+
+
+REST = 5.0
+"""Pause after each replay, in times its duration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +32,7 @@ def copies(bytes_per_call: int, cache: int | None = None) -> int:
     cache           bytes of L2; None: the current GPU's
     """
     if cache is None:
-        cache = torch.cuda.get_device_properties().L2_cache_size
+        cache = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
     return min(MOST, max(LEAST, math.ceil(2 * cache / bytes_per_call)))
 
 
@@ -38,7 +43,9 @@ def time_calls(
 
     In a graph, so that small kernels are not measured by how fast Python launches them; on
     different data (:func:`copies` says how many), so that nothing is warm that wouldn't be in a
-    network; many in one graph, so that its own launch (a few us) hardly counts.
+    network; many in one graph, so that its own launch (a few us) hardly counts. Between replays the
+    GPU rests (``REST``): under steady load it lowers its clock, by how much depends on what ran
+    before, and the last contestant would pay for the first.
 
     limit  microseconds per call above which one replay is enough: the caller has lost interest
     """
@@ -51,7 +58,9 @@ def time_calls(
     _replay(graph)
     times: list[float] = []
     while len(times) < repeats and not (times and times[-1] > limit):
-        times.append(_replay(graph) / len(calls))
+        took = _replay(graph)
+        times.append(took / len(calls))
+        time.sleep(min(REST * took * 1e-6, 0.1))
     return summary(times)
 
 

@@ -124,7 +124,7 @@ def quantized(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Callable[[], tup
     from dirotq.kernels.transform_quantize.kernel import launch
 
     tail = plan.engine == "scaled_mm"
-    return lambda: launch(  # type: ignore[return-value]
+    return lambda: launch(
         x_MD, linear.basis, linear.rotation, linear.spec,
         container=plan.dtype, tail=tail, bias=tail and linear.bias is not None,
     )  # fmt: skip
@@ -151,13 +151,13 @@ def multiplied(
     from dirotq.kernels.w4a4_linear.kernel import launch
 
     if plan.engine == "scaled_mm":
-        assert weights[0] is not None
+        assert weights[0] is not None and weights[1] is not None
         return torch._scaled_mm(
             codes[0], weights[0].t(), scale_a=codes[1], scale_b=weights[1],
             out_dtype=dtype, use_fast_accum=True,
         )  # fmt: skip
     return launch(
-        *codes, linear.qweight, linear.wscale, linear.wp, linear.bias,  # type: ignore[call-arg]
+        *codes, linear.qweight, linear.wscale, linear.wp, linear.bias,
         width=linear.spec.width, out_dtype=dtype, tile=plan.tile, weights_NK=weights[0],
     )  # fmt: skip
 
@@ -264,7 +264,11 @@ def _weights(case: Case) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def bandwidth() -> float:
-    """Bytes per second that a copy of 1 GiB reads and writes."""
-    source = torch.empty(2**30, dtype=torch.uint8, device="cuda").random_()
+    """Bytes per second that a kernel moves which reads and writes 1 GiB each.
+
+    A kernel, not a copy: the copy engine, which a graph would use, is slower.
+    """
+    source = torch.randn(2**29, dtype=torch.bfloat16, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / (time_calls([lambda: target.copy_(source)] * 4).p50 * 1e-6)
+    call = functools.partial(torch.neg, source, out=target)
+    return 4 * source.numel() / (time_calls([call] * 4).p50 * 1e-6)

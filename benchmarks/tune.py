@@ -227,7 +227,7 @@ def race(shape: Shape, candidates: Sequence[Plan]) -> list[tuple[Plan, Timing]]:
 def call(plan: Plan, linear: QuantLinear, x: Tensor) -> Callable[[], Tensor]:
     from dirotq.kernels import engine
 
-    return partial(engine.run, plan, x, *buffers(linear), linear.spec)  # type: ignore[arg-type]
+    return partial(engine.run, plan, x, *buffers(linear), linear.spec)
 
 
 def entries(shape: Shape, timed: Sequence[tuple[Plan, Timing]]) -> list[Entry]:

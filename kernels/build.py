@@ -7,6 +7,9 @@ from typing import Any
 CHIPS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities (major * 10 + minor) that every kernel is compiled for."""
 
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""Shared memory a program may use, by compute capability."""
+
 FP8_CHIPS = tuple(chip for chip in CHIPS if chip >= 89)
 """Chips whose tensor cores take FP8-E4M3."""
 
@@ -30,3 +33,8 @@ class Build:
     tensor_core: bool = True
     """Whether a matrix instruction must appear in the machine code."""
     aligned: tuple[str, ...] = field(default=())
+
+
+def shared_bytes(chip: int) -> int:
+    """Shared memory a program may use on ``chip``: an unknown chip has its predecessor's."""
+    return 1024 * SHARED_KIB[max((c for c in SHARED_KIB if c <= chip), default=80)]

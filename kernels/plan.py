@@ -45,6 +45,11 @@ class Plan:
     def dtype(self) -> torch.dtype:
         return torch.float8_e4m3fn if self.container == "fp8" else torch.int8
 
+    @property
+    def rows(self) -> int:
+        """Rows of the tile; 1 without one."""
+        return self.tile.bm if self.tile is not None else 1
+
     def __str__(self) -> str:
         codes = "" if self.container == "none" else f" on {self.container.upper()} codes"
         shape = ""
@@ -93,7 +98,7 @@ def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> P
         plan = candidates[str(near["plan"])]
         why = f"measured at {near['m']} x {near['k']} -> {near['n']} on sm_{chip}"
     else:
-        plan = unmeasured(list(candidates.values()), m)
+        plan = unmeasured(chip, m, list(candidates.values()))
         why = f"no measurement for sm_{chip}"
     return Plan(engine=plan.engine, container=plan.container, tile=plan.tile, why=why)
 
@@ -125,16 +130,16 @@ def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtyp
     return [Plan(engine="packed", container=container, tile=tile) for tile in tiles]
 
 
-def unmeasured(candidates: list[Plan], m: int) -> Plan:
-    """Without measurements: library GEMMs for many rows, small packed tiles for few."""
+def unmeasured(chip: int, m: int, candidates: list[Plan]) -> Plan:
+    """Without measurements: the library's GEMM for many rows, small packed tiles for few."""
     if candidates[0].engine == "w4a16":
-        kind = "row" if m <= 2 else "few" if m <= 16 else "many"
-        return next(p for p in candidates if p.tile is w4a16.TILES[kind][0])
-    many = [p for p in candidates if p.engine == "scaled_mm"]
-    if many and m > 256:
-        return many[0]
-    packed = [p for p in candidates if p.engine == "packed" and p.tile is not None]
-    return min(packed, key=lambda p: abs(math.log2(p.tile.bm) - math.log2(min(m, 128))))  # type: ignore[union-attr]
+        tile = w4a16.usual(m, chip)
+        return next(plan for plan in candidates if plan.tile is tile)
+    library = [plan for plan in candidates if plan.engine == "scaled_mm"]
+    if library and m > 256:
+        return library[0]
+    packed = [plan for plan in candidates if plan.engine == "packed"]
+    return min(packed, key=lambda plan: abs(math.log2(plan.rows) - math.log2(min(m, 128))))
 
 
 def kind_of(spec: QuantSpec) -> str:

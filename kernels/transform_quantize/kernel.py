@@ -8,7 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..build import CHIPS, FP8_CHIPS, Build
+from ..build import CHIPS, FP8_CHIPS, Build, shared_bytes
+from ..chip import capability
 from ..planar import padded, planar_columns
 from ..spec import POW2_LEVELS, QuantSpec
 from ..tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
@@ -17,7 +18,7 @@ from .reference import POW2_CLIP, TINY
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-MAX_RANK = 256
+MAX_RANK = 128
 """Largest rank that ``rotate`` projects out; above it, plain matrix products do."""
 
 
@@ -109,18 +110,19 @@ def _project_and_rotate(
     tile, rp = _tile(spec), _width_of_c(spec.rank)
     half = tl.float32 if INTERPRETED else DOTS[x_MD.dtype]
     chain = _chained(x_MD)
+    room = shared_bytes(capability(x_MD.device) or CHIPS[-1])
     block = {"B": min(spec.block, tile), "W": tile, "DOT": half, "CHAIN": chain}
     if p_DR is None:
         amax_M.zero_()
     else:
-        s = sweeps.project
+        s = _project(sweeps, spec.rank, room)
         programs = triton.cdiv(m, s.bm)
         kernels.project[(programs + _tiles(spec),)](
             x_MD, p_DR, c_MR, spread_DR, amax_M, m, d, x_MD.stride(0), programs,
             R=spec.rank, RP=rp, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, **block,
             num_warps=s.warps, num_stages=s.stages,
         )  # fmt: skip
-    s = _rotate(sweeps, spec.block)
+    s = _rotate(sweeps, spec.block, spec.rank if p_DR is not None else 0, room)
     n_col, n_row = triton.cdiv(d, 4 * tile), triton.cdiv(m, s.bm)
     kernels.rotate[(_programs(x_MD, n_row, n_col, s),)](
         x_MD, x_MD if c_MR is None else c_MR, spread_DR, z_MK, amax_M, m, d, x_MD.stride(0),
@@ -151,7 +153,7 @@ def _round_rows(
         codes_MK.stride(0), scale_MG.stride(0), padded(k), n_col,
         BIAS_COEFFICIENT if bias else 0.0,
         R=r, RP=_width_of_c(r), RT=max(tail_part(r, bias), 1),
-        T=triton.next_power_of_2(behind) if tail else 0,
+        TAIL=tail, T=triton.next_power_of_2(behind) if behind else 0,
         SCALE=spec.act_scale, G=64 if spec.act_scale == "token" else spec.act_group_size,
         QMAX=2 ** (spec.act_bits - 1) - 1,
         UNIT=2.0**POW2_LEVELS if spec.act_scale == "pow2" else 1.0,
@@ -176,7 +178,7 @@ def _project_outside(
     x_MD: Tensor, p_DR: Tensor | None, spec: QuantSpec
 ) -> tuple[Tensor, Tensor | None]:
     """x - c Pᵀ and c by library products where the rank is too large for ``rotate``."""
-    if p_DR is None or spec.rank <= MAX_RANK:
+    if p_DR is None or spec.rank <= (64 if spec.block == 512 else MAX_RANK):
         return x_MD, None
     p = p_DR.to(x_MD.dtype)
     c = x_MD @ p
@@ -200,9 +202,21 @@ def _padded(c_MR: Tensor) -> Tensor:
     return torch.nn.functional.pad(c_MR, (0, _width_of_c(c_MR.shape[1]) - c_MR.shape[1]))
 
 
-def _rotate(sweeps: Sweeps, block: int) -> Sweep:
-    """Tiles of block 512 are twice as wide: half the stages keep them in shared memory."""
-    return replace(sweeps.rotate, warps=8, stages=1, per_sm=1) if block == 512 else sweeps.rotate
+def _project(sweeps: Sweeps, rank: int, room: int) -> Sweep:
+    s = sweeps.project
+    return _stages_within(s, 2 * s.width * (s.bm + _width_of_c(rank)), 0, room)
+
+
+def _rotate(sweeps: Sweeps, block: int, rank: int, room: int) -> Sweep:
+    s, w, rp = sweeps.rotate, 64, _width_of_c(rank) if rank else 0
+    if block == 512:  # tiles are twice as wide: the same registers for twice the threads
+        s, w = replace(s, warps=2 * s.warps, per_sm=1), 128
+    return _stages_within(s, 2 * s.bm * (4 * w + rp), 2 * w * (4 * rp + w), room)
+
+
+def _stages_within(s: Sweep, each: int, fixed: int, room: int) -> Sweep:
+    """``s`` with as many of its stages (``each`` bytes) as fit into ``room`` beside ``fixed``."""
+    return replace(s, stages=max(1, min(s.stages, (room - fixed) // each)))
 
 
 def _chained(x: Tensor) -> bool:
@@ -236,22 +250,19 @@ def builds() -> list[Build]:
             )
         )  # fmt: skip
 
-    for b, even in ((256, True), (32, False), (512, True)):
-        tile = 128 if b == 512 else 64
-        shared = {
-            "B": min(b, tile),
-            "W": tile,
-            "RP": 64,
-            "EVEN": even,
-            "DOT": tl.bfloat16,
-            "CHAIN": False,
-        }
-        s = sweeps.project
-        add(f"project-b{b}", kernels.project, {**shared, "R": 64, "BM": s.bm, "BK": s.width}, s)
-        s = _rotate(sweeps, b)
-        for project in (True, False):
-            constants = {**shared, "SUB": max(1, b // tile), "PROJECT": project, "BM": s.bm}
-            add(f"rotate-b{b}-{project}", kernels.rotate, constants, s)
+    for chips in ((80,), (86, 89, 120), (90, 100)):
+        room = shared_bytes(chips[0])
+        for b, rank, even in ((256, 64, True), (32, 64, False), (512, 64, True), (256, 128, True)):
+            tile, rp = 128 if b == 512 else 64, _width_of_c(rank)
+            shared = {"B": min(b, tile), "W": tile, "RP": rp, "EVEN": even, "DOT": tl.bfloat16}
+            shared["CHAIN"] = False
+            s = _project(sweeps, rank, room)
+            constants = {**shared, "R": rank, "BM": s.bm, "BK": s.width}
+            add(f"project-b{b}-r{rank}", kernels.project, constants, s, chips=chips)
+            for r in (rank, 0) if rank == 64 else (rank,):
+                s = _rotate(sweeps, b, r, room)
+                constants = {**shared, "SUB": max(1, b // tile), "PROJECT": r > 0, "BM": s.bm}
+                add(f"rotate-b{b}-r{r}", kernels.rotate, constants, s, chips=chips)
     s = sweeps.round_rows
     for scale, g, bits, fp8, tail in (
         ("pow2", 64, 4, True, True), ("pow2", 32, 4, True, True), ("token", 64, 4, True, True),
@@ -259,7 +270,8 @@ def builds() -> list[Build]:
         ("group", 64, 4, True, False), ("group", 128, 4, False, False),
     ):  # fmt: skip
         constants = {
-            "R": 64, "RP": 64, "RT": 80, "T": 256 if tail else 0, "SCALE": scale, "G": g,
+            "R": 64, "RP": 64, "RT": 80, "TAIL": tail, "T": 256 if tail else 0,
+            "SCALE": scale, "G": g,
             "QMAX": 2 ** (bits - 1) - 1, "UNIT": 1.0, "LEVELS": POW2_LEVELS, "CLIP": POW2_CLIP,
             "TINY": TINY, "BM": s.bm, "BW": s.width, "CHAIN": False,
         }  # fmt: skip

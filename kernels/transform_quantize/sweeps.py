@@ -233,13 +233,15 @@ def _row_units(
 def round_rows(
     p_z, p_c, p_amax, p_codes, p_scale, M, K, stride_z, stride_codes, stride_scale, tail, n_col,
     one,
-    R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, T: tl.constexpr, SCALE: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, TAIL: tl.constexpr, T: tl.constexpr,
+    SCALE: tl.constexpr,
     G: tl.constexpr, QMAX: tl.constexpr, UNIT: tl.constexpr, LEVELS: tl.constexpr,
     CLIP: tl.constexpr, TINY: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Codes [M, padded(K)] in R1 order and scales; the last of n_col programs writes the tail.
 
+    TAIL codes stand in the units of a product with a tail, however many columns that has
     T    columns of the tail, padded to a power of two (0: none)
     one  coefficient of the bias, which is the tail's direction R; 0 without a bias
     """
@@ -255,12 +257,12 @@ def round_rows(
     inverse = tl.zeros((BM,), dtype=tl.float32)
     unit = inverse
     if SCALE != "group":
-        peak = inverse
-        if T > 0:
+        peak = inverse + one
+        if TAIL and R > 0:
             o_c = o_m.to(tl.int64)[:, None] * RP + tl.arange(0, RP)[None, :]
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(tl.float32)
-            peak = tl.maximum(tl.max(tl.abs(b_c), 1), one)
-        inverse, unit, scale = _row_units(p_amax, peak, o_m, m_m, QMAX, UNIT, TINY, T > 0)
+            peak = tl.maximum(tl.max(tl.abs(b_c), 1), peak)
+        inverse, unit, scale = _row_units(p_amax, peak, o_m, m_m, QMAX, UNIT, TINY, TAIL)
         if pid % n_col == 0:
             tl.store(p_scale + o_m, scale, mask=m_m)
         if T > 0 and pid % n_col == n_col - 1:
@@ -290,13 +292,15 @@ def round_rows(
         q = tl.fma(z, _rows(inverse), MAGIC)
         step = _rows(unit)
     else:
-        amax = tl.max(tl.max(tl.abs(z), 4), 2)  # [BM, BLOCKS, INNER]
         if SCALE == "pow2":
+            amax = tl.max(tl.max(tl.abs(z), 4), 2)  # [BM, BLOCKS, INNER]
             share = amax * (inverse * (CLIP / QMAX))[:, None, None]
             e = tl.minimum(tl.maximum(_exponent(share), -LEVELS), 0)
             factor = _power(-e) * inverse[:, None, None]
             step = _groups(_power(e) * unit[:, None, None])
         else:
+            # No row scale will carry a NaN on: a group's own must.
+            amax = tl.reduce(tl.reduce(tl.abs(z), 4, _nan_max), 2, _nan_max)
             some = amax > TINY
             factor = tl.where(some, QMAX / tl.where(some, amax, 1.0), 0.0)
             step = 1.0

@@ -30,28 +30,16 @@ class Tile:
 
 TILES: Mapping[str, tuple[Tile, ...]] = {
     "row": (
-        Tile(kind="row", bn=16, words=128, warps=4, stages=3),
-        Tile(kind="row", bn=8, words=128, warps=2, stages=3),
-        Tile(kind="row", bn=8, words=128, warps=4, stages=3),
-        Tile(kind="row", bn=32, words=128, warps=4, stages=3),
-        Tile(kind="row", bn=64, words=128, warps=8, stages=3),
-        Tile(kind="row", bn=16, words=128, warps=4),
         Tile(kind="row", bn=16, words=128, warps=2),
-        Tile(kind="row", bn=32, words=128, warps=4),
-        Tile(kind="row", bn=8, words=128, warps=1),
-        Tile(kind="row", bn=4, words=128, warps=1),
+        Tile(kind="row", bn=16, words=128, warps=4),
     ),
     "few": (
         Tile(kind="dots", bm=16, bn=64, words=32, warps=4, stages=4, scale="weights"),
-        Tile(kind="dots", bm=16, bn=64, words=16, warps=4, stages=5, scale="weights"),
-        Tile(kind="dots", bm=16, bn=128, words=16, warps=4, stages=4, scale="weights"),
         Tile(kind="dots", bm=16, bn=64, words=8, warps=4, stages=6, scale="sums"),
-        Tile(kind="dots", bm=16, bn=128, words=8, warps=4, stages=6, scale="sums"),
     ),
     "many": (
         Tile(kind="dots", bm=64, bn=64, words=16, warps=4, stages=3, scale="weights"),
         Tile(kind="dots", bm=64, bn=128, words=16, warps=8, stages=3, scale="weights"),
-        Tile(kind="dots", bm=64, bn=64, words=8, warps=4, stages=4, scale="sums"),
     ),
     "wide": (
         Tile(kind="dots", bm=128, bn=128, words=8, warps=8, stages=4, scale="weights"),

@@ -200,7 +200,7 @@ def builds() -> list[Build]:
         "packed": (packed_kernel,),
         "unpacked": (unpacked_kernel,),
         "tma": (tma_kernel,),
-        "grouped": (packed_kernel, unpacked_kernel),
+        "grouped": (packed_kernel,),
     }
     found = []
     for variant, tiles in TILES.items():

@@ -70,7 +70,10 @@ def packed_kernel(
     m, n = tile_at(tl.program_id(0), M, N, BM, BN, GROUP_M)
     rows = m * BM + tl.arange(0, BM)
     cols = n * BN + tl.arange(0, BN)
-    # Rows past the end read the last one again: no mask in the loop. Offsets have 64 bits.
+    # Outputs past the end read the last one again; rows past the end, which few rows have many of,
+    # read nothing: a hundred programs reading one line over and over would wait for it. Offsets
+    # have 64 bits.
+    inside = (rows < M)[:, None]
     row = tl.minimum(rows, M - 1).to(tl.int64)
     col = tl.minimum(cols, N - 1).to(tl.int64)
     byte, word = tl.arange(0, BK // 2), tl.arange(0, BK // 8)
@@ -84,11 +87,11 @@ def packed_kernel(
     for start in range(0, BYTES, BK // 2):
         if EVEN:
             words = tl.load(weight_at + start // 4)  # [BN, BK / 8]
-            low = tl.load(codes_at + 2 * start)  # [BM, BK / 2]
-            high = tl.load(codes_at + (2 * start + 32))
+            low = tl.load(codes_at + 2 * start, mask=inside, other=0.0)  # [BM, BK / 2]
+            high = tl.load(codes_at + (2 * start + 32), mask=inside, other=0.0)
         else:
             more_words = (start // 4 + word < BYTES // 4)[None, :]
-            more = (start + byte < BYTES)[None, :]
+            more = inside & (start + byte < BYTES)[None, :]
             words = tl.load(weight_at + start // 4, mask=more_words, other=0)
             low = tl.load(codes_at + 2 * start, mask=more, other=0.0)
             high = tl.load(codes_at + (2 * start + 32), mask=more, other=0.0)

@@ -8,15 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
+from ..build import shared_bytes
 from ..planar import BLOCK
 
 Variant = Literal["packed", "unpacked", "tma", "grouped"]
 """Weights decoded from nibbles in registers; weights unpacked before; the same read through the
 tensor memory accelerator by programs that stay (sm_90); group scales, on packed or unpacked
 weights."""
-
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""Shared memory a program may use, by compute capability."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,24 +44,17 @@ TILES: Mapping[Variant, tuple[Tile, ...]] = {
     "packed": (
         # Many rows.
         Tile(bm=128, bn=128, bk=128, warps=8, stages=4),
-        Tile(bm=128, bn=128, bk=256, warps=8, stages=3),
         Tile(bm=64, bn=128, bk=128, warps=4, stages=3),
         # Few rows: the weights' bytes are the time, so many of them have to be under way.
-        Tile(bm=32, bn=64, bk=128, warps=4, stages=5),
         Tile(bm=16, bn=64, bk=256, warps=4, stages=5),
-        Tile(bm=16, bn=32, bk=256, warps=2, stages=5),
     ),
     "unpacked": (
-        Tile(bm=128, bn=128, bk=128, warps=8, stages=3),
-        Tile(bm=128, bn=256, bk=128, warps=8, stages=3),
         Tile(bm=64, bn=128, bk=128, warps=4, stages=3),
         Tile(bm=64, bn=64, bk=128, warps=4, stages=4),
     ),
     "tma": (
         Tile(bm=128, bn=256, bk=128, warps=8, stages=3, tma=True),
-        Tile(bm=128, bn=256, bk=64, warps=8, stages=4, tma=True),
         Tile(bm=128, bn=128, bk=128, warps=8, stages=4, tma=True),
-        Tile(bm=64, bn=128, bk=128, warps=4, stages=4, tma=True),
     ),
     "grouped": (
         Tile(bm=64, bn=128, bk=128, warps=8, stages=3),
@@ -80,7 +71,7 @@ def fits(tile: Tile, variant: Variant, chip: int, *, fp8: bool, precise: bool = 
     """
     if variant == "tma" and chip != 90:
         return False
-    shared = SHARED_KIB[max((c for c in SHARED_KIB if c <= chip), default=80)]
+    shared = shared_bytes(chip) / 1024
     accumulators = tile.bm * tile.bn // (32 * tile.warps)
     # Only Hopper's FP8 instructions leave registers for 128 accumulators a thread: they read both
     # operands from shared memory. Decoding packed weights and precise sums take registers again.

@@ -9,9 +9,20 @@ import torch
 
 from dirotq.benchmarks import gpu_timing, rivals, speed
 from dirotq.benchmarks.random_linear import FORMATS, Checker, random_linear, random_rows, spec_for
-from dirotq.benchmarks.speed_table import BEGIN, END, TITLES, Row, append, put, read, tables
+from dirotq.benchmarks.speed_table import (
+    BEGIN,
+    END,
+    LESS_IS_BETTER,
+    TITLES,
+    Row,
+    append,
+    put,
+    read,
+    tables,
+)
 from dirotq.kernels import transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
-from dirotq.kernels.case import LINEARS
+from dirotq.kernels.case import LINEARS, Case
+from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import candidates_for, kind_of
 
 CASES = {
@@ -156,13 +167,7 @@ def test_cases_are_shapes_that_a_plan_takes(op):
         assert candidates_for(90, case.m, case.n, spec, torch.bfloat16)
         assert spec.rank == case.rank
         if case.stretch is not None:
-            harder = (
-                case.reach > case.stretch if op in TITLES_OF_LESS else case.stretch > case.reach
-            )
-            assert harder, str(case)
-
-
-TITLES_OF_LESS = ("transform_quantize", "unpack_w4")
+            assert (case.stretch < case.reach) == (op in LESS_IS_BETTER), str(case)
 
 
 def test_every_figure_that_was_asked_for_has_a_case():
@@ -199,6 +204,15 @@ def test_the_fp8_rival_quantizes_by_row():
     assert (error <= x.abs() / 16 + scale * 2**-10).all()
 
 
+def test_the_fp8_rival_is_a_linear(monkeypatch):
+    monkeypatch.setattr(rivals, "_compiled", lambda: rivals.fp8_rows)
+    monkeypatch.setattr(rivals, "find_spec", lambda name: None)
+    x, weight, bias = (torch.randn(*s).bfloat16() for s in ((16, 128), (64, 128), (64,)))
+    want = rivals.bf16(weight, bias)(x).float()
+    got = rivals.fp8_per_row(weight, bias)(x).float()
+    assert (got - want).norm() < 0.06 * want.norm()
+
+
 def test_a_wrong_result_is_noticed():
     linear, x = (
         random_linear(spec_for("w4a4", 128, 48), device="cpu"),
@@ -213,7 +227,7 @@ def test_a_wrong_result_is_noticed():
     assert "wrong result" in checker.problem(y * math.nan)
 
 
-@pytest.mark.parametrize("engine", ["packed", "unpacked"])
+@pytest.mark.parametrize("engine", ["packed", "unpacked", "scaled_mm"])
 def test_the_parts_of_a_linear_make_up_the_whole(engine):
     if torch.cuda.is_available():
         pytest.skip("tests/gpu runs the engines themselves there")
@@ -221,8 +235,67 @@ def test_the_parts_of_a_linear_make_up_the_whole(engine):
 
     linear = random_linear(spec_for("w4a4", 128, 32, rank=16), device="cpu")
     x = random_rows(5, 128, device="cpu").half()  # the interpreter knows no bf16
-    plans = candidates_for(90, 5, 32, linear.spec, torch.float16)
+    plans = candidates_for(90, 5, 32, linear.spec, torch.bfloat16)
     plan = next(p for p in plans if p.engine == engine)
     checker = Checker(linear, x)
     for make in (speed_rows.product, speed_rows.product_alone, speed_rows.on_unpacked):
         assert checker.problem(functools.partial(make, plan)(linear, x)()) is None
+
+
+@pytest.fixture
+def small_cpu(monkeypatch):
+    """speed_rows on the CPU: a tiny case, the interpreter for the parts, a clock that stands."""
+    if torch.cuda.is_available():
+        pytest.skip("`make bench-kernels` itself runs there")
+    from dirotq.benchmarks import speed_rows
+
+    case = Case(name="tiny", m=5, k=128, n=48, rank=16, reach=1.5)
+    for op in (transform_quantize, unpack_w4, w4a4_linear, w4a16_linear):
+        monkeypatch.setattr(op, "CASES", (case,))
+    monkeypatch.setattr(speed_rows, "LINEARS", (case,))
+
+    def plan(self, rows):
+        kinds = candidates_for(90, rows, self.spec.outputs, self.spec, torch.float16)
+        return kinds[0]  # packed, or w4a16
+
+    def weights(case):
+        return torch.randn(case.n, case.k).half(), torch.randn(case.n).half()
+
+    def time_calls(calls):
+        assert len(calls) == 3
+        results = [call() for call in calls]
+        assert all(result is not None for result in results)
+        return gpu_timing.Timing(9.0, 10.0, 11.0)
+
+    on_cpu = {"device": "cpu"}
+    monkeypatch.setattr(QuantLinear, "plan", plan)
+    monkeypatch.setattr(speed_rows, "random_linear", functools.partial(random_linear, **on_cpu))
+    monkeypatch.setattr(
+        speed_rows, "random_rows", lambda m, k: random_rows(m, k, device="cpu").half()
+    )
+    monkeypatch.setattr(speed_rows, "_weights", weights)
+    monkeypatch.setattr(speed_rows, "_fp8", lambda case: ("FP8", "", time_calls([int] * 3)))
+    monkeypatch.setattr(speed_rows, "bandwidth", lambda: 1e9)
+    monkeypatch.setattr(speed_rows, "copies", lambda size: 3)
+    monkeypatch.setattr(speed_rows, "time_calls", time_calls)
+    return speed_rows.MEASURES
+
+
+@pytest.mark.parametrize("op", TITLES)
+def test_every_op_gives_rows_of_its_own(small_cpu, op):
+    rows = list(small_cpu[op]())
+    assert {r.op for r in rows} == {op}
+    ours = [r for r in rows if r.contestant == "ours"]
+    assert ours
+    assert all(r.ratio is not None for r in ours)
+    assert len(tables(rows).splitlines()) > 4
+    if op in ("linear", "gemm", "w4a16"):
+        assert ours[0].ratio == 1
+        assert ours[0].reach == 1.5
+        assert {r.reach for r in rows if r.contestant != "ours"} == {None}
+    if op == "transform_quantize":  # 10 us against 3 * 5 * 128 bytes at 1 GB/s
+        assert ours[0].ratio == pytest.approx(10 / 1.92)
+    if op == "memory":  # codes 1/4, scales, basis, V
+        assert ours[0].ratio == pytest.approx(0.25 + 64 / 128 + 64 / 48, rel=0.02)
+    if op == "parts":
+        assert len(rows) == 7

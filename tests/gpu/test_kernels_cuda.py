@@ -122,7 +122,7 @@ def test_every_hadamard_block(block, empty_is):
         assert_accurate(module(x), x, module)
 
 
-@pytest.mark.parametrize("rank", [1, 8, 16, 100, 128, MAX_RANK])
+@pytest.mark.parametrize("rank", [1, 8, 16, 100, MAX_RANK, MAX_RANK + 1])
 @pytest.mark.parametrize("rows", [33, 600])
 def test_every_rank(rank, rows):
     spec = dataclasses.replace(spec_of("pow2", 2240, 1008), rank=rank)
@@ -203,8 +203,10 @@ def test_longest_sums_of_largest_codes(name, plan, signs, record_property, capsy
     record_property("relative_error", error)
     with capsys.disabled():
         print(f"\n{name} {name_of(plan)} {signs}: largest relative error {error:.1e}", end=" ")
-    # Integers add up exactly; what is left is the rounding of bf16.
-    assert error < (0.02 if plan.container == "fp8" else 2**-8)
+    # Integers add up exactly; what is left is the rounding of bf16. Hopper's FP8 sums keep 13 bits
+    # below their leading one: equal products no longer count once 2^13 of them have added up, which
+    # takes a row and an output that agree in every sign (docs/kernels.md).
+    assert error < (0.31 if plan.container == "fp8" else 2**-8)
 
 
 @pytest.mark.parametrize("container", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])

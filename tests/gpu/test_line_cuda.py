@@ -129,7 +129,8 @@ def test_one_call_of_the_sixteen_bit_network_agrees(line, finished, capsys):
             print(f"  {name:45}", *(f"{e[name]:.1e}" for e in errors.values()))
     for dtype in (torch.float32, torch.bfloat16):
         cpu, cuda = errors["cpu", dtype], errors["cuda", dtype]
-        floor = torch.finfo(dtype).eps
+        # In float32 the sines of the time embedding decide: their arguments reach 1000.
+        floor = torch.finfo(dtype).eps * (1000 if dtype == torch.float32 else 1)
         bad = {n: (cuda[n], cpu[n]) for n in want if cuda[n] > 2 * cpu[n] + floor}
         assert bad == {}, f"{dtype}: (CUDA, CPU) {bad}"
 

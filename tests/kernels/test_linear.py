@@ -136,3 +136,46 @@ def test_repr_says_what_it_is():
     model = Shared()
     assert "64 -> [16, 32], W4A4, r=8, hadamard" in repr(model.site)
     assert "rows 16:48 of the site" in repr(model.second)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(3, 60), r"x has 60 channels \(3, 60\); this linear takes 64"),
+        (torch.zeros(3, 64, dtype=torch.int8), "x is torch.int8; use bfloat16, float16 or float32"),
+        (torch.zeros(3, 64, device="meta"), "x is on meta, the packed weights are on cpu; move"),
+    ],
+    ids=["channels", "dtype", "device"],
+)
+def test_wrong_inputs_are_refused(x, message):
+    module = packed(SPECS["pow2-protected"])
+    for call in (module, lambda x: module.rows(x, slice(0, 16))):
+        with pytest.raises(ValueError, match=message):
+            call(x)
+
+
+@pytest.mark.parametrize(
+    ("dim", "outputs", "share"),
+    [(3072, 9216, 0.29), (3072, 21504, 0.29), (3072, 3072, 0.30), (12288, 3072, 0.29)],
+)
+def test_memory_at_rest(dim, outputs, share):
+    """Bytes of all buffers against the bf16 weight's, at 64 protected directions."""
+    spec = tiny_spec(dim=dim, rows=(outputs,), rank=64, block=256)
+    module = QuantLinear(spec, bias=True, device="meta")
+    held = sum(b.numel() * b.element_size() for b in module.buffers())
+    assert held <= share * 2 * dim * outputs
+
+
+def test_a_shared_sites_plan_counts_the_outputs_of_all():
+    module = packed(SPECS["token"])
+    assert module.plan(5).engine == "reference"
+    assert module.plan(5, torch.float16).why == "the kernels need an NVIDIA GPU"
+
+
+def test_nan_stays_in_its_row():
+    module, x = packed(SPECS["pow2-protected"]), torch.randn(4, 64)
+    want = module(x)
+    x[2, 5] = torch.nan
+    got = module(x)
+    assert got[2].isnan().all()
+    assert torch.equal(got[[0, 1, 3]], want[[0, 1, 3]])

@@ -1,0 +1,185 @@
+"""``torch.ops.dirotq.quant_linear``: one operator; the plan is chosen when it runs."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from formats import DEVICE
+from tiny_packed import packed
+from tiny_spec import tiny_spec
+from torch import Tensor, nn
+
+from dirotq.kernels import chip, engine, ops
+from dirotq.kernels.plan import Plan
+from dirotq.kernels.spec import QuantSpec
+
+SPECS = {
+    "pow2": tiny_spec(rank=8, block=16, act_scale="pow2"),
+    "groups": tiny_spec(rank=8, block=64, weight_scale="group", act_scale="group"),
+    "dense": tiny_spec(rank=16, transform="dense"),
+    "w4a16": tiny_spec(act_bits=16, weight_scale="group"),
+}
+every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+BUFFERS = ("qweight", "wscale", "basis", "rotation", "wp", "bias")
+
+
+def arguments(spec: QuantSpec, x: Tensor, *, bias: bool = True) -> tuple:
+    module = packed(spec, bias=bias).to(x.device)
+    return x, *(getattr(module, name) for name in BUFFERS), ops.spec_key(spec)
+
+
+@every_spec
+@pytest.mark.parametrize("shape", [(3, 64), (2, 5, 64), (0, 64), (64,)], ids=str)
+def test_opcheck(spec, shape):
+    x = torch.randn(shape, device=DEVICE)
+    torch.library.opcheck(ops.quant_linear, arguments(spec, x))
+    torch.library.opcheck(ops.quant_linear, arguments(spec, x, bias=False))
+
+
+@every_spec
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_fake_has_the_real_ones_shape_dtype_and_device(spec, dtype):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    module = packed(spec).to(DEVICE)
+    real = module(torch.randn(2, 7, 64, device=DEVICE, dtype=dtype))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        fake = module(torch.empty(2, 7, 64, device=DEVICE, dtype=dtype))
+    assert (fake.shape, fake.dtype, fake.device, fake.stride()) == (
+        real.shape, real.dtype, real.device, real.stride(),
+    )  # fmt: skip
+
+
+@every_spec
+def test_works_on_meta(spec):
+    y = packed(spec).to("meta")(torch.empty(3, 64, device="meta"))
+    assert y.device.type == "meta"
+    assert y.shape == (3, 48)
+
+
+def test_a_spec_survives_being_an_argument():
+    for spec in SPECS.values():
+        assert ops.spec_from_key(ops.spec_key(spec)) == spec
+
+
+@pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64)])
+def test_no_rows(shape):
+    module = packed(SPECS["pow2"]).to(DEVICE)
+    assert module(torch.zeros(shape, device=DEVICE)).shape == (*shape[:-1], 48)
+
+
+def test_any_batch_and_any_strides():
+    module, x = packed(SPECS["pow2"]), torch.randn(6, 2, 4, 64)
+    whole = module(x)
+    assert whole.is_contiguous()
+    torch.testing.assert_close(module(x.transpose(0, 2)), whole.transpose(0, 2))
+    torch.testing.assert_close(module(x[::2, :, 1]), whole[::2, :, 1])
+    torch.testing.assert_close(module(x[:1, :1, :1].expand(3, 2, 2, 64))[2, 1, 1], whole[0, 0, 0])
+    torch.testing.assert_close(module(torch.stack([x, x], -1)[..., 0]), whole)
+
+
+class Block(nn.Module):
+    """Two packed linears and what stands between them."""
+
+    def __init__(self, spec: QuantSpec) -> None:
+        super().__init__()
+        self.up, self.down = packed(spec), packed(spec, seed=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.nn.functional.pad(torch.relu(self.up(x)), (0, 16))
+        return x[..., :48] + self.down(y)
+
+
+@every_spec
+def test_compiled_as_one_graph(spec):
+    torch._dynamo.reset()
+    block, x = Block(spec), torch.randn(2, 5, 64)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_rows_may_change_without_compiling_again():
+    torch._dynamo.reset()
+    seen = []
+
+    def backend(graph: torch.fx.GraphModule, _) -> torch.fx.GraphModule:
+        seen.append([n.target for n in graph.graph.nodes if n.op == "call_function"])
+        return graph
+
+    block = Block(SPECS["pow2"])
+    compiled = torch.compile(block, fullgraph=True, backend=backend)
+    for rows in (5, 7, 33, 2, 90, 1, 64):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(compiled(x), block(x))
+    # One for the first size, one for all others, one for a single row (which torch specializes).
+    assert len(seen) <= 3
+    assert all(sum("quant_linear" in str(t) for t in targets) == 2 for targets in seen)
+
+
+def test_a_compiled_module_follows_its_weights():
+    torch._dynamo.reset()
+    block, x = Block(SPECS["pow2"]), torch.randn(5, 64)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    before = compiled(x)
+    block.down.wscale.mul_(2)
+    assert not torch.allclose(compiled(x), before)
+    torch.testing.assert_close(compiled(x), block(x))
+
+
+def test_a_deep_copy_runs_on_its_own():
+    block, x = Block(SPECS["pow2"]), torch.randn(5, 64)
+    twin = copy.deepcopy(block)
+    want = block(x)
+    assert torch.equal(twin(x), want)
+    twin.up.wscale.zero_()
+    assert torch.equal(block(x), want)
+    assert twin.up.spec == block.up.spec
+
+
+def test_a_saved_state_runs_in_another_module():
+    module, x = packed(SPECS["pow2"]), torch.randn(5, 64)
+    other = packed(SPECS["pow2"], seed=9)
+    assert not torch.allclose(other(x), module(x))
+    other.load_state_dict(module.state_dict())
+    assert torch.equal(other(x), module(x))
+
+
+def test_the_plan_is_chosen_by_the_rows_of_the_call(monkeypatch):
+    asked = []
+
+    def plan_for(x: Tensor, outputs: int, spec: QuantSpec) -> Plan:
+        asked.append((tuple(x.shape), x.dtype, outputs, spec))
+        return Plan(engine="reference", container="none")
+
+    monkeypatch.setattr(ops, "plan_for", plan_for)
+    module = packed(SPECS["pow2"])
+    module(torch.randn(2, 7, 64))
+    module.rows(torch.randn(1, 64, dtype=torch.float16), slice(8, 40))
+    assert asked == [
+        ((14, 64), torch.float32, 48, SPECS["pow2"]),
+        ((1, 64), torch.float16, 32, SPECS["pow2"]),
+    ]
+
+
+@pytest.fixture
+def nothing_said():
+    """As in a process that has not logged a line yet."""
+    chip.say_once.cache_clear()
+    yield
+    chip.say_once.cache_clear()
+
+
+def test_a_cpu_takes_the_reference_path_and_says_so_once(caplog, nothing_said):
+    module, x = packed(SPECS["pow2"]), torch.randn(5, 64)
+    with caplog.at_level(logging.INFO, logger=chip.log.name):
+        y = module(x)
+        module(x)
+    assert module.plan(5).engine == "reference"
+    want = engine.reference(x, *(getattr(module, n) for n in BUFFERS), module.spec)
+    assert torch.equal(y, want)
+    # Expected on a CPU, so no warning.
+    assert [(r.levelname, "reference path" in r.message) for r in caplog.records] == [
+        ("INFO", True)
+    ]
+    assert "the kernels need an NVIDIA GPU" in caplog.text

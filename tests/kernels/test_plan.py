@@ -1,0 +1,200 @@
+"""Which plan a linear takes, per chip, format and shape."""
+
+import json
+
+import pytest
+import torch
+from formats import FORMATS, spec_of
+from tiny_spec import tiny_spec
+
+from dirotq.kernels import chip as chips
+from dirotq.kernels import plan as plans
+from dirotq.kernels.plan import Plan, candidates_for, choose, kind_of, name_of, unmeasured
+from dirotq.kernels.spec import QuantSpec
+from dirotq.kernels.w4a4_linear.tiles import fits
+from dirotq.kernels.w4a16_linear import tiles as w4a16
+
+CHIPS = (80, 86, 89, 90, 100, 103, 120)
+BF16, FP16 = torch.bfloat16, torch.float16
+SPECS = {name: spec_of(name, 2240, 1008) for name in FORMATS}
+
+
+@pytest.fixture
+def table(monkeypatch, tmp_path):
+    """``table({"90": {"w4a4": [...]}})`` in place of plans.json."""
+
+    def install(content: dict) -> None:
+        file = tmp_path / "plans.json"
+        file.write_text(json.dumps(content))
+        monkeypatch.setattr(plans, "TABLE", file)
+        plans._table.cache_clear()
+        plans._choose.cache_clear()
+
+    yield install
+    monkeypatch.undo()
+    plans._table.cache_clear()
+    plans._choose.cache_clear()
+
+
+@pytest.fixture
+def unmeasured_chips(table):
+    table({})
+
+
+def variant_of(plan: Plan, spec: QuantSpec) -> str:
+    if spec.act_scale == "group" or spec.weight_scale == "group":
+        return "grouped"
+    assert plan.tile is not None
+    return "tma" if plan.tile.tma else plan.engine
+
+
+def assert_runs(plan: Plan, chip: int, m: int, n: int, spec: QuantSpec, dtype) -> None:
+    """The plan is one that this chip can run."""
+    assert plan.engine != "reference"
+    if spec.act_bits == 16:
+        assert plan.engine == "w4a16" and plan.container == "none" and plan.tile is not None
+        assert chip in w4a16.WIDE_CHIPS or plan.tile not in w4a16.TILES["wide"]
+        assert m <= 4 or plan.tile.kind == "dots"
+        return
+    fp8 = plan.container == "fp8"
+    assert fp8 == (chip >= 89 and spec.act_bits == 4)
+    assert plan.dtype == (torch.float8_e4m3fn if fp8 else torch.int8)
+    if plan.engine == "scaled_mm":
+        assert fp8 and dtype == BF16 and n % 16 == 0
+        assert spec.act_scale != "group" and spec.weight_scale == "channel"
+    else:
+        assert plan.tile is not None
+        assert fits(plan.tile, variant_of(plan, spec), chip, fp8=fp8)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize("chip", CHIPS)
+@pytest.mark.parametrize("name", SPECS)
+def test_every_format_has_a_plan_that_its_chip_runs(name, chip, dtype):
+    spec = SPECS[name]
+    for m in (1, 4, 5, 16, 33, 256, 4608):
+        for n in (1008, 1000, 1):
+            assert_runs(choose(chip, m, n, spec, dtype), chip, m, n, spec, dtype)
+            found = candidates_for(chip, m, n, spec, dtype)
+            for plan in found:
+                assert_runs(plan, chip, m, n, spec, dtype)
+            names = [name_of(plan) for plan in found]
+            assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize(
+    ("chip", "why"),
+    [
+        (None, "need an NVIDIA GPU"),
+        (61, "capability 6.1; the kernels need 8.0"),
+        (75, "capability 7.5; the kernels need 8.0"),
+    ],
+)
+def test_chips_without_the_kernels(name, chip, why):
+    plan = choose(chip, 33, 1008, SPECS[name], BF16)
+    assert plan.engine == "reference"
+    assert why in plan.why
+
+
+def test_without_triton(monkeypatch):
+    chips.why_reference.cache_clear()
+    monkeypatch.setattr(chips, "find_spec", lambda name: None)
+    try:
+        plan = choose(90, 33, 1008, SPECS["pow2"], BF16)
+    finally:
+        chips.why_reference.cache_clear()
+    assert plan.engine == "reference"
+    assert "pip install triton" in plan.why
+
+
+@pytest.mark.parametrize(
+    ("spec", "why"),
+    [
+        (tiny_spec(dim=1024, block=1024), "block 1024 is larger than 512"),
+        (tiny_spec(dim=96, act_scale="pow2", act_group=48), "groups of 48 fit no kernel; 16, 32"),
+        (tiny_spec(dim=64, act_scale="group", act_group=32), "2 x 1 scales per 64 columns"),
+        (tiny_spec(dim=64, weight_scale="group", weight_group=32), "1 x 2 scales per 64"),
+        (tiny_spec(dim=60), "1 x 1 scales per 60 columns"),
+        (tiny_spec(dim=60, act_bits=16), "1 weight scales per 60 columns"),
+        (tiny_spec(act_bits=16, weight_scale="group"), "4 weight scales per 64 columns"),
+    ],
+)
+def test_formats_that_fit_no_kernel_say_why(spec, why):
+    plan = choose(90, 33, 48, spec, BF16)
+    assert plan.engine == "reference"
+    assert why in plan.why
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_full_precision_inputs_are_computed_as_specified(dtype):
+    plan = choose(90, 33, 1008, SPECS["pow2"], dtype)
+    assert plan.engine == "reference"
+    assert str(dtype).removeprefix("torch.") in plan.why
+
+
+def test_rules_of_an_unmeasured_chip(unmeasured_chips):
+    def engine(chip, m, name="pow2", dtype=BF16, n=1008):
+        return choose(chip, m, n, SPECS[name], dtype).engine
+
+    assert engine(90, 4608) == "scaled_mm"
+    assert engine(90, 16) == "packed"
+    assert engine(90, 4608, n=1000) == "packed"  # the library takes multiples of 16
+    assert engine(90, 4608, dtype=FP16) == "packed"
+    assert engine(80, 4608) == "packed"
+    assert engine(90, 4608, "w4a8") == "packed"
+    assert engine(90, 4608, "groups") == "packed"
+    for rows, few in ((1, True), (16, True), (4608, False)):
+        tile = choose(90, rows, 1008, SPECS["pow2"], FP16).tile
+        assert (tile.bm <= 16) == few
+    assert [choose(80, m, 1008, SPECS["w4a16"], BF16).tile.bm for m in (1, 16, 17)] == [1, 16, 64]
+    assert "no measurement for sm_80" in choose(80, 33, 1008, SPECS["pow2"], BF16).why
+
+
+def test_a_shape_takes_its_nearest_neighbours_plan(table):
+    few = unmeasured(90, 16, candidates_for(90, 16, 3072, SPECS["pow2"], BF16))
+    rows = [
+        {"m": 16, "n": 3072, "k": 3072, "plan": name_of(few)},
+        {"m": 4096, "n": 3072, "k": 3072, "plan": "scaled_mm"},
+        {"m": 4096, "n": 3072, "k": 3072, "plan": "of another time"},
+    ]
+    table({"90": {"w4a4": rows}})
+
+    def chosen(m, **more):
+        return choose(more.pop("chip", 90), m, 1008, SPECS["pow2"], more.pop("dtype", BF16))
+
+    assert chosen(1).tile == chosen(200).tile == few.tile
+    assert chosen(300).engine == chosen(20000).engine == "scaled_mm"
+    assert chosen(300).why == "measured at 4096 x 3072 -> 3072 on sm_90"
+    # Where the measured plan can't run, the rules or the next measurement do.
+    assert chosen(4096, dtype=FP16).tile == few.tile
+    assert "no measurement for sm_100" in chosen(16, chip=100).why
+
+
+def test_the_shipped_table_names_plans_that_exist():
+    specs: dict[str, QuantSpec] = {}
+    for spec in SPECS.values():
+        specs.setdefault(kind_of(spec), spec)
+    for chip, kinds in plans._table().items():
+        for kind, rows in kinds.items():
+            for row in rows:
+                found = candidates_for(int(chip), row["m"], row["n"], specs[kind], BF16)
+                assert row["plan"] in map(name_of, found), (chip, kind, row)
+
+
+def test_no_rows_take_the_plan_of_one():
+    assert choose(90, 0, 1008, SPECS["pow2"], BF16) == choose(90, 1, 1008, SPECS["pow2"], BF16)
+
+
+def test_kinds():
+    assert {kind_of(spec) for spec in SPECS.values()} == {
+        "w4a4", "w4a4-grouped", "w4a8", "w4a8-grouped", "w4a16",
+    }  # fmt: skip
+
+
+def test_a_plan_says_what_it_is():
+    plan = choose(80, 33, 1008, SPECS["pow2"], BF16)
+    assert str(plan).startswith("packed on INT8 codes, tile ")
+    assert f"({plan.why})" in str(plan)
+    reference = choose(None, 33, 1008, SPECS["pow2"], BF16)
+    assert str(reference) == "reference (the kernels need an NVIDIA GPU)"
