@@ -86,7 +86,7 @@ def test_tiles_far_from_the_rows_are_not_timed():
         chosen = plans(Shape(kind="w4a4", m=m, n=9216, k=3072), 90)
         return {p.tile.bm for p in chosen if p.tile is not None}
 
-    assert heights(1) == {16, 32}
+    assert heights(1) == {16}
     assert heights(4608) == {64, 128}
 
 
@@ -142,7 +142,7 @@ def test_without_a_gpu_it_says_so(monkeypatch, capsys):
 
 def test_wrong_and_failing_plans_are_skipped_with_a_line(monkeypatch, capsys):
     """On CPU: results stand in for kernels, the clock for the GPU's."""
-    shape = Shape(kind="w4a4", m=5, n=48, k=128)
+    shape = Shape(kind="w4a4", m=40, n=48, k=128)
     right, wrong, broken = plans(shape, 90)[:3]
     make, rows = tune.random_linear, tune.random_rows
     monkeypatch.setattr(tune, "random_linear", lambda spec: make(spec, device="cpu"))

@@ -56,9 +56,10 @@ def test_devices_share_fingerprints(finished, on_cuda):
     }
 
 
-# Seen once (H100, torch 2.11): 0.59 at transformer_blocks.0.attn.to_add_out, where bf16 on
-# a CPU differs by 0.02. The trained model's moments lead to the same quality on both devices.
-@pytest.mark.xfail(strict=False, reason="cause not found: 24 tokens, perhaps attention's backend")
+# One call agrees at every site (next test but one), so neither attention nor the sums are to blame;
+# over the sampled steps image tokens come to differ by 0.4 on an H200, text tokens by 0.01, with
+# equal traces. The trained model's moments lead to the same quality on both devices.
+@pytest.mark.xfail(strict=False, reason="image tokens drift apart over the steps of a random model")
 def test_moments_agree(finished, on_cuda, capsys):
     # CUDA captures in bf16, the CPU in float32.
     cpu, cuda = (
