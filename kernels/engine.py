@@ -45,7 +45,7 @@ def run(
         unpacked = tail or plan.engine == "unpacked"
         given = (wscale_NG, wp_NR, bias_N) if tail else (None, None, None)
         scratch = allocate(qweight_NK2, plan.dtype, *given) if unpacked else None
-        start = fork(x_MD.device)
+        start = fork(x_MD.device) if unpacked else None
         codes, scale, c = transform_quantize(
             x_MD, basis_DR, rotation_DK, spec,
             container=plan.dtype, tail=tail, bias=tail and bias_N is not None,

@@ -71,7 +71,7 @@ class QuantLinear(nn.Module):
             raise ValueError(
                 f"x has {x.shape[-1]} channels {tuple(x.shape)}; this linear takes {self.spec.dim}"
             )
-        if not x.is_floating_point():
+        if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise ValueError(f"x is {x.dtype}; use bfloat16, float16 or float32")
         if x.device != self.qweight.device:
             raise ValueError(
