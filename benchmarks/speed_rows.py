@@ -21,7 +21,7 @@ from dirotq.benchmarks.random_linear import (
     spec_for,
 )
 from dirotq.benchmarks.speed_table import OURS, Row
-from dirotq.kernels import transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
+from dirotq.kernels import engine, transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
 from dirotq.kernels.case import LINEARS, Case
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import Plan, name_of
@@ -119,47 +119,31 @@ MEASURES: dict[str, Callable[[], Iterator[Row]]] = {
 }
 
 
-def quantized(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def quantized(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Callable[[], engine.Codes]:
     """The first half of a linear, as the plan wants it."""
-    from dirotq.kernels.transform_quantize.kernel import launch
-
-    tail = plan.engine == "scaled_mm"
-    return lambda: launch(
-        x_MD, linear.basis, linear.rotation, linear.spec,
-        container=plan.dtype, tail=tail, bias=tail and linear.bias is not None,
-    )  # fmt: skip
+    bias = linear.bias is not None
+    return lambda: engine.quantized(plan, x_MD, linear.basis, linear.rotation, bias, linear.spec)
 
 
-def unpacked(plan: Plan, linear: QuantLinear) -> tuple[Tensor | None, Tensor | None]:
-    """The scratch that the plan wants: weights and their scales, or None for what stays packed."""
-    from dirotq.kernels.unpack_w4.kernel import launch
-
-    if plan.engine == "packed":
-        return None, None
-    tail = (linear.wscale, linear.wp, linear.bias) if plan.engine == "scaled_mm" else ()
-    return launch(linear.qweight, plan.dtype, *tail)
+def unpacked(plan: Plan, linear: QuantLinear) -> engine.Scratch:
+    """The scratch that the plan wants, filled."""
+    weights = linear.qweight, linear.wscale, linear.wp, linear.bias
+    scratch = engine.allocated(plan, *weights)
+    if scratch[0] is not None:
+        engine.unpack(plan, *weights, scratch)
+    return scratch
 
 
 def multiplied(
     plan: Plan,
     linear: QuantLinear,
-    codes: tuple[Tensor, ...],
-    weights: tuple[Tensor | None, Tensor | None],
+    codes: engine.Codes,
+    scratch: engine.Scratch,
     dtype: torch.dtype,
 ) -> Tensor:
     """The product of what :func:`quantized` and :func:`unpacked` made."""
-    from dirotq.kernels.w4a4_linear.kernel import launch
-
-    if plan.engine == "scaled_mm":
-        assert weights[0] is not None and weights[1] is not None
-        return torch._scaled_mm(
-            codes[0], weights[0].t(), scale_a=codes[1], scale_b=weights[1],
-            out_dtype=dtype, use_fast_accum=True,
-        )  # fmt: skip
-    return launch(
-        *codes, linear.qweight, linear.wscale, linear.wp, linear.bias,
-        width=linear.spec.width, out_dtype=dtype, tile=plan.tile, weights_NK=weights[0],
-    )  # fmt: skip
+    weights = linear.qweight, linear.wscale, linear.wp, linear.bias
+    return engine.multiplied(plan, codes, scratch, *weights, linear.spec.width, dtype)
 
 
 def product(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:

@@ -22,6 +22,14 @@ def capability(device: torch.device) -> int | None:
 
 
 @functools.lru_cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 2 elsewhere, so that interpreted programs take turns there too."""
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@functools.lru_cache
 def why_reference(chip: int | None) -> str | None:
     """Why the kernels can't run on a chip at all; None if they can."""
     if chip is None:

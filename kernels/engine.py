@@ -15,6 +15,11 @@ from .w4a4_linear import w4a4_linear
 from .w4a16_linear import tiles as w4a16_tiles
 from .w4a16_linear import w4a16_linear
 
+Codes = tuple[Tensor, Tensor, Tensor | None]
+"""Codes, their scales, and c where it is not among the codes' columns."""
+Scratch = tuple[Tensor | None, Tensor | None]
+"""Unpacked weights and their scales in float32; None where the product reads the packed ones."""
+
 
 def run(
     plan: Plan,
@@ -33,40 +38,101 @@ def run(
     x_MD = x_MD if x_MD.stride(-1) == 1 else x_MD.contiguous()
     with torch.cuda.device_of(x_MD):
         if plan.engine == "w4a16":
-            return _w4a16(
-                plan, x_MD, qweight_NK2, wscale_NG, basis_DR, rotation_DK, wp_NR, bias_N, spec
-            )  # fmt: skip
-        from .transform_quantize.kernel import launch as transform_quantize
-        from .unpack_w4.kernel import allocate
-        from .unpack_w4.kernel import launch as unpack_w4
-        from .w4a4_linear.kernel import launch as gemm
+            from .w4a16_linear.kernel import launch
 
-        tail = plan.engine == "scaled_mm"
-        unpacked = tail or plan.engine == "unpacked"
-        given = (wscale_NG, wp_NR, bias_N) if tail else (None, None, None)
-        scratch = allocate(qweight_NK2, plan.dtype, *given) if unpacked else None
-        start = fork(x_MD.device) if unpacked else None
-        codes, scale, c = transform_quantize(
-            x_MD, basis_DR, rotation_DK, spec,
-            container=plan.dtype, tail=tail, bias=tail and bias_N is not None,
-        )  # fmt: skip
-        if scratch is not None:
+            assert isinstance(plan.tile, w4a16_tiles.Tile)
+            z, c = transform(x_MD, basis_DR, rotation_DK, spec)
+            y = launch(z, qweight_NK2, wscale_NG, bias_N, tile=plan.tile)
+            return y if c is None or wp_NR is None else torch.addmm(y, c, wp_NR.to(c.dtype).mT)
+        scratch = allocated(plan, qweight_NK2, wscale_NG, wp_NR, bias_N)
+        start = fork(x_MD.device) if scratch[0] is not None else None
+        codes = quantized(plan, x_MD, basis_DR, rotation_DK, bias_N is not None, spec)
+        if scratch[0] is not None:
             # The transform mostly waits for memory to answer; unpacking fills some of its gaps.
             with beside(start):
-                unpack_w4(qweight_NK2, plan.dtype, *given, out=scratch)
-        if tail and scratch is not None:
-            weights, scale_w = scratch
-            assert scale_w is not None
-            return torch._scaled_mm(
-                codes, weights.t(), scale_a=scale, scale_b=scale_w, out_dtype=x_MD.dtype,
-                use_fast_accum=True,
-            )  # fmt: skip
-        assert isinstance(plan.tile, w4a4_tiles.Tile)
-        return gemm(
-            codes, scale, c, qweight_NK2, wscale_NG, wp_NR, bias_N,
-            width=spec.width, out_dtype=x_MD.dtype, tile=plan.tile,
-            weights_NK=None if scratch is None else scratch[0],
+                unpack(plan, qweight_NK2, wscale_NG, wp_NR, bias_N, scratch)
+        return multiplied(
+            plan, codes, scratch, qweight_NK2, wscale_NG, wp_NR, bias_N, spec.width, x_MD.dtype
+        )
+
+
+def quantized(
+    plan: Plan,
+    x_MD: Tensor,
+    basis_DR: Tensor | None,
+    rotation_DK: Tensor | None,
+    bias: bool,
+    spec: QuantSpec,
+) -> Codes:
+    """Codes, scales and, but for ``scaled_mm``, c of x, as the plan's product wants them."""
+    from .transform_quantize.kernel import launch
+
+    tail = plan.engine == "scaled_mm"
+    return launch(
+        x_MD, basis_DR, rotation_DK, spec, container=plan.dtype, tail=tail, bias=tail and bias
+    )
+
+
+def allocated(
+    plan: Plan,
+    qweight_NK2: Tensor,
+    wscale_NG: Tensor,
+    wp_NR: Tensor | None,
+    bias_N: Tensor | None,
+) -> Scratch:
+    """Memory for the unpacked weights of a plan, if it takes them so."""
+    from .unpack_w4.kernel import allocate
+
+    if plan.engine == "packed":
+        return None, None
+    tail = (wscale_NG, wp_NR, bias_N) if plan.engine == "scaled_mm" else ()
+    return allocate(qweight_NK2, plan.dtype, *tail)
+
+
+def unpack(
+    plan: Plan,
+    qweight_NK2: Tensor,
+    wscale_NG: Tensor,
+    wp_NR: Tensor | None,
+    bias_N: Tensor | None,
+    scratch: Scratch,
+) -> None:
+    """Fill what :func:`allocated` gave."""
+    from .unpack_w4.kernel import launch
+
+    weights_NK, scale_1N = scratch
+    assert weights_NK is not None
+    tail = (wscale_NG, wp_NR, bias_N) if plan.engine == "scaled_mm" else ()
+    launch(qweight_NK2, plan.dtype, *tail, out=(weights_NK, scale_1N))
+
+
+def multiplied(
+    plan: Plan,
+    codes: Codes,
+    scratch: Scratch,
+    qweight_NK2: Tensor,
+    wscale_NG: Tensor,
+    wp_NR: Tensor | None,
+    bias_N: Tensor | None,
+    width: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """y [M, N] in ``dtype`` of what :func:`quantized` and :func:`unpack` made."""
+    codes_MK, scale_MG, c_MR = codes
+    weights_NK, scale_1N = scratch
+    if plan.engine == "scaled_mm":
+        assert weights_NK is not None and scale_1N is not None
+        return torch._scaled_mm(
+            codes_MK, weights_NK.t(), scale_a=scale_MG, scale_b=scale_1N, out_dtype=dtype,
+            use_fast_accum=True,
         )  # fmt: skip
+    from .w4a4_linear.kernel import launch
+
+    assert isinstance(plan.tile, w4a4_tiles.Tile)
+    return launch(
+        codes_MK, scale_MG, c_MR, qweight_NK2, wscale_NG, wp_NR, bias_N,
+        width=width, out_dtype=dtype, tile=plan.tile, weights_NK=weights_NK,
+    )  # fmt: skip
 
 
 def reference(
@@ -88,24 +154,3 @@ def reference(
         if c is not None and wp_NR is not None:
             y = y + c.float() @ wp_NR.float().mT
     return y.to(x_MD.dtype)
-
-
-def _w4a16(
-    plan: Plan,
-    x_MD: Tensor,
-    qweight_NK2: Tensor,
-    wscale_NG: Tensor,
-    basis_DR: Tensor | None,
-    rotation_DK: Tensor | None,
-    wp_NR: Tensor | None,
-    bias_N: Tensor | None,
-    spec: QuantSpec,
-) -> Tensor:
-    from .w4a16_linear.kernel import launch
-
-    assert isinstance(plan.tile, w4a16_tiles.Tile)
-    z, c = transform(x_MD, basis_DR, rotation_DK, spec)
-    y = launch(z, qweight_NK2, wscale_NG, bias_N, tile=plan.tile)
-    if c is not None and wp_NR is not None:
-        y = torch.addmm(y, c, wp_NR.to(c.dtype).mT)
-    return y

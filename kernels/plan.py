@@ -16,6 +16,7 @@ import torch
 
 from . import chip as chips
 from .spec import QuantSpec
+from .transform_quantize.limits import why_not as why_not_transformed
 from .w4a4_linear.tiles import TILES, Tile, Variant, fits, packed_fits, scales_fit
 from .w4a16_linear import tiles as w4a16
 
@@ -63,7 +64,7 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
 
     dtype  of the input; float32 and float64 always take the reference path
     """
-    why = chips.why_reference(chip) or _why_not(spec, dtype)
+    why = chips.why_reference(chip)
     if why or chip is None:
         return Plan(engine="reference", container="none", why=why or "")
     return _choose(chip, max(m, 1), max(n, 1), spec, dtype)
@@ -77,10 +78,8 @@ def _why_not(spec: QuantSpec, dtype: torch.dtype) -> str | None:
         if not w4a16.fits(k, weight_groups):
             return f"{weight_groups} weight scales per {k} columns fit no kernel"
         return None
-    if spec.block > 512:
-        return f"Hadamard block {spec.block} is larger than 512"
-    if spec.act_scale != "token" and spec.act_group not in (16, 32, 64, 128, 256):
-        return f"activation groups of {spec.act_group} fit no kernel; 16, 32, 64, 128 and 256 do"
+    if why := why_not_transformed(spec):
+        return why
     act_groups = k // spec.act_group_size if spec.act_scale == "group" else 1
     if not scales_fit(k, act_groups, weight_groups) or not packed_fits(k):
         return f"{act_groups} x {weight_groups} scales per {k} columns fit no kernel"
@@ -89,6 +88,8 @@ def _why_not(spec: QuantSpec, dtype: torch.dtype) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> Plan:
+    if why := _why_not(spec, dtype):
+        return Plan(engine="reference", container="none", why=why)
     candidates = {name_of(plan): plan for plan in candidates_for(chip, m, n, spec, dtype)}
     kind = kind_of(spec)
     rows = [r for r in _table().get(str(chip), {}).get(kind, []) if r["plan"] in candidates]

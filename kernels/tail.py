@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .planar import padded, to_planar
-
-TINY = 1e-30
+from .transform_quantize.reference import TINY
 
 LIMIT = 512.0
 """Largest |W P| / weight scale that the columns hold; ``gptq`` keeps scales large enough."""

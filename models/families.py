@@ -8,11 +8,15 @@ from .flux import FLUX
 FAMILIES = (FLUX,)
 
 
+def known_family(transformer_class: str) -> ModelFamily | None:
+    """The family of a diffusers transformer class, or None."""
+    return next((family for family in FAMILIES if family.transformer == transformer_class), None)
+
+
 def family_of(transformer_class: str) -> ModelFamily:
     """The family of a diffusers transformer class; UnsupportedError names the known ones."""
-    for family in FAMILIES:
-        if family.transformer == transformer_class:
-            return family
+    if (family := known_family(transformer_class)) is not None:
+        return family
     known = ", ".join(f"{f.name} ({f.transformer})" for f in FAMILIES)
     raise UnsupportedError(
         f"no model family describes the transformer class {transformer_class!r}; supported: "

@@ -7,7 +7,7 @@ from torch import nn
 from dirotq.kernels.linear import QuantLinear, SiteView
 from dirotq.kernels.spec import QuantSpec
 
-from .families import FAMILIES
+from .families import known_family
 from .family import Site
 
 
@@ -27,9 +27,9 @@ def swap_sites(
         if len(site.consumers) > 1:
             for consumer, rows in site.slices():
                 _put(transformer, consumer, SiteView(wide, rows))
-    for family in FAMILIES:
-        if family.transformer == type(transformer).__name__ and family.share is not None:
-            family.share(transformer)
+    family = known_family(type(transformer).__name__)
+    if family is not None and family.share is not None:
+        family.share(transformer)
 
 
 def put_packed(transformer: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> None:

@@ -6,7 +6,8 @@ Letters: N outputs, K main-branch inputs, G groups per row, R protected directio
 import torch
 from torch import Tensor
 
-from ..tail import BIAS_LIMIT, LIMIT, TINY
+from ..tail import BIAS_LIMIT, LIMIT
+from ..transform_quantize.reference import TINY
 
 QMAX = 7
 """Largest code: symmetric 4-bit codes lie in [-7, 7]."""

@@ -9,11 +9,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..build import CHIPS, FP8_CHIPS, Build, shared_bytes
-from ..chip import capability
+from ..chip import capability, processors
 from ..planar import padded, planar_columns
 from ..spec import POW2_LEVELS, QuantSpec
 from ..tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
 from . import sweeps as kernels
+from .limits import why_not
 from .reference import POW2_CLIP, TINY
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -50,9 +51,7 @@ DEFAULT = Sweeps(
 
 def fits(spec: QuantSpec) -> bool:
     """Whether the kernels know this spec; others stay on the reference path."""
-    group = spec.act_group_size
-    whole = spec.act_scale == "token"
-    return spec.act_bits < 16 and spec.block <= 512 and (whole or group in (16, 32, 64, 128, 256))
+    return why_not(spec) is None
 
 
 def launch(
@@ -221,13 +220,13 @@ def _stages_within(s: Sweep, each: int, fixed: int, room: int) -> Sweep:
 
 def _chained(x: Tensor) -> bool:
     """Whether the sweeps may overlap at their ends (programmatic dependent launch)."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return (capability(x.device) or 0) >= 90
 
 
 def _programs(x: Tensor, n_row: int, n_col: int, sweep: Sweep) -> int:
     """A multiple of the column blocks that fills the chip, at most one program per row block."""
-    sms = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 4
-    return n_col * max(1, min(n_row, sms * sweep.per_sm // n_col))
+    slots = processors(x.device) * sweep.per_sm
+    return n_col * max(1, min(n_row, slots // n_col))
 
 
 def builds() -> list[Build]:

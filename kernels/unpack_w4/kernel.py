@@ -105,7 +105,6 @@ def launch(
     *,
     out: tuple[Tensor, Tensor | None] | None = None,
     blocks_per_program: int = 128,
-    warps: int = 4,
 ) -> tuple[Tensor, Tensor | None]:
     """:func:`.reference.unpack_w4`, and ``wscale_N1`` (if given) in float32 [1, N].
 
@@ -125,7 +124,7 @@ def launch(
         n, blocks, k // 8, columns // 4, columns, padded(k), n_main, n * blocks, BIAS_COEFFICIENT,
         R=r, RT=max(1, tail_part(r, bias)), T=triton.next_power_of_2(max(16, columns - padded(k))),
         FP8=container != torch.int8, BIAS=bias, RAGGED=k % BLOCK != 0,
-        BB=blocks_per_program, BN=bn, num_warps=warps,
+        BB=blocks_per_program, BN=bn, num_warps=4,
     )  # fmt: skip
     return weights, scale32
 

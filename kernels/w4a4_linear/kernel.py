@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..build import CHIPS, FP8_CHIPS, Build
+from ..chip import processors
 from ..planar import padded
 from .packed import packed_kernel
 from .tiles import TILES, Tile, Variant, fits, packed_fits, scales_fit, step
@@ -149,10 +150,7 @@ def _launch_tma(
     tile: Tile,
     shared: Mapping[str, Any],
 ) -> None:
-    processors = 2  # under the interpreter, so that a program has more than one tile there too
-    if codes_MK.is_cuda:
-        processors = torch.cuda.get_device_properties(codes_MK.device).multi_processor_count
-    tma_kernel[(min(tiles, processors),)](
+    tma_kernel[(min(tiles, processors(codes_MK.device)),)](
         TensorDescriptor.from_tensor(codes_MK, [tile.bm, tile.bk]),
         scale_MG,
         c_MR,

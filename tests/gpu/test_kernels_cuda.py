@@ -25,7 +25,11 @@ from dirotq.kernels.transform_quantize.kernel import MAX_RANK
 from dirotq.kernels.unpack_w4 import unpack_w4
 from dirotq.kernels.unpack_w4.kernel import launch as unpack
 
-pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(600),
+    pytest.mark.usefixtures("full_float32"),
+]
 
 CHIP = capability(DEVICE) or 90
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
@@ -73,15 +77,6 @@ ONE_OF_EACH = [
     pytest.param("pow2", plan, id=f"{plan.engine}{'-tma' if getattr(plan.tile, 'tma', 0) else ''}")
     for plan in {(p.engine, getattr(p.tile, "tma", 0)): p for p in plans("pow2")}.values()
 ] + [pytest.param("w4a16-protected", plans("w4a16-protected")[0], id="w4a16")]
-
-
-@pytest.fixture(autouse=True)
-def full_float32():
-    """No TF32 in what we compare with."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.parametrize(("name", "plan"), ENGINES)

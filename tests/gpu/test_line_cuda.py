@@ -20,16 +20,7 @@ from dirotq.plan import read_plan
 from dirotq.stages.fuse import relative_error
 from dirotq.tensors import load_site, read_array, site_file
 
-pytestmark = pytest.mark.gpu
-
-
-@pytest.fixture(autouse=True)
-def full_float32():
-    """No TF32: float32 means float32, as on the CPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_float32")]
 
 
 @pytest.fixture(scope="module")

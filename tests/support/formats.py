@@ -6,10 +6,13 @@ import torch
 from tiny_spec import tiny_spec
 from torch import Tensor
 
+from dirotq.benchmarks.random_linear import buffers
 from dirotq.kernels.hadamard import hadamard_block
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.pack_int4 import pack_int4
 from dirotq.kernels.spec import QuantSpec
+
+__all__ = ["DEVICE", "FORMATS", "buffers", "inputs", "random_linear", "spec_of"]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -71,9 +74,3 @@ def inputs(rows: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     x = torch.randn(rows, dim, device=DEVICE)
     x[:, ::97] *= 10
     return x.to(dtype)
-
-
-def buffers(module: QuantLinear) -> tuple[Tensor | None, ...]:
-    return tuple(
-        getattr(module, n) for n in ("qweight", "wscale", "basis", "rotation", "wp", "bias")
-    )
