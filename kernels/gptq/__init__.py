@@ -1,5 +1,33 @@
 """GPTQ: codes on a fixed grid that minimise the error in the metric of the second moment."""
 
-from .reference import FactorizationError, gptq, hessian_error
+import logging
+
+from torch import Tensor
+
+from ..chip import capability, say_once, why_reference
+from . import reference
+from .reference import FactorizationError, hessian_error
 
 __all__ = ["FactorizationError", "gptq", "hessian_error"]
+
+
+def gptq(
+    w_NK: Tensor, s_KK: Tensor, scale_NG: Tensor, *, damping: float
+) -> tuple[Tensor, dict[str, int]]:
+    """Codes on the grid ``scale_NG``, int8 [N, K], and counts: see :func:`.reference.gptq`.
+
+    On an NVIDIA GPU a Triton kernel rounds float32 weights within a block of columns; other devices
+    and dtypes take the reference's loop.
+    """
+    return reference.gptq(w_NK, s_KK, scale_NG, damping=damping, sweep=_sweep(w_NK))
+
+
+def _sweep(w_NK: Tensor) -> reference.Sweep:
+    if w_NK.device.type == "cuda" and w_NK.element_size() == 4:
+        reason = why_reference(capability(w_NK.device))
+        if reason is None:
+            from .kernel import launch
+
+            return launch
+        say_once(f"GPTQ rounds columns in plain torch, slowly: {reason}", logging.WARNING)
+    return reference.sweep

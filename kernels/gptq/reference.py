@@ -1,16 +1,27 @@
 """GPTQ (Frantar et al., arXiv 2210.17323) with act-order and static grids (docs/method.md M5).
 
-Letters: N outputs (the stacked rows of all consumers of a site), K columns, G groups.
+Computed as LDLQ (Chee et al., arXiv 2307.13304), which finds the same codes from one Cholesky
+factor and no inverse. Letters: N outputs (the stacked rows of all consumers of a site), K columns
+in the order of rounding, G groups, B columns of a block.
 """
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
+from ..full_float32 import full_float32
 from ..quantize_weight import QMAX, codes_on_grid, dequantize_weight
 
 BLOCK = 128
 ESCALATIONS = 3
 """A failed Cholesky is retried with ten times the damping, at most this often."""
+
+CHUNK = 1 << 26
+"""Elements of the temporaries that are made row by row: 256 MiB of float32."""
+
+Sweep = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""What :func:`sweep` is, or a kernel that computes the same."""
 
 
 class FactorizationError(ArithmeticError):
@@ -19,11 +30,36 @@ class FactorizationError(ArithmeticError):
 
 def hessian_error(error_NK: Tensor, s_KK: Tensor) -> Tensor:
     """Row-wise e S eᵀ, [N]: the expected squared output error of each row."""
-    return ((error_NK @ s_KK) * error_NK).sum(-1)
+    loss_N = error_NK.new_empty(len(error_NK))
+    with full_float32():
+        for rows in _chunks(error_NK):
+            e_nK = error_NK[rows]
+            loss_N[rows] = ((e_nK @ s_KK) * e_nK).sum(-1)
+    return loss_N
+
+
+def sweep(w_NB: Tensor, target_NB: Tensor, step_NB: Tensor, f_BB: Tensor) -> tuple[Tensor, Tensor]:
+    """Round the columns of one block from left to right (docs/method.md Eq. 10).
+
+    w_NB       float, [N, B]: the weights
+    target_NB  float, [N, B]: the weights and what the blocks before have left to them
+    step_NB    float, [N, B] or [N, 1]: distance of two codes; 0 gives code 0
+    f_BB       float, [B, B], upper triangular with unit diagonal
+    returns    codes, int8 [N, B] in [-7, 7], and errors w - code * step, like ``w_NB``
+    """
+    codes_NB = torch.empty_like(w_NB, dtype=torch.int8)
+    error_NB = torch.empty_like(w_NB)
+    steps = step_NB.expand_as(w_NB)
+    for k in range(w_NB.shape[1]):
+        wanted_N = target_NB[:, k] + error_NB[:, :k] @ f_BB[:k, k]
+        q_N = torch.where(steps[:, k] > 0, wanted_N / steps[:, k], 0.0).round().clamp(-QMAX, QMAX)
+        error_NB[:, k] = w_NB[:, k] - q_N * steps[:, k]
+        codes_NB[:, k] = q_N.to(torch.int8)
+    return codes_NB, error_NB
 
 
 def gptq(
-    w_NK: Tensor, s_KK: Tensor, scale_NG: Tensor, *, damping: float
+    w_NK: Tensor, s_KK: Tensor, scale_NG: Tensor, *, damping: float, sweep: Sweep = sweep
 ) -> tuple[Tensor, dict[str, int]]:
     """Codes on the grid ``scale_NG``, column by column, each error passed on to later columns.
 
@@ -32,57 +68,80 @@ def gptq(
     scale_NG  bf16, [N, G], K a multiple of G; fixed before the loop (static groups)
     damping   multiple of S's mean diagonal that is added to it; a direction that S does not see
               keeps its weight and is rounded like any other ("dead columns" are not zeroed)
+    sweep     what rounds the columns of a block
     returns   int8 codes [N, K] in [-7, 7], and counts: ``escalations`` of the damping, and
               ``nearest`` rows that kept round-to-nearest because it was no worse in the metric S
+
+    Besides ``s_KK`` at most two float64 [K, K] are alive at a time.
 
     Raises FactorizationError after ESCALATIONS tenfold increases of the damping.
     """
     order = s_KK.diagonal().argsort(descending=True, stable=True)
-    upper_KK, escalations = _inverse_factor(s_KK[order][:, order], damping)
-    upper_KK = upper_KK.to(w_NK.dtype)
-    step_NK = scale_NG.to(w_NK.dtype).repeat_interleave(w_NK.shape[1] // scale_NG.shape[1], 1)
-    q_NK = _sweep(w_NK[:, order], step_NK[:, order], upper_KK)
-    codes = torch.empty_like(q_NK)
-    codes[:, order] = q_NK
-    codes = codes.to(torch.int8)
+    f_KK, escalations = _unit_factor(s_KK, order, damping, w_NK.dtype)
+    codes = torch.empty_like(w_NK, dtype=torch.int8)
+    codes[:, order] = _all_blocks(w_NK[:, order], scale_NG, order, f_KK, sweep)
+    del f_KK
 
-    nearest = codes_on_grid(w_NK, scale_NG)
-    s_w = s_KK.to(w_NK.dtype)
-    ours = hessian_error(dequantize_weight(codes, scale_NG, w_NK.dtype) - w_NK, s_w)
-    theirs = hessian_error(dequantize_weight(nearest, scale_NG, w_NK.dtype) - w_NK, s_w)
-    keep_N = theirs <= ours
-    codes[keep_N] = nearest[keep_N]
-    return codes, {"escalations": escalations, "nearest": int(keep_N.sum())}
-
-
-def _sweep(w_NK: Tensor, step_NK: Tensor, upper_KK: Tensor) -> Tensor:
-    """Round columns left to right in lazy blocks; returns codes as floats."""
-    w_NK = w_NK.clone()
-    q_NK = torch.empty_like(w_NK)
-    inverse_NK = torch.where(step_NK > 0, 1 / step_NK, 0.0)
-    for start in range(0, w_NK.shape[1], BLOCK):
-        stop = min(start + BLOCK, w_NK.shape[1])
-        error_NB = torch.empty_like(w_NK[:, start:stop])
-        for k in range(start, stop):
-            q_N = (w_NK[:, k] * inverse_NK[:, k]).round().clamp(-QMAX, QMAX)
-            error_N = (w_NK[:, k] - q_N * step_NK[:, k]) / upper_KK[k, k]
-            w_NK[:, k + 1 : stop] -= torch.outer(error_N, upper_KK[k, k + 1 : stop])
-            q_NK[:, k], error_NB[:, k - start] = q_N, error_N
-        w_NK[:, stop:] -= error_NB @ upper_KK[start:stop, stop:]
-    return q_NK
+    s_w, kept = s_KK.to(w_NK.dtype), 0
+    for rows in _chunks(w_NK):
+        w, scale = w_NK[rows], scale_NG[rows]
+        nearest = codes_on_grid(w, scale)
+        ours = hessian_error(dequantize_weight(codes[rows], scale, w.dtype) - w, s_w)
+        theirs = hessian_error(dequantize_weight(nearest, scale, w.dtype) - w, s_w)
+        keep_n1 = (theirs <= ours)[:, None]
+        codes[rows] = torch.where(keep_n1, nearest, codes[rows])
+        kept += int(keep_n1.sum())
+    return codes, {"escalations": escalations, "nearest": kept}
 
 
-def _inverse_factor(s_KK: Tensor, damping: float) -> tuple[Tensor, int]:
-    """Upper Cholesky factor U of (S + damp I)^-1 = UᵀU, float64, and how often damping grew."""
-    mean = s_KK.diagonal().mean()
-    eye = torch.eye(s_KK.shape[0], dtype=s_KK.dtype, device=s_KK.device)
+def _all_blocks(
+    w_NK: Tensor, scale_NG: Tensor, order: Tensor, f_KK: Tensor, sweep: Sweep
+) -> Tensor:
+    """Codes in the order of rounding: a product for what earlier blocks left, then a sweep."""
+    codes_NK = torch.empty_like(w_NK, dtype=torch.int8)
+    error_NK = torch.empty_like(w_NK)
+    scale_NG = scale_NG.to(w_NK.dtype)
+    group_K = order // (w_NK.shape[1] // scale_NG.shape[1])
+    with full_float32():
+        for start in range(0, w_NK.shape[1], BLOCK):
+            block = slice(start, start + BLOCK)
+            w_NB = w_NK[:, block]
+            target_NB = torch.addmm(w_NB, error_NK[:, :start], f_KK[:start, block])
+            step_NB = scale_NG if scale_NG.shape[1] == 1 else scale_NG[:, group_K[block]]
+            found = sweep(w_NB, target_NB, step_NB, f_KK[block, block])
+            codes_NK[:, block], error_NK[:, block] = found
+    return codes_NK
+
+
+def _unit_factor(
+    s_KK: Tensor, order: Tensor, damping: float, dtype: torch.dtype
+) -> tuple[Tensor, int]:
+    """F, upper triangular with unit diagonal, [K, K] in ``dtype``, and how often damping grew.
+
+    S + damp I = F diag(d) Fᵀ, its columns in the order of rounding: the lower Cholesky factor of
+    the matrix with its columns backwards, turned back, its columns divided by their diagonal.
+    """
+    backwards = order.flip(0)
+    h_KK = s_KK[backwards[:, None], backwards]
+    mean = h_KK.diagonal().mean()
+    diagonal_K = h_KK.diagonal().clone()
     for escalation in range(ESCALATIONS + 1):
-        lower, failed = torch.linalg.cholesky_ex(s_KK + damping * 10**escalation * mean * eye)
-        if not failed:
-            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(inverse.isfinite().all()):
-                return inverse, escalation
+        h_KK.diagonal().copy_(diagonal_K + damping * 10**escalation * mean)
+        lower_KK, failed = torch.linalg.cholesky_ex(h_KK)
+        # What is not finite anywhere reaches the diagonal of its row.
+        if not failed and bool(lower_KK.diagonal().isfinite().all()):
+            del h_KK
+            lower_KK /= lower_KK.diagonal().clone()
+            return lower_KK.to(dtype).flip(0, 1), escalation
+        del lower_KK
     raise FactorizationError(
-        f"the second moment ({s_KK.shape[0]} channels, mean diagonal {mean:.3g}) is not positive "
+        f"the second moment ({len(s_KK)} channels, mean diagonal {mean:.3g}) is not positive "
         f"definite even with damping {damping * 10**ESCALATIONS:g}"
     )
+
+
+def _chunks(rows_NK: Tensor) -> Iterator[slice]:
+    """Slices of rows with about CHUNK elements each."""
+    size = max(CHUNK // rows_NK.shape[1], 1)
+    for start in range(0, len(rows_NK), size):
+        yield slice(start, start + size)

@@ -3,6 +3,8 @@
 Letters: N outputs, K main-branch inputs, G groups per row, R protected directions.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,16 @@ QMAX = 7
 
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
+CHUNK = 1 << 25
+"""Weights that are searched at a time: the search holds about six tensors of their size."""
+
 
 def codes_on_grid(w_NK: Tensor, scale_NG: Tensor) -> Tensor:
     """Nearest codes on a given grid: float [N, K], bf16 scales [N, G] -> int8 [N, K]."""
     w_NGk = w_NK.unflatten(-1, (scale_NG.shape[-1], -1))
     s_NG1 = scale_NG.to(w_NK.dtype).unsqueeze(-1)
     # An all-zero group has scale 0: its codes are 0, not 0/0.
-    q = torch.where(s_NG1 > 0, w_NGk / s_NG1, 0.0).round().clamp(-QMAX, QMAX)
+    q = torch.where(s_NG1 > 0, w_NGk / s_NG1, 0.0).round_().clamp_(-QMAX, QMAX)
     return q.flatten(-2).to(torch.int8)
 
 
@@ -70,13 +75,22 @@ def weight_scales(
     floor_N1      bf16, [N, 1]: no scale of a row is less (:func:`scale_floor`); None: no floor
     returns       bf16, [N, groups]: rounded here, once, so that codes are chosen on the stored grid
     """
-    w_NGk = w_NK.unflatten(-1, (groups, -1))
-    amax_NG = w_NGk.abs().amax(-1)
+    columns_K = torch.ones_like(w_NK[0]) if importance_K is None else importance_K.to(w_NK.dtype)
+    rows = max(CHUNK // w_NK.shape[1], 1)
+    floors = itertools.repeat(None) if floor_N1 is None else floor_N1.split(rows)
+    parts = zip(w_NK.split(rows), floors)  # rows do not see each other
+    return torch.cat([_scales(w, groups, clip, columns_K, floor) for w, floor in parts])
+
+
+def _scales(
+    w_NK: Tensor, groups: int, clip: bool, columns_K: Tensor, floor_N1: Tensor | None
+) -> Tensor:
+    """:func:`weight_scales` of some rows; a column's squared error counts ``columns_K`` times."""
+    amax_NG = w_NK.unflatten(-1, (groups, -1)).abs().amax(-1)
     best = _at_least(floor_N1, (amax_NG / QMAX).to(torch.bfloat16))
     if not clip:
         return best
-    columns = torch.ones_like(w_NK[0]) if importance_K is None else importance_K.to(w_NK.dtype)
-    h_Gk = columns.unflatten(-1, (groups, -1))
+    h_Gk = columns_K.unflatten(-1, (groups, -1))
     best_error = torch.full_like(amax_NG, torch.inf)
     for fraction in CLIPS:
         # Raised before they are compared: the search sees only grids that may be stored.

@@ -1,8 +1,11 @@
+import weakref
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error, reference
 from dirotq.kernels.quantize_weight import codes_on_grid, dequantize_weight, weight_scales
@@ -61,6 +64,121 @@ def test_matches_the_textbook(groups, tokens):
     assert len(ours) >= N - counts["nearest"]
     assert len(ours) > N // 2
     assert torch.equal(codes[ours], want[ours])
+
+
+def classic(w: Tensor, s: Tensor, scale: Tensor, block: int) -> Tensor:
+    """GPTQ as published: the upper Cholesky factor of the inverse, lazy updates of later blocks."""
+    order = s.diagonal().argsort(descending=True, stable=True)
+    damped = s[order][:, order] + DAMPING * s.diagonal().mean() * torch.eye(len(s), dtype=s.dtype)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    w, codes = w[:, order].clone(), torch.zeros(w.shape, dtype=torch.int8)
+    step = scale.to(w.dtype).repeat_interleave(w.shape[1] // scale.shape[1], 1)[:, order]
+    for start in range(0, w.shape[1], block):
+        stop, errors = min(start + block, w.shape[1]), []
+        for k in range(start, stop):
+            q = (w[:, k] / step[:, k]).round().clamp(-7, 7)
+            errors.append((w[:, k] - q * step[:, k]) / upper[k, k])
+            w[:, k + 1 : stop] -= torch.outer(errors[-1], upper[k, k + 1 : stop])
+            codes[:, order[k]] = q.to(torch.int8)
+        w[:, stop:] -= torch.stack(errors, 1) @ upper[start:stop, stop:]
+    return codes
+
+
+@given(st.integers(0, 10_000), st.integers(1, 80), st.sampled_from([1, 4]))
+def test_is_classic_gptq(seed, tokens, groups):
+    """One factor of S instead of one of its inverse: the same codes."""
+    w, s = weights(seed, torch.float64), correlated(seed, tokens)
+    scale = weight_scales(w, groups, clip=True, importance_K=s.diagonal())
+    want = classic(w, s, scale, block=8)
+    codes, counts = gptq(w, s, scale, damping=DAMPING)
+    nearest = codes_on_grid(w, scale)
+    kept = loss(w, nearest, scale, s) <= loss(w, want, scale, s)
+    assert counts["nearest"] == kept.sum()
+    assert torch.equal(codes, torch.where(kept[:, None], nearest, want))
+
+
+def test_the_unit_factor_factors_the_damped_moment():
+    s = correlated(11, 12)
+    order = s.diagonal().argsort(descending=True, stable=True)
+    f, _ = reference._unit_factor(s, order, DAMPING, torch.float64)
+    damped = s[order][:, order] + DAMPING * s.diagonal().mean() * torch.eye(K, dtype=s.dtype)
+    assert torch.equal(f.triu(), f)
+    assert (f.diagonal() == 1).all()
+    middle = torch.linalg.solve(f, torch.linalg.solve(f, damped).T)
+    torch.testing.assert_close(middle, middle.diagonal().diag(), rtol=0, atol=1e-12)
+    torch.testing.assert_close(f @ middle @ f.T, damped)
+
+
+def test_a_sweep_rounds_what_earlier_errors_left():
+    w = torch.tensor([[1.0, 1.0, 1.0], [0.25, 3.0, -11.0]])
+    target = w + torch.tensor([0.0, 0.0, 1.5])  # what earlier blocks left to the third column
+    f = torch.tensor([[1.0, 0.5, 1.0], [0.0, 1.0, -1.0], [0.0, 0.0, 1.0]])
+    # Row 0, steps of 4: 1 -> 0, 1 + 0.5 -> 0, 2.5 + 1 - 1 -> 4. Row 1, steps of 1: 0.25 -> 0,
+    # 3 + 0.125 -> 3, -9.5 + 0.25 - 0 -> -7, the last code. Errors count from the weights.
+    codes, error = reference.sweep(w, target, torch.tensor([[4.0], [1.0]]), f)
+    assert codes.tolist() == [[0, 0, 1], [0, 3, -7]]
+    assert error.tolist() == [[1.0, 1.0, -3.0], [0.25, 0.0, -4.0]]
+    zero, left = reference.sweep(w, target, torch.zeros(2, 1), f)
+    assert not zero.any()
+    assert torch.equal(left, w)
+
+
+def test_rows_in_parts_change_nothing(monkeypatch):
+    w, s = weights(12, torch.float64), correlated(12, 200)
+    scale, error = weight_scales(w, 4, clip=False), torch.randn(7, K, dtype=torch.float64)
+    whole = gptq(w, s, scale, damping=DAMPING), hessian_error(error, s)
+    monkeypatch.setattr(reference, "CHUNK", 2 * K + 1)
+    parts = gptq(w, s, scale, damping=DAMPING), hessian_error(error, s)
+    assert torch.equal(whole[0][0], parts[0][0])
+    assert whole[0][1] == parts[0][1]
+    torch.testing.assert_close(whole[1], parts[1])
+
+
+class Squares(TorchDispatchMode):
+    """The most float64 [K, K] that were ever alive at a time, of those made meanwhile."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[weakref.ref] = []
+        self.most = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, Tensor) and tensor.dtype == torch.float64:
+                self.made += [weakref.ref(tensor)] if tensor.shape == (K, K) else []
+        alive = {tensor.data_ptr() for made in self.made if (tensor := made()) is not None}
+        self.most = max(self.most, len(alive))
+        return made
+
+
+@pytest.mark.parametrize("negative", [0.0, 0.5])
+def test_two_large_matrices_are_alive_at_most(negative):
+    """At 15,360 columns each takes 1.9 GB; failed factors are gone before the next one comes."""
+    w, s = weights(14), correlated(14, 200)
+    s[5, 5] -= negative
+    scale = weight_scales(w, 1, clip=False)
+    with Squares() as squares:
+        _, counts = gptq(w, s, scale, damping=DAMPING)
+    assert bool(counts["escalations"]) == bool(negative)
+    assert squares.most == 2
+
+
+def test_products_are_float32_products(monkeypatch):
+    seen = []
+    add = torch.addmm
+    monkeypatch.setattr(
+        torch, "addmm", lambda *a: seen.append(torch.get_float32_matmul_precision()) or add(*a)
+    )
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        w = weights(13)
+        gptq(w, correlated(13, 200), weight_scales(w, 1, clip=False), damping=DAMPING)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert seen == ["highest"]
 
 
 @given(st.integers(0, 10_000), st.integers(1, 80), st.sampled_from([1, 4]))

@@ -7,6 +7,7 @@ from dirotq.kernels.pack_int4 import pack_int4
 from dirotq.kernels.quantize_weight import (
     codes_on_grid,
     dequantize_weight,
+    reference,
     scale_floor,
     weight_scales,
 )
@@ -89,6 +90,21 @@ def test_zero_rows_and_rows_below_bf16_are_zero(clip):
     assert not codes[1:].any()
     assert codes[0].any()
     assert not dequantize_weight(codes, scale)[1:].any()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("floored", [False, True])
+def test_rows_in_parts_give_the_same_scales(clip, floored, monkeypatch):
+    w, importance = heavy_tailed(3, rows=7), torch.rand(64)
+    more = {"clip": clip, "importance_K": importance}
+    if floored:
+        more["floor_N1"] = torch.linspace(0, 1, 7)[:, None].bfloat16()
+    whole = weight_scales(w, 4, **more)
+    sizes, search = [], reference._scales
+    monkeypatch.setattr(reference, "CHUNK", 3 * 64 + 1)
+    monkeypatch.setattr(reference, "_scales", lambda w, *a: sizes.append(len(w)) or search(w, *a))
+    assert torch.equal(weight_scales(w, 4, **more), whole)
+    assert sizes == [3, 3, 1]
 
 
 @pytest.mark.parametrize("clip", [False, True])

@@ -1,0 +1,99 @@
+"""Triton ``sweep``: a program rounds the columns of a few rows, all of it in registers.
+
+Letters: N outputs, B columns of the block.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..build import Build
+from ..quantize_weight import QMAX
+
+LIMIT = tl.constexpr(float(QMAX))
+ROUNDER = tl.constexpr(1.5 * 2**23)
+"""Added to a small float32 and taken off again, it leaves the nearest integer, ties to even."""
+ROWS, COLUMNS, WARPS = 16, 128, 4
+
+
+@triton.jit
+def sweep(
+    p_w, p_target, p_step, p_turned, p_codes, p_error, N, B,
+    w_stride, target_stride, step_stride, step_next,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Codes and errors of ROWS rows.
+
+    p_turned   the triangle turned on its side, [B, B]: column k of it stands in one row
+    step_next  from one column's steps to the next one's; 0: a row has one step
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, COLUMNS)
+    m_row, m_column = row < N, column < B
+    mask = m_row[:, None] & m_column[None, :]
+    row = row.to(tl.int64)
+    w = tl.load(p_w + row[:, None] * w_stride + column[None, :], mask=mask, other=0.0)
+    # Columns that have had their turn hold their error, the others their target. Times a column
+    # of the unit triangle: its target, plus what the errors before it add, plus nothing.
+    state = tl.load(
+        p_target + row[:, None] * target_stride + column[None, :], mask=mask, other=0.0
+    )  # [ROWS, COLUMNS]
+    codes = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    for k in range(0, B):
+        f = tl.load(p_turned + k * B + column, mask=m_column, other=0.0)  # [COLUMNS]
+        step = tl.load(p_step + row * step_stride + k * step_next, mask=m_row, other=0.0)
+        wanted = tl.sum(state * f[None, :], axis=1)  # [ROWS]
+        q = tl.where(step > 0, tl.div_rn(wanted, tl.where(step > 0, step, 1.0)), 0.0)
+        q = (tl.minimum(tl.maximum(q, -LIMIT), LIMIT) + ROUNDER) - ROUNDER
+        here = (column == k)[None, :]
+        codes = tl.where(here, q[:, None], codes)
+        state = tl.where(here, w - (q * step)[:, None], state)
+    at = row[:, None] * B + column[None, :]
+    tl.store(p_codes + at, codes.to(tl.int8), mask=mask)
+    tl.store(p_error + at, state, mask=mask)
+
+
+def launch(w_NB: Tensor, target_NB: Tensor, step_NB: Tensor, f_BB: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`.reference.sweep` of at most COLUMNS columns in float32.
+
+    Raises ValueError for more columns than that.
+    """
+    (n, b), by_row = w_NB.shape, step_NB.shape[1] == 1
+    if b > COLUMNS:
+        raise ValueError(f"a block of {b} columns is wider than the {COLUMNS} the kernel holds")
+    rows = [t if t.stride(1) == 1 else t.contiguous() for t in (w_NB, target_NB)]
+    codes_NB = w_NB.new_empty((n, b), dtype=torch.int8)
+    error_NB = w_NB.new_empty((n, b))
+    with torch.cuda.device_of(w_NB):
+        sweep[(triton.cdiv(n, ROWS),)](
+            *rows, step_NB, f_BB.mT.contiguous(), codes_NB, error_NB, n, b,
+            *(t.stride(0) for t in (*rows, step_NB)), 0 if by_row else step_NB.stride(1),
+            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
+        )  # fmt: skip
+    return codes_NB, error_NB
+
+
+def builds() -> list[Build]:
+    """One scale per row, and one per row and group."""
+    return [
+        _build("channel", "step_stride", "step_next"),
+        _build("group", "step_next", "step_stride"),
+    ]
+
+
+def _build(name: str, one: str, aligned: str) -> Build:
+    """The kernel where the stride ``one`` is 1, as launches find it."""
+    constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, one: 1}
+    names = [n for n in sweep.arg_names if n not in constants]
+    types = {n: "*fp32" for n in names if n.startswith("p_")} | {"p_codes": "*i8"}
+    return Build(
+        name=f"gptq-sweep-{name}",
+        kernel=sweep,
+        signature={n: types.get(n, "i32") for n in names},
+        constants=constants,
+        warps=WARPS,
+        stages=1,
+        tensor_core=False,
+        aligned=(*types, "w_stride", "target_stride", aligned),
+    )
