@@ -12,6 +12,8 @@ from dirotq.kernels.spec import QuantSpec
 from dirotq.models.family import Site
 
 Rounding = Literal["gptq", "nearest"]
+SMALLEST_GROUP = 16
+"""The kernels know groups of 16 channels and their multiples."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,17 +22,22 @@ class Method:
 
     ``transform``        ``hadamard`` (project out, then block Hadamard) or ``dense`` (the paper's)
     ``protect``          keep the leading directions in 16 bits; False means rank 0 everywhere
+    ``leading``          eigenvectors kept per site, the largest rank to choose from; None for all
     ``block``            largest Hadamard block; 1 for none
     ``rounding``         ``gptq`` or ``nearest``
     ``weight_scale``     ``channel`` or ``group`` (of ``weight_group`` columns); ``weight_clip``
                          searches a clipped scale
     ``act_bits``         4, 8 or 16; ``act_scale`` is ``token``, ``pow2`` or ``group``
     ``modulator_group``  W4A16 group of linears that see one row per image; null keeps them 16 bit
+
+    Where a group does not divide a site's channels (SANA has sites of 5600), the site takes half of
+    it, or half of that, down to 16: the plan tells which (:func:`fitting_group`).
     """
 
     name: str
     transform: Literal["hadamard", "dense"]
     protect: bool
+    leading: int | None
     block: int
     rounding: Rounding
     weight_scale: Literal["channel", "group"]
@@ -54,12 +61,14 @@ class Method:
     def spec(self, site: Site, rank: int) -> QuantSpec | None:
         """Formats of one site; None for a modulator that stays in 16 bits.
 
-        Raises ConfigError naming the site, e.g. for a group that doesn't divide its channels.
+        Raises ConfigError naming the site, e.g. for a group no half of which divides its channels.
         """
         modulator = site.kind == "modulator"
         group = self.modulator_group if modulator else self.weight_group
         if group is None:
             return None
+        # A dense rotation fills its last group with zero columns, so any group fits it.
+        whole = self.transform == "dense" and not modulator
         try:
             return QuantSpec(
                 dim=site.dim,
@@ -69,13 +78,28 @@ class Method:
                 block=1 if modulator else hadamard_block(site.dim, self.block),
                 weight_bits=4,
                 weight_scale="group" if modulator else self.weight_scale,
-                weight_group=group,
+                weight_group=group if whole else fitting_group(group, site.dim),
                 act_bits=16 if modulator else self.act_bits,
                 act_scale="token" if modulator else self.act_scale,
-                act_group=self.act_group,
+                act_group=self.act_group if whole else fitting_group(self.act_group, site.dim),
             )
         except ValueError as error:
             raise ConfigError(f"site {site.name}, method {self.name}: {error}") from error
+
+
+def fitting_group(group: int, channels: int) -> int:
+    """The largest of ``group``, its half, quarter, ... down to 16 that divides ``channels``.
+
+    ``group`` itself if none does, for QuantSpec to refuse.
+    """
+    halved = group
+    while halved >= SMALLEST_GROUP:
+        if channels % halved == 0:
+            return halved
+        if halved % 2:
+            break
+        halved //= 2
+    return group
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,6 +113,23 @@ class SiteView(nn.Module):
         return f"rows {self.output_rows.start}:{self.output_rows.stop} of the site"
 
 
+class PointwiseView(nn.Module):
+    """A 1x1 convolution's place: its channels go last, through a linear, and back.
+
+    ``linear``  the site's wide linear, or a :class:`SiteView` of it; no submodule, as there
+    """
+
+    linear: Any
+
+    def __init__(self, linear: nn.Module) -> None:
+        super().__init__()
+        object.__setattr__(self, "linear", linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, D, ...] -> [B, N, ...], in channels-last memory: tokens stay as they lie there."""
+        return self.linear(x.movedim(1, -1)).movedim(-1, 1)
+
+
 def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] | None]:
     """Shape of every buffer of a packed linear; None for one it doesn't have."""
     n, k, r = spec.outputs, spec.width, spec.rank

@@ -4,8 +4,15 @@ from dirotq.errors import UnsupportedError
 
 from .family import ModelFamily
 from .flux import FLUX
+from .flux2 import FLUX2
+from .pixart import PIXART
+from .qwen_image import QWEN_IMAGE
+from .sana import SANA
+from .sd3 import SD3
+from .wan import WAN
+from .z_image import Z_IMAGE
 
-FAMILIES = (FLUX,)
+FAMILIES = (FLUX, FLUX2, PIXART, SANA, SD3, QWEN_IMAGE, Z_IMAGE, WAN)
 
 
 def known_family(transformer_class: str) -> ModelFamily | None:

@@ -3,9 +3,9 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from dirotq.errors import UnsupportedError
 
@@ -26,6 +26,22 @@ class Site:
     rows: tuple[int, ...]
     kind: Kind
     bias: bool
+    pointwise: bool = False
+    """The consumers are 1x1 convolutions, which read and write [B, C, H, W]."""
+    text: bool = False
+    """Reads text tokens: those that the model masks are not counted."""
+
+    @property
+    def block(self) -> str:
+        """The repeated module it lies in ("transformer_blocks.3"), or "" if in none."""
+        parts = self.consumers[0].split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+        return ".".join(parts[: number + 1])
+
+    def tokens_of(self, x: Tensor) -> Tensor:
+        """A consumer's input as rows: [T, D]."""
+        x = x.movedim(1, -1) if self.pointwise else x
+        return x.reshape(-1, self.dim)
 
     def slices(self) -> Iterator[tuple[str, slice]]:
         """Each consumer with its rows of the site's wide linear."""
@@ -40,13 +56,16 @@ class SiteRule:
     """Linears under each module matching ``parent`` that read the same tensor.
 
     ``parent`` is a path with ``*`` for one component; ``consumers`` are paths below it, ``name``
-    the site's path below it. A site with one consumer is named after it.
+    the site's path below it. A site with one consumer is named after it, unless that is a 1x1
+    convolution: its own path keeps a module that reads and writes [B, C, H, W].
     """
 
     parent: str
     consumers: tuple[str, ...]
     name: str = ""
     kind: Kind = "block"
+    text: bool = False
+    """Reads text tokens (see :class:`Site`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +77,11 @@ class ModelFamily:
     """diffusers class of the transformer."""
     rules: tuple[SiteRule, ...]
     keep: tuple[str, ...]
-    """Linears that stay in 16 bits (paths with ``*``)."""
+    """Linears and 1x1 convolutions that stay in 16 bits (paths with ``*``)."""
     call: Mapping[str, float | int]
     """Defaults of a pipeline call; a folder's generation.json wins over them."""
+    mask: str | None = None
+    """Argument of the transformer's forward that masks text tokens; None where it masks none."""
     share: Callable[[nn.Module], None] | None = None
     """Makes a transformer whose sites were swapped run each shared one once, in place. Without it
     every consumer computes its own rows: the same numbers, slower."""
@@ -68,15 +89,15 @@ class ModelFamily:
     def sites(self, transformer: nn.Module) -> list[Site]:
         """The sites of ``transformer``, in the order of its blocks.
 
-        Raises UnsupportedError if the class is another one, or a linear is claimed by no rule
-        (nothing is skipped silently) or by two.
+        Raises UnsupportedError if the class is another one, or a linear or 1x1 convolution is
+        claimed by no rule (nothing is skipped silently) or by two.
         """
         found_class = type(transformer).__name__
         if found_class != self.transformer:
             raise UnsupportedError(
                 f"family {self.name!r} describes {self.transformer}, this model has a {found_class}"
             )
-        linears = {n: m for n, m in transformer.named_modules() if isinstance(m, nn.Linear)}
+        linears = {n: m for n, m in transformer.named_modules() if is_linear(m)}
         claimed: dict[str, str] = {}
         sites = []
         for parent in (name for name, _ in transformer.named_modules()):
@@ -87,10 +108,12 @@ class ModelFamily:
                 present = tuple(c for c in consumers if c in linears)
                 if not present:
                     continue
-                name = _join(parent, rule.name) if len(present) > 1 else present[0]
+                modules = [linears[c] for c in present]
+                alone = len(present) == 1 and not is_pointwise(modules[0])
+                name = present[0] if alone else _join(parent, rule.name)
                 for consumer in present:
                     _claim(claimed, consumer, f"site {name}")
-                sites.append(_site(name, present, [linears[c] for c in present], rule.kind))
+                sites.append(_site(name, present, modules, rule))
         for linear in linears:
             if any(_matches(pattern, linear) for pattern in self.keep):
                 _claim(claimed, linear, "keep")
@@ -104,16 +127,48 @@ class ModelFamily:
         return sites
 
 
-def _site(name: str, consumers: tuple[str, ...], linears: list[nn.Linear], kind: Kind) -> Site:
-    dims = {linear.in_features for linear in linears}
+def is_pointwise(module: nn.Module) -> bool:
+    """Whether it is a 1x1 convolution: a linear over the channels of [B, C, H, W]."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and module.kernel_size == module.stride == (1, 1)
+        and module.padding in ((0, 0), "valid", "same")
+        and module.groups == 1
+    )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it multiplies every token by one matrix: a linear or a 1x1 convolution."""
+    return isinstance(module, nn.Linear) or is_pointwise(module)
+
+
+def _site(name: str, consumers: tuple[str, ...], linears: list[Any], rule: SiteRule) -> Site:
+    # [N, D], or [N, D, 1, 1] of a convolution.
+    rows, dims = zip(*(linear.weight.shape[:2] for linear in linears), strict=True)
     biases = {linear.bias is not None for linear in linears}
-    if len(dims) > 1 or len(biases) > 1:
+    kinds = {is_pointwise(linear) for linear in linears}
+    if len(set(dims)) > 1 or len(biases) > 1 or len(kinds) > 1:
         raise UnsupportedError(
-            f"site {name}: its consumers {list(consumers)} read {sorted(dims)} channels and "
-            f"{'differ' if len(biases) > 1 else 'agree'} in having a bias; one site has one input"
+            f"site {name}: its consumers {list(consumers)} read {sorted(set(dims))} channels, "
+            f"{'differ' if len(biases) > 1 else 'agree'} in having a bias and "
+            f"{'differ' if len(kinds) > 1 else 'agree'} in being 1x1 convolutions; one site has "
+            "one input"
         )
-    rows = tuple(linear.out_features for linear in linears)
-    return Site(name, consumers, dims.pop(), rows, kind, biases.pop())
+    if kinds == {True} and not rule.name:
+        raise UnsupportedError(
+            f"the rule for {consumers[0]} names no site: the path of a 1x1 convolution is taken by "
+            "what reads its [B, C, H, W]; give the rule a `name` of its own"
+        )
+    return Site(
+        name,
+        consumers,
+        dim=dims[0],
+        rows=rows,
+        kind=rule.kind,
+        bias=biases.pop(),
+        pointwise=kinds.pop(),
+        text=rule.text,
+    )
 
 
 def _claim(claimed: dict[str, str], linear: str, by: str) -> None:

@@ -1,112 +1,141 @@
 """A diffusion pipeline on disk: what it is, how to load parts of it, how to call it."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dirotq.digest import file_digest
+from dirotq.digest import input_digests
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.loading import open_pipeline, quiet
-from dirotq.prompts import Prompt, resolve
+from dirotq.loading import open_pipeline
+from dirotq.prompts import Prompt
 
 from .families import family_of
 from .family import ModelFamily, Site
+from .lora import Lora, parse_loras
+from .origin import (
+    CALL_FILE,
+    pipeline_folder,
+    pipeline_identity,
+    read_header,
+    read_json,
+    refuse_quantized,
+    single_file,
+)
+from .single_file import default_base
+from .variant import variant_folder
+from .weights import Weights, empty_transformer
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-CALL_FILE = "generation.json"
-IGNORED = ("README.md", "training.json", ".gitattributes")
-
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusersModel:
-    """A local diffusers folder. ``call`` overrides single pipeline arguments (steps, size, ...)."""
+    """A diffusers pipeline: what to compress.
+
+    ``path``  local diffusers folder, hub id (``org/name[@revision]``), or a .safetensors file with
+              a finetuned transformer
+    ``call``  overrides of single pipeline arguments (steps, size, ...)
+    ``base``  the pipeline (folder or hub id) that a single file's other components come from; None:
+              the one that its layout belongs to
+    ``lora``  a file, or a list of files and {path, weight}, added to the transformer's weights
+
+    A file and LoRAs are made into a folder once (models/variant.py), so everything else sees a
+    plain diffusers folder.
+    """
 
     path: str
     call: Mapping[str, float | int | None]
+    base: str | None = None
+    lora: str | Sequence[str | Mapping[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        parse_loras(self.lora)
 
     def identity(self) -> dict[str, Any]:
-        """Digest of every file that can change a result; the folder's place on disk can't."""
-        root = self.folder()
-        files = {
-            str(p.relative_to(root)): file_digest(p)
-            for p in sorted(root.rglob("*"))
-            if p.is_file() and p.name not in IGNORED and p.suffix not in (".png", ".jpg")
-        }
-        return {"files": files, "call": dict(self.call_arguments())}
+        """Every byte that can change a result; places on disk can't. Of a repository, its commit.
 
-    def folder(self) -> Path:
-        """The checked folder.
-
-        Raises ConfigError if it is no diffusers pipeline, or holds weights only as pickles.
+        Raises what :meth:`folder` raises, as far as that shows without weights.
         """
-        root = resolve(self.path)
-        if not (root / "model_index.json").is_file():
-            found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else "nothing"
-            raise ConfigError(
-                f"{self.path} is no diffusers pipeline: it has no model_index.json (found "
-                f"{found}). Give the folder that pipeline.save_pretrained(...) wrote."
-            )
-        for part in sorted(p for p in root.iterdir() if p.is_dir()):
-            pickles = sorted(p.name for p in part.iterdir() if p.suffix in PICKLES)
-            if pickles and not list(part.glob("*.safetensors")):
-                raise ConfigError(
-                    f"{part} holds its weights as a pickle ({pickles[0]}), which can run code when "
-                    "loaded and is refused. Convert it where you trust it: "
-                    "DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder, "
-                    "safe_serialization=True)"
-                )
-        config = root / "transformer" / "config.json"
-        if not config.is_file():
-            raise ConfigError(
-                f"{self.path} has no transformer/config.json: DiRotQ compresses pipelines whose "
-                "denoiser is a diffusion transformer"
-            )
-        if "quantization_config" in json.loads(config.read_text()):
-            raise ConfigError(
-                f"{self.path} is already quantized (its transformer carries a "
-                "quantization_config); compress the 16-bit model it was made from"
-            )
-        return root
+        return {**self._parts(), "call": dict(self.call_arguments())}
+
+    def folder(self, *, weights: bool = True) -> Path:
+        """The checked folder, downloaded and put together where that is needed.
+
+        weights  also the weights; without them only configurations, which is quick
+
+        Raises ConfigError, UnsupportedError or ArtifactError for what is no 16-bit diffusers
+        pipeline around a transformer (models/origin.py), or a file or LoRA that does not fit it.
+        """
+        file = self._file()
+        if file is None and not self._loras():
+            return pipeline_folder(self.path, weights=weights)
+        root = pipeline_folder(self._base(), weights=weights, without=self._replaced())
+        if not weights:
+            return root
+        return variant_folder(root, file, self._loras(), self._parts(), self.path)
 
     @property
     def family(self) -> ModelFamily:
         """Raises UnsupportedError for a transformer class that no family describes."""
-        config = json.loads((self.folder() / "transformer" / "config.json").read_text())
-        return family_of(config["_class_name"])
+        return family_of(self._config()["_class_name"])
 
     def call_arguments(self) -> dict[str, float | int]:
         """Pipeline call arguments: of the family, of the folder's generation.json, of ``call``."""
-        file = self.folder() / CALL_FILE
-        stored = json.loads(file.read_text()) if file.is_file() else {}
+        file = self.folder(weights=False) / CALL_FILE
+        stored = read_json(file) if file.is_file() else {}
         chosen = {**self.family.call, **stored, **self.call}
         return {name: value for name, value in chosen.items() if value is not None}
 
-    def skeleton(self) -> nn.Module:
-        """The transformer on the meta device: shapes without weights."""
+    def _config(self) -> dict[str, Any]:
+        return read_json(self.folder(weights=False) / "transformer" / "config.json")
+
+    def _loras(self) -> tuple[Lora, ...]:
+        return parse_loras(self.lora)
+
+    def _file(self) -> Path | None:
+        file = single_file(self.path)
+        if file is None and self.base:
+            raise ConfigError(
+                f"model.base={self.base} is for a model in a single .safetensors file; "
+                f"{self.path} is a whole pipeline. Leave model.base out"
+            )
+        return file
+
+    def _base(self) -> str:
+        """The pipeline whose components are used."""
+        file = self._file()
+        return self.path if file is None else self.base or default_base(file, self.path)
+
+    def _replaced(self) -> str:
+        return "" if self._file() is None else "transformer"
+
+    def _parts(self) -> dict[str, Any]:
+        file, loras = self._file(), self._loras()
+        parts = pipeline_identity(self._base(), without=self._replaced())
+        if file is not None:
+            refuse_quantized(read_header(file), self.path)
+            parts["transformer"] = input_digests([file])[file]
+        if loras:
+            parts["lora"] = [lora.identity() for lora in loras]
+        return parts
+
+    def skeleton(self) -> Any:
+        """The transformer without its weights: parameters on the meta device, buffers computed."""
         cls = _transformer_class(self.family)
-        config = cls.load_config(self.folder() / "transformer")
-        with torch.device("meta"):
-            return cls.from_config(config)
+        return empty_transformer(cls.load_config(self.folder(weights=False) / "transformer"), cls)
 
     def sites(self) -> list[Site]:
         """Every site of the transformer, in order; see :class:`ModelFamily`."""
         return self.family.sites(self.skeleton())
 
-    def transformer(self, dtype: torch.dtype, device: torch.device | str = "cpu") -> nn.Module:
-        """The 16-bit transformer, in ``dtype``."""
-        with quiet():
-            transformer = _transformer_class(self.family).from_pretrained(
-                self.folder(), subfolder="transformer", dtype=dtype, use_safetensors=True
-            )
-        return transformer.to(device)
+    def weights(self) -> Weights:
+        """The transformer's tensors on disk, to be read by name."""
+        return Weights(self.folder() / "transformer")
 
     def pipeline(self, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
         """The whole 16-bit pipeline, in ``dtype`` on ``device``."""
@@ -118,44 +147,25 @@ def generate(
 ) -> Tensor:
     """One pipeline call for a batch of prompts, each from the noise of its own seed.
 
-    returns  float32 on the CPU: images [B, 3, H, W] in [0, 1] (``output="pt"``) or latents
+    returns  float32 on the CPU: images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]
+             (``output="pt"``), or latents
 
     Raises NumericalError if an image is not finite.
     """
-    result = (
-        pipe(
-            prompt=[p.text for p in prompts],
-            # On the CPU, so that a seed means the same noise on every machine.
-            generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
-            output_type=output,
-            **call,
-        )
-        .images.float()
-        .cpu()
+    made = pipe(
+        prompt=[p.text for p in prompts],
+        # On the CPU, so that a seed means the same noise on every machine.
+        generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
+        output_type=output,
+        **call,
     )
+    result: Tensor = (made.images if hasattr(made, "images") else made.frames).float().cpu()
     if not result.isfinite().all():
         raise NumericalError(
             f"the pipeline produced a non-finite image for one of {[p.text for p in prompts]}; "
             "the model itself overflows in this precision, or its weights are damaged"
         )
     return result
-
-
-def stacked_weight(transformer: nn.Module, site: Site) -> tuple[Tensor, Tensor | None]:
-    """All consumers of a site as one linear: float32 weight [N, D] and bias [N] or None.
-
-    Raises NumericalError naming the linear whose weights are not finite.
-    """
-    linears: list[Any] = [transformer.get_submodule(name) for name in site.consumers]
-    for name, linear in zip(site.consumers, linears, strict=True):
-        if not all(bool(p.isfinite().all()) for p in linear.parameters()):
-            raise NumericalError(
-                f"{name}: the weights hold NaN or infinity; the checkpoint is damaged, nothing "
-                "downstream can be right"
-            )
-    weight = torch.cat([linear.weight.detach().float() for linear in linears])
-    bias = torch.cat([linear.bias.detach().float() for linear in linears]) if site.bias else None
-    return weight, bias
 
 
 def _transformer_class(family: ModelFamily) -> Any:

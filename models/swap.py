@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
-from dirotq.kernels.linear import QuantLinear, SiteView
+from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
 from dirotq.kernels.spec import QuantSpec
 
 from .families import known_family
@@ -17,16 +17,17 @@ def swap_sites(
     """Replace each site's consumers by ``build(site)``, in place.
 
     The wide module stands at the site's path; where several linears share it, each of them becomes
-    a :class:`SiteView` of its rows. ``build`` returns a module with ``forward(x)`` and
-    ``rows(x, slice)``. A transformer whose family can (``ModelFamily.share``) then runs each shared
-    site once per call.
+    a :class:`SiteView` of its rows. A 1x1 convolution becomes a :class:`PointwiseView` of either.
+    ``build`` returns a module with ``forward(x)`` and ``rows(x, slice)``. A transformer whose
+    family can (``ModelFamily.share``) then runs each shared site once per call.
     """
     for site in sites:
         wide = build(site)
         _put(transformer, site.name, wide)
-        if len(site.consumers) > 1:
-            for consumer, rows in site.slices():
-                _put(transformer, consumer, SiteView(wide, rows))
+        for consumer, rows in site.slices():
+            part = wide if len(site.consumers) == 1 else SiteView(wide, rows)
+            if consumer != site.name:
+                _put(transformer, consumer, PointwiseView(part) if site.pointwise else part)
     family = known_family(type(transformer).__name__)
     if family is not None and family.share is not None:
         family.share(transformer)

@@ -6,7 +6,7 @@ from tiny_line import METHODS, method
 
 from dirotq.errors import ConfigError
 from dirotq.models.family import Site
-from dirotq.plan import Method, SitePlan, read_plan, write_plan
+from dirotq.plan import Method, SitePlan, fitting_group, read_plan, write_plan
 
 BLOCK = Site("a.qkv", ("a.q", "a.k", "a.v"), 96, (8, 8, 16), "block", True)
 MODULATOR = Site("a.norm.linear", ("a.norm.linear",), 64, (384,), "modulator", True)
@@ -43,9 +43,43 @@ def test_modulators_may_stay_in_sixteen_bits():
 
 
 @pytest.mark.parametrize(
+    ("group", "channels", "fitting"),
+    [
+        (64, 3072, 64),
+        (64, 96, 32),
+        (64, 5600, 32),  # SANA's inner channels
+        (64, 80, 16),
+        (48, 72, 24),
+        (64, 72, 64),  # 8 would fit, but no kernel has groups that small
+        (40, 96, 40),
+        (7, 96, 7),
+        (0, 96, 0),
+        (-16, 96, -16),
+    ],
+)
+def test_a_group_that_does_not_fit_is_halved(group, channels, fitting):
+    assert fitting_group(group, channels) == fitting
+
+
+def test_the_spec_tells_which_group_a_site_took():
+    spec = method("groups").spec(BLOCK, 16)
+    assert (spec.act_group, spec.weight_group) == (32, 32)
+    narrow = dataclasses.replace(MODULATOR, dim=96)
+    assert method("dirotq").spec(narrow, 0).weight_group == 32
+
+
+def test_a_dense_rotation_takes_any_group():
+    dense = method("dirotq_dense", weight_scale="group").spec(BLOCK, 16)
+    assert (dense.act_group, dense.weight_group, dense.width) == (64, 64, 128)
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, r"site a\.qkv, method dirotq: activation group 64 does not divide the 96"),
+        (
+            {"act_group": 40},
+            r"site a\.qkv, method dirotq: activation group 40 does not divide the 96",
+        ),
         ({"weight_scale": "group", "weight_group": 40}, r"site a\.qkv.*weight group 40"),
         ({"act_bits": 8}, r"site a\.qkv.*8-bit activations with power-of-two groups"),
     ],

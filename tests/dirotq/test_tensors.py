@@ -9,7 +9,7 @@ from dirotq.tensors import create_array, load_site, read_array, save_site, write
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int8])
 def test_array_round_trip(tmp_path, dtype):
     group = zarr.open_group(tmp_path / "x.zarr", mode="w")
-    create_array(group, "a.b.0.c", (10, 6), dtype, rows_per_chunk=4)
+    create_array(group, "a.b.0.c", (10, 6), dtype)
     rows = (100 * torch.randn(10, 6)).to(dtype)
     write_rows(group, "a.b.0.c", 0, rows[:4])
     write_rows(group, "a.b.0.c", 4, rows[4:])
@@ -26,12 +26,22 @@ def test_rows_are_written_in_the_dtype_of_the_array(tmp_path):
     assert torch.equal(read_array(group, "a"), rows.to(torch.bfloat16))
 
 
-def test_chunks_of_zeros_are_written_too(tmp_path):
+def test_chunks_of_zeros_are_written_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(tensors, "BYTES_PER_CHUNK", 24)
     # A missing chunk would read as zeros as well, and a lost one could not be told from it.
     group = zarr.open_group(tmp_path / "x.zarr", mode="w")
-    create_array(group, "a", (8, 3), torch.float32, rows_per_chunk=2)
+    create_array(group, "a", (8, 3), torch.float32)
     write_rows(group, "a", 0, torch.zeros(8, 3))
     assert group["a"].nchunks_initialized == 4
+
+
+@pytest.mark.parametrize(("rows", "chunk"), [(10, 10), (65, 33), (78, 39), (1176, 62)])
+def test_chunks_divide_an_array_evenly(tmp_path, monkeypatch, rows, chunk):
+    # Zarr fills the last chunk up: 78 tiles in chunks of 64 would take the room of 128.
+    monkeypatch.setattr(tensors, "BYTES_PER_CHUNK", 64 * 4 * 6)
+    group = zarr.open_group(tmp_path / "x.zarr", mode="w")
+    create_array(group, "a", (rows, 2, 3), torch.float32)
+    assert group["a"].chunks == (chunk, 2, 3)
 
 
 def test_site_round_trip(tmp_path):

@@ -1,6 +1,8 @@
 import dataclasses
+from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from dirotq.errors import UnsupportedError
@@ -87,6 +89,58 @@ def test_consumers_of_different_inputs_are_no_site():
     net.blocks[0].k.bias = None
     with pytest.raises(UnsupportedError, match=r"blocks\.0\.qkv.*differ in having a bias"):
         FAMILY.sites(net)
+
+
+def with_convolution(**options: Any) -> Net:
+    net = Net()
+    net.point = nn.Conv2d(8, 6, 1, **options)
+    return net
+
+
+def test_a_pointwise_convolution_is_a_site_under_a_name_of_its_own():
+    family = with_rules(*FAMILY.rules, SiteRule("", ("point",), name="inner"))
+    *_, site = sorted(family.sites(with_convolution()), key=lambda site: site.pointwise)
+    assert site == Site("inner", ("point",), 8, (6,), "block", True, pointwise=True)
+    x = torch.randn(2, 8, 3, 5)
+    assert torch.equal(site.tokens_of(x), x.permute(0, 2, 3, 1).reshape(30, 8))
+
+
+def test_a_pointwise_convolution_is_kept_or_refused():
+    with pytest.raises(UnsupportedError, match=r"nothing about 1 linear.*e\.g\. point;"):
+        FAMILY.sites(with_convolution())
+    assert with_rules(*FAMILY.rules, keep=("out", "point")).sites(with_convolution())
+
+
+def test_a_pointwise_convolution_needs_the_name_of_its_site():
+    family = with_rules(*FAMILY.rules, SiteRule("", ("point",)))
+    with pytest.raises(UnsupportedError, match="rule for point names no site"):
+        family.sites(with_convolution())
+
+
+@pytest.mark.parametrize("options", [{"groups": 2}, {"stride": 2}, {"padding": 1}])
+def test_other_convolutions_mix_more_than_channels(options):
+    assert all(not site.pointwise for site in FAMILY.sites(with_convolution(**options)))
+
+
+def test_a_linear_and_a_convolution_are_no_site():
+    net = with_convolution()
+    net.twin = nn.Linear(8, 6)
+    family = with_rules(*FAMILY.rules, SiteRule("", ("point", "twin"), name="both"))
+    with pytest.raises(UnsupportedError, match="differ in being 1x1 convolutions"):
+        family.sites(net)
+
+
+def test_a_rule_says_whether_its_sites_read_text():
+    family = with_rules(SiteRule("blocks.*", ("q", "k", "v"), name="qkv", text=True))
+    assert all(site.text for site in family.sites(Net()))
+    assert not any(site.text for site in FAMILY.sites(Net()))
+
+
+def test_a_site_lies_in_a_block_or_at_the_top():
+    first, _ = FAMILY.sites(Net())
+    assert first.block == "blocks.0"
+    (top,) = with_rules(SiteRule("", ("out",)), keep=("blocks.*.*",)).sites(Net())
+    assert top.block == ""
 
 
 def test_another_class_is_not_guessed():

@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import nn
+from safetensors.torch import load_file, save_file
 
-from dirotq.errors import ConfigError, NumericalError, UnsupportedError
-from dirotq.models.family import Site
-from dirotq.models.source import DiffusersModel, generate, stacked_weight
+from dirotq.errors import ArtifactError, ConfigError, NumericalError, UnsupportedError
+from dirotq.models.source import DiffusersModel, generate
 from dirotq.pipeline.stage import fingerprint, recipe
 from dirotq.prompts import Prompt
 
@@ -74,7 +73,8 @@ def test_pickles_are_refused(own_folder, part, suffix):
 
 def test_a_pickle_beside_safetensors_is_never_opened(own_folder):
     (own_folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"not a model")
-    assert source(own_folder).transformer(torch.float32) is not None
+    assert source(own_folder).weights().files
+    assert source(own_folder).pipeline(torch.float32, torch.device("cpu")).transformer is not None
 
 
 def test_no_pipeline(tmp_path):
@@ -91,46 +91,92 @@ def test_a_pipeline_without_a_transformer(own_folder):
         source(own_folder).folder()
 
 
-def test_an_already_quantized_model(own_folder):
-    config = own_folder / "transformer" / "config.json"
-    edit_json(config, quantization_config={"quant_method": "x"})
-    with pytest.raises(ConfigError, match=r"already quantized.*16-bit model it was made from"):
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
+def test_an_already_quantized_model(own_folder, part):
+    config = own_folder / part / "config.json"
+    edit_json(config, quantization_config={"quant_method": "bitsandbytes"})
+    with pytest.raises(UnsupportedError, match=rf"its {part} .*bitsandbytes.*16-bit model it was"):
         source(own_folder).folder()
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+def test_weights_of_fewer_than_16_bits(own_folder, dtype):
+    (file,) = (own_folder / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    save_file(tensors | {"proj_out.weight": tensors["proj_out.weight"].to(dtype)}, file)
+    with pytest.raises(UnsupportedError, match=r"/.*proj_out\.weight is stored as (F8|I8)"):
+        source(own_folder).identity()
+
+
 def test_an_unknown_transformer(own_folder):
-    edit_json(own_folder / "transformer" / "config.json", _class_name="UNet2DConditionModel")
-    with pytest.raises(UnsupportedError, match="'UNet2DConditionModel'; supported: flux"):
+    edit_json(own_folder / "transformer" / "config.json", _class_name="NewTransformer2DModel")
+    edit_json(own_folder / "model_index.json", transformer=["diffusers", "NewTransformer2DModel"])
+    with pytest.raises(UnsupportedError, match="'NewTransformer2DModel'; supported: flux"):
         source(own_folder).sites()
 
 
+def test_an_index_that_names_another_transformer(own_folder):
+    edit_json(own_folder / "model_index.json", transformer=["diffusers", "SD3Transformer2DModel"])
+    with pytest.raises(ConfigError, match=r"contradicts itself.*SD3Transf.*FluxTransformer2DModel"):
+        source(own_folder).folder()
+
+
+def test_a_unet_is_not_for_us(own_folder):
+    index = json.loads((own_folder / "model_index.json").read_text())
+    del index["transformer"]
+    index |= {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DCondition"]}
+    (own_folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(UnsupportedError, match=r"StableDiffusionXLPipeline\) denoises with a UNet"):
+        source(own_folder).folder()
+
+
+def test_a_pipeline_with_code_of_its_own(own_folder):
+    edit_json(own_folder / "model_index.json", _class_name=["pipeline_mine", "MyPipeline"])
+    with pytest.raises(UnsupportedError, match=r"needs code of its own.*MyPipeline"):
+        source(own_folder).folder()
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_damaged_index(own_folder, content):
+    (own_folder / "model_index.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"model_index\.json is (damaged|no JSON object)"):
+        source(own_folder).folder()
+
+
+def test_a_truncated_weights_file(own_folder):
+    (file,) = (own_folder / "transformer").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(ArtifactError, match=r"transformer/.*not written to its end"):
+        source(own_folder).folder()
+
+
+def test_a_missing_shard(own_folder):
+    part = own_folder / "transformer"
+    (file,) = part.glob("*.safetensors")
+    file.rename(part / "diffusion_pytorch_model-00001-of-00002.safetensors")
+    shards = {"a": "diffusion_pytorch_model-00001-of-00002.safetensors",
+              "b": "diffusion_pytorch_model-00002-of-00002.safetensors"}  # fmt: skip
+    index = part / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": shards}))
+    with pytest.raises(ConfigError, match=r"component transformer lacks .*-00002-of-00002"):
+        source(own_folder).folder()
+
+
+def test_a_variant_is_no_weights_file(own_folder):
+    (file,) = (own_folder / "vae").glob("*.safetensors")
+    file.rename(file.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    with pytest.raises(ConfigError, match=r"component vae lacks .*fp16 or ema variants"):
+        source(own_folder).folder()
+
+
 def test_skeleton_has_the_shapes_and_no_memory(folder):
-    skeleton, real = source(folder).skeleton(), source(folder).transformer(torch.float32)
+    skeleton = source(folder).skeleton()
+    real = source(folder).pipeline(torch.float32, torch.device("cpu")).transformer
     assert all(p.is_meta for p in skeleton.parameters())
     assert {n: p.shape for n, p in skeleton.named_parameters()} == {
         n: p.shape for n, p in real.named_parameters()
     }
     assert source(folder).sites() == source(folder).family.sites(real)
-
-
-def test_weights_of_a_site_stack_in_order(folder):
-    transformer = source(folder).transformer(torch.float32)
-    site = next(s for s in source(folder).sites() if len(s.consumers) == 4)
-    weight, bias = stacked_weight(transformer, site)
-    for consumer, rows in site.slices():
-        linear = transformer.get_submodule(consumer)
-        assert torch.equal(weight[rows], linear.weight)
-        assert torch.equal(bias[rows], linear.bias)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["weight", "bias"])
-def test_weights_that_are_not_finite_name_the_linear(value, where):
-    net = nn.ModuleDict({"q": nn.Linear(4, 4), "k": nn.Linear(4, 2)})
-    getattr(net["k"], where).data.view(-1)[1] = value
-    site = Site("qk", ("q", "k"), 4, (4, 2), "block", True)
-    with pytest.raises(NumericalError, match="k: the weights hold NaN or infinity"):
-        stacked_weight(net, site)
 
 
 PROMPTS = [Prompt("a red circle", 3), Prompt("two small blue stars", 4)]

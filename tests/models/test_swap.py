@@ -1,14 +1,20 @@
+import copy
+
 import pytest
 import torch
+from tiny_packed import packed
 from tiny_spec import tiny_spec
 from torch import nn
 
-from dirotq.kernels.linear import QuantLinear, SiteView
+from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
 from dirotq.models.family import Site
 from dirotq.models.swap import footprint, put_packed, swap_sites
 
 SHARED = Site("block.qk", ("block.q", "block.k"), 64, (16, 32), "block", True)
+POINTWISE = Site("point", ("conv",), 64, (16,), "block", True, pointwise=True)
+TWINS = Site("points", ("one", "two"), 64, (16, 8), "block", False, pointwise=True)
 ALONE = Site("block.out", ("block.out",), 64, (8,), "block", False)
+SITES = (POINTWISE, TWINS)
 
 
 def net() -> nn.Module:
@@ -27,6 +33,9 @@ class Stacked(nn.Module):
         super().__init__()
         self.linears = linears
 
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.rows(x, slice(None))
+
     def rows(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
         return torch.cat([linear(x) for linear in self.linears], -1)[..., rows]
 
@@ -39,6 +48,56 @@ def test_every_consumer_gets_its_own_rows():
     assert isinstance(root.block.qk, Stacked)
     assert torch.equal(root.block.q(x), q(x))
     assert torch.equal(root.block.k(x), k(x))
+
+
+def pointwise_net() -> nn.Module:
+    root = nn.Module()
+    root.conv = nn.Conv2d(64, 16, 1)
+    root.one, root.two = nn.Conv2d(64, 16, 1, bias=False), nn.Conv2d(64, 8, 1, bias=False)
+    return root
+
+
+def as_linear(conv: nn.Conv2d) -> nn.Linear:
+    linear = nn.Linear(conv.in_channels, conv.out_channels)
+    linear.weight, linear.bias = nn.Parameter(conv.weight.flatten(1)), conv.bias
+    return linear
+
+
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_pointwise_convolution_becomes_a_view_of_a_linear(memory, dtype):
+    root = pointwise_net().to(dtype)
+    x = torch.randn(2, 64, 3, 5, dtype=dtype).to(memory_format=memory)
+    want = [conv(x) for conv in (root.conv, root.one, root.two)]
+    linears = {site: [as_linear(root.get_submodule(c)) for c in site.consumers] for site in SITES}
+    swap_sites(root, SITES, lambda site: Stacked(linears[site]))
+    assert isinstance(root.conv, PointwiseView)
+    assert isinstance(root.points, Stacked)
+    for conv, expected in zip((root.conv, root.one, root.two), want, strict=True):
+        got = conv(x)
+        assert got.dtype == dtype
+        assert got.stride(1) == 1
+        torch.testing.assert_close(got, expected)
+
+
+def test_a_packed_pointwise_convolution_is_stored_under_the_sites_name():
+    root = pointwise_net()
+    put_packed(root, [(POINTWISE, tiny_spec(rows=(16,))), (TWINS, tiny_spec(rows=(16, 8)))])
+    assert set(root.state_dict()) == {
+        "point.qweight", "point.wscale", "point.bias", "points.qweight", "points.wscale",
+    }  # fmt: skip
+    assert all(tensor.is_meta for tensor in root.state_dict().values())
+
+
+def test_a_deep_copy_of_a_pointwise_convolution_reads_its_own_site():
+    root, x = pointwise_net(), torch.randn(1, 64, 2, 2)
+    swap_sites(root, [TWINS], lambda _: packed(tiny_spec(rows=(16, 8)), bias=False))
+    twin = copy.deepcopy(root)
+    want = root.two(x)
+    assert torch.equal(want, root.points(x.movedim(1, -1))[..., 16:].movedim(-1, 1))
+    root.points.wscale.zero_()
+    assert not root.two(x).any()
+    assert torch.equal(twin.two(x), want)
 
 
 def test_packed_modules_wait_on_the_meta_device():

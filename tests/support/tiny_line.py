@@ -20,12 +20,13 @@ from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from dirotq.assets import tiny_flux
+from dirotq.kernels import second_moment
+from dirotq.moments import read_moment, write_moment
 from dirotq.pipeline import dag
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line, build, compose_config
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.plan import Method
-from dirotq.tensors import read_array, write_rows
 
 CAPTIONS = ("a large red circle at the top left", "two small blue stars", "a green square", "dots")
 WIDTH = 64
@@ -43,7 +44,7 @@ METHODS = ("dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups")
 
 LINE = (
     "capture.batch=2",
-    "capture.every=2",
+    "capture.calls=12",
     "capture.rows=64",
     "rank.r=16",
     "validate.batch=2",
@@ -110,7 +111,8 @@ def model_folder(root: Path) -> Path:
 @functools.cache
 def prompt_file(root: Path) -> Path:
     """Eight prompts as JSONL."""
-    rows = [{"prompt": CAPTIONS[i % len(CAPTIONS)], "seed": 100 + i} for i in range(8)]
+    texts = [*2 * CAPTIONS[:3], CAPTIONS[3], "a small red square"]  # the last two are held out
+    rows = [{"prompt": text, "seed": 100 + i} for i, text in enumerate(texts)]
     file = root / "prompts.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
@@ -174,9 +176,26 @@ def with_moment(
     def write(data: Path) -> None:
         shutil.copytree(capture.data, data, dirs_exist_ok=True)
         group = zarr.open_group(data / "moments.zarr", mode="r+")
-        write_rows(group, site, 0, change(read_array(group, site)))
+        attributes = group[site].attrs
+        s_DD = change(read_moment(group, site))
+        total = pack_moment(s_DD) * attributes["tokens"]
+        write_moment(group, site, len(s_DD), attributes["tokens"], total=total, rows=None)
 
     return publish(store, "capture", write)
+
+
+def pack_moment(s_DD: Tensor) -> Tensor:
+    """The block triangle of a symmetric matrix (kernels/second_moment)."""
+    dim = len(s_DD)
+    total = second_moment.new(dim, s_DD.device)
+    variances, vectors = torch.linalg.eigh(s_DD.double())
+    # The layout is made by accumulating rows: those of a square root, signs apart.
+    for sign in (1, -1):
+        kept = (sign * variances).clamp_min(0).sqrt()
+        part = second_moment.new(dim, s_DD.device)
+        second_moment.accumulate(part, (vectors * kept).mT.float().contiguous())
+        total += sign * part
+    return total
 
 
 def tree_bytes(folder: Path) -> Mapping[str, bytes]:

@@ -1,0 +1,114 @@
+"""One call of a denoiser: its arguments as they were, on disk and back.
+
+Arguments are nested lists, tuples and dicts of tensors and plain values. Tensors that several calls
+share (a prompt's embeddings over all its steps) are stored once.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from dirotq.errors import UnsupportedError
+
+PLAIN = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Call:
+    """Positional and keyword arguments of one forward of the transformer."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
+        """The same call with every tensor changed."""
+        return Call(_map(self.args, change), _map(self.kwargs, change))
+
+    def on(self, device: torch.device, wide: torch.dtype | None = None) -> "Call":
+        """On ``device``; 16-bit tensors in ``wide`` where that is given."""
+
+        def move(tensor: Tensor) -> Tensor:
+            half = tensor.dtype in (torch.bfloat16, torch.float16)
+            return tensor.to(device, wide if half and wide else tensor.dtype)
+
+        return self.map(move)
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, in order."""
+        found: list[Tensor] = []
+        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+        return found
+
+
+def save_calls(folder: Path, name: str, calls: Sequence[Call]) -> None:
+    """Write ``<name>.safetensors`` and then ``<name>.json``, which says that both are complete.
+
+    Raises UnsupportedError for an argument that is neither tensor nor plain value.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    trees = [{"args": _pack(c.args, tensors), "kwargs": _pack(c.kwargs, tensors)} for c in calls]
+    save_file(tensors, folder / f"{name}.safetensors")
+    partial = folder / f"{name}.partial"
+    partial.write_text(json.dumps(trees))
+    partial.replace(folder / f"{name}.json")
+
+
+def load_calls(folder: Path, names: Iterable[str]) -> list[Call]:
+    """The calls of :func:`save_calls`, in order, on the CPU."""
+    calls = []
+    for name in names:
+        tensors = load_file(folder / f"{name}.safetensors")
+        for tree in json.loads((folder / f"{name}.json").read_text()):
+            calls.append(Call(_unpack(tree["args"], tensors), _unpack(tree["kwargs"], tensors)))
+    return calls
+
+
+def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous()
+        digest = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()[:24]
+        key = f"{digest}-{'x'.join(map(str, value.shape))}-{str(value.dtype)[6:]}"
+        # A clone: safetensors refuses two names for one memory, as views of a batch have.
+        tensors.setdefault(key, value.clone())
+        return {"tensor": key}
+    if isinstance(value, list | tuple):
+        kind = "list" if isinstance(value, list) else "tuple"
+        return {kind: [_pack(v, tensors) for v in value]}
+    if isinstance(value, dict):
+        return {"dict": [[k, _pack(v, tensors)] for k, v in value.items()]}
+    if isinstance(value, PLAIN):
+        return {"value": value}
+    raise UnsupportedError(
+        f"the pipeline hands its denoiser a {type(value).__name__} ({value!r:.60}); calls are "
+        "recorded with tensors, numbers, strings, lists and dicts as arguments"
+    )
+
+
+def _unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    [(kind, value)] = tree.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "value":
+        return value
+    if kind == "dict":
+        return {k: _unpack(v, tensors) for k, v in value}
+    items = [_unpack(v, tensors) for v in value]
+    return items if kind == "list" else tuple(items)
+
+
+def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, list | tuple):
+        return type(value)(_map(v, change) for v in value)
+    if isinstance(value, dict):
+        return {k: _map(v, change) for k, v in value.items()}
+    return value

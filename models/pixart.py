@@ -1,0 +1,38 @@
+"""PixArt-Sigma (and Alpha): 28 blocks of self-attention, cross-attention to the text and MLP."""
+
+from .family import ModelFamily, SiteRule
+
+BLOCK = "transformer_blocks.*"
+
+PIXART = ModelFamily(
+    name="pixart",
+    transformer="PixArtTransformer2DModel",
+    rules=(
+        # One modulation for all blocks; each adds a table of its own.
+        SiteRule("adaln_single", ("linear",), kind="modulator"),
+        SiteRule(f"{BLOCK}.attn1", ("to_q", "to_k", "to_v"), "qkv"),
+        SiteRule(f"{BLOCK}.attn1", ("to_out.0",)),
+        SiteRule(f"{BLOCK}.attn2", ("to_q",)),
+        SiteRule(f"{BLOCK}.attn2", ("to_out.0",)),
+        SiteRule(f"{BLOCK}.ff", ("net.0.proj",)),
+        SiteRule(f"{BLOCK}.ff", ("net.2",)),
+    ),
+    keep=(
+        # Keys and values of the text: next to no time, as it is short, but 12% of the weights.
+        f"{BLOCK}.attn2.to_k",
+        f"{BLOCK}.attn2.to_v",
+        "adaln_single.emb.*.linear_1",
+        "adaln_single.emb.*.linear_2",
+        "caption_projection.linear_1",
+        "caption_projection.linear_2",
+        "proj_out",
+    ),
+    call={
+        "num_inference_steps": 20,
+        "guidance_scale": 4.5,
+        "height": 1024,
+        "width": 1024,
+        "max_sequence_length": 300,
+    },
+    mask="encoder_attention_mask",
+)

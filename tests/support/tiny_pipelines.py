@@ -1,0 +1,308 @@
+"""Whole pipelines around the tiny transformers: every weight random, every tokenizer in memory."""
+
+import functools
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import tiny_line
+import torch
+import transformers
+from tiny_families import TINY
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from dirotq.assets import tiny_flux
+
+CHAT = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "<|im_start|>assistant\n"
+)
+LONG_CAPTION = "a large red circle at the top left and two small blue stars at the bottom right"
+"""Prompts of different lengths: the families that mask or pad their text have to do so."""
+
+
+@dataclass(frozen=True)
+class TinyPipeline:
+    """``build`` makes the pipeline; ``call`` holds the arguments that a tiny one needs."""
+
+    build: Callable[[], diffusers.DiffusionPipeline]
+    call: dict[str, Any]
+
+
+@functools.cache
+def family_folder(root: Path, name: str) -> Path:
+    """The folder of the family's tiny pipeline under ``root``, written once per process."""
+    if name == "flux":
+        return tiny_line.model_folder(root)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = PIPELINES[name].build()
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.to(torch.bfloat16).eval()
+    folder = root / name
+    pipeline.save_pretrained(folder)
+    (folder / "generation.json").write_text(json.dumps(PIPELINES[name].call))
+    return folder
+
+
+@functools.cache
+def _clip_and_t5() -> tuple[Any, Any]:
+    return tiny_flux.train_tokenizers((*tiny_line.CAPTIONS, LONG_CAPTION))
+
+
+def _qwen_tokenizer(corpus: Sequence[str] = (LONG_CAPTION,)) -> Any:
+    """Byte pairs; whole words of the corpus become tokens."""
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    pairs.train_from_iterator(
+        (*tiny_line.CAPTIONS, *corpus),
+        trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False),
+    )
+    learned = json.loads(pairs.to_str())["model"]
+    tokenizer = transformers.Qwen2Tokenizer(
+        vocab=learned["vocab"],
+        merges=[tuple(merge) for merge in learned["merges"]],
+        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def _gemma_tokenizer() -> Any:
+    _, t5 = _clip_and_t5()
+    pieces = [p for p in t5.get_vocab() if p not in ("<pad>", "</s>", "<unk>")]
+    vocab = {p: i for i, p in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *sorted(pieces)])}
+    return transformers.GemmaTokenizer(vocab=vocab, merges=[], padding_side="right")
+
+
+def _t5(cls: Any = transformers.T5EncoderModel, config: Any = transformers.T5Config) -> Any:
+    return cls(
+        config(
+            vocab_size=len(_clip_and_t5()[1]),
+            d_model=64,
+            d_kv=32,
+            d_ff=64,
+            num_layers=1,
+            num_heads=2,
+            feed_forward_proj="gated-gelu",
+            dropout_rate=0.0,
+        )
+    )
+
+
+def _clip(width: int) -> Any:
+    tokenizer = _clip_and_t5()[0]
+    return transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            projection_dim=tiny_line.POOLED,
+        )
+    )
+
+
+def _qwen_text(vocabulary: int, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": vocabulary,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        **more,
+    }
+
+
+def _autoencoder(**more: Any) -> Any:
+    """8 x 8 pixels to one latent with 4 channels."""
+    return diffusers.AutoencoderKL(
+        sample_size=32,
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        mid_block_add_attention=False,
+        **more,
+    )
+
+
+def _flow(**more: Any) -> Any:
+    return diffusers.FlowMatchEulerDiscreteScheduler(**more)
+
+
+def _flux2() -> Any:
+    tokenizer = _qwen_tokenizer()
+    config = _qwen_text(len(tokenizer), hidden_size=32, num_hidden_layers=3, head_dim=16)
+    return diffusers.Flux2KleinPipeline(
+        scheduler=_flow(),
+        vae=diffusers.AutoencoderKLFlux2(
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+        ),
+        text_encoder=transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config)),
+        tokenizer=tokenizer,
+        transformer=TINY["flux2"].build(joint_attention_dim=3 * 32, guidance_embeds=False),
+    )
+
+
+def _pixart() -> Any:
+    return diffusers.PixArtSigmaPipeline(
+        tokenizer=_clip_and_t5()[1],
+        text_encoder=_t5(),
+        vae=_autoencoder(),
+        transformer=TINY["pixart"].build(),
+        scheduler=diffusers.DPMSolverMultistepScheduler(),
+    )
+
+
+def _sana() -> Any:
+    tokenizer = _gemma_tokenizer()
+    return diffusers.SanaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=transformers.Gemma2Model(
+            transformers.Gemma2Config(
+                vocab_size=len(tokenizer),
+                hidden_size=64,
+                intermediate_size=64,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=32,
+            )
+        ),
+        vae=diffusers.AutoencoderDC(
+            in_channels=3,
+            latent_channels=4,
+            attention_head_dim=2,
+            encoder_block_types=("ResBlock",) * 3,
+            decoder_block_types=("ResBlock",) * 3,
+            encoder_block_out_channels=(8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8),
+            encoder_qkv_multiscales=((), (), ()),
+            decoder_qkv_multiscales=((), (), ()),
+            encoder_layers_per_block=(1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1),
+            downsample_block_type="conv",
+            upsample_block_type="interpolate",
+        ),
+        transformer=TINY["sana"].build(),
+        scheduler=_flow(shift=3.0),
+    )
+
+
+def _sd3() -> Any:
+    clip, t5 = _clip_and_t5()
+    return diffusers.StableDiffusion3Pipeline(
+        transformer=TINY["sd3"].build(),
+        scheduler=_flow(shift=3.0),
+        vae=_autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0),
+        text_encoder=_clip(32),
+        tokenizer=clip,
+        text_encoder_2=_clip(32),
+        tokenizer_2=clip,
+        text_encoder_3=_t5(),
+        tokenizer_3=t5,
+    )
+
+
+def _video_autoencoder(cls: Any, **more: Any) -> Any:
+    return cls(
+        base_dim=8,
+        z_dim=4,
+        dim_mult=[1, 1, 1, 1],
+        num_res_blocks=1,
+        latents_mean=[0.0] * 4,
+        latents_std=[1.0] * 4,
+        **more,
+    )
+
+
+def _qwen_image() -> Any:
+    # The pipeline drops the template's first 34 tokens: words have to be tokens, as in its own.
+    empty = diffusers.QwenImagePipeline(None, None, None, None, None)
+    tokenizer = _qwen_tokenizer((*[empty.prompt_template_encode] * 4, LONG_CAPTION))
+    text = _qwen_text(
+        len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=1,
+        rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
+    )
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision | {"out_hidden_size": 64}
+    )
+    return diffusers.QwenImagePipeline(
+        scheduler=_flow(),
+        vae=_video_autoencoder(diffusers.AutoencoderKLQwenImage),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        transformer=TINY["qwen_image"].build(),
+    )
+
+
+def _z_image() -> Any:
+    tokenizer = _qwen_tokenizer()
+    config = _qwen_text(len(tokenizer), hidden_size=64, num_hidden_layers=2, head_dim=32)
+    return diffusers.ZImagePipeline(
+        scheduler=_flow(shift=3.0),
+        vae=_autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0),
+        text_encoder=transformers.Qwen3Model(transformers.Qwen3Config(**config)),
+        tokenizer=tokenizer,
+        transformer=TINY["z_image"].build(),
+    )
+
+
+def _wan() -> Any:
+    return diffusers.WanPipeline(
+        tokenizer=_clip_and_t5()[1],
+        text_encoder=_t5(transformers.UMT5EncoderModel, transformers.UMT5Config),
+        vae=_video_autoencoder(diffusers.AutoencoderKLWan),
+        scheduler=diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        transformer=TINY["wan"].build(),
+    )
+
+
+CALL = {"num_inference_steps": 3, "height": 64, "width": 64}
+SHORT = CALL | {"max_sequence_length": 16}
+
+PIPELINES = {
+    "flux2": TinyPipeline(
+        _flux2, SHORT | {"guidance_scale": 4.0, "text_encoder_out_layers": [1, 2, 3]}
+    ),
+    "pixart": TinyPipeline(
+        _pixart,
+        SHORT | {"guidance_scale": 4.5, "use_resolution_binning": False, "clean_caption": False},
+    ),
+    "sana": TinyPipeline(
+        _sana,
+        SHORT
+        | {
+            "height": 32,
+            "width": 32,
+            "guidance_scale": 4.5,
+            "use_resolution_binning": False,
+            "complex_human_instruction": [],
+        },
+    ),
+    "sd3": TinyPipeline(_sd3, SHORT | {"guidance_scale": 7.0}),
+    "qwen_image": TinyPipeline(_qwen_image, CALL | {"max_sequence_length": 64}),
+    "z_image": TinyPipeline(_z_image, CALL | {"guidance_scale": 2.0, "max_sequence_length": 64}),
+    "wan": TinyPipeline(_wan, SHORT | {"guidance_scale": 5.0, "num_frames": 5}),
+}
