@@ -11,7 +11,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test check bench bench-bits bench-quality bench-kernels tune versions clean
+.PHONY: help setup compress plan sweep test check bench bench-bits bench-quality bench-kernels bench-compress tune versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -54,6 +54,9 @@ bench-quality: $(STAMP) ## every method on tiny-flux, into docs/quality.md
 
 bench-kernels: $(STAMP) ## time the kernels (needs a GPU): ARGS="linear --write"
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+bench-compress: $(STAMP) ## the line on a full-size model with generated weights (needs a GPU): ARGS="flux"
+	$(BIN)/python benchmarks/compress.py $(ARGS)
 
 tune: $(STAMP) ## choose plans for this GPU by measurement, into kernels/plans.json
 	$(BIN)/python benchmarks/tune.py $(ARGS)

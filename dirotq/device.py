@@ -1,6 +1,7 @@
 """Where and in which precision a stage computes."""
 
 import re
+from pathlib import Path
 
 import torch
 
@@ -28,3 +29,11 @@ def pick_device(name: str) -> torch.device:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU, float32 on a CPU (where bf16 matrix products are several times slower)."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def free_host_memory() -> int:
+    """Bytes of RAM that can be taken without swapping."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return 4 << 30  # no Linux: the least a machine for this work has

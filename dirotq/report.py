@@ -25,7 +25,7 @@ def write_report(
 ) -> None:
     """Render ``report`` (the content of report.json) with its figures.
 
-    spectra    ascending variances [D] per block site
+    spectra    per block site, the share of energy outside of its 1, 2, ... leading directions
     want, got  image pairs, float [B, 3, H, W] in [0, 1]
     """
     template = jinja2.Environment(
@@ -70,8 +70,8 @@ def _png(image: Tensor) -> str:
 def _spectra(spectra: Mapping[str, Tensor], ranks: Mapping[str, int]) -> str:
     """Energy that is left outside of the r leading directions, per site."""
     figure, axes = _figure()
-    for name, variances in spectra.items():
-        left = 1 - (variances.flip(0).cumsum(0) / variances.sum()).numpy()
+    for name, energy in spectra.items():
+        left = energy.numpy()
         axes.plot(np.arange(1, len(left) + 1), left.clip(1e-6), linewidth=0.8, alpha=0.7)
         if 0 < ranks.get(name, 0) <= len(left):
             axes.plot(ranks[name], left[ranks[name] - 1].clip(1e-6), "k.", markersize=4)

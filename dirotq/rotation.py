@@ -74,8 +74,10 @@ class Rotation:
         """S_z = E[zᵀz], float64 [K, K], from S = E[xᵀx]: the transform applied from both sides."""
         p, t = self._exact
         half, _ = transform(s_DD.double(), p, t, self.spec)
-        s_KK, _ = transform(half.mT, p, t, self.spec)
-        return (s_KK + s_KK.mT) / 2
+        half = half.mT.contiguous()  # of 15360 channels each of these is 1.9 GB
+        s_KK, _ = transform(half, p, t, self.spec)
+        del half
+        return s_KK.add_(s_KK.mT.clone()).div_(2)
 
     @property
     def _exact(self) -> tuple[Tensor | None, Tensor | None]:

@@ -1,5 +1,6 @@
 """Tensors in files: Zarr arrays for what is read in part, safetensors for what is read whole."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -9,29 +10,36 @@ import zarr
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-ROWS_PER_CHUNK = 512
+BYTES_PER_CHUNK = 16 << 20
 
 
 def create_array(
     group: zarr.Group,
     name: str,
-    shape: tuple[int, int],
+    shape: tuple[int, ...],
     dtype: torch.dtype,
-    rows_per_chunk: int = ROWS_PER_CHUNK,
 ) -> None:
-    """A 2-D array in chunks of full rows; bfloat16, which Zarr lacks, is kept as its bits."""
+    """An array in chunks along its first axis, replacing one of that name.
+
+    bfloat16, which Zarr lacks, is kept as its bits.
+    """
+    row = dtype.itemsize * math.prod(shape[1:])
+    # Chunks of equal size: Zarr fills the last one up.
+    chunks = -(-shape[0] * row // BYTES_PER_CHUNK)
     kind = "uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
     group.create_array(
         name,
         shape=shape,
-        chunks=(min(rows_per_chunk, shape[0]), shape[1]),
+        chunks=(-(-shape[0] // max(min(chunks, shape[0]), 1)), *shape[1:]),
         dtype=kind,
+        compressors=None,  # bf16 gains a fifth and float32 nothing, at a tenth of the speed
+        overwrite=True,
         attributes={"torch_dtype": str(dtype).removeprefix("torch.")},
     )
 
 
 def write_rows(group: zarr.Group, name: str, start: int, rows: Tensor) -> None:
-    """Write ``rows`` [n, D] at row ``start``, in the array's dtype. One writer per chunk."""
+    """Write ``rows`` [n, ...] at row ``start``, in the array's dtype. One writer per chunk."""
     array = _array(group, name)
     rows = rows.to(_dtype(array)).cpu().contiguous()
     array[start : start + len(rows)] = _numpy(rows)

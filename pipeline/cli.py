@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from dirotq.errors import ConfigError, DirotqError
-from dirotq.pipeline import dag, doctor, explain, generate, housekeeping, report, runs
+from dirotq.pipeline import dag, doctor, explain, generate, housekeeping, preflight, report, runs
 from dirotq.pipeline.config import Line, build, compose_config, with_model_folder
 from dirotq.pipeline.disk import is_disk_full
 from dirotq.pipeline.store import Artifact, ArtifactStore, default_root
@@ -35,7 +35,7 @@ USAGE = """\
 usage: dirotq <verb> [...]
 
   compress [OVERRIDES] [-m]   run the line: capture, basis, rank, gptq, fuse, pack, validate
-  plan     [OVERRIDES]        what would run, what is cached, what it cost the last time
+  plan     [OVERRIDES]        what is cached, what would run, what it takes, whether it fits
   explain  [OVERRIDES]        why each stage would run; `explain A B` compares two artifacts
   verify   [ARTIFACTS]        hold artifacts against their digests; --remove damaged ones
   gc       [--keep N] [--yes] what nothing needs any more; --yes removes it
@@ -73,7 +73,7 @@ def compress(*overrides: str) -> dict[str, Artifact]:
     folder = runs.new_folder(line.store)
     folder.mkdir(parents=True)
     OmegaConf.save(cfg, folder / "config.yaml")
-    outcomes = _run(line, folder, overrides)
+    outcomes = _run(line, cfg, folder, overrides)
     return {name: outcome.artifact for name, outcome in outcomes.items()}
 
 
@@ -119,20 +119,32 @@ def _job(cfg: DictConfig) -> None:
     line = build(cfg)
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir).absolute()
-    outcomes = _run(line, folder, list(context.overrides.task))
+    outcomes = _run(line, cfg, folder, list(context.overrides.task))
     report.summary(outcomes, folder)
 
 
-def _run(line: Line, folder: Path, overrides: Sequence[str]) -> dict[str, dag.Outcome]:
+def _run(
+    line: Line, cfg: DictConfig, folder: Path, overrides: Sequence[str]
+) -> dict[str, dag.Outcome]:
+    found = preflight.examine(line, cfg)
+    preflight.refuse(found, line.store.root)
     runs.record(folder, line.store, {step.name: str(step) for step in line.steps})
     return dag.run(
-        line.steps, line.store, line.executor, force=line.force, overrides=list(overrides)
+        line.steps,
+        line.store,
+        line.executor,
+        force=line.force,
+        overrides=list(overrides),
+        estimates=found.records,
     )
 
 
 def _plan(args: list[str], config: str) -> int:
-    line = build(compose_config(args, config))
-    report.plan(line)
+    cfg = compose_config(args, config)
+    line = build(cfg)
+    found = preflight.examine(line, cfg)
+    report.plan(line, found)
+    preflight.refuse(found, line.store.root)
     return 0
 
 

@@ -1,5 +1,6 @@
 """From overrides to a line that can be planned or run. Nothing behind it sees a DictConfig."""
 
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.pipeline import dag
 from dirotq.pipeline.store import ArtifactStore
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@\s,]+)?")
 
 __all__ = ["Line", "build", "compose_config", "with_model_folder"]
 
@@ -67,7 +70,8 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
 def with_model_folder(overrides: Sequence[str], module: str) -> list[str]:
     """``model=<folder>`` becomes ``model=local model.path=<folder>``; the rest stays as it is.
 
-    A config name wins over a folder of the same name. Raises ConfigError if the value is neither.
+    So do a file and a hub id (``org/name[@revision]``). A config name wins over a folder of the
+    same name, and a folder over a hub id. Raises ConfigError if the value is nothing of these.
     """
     result = []
     for override in overrides:
@@ -79,15 +83,24 @@ def with_model_folder(overrides: Sequence[str], module: str) -> list[str]:
             known = GlobalHydra.instance().config_loader().get_group_options("model")
         if set(value.split(",")) <= set(known):  # a comma: a sweep over several models
             result.append(override)
-        elif Path(value).is_dir():
-            quoted = str(Path(value).absolute()).replace("\\", "\\\\").replace("'", "\\'")
+        elif (path := _model_path(value)) is not None:
+            quoted = path.replace("\\", "\\\\").replace("'", "\\'")
             result += ["model=local", f"model.path='{quoted}'"]
         else:
             raise ConfigError(
                 f"model={value}: no such model. Known models are {', '.join(known)}; the path of "
-                "an existing diffusers folder works too"
+                "an existing diffusers folder or .safetensors file works too, and so does the hub "
+                "id of a diffusers pipeline (org/name, org/name@revision)"
             )
     return result
+
+
+def _model_path(value: str) -> str | None:
+    """An existing folder or file, absolute; a hub id as it is; else None."""
+    local = Path(value).expanduser()
+    if local.exists() or local.suffix == ".safetensors":  # a missing file has a message of its own
+        return str(local.absolute())
+    return value if HUB_ID.fullmatch(value) else None
 
 
 @contextmanager

@@ -99,19 +99,23 @@ def run(
     *,
     force: Collection[str] = (),
     overrides: Sequence[str] = (),
+    estimates: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> dict[str, Outcome]:
     """Run, in order, every step whose artifact is not in the store.
 
-    force   names of stages to recompute although their artifact exists
+    force      names of stages to recompute although their artifact exists
+    estimates  {stage: what it was expected to take}, for provenance.json
 
     Raises KeyboardInterrupt with the step's name as its argument.
     """
     done: dict[str, Outcome] = {}
+    estimates = estimates or {}
     for step in steps:
         inputs = {slot: done[need].artifact for slot, need in step.needs.items()}
         forced = step.name in force
         try:
-            job = executor.submit(_produce, step, store, inputs, forced, overrides)
+            notes = {"estimate": estimates[step.name]} if step.name in estimates else {}
+            job = executor.submit(_produce, step, store, inputs, forced, overrides, notes)
             done[step.name] = job.result()
         except KeyboardInterrupt:
             raise KeyboardInterrupt(step.name) from None
@@ -124,13 +128,14 @@ def _produce(
     inputs: Mapping[str, Artifact],
     force: bool,
     overrides: Sequence[str],
+    notes: Mapping[str, Any],
 ) -> Outcome:
     if not force and (found := store.get(step.name, step.fingerprint)):
         log.info("%-8s cached  %s", step.name, step)
         return Outcome(found, None)
     resume = bool(getattr(step.stage, "resumable", False))
     with store.create(
-        step.name, step.recipe, resume=resume, force=force, overrides=overrides
+        step.name, step.recipe, resume=resume, force=force, overrides=overrides, notes=notes
     ) as draft:
         began = time.monotonic()
         if computed := draft.artifact is None:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+
+from dirotq.pipeline.peaks import peaks
 
 __all__ = ["LIBRARIES", "gpu", "provenance", "versions"]
 
@@ -23,13 +24,12 @@ LIBRARIES = (
 def provenance(started: float, overrides: Sequence[str]) -> dict[str, Any]:
     """The content of provenance.json for work that began at ``started`` (seconds since 1970).
 
-    ``peak_rss_bytes`` is the peak of the whole process so far, not of this stage alone.
+    Peaks of memory are those since :func:`pipeline.peaks.reset_peaks`.
     """
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
         "seconds": round(time.time() - started, 3),
-        "peak_rss_bytes": peak * (1 if sys.platform == "darwin" else 1024),
+        **peaks(),
         "argv": sys.argv,
         "overrides": list(overrides),
         "git": git_revision(),

@@ -7,54 +7,91 @@ from pathlib import Path, PurePosixPath
 from rich.console import Console
 from rich.table import Table
 
+from dirotq.cost import Cost
 from dirotq.pipeline.config import Line
 from dirotq.pipeline.dag import Outcome
+from dirotq.pipeline.preflight import Preflight, free_disk
 from dirotq.pipeline.store import Artifact
 
-__all__ = ["bytes_text", "plan", "seconds_text", "summary"]
+__all__ = ["bytes_text", "duration_text", "plan", "seconds_text", "summary"]
 
 
-def plan(line: Line) -> None:
-    """Per stage: cached or to run, and what it took the last time this stage ran anywhere.
+def plan(line: Line, found: Preflight) -> None:
+    """Per stage: cached or to run, and what it took; of one to run, an estimate (``~``).
 
-    Memory is the peak of the process that ran the stage, up to its end.
+    A stage that can't be estimated shows what it took the last time it ran anywhere. Memory is the
+    peak while the stage ran.
     """
     table = Table("stage", "state", "artifact", box=None, pad_edge=False)
-    for name in ("seconds", "memory", "disk"):
+    for name in ("seconds", "VRAM", "RAM", "disk"):
         table.add_column(name, justify="right")
     latest = {artifact.stage: artifact for artifact in line.store.list()}  # sorted by time
     missing: list[str] = []
-    cost: dict[str, float] = {}  # seconds of the stages to run, where known
+    seconds: dict[str, float] = {}  # of the stages to run, where known
     for step in line.steps:
         cached = None if step.name in line.force else line.store.get(step.name, step.fingerprint)
         known = cached or latest.get(step.name)
-        past = known.provenance if known else {}
+        cells = ["-"] * 4
         if not cached:
             missing.append(step.name)
-            if known:
-                cost[step.name] = past["seconds"]
-        table.add_row(
-            step.name,
-            "cached" if cached else "to run",
-            step.fingerprint,
-            seconds_text(past["seconds"]) if known else "-",
-            bytes_text(past["peak_rss_bytes"]) if known else "-",
-            bytes_text(known.bytes) if known else "-",
+        if estimate := found.estimates.get(step.name):
+            seconds[step.name] = estimate.cost.seconds
+            cells = [f"~{text}" if text else "" for text in _cells(estimate.cost)]
+        elif known:
+            took = _took(known)
+            cells = _cells(took)
+            if not cached:
+                seconds[step.name] = took.seconds
+        table.add_row(step.name, "cached" if cached else "to run", step.fingerprint, *cells)
+    if found.estimates:
+        costs = [estimate.cost for estimate in found.estimates.values()]
+        total = Cost(
+            seconds=sum(cost.seconds for cost in costs),
+            vram=max(cost.vram for cost in costs),
+            ram=max(cost.ram for cost in costs),
+            disk=sum(cost.disk for cost in costs),
         )
+        table.add_row("in all", "", "", *(f"~{text}" if text else "" for text in _cells(total)))
     Console().print(table)
-    print(f"\n{_outlook(missing, cost)}")
+    print(f"\n{_outlook(missing, seconds, found, line.store.root)}")
 
 
-def _outlook(missing: list[str], cost: Mapping[str, float]) -> str:
+def _took(artifact: Artifact) -> Cost:
+    past = artifact.provenance
+    return Cost(
+        seconds=past["seconds"],
+        vram=past.get("peak_vram_bytes", 0),
+        ram=past["peak_rss_bytes"],
+        disk=artifact.bytes,
+    )
+
+
+def _cells(cost: Cost) -> list[str]:
+    """Seconds, VRAM (empty for none), RAM, disk."""
+    sizes = [bytes_text(cost.vram) if cost.vram else "", *map(bytes_text, (cost.ram, cost.disk))]
+    return [seconds_text(cost.seconds), *sizes]
+
+
+def _outlook(missing: list[str], seconds: Mapping[str, float], found: Preflight, root: Path) -> str:
     if not missing:
         return "everything is cached"
-    new = [name for name in missing if name not in cost]
+    new = [name for name in missing if name not in seconds]
     parts = [f"{len(missing)} to run"]
-    if cost:
-        parts.append(f"about {seconds_text(sum(cost.values()))} s, going by the last time")
+    if found.machine:
+        parts.append(f"about {duration_text(sum(seconds.values()))} on {found.machine.name}")
+        parts.append(f"{bytes_text(free_disk(root))} of disk free")
+    elif seconds:
+        parts.append(f"about {seconds_text(sum(seconds.values()))} s, going by the last time")
     if new:
         parts.append(f"never run here: {', '.join(new)}")
     return "; ".join(parts)
+
+
+def duration_text(seconds: float) -> str:
+    """A time for people: 45 s, 12 min, 3.5 h."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def summary(outcomes: Mapping[str, Outcome], folder: Path) -> None:

@@ -26,6 +26,7 @@ from filelock import FileLock, Timeout
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.artifact import MANIFEST, SCHEMA, Artifact, inventory, read_json, refuse_newer
 from dirotq.pipeline.disk import is_disk_full, sync, sync_tree, write_json
+from dirotq.pipeline.peaks import reset_peaks
 from dirotq.pipeline.provenance import provenance
 from dirotq.pipeline.stage import fingerprint
 
@@ -106,12 +107,14 @@ class ArtifactStore:
         resume: bool = False,
         force: bool = False,
         overrides: Sequence[str] = (),
+        notes: Mapping[str, Any] | None = None,
     ) -> Iterator[Draft]:
         """Yield a draft and publish it, whole and on disk, when the block ends without an error.
 
         resume      keep what an interrupted run left in the draft's folder
         force       recompute and replace an artifact that exists
         overrides   the command line's, for provenance.json
+        notes       more entries of provenance.json
 
         An error leaves nothing published and the partial folder in place.
         Raises ArtifactError if the store cannot be written or the disk is full.
@@ -128,6 +131,7 @@ class ArtifactStore:
                 self.discard(partial)
             draft.data.mkdir(parents=True, exist_ok=True)
             started = time.time()
+            reset_peaks()
             yield draft
             manifest = {
                 "schema": SCHEMA,
@@ -137,7 +141,8 @@ class ArtifactStore:
                 "files": inventory(draft.data),
                 "metrics": {name: _jsonable(value) for name, value in draft.metrics.items()},
             }
-            write_json(partial / "provenance.json", provenance(started, overrides))
+            made = provenance(started, overrides) | dict(notes or {})
+            write_json(partial / "provenance.json", made)
             write_json(partial / MANIFEST, manifest)
             sync_tree(partial)
             self.discard(final)  # there only under force

@@ -1,168 +1,325 @@
-"""Second moments and sampled rows of every site, streamed while the 16-bit model generates.
+"""Second moments and sampled rows of every site of the 16-bit model.
 
-Letters: T tokens of one call, D channels.
+In two parts, each resumable. *Record*: the pipeline generates latents for the calibration prompts,
+and a plan picks calls of the denoiser out of all prompts and timesteps. *Replay*: these calls pass
+through the transformer block by block (models/replay.py), so that one block's weights and moments
+are in memory at a time, however large the model.
 """
 
+import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 import zarr
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from dirotq.device import compute_dtype, pick_device
-from dirotq.errors import ConfigError
+from dirotq.cost import Cost, Machine, budget
+from dirotq.device import compute_dtype, free_host_memory, pick_device
+from dirotq.errors import ConfigError, NumericalError
+from dirotq.kernels import second_moment
+from dirotq.models.call import Call, load_calls, save_calls
 from dirotq.models.family import Site
-from dirotq.models.recorder import Recorder
-from dirotq.models.source import DiffusersModel, generate
+from dirotq.models.recorder import Recorder, Seen, refuse_empty_or_damaged
+from dirotq.models.replay import Walk
+from dirotq.models.source import DiffusersModel
+from dirotq.models.trajectory import Trajectories
+from dirotq.models.workload import Workload, calls_at_once
+from dirotq.moments import read_stored, write_moment
 from dirotq.pipeline.stage import untracked
 from dirotq.progress import track
 from dirotq.prompts import PromptSet
+from dirotq.sizes import parse_bytes
 from dirotq.tensors import create_array, write_rows
 
 log = logging.getLogger(__name__)
 
+GOLDEN = 0.6180339887498949
+
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """Run the calibration prompts and accumulate S = XᵀX / T per site (docs/method.md Eq. 1).
+    """Accumulate S = XᵀX / T per site over calibration calls (docs/method.md Eq. 1).
 
     ``batch``   prompts per pipeline call; one batch is one shard, the unit of resuming
-    ``every``   record one denoiser call in this many, and at least one per shard (which ones
-                rotates with the shard, so that all timesteps are covered)
+    ``calls``   denoiser calls to record (a call for a batch of four counts as four), spread evenly
+                over all prompts and timesteps (:func:`chosen_calls`)
     ``rows``    activation rows kept per site, for proofs and per-layer errors
+    ``vram``    GPU memory to stay within ("24GB"), or None for what is free
 
-    Writes ``moments.zarr`` (float32 [D, D] per site, attribute ``tokens``), ``rows.zarr`` (bfloat16
-    [rows, D]) and ``probe.safetensors`` (the tensors of one denoiser call).
+    Writes ``moments.zarr`` (per site the block triangle of S in float32, or its rows where they are
+    fewer; dirotq/moments.py), ``rows.zarr`` (bfloat16 [rows, D]) and ``probe.*`` (one call).
 
     Raises NumericalError naming the site whose activations are not finite or that saw no token.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     resumable: ClassVar[bool] = True
 
     model: DiffusersModel
     prompts: PromptSet
     batch: int
-    every: int
+    calls: int
     rows: int
+    vram: str | None = untracked()
     device: str = untracked()
 
     def __post_init__(self) -> None:
-        if min(self.batch, self.every, self.rows) < 1:
+        if min(self.batch, self.calls, self.rows) < 1:
             raise ConfigError(
-                f"capture.batch={self.batch}, capture.every={self.every}, "
+                f"capture.batch={self.batch}, capture.calls={self.calls}, "
                 f"capture.rows={self.rows}: each must be at least 1"
             )
+        if self.vram is not None:
+            parse_bytes(self.vram)
 
     def run(self, out: Path) -> Mapping[str, float]:
         device = pick_device(self.device)
-        prompts = self.prompts.load()
-        shards = [prompts[i : i + self.batch] for i in range(0, len(prompts), self.batch)]
-        pipe = self.model.pipeline(compute_dtype(device), device)
-        sites = self.model.family.sites(pipe.transformer)
-        totals = _resume(out)
-        done = totals.shards
-        if done:
-            log.info("capture resumes after %d of %d shards", done, len(shards))
-        else:
-            totals.moments = {s.name: torch.zeros(s.dim, s.dim, dtype=torch.float64) for s in sites}
-            totals.tokens = dict.fromkeys(totals.moments, 0)
-        call = self.model.call_arguments()
-        every = min(self.every, int(call.get("num_inference_steps", self.every)))
-        rows = _RowStore(out / "rows.zarr", sites, self.rows, len(shards), fresh=not done)
-        for index in track(range(done, len(shards)), "capture"):
-            recorder = Recorder(pipe.transformer, sites, every, index, rows.quota)
-            with recorder:
-                generate(pipe, shards[index], call, output="latent")
-            totals.add(recorder)
-            if index == 0:
-                save_file(recorder.probe, out / "probe.safetensors")
-            rows.write(index, recorder.rows)
-            totals.save(out, index + 1)
-        _publish_moments(out, sites, totals)
+        calls, prompts = self._record(out, device)
+        save_calls(out, "probe", calls[:1])
+        sites = self.model.sites()
+        tokens = self._replay(out, device, sites, calls)
+        for folder in ("calls", "replayed"):
+            shutil.rmtree(out / folder)
         return {
-            "prompts": len(prompts),
+            "prompts": prompts,
+            "calls": len(calls) * self.batch,
             "sites": len(sites),
-            "tokens": max(totals.tokens.values()),
+            "tokens": max(tokens.values()),
+            # No more tokens than channels: such a site's basis is not determined by its data alone.
+            "rank_deficient": sum(tokens[s.name] < s.dim for s in sites if s.kind == "block"),
         }
 
+    def cost(self, work: Workload, machine: Machine) -> Cost:
+        """Generate latents for all prompts; then the recorded calls again, moments on top."""
+        limit, weights = budget(machine, self.vram), machine.width * work.parameters
+        blocks, samples = len(work.by_block), work.samples
+        forward = machine.forward_seconds(samples * work.forward_flops, work.channels, blocks)
+        streams = machine.gpu and self.vram is not None and weights > 0.75 * limit
+        made = -(-work.calibration // self.batch) * work.steps
+        generate = made * max(forward, weights / machine.park if streams else 0)
+        each, count = samples * work.state * machine.width / 2, -(-work.recorded // samples)
+        room = 0.6 * limit if machine.gpu else 0.5 * machine.ram
+        at_once, park = calls_at_once(each, count, room, 0.6 * machine.ram)
+        sums = (machine.moment_seconds(work.tokens(s), s.dim) for s in work.sites)
+        replay = count * forward + work.recorded * sum(sums)
+        sweeps = -(-count // at_once)
+        moved = 2 * count * each * blocks / machine.park if park else 0
+        loaded = work.components + (1 + sweeps) * weights
+        disk = work.moments + sum(2 * self.rows * s.dim for s in work.sites)
+        largest = max(work.moment_bytes(site) for site in work.sites)
+        block = machine.width * work.block_parameters + work.block_moments + largest
+        activations = work.activations(samples, machine.width)
+        recording = max(work.encoders, 2 * block if streams else weights + activations)
+        replaying = block + activations + (2 if park else at_once) * each
+        host = float(work.components) + work.call_bytes(work.recorded) + 2 * largest
+        host += (at_once * each if park else 0) + (weights if streams else 0)
+        adapts = machine.gpu and self.vram is None  # as yet it takes what is free
+        advice = f"capture.vram={0.9 * limit / 1e9:.0f}GB, " if adapts else ""
+        return Cost(
+            seconds=machine.start + generate + replay + moved + loaded / machine.load
+            + sweeps * (disk / machine.write + len(work.sites) * machine.site),
+            disk=disk,
+            lower=advice + "capture.batch=1, a smaller model.call.height and width",
+            **machine.memory(max(recording, replaying), host),
+        )  # fmt: skip
 
-class _Totals:
-    """Running sums over finished shards; float64, so that resuming changes no bit."""
+    def _record(self, out: Path, device: torch.device) -> tuple[list[Call], int]:
+        """The calls to replay, from the shards that are on disk and those that are not yet."""
+        prompts = self.prompts.load()
+        shards = [prompts[i : i + self.batch] for i in range(0, len(prompts), self.batch)]
+        names = [f"{index:05d}" for index in range(len(shards))]
+        todo = [i for i, name in enumerate(names) if not (out / "calls" / f"{name}.json").exists()]
+        if len(todo) < len(shards):
+            log.info("capture resumes after %d of %d shards", len(shards) - len(todo), len(shards))
+        if todo:
+            budget = None if self.vram is None else parse_bytes(self.vram)
+            source = Trajectories(self.model, compute_dtype(device), device, budget)
+            source.encode([shards[i] for i in todo])
+            source.load_transformer()
+            wanted = -(-self.calls // self.batch)
+            for index in track(todo, "capture: record"):
+                try:
+                    choose = partial(chosen_calls, index, len(shards), wanted=wanted)
+                    recorded = source.record(shards[index], choose)
+                except NumericalError:
+                    self._name_the_site(out / "diagnosis", device, source.made)
+                    raise
+                save_calls(out / "calls", names[index], recorded)
+            del source
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+        return load_calls(out / "calls", names), len(prompts)
 
-    def __init__(self) -> None:
-        self.shards = 0
-        self.moments: dict[str, Tensor] = {}
-        self.tokens: dict[str, int] = {}
+    def _name_the_site(self, out: Path, device: torch.device, calls: list[Call]) -> None:
+        """Raise NumericalError for the first site that is not finite in a failed generation."""
+        # The first call that went wrong had good inputs; those of its successors are its output.
+        calls = [c for c in calls if all(bool(t.isfinite().all()) for t in c.tensors())]
+        out.mkdir()
+        try:
+            self._replay(out, device, self.model.sites(), calls)
+        finally:
+            shutil.rmtree(out)
 
-    def add(self, recorder: Recorder) -> None:
-        for name, moment in recorder.moments.items():
-            self.moments[name] += moment.cpu()
-            self.tokens[name] += recorder.tokens[name]
+    def _replay(
+        self, out: Path, device: torch.device, sites: list[Site], calls: list[Call]
+    ) -> dict[str, int]:
+        """Moments and rows of all sites on disk; tokens seen by each."""
+        transformer = self.model.skeleton()
+        weights = self.model.weights()
+        blocks = list(dict.fromkeys(site.block for site in sites if site.block))
+        walk = Walk(transformer, weights, blocks, device=device, dtype=compute_dtype(device))
+        at_once, walk.park = _sweep_size(walk, calls, self.vram, device)
+        sweeps = [range(i, min(i + at_once, len(calls))) for i in range(0, len(calls), at_once)]
+        if len(sweeps) > 1:
+            log.info("capture: %d sweeps of up to %d calls each", len(sweeps), at_once)
+        ledger = _Ledger(out, sites, self.rows, len(calls))
+        steps = iter(track(range(len(sweeps) * len(blocks)), "capture: replay"))
+        for number, sweep in enumerate(sweeps):
+            if not all(ledger.has(number, block) for block in ["", *blocks]):
+                self._sweep(number, sweep, calls, walk, ledger, steps)
+        next(steps, None)
+        return ledger.tokens()
 
-    def save(self, out: Path, shards: int) -> None:
-        """Replace the state on disk, whole: a kill leaves either the old or the new one."""
-        state = out / "state"
-        state.mkdir(exist_ok=True)
-        counts = {f"tokens.{name}": torch.tensor(n) for name, n in self.tokens.items()}
-        partial = state / "partial"
-        save_file({f"moment.{n}": m for n, m in self.moments.items()} | counts, partial)
-        partial.replace(state / f"{shards:06d}.safetensors")
-        for older in state.glob("*.safetensors"):
-            if int(older.stem) < shards:
-                older.unlink()
+    def _sweep(
+        self,
+        number: int,
+        sweep: range,
+        calls: Sequence[Call],
+        walk: Walk,
+        ledger: "_Ledger",
+        steps: Iterator[int],
+    ) -> None:
+        """Send one sweep's calls through the network, every block recorded as they pass."""
+        present = [calls[i] for i in sweep]
+        mask = self.model.family.mask
+
+        @contextmanager
+        def visit(block: str, part: nn.Module | None = None) -> Iterator[None]:
+            with ledger.recording(number, block, sweep, present, walk, mask):
+                yield
+            next(steps, None)
+
+        with visit(""):
+            walk.run(present, visit)
 
 
-def _resume(out: Path) -> _Totals:
-    """The state of the last finished shard, or an empty one."""
-    totals = _Totals()
-    found = sorted((out / "state").glob("*.safetensors"))
-    if found:
-        totals.shards = int(found[-1].stem)
-        for key, value in load_file(found[-1]).items():
-            kind, _, name = key.partition(".")
-            if kind == "moment":
-                totals.moments[name] = value
-            else:
-                totals.tokens[name] = int(value)
-    return totals
+class _Ledger:
+    """What the replay has put on disk: one marker per finished (sweep, block)."""
 
-
-class _RowStore:
-    """Sampled rows on disk: each shard owns its own range of rows of every site."""
-
-    def __init__(self, path: Path, sites: list[Site], rows: int, shards: int, *, fresh: bool):
-        self.quota = -(-rows // shards)
-        self.group = zarr.open_group(path, mode="w" if fresh else "r+")
+    def __init__(self, out: Path, sites: Sequence[Site], rows: int, calls: int) -> None:
+        self.sites, self.rows, self.calls = sites, rows, calls
+        self.done = out / "replayed"
+        fresh = not self.done.exists()
+        self.moments = zarr.open_group(out / "moments.zarr", mode="w" if fresh else "r+")
+        self.samples = zarr.open_group(out / "rows.zarr", mode="w" if fresh else "r+")
         if fresh:
             for site in sites:
-                create_array(
-                    self.group,
-                    site.name,
-                    (self.quota * shards, site.dim),
-                    torch.bfloat16,
-                    self.quota,
-                )
+                create_array(self.samples, site.name, (rows, site.dim), torch.bfloat16)
+            self.done.mkdir()
 
-    def write(self, shard: int, rows: Mapping[str, Tensor]) -> None:
-        for name, sample in rows.items():
-            # A site that sees few rows (a modulator) repeats them rather than leave zeros.
-            repeats = -(-self.quota // max(len(sample), 1))
-            write_rows(
-                self.group, name, shard * self.quota, sample.repeat(repeats, 1)[: self.quota]
-            )
+    def has(self, sweep: int, block: str) -> bool:
+        return self._marker(sweep, block).exists()
+
+    def tokens(self) -> dict[str, int]:
+        return {site.name: int(str(self.moments[site.name].attrs["tokens"])) for site in self.sites}
+
+    @contextmanager
+    def recording(
+        self,
+        sweep: int,
+        block: str,
+        indices: range,
+        calls: list[Call],
+        walk: Walk,
+        mask: str | None,
+    ) -> Iterator[None]:
+        """Record the block's sites, unless that was done before; then write them and the marker."""
+        if self.has(sweep, block):
+            yield
+            return
+        sites = [site for site in self.sites if site.block == block]
+        start, stop = (i * self.rows // self.calls for i in (indices.start, indices.stop))
+        recorder = Recorder(
+            walk.transformer, sites, calls, lambda: walk.current,
+            rows=stop - start, seed=sweep, mask=mask,
+        )  # fmt: skip
+        with recorder:
+            yield
+        refuse_empty_or_damaged(sites, recorder.seen)
+        for site in sites:
+            self._write(site, recorder.seen[site.name], sweep, start, stop)
+        self._marker(sweep, block).write_text(json.dumps({"sites": len(sites)}))
+
+    def _write(self, site: Site, seen: Seen, sweep: int, start: int, stop: int) -> None:
+        total, rows, tokens = seen.total, seen.whole, seen.tokens
+        if sweep:
+            total, rows, tokens = _merged(read_stored(self.moments, site.name), seen, site.dim)
+        stacked = torch.cat(rows) if total is None else None
+        write_moment(self.moments, site.name, site.dim, tokens, total=total, rows=stacked)
+        if stop > start:
+            sample = torch.cat(seen.sample)
+            repeats = -(-(stop - start) // len(sample))
+            write_rows(self.samples, site.name, start, sample.repeat(repeats, 1)[: stop - start])
+
+    def _marker(self, sweep: int, block: str) -> Path:
+        return self.done / f"{sweep:03d}-{block or 'outside'}.json"
 
 
-def _publish_moments(out: Path, sites: list[Site], totals: _Totals) -> None:
-    group = zarr.open_group(out / "moments.zarr", mode="w")
-    for site in sites:
-        create_array(group, site.name, (site.dim, site.dim), torch.float32)
-        write_rows(group, site.name, 0, totals.moments[site.name] / totals.tokens[site.name])
-        group[site.name].attrs["tokens"] = totals.tokens[site.name]
-    shutil.rmtree(out / "state", ignore_errors=True)
+def _merged(
+    stored: tuple[Tensor, dict], seen: Seen, dim: int
+) -> tuple[Tensor | None, list[Tensor], int]:
+    """Earlier sweeps' share of a site and this one's, together."""
+    earlier, attributes = stored
+    tokens = int(attributes["tokens"]) + seen.tokens
+    if seen.total is None and attributes["form"] == "rows":
+        return None, [earlier, *(rows.cpu() for rows in seen.whole)], tokens
+    device = seen.total.device if seen.total is not None else seen.whole[0].device
+    total = second_moment.new(dim, device)
+    for rows in seen.whole:
+        second_moment.accumulate(total, rows)
+    if seen.total is not None:
+        total += seen.total
+    if attributes["form"] == "rows":
+        second_moment.accumulate(total, earlier.to(device))
+    else:
+        total += earlier.to(device) * int(attributes["tokens"])
+    return total, [], tokens
+
+
+def chosen_calls(shard: int, shards: int, made: int, wanted: int) -> list[int]:
+    """Which of the ``made`` denoiser calls of one shard to record.
+
+    ``wanted`` calls are spread evenly over ``shards``; within a shard they are equally spaced, and
+    the first one's place follows the golden ratio from shard to shard, so that all timesteps (and
+    both branches of guidance, where they are separate calls) are covered alike. A shard asked for
+    more than it made gives all.
+    """
+    quota = (shard + 1) * wanted // shards - shard * wanted // shards
+    if quota >= made:
+        return list(range(made))
+    offset = (0.5 + shard * GOLDEN) % 1
+    return [int((k + offset) * made / quota) for k in range(quota)]
+
+
+def _sweep_size(
+    walk: Walk, calls: Sequence[Call], vram: str | None, device: torch.device
+) -> tuple[int, bool]:
+    """How many calls to keep on their way at a time, and whether to park them in host memory."""
+    if device.type == "cpu":
+        each = max(walk.state_bytes(calls[0]), 1)
+        return max(1, min(len(calls), int(free_host_memory() * 0.5 / each))), False
+    each = max(walk.state_bytes(calls[0]), 1)
+    budget = torch.cuda.mem_get_info(device)[0] if vram is None else parse_bytes(vram)
+    # The rest is for a block's weights and moments and for the activations of one call.
+    room = int(budget * 0.6) - torch.cuda.memory_allocated(device)
+    if each * len(calls) <= room:
+        return len(calls), False
+    host = int(free_host_memory() * 0.6)
+    return max(1, min(len(calls), host // each)), True

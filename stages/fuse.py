@@ -3,25 +3,31 @@
 Letters: M rows, D channels, N outputs.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 import zarr
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from dirotq.cost import Cost, Machine
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
+from dirotq.kernels.full_float32 import full_float32
 from dirotq.kernels.spec import QuantSpec
 from dirotq.kernels.transform_quantize import transform
-from dirotq.models.source import DiffusersModel, stacked_weight
+from dirotq.models.call import load_calls
+from dirotq.models.replay import Walk
+from dirotq.models.source import DiffusersModel
 from dirotq.models.swap import swap_sites
+from dirotq.models.weights import Weights
+from dirotq.models.workload import Workload
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
-from dirotq.plan import read_plan
+from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
 from dirotq.rotation import Rotation, site_rotation
 from dirotq.tensors import read_array, save_site
@@ -65,12 +71,14 @@ class Fuse:
     ``network_tolerance``  largest relative error of the denoiser on the captured call, float32
 
     Writes ``sites/<site>.safetensors`` with ``basis``, ``rotation``, ``wp``, ``bias`` (bfloat16,
-    those that exist). Needs no codes: a change of ``gptq`` leaves the proof as it stands.
+    those that exist). The network passes block by block (models/replay.py), so that one
+    block is in memory at a time. Needs no codes: a change of ``gptq`` leaves the proof as
+    it stands.
 
     Raises NumericalError naming the site, or the network, whose error exceeds its tolerance.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     model: DiffusersModel
     layer_tolerance: float
@@ -87,15 +95,18 @@ class Fuse:
         device = pick_device(self.device)
         plan = read_plan(rank.file("plan.json"))
         rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
-        original = self.model.transformer(torch.float32, device)
-        fused: dict[str, FusedLinear] = {}
-        worst, rounding = 0.0, 0.0
-        for entry in track(plan, "fuse"):
+        for suffix in ("safetensors", "json"):
+            capture.file(f"probe.{suffix}")
+        [probe] = load_calls(capture.data, ["probe"])
+        worst = {"layer_error": 0.0, "wp_rounding": 0.0}
+
+        def fuse(entry: SitePlan) -> FusedLinear:
             name = entry.site.name
-            weight, bias = stacked_weight(original, entry.site)
+            weight, bias = weights.stacked(entry.site, device)
             module = FusedLinear(site_rotation(entry, basis, device), weight, bias)
             x = read_array(rows, name).to(device)
-            worst = max(worst, self._prove_layer(name, module, weight, bias, x))
+            error = self._prove_layer(name, module, weight, bias, x)
+            worst["layer_error"] = max(worst["layer_error"], error)
             stored = {
                 key: tensor.to(torch.bfloat16)
                 for key, tensor in (
@@ -107,16 +118,66 @@ class Fuse:
                 if tensor is not None
             }
             if module.protected is not None:
-                rounding = max(rounding, relative_error(stored["wp"].float(), module.protected))
+                rounding = relative_error(stored["wp"].float(), module.protected)
+                worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
             save_site(out / "sites", name, stored)
-            fused[name] = module
-        probe = load_file(capture.file("probe.safetensors"), device=str(device))
-        network = self._prove_network(original, fused, [e.site for e in plan], probe)
-        return {
-            "layer_error": worst,
-            "network_error": network,
-            "wp_rounding": rounding,
-        }
+            return module
+
+        weights = self.model.weights()
+        entries = {entry.site: entry for entry in plan}
+        blocks = list(dict.fromkeys(e.site.block for e in plan if e.site.block))
+        steps = iter(track(range(2 * len(blocks)), "fuse"))
+
+        @contextmanager
+        def untouched(block: str, part: nn.Module) -> Iterator[None]:
+            yield
+            next(steps, None)
+
+        with full_float32():
+            walk = self._walk(weights, blocks, device)
+            want = walk.run([probe], untouched)[0]
+            walk = self._walk(weights, blocks, device)
+
+            @contextmanager
+            def swapped(block: str, part: nn.Module | None = None) -> Iterator[None]:
+                inside = [site for site in entries if site.block == block]
+                swap_sites(walk.transformer, inside, lambda site: fuse(entries[site]))
+                yield
+                for site in inside:
+                    walk.transformer.get_submodule(site.name).to("meta")
+                next(steps, None)
+
+            with swapped(""):
+                got = walk.run([probe], swapped)[0]
+        network = relative_error(got, want)
+        if not network <= self.network_tolerance:
+            raise NumericalError(
+                f"the fused network and the original differ by {network:.2g} (relative) on the "
+                f"captured call, more than fuse.network_tolerance={self.network_tolerance:g}"
+            )
+        return worst | {"network_error": network}
+
+    def cost(self, work: Workload, machine: Machine) -> Cost:
+        """The captured call through both networks in float32; each site's halves in float64."""
+        flops = work.samples * work.forward_flops
+        double = sum(2 * s.outputs * s.dim * (2 * s.rank + work.rows) for _, s in work.planned)
+        largest = max(s.outputs * s.dim for _, s in work.planned)
+        parts = ("basis", "protected", "bias")
+        disk = sum(work.packed[part] for part in parts)
+        block = 2 * 4 * work.block_parameters + 8 * 2 * largest
+        activations = work.activations(work.samples, 4) + 3 * work.samples * work.state
+        return Cost(
+            seconds=2 * max(flops / machine.float32, len(work.by_block) * machine.block)
+            + double / machine.float64 + len(work.planned) * machine.site
+            + 4 * work.parameters / machine.load + disk / machine.write,
+            disk=disk,
+            lower="capture.batch=1, a smaller model.call.height and width",
+            **machine.memory(block + activations),
+        )  # fmt: skip
+
+    def _walk(self, weights: Weights, blocks: list[str], device: torch.device) -> Walk:
+        transformer = self.model.skeleton()
+        return Walk(transformer, weights, blocks, device=device, dtype=torch.float32)
 
     def _prove_layer(
         self, name: str, module: FusedLinear, weight: Tensor, bias: Tensor | None, x: Tensor
@@ -129,21 +190,6 @@ class Fuse:
                 f"site {name}: fused and original outputs differ by {error:.2g} (relative), more "
                 f"than fuse.layer_tolerance={self.layer_tolerance:g}; the basis or the weights "
                 "are damaged"
-            )
-        return error
-
-    def _prove_network(
-        self, original: nn.Module, fused: dict[str, FusedLinear], sites: list, probe: dict[str, Any]
-    ) -> float:
-        inputs = {k: v.float() if v.is_floating_point() else v for k, v in probe.items()}
-        with torch.no_grad():
-            want = original(**inputs, return_dict=False)[0]
-            swap_sites(original, sites, lambda site: fused[site.name])
-            error = relative_error(original(**inputs, return_dict=False)[0], want)
-        if not error <= self.network_tolerance:
-            raise NumericalError(
-                f"the fused network and the original differ by {error:.2g} (relative) on the "
-                f"captured call, more than fuse.network_tolerance={self.network_tolerance:g}"
             )
         return error
 

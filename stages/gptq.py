@@ -10,24 +10,33 @@ import torch
 import zarr
 from torch import Tensor
 
+from dirotq.ahead import ahead
+from dirotq.cost import Cost, Machine
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
+from dirotq.kernels.pack_int4 import pack_int4
 from dirotq.kernels.quantize_weight import (
     codes_on_grid,
     dequantize_weight,
     scale_floor,
     weight_scales,
 )
-from dirotq.models.source import DiffusersModel, stacked_weight
+from dirotq.models.source import DiffusersModel
+from dirotq.models.workload import Workload
+from dirotq.moments import moment, read_stored
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
 from dirotq.rotation import site_rotation
-from dirotq.tensors import load_site, read_array, save_site, site_file
+from dirotq.tensors import load_site, save_site, site_file
 
 log = logging.getLogger(__name__)
+
+ROUNDING = (2.0**-22, 2.0**-18, 2.0**-14)
+"""Shares of a site's energy below which its second moment is taken to say nothing: float32's share,
+then, where that fails, what matrix units may lose while they add up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,14 +48,15 @@ class QuantizeWeights:
 
     ``damping``  share of the mean diagonal that is added to the second moment before factoring it
 
-    Writes ``sites/<site>.safetensors`` with ``codes`` (int8 [N, K] in [-7, 7]) and ``scale``
-    (bfloat16 [N, G]), one site at a time; an interrupted run goes on at the next site.
+    Writes ``sites/<site>.safetensors`` with ``qweight`` (uint8 [N, K/2], layout L1) and ``wscale``
+    (bfloat16 [N, G]), as the packed model holds them, one site at a time; an interrupted run goes
+    on at the next site.
 
     Raises NumericalError naming the site if its weights are not finite or its second moment can't
     be factored within the damping schedule.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     resumable: ClassVar[bool] = True
 
     model: DiffusersModel
@@ -63,24 +73,73 @@ class QuantizeWeights:
         device = pick_device(self.device)
         plan = read_plan(rank.file("plan.json"))
         moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
-        transformer = self.model.transformer(torch.float32)
+        weights = self.model.weights()
         todo = [e for e in plan if not (out / "sites" / site_file(e.site.name)).exists()]
         if len(todo) < len(plan):
             log.info("gptq resumes after %d of %d sites", len(plan) - len(todo), len(plan))
-        for entry in track(todo, "gptq"):
+        stored = ahead(lambda entry: read_stored(moments, entry.site.name), todo)
+        for entry, second_moment in track(stored, "gptq", total=len(todo)):
             rotation = site_rotation(entry, basis, device)
-            weight, bias = stacked_weight(transformer, entry.site)
-            w_z, protected = rotation.weights(weight.to(device))
-            s_z = rotation.moments(read_array(moments, entry.site.name).to(device))
+            weight, bias = weights.stacked(entry.site, device)
+            w_z, protected = rotation.weights(weight)
+            del weight
+            s_DD = moment(second_moment, device)
+            s_z, energy = rotation.moments(s_DD), s_DD.diagonal().double().sum()
+            del s_DD
+            tensors = self._quantized(w_z, s_z, energy, entry, protected, bias)
+            save_site(out / "sites", entry.site.name, tensors)
+        return _summary(out, plan)
+
+    def _quantized(
+        self,
+        w_z: Tensor,
+        s_z: Tensor,
+        energy: Tensor,
+        entry: SitePlan,
+        protected: Tensor | None,
+        bias: Tensor | None,
+    ) -> dict[str, Tensor]:
+        """One site, its second moment regularized by what its float32 entries cannot say.
+
+        Where P holds nearly all energy, what is left of S is partly its rounding, and may not even
+        be positive. Rounding is taken for larger only where a factorization fails: counted.
+        """
+        before = 0.0
+        for attempt, share in enumerate(ROUNDING):
+            s_z.diagonal().add_((share - before) * energy)
+            before = share
             try:
                 tensors = quantize_site(w_z, s_z, entry, self.damping, protected, bias)
             except FactorizationError as error:
-                raise NumericalError(
-                    f"site {entry.site.name}: {error}. Capture more tokens "
-                    f"(prompts.calibration.count) or raise gptq.damping (now {self.damping})"
-                ) from error
-            save_site(out / "sites", entry.site.name, tensors)
-        return _summary(out, plan)
+                failure = error
+            else:
+                tensors["counts"][0] += attempt
+                return tensors
+        raise NumericalError(
+            f"site {entry.site.name}: {failure}. Capture more tokens "
+            f"(capture.calls) or raise gptq.damping (now {self.damping})"
+        ) from failure
+
+    def cost(self, work: Workload, machine: Machine) -> Cost:
+        """Per site: rotated moments and their factor in float64, products of N K², a sweep."""
+        seconds, most = 0.0, 0
+        for site, spec in work.planned:
+            dim, wide, outputs = spec.dim, spec.width, spec.outputs
+            across = dim if spec.transform == "dense" else spec.block + 2 * spec.rank
+            double = 4 * dim**2 * across + wide**3 / 3
+            single = 11 * outputs * wide**2  # what is left to later blocks; five errors in S
+            seconds += double / machine.float64 + single / machine.float32 + machine.site
+            seconds += work.moment_bytes(site) / machine.read + 2 * outputs * dim / machine.load
+            if work.method.rounding == "gptq":
+                seconds += wide * machine.column
+            most = max(most, 8 * 7 * wide**2 + 4 * 6 * outputs * wide)
+        largest = max(work.moment_bytes(site) for site in work.sites)
+        return Cost(
+            seconds=seconds,
+            disk=work.packed["codes"] + work.packed["scales"],
+            lower="method.rounding=nearest (lower quality)",
+            **machine.memory(most, 2 * largest),
+        )
 
 
 def quantize_site(
@@ -97,7 +156,7 @@ def quantize_site(
     s_KK     float64, [K, K], second moment of the main branch
     wp_NR    float32, [N, R], the protected columns, or None at rank 0
     bias_N   float32, [N], or None
-    returns  ``codes``, ``scale``, ``loss`` (float64 [2]: E|zΔ|² over E|zW|² by our codes and by
+    returns  ``qweight``, ``wscale``, ``loss`` (float64 [2]: E|zΔ|² over E|zW|² by our codes and by
              nearest rounding) and ``counts`` (int64 [4]: damping escalations, rows that kept
              nearest rounding, rows whose scale is the tail's floor, rows)
     """
@@ -121,8 +180,8 @@ def quantize_site(
         for q in (codes, nearest)
     ]
     return {
-        "codes": codes,
-        "scale": scale,
+        "qweight": pack_int4(codes),
+        "wscale": scale,
         "loss": torch.stack(loss).double(),
         "counts": torch.tensor([counts["escalations"], counts["nearest"], on_floor, len(codes)]),
     }

@@ -1,20 +1,35 @@
 """The folder people download: a standard diffusers pipeline whose transformer is packed."""
 
 import json
+import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.pack_int4 import pack_int4
-from dirotq.models.source import CALL_FILE, IGNORED, DiffusersModel
-from dirotq.models.swap import footprint, swap_sites
+import torch
+from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dirotq.cost import Cost, Machine
+from dirotq.errors import ArtifactError
+from dirotq.kernels.linear import buffer_shapes
+from dirotq.models.origin import CALL_FILE, IGNORED
+from dirotq.models.source import DiffusersModel
+from dirotq.models.swap import footprint, put_packed
+from dirotq.models.weights import INDEX, WHOLE
+from dirotq.models.workload import Workload
 from dirotq.pipeline.artifact import Artifact
 from dirotq.plan import SitePlan, read_plan
+from dirotq.progress import track
 from dirotq.quantizer import STORED, DirotqConfig, mark_packed
+from dirotq.sizes import parse_bytes
 from dirotq.tensors import load_site, site_file
+
+UNPACKED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".onnx", ".h5", ".gguf")
+"""Other formats of weights, which a packed folder does not carry along."""
 
 CARD = """# {name}, packed to 4 bits by DiRotQ
 
@@ -33,13 +48,18 @@ everything counted (codes, scales, bases, protected columns, all layers kept in 
 class Pack:
     """Write ``model/``: the source pipeline with a packed transformer (layout L1, docs/method.md).
 
-    ``shard``  largest weights file, in the notation of ``save_pretrained`` ("5GB")
+    The weights are written shard by shard: no more than one is in memory.
+
+    ``shard``  largest weights file ("5GB")
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     model: DiffusersModel
     shard: str
+
+    def __post_init__(self) -> None:
+        parse_bytes(self.shard)
 
     def run(
         self, out: Path, *, rank: Artifact, gptq: Artifact, fuse: Artifact
@@ -47,12 +67,27 @@ class Pack:
         plan = read_plan(rank.file("plan.json"))
         folder = out / "model"
         _copy_pipeline(self.model.folder(), folder)
-        transformer: Any = self.model.transformer(STORED)
+        transformer = self.model.skeleton()
         parameters = sum(p.numel() for p in transformer.parameters())
-        plans = {entry.site: entry for entry in plan}
-        swap_sites(transformer, plans, lambda site: _packed(plans[site], gptq, fuse))
+        put_packed(transformer, ((entry.site, entry.spec) for entry in plan))
         mark_packed(transformer, DirotqConfig.of((e.site, e.spec) for e in plan))
-        transformer.save_pretrained(folder / "transformer", max_shard_size=self.shard)
+        (folder / "transformer").mkdir(parents=True)
+        transformer.save_config(folder / "transformer")
+        sites = _Packed(plan, gptq, fuse)
+        shards = plan_shards(transformer.state_dict(), self.shard)
+        weights = self.model.weights()
+        for file, names in track(shards.filename_to_tensors.items(), "pack"):
+            inside = {name: name.rpartition(".") for name in names}
+            packed = {n: parts for n, parts in inside.items() if parts[0] in sites.entries}
+            kept = weights.tensors(n for n in names if n not in packed)
+            tensors = {n: t.to(STORED) if t.is_floating_point() else t for n, t in kept.items()}
+            tensors |= {n: sites.tensor(site, buffer) for n, (site, _, buffer) in packed.items()}
+            save_file(
+                {name: tensors[name].contiguous() for name in names},
+                folder / "transformer" / file,
+                metadata={"format": "pt"},
+            )
+        write_index(folder / "transformer", shards)
         call = self.model.call_arguments()
         (folder / CALL_FILE).write_text(json.dumps(call, indent=2, sort_keys=True) + "\n")
         size = sum(footprint(transformer).values())
@@ -70,27 +105,99 @@ class Pack:
             "compression": 16 * parameters / (8 * size),
         }
 
+    def cost(self, work: Workload, machine: Machine) -> Cost:
+        """The packed transformer shard by shard, and a copy of the pipeline's other components."""
+        packed = sum(work.packed.values())
+        disk = packed + work.components
+        return Cost(
+            seconds=2 * packed / machine.read
+            + disk / machine.write
+            + len(work.planned) * machine.site,
+            disk=disk,
+            lower="pack.shard=1GB",
+            **machine.memory(0, 2 * min(packed, parse_bytes(self.shard))),
+        )
 
-def _packed(entry: SitePlan, gptq: Artifact, fuse: Artifact) -> QuantLinear:
-    """One site's packed linear: codes and scales of ``gptq``, everything else of ``fuse``."""
-    file = f"sites/{site_file(entry.site.name)}"
-    quantized, fused = load_site(gptq.file(file)), load_site(fuse.file(file))
-    module = QuantLinear(entry.spec, bias=entry.site.bias, device="meta")
-    buffers = {"qweight": pack_int4(quantized["codes"]), "wscale": quantized["scale"]} | fused
-    module.load_state_dict(buffers, strict=True, assign=True)
-    return module
+
+class _Packed:
+    """Packed sites' tensors: codes and scales of ``gptq``, everything else of ``fuse``.
+
+    The files of the site that was asked for last stay open: a site's tensors follow each other.
+    """
+
+    def __init__(self, plan: Sequence[SitePlan], gptq: Artifact, fuse: Artifact) -> None:
+        self.entries = {entry.site.name: entry for entry in plan}
+        self.sources = (gptq, fuse)
+        self._last: tuple[str, dict[str, Tensor]] = ("", {})
+
+    def tensor(self, site: str, buffer: str) -> Tensor:
+        if self._last[0] != site:
+            file = f"sites/{site_file(site)}"
+            quantized, fused = (load_site(source.file(file)) for source in self.sources)
+            self._last = (site, fused | {b: quantized[b] for b in ("qweight", "wscale")})
+        entry = self.entries[site]
+        want = buffer_shapes(entry.spec, bias=entry.site.bias)[buffer]
+        found = self._last[1][buffer]
+        if tuple(found.shape) != want:
+            raise ArtifactError(
+                f"{site}.{buffer} has the shape {tuple(found.shape)}, the plan says {want}: the "
+                "artifacts of `gptq` and `fuse` are not of this plan; recompute them with "
+                "force=[gptq,fuse]"
+            )
+        return found
+
+
+def plan_shards(tensors: Mapping[str, Tensor], limit: str) -> StateDictSplit:
+    """Which tensors go into which file, as ``save_pretrained`` divides them.
+
+    tensors  shapes are enough (meta device); floating ones are stored in 16 bits
+    """
+    stored = {
+        name: torch.empty_like(t, dtype=STORED if t.is_floating_point() else t.dtype, device="meta")
+        for name, t in tensors.items()
+    }
+    return split_torch_state_dict_into_shards(
+        stored,
+        max_shard_size=limit,
+        filename_pattern=WHOLE.replace(".safetensors", "{suffix}.safetensors"),
+    )
+
+
+def write_index(folder: Path, shards: StateDictSplit) -> None:
+    """The file that says which shard holds which tensor; nothing for a single file."""
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _copy_pipeline(source: Path, target: Path) -> None:
-    """Everything of the source folder but its transformer's files, its card and hidden files."""
-    for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        skipped = relative.parts[0] == "transformer" or path.name in IGNORED
-        if path.is_file() and not skipped and not path.name.startswith("."):
-            (target / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target / relative)
-            if path.name == "config.json":
-                _neutral_dtype(target / relative)
+    """The source's components but its transformer, its licence and settings.
+
+    Weights become hard links where source and target share a file system: text encoders are larger
+    than the packed transformer.
+    """
+    index = json.loads((source / "model_index.json").read_text())
+    parts = [source / name for name in index if name != "transformer" and name[0] != "_"]
+    inside = [path for part in parts if part.is_dir() for path in part.rglob("*")]
+    for path in sorted([*source.glob("*"), *inside]):
+        unwanted = path.name in IGNORED or path.name.startswith(".") or path.suffix in UNPACKED
+        loose = path.parent == source and path.suffix == ".safetensors"  # one-file checkpoints
+        if not path.is_file() or unwanted or loose:
+            continue
+        place = target / path.relative_to(source)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix != ".safetensors" or not _linked(path, place):
+            shutil.copyfile(path, place)
+        if path.name == "config.json":
+            _neutral_dtype(place)
+
+
+def _linked(path: Path, place: Path) -> bool:
+    try:
+        os.link(path.resolve(), place)
+    except OSError:  # another file system, or one without links
+        return False
+    return True
 
 
 def _neutral_dtype(config: Path) -> None:

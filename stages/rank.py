@@ -7,10 +7,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from dirotq.cost import Cost, Machine
 from dirotq.errors import ConfigError
 from dirotq.models.family import Site
 from dirotq.models.source import DiffusersModel
 from dirotq.models.swap import effective_bits
+from dirotq.models.workload import Workload
 from dirotq.pipeline.artifact import Artifact
 from dirotq.plan import Method, SitePlan, write_plan
 from dirotq.tensors import load_site, site_file
@@ -30,7 +32,7 @@ class ChooseRank:
     don't divide them; :meth:`check` does so before anything runs.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     model: DiffusersModel
     method: Method
@@ -56,6 +58,12 @@ class ChooseRank:
         """Everything about the plan that the shapes alone can refute."""
         for site in self.model.sites():
             self.method.spec(site, self.r if self._protects(site) and self.r else 0)
+        leading = self.method.leading
+        if leading is not None and self.r is not None and self.method.protect and self.r > leading:
+            raise ConfigError(
+                f"rank.r={self.r} exceeds method.leading={leading}, the eigenvectors that `basis` "
+                f"keeps per site: set method.leading={self.r} too"
+            )
 
     def run(self, out: Path, *, basis: Artifact) -> Mapping[str, float]:
         plan = []
@@ -64,8 +72,8 @@ class ChooseRank:
             if site.kind == "modulator":
                 why = "modulator: one row per image, so 16-bit activations cost nothing"
             elif self._protects(site):
-                variances = load_site(basis.file(f"sites/{site_file(site.name)}"))["variances"]
-                rank, why = self._rank(variances)
+                found = load_site(basis.file(f"sites/{site_file(site.name)}"))
+                rank, why = self._rank(site, found["variances"], found["energy"])
             spec = self.method.spec(site, rank)
             if spec is not None:
                 plan.append(
@@ -80,16 +88,29 @@ class ChooseRank:
             ),
         }
 
+    def cost(self, work: Workload, machine: Machine) -> Cost:
+        """Reads what ``basis`` kept per site."""
+        kept = sum(4 * s.dim * min(self.method.leading or s.dim, s.dim) for s in work.block_sites)
+        largest = 4 * work.widest * min(self.method.leading or work.widest, work.widest)
+        return Cost(seconds=kept / machine.read, disk=800 * len(work.sites),
+                    **machine.memory(0, largest))  # fmt: skip
+
     def _protects(self, site: Site) -> bool:
         return self.method.protect and site.kind == "block"
 
-    def _rank(self, variances_D: Tensor) -> tuple[int, str]:
-        share_D = variances_D.flip(0).cumsum(0) / variances_D.sum()
+    def _rank(self, site: Site, variances_L: Tensor, energy: Tensor) -> tuple[int, str]:
+        share_L = variances_L.flip(0).cumsum(0) / energy
         if self.r is not None:
             rank, mode = self.r, "fixed"
         else:
             assert self.energy is not None
-            needed = int((share_D < self.energy).sum()) + 1
-            rank, mode = min(-(-needed // self.grid) * self.grid, len(share_D)), "energy"
-        held = float(share_D[rank - 1]) if rank else 0.0
-        return rank, f"{mode}: {rank} of {len(share_D)} directions hold {held:.1%} of the energy"
+            needed = int((share_L < self.energy).sum()) + 1
+            rank, mode = min(-(-needed // self.grid) * self.grid, site.dim), "energy"
+            if rank > len(share_L):
+                raise ConfigError(
+                    f"site {site.name}: the {len(share_L)} directions that `basis` kept hold "
+                    f"{float(share_L[-1]):.1%} of the energy, rank.energy={self.energy:g} asks for "
+                    f"more: raise method.leading (null keeps all {site.dim}) or ask for less"
+                )
+        held = float(share_L[rank - 1]) if rank else 0.0
+        return rank, f"{mode}: {rank} of {site.dim} directions hold {held:.1%} of the energy"

@@ -16,17 +16,19 @@ from torchmetrics.functional.image import (
     structural_similarity_index_measure,
 )
 
+from dirotq.cost import Cost, Machine
 from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ConfigError
 from dirotq.loading import load
 from dirotq.models.attribute_judge import AttributeJudge
-from dirotq.models.source import DiffusersModel, generate, stacked_weight
+from dirotq.models.source import DiffusersModel, generate
 from dirotq.models.swap import footprint
+from dirotq.models.workload import Workload
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
-from dirotq.prompts import Prompt, PromptSet
+from dirotq.prompts import Prompt, PromptSet, refuse_shared
 from dirotq.report import write_pairs, write_report
 from dirotq.tensors import load_site, read_array, site_file
 
@@ -35,6 +37,7 @@ from dirotq.tensors import load_site, read_array, site_file
 class Validate:
     """Compare the packed pipeline with the 16-bit one on held-out prompts.
 
+    ``calibration``  the prompts that calibrated, none of which may be among ``prompts``
     ``reader``  judge of captioned attributes, or None
     ``batch``   prompts per pipeline call; each prompt has its own seed, so it changes no image
                 beyond rounding
@@ -44,10 +47,11 @@ class Validate:
     nothing to fetch) and ``pairs.png``.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
 
     model: DiffusersModel
     prompts: PromptSet
+    calibration: PromptSet = untracked()  # noqa: RUF009 (a field without a default)
     reader: AttributeJudge | None
     batch: int
     pairs: int
@@ -58,6 +62,10 @@ class Validate:
             raise ConfigError(
                 f"validate.batch={self.batch}, validate.pairs={self.pairs}: use at least 1 and 0"
             )
+
+    def check(self) -> None:
+        """Raise ConfigError before anything runs if a held-out prompt calibrates too."""
+        refuse_shared(self.calibration.load(), self.prompts.load())
 
     def run(
         self, out: Path, *, capture: Artifact, basis: Artifact, rank: Artifact, pack: Artifact
@@ -91,15 +99,36 @@ class Validate:
         report["metrics"] = metrics
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         spectra = {
-            e.site.name: load_site(basis.file(f"sites/{site_file(e.site.name)}"))["variances"]
+            e.site.name: _left(load_site(basis.file(f"sites/{site_file(e.site.name)}")))
             for e in plan
             if e.site.kind == "block"
         }
-        shown = slice(0, self.pairs)
-        write_report(out / "report.html", report, spectra, want[shown], got[shown])
+        shown = [_stills(images[: self.pairs]) for images in (want, got)]
+        write_report(out / "report.html", report, spectra, *shown)
         if self.pairs:
-            write_pairs(out / "pairs.png", want[shown], got[shown])
+            write_pairs(out / "pairs.png", *shown)
         return metrics
+
+    def cost(self, work: Workload, machine: Machine) -> Cost:
+        """Held-out images from both pipelines, each wholly in memory."""
+        samples = self.batch * work.guided
+        forward = machine.forward_seconds(
+            samples * work.forward_flops, work.channels, len(work.by_block)
+        )
+        calls = -(-work.heldout // self.batch) * work.steps
+        # On the reference path the weights are unpacked in every call.
+        packed = 1.0 if machine.gpu else 2.5
+        decode = machine.forward_seconds(work.decoder_flops, work.channels, 0) * work.heldout
+        weights = machine.width * work.parameters + work.components
+        peak = max(work.activations(samples, machine.width), self.batch * work.decoder_bytes)
+        pictures = 2 * work.heldout * 12 * work.pixels
+        return Cost(
+            seconds=machine.start + calls * forward * (1 + packed) + 2 * decode
+            + (2 * weights + work.moments) / machine.load + 2 * len(work.planned) * machine.site,
+            disk=self.pairs * 6 * work.pixels + 1500 * len(work.planned),
+            lower="validate.batch=1, until=pack (which leaves it out)",
+            **machine.memory(weights + peak, pictures),
+        )  # fmt: skip
 
     def _images(self, pipe: Any, prompts: Sequence[Prompt], what: str) -> tuple[Tensor, float]:
         """Images [B, 3, H, W] and mean seconds per image, the first batch left out if it can be."""
@@ -128,11 +157,11 @@ class Validate:
     ) -> list[dict[str, Any]]:
         """Output SQNR of every site on its sampled rows, with its line of the plan."""
         rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
-        original = self.model.transformer(torch.float32, device)
+        weights = self.model.weights()
         found = []
         for entry in plan:
             x = read_array(rows, entry.site.name).to(device, torch.float32)
-            weight, bias = stacked_weight(original, entry.site)
+            weight, bias = weights.stacked(entry.site, device)
             want = linear(x, weight, bias)
             got = packed.get_submodule(entry.site.name)(x)
             noise = (got - want).square().sum().clamp_min(1e-30)
@@ -164,7 +193,14 @@ def _compare(prompts: Sequence[Prompt], want: Tensor, got: Tensor) -> list[dict[
 
 
 def _per_image(score: Callable[[Tensor, Tensor], Any], got: Tensor, want: Tensor) -> list[float]:
-    return [float(score(g[None], w[None])) for g, w in zip(got, want, strict=True)]
+    """Of a video, the score of its frames together."""
+    pairs = zip(got, want, strict=True)
+    return [float(score(*(x.reshape(-1, *x.shape[-3:]) for x in pair))) for pair in pairs]
+
+
+def _stills(images: Tensor) -> Tensor:
+    """[B, 3, H, W]: the images, or each video's middle frame."""
+    return images[:, images.shape[1] // 2] if images.dim() == 5 else images
 
 
 def _headline(report: Mapping[str, Any]) -> dict[str, float]:
@@ -184,6 +220,11 @@ def _headline(report: Mapping[str, Any]) -> dict[str, float]:
         metrics["attributes"] = report["attributes"]["packed"]["mean"]
         metrics["attributes_original"] = report["attributes"]["original"]["mean"]
     return metrics
+
+
+def _left(found: Mapping[str, Tensor]) -> Tensor:
+    """Share of a site's energy outside of its 1, 2, ... leading directions, [L]."""
+    return 1 - found["variances"].flip(0).cumsum(0) / found["energy"]
 
 
 def _device_name(device: torch.device) -> str:

@@ -55,6 +55,23 @@ def test_relative_folder_becomes_absolute(tmp_path, monkeypatch):
     assert with_model_folder(["model=mine"], TOY)[1] == f"model.path='{tmp_path / 'mine'}'"
 
 
+@pytest.mark.parametrize("value", ["org/name", "org/na-me.1@v1.0", "org/name@refs/pr/3"])
+def test_a_hub_id_is_a_model(value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert compose_config([f"model={value}"], TOY).model.path == value
+    assert compose_config([f"model={value}"], TOY).model.offset == 7
+    (tmp_path / value).mkdir(parents=True)
+    assert compose_config([f"model={value}"], TOY).model.path == str(tmp_path / value)
+
+
+def test_a_file_is_a_model(tmp_path, monkeypatch):
+    file = tmp_path / "my finetune.safetensors"
+    assert compose_config([f"model={file}"], TOY).model.path == str(file)  # missing: said later
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "old.ckpt").touch()  # refused where models are read, with the reason
+    assert compose_config(["model=~/old.ckpt"], TOY).model.path == str(tmp_path / "old.ckpt")
+
+
 def test_a_config_name_wins_over_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "large").mkdir()
@@ -66,6 +83,7 @@ def test_other_overrides_and_sweeps_stay():
     assert with_model_folder(overrides, TOY) == overrides
 
 
-def test_unknown_model():
-    with pytest.raises(ConfigError, match=r"model=larg.*large, local, small.*diffusers folder"):
-        compose_config(["model=larg"], TOY)
+@pytest.mark.parametrize("value", ["larg", "./org/name", "a/b/c", "/absent/folder", "org/name@"])
+def test_unknown_model(value):
+    with pytest.raises(ConfigError, match=r"no such model.*large, local, small.*diffusers folder"):
+        compose_config([f"model={value}"], TOY)

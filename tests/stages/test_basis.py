@@ -4,8 +4,10 @@ import zarr
 from tiny_line import run_stage, stage, with_moment
 
 from dirotq.errors import NumericalError
-from dirotq.stages.basis import principal_basis
-from dirotq.tensors import load_site, read_array
+from dirotq.moments import read_moment
+from dirotq.stages import basis as module
+from dirotq.stages.basis import leading_basis, principal_basis
+from dirotq.tensors import load_site
 
 
 def moment(rows: int, dim: int = 12) -> torch.Tensor:
@@ -60,11 +62,13 @@ def test_every_block_site_has_an_orthonormal_basis_of_its_moment(finished, line)
         found = load_site(finished["basis"].file(f"sites/{site.name}.safetensors"))
         vectors, variances = found["vectors"], found["variances"]
         assert (vectors.dtype, variances.dtype) == (torch.float32, torch.float64)
-        error = vectors.T @ vectors - torch.eye(site.dim)
+        error = vectors.T @ vectors - torch.eye(vectors.shape[1])
         assert error.abs().max() < 1e-5
-        s = read_array(moments, site.name)
-        rebuilt = (vectors.double() * variances) @ vectors.double().T
-        assert (rebuilt - s).norm() < 1e-5 * s.norm()
+        s = read_moment(moments, site.name)
+        assert vectors.shape == (site.dim, min(site.dim, 128))
+        assert float(found["energy"]) == pytest.approx(float(s.diagonal().double().sum()))
+        image = s.double() @ vectors.double()
+        assert (image - vectors.double() * variances).norm() < 1e-5 * s.norm()
     assert finished["basis"].metrics["sites"] == len(files)
 
 
@@ -76,3 +80,37 @@ def test_a_bad_moment_names_its_site(line, finished, store_root, factor, message
     capture = with_moment(finished["capture"], store_root, site, lambda s: s * factor)
     with pytest.raises(NumericalError, match=rf"site {site}: .*{message}"):
         run_stage(stage(line(), "basis"), store_root / "out", capture=capture)
+
+
+@pytest.mark.parametrize("decay", [0.3, 1.0, 3.0])
+def test_the_iteration_holds_the_energy_that_eigh_holds(decay):
+    dim = 700
+    turn = torch.linalg.qr(torch.randn(dim, dim, dtype=torch.float64)).Q
+    spectrum = torch.arange(1, dim + 1).double() ** -decay
+    s = ((turn * spectrum) @ turn.T).float()
+    variances, vectors = leading_basis(s, 32)
+    exact, _ = principal_basis(s, 32)
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(32).double(), rtol=0, atol=1e-10)
+    assert (variances.diff() >= 0).all()
+    held = (vectors.T @ s.double() @ vectors).diagonal()
+    torch.testing.assert_close(held, variances, rtol=1e-4, atol=1e-7)
+    assert held.sum() >= (1 - 1e-3) * exact.sum()
+    assert held[-8:].sum() >= (1 - 1e-5) * exact[-8:].sum()
+
+
+def test_the_iteration_meets_a_moment_of_low_rank():
+    x = torch.randn(10, 600)
+    variances, vectors = leading_basis(x.T @ x / 10, 32)
+    exact, _ = principal_basis(x.T @ x / 10, 32)
+    torch.testing.assert_close(variances, exact, rtol=1e-4, atol=1e-4 * float(exact[-1]))
+    torch.testing.assert_close(vectors.T @ vectors, torch.eye(32).double(), rtol=0, atol=1e-8)
+
+
+def test_wide_sites_take_the_iteration_and_narrow_ones_do_not(monkeypatch):
+    taken = []
+    monkeypatch.setattr(module, "leading_basis", lambda s, leading: taken.append(len(s)))
+    monkeypatch.setattr(module, "DENSE", 100)
+    principal_basis(moment(300, 400).float(), 16)
+    principal_basis(moment(300, 400).float(), None)
+    principal_basis(moment(300, 90).float(), 16)
+    assert taken == [400]

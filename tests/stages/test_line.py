@@ -52,7 +52,7 @@ def test_more_bits_and_more_rank_mean_less_error(line):
         ("gptq.damping=0.02", ["gptq", "pack", "validate"]),
         ("validate.pairs=1", ["validate"]),
         ("fuse.layer_tolerance=2e-5", ["fuse", "pack", "validate"]),
-        ("capture.every=1", STAGES),
+        ("capture.calls=18", STAGES),
         ("device=auto", []),
     ],
 )
@@ -103,11 +103,11 @@ run(build(compose_config(sys.argv[4:], "dirotq.conf")))
 @pytest.mark.parametrize(
     ("stage", "module", "function", "calls"),
     [
-        ("capture", "dirotq.stages.capture", "generate", 1),
-        ("capture", "dirotq.stages.capture", "_Totals.save", 1),
+        ("capture", "dirotq.stages.capture", "save_calls", 1),
+        ("capture", "dirotq.stages.capture", "write_rows", 10),
         ("gptq", "dirotq.stages.gptq", "save_site", 5),
     ],
-    ids=["capture-between-shards", "capture-rows-before-state", "gptq"],
+    ids=["capture-between-shards", "capture-between-blocks", "gptq"],
 )
 def test_kill_dash_nine_then_the_same_command(
     tiny_root, finished, tmp_path, stage, module, function, calls

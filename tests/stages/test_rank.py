@@ -25,7 +25,8 @@ def with_spectra(store, sites, variances):
     def write(data):
         for site in sites:
             if site.kind == "block":
-                content = {"variances": torch.tensor(variances, dtype=torch.float64)}
+                found = torch.tensor(variances, dtype=torch.float64)
+                content = {"variances": found, "energy": found.sum().reshape(1)}
                 save_site(data / "sites", site.name, content)
 
     return publish(store, "basis", write)

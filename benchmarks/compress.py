@@ -1,0 +1,120 @@
+"""`make bench-compress`: the line on a model of full size with generated weights, stage by stage.
+
+    python benchmarks/compress.py flux --models /dev/shm --store artifacts --depth 0.25 OVERRIDES
+
+Prints one row per stage: seconds, peak VRAM and RAM, bytes on disk.
+Stages that are in the store already are listed with what they took.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import full_size
+import packed_check
+import torch
+
+from dirotq.device import pick_device
+from dirotq.pipeline import dag
+from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.dag import Step
+
+DEPTH = {"flux": ("num_layers", "num_single_layers"), "pixart_sigma": ("num_layers",)}
+DEPTH["sana"] = ("num_layers",)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=full_size.ARCHITECTURES)
+    parser.add_argument("--models", type=Path, default=Path("artifacts/full-size"))
+    parser.add_argument("--store", default="artifacts")
+    parser.add_argument("--depth", type=float, default=1.0, help="share of the blocks")
+    parser.add_argument("--until", default="pack")
+    parser.add_argument("--json", type=Path, help="append the rows to this file")
+    parser.add_argument("overrides", nargs="*", help="e.g. capture.vram=24GB")
+    options = parser.parse_intermixed_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    device = pick_device("auto")
+    folder = generated(options.model, options.models, options.depth, device)
+    line = build(
+        compose_config(
+            [
+                f"model={folder}",
+                f"store={options.store}",
+                f"until={options.until}",
+                *options.overrides,
+            ],
+            "dirotq.conf",
+        )
+    )
+    rows: list[dict[str, Any]] = []
+    artifacts: dict[str, Any] = {}
+    for index, step in enumerate(line.steps):
+        known = line.store.get(step.name, step.fingerprint)
+        began = time.monotonic()
+        outcome = dag.run(line.steps[: index + 1], line.store, line.executor)[step.name]
+        seconds = time.monotonic() - began
+        rows.append(row(step, outcome.artifact, None if known else seconds))
+        print(json.dumps(rows[-1]), flush=True)
+        artifacts[step.name] = outcome.artifact
+    print(table(rows, options, device), flush=True)
+    if "pack" in artifacts:
+        print(packed_check.check(line.steps[0].stage.model, artifacts, device))
+    if options.json:
+        with options.json.open("a") as file:
+            for one in rows:
+                what = {"model": options.model, "depth": options.depth, "args": options.overrides}
+                file.write(json.dumps(what | one) + "\n")
+
+
+def generated(name: str, models: Path, depth: float, device: torch.device) -> Path:
+    """The generated pipeline's folder, made if it is not there."""
+    folder = models / f"{name}-{depth:g}"
+    if not (folder / "model_index.json").exists():
+        config = full_size.ARCHITECTURES[name][1]
+        changes = {key: max(round(config[key] * depth), 1) for key in DEPTH[name]}
+        began = time.monotonic()
+        full_size.build(name, folder, device, **changes)
+        print(f"generated {folder} in {time.monotonic() - began:.0f} s", flush=True)
+    return folder
+
+
+def row(step: Step, artifact: Any, seconds: float | None) -> dict[str, Any]:
+    """One stage's figures; ``seconds`` of the whole step, or None if it was cached."""
+    past = artifact.provenance
+    return {
+        "stage": step.name,
+        "seconds": round(past["seconds"] if seconds is None else seconds, 1),
+        "cached": seconds is None,
+        "vram_gb": round(past.get("peak_vram_bytes", 0) / 1e9, 1),
+        "ram_gb": round(past["peak_rss_bytes"] / 1e9, 1),
+        "disk_gb": round(artifact.bytes / 1e9, 2),
+        "metrics": artifact.metrics,
+    }
+
+
+def table(rows: list[dict[str, Any]], options: argparse.Namespace, device: torch.device) -> str:
+    """The rows as Markdown, with their sum and the machine."""
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor()
+    lines = [
+        f"\n{options.model}, depth {options.depth:g}, {' '.join(options.overrides) or 'defaults'}; "
+        f"{chip}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n",
+        "| stage | seconds | VRAM, GB | RAM, GB | disk, GB |\n|---|---|---|---|---|",
+    ]
+    for one in rows:
+        numbers = (one[key] for key in ("seconds", "vram_gb", "ram_gb", "disk_gb"))
+        lines.append(f"| {one['stage']} | " + " | ".join(f"{n:g}" for n in numbers) + " |")
+    peak = {key: max(one[key] for one in rows) for key in ("vram_gb", "ram_gb")}
+    lines.append(
+        f"| all | {sum(one['seconds'] for one in rows):g} | {peak['vram_gb']:g} | "
+        f"{peak['ram_gb']:g} | {sum(one['disk_gb'] for one in rows):.1f} |"
+    )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Full-size pipelines with generated weights: the real classes and shapes, no download.
+
+The transformer has the published architecture and random weights with planted structure, as
+trained models have it: a residual stream with a few outlier channels and a low-rank part that
+holds most of its energy. Text encoders and autoencoders are small, in the widths it wants.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dirotq.assets import tiny_flux
+from dirotq.models.weights import empty_transformer
+from dirotq.prompts import resolve
+from dirotq.stages.pack import plan_shards, write_index
+
+STREAM = 8
+"""Directions of the residual stream that hold most of its energy."""
+PROMPTS = "assets://prompts/general.jsonl"
+OUTPUTS = ("to_out.0", "to_add_out", "net.2", "proj_out", "conv_point")
+"""Linears that write into the residual stream."""
+
+FLUX = {"num_layers": 19, "num_single_layers": 38, "guidance_embeds": True}
+PIXART = {
+    "num_layers": 28, "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4,
+    "out_channels": 8, "cross_attention_dim": 1152, "caption_channels": 4096, "sample_size": 128,
+    "patch_size": 2, "interpolation_scale": 2, "use_additional_conditions": False,
+}  # fmt: skip
+SANA = {
+    "num_layers": 20, "num_attention_heads": 70, "attention_head_dim": 32, "in_channels": 32,
+    "out_channels": 32, "num_cross_attention_heads": 20, "cross_attention_head_dim": 112,
+    "cross_attention_dim": 2240, "caption_channels": 2304, "sample_size": 32, "patch_size": 1,
+}  # fmt: skip
+ARCHITECTURES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "flux": ("FluxTransformer2DModel", FLUX),
+    "pixart_sigma": ("PixArtTransformer2DModel", PIXART),
+    "sana": ("SanaTransformer2DModel", SANA),
+}
+
+
+def build(name: str, folder: Path, device: torch.device, **changes: Any) -> Path:
+    """Write the pipeline ``name`` into ``folder`` and return it.
+
+    changes  fields of the transformer's config to replace (fewer layers, narrower for a test)
+    """
+    cls_name, config = ARCHITECTURES[name]
+    cls = getattr(diffusers, cls_name)
+    transformer = empty_transformer(config | changes, cls)
+    parts = _COMPONENTS[name](transformer.config)
+    for part in parts.values():
+        if isinstance(part, nn.Module):
+            part.eval().to(torch.bfloat16)
+    pipeline = _PIPELINES[name](transformer=None, **parts)
+    pipeline.save_pretrained(folder)
+    index = json.loads((folder / "model_index.json").read_text())
+    index["transformer"] = ["diffusers", cls_name]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2))
+    write_transformer(transformer, folder / "transformer", device)
+    return folder
+
+
+def write_transformer(transformer: Any, folder: Path, device: torch.device) -> None:
+    """Its config and generated bf16 weights in shards of 4 GB, one in memory at a time."""
+    transformer.save_config(folder)
+    names = transformer.state_dict()
+    shards = plan_shards(names, "4GB")
+    generator = torch.Generator(device).manual_seed(0)
+    for file, inside in shards.filename_to_tensors.items():
+        tensors = {n: _weight(n, names[n], generator).to("cpu", torch.bfloat16) for n in inside}
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    write_index(folder, shards)
+
+
+def _weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
+    """One tensor of the network; its residual stream keeps its size over many blocks."""
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=generator.device)
+
+    module, _, leaf = name.rpartition(".")
+    parts = module.split(".")[-2:]
+    shape = tuple(like.shape)
+    modulates = any(part.startswith(("norm", "adaln")) or "mod" in part for part in parts)
+    if leaf == "bias":
+        return (0.5 if modulates else 0.02) * draw(*shape)
+    if "norm" in module and len(shape) == 1:
+        return 1 + 0.1 * draw(*shape)
+    if len(shape) < 2 or "table" in leaf or "pos_embed" in leaf:
+        return 0.2 * draw(*shape)
+    rows, columns = shape[0], math.prod(shape[1:])
+    weight = draw(rows, columns) / columns**0.5
+    if module.endswith(OUTPUTS) and "." in module:
+        channels = torch.exp(0.4 * draw(rows, 1))
+        channels[:: max(rows // 16, 1)] *= 6  # the same outlier channels in every block
+        seeded = torch.Generator(generator.device).manual_seed(rows)
+        shared = torch.randn(rows, STREAM, generator=seeded, device=generator.device) / rows**0.5
+        planted = shared @ draw(STREAM, columns) * (rows / (STREAM * columns)) ** 0.5
+        weight = 0.2 * channels * weight + 0.5 * planted
+    elif modulates:
+        weight = 0.3 * weight
+    return weight.reshape(shape)
+
+
+def _latents(channels: int, factor: int) -> Any:
+    """An autoencoder with the latents of the real one and hardly any parameters."""
+    depth = factor.bit_length()
+    return diffusers.AutoencoderKL(
+        block_out_channels=(8,) * depth,
+        down_block_types=("DownEncoderBlock2D",) * depth,
+        up_block_types=("UpDecoderBlock2D",) * depth,
+        layers_per_block=1,
+        latent_channels=channels,
+        norm_num_groups=4,
+        sample_size=64,
+        mid_block_add_attention=False,
+    )
+
+
+def _t5(tokenizer: Any, width: int) -> Any:
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=4,
+        feed_forward_proj="relu", decoder_start_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return transformers.T5EncoderModel(config)
+
+
+def _captions() -> list[str]:
+    """The general prompts, so that their words are words to the tokenizers."""
+    return [json.loads(line)["prompt"] for line in resolve(PROMPTS).read_text().splitlines()]
+
+
+def _flux(config: Any) -> dict[str, Any]:
+    clip, t5 = tiny_flux.train_tokenizers(_captions())
+    text = transformers.CLIPTextConfig(
+        vocab_size=len(clip), hidden_size=config.pooled_projection_dim, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=77,
+        bos_token_id=clip.bos_token_id, eos_token_id=clip.eos_token_id,
+        pad_token_id=clip.pad_token_id,
+    )  # fmt: skip
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(
+            shift=3.0, use_dynamic_shifting=True
+        ),
+        "vae": _latents(config.in_channels // 4, 8),
+        "text_encoder": transformers.CLIPTextModel(text),
+        "tokenizer": clip,
+        "text_encoder_2": _t5(t5, config.joint_attention_dim),
+        "tokenizer_2": t5,
+    }
+
+
+def _pixart(config: Any) -> dict[str, Any]:
+    _, t5 = tiny_flux.train_tokenizers(_captions())
+    return {
+        "scheduler": diffusers.DPMSolverMultistepScheduler(),
+        "vae": _latents(config.in_channels, 8),
+        "text_encoder": _t5(t5, config.caption_channels),
+        "tokenizer": t5,
+    }
+
+
+def _sana(config: Any) -> dict[str, Any]:
+    _, t5 = tiny_flux.train_tokenizers(_captions())
+    words = [piece for piece in t5.get_vocab() if piece not in ("<pad>", "<eos>", "<bos>", "<unk>")]
+    vocabulary = {piece: i for i, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *words])}
+    tokenizer = transformers.GemmaTokenizer(vocab=vocabulary, merges=[])
+    tokenizer.padding_side = "right"
+    gemma = transformers.Gemma2Config(
+        vocab_size=len(tokenizer) + 8, hidden_size=config.caption_channels, intermediate_size=64,
+        num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=32,
+    )  # fmt: skip
+    autoencoder = diffusers.AutoencoderDC(
+        latent_channels=config.in_channels, attention_head_dim=2,
+        encoder_block_types=("ResBlock",) * 6, decoder_block_types=("ResBlock",) * 6,
+        encoder_block_out_channels=(config.in_channels,) * 6,
+        decoder_block_out_channels=(config.in_channels,) * 6,
+        encoder_qkv_multiscales=((),) * 6, decoder_qkv_multiscales=((),) * 6,
+        encoder_layers_per_block=(1,) * 6, decoder_layers_per_block=(1,) * 6,
+        downsample_block_type="conv", upsample_block_type="interpolate",
+        decoder_norm_types="rms_norm", decoder_act_fns="silu",
+    )  # fmt: skip
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        "vae": autoencoder,
+        "text_encoder": transformers.Gemma2Model(gemma),
+        "tokenizer": tokenizer,
+    }
+
+
+_COMPONENTS = {"flux": _flux, "pixart_sigma": _pixart, "sana": _sana}
+_PIPELINES = {
+    "flux": diffusers.FluxPipeline,
+    "pixart_sigma": diffusers.PixArtSigmaPipeline,
+    "sana": diffusers.SanaPipeline,
+}

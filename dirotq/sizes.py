@@ -1,0 +1,19 @@
+"""Sizes in bytes as people write them: "24GB", "512 MB"."""
+
+import re
+
+from dirotq.errors import ConfigError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of "5GB", "800 MB", "1.5TB" or a plain number; units are powers of 1000.
+
+    Raises ConfigError for anything else, and for sizes that are not positive.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", str(text), re.IGNORECASE)
+    size = round(float(found[1]) * UNITS[found[2].upper()]) if found else 0
+    if size <= 0:
+        raise ConfigError(f'{text!r} is no size in bytes; write it as "24GB" or "500MB"')
+    return size

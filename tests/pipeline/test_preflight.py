@@ -1,0 +1,133 @@
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+from omegaconf import OmegaConf
+
+from dirotq.cost import Cost
+from dirotq.errors import ConfigError
+from dirotq.pipeline import dag, machine, preflight, report
+from dirotq.pipeline.config import Line
+from dirotq.pipeline.executor import LocalExecutor
+from dirotq.pipeline.preflight import Estimate, Preflight
+
+CARD = machine.gpu("NVIDIA GeForce RTX 4090", 24 << 30, 64 << 30)
+CFG = OmegaConf.create(
+    {"preflight": True, "device": "cpu", "workload": {"_target_": "builtins.dict", "seconds": 2.0}}
+)
+
+
+@dataclass(frozen=True)
+class Telling:
+    """Writes one file, and knows what it takes."""
+
+    version: ClassVar[str] = "1"
+    resumable: ClassVar[bool] = True
+    number: int
+
+    def run(self, out: Path) -> dict[str, float]:
+        (out / "number").write_text(str(self.number))
+        return {}
+
+    def cost(self, work, here) -> Cost:
+        return Cost(seconds=work["seconds"], ram=1e6, disk=10)
+
+
+def line(store, number=1, force=()):
+    steps = dag.plan({"telling": Telling(number)}, {"telling": {}})
+    return Line(steps=steps, store=store, executor=LocalExecutor(), force=frozenset(force))
+
+
+def run(built):
+    found = preflight.examine(built, CFG)
+    dag.run(built.steps, built.store, built.executor, estimates=found.records)
+    return found
+
+
+def fits(**cost):
+    return Preflight(CARD, {"gptq": Estimate(Cost(seconds=1, **cost), 1.0, 0)})
+
+
+def test_the_estimate_stands_beside_what_happened(store):
+    run(line(store))
+    [artifact] = store.list()
+    noted = artifact.provenance["estimate"]
+    assert noted["seconds"] == noted["formula"] == 2.0
+    assert noted["machine"] == machine.find("cpu").name
+    assert noted["resumed"] is False
+    assert artifact.provenance["seconds"] < 2
+
+
+def test_an_earlier_run_here_scales_the_next(store):
+    run(line(store))
+    took = store.list()[0].provenance["seconds"]
+    found = preflight.examine(line(store, number=2), CFG)
+    assert found.estimates["telling"].cost.seconds == pytest.approx(took)
+    assert found.estimates["telling"].formula == 2.0
+    larger = OmegaConf.merge(CFG, {"workload": {"seconds": 200.0}})
+    assert preflight.examine(line(store, number=2), larger).estimates["telling"].cost.seconds == 200
+
+
+def test_only_what_would_run_is_estimated(store):
+    run(line(store))
+    assert preflight.examine(line(store), CFG) == Preflight()
+    assert set(preflight.examine(line(store, force=["telling"]), CFG).estimates) == {"telling"}
+    off = OmegaConf.merge(CFG, {"preflight": False})
+    assert preflight.examine(line(store, number=2), off) == Preflight()
+
+
+def test_what_fits_passes(tmp_path):
+    preflight.refuse(fits(vram=20e9, ram=9e9, disk=1000), tmp_path)
+    preflight.refuse(Preflight(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("cost", "says"),
+    [
+        ({"vram": 30e9}, "gptq needs about 30.0 GB of GPU memory and NVIDIA GeForce RTX 4090 has"),
+        ({"vram": 30e9, "lower": "x.batch=1"}, "try x.batch=1, or a larger machine"),
+        ({"ram": 70e9}, "gptq needs about 70.0 GB of RAM and there are 68.7 GB"),
+        ({"disk": 1e18}, r"gptq 1000000000.0 GB\) and the disk of the store .*store=FOLDER"),
+        ({"vram": 30e9}, "preflight=false"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tmp_path, cost, says):
+    with pytest.raises(ConfigError, match=says):
+        preflight.refuse(fits(**cost), tmp_path)
+
+
+def test_what_an_interrupted_run_left_is_not_needed_again(tmp_path):
+    free = shutil.disk_usage(tmp_path).free
+    found = fits(disk=free * 1.5)
+    with pytest.raises(ConfigError, match="it writes about"):
+        preflight.refuse(found, tmp_path)
+    left = dataclasses.replace(found.estimates["gptq"], present=int(free * 1.2))
+    preflight.refuse(Preflight(CARD, {"gptq": left}), tmp_path / "not" / "there")
+
+
+def test_the_bytes_an_interrupted_run_left_are_counted(store):
+    built = line(store)
+    partial = store.root / "telling" / f"{built.steps[0].fingerprint}.partial" / "data"
+    partial.mkdir(parents=True)
+    (partial / "half").write_bytes(bytes(1000))
+    found = preflight.examine(built, CFG)
+    assert found.estimates["telling"].present == 1000
+    assert found.records["telling"]["resumed"] is True
+
+
+def test_the_table(store, capsys):
+    report.plan(line(store), preflight.examine(line(store), CFG))
+    out = capsys.readouterr().out
+    row = next(text for text in out.splitlines() if text.startswith("telling"))
+    assert row.split()[1:3] == ["to", "run"]
+    assert row.split()[4:] == ["~2.0", "~1.0", "MB", "~10", "B"]
+    assert "in all" in out
+    assert f"1 to run; about 2 s on {machine.find('cpu').name}; " in out
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(45, "45 s"), (720, "12 min"), (12600, "3.5 h")])
+def test_durations(seconds, text):
+    assert report.duration_text(seconds) == text

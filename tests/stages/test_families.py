@@ -1,0 +1,83 @@
+"""The seven stages on a tiny pipeline of every model family."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import zarr
+from tiny_families import TINY
+from tiny_line import LINE, run
+from tiny_pipelines import LONG_CAPTION, family_folder
+
+from dirotq.loading import open_pipeline
+from dirotq.models.family import Site
+from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.config import Line, build, compose_config
+from dirotq.plan import read_plan
+
+STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "validate"]
+SHAPES = ("circle", "star", "square", "line", "cross", "ring", "dot", "arc")
+
+
+@pytest.fixture(scope="module")
+def line(tiny_root):
+    """The line of a family: ``line("sana", "rank.r=8")``."""
+    prompts = tiny_root / "families.jsonl"
+    # Every batch of two holds a short and a long prompt.
+    texts = [shape if i % 2 else f"{LONG_CAPTION} {shape}" for i, shape in enumerate(SHAPES)]
+    rows = [json.dumps({"prompt": text, "seed": i}) + "\n" for i, text in enumerate(texts)]
+    prompts.write_text("".join(rows))
+
+    def configured(name: str, *more: str) -> Line:
+        overrides = [
+            f"model={family_folder(tiny_root, name)}",
+            f"prompts.calibration.path={prompts}",
+            f"prompts.heldout.path={prompts}",
+            f"store={tiny_root / 'families'}",
+            *LINE,
+            *more,
+        ]
+        return build(compose_config(overrides, "dirotq.conf"))
+
+    return configured
+
+
+def planned(artifacts: dict[str, Artifact]) -> list[Site]:
+    return [entry.site for entry in read_plan(artifacts["rank"].file("plan.json"))]
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "flux"])
+def test_every_family_runs_through(line, name):
+    artifacts = run(line(name))
+    assert list(artifacts) == STAGES
+    for artifact in artifacts.values():
+        assert all(math.isfinite(value) for value in artifact.metrics.values())
+    assert planned(artifacts) == TINY[name].family.sites(_skeleton(artifacts["pack"], name))
+    assert artifacts["fuse"].metrics["network_error"] < 1e-5
+    assert artifacts["validate"].metrics["sqnr_db"] > 10
+    assert artifacts["validate"].metrics["psnr"] > 20
+
+
+def _skeleton(pack: Artifact, name: str):
+    """A transformer of the shapes that the packed folder's config tells."""
+    folder = pack.tree("model") / "transformer"
+    config = json.loads(Path(folder / "config.json").read_text())
+    cls = type(TINY[name].build())
+    return cls.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+
+
+def test_masked_text_tokens_are_not_counted(tiny_root, line):
+    artifacts = run(line("qwen_image", "until=capture"))
+    moments = zarr.open_group(artifacts["capture"].tree("moments.zarr"), mode="r")
+    image, text = (
+        moments[f"transformer_blocks.0.attn.{site}"].attrs["tokens"] for site in ("qkv", "add_qkv")
+    )
+    calls = artifacts["capture"].metrics["calls"]
+    assert image == calls * 4 * 4
+    pipe = open_pipeline(family_folder(tiny_root, "qwen_image"), torch.float32, torch.device("cpu"))
+    texts = [json.loads(row)["prompt"] for row in (tiny_root / "families.jsonl").open()][:6]
+    lengths = [len(pipe.encode_prompt(prompt)[0][0]) for prompt in texts]
+    assert len(set(lengths)) > 1
+    assert text == calls / len(texts) * sum(lengths)
