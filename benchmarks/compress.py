@@ -2,13 +2,14 @@
 
     python benchmarks/compress.py flux --models /dev/shm --store artifacts --depth 0.25 OVERRIDES
 
-Prints one row per stage: seconds, peak VRAM and RAM, bytes on disk.
+Prints one row per stage: seconds, peak VRAM and RAM, bytes on disk, and what was expected of each.
 Stages that are in the store already are listed with what they took.
 """
 
 import argparse
 import json
 import logging
+import os
 import platform
 import time
 from pathlib import Path
@@ -19,7 +20,7 @@ import packed_check
 import torch
 
 from dirotq.device import pick_device
-from dirotq.pipeline import dag
+from dirotq.pipeline import dag, preflight
 from dirotq.pipeline.config import build, compose_config
 from dirotq.pipeline.dag import Step
 
@@ -37,26 +38,29 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append the rows to this file")
     parser.add_argument("overrides", nargs="*", help="e.g. capture.vram=24GB")
     options = parser.parse_intermixed_args()
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `dirotq` does
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     device = pick_device("auto")
     folder = generated(options.model, options.models, options.depth, device)
-    line = build(
-        compose_config(
-            [
-                f"model={folder}",
-                f"store={options.store}",
-                f"until={options.until}",
-                *options.overrides,
-            ],
-            "dirotq.conf",
-        )
+    cfg = compose_config(
+        [
+            f"model={folder}",
+            f"store={options.store}",
+            f"until={options.until}",
+            *options.overrides,
+        ],
+        "dirotq.conf",
     )
+    line = build(cfg)
+    found = preflight.examine(line, cfg)
     rows: list[dict[str, Any]] = []
     artifacts: dict[str, Any] = {}
     for index, step in enumerate(line.steps):
         known = line.store.get(step.name, step.fingerprint)
         began = time.monotonic()
-        outcome = dag.run(line.steps[: index + 1], line.store, line.executor)[step.name]
+        steps = line.steps[: index + 1]
+        outcomes = dag.run(steps, line.store, line.executor, estimates=found.records)
+        outcome = outcomes[step.name]
         seconds = time.monotonic() - began
         rows.append(row(step, outcome.artifact, None if known else seconds))
         print(json.dumps(rows[-1]), flush=True)
@@ -86,8 +90,12 @@ def generated(name: str, models: Path, depth: float, device: torch.device) -> Pa
 def row(step: Step, artifact: Any, seconds: float | None) -> dict[str, Any]:
     """One stage's figures; ``seconds`` of the whole step, or None if it was cached."""
     past = artifact.provenance
+    expected = past.get("estimate", {})
     return {
         "stage": step.name,
+        "estimated": {
+            k: float(f"{v:.4g}") for k, v in expected.items() if isinstance(v, float | int)
+        },
         "seconds": round(past["seconds"] if seconds is None else seconds, 1),
         "cached": seconds is None,
         "vram_gb": round(past.get("peak_vram_bytes", 0) / 1e9, 1),
@@ -103,15 +111,21 @@ def table(rows: list[dict[str, Any]], options: argparse.Namespace, device: torch
     lines = [
         f"\n{options.model}, depth {options.depth:g}, {' '.join(options.overrides) or 'defaults'}; "
         f"{chip}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}\n",
-        "| stage | seconds | VRAM, GB | RAM, GB | disk, GB |\n|---|---|---|---|---|",
+        "| stage | seconds | estimated | VRAM, GB | estimated | RAM, GB | estimated | disk, GB |",
+        "|---" * 8 + "|",
     ]
     for one in rows:
-        numbers = (one[key] for key in ("seconds", "vram_gb", "ram_gb", "disk_gb"))
-        lines.append(f"| {one['stage']} | " + " | ".join(f"{n:g}" for n in numbers) + " |")
+        told = one["estimated"]
+        numbers = (
+            one["seconds"], told.get("seconds", 0), one["vram_gb"], told.get("vram", 0) / 1e9,
+            one["ram_gb"], told.get("ram", 0) / 1e9, one["disk_gb"],
+        )  # fmt: skip
+        lines.append(f"| {one['stage']} | " + " | ".join(f"{n:.4g}" for n in numbers) + " |")
     peak = {key: max(one[key] for one in rows) for key in ("vram_gb", "ram_gb")}
     lines.append(
-        f"| all | {sum(one['seconds'] for one in rows):g} | {peak['vram_gb']:g} | "
-        f"{peak['ram_gb']:g} | {sum(one['disk_gb'] for one in rows):.1f} |"
+        f"| all | {sum(one['seconds'] for one in rows):.4g} | "
+        f"{sum(one['estimated'].get('seconds', 0) for one in rows):.4g} | {peak['vram_gb']:g} | | "
+        f"{peak['ram_gb']:g} | | {sum(one['disk_gb'] for one in rows):.1f} |"
     )
     return "\n".join(lines)
 

@@ -1,5 +1,7 @@
 """Every supported family, found by the class of a model's transformer."""
 
+import re
+
 from dirotq.errors import UnsupportedError
 
 from .family import ModelFamily
@@ -21,11 +23,21 @@ def known_family(transformer_class: str) -> ModelFamily | None:
 
 
 def family_of(transformer_class: str) -> ModelFamily:
-    """The family of a diffusers transformer class; UnsupportedError names the known ones."""
+    """The family of a diffusers transformer class: a table, or the name alone for a class of
+    diffusers that has none, whose sites are to be discovered (models/discovered.py).
+
+    Raises UnsupportedError, naming the known ones, for what is no transformer of diffusers.
+    """
     if (family := known_family(transformer_class)) is not None:
         return family
+    if re.search("Transformer|DiT", transformer_class):
+        import diffusers  # takes seconds, and is needed only here
+
+        if hasattr(diffusers, transformer_class):
+            return ModelFamily("discovered", transformer_class, rules=(), keep=(), call={})
     known = ", ".join(f"{f.name} ({f.transformer})" for f in FAMILIES)
     raise UnsupportedError(
-        f"no model family describes the transformer class {transformer_class!r}; supported: "
-        f"{known}. CONTRIBUTING.md says how to add one (a table of about 40 lines)."
+        f"{transformer_class!r} is no transformer class of the installed diffusers; described are "
+        f"{known}, others of diffusers are discovered. CONTRIBUTING.md says how to add a family (a "
+        "table of about 40 lines)."
     )

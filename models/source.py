@@ -13,6 +13,7 @@ from dirotq.errors import ConfigError, NumericalError
 from dirotq.loading import open_pipeline
 from dirotq.prompts import Prompt
 
+from .discovered import discovered_sites
 from .families import family_of
 from .family import ModelFamily, Site
 from .lora import Lora, parse_loras
@@ -130,8 +131,14 @@ class DiffusersModel:
         return empty_transformer(cls.load_config(self.folder(weights=False) / "transformer"), cls)
 
     def sites(self) -> list[Site]:
-        """Every site of the transformer, in order; see :class:`ModelFamily`."""
-        return self.family.sites(self.skeleton())
+        """Every site of the transformer, in order; see :class:`ModelFamily`.
+
+        Of a class without a table they are discovered, or UnsupportedError says why they can't be.
+        """
+        if self.family.rules:
+            return self.family.sites(self.skeleton())
+        folder, call = self.folder(weights=False), tuple(sorted(self.call_arguments().items()))
+        return list(discovered_sites(folder.resolve(), self.family.transformer, call))
 
     def weights(self) -> Weights:
         """The transformer's tensors on disk, to be read by name."""
@@ -154,6 +161,7 @@ def generate(
     """
     made = pipe(
         prompt=[p.text for p in prompts],
+        **_images(prompts),
         # On the CPU, so that a seed means the same noise on every machine.
         generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
         output_type=output,
@@ -166,6 +174,20 @@ def generate(
             "the model itself overflows in this precision, or its weights are damaged"
         )
     return result
+
+
+def _images(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
+    """What editing pipelines take beside prompts ("image", "mask_image"), read from disk."""
+    from PIL import Image
+
+    names = sorted({name for prompt in prompts for name in prompt.inputs})
+    for prompt in prompts:
+        if missing := [name for name in names if name not in prompt.inputs]:
+            raise ConfigError(
+                f"the prompt {prompt.text!r} has no {missing[0]}, others of its batch have one: "
+                "give every row of the prompt file the same columns"
+            )
+    return {n: [Image.open(p.inputs[n]).convert("RGB") for p in prompts] for n in names}
 
 
 def _transformer_class(family: ModelFamily) -> Any:

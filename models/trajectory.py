@@ -52,6 +52,8 @@ class Trajectories:
             log.info("%s has no encode_prompt: its text encoders stay loaded", type(pipe).__name__)
         for name in encoders:
             getattr(pipe, name).to(self.device)
+        if any(prompt.inputs for shard in shards for prompt in shard):
+            pipe.vae.to(self.device)  # it encodes the images that generation starts from
         if not hasattr(pipe, "encode_prompt"):
             return
         plain = pipe.encode_prompt

@@ -282,6 +282,14 @@ class Workload:
         return float(2 ** (levels - 1) * patch)
 
 
+STATE_SHARE = 0.6
+"""Share of the GPU's budget for waiting calls; the rest is a block's and one call's own."""
+HOST_SHARE = 0.6
+"""Share of free host memory for calls that are parked there."""
+FRAGMENTS = 1.15
+"""What waiting calls reserve on a GPU over what they hold: their tensors change size on the way."""
+
+
 def calls_at_once(each: float, count: int, room: float, host: float) -> tuple[int, bool]:
     """How many calls to keep on their way at a time, and whether to park them in host memory.
 

@@ -49,6 +49,9 @@ force=[rank], store=FOLDER. `dirotq compress --help` lists the groups; -m sweeps
 
 def main(argv: Sequence[str] | None = None, *, config: str = CONFIG) -> None:
     """Entry point of the console script. Always leaves through SystemExit."""
+    # Calls that wait between blocks change their tensors' sizes on the way: without this, torch
+    # holds on to the memory of both. Read when CUDA is first used.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     debug = any(os.environ.get(name) == "1" for name in ("DIROTQ_DEBUG", "HYDRA_FULL_ERROR"))
     try:

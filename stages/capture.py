@@ -30,7 +30,7 @@ from dirotq.models.recorder import Recorder, Seen, refuse_empty_or_damaged
 from dirotq.models.replay import Walk
 from dirotq.models.source import DiffusersModel
 from dirotq.models.trajectory import Trajectories
-from dirotq.models.workload import Workload, calls_at_once
+from dirotq.models.workload import FRAGMENTS, HOST_SHARE, STATE_SHARE, Workload, calls_at_once
 from dirotq.moments import read_stored, write_moment
 from dirotq.pipeline.stage import untracked
 from dirotq.progress import track
@@ -105,8 +105,8 @@ class Capture:
         made = -(-work.calibration // self.batch) * work.steps
         generate = made * max(forward, weights / machine.park if streams else 0)
         each, count = samples * work.state * machine.width / 2, -(-work.recorded // samples)
-        room = 0.6 * limit if machine.gpu else 0.5 * machine.ram
-        at_once, park = calls_at_once(each, count, room, 0.6 * machine.ram)
+        room = STATE_SHARE * limit if machine.gpu else HOST_SHARE * machine.ram
+        at_once, park = calls_at_once(each, count, room, HOST_SHARE * machine.ram)
         sums = (machine.moment_seconds(work.tokens(s), s.dim) for s in work.sites)
         replay = count * forward + work.recorded * sum(sums)
         sweeps = -(-count // at_once)
@@ -117,7 +117,8 @@ class Capture:
         block = machine.width * work.block_parameters + work.block_moments + largest
         activations = work.activations(samples, machine.width)
         recording = max(work.encoders, 2 * block if streams else weights + activations)
-        replaying = block + activations + (2 if park else at_once) * each
+        waiting = 2 if park else at_once * (FRAGMENTS if machine.gpu else 1)
+        replaying = block + activations + waiting * each
         host = float(work.components) + work.call_bytes(work.recorded) + 2 * largest
         host += (at_once * each if park else 0) + (weights if streams else 0)
         adapts = machine.gpu and self.vram is None  # as yet it takes what is free
@@ -312,14 +313,9 @@ def _sweep_size(
     walk: Walk, calls: Sequence[Call], vram: str | None, device: torch.device
 ) -> tuple[int, bool]:
     """How many calls to keep on their way at a time, and whether to park them in host memory."""
+    each, host = max(walk.state_bytes(calls[0]), 1), int(HOST_SHARE * free_host_memory())
     if device.type == "cpu":
-        each = max(walk.state_bytes(calls[0]), 1)
-        return max(1, min(len(calls), int(free_host_memory() * 0.5 / each))), False
-    each = max(walk.state_bytes(calls[0]), 1)
-    budget = torch.cuda.mem_get_info(device)[0] if vram is None else parse_bytes(vram)
-    # The rest is for a block's weights and moments and for the activations of one call.
-    room = int(budget * 0.6) - torch.cuda.memory_allocated(device)
-    if each * len(calls) <= room:
-        return len(calls), False
-    host = int(free_host_memory() * 0.6)
-    return max(1, min(len(calls), host // each)), True
+        return calls_at_once(each, len(calls), host, host)[0], False
+    limit = torch.cuda.mem_get_info(device)[0] if vram is None else parse_bytes(vram)
+    room = int(STATE_SHARE * limit) - torch.cuda.memory_allocated(device)
+    return calls_at_once(each, len(calls), room, host)

@@ -150,5 +150,8 @@ def test_another_class_is_not_guessed():
 
 def test_unknown_families_name_the_known_ones():
     assert family_of("FluxTransformer2DModel").name == "flux"
-    with pytest.raises(UnsupportedError, match=r"'UNet2D'; supported: flux \(FluxTransformer2D"):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"'UNet2D' is no transformer class.*described are flux \(FluxTransformer2D",
+    ):
         family_of("UNet2D")

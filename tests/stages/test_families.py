@@ -11,7 +11,10 @@ from tiny_families import TINY
 from tiny_line import LINE, run
 from tiny_pipelines import LONG_CAPTION, family_folder
 
+from dirotq.errors import UnsupportedError
 from dirotq.loading import open_pipeline
+from dirotq.models import families
+from dirotq.models.discovered import discovered_sites
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line, build, compose_config
@@ -81,3 +84,24 @@ def test_masked_text_tokens_are_not_counted(tiny_root, line):
     lengths = [len(pipe.encode_prompt(prompt)[0][0]) for prompt in texts]
     assert len(set(lengths)) > 1
     assert text == calls / len(texts) * sum(lengths)
+
+
+def test_a_transformer_without_a_table_is_discovered(line, monkeypatch):
+    table = TINY["flux"].family
+    blocks = {frozenset(s.consumers) for s in table.sites(TINY["flux"].build())}
+    monkeypatch.setattr(families, "FAMILIES", ())
+    artifacts = run(line("flux"))
+    assert {frozenset(site.consumers) for site in planned(artifacts)} == blocks
+    assert artifacts["fuse"].metrics["network_error"] < 1e-5
+    assert artifacts["validate"].metrics["sqnr_db"] > 10
+
+
+def test_what_cannot_be_traced_is_refused_with_the_reason(line, monkeypatch):
+    def untraceable(*_, **__):
+        raise RuntimeError("how many tokens? ask the data")
+
+    monkeypatch.setattr(families, "FAMILIES", ())
+    monkeypatch.setattr("diffusers.FluxTransformer2DModel.forward", untraceable)
+    discovered_sites.cache_clear()
+    with pytest.raises(UnsupportedError, match=r"ask the data[\s\S]*CONTRIBUTING"):
+        line("flux")
