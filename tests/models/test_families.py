@@ -132,7 +132,7 @@ def test_convolutions_of_sana_are_sites():
 
 def test_unknown_classes_name_the_known_families():
     assert known_family("UNet2DConditionModel") is None
-    with pytest.raises(UnsupportedError, match=r"supported: flux \(.*, wan \(WanTransformer3D"):
+    with pytest.raises(UnsupportedError, match=r"described are flux \(.*, wan \(WanTransformer3D"):
         family_of("UNet2DConditionModel")
 
 
