@@ -158,7 +158,7 @@ class FitBasis:
                 width = kept + MARGIN
                 products = 4 * dim**2 * width / machine.float32
                 thin = 12 * dim * width**2 / machine.float64
-                usual = ROUNDS / 4  # rounds until the iteration stands still
+                usual = ROUNDS / 3  # rounds until the iteration stands still
                 seconds += usual * (products + thin + 5 * machine.factor)
             else:
                 seconds += 9 * dim**3 / machine.eigh

@@ -132,7 +132,7 @@ class QuantizeWeights:
             seconds += work.moment_bytes(site) / machine.read + 2 * outputs * dim / machine.load
             if work.method.rounding == "gptq":
                 seconds += wide * machine.column
-            most = max(most, 8 * 7 * wide**2 + 4 * 6 * outputs * wide)
+            most = max(most, 8 * 4 * wide**2 + 4 * 6 * outputs * wide)
         largest = max(work.moment_bytes(site) for site in work.sites)
         return Cost(
             seconds=seconds,
