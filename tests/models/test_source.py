@@ -113,7 +113,7 @@ def test_an_unknown_transformer(own_folder):
     edit_json(own_folder / "model_index.json", transformer=["diffusers", "NewTransformer2DModel"])
     with pytest.raises(
         UnsupportedError,
-        match="'NewTransformer2DModel' is no transformer class .*described are flux",
+        match=r"'NewTransformer2DModel' is no transformer class .*described are flux",
     ):
         source(own_folder).sites()
 
