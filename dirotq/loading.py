@@ -1,6 +1,7 @@
 """``dirotq.load``: a packed folder as a working diffusers pipeline."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,8 @@ from dirotq.pipeline.artifact import MANIFEST, Artifact
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -36,6 +39,8 @@ def load(
 def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
     """A local diffusers folder, packed or not, from safetensors only.
 
+    On a GPU that can't hold all components at once they go there one at a time, as they are used.
+
     Raises ArtifactError naming the weights file that is truncated or damaged.
     """
     import diffusers
@@ -49,7 +54,18 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "Di
             folder, dtype=dtype, use_safetensors=True, local_files_only=True
         )
     pipe.set_progress_bar_config(disable=True)
+    if device.type == "cuda" and component_bytes(pipe) > torch.cuda.mem_get_info(device)[0] * 0.8:
+        log.info("the pipeline's components take turns on %s, which can't hold all of them", device)
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
     return pipe.to(device)
+
+
+def component_bytes(pipe: "DiffusionPipeline") -> int:
+    """What the weights of all components of a pipeline take."""
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def check_weights(file: str | Path) -> None:

@@ -10,6 +10,7 @@ from tiny_line import CALL, CAPTIONS
 import dirotq
 from dirotq.errors import ArtifactError
 from dirotq.kernels.linear import QuantLinear
+from dirotq.loading import component_bytes, open_pipeline
 
 
 def image(pipe) -> torch.Tensor:
@@ -86,3 +87,21 @@ def test_a_truncated_file_is_named(packed_folder, part, keep):
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(ArtifactError, match=rf"{part}/{file.name} is damaged or was not written"):
         dirotq.load(packed_folder)
+
+
+def test_a_pipeline_that_a_gpu_cannot_hold_takes_turns(folder, monkeypatch):
+    moved = []
+    cuda = torch.device("cuda")
+    monkeypatch.setattr(
+        "diffusers.FluxPipeline.enable_model_cpu_offload",
+        lambda self, device: moved.append("turns"),
+    )
+    monkeypatch.setattr(
+        "diffusers.FluxPipeline.to", lambda self, device: moved.append("whole") or self
+    )
+    size = component_bytes(open_pipeline(folder, torch.float32, torch.device("cpu")))
+    assert size >= 4 * 100_000
+    for free in (size, 2 * size):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
+        open_pipeline(folder, torch.float32, cuda)
+    assert moved == ["whole", "turns", "whole"]
