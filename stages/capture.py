@@ -41,6 +41,8 @@ from dirotq.tensors import create_array, write_rows
 log = logging.getLogger(__name__)
 
 GOLDEN = 0.6180339887498949
+SINGLE = "single-sweep"
+"""Marks a replay in which one sweep takes all calls."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +182,7 @@ class Capture:
         sweeps = [range(i, min(i + at_once, len(calls))) for i in range(0, len(calls), at_once)]
         if len(sweeps) > 1:
             log.info("capture: %d sweeps of up to %d calls each", len(sweeps), at_once)
-        ledger = _Ledger(out, sites, self.rows, len(calls))
+        ledger = _Ledger(out, sites, self.rows, len(calls), at_once)
         steps = iter(track(range(len(sweeps) * len(blocks)), "capture: replay"))
         for number, sweep in enumerate(sweeps):
             if not all(ledger.has(number, block) for block in ["", *blocks]):
@@ -212,11 +214,19 @@ class Capture:
 
 
 class _Ledger:
-    """What the replay has put on disk: one marker per finished (sweep, block)."""
+    """What the replay has put on disk: one marker per finished (sweep, block).
 
-    def __init__(self, out: Path, sites: Sequence[Site], rows: int, calls: int) -> None:
+    Several sweeps add to what is there, and how many calls one takes depends on free memory: an
+    interrupted replay goes on only where a single sweep took all calls, and starts over elsewhere.
+    """
+
+    def __init__(
+        self, out: Path, sites: Sequence[Site], rows: int, calls: int, at_once: int
+    ) -> None:
         self.sites, self.rows, self.calls = sites, rows, calls
         self.done = out / "replayed"
+        if at_once < calls or not (self.done / SINGLE).exists():
+            shutil.rmtree(self.done, ignore_errors=True)
         fresh = not self.done.exists()
         self.moments = zarr.open_group(out / "moments.zarr", mode="w" if fresh else "r+")
         self.samples = zarr.open_group(out / "rows.zarr", mode="w" if fresh else "r+")
@@ -224,6 +234,8 @@ class _Ledger:
             for site in sites:
                 create_array(self.samples, site.name, (rows, site.dim), torch.bfloat16)
             self.done.mkdir()
+            if at_once >= calls:
+                (self.done / SINGLE).touch()
 
     def has(self, sweep: int, block: str) -> bool:
         return self._marker(sweep, block).exists()

@@ -181,6 +181,31 @@ def test_an_interrupted_replay_goes_on_at_the_next_block(capture, tmp_path, monk
     assert tree_bytes(tmp_path / "resumed") == tree_bytes(tmp_path / "undisturbed")
 
 
+@pytest.mark.parametrize(("before", "after"), [(4, 4), (4, 100), (100, 4)])
+def test_an_interrupted_replay_counts_no_call_twice_however_sweeps_fall(
+    capture, tmp_path, monkeypatch, before, after
+):
+    monkeypatch.setattr(module, "_sweep_size", lambda *_: (after, False))
+    run_stage(capture, tmp_path / "undisturbed")
+    write, written = module.write_moment, []
+
+    def interrupted(group, name, *args, **kwargs):
+        if len(written) == 14:  # in the second sweep's first block, if there are several
+            raise KeyboardInterrupt
+        written.append(name)
+        write(group, name, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_sweep_size", lambda *_: (before, False))
+        patch.setattr(module, "write_moment", interrupted)
+        if before == 100:
+            written += ["a site"] * 3
+        with pytest.raises(KeyboardInterrupt):
+            run_stage(capture, tmp_path / "resumed")
+    run_stage(capture, tmp_path / "resumed")
+    assert tree_bytes(tmp_path / "resumed") == tree_bytes(tmp_path / "undisturbed")
+
+
 def test_a_site_that_saw_no_token_is_named(capture, tmp_path, monkeypatch):
     # A block that hands its inputs on without using them, as an expert without tokens does.
     def skip(self, hidden_states, encoder_hidden_states, **_):
