@@ -20,8 +20,12 @@ SMALLEST_GROUP = 16
 class Method:
     """A quantization method (conf/method): the transform and the two number formats.
 
-    ``transform``        ``hadamard`` (project out, then block Hadamard) or ``dense`` (the paper's)
+    ``transform``        ``hadamard`` (Sylvester's blocks), ``regular`` (regular ones) or ``dense``
+                         (the paper's rotation)
     ``protect``          keep the leading directions in 16 bits; False means rank 0 everywhere
+    ``branch``           ``project``: they leave the main branch's input; ``beside``: they do not
+    ``protected_bits``   of their coefficients and weights, 16 or 8
+    ``smooth``           multiply the main branch's input by one factor per channel first
     ``leading``          eigenvectors kept per site, the largest rank to choose from; None for all
     ``block``            largest Hadamard block; 1 for none
     ``rounding``         ``gptq`` or ``nearest``
@@ -35,8 +39,11 @@ class Method:
     """
 
     name: str
-    transform: Literal["hadamard", "dense"]
+    transform: Literal["hadamard", "regular", "dense"]
     protect: bool
+    branch: Literal["project", "beside"]
+    protected_bits: Literal[8, 16]
+    smooth: bool
     leading: int | None
     block: int
     rounding: Rounding
@@ -75,7 +82,10 @@ class Method:
                 rows=site.rows,
                 rank=0 if modulator else rank,
                 transform="hadamard" if modulator else self.transform,
-                block=1 if modulator else hadamard_block(site.dim, self.block),
+                block=1 if modulator else self._block(site.dim),
+                branch="project" if modulator else self.branch,
+                protected_bits=16 if modulator else self.protected_bits,
+                smooth=self.smooth and not modulator,
                 weight_bits=4,
                 weight_scale="group" if modulator else self.weight_scale,
                 weight_group=group if whole else fitting_group(group, site.dim),
@@ -85,6 +95,11 @@ class Method:
             )
         except ValueError as error:
             raise ConfigError(f"site {site.name}, method {self.name}: {error}") from error
+
+    def _block(self, dim: int) -> int:
+        return hadamard_block(
+            dim, self.block, "regular" if self.transform == "regular" else "sylvester"
+        )
 
 
 def fitting_group(group: int, channels: int) -> int:

@@ -168,7 +168,8 @@ class Signature(NamedTuple):
     @classmethod
     def of(cls, tensor: Tensor) -> "Signature":
         """What a tensor of the model is stored as: codes as bytes, everything else in bfloat16."""
-        return cls(tuple(tensor.shape), "U8" if tensor.dtype == torch.uint8 else "BF16")
+        codes = {torch.uint8: "U8", torch.int8: "I8"}
+        return cls(tuple(tensor.shape), codes.get(tensor.dtype, "BF16"))
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -208,11 +209,12 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
                 f"{name}.{buffer} holds NaN or infinity: the file is damaged; download it again, "
                 "or pack the model again with `dirotq compress`"
             )
-        if buffer == "wscale" and bool(low < 0):
+        if buffer in ("wscale", "wpscale") and bool(low < 0):
             raise ArtifactError(
-                f"{name}.wscale holds {low.item():.3g}, but scales are zero or more: the file is "
+                f"{name}.{buffer} holds {low.item():.3g}, but scales are zero or more: the file is "
                 "damaged; download it again, or pack the model again with `dirotq compress`"
             )
+    # Codes of an 8-bit protected branch say nothing about a tail, which they never take.
     floor = scale_floor(tensors.get("wp"), tensors.get("bias"))
     if packed.spec.weight_scale != "channel" or floor is None or "wscale" not in tensors:
         return

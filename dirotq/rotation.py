@@ -3,13 +3,15 @@
 Letters: D channels, R protected directions, K main-branch width, N outputs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from dirotq.errors import NumericalError
+from dirotq.kernels.protected import quantize_protected
 from dirotq.kernels.spec import QuantSpec
 from dirotq.kernels.transform_quantize import transform
 from dirotq.pipeline.artifact import Artifact
@@ -33,21 +35,28 @@ class Rotation:
     spec: QuantSpec
     basis_DR: Tensor | None
     rotation_DK: Tensor | None
+    smooth_D: Tensor | None = None
+    dual_DR: Tensor | None = None
+    """Of ``branch="beside"``: V = W dual."""
 
     @classmethod
-    def cut(cls, vectors_DD: Tensor | None, spec: QuantSpec) -> "Rotation":
-        """Take the plan's rank from a site's eigenvectors.
+    def cut(cls, found: Mapping[str, Tensor], spec: QuantSpec) -> "Rotation":
+        """Take the plan's rank from what ``basis`` found for a site.
 
-        vectors_DD  ascending eigenvectors as columns (leading direction last); None at rank 0 of
-                    ``hadamard``, which needs none
+        found  ``vectors`` [D, L] ascending (leading direction last), ``duals`` like them for
+               ``branch="beside"``, ``smooth`` [D] where the plan smooths; empty where the plan
+               needs nothing
         """
-        protected = None
+        protected = dual = smooth = None
         if spec.rank:
-            assert vectors_DD is not None
-            protected = vectors_DD[:, -spec.rank :].to(torch.bfloat16).contiguous()
-        if spec.transform == "hadamard":
-            return cls(spec, protected, None)
-        assert vectors_DD is not None
+            protected = found["vectors"][:, -spec.rank :].to(torch.bfloat16).contiguous()
+            if spec.branch == "beside":
+                dual = found["duals"][:, -spec.rank :]
+        if spec.smooth:
+            smooth = found["smooth"].to(torch.bfloat16)
+        if spec.transform != "dense":
+            return cls(spec, protected, None, smooth, dual)
+        vectors_DD = found["vectors"]
         rest = vectors_DD[:, : spec.dim - spec.rank].double()
         mixed = rest @ haar(rest.shape[1], SEED).to(rest.device)
         rotation = torch.zeros(spec.dim, spec.width, dtype=torch.bfloat16, device=rest.device)
@@ -56,6 +65,8 @@ class Rotation:
 
     def weights(self, w_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """W_z [N, K] and V [N, R] (None at rank 0), in W's dtype."""
+        if self.spec.branch == "beside":
+            return self._beside(w_ND)
         basis = None if self.basis_DR is None else self.basis_DR.double()
         if self.rotation_DK is not None:
             both = (w_ND.double() @ self._dual_DD).to(w_ND.dtype)
@@ -63,7 +74,9 @@ class Rotation:
             main = both.new_zeros(both.shape[0], self.spec.width)
             main[:, :kept] = both[:, :kept]
             return main, both[:, kept:] if basis is not None else None
-        main, _ = transform(w_ND, self.basis_DR, None, self.spec)
+        if self.smooth_D is not None:
+            w_ND = w_ND / self.smooth_D.to(w_ND.dtype)
+        main, _ = transform(w_ND, self.basis_DR, None, self._unsmoothed)
         if basis is None:
             return main, None
         gram = basis.mT @ basis
@@ -73,11 +86,37 @@ class Rotation:
     def moments(self, s_DD: Tensor) -> Tensor:
         """S_z = E[zᵀz], float64 [K, K], from S = E[xᵀx]: the transform applied from both sides."""
         p, t = self._exact
-        half, _ = transform(s_DD.double(), p, t, self.spec)
+        half, _ = transform(s_DD.double(), p, t, self.spec, self.smooth_D)
         half = half.mT.contiguous()  # of 15360 channels each of these is 1.9 GB
-        s_KK, _ = transform(half, p, t, self.spec)
+        s_KK, _ = transform(half, p, t, self.spec, self.smooth_D)
         del half
         return s_KK.add_(s_KK.mT.clone()).div_(2)
+
+    def stored(self, v_NR: Tensor | None) -> dict[str, Tensor]:
+        """V as the packed linear holds it: ``wp``, with ``wpscale`` where it takes 8 bits."""
+        if v_NR is None:
+            return {}
+        if self.spec.protected_bits == 8:
+            codes, scale = quantize_protected(v_NR)
+            return {"wp": codes, "wpscale": scale}
+        return {"wp": v_NR.to(torch.bfloat16)}
+
+    def _beside(self, w_ND: Tensor) -> tuple[Tensor, Tensor | None]:
+        """V = W dual, rounded here, so that the main branch makes up for its rounding (Eq. 12)."""
+        kept = None
+        if self.dual_DR is not None:
+            assert self.basis_DR is not None
+            kept = (w_ND.double() @ self.dual_DR.double()).to(torch.bfloat16).to(w_ND.dtype)
+            product = kept.double() @ self.basis_DR.double().mT
+            w_ND = (w_ND.double() - product).to(w_ND.dtype)
+        if self.smooth_D is not None:
+            w_ND = w_ND / self.smooth_D.to(w_ND.dtype)
+        main, _ = transform(w_ND, None, None, self._unsmoothed)
+        return main, kept
+
+    @property
+    def _unsmoothed(self) -> QuantSpec:
+        return replace(self.spec, smooth=False)
 
     @property
     def _exact(self) -> tuple[Tensor | None, Tensor | None]:
@@ -98,10 +137,9 @@ class Rotation:
 
 def site_rotation(entry: SitePlan, basis: Artifact, device: torch.device) -> Rotation:
     """The rotation of a planned site, cut from the ``basis`` artifact."""
-    if entry.spec.rank == 0 and entry.spec.transform == "hadamard":
-        return Rotation.cut(None, entry.spec)
-    tensors = load_site(basis.file(f"sites/{site_file(entry.site.name)}"), device)
-    return Rotation.cut(tensors["vectors"], entry.spec)
+    needed = entry.spec.rank or entry.spec.transform == "dense" or entry.spec.smooth
+    file = f"sites/{site_file(entry.site.name)}"
+    return Rotation.cut(load_site(basis.file(file), device) if needed else {}, entry.spec)
 
 
 def haar(dim: int, seed: int) -> Tensor:

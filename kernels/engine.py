@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .lane import beside, fork
 from .plan import Plan
+from .protected import dequantize_protected, rounded_coefficients
 from .spec import QuantSpec
 from .transform_quantize import quantize_rows, transform
 from .w4a4_linear import tiles as w4a4_tiles
@@ -31,10 +32,18 @@ def run(
     wp_NR: Tensor | None,
     bias_N: Tensor | None,
     spec: QuantSpec,
+    smooth_D: Tensor | None = None,
+    wpscale_N1: Tensor | None = None,
 ) -> Tensor:
-    """y [M, N] in x's dtype; buffers as ``kernels.linear.QuantLinear`` describes them."""
+    """y [M, N] in x's dtype; buffers as ``kernels.linear.QuantLinear`` describes them.
+
+    The last two have no kernel: a plan for them is the reference.
+    """
     if plan.engine == "reference":
-        return reference(x_MD, qweight_NK2, wscale_NG, basis_DR, rotation_DK, wp_NR, bias_N, spec)
+        return reference(
+            x_MD, qweight_NK2, wscale_NG, basis_DR, rotation_DK, wp_NR, bias_N, spec,
+            smooth_D, wpscale_N1,
+        )  # fmt: skip
     x_MD = x_MD if x_MD.stride(-1) == 1 else x_MD.contiguous()
     with torch.cuda.device_of(x_MD):
         if plan.engine == "w4a16":
@@ -144,9 +153,13 @@ def reference(
     wp_NR: Tensor | None,
     bias_N: Tensor | None,
     spec: QuantSpec,
+    smooth_D: Tensor | None = None,
+    wpscale_N1: Tensor | None = None,
 ) -> Tensor:
     """The specification, composed: any device, any floating dtype."""
-    z, c = transform(x_MD, basis_DR, rotation_DK, spec)
+    z, c = transform(x_MD, basis_DR, rotation_DK, spec, smooth_D)
+    if c is not None and wp_NR is not None and wpscale_N1 is not None:
+        c, wp_NR = rounded_coefficients(c), dequantize_protected(wp_NR, wpscale_N1)
     if spec.act_bits < 16:
         y = w4a4_linear(*quantize_rows(z, spec), c, qweight_NK2, wscale_NG, wp_NR, bias_N)
     else:

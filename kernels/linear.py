@@ -23,7 +23,9 @@ class QuantLinear(nn.Module):
     wscale   bf16, [N, G]
     basis    bf16, [D, R], the protected directions P
     rotation bf16, [D, K], the dense rotation of the rest; transform ``dense`` only
-    wp       bf16, [N, R], the protected columns W P
+    smooth   bf16, [D], a factor per channel of the main branch's input; ``spec.smooth`` only
+    wp       bf16, [N, R], the protected columns W P; int8 codes if ``spec.protected_bits`` is 8
+    wpscale  bf16, [N, 1], the scales of those codes
     bias     bf16, [N]
 
     Outputs have the input's dtype.
@@ -33,7 +35,9 @@ class QuantLinear(nn.Module):
     wscale: Tensor
     basis: Tensor | None
     rotation: Tensor | None
+    smooth: Tensor | None
     wp: Tensor | None
+    wpscale: Tensor | None
     bias: Tensor | None
 
     def __init__(self, spec: QuantSpec, *, bias: bool, device: Any = None) -> None:
@@ -41,7 +45,7 @@ class QuantLinear(nn.Module):
         self.spec = spec
         self._key = spec_key(spec)
         for name, shape in buffer_shapes(spec, bias=bias).items():
-            dtype = torch.uint8 if name == "qweight" else torch.bfloat16
+            dtype = buffer_dtype(name, spec)
             empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
             self.register_buffer(name, empty)
 
@@ -58,9 +62,11 @@ class QuantLinear(nn.Module):
         self._check(x)
         wp = None if self.wp is None else self.wp[rows]
         bias = None if self.bias is None else self.bias[rows]
+        wpscale = None if self.wpscale is None else self.wpscale[rows]
         return quant_linear(
-            x, self.qweight[rows], self.wscale[rows], self.basis, self.rotation, wp, bias, self._key
-        )
+            x, self.qweight[rows], self.wscale[rows], self.basis, self.rotation, wp, bias,
+            self._key, self.smooth, wpscale,
+        )  # fmt: skip
 
     def plan(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
         """Which kernels run a call with so many rows of ``dtype`` where the module now is."""
@@ -138,6 +144,15 @@ def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] |
         "wscale": (n, k // spec.weight_group_size),
         "basis": (spec.dim, r) if r else None,
         "rotation": (spec.dim, k) if spec.transform == "dense" else None,
+        "smooth": (spec.dim,) if spec.smooth else None,
         "wp": (n, r) if r else None,
+        "wpscale": (n, 1) if r and spec.protected_bits == 8 else None,
         "bias": (n,) if bias else None,
     }
+
+
+def buffer_dtype(name: str, spec: QuantSpec) -> torch.dtype:
+    """dtype of a packed linear's buffer, in memory and on disk."""
+    if name == "qweight":
+        return torch.uint8
+    return torch.int8 if name == "wp" and spec.protected_bits == 8 else torch.bfloat16

@@ -42,6 +42,8 @@ def quant_linear(
     wp: Tensor | None,
     bias: Tensor | None,
     spec: str,
+    smooth: Tensor | None = None,
+    wpscale: Tensor | None = None,
 ) -> Tensor:
     """y [..., N] of x [..., D]; buffers as ``kernels.linear.QuantLinear`` describes them."""
     known = spec_from_key(spec)
@@ -54,7 +56,7 @@ def quant_linear(
         # On a GPU somebody expected speed; on a CPU it is the way that it works.
         level = logging.WARNING if x.is_cuda else logging.INFO
         say_once(f"packed linears run on the torch reference path: {plan.why}", level)
-    y = engine.run(plan, flat, qweight, wscale, basis, rotation, wp, bias, known)
+    y = engine.run(plan, flat, qweight, wscale, basis, rotation, wp, bias, known, smooth, wpscale)
     return y.view(*x.shape[:-1], outputs)
 
 
@@ -68,5 +70,7 @@ def _(
     wp: Tensor | None,
     bias: Tensor | None,
     spec: str,
+    smooth: Tensor | None = None,
+    wpscale: Tensor | None = None,
 ) -> Tensor:
     return x.new_empty((*x.shape[:-1], wscale.shape[0]))

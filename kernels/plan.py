@@ -17,6 +17,7 @@ import torch
 from . import chip as chips
 from .spec import QuantSpec
 from .transform_quantize.limits import why_not as why_not_transformed
+from .transform_quantize.limits import why_not_method
 from .w4a4_linear.tiles import TILES, Tile, Variant, fits, packed_fits, scales_fit
 from .w4a16_linear import tiles as w4a16
 
@@ -73,6 +74,8 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
 def _why_not(spec: QuantSpec, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{str(dtype).removeprefix('torch.')} inputs are computed as specified"
+    if why := why_not_method(spec):
+        return why
     k, weight_groups = spec.width, spec.width // spec.weight_group_size
     if spec.act_bits == 16:
         if not w4a16.fits(k, weight_groups):

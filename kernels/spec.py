@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .hadamard import hadamard_block
+from .hadamard import Kind, hadamard_block
 
 POW2_LEVELS = 4
 """A group's scale is 2^0 ... 2^-4 of its row's: q 2^(e+4) is exact in INT8 and in FP8-E4M3."""
@@ -18,20 +18,29 @@ class QuantSpec:
 
     ``dim`` channels come in, ``rows`` outputs per consumer go out, ``rank`` directions are
     protected in 16 bits, and the main branch is ``width`` codes wide.
+
+    Folders packed before a field existed lack it: new fields have defaults.
     """
 
     dim: int
     rows: tuple[int, ...]
     rank: int
-    transform: Literal["hadamard", "dense"]
+    transform: Literal["hadamard", "regular", "dense"]
     block: int
-    """Hadamard block; 1 is the identity. Unused by ``dense``."""
+    """Of the Hadamard matrices, Sylvester's or regular; 1 is the identity. Unused by ``dense``."""
     weight_bits: Literal[4]
     weight_scale: Literal["channel", "group"]
     weight_group: int
     act_bits: Literal[4, 8, 16]
     act_scale: Literal["token", "pow2", "group"]
     act_group: int
+    branch: Literal["project", "beside"] = "project"
+    """``project`` takes the protected directions out of the main branch's input, ``beside`` leaves
+    it whole, and what the protected branch computes is missing from the weights only (M3)."""
+    smooth: bool = False
+    """The main branch's input is multiplied by one number per channel first."""
+    protected_bits: Literal[8, 16] = 16
+    """Of the protected branch's coefficients and weights."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
@@ -42,17 +51,31 @@ class QuantSpec:
         found = []
         if not 0 <= self.rank <= self.dim:
             found.append(f"rank {self.rank} is not in 0 ... {self.dim} (the site's channels)")
-        if self.transform not in ("hadamard", "dense"):
-            found.append(f"transform {self.transform!r} is neither 'hadamard' nor 'dense'")
+        if self.transform not in ("hadamard", "regular", "dense"):
+            found.append(f"transform {self.transform!r} is not 'hadamard', 'regular' or 'dense'")
         if self.transform == "dense" and self.rank == self.dim:
             found.append(
                 f"rank {self.rank} leaves no channel of {self.dim} for the dense rotation; use a "
                 "lower rank"
             )
-        if self.transform == "hadamard" and self.block != hadamard_block(self.dim, self.block):
+        if self.transform != "dense":
+            power = "four" if self.kind == "regular" else "two"
+            if self.block != hadamard_block(self.dim, self.block, self.kind):
+                found.append(
+                    f"Hadamard block {self.block} is not a power of {power} dividing {self.dim} "
+                    "channels"
+                )
+        if self.branch not in ("project", "beside"):
+            found.append(f"branch {self.branch!r} is neither 'project' nor 'beside'")
+        if self.branch == "beside" and self.transform == "dense":
+            found.append("a dense rotation takes its directions out of the input: branch 'project'")
+        if self.smooth and (self.transform == "dense" or (self.rank and self.branch == "project")):
             found.append(
-                f"Hadamard block {self.block} is not a power of two dividing {self.dim} channels"
+                "smoothing goes with Hadamard transforms, and with protected directions only in "
+                "branch 'beside'"
             )
+        if self.protected_bits not in (8, 16):
+            found.append(f"protected branches take 8 or 16 bits, not {self.protected_bits}")
         if self.weight_bits != 4 or self.act_bits not in (4, 8, 16):
             found.append(
                 f"W{self.weight_bits}A{self.act_bits} is not supported; weights take 4 bits, "
@@ -81,9 +104,14 @@ class QuantSpec:
         return found
 
     @property
+    def kind(self) -> Kind:
+        """Of the Hadamard matrix."""
+        return "regular" if self.transform == "regular" else "sylvester"
+
+    @property
     def width(self) -> int:
         """Codes per row of the main branch (K)."""
-        if self.transform == "hadamard":
+        if self.transform != "dense":
             return self.dim
         # A dense rotation keeps d - r channels; zero columns fill its last group (2: one byte).
         step = math.lcm(2, *(g for g in (self._group("weight"), self._group("act")) if g))

@@ -27,6 +27,8 @@ class Seen:
     whole: list[Tensor] = field(default_factory=list)
     """Every row, of a site that sees fewer rows than half its channels (modulators)."""
     tokens: int = 0
+    peak: Tensor | None = None
+    """Largest magnitude of each channel, float32 [D]."""
     sample: list[Tensor] = field(default_factory=list)
     """Sampled rows [?, D]."""
 
@@ -38,6 +40,8 @@ class Recorder:
     rows     rows to sample per site over all calls
     seed     changes which rows are sampled
     mask     name of the argument that masks text tokens, or None; masked tokens do not count
+    level    divide each call's activations by their root mean square before they are added up, so
+             that all calls (timesteps) count alike
     """
 
     def __init__(
@@ -50,9 +54,10 @@ class Recorder:
         rows: int,
         seed: int,
         mask: str | None,
+        level: bool,
     ) -> None:
         self.transformer, self.sites, self.calls, self.current = transformer, sites, calls, current
-        self.rows, self.seed, self.mask = rows, seed, mask
+        self.rows, self.seed, self.mask, self.level = rows, seed, mask, level
         self.seen = {site.name: Seen() for site in sites}
         self._hooks: list[Any] = []
 
@@ -73,6 +78,14 @@ class Recorder:
         index = self.current()
         x_TD = self._counted(site, x.detach(), self.calls[index])
         seen = self.seen[site.name]
+        take = self._sampled(index, order, len(x_TD))
+        if len(take):
+            seen.sample.append(x_TD[take.to(x.device)].to(torch.bfloat16))
+        if len(x_TD):
+            peak_D = x_TD.abs().amax(0).float()
+            seen.peak = peak_D if seen.peak is None else torch.maximum(seen.peak, peak_D)
+        if self.level:
+            x_TD = x_TD / x_TD.float().square().mean().sqrt().clamp_min(1e-30).to(x_TD.dtype)
         if seen.total is None and (seen.tokens + len(x_TD)) > site.dim // 2:
             seen.total = second_moment.new(site.dim, x.device)
             for earlier in seen.whole:
@@ -83,9 +96,6 @@ class Recorder:
         else:
             second_moment.accumulate(seen.total, x_TD)
         seen.tokens += len(x_TD)
-        take = self._sampled(index, order, len(x_TD))
-        if len(take):
-            seen.sample.append(x_TD[take.to(x.device)].to(torch.bfloat16))
 
     def _counted(self, site: Site, x: Tensor, call: Call) -> Tensor:
         if site.text and self.mask is not None:

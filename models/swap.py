@@ -52,7 +52,9 @@ def footprint(transformer: nn.Module) -> dict[str, int]:
         "wscale": "scales",
         "basis": "basis",
         "rotation": "basis",
+        "smooth": "basis",
         "wp": "protected",
+        "wpscale": "protected",
         "bias": "bias",
     }
     total = dict.fromkeys(("codes", "scales", "basis", "protected", "bias", "kept"), 0)

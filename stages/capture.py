@@ -9,12 +9,12 @@ are in memory at a time, however large the model.
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import zarr
@@ -36,7 +36,7 @@ from dirotq.pipeline.stage import untracked
 from dirotq.progress import track
 from dirotq.prompts import PromptSet
 from dirotq.sizes import parse_bytes
-from dirotq.tensors import create_array, write_rows
+from dirotq.tensors import create_array, read_array, write_rows
 
 log = logging.getLogger(__name__)
 
@@ -53,15 +53,19 @@ class Capture:
     ``calls``   denoiser calls to record (a call for a batch of four counts as four), spread evenly
                 over all prompts and timesteps (:func:`chosen_calls`)
     ``rows``    activation rows kept per site, for proofs and per-layer errors
+    ``weighting``  ``pooled``: every token counts by its energy, as Eq. 1 says; ``leveled``: each
+                recorded call is divided by its root mean square at the site first, so that no
+                timestep outweighs another
     ``vram``    GPU memory to stay within ("24GB"), or None for what is free
 
     Writes ``moments.zarr`` (per site the block triangle of S in float32, or its rows where they are
-    fewer; dirotq/moments.py), ``rows.zarr`` (bfloat16 [rows, D]) and ``probe.*`` (one call).
+    fewer; dirotq/moments.py), ``rows.zarr`` (bfloat16 [rows, D]), ``peaks.zarr`` (float32 [D], the
+    largest magnitude of each channel) and ``probe.*`` (one call).
 
     Raises NumericalError naming the site whose activations are not finite or that saw no token.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     resumable: ClassVar[bool] = True
 
     model: DiffusersModel
@@ -69,6 +73,7 @@ class Capture:
     batch: int
     calls: int
     rows: int
+    weighting: Literal["pooled", "leveled"]
     vram: str | None = untracked()
     device: str = untracked()
 
@@ -77,6 +82,10 @@ class Capture:
             raise ConfigError(
                 f"capture.batch={self.batch}, capture.calls={self.calls}, "
                 f"capture.rows={self.rows}: each must be at least 1"
+            )
+        if self.weighting not in ("pooled", "leveled"):
+            raise ConfigError(
+                f"capture.weighting={self.weighting!r} is unknown; use 'pooled' or 'leveled'"
             )
         if self.vram is not None:
             parse_bytes(self.vram)
@@ -201,11 +210,13 @@ class Capture:
     ) -> None:
         """Send one sweep's calls through the network, every block recorded as they pass."""
         present = [calls[i] for i in sweep]
-        mask = self.model.family.mask
+        watch = partial(
+            Recorder, mask=self.model.family.mask, level=self.weighting == "leveled", seed=number
+        )
 
         @contextmanager
         def visit(block: str, part: nn.Module | None = None) -> Iterator[None]:
-            with ledger.recording(number, block, sweep, present, walk, mask):
+            with ledger.recording(number, block, sweep, present, walk, watch):
                 yield
             next(steps, None)
 
@@ -230,6 +241,7 @@ class _Ledger:
         fresh = not self.done.exists()
         self.moments = zarr.open_group(out / "moments.zarr", mode="w" if fresh else "r+")
         self.samples = zarr.open_group(out / "rows.zarr", mode="w" if fresh else "r+")
+        self.peaks = zarr.open_group(out / "peaks.zarr", mode="w" if fresh else "r+")
         if fresh:
             for site in sites:
                 create_array(self.samples, site.name, (rows, site.dim), torch.bfloat16)
@@ -251,7 +263,7 @@ class _Ledger:
         indices: range,
         calls: list[Call],
         walk: Walk,
-        mask: str | None,
+        watch: Callable[..., Recorder],
     ) -> Iterator[None]:
         """Record the block's sites, unless that was done before; then write them and the marker."""
         if self.has(sweep, block):
@@ -259,10 +271,7 @@ class _Ledger:
             return
         sites = [site for site in self.sites if site.block == block]
         start, stop = (i * self.rows // self.calls for i in (indices.start, indices.stop))
-        recorder = Recorder(
-            walk.transformer, sites, calls, lambda: walk.current,
-            rows=stop - start, seed=sweep, mask=mask,
-        )  # fmt: skip
+        recorder = watch(walk.transformer, sites, calls, lambda: walk.current, rows=stop - start)
         with recorder:
             yield
         refuse_empty_or_damaged(sites, recorder.seen)
@@ -276,6 +285,12 @@ class _Ledger:
             total, rows, tokens = _merged(read_stored(self.moments, site.name), seen, site.dim)
         stacked = torch.cat(rows) if total is None else None
         write_moment(self.moments, site.name, site.dim, tokens, total=total, rows=stacked)
+        assert seen.peak is not None
+        peak = seen.peak.cpu()
+        if sweep:
+            peak = torch.maximum(peak, read_array(self.peaks, site.name))
+        create_array(self.peaks, site.name, (site.dim,), torch.float32)
+        write_rows(self.peaks, site.name, 0, peak)
         if stop > start:
             sample = torch.cat(seen.sample)
             repeats = -(-(stop - start) // len(sample))

@@ -38,6 +38,7 @@ class FusedLinear(nn.Module):
 
     basis: Tensor | None
     rotation: Tensor | None
+    smooth: Tensor | None
     main: Tensor
     protected: Tensor | None
     bias: Tensor | None
@@ -48,6 +49,7 @@ class FusedLinear(nn.Module):
         main, protected = rotation.weights(weight)
         self.register_buffer("basis", rotation.basis_DR)
         self.register_buffer("rotation", rotation.rotation_DK)
+        self.register_buffer("smooth", rotation.smooth_D)
         self.register_buffer("main", main)
         self.register_buffer("protected", protected)
         self.register_buffer("bias", bias)
@@ -56,7 +58,7 @@ class FusedLinear(nn.Module):
         return self.rows(x, slice(None))
 
     def rows(self, x: Tensor, rows: slice) -> Tensor:
-        z, c = transform(x, self.basis, self.rotation, self.spec)
+        z, c = transform(x, self.basis, self.rotation, self.spec, self.smooth)
         y = z @ self.main[rows].to(x.dtype).mT
         if c is not None and self.protected is not None:
             y = y + c @ self.protected[rows].to(x.dtype).mT
@@ -70,15 +72,15 @@ class Fuse:
     ``layer_tolerance``    largest relative error of a site on its sampled rows, in float64
     ``network_tolerance``  largest relative error of the denoiser on the captured call, float32
 
-    Writes ``sites/<site>.safetensors`` with ``basis``, ``rotation``, ``wp``, ``bias`` (bfloat16,
-    those that exist). The network passes block by block (models/replay.py), so that one
-    block is in memory at a time. Needs no codes: a change of ``gptq`` leaves the proof as
-    it stands.
+    Writes ``sites/<site>.safetensors`` with ``basis``, ``rotation``, ``smooth``, ``wp``, ``bias``
+    (bfloat16, those that exist; 8-bit ``wp`` as codes with ``wpscale``). The network passes block
+    by block (models/replay.py), so that one block is in memory at a time. Needs no codes: a change
+    of ``gptq`` leaves the proof as it stands.
 
     Raises NumericalError naming the site, or the network, whose error exceeds its tolerance.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
 
     model: DiffusersModel
     layer_tolerance: float
@@ -103,7 +105,8 @@ class Fuse:
         def fuse(entry: SitePlan) -> FusedLinear:
             name = entry.site.name
             weight, bias = weights.stacked(entry.site, device)
-            module = FusedLinear(site_rotation(entry, basis, device), weight, bias)
+            rotation = site_rotation(entry, basis, device)
+            module = FusedLinear(rotation, weight, bias)
             x = read_array(rows, name).to(device)
             error = self._prove_layer(name, module, weight, bias, x)
             worst["layer_error"] = max(worst["layer_error"], error)
@@ -112,14 +115,17 @@ class Fuse:
                 for key, tensor in (
                     ("basis", module.basis),
                     ("rotation", module.rotation),
-                    ("wp", module.protected),
+                    ("smooth", module.smooth),
                     ("bias", bias),
                 )
                 if tensor is not None
             }
             if module.protected is not None:
-                rounding = relative_error(stored["wp"].float(), module.protected)
+                wp = rotation.stored(module.protected)
+                kept = wp["wp"].float() * wp.get("wpscale", torch.ones(1, device=device)).float()
+                rounding = relative_error(kept, module.protected)
                 worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
+                stored |= wp
             save_site(out / "sites", name, stored)
             return module
 

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import zarr
@@ -14,14 +14,16 @@ from dirotq.ahead import ahead
 from dirotq.cost import Cost, Machine
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
+from dirotq.feedback import feedback
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
-from dirotq.kernels.pack_int4 import pack_int4
+from dirotq.kernels.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.quantize_weight import (
     codes_on_grid,
     dequantize_weight,
     scale_floor,
     weight_scales,
 )
+from dirotq.kernels.transform_quantize import dequantize_rows, quantize_rows, transform
 from dirotq.models.source import DiffusersModel
 from dirotq.models.workload import Workload
 from dirotq.moments import moment, read_stored
@@ -29,8 +31,8 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
-from dirotq.rotation import site_rotation
-from dirotq.tensors import load_site, save_site, site_file
+from dirotq.rotation import Rotation, site_rotation
+from dirotq.tensors import load_site, read_array, save_site, site_file
 
 log = logging.getLogger(__name__)
 
@@ -47,25 +49,32 @@ class QuantizeWeights:
     metric ``rows_on_scale_floor`` is the share of rows whose scale that decided.
 
     ``damping``  share of the mean diagonal that is added to the second moment before factoring it
+    ``inputs``   ``exact``: the second moment of z; ``quantized``: plus the noise that z's 4-bit
+                 codes add to each channel, measured on the sampled rows
+    ``feedback`` let the protected branch make up for what the codes got wrong (dirotq/feedback.py)
 
-    Writes ``sites/<site>.safetensors`` with ``qweight`` (uint8 [N, K/2], layout L1) and ``wscale``
-    (bfloat16 [N, G]), as the packed model holds them, one site at a time; an interrupted run goes
-    on at the next site.
+    Writes ``sites/<site>.safetensors`` with ``qweight`` (uint8 [N, K/2], layout L1), ``wscale``
+    (bfloat16 [N, G]) and, after feedback, ``wp``, as the packed model holds them, one site at a
+    time; an interrupted run goes on at the next site.
 
     Raises NumericalError naming the site if its weights are not finite or its second moment can't
     be factored within the damping schedule.
     """
 
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     resumable: ClassVar[bool] = True
 
     model: DiffusersModel
     damping: float
+    inputs: Literal["exact", "quantized"]
+    feedback: bool
     device: str = untracked()
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise ConfigError(f"gptq.damping={self.damping} is out of range: use 0 < damping <= 1")
+        if self.inputs not in ("exact", "quantized"):
+            raise ConfigError(f"gptq.inputs={self.inputs!r}: use 'exact' or 'quantized'")
 
     def run(
         self, out: Path, *, capture: Artifact, basis: Artifact, rank: Artifact
@@ -73,6 +82,7 @@ class QuantizeWeights:
         device = pick_device(self.device)
         plan = read_plan(rank.file("plan.json"))
         moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
+        rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
         weights = self.model.weights()
         todo = [e for e in plan if not (out / "sites" / site_file(e.site.name)).exists()]
         if len(todo) < len(plan):
@@ -85,8 +95,13 @@ class QuantizeWeights:
             del weight
             s_DD = moment(second_moment, device)
             s_z, energy = rotation.moments(s_DD), s_DD.diagonal().double().sum()
-            del s_DD
+            if self.inputs == "quantized":
+                x = read_array(rows, entry.site.name).to(device, torch.float32)
+                s_z.diagonal().add_(rounding_noise(rotation, x))
             tensors = self._quantized(w_z, s_z, energy, entry, protected, bias)
+            if self.feedback and protected is not None:
+                tensors |= _with_feedback(rotation, s_DD, w_z, protected, bias, tensors)
+            del s_DD
             save_site(out / "sites", entry.site.name, tensors)
         return _summary(out, plan)
 
@@ -142,6 +157,42 @@ class QuantizeWeights:
         )
 
 
+def rounding_noise(rotation: Rotation, x_TD: Tensor) -> Tensor:
+    """Mean squared error of each channel of z by its codes, float64 [K], on rows of x, [T, D].
+
+    Rounding errors are taken for uncorrelated, with z and with each other.
+    """
+    spec = rotation.spec
+    z, _ = transform(x_TD, rotation.basis_DR, rotation.rotation_DK, spec, rotation.smooth_D)
+    if spec.act_bits == 16:
+        return z.new_zeros(z.shape[-1]).double()
+    return (dequantize_rows(*quantize_rows(z, spec)) - z).double().square().mean(0)
+
+
+def _with_feedback(
+    rotation: Rotation,
+    s_DD: Tensor,
+    w_NK: Tensor,
+    wp_NR: Tensor,
+    bias_N: Tensor | None,
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The protected columns changed by :func:`feedback`, and the share of the loss taken back.
+
+    Rows whose tail would outgrow their scale (docs/method.md Eq. 9) keep their columns.
+    """
+    scale = tensors["wscale"]
+    codes = unpack_int4(tensors["qweight"])
+    error = w_NK - dequantize_weight(codes, scale, w_NK.dtype)
+    change, share = feedback(rotation, s_DD, error)
+    changed = (wp_NR.double() + change).to(wp_NR.dtype)
+    if rotation.spec.weight_scale == "channel":
+        floor = scale_floor(*(_stored(t, w_NK.device) for t in (changed, bias_N)))
+        assert floor is not None
+        changed = torch.where(floor > scale, wp_NR, changed)
+    return rotation.stored(changed) | {"feedback": torch.tensor([share]).double()}
+
+
 def quantize_site(
     w_NK: Tensor,
     s_KK: Tensor,
@@ -195,7 +246,8 @@ def _summary(out: Path, plan: list[SitePlan]) -> dict[str, float]:
     results = [load_site(out / "sites" / site_file(entry.site.name)) for entry in plan]
     counts = torch.stack([r["counts"] for r in results]).sum(0)
     loss = torch.stack([r["loss"] for r in results])
-    return {
+    recovered = [float(r["feedback"]) for r in results if "feedback" in r]
+    return ({"feedback_share": sum(recovered) / len(recovered)} if recovered else {}) | {
         "sites": len(plan),
         "relative_error": float(loss[:, 0].mean()),
         "relative_error_nearest": float(loss[:, 1].mean()),

@@ -31,6 +31,9 @@ from dirotq.tensors import load_site, site_file
 UNPACKED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".onnx", ".h5", ".gguf")
 """Other formats of weights, which a packed folder does not carry along."""
 
+CODED = ("qweight", "wscale", "wp", "wpscale")
+"""What `gptq` knows better than `fuse`: the codes and, after feedback, the protected branch."""
+
 CARD = """# {name}, packed to 4 bits by DiRotQ
 
 ```python
@@ -53,7 +56,7 @@ class Pack:
     ``shard``  largest weights file ("5GB")
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
 
     model: DiffusersModel
     shard: str
@@ -134,7 +137,7 @@ class _Packed:
         if self._last[0] != site:
             file = f"sites/{site_file(site)}"
             quantized, fused = (load_site(source.file(file)) for source in self.sources)
-            self._last = (site, fused | {b: quantized[b] for b in ("qweight", "wscale")})
+            self._last = (site, fused | {b: quantized[b] for b in CODED if b in quantized})
         entry = self.entries[site]
         want = buffer_shapes(entry.spec, bias=entry.site.bias)[buffer]
         found = self._last[1][buffer]

@@ -1,9 +1,9 @@
 """One pass over an activation: protected coefficients, spread remainder, 4- or 8-bit codes."""
 
 from ..case import Case
-from .reference import quantize_rows, transform, transform_quantize
+from .reference import dequantize_rows, quantize_rows, transform, transform_quantize
 
-__all__ = ["CASES", "quantize_rows", "transform", "transform_quantize"]
+__all__ = ["CASES", "dequantize_rows", "quantize_rows", "transform", "transform_quantize"]
 
 CASES = (
     Case(name="FLUX qkv", m=4608, k=3072, n=9216, reach=3.0, stretch=2.0),

@@ -8,6 +8,19 @@ GROUPS = (16, 32, 64, 128, 256)
 MAX_BLOCK = 512
 
 
+def why_not_method(spec: QuantSpec) -> str | None:
+    """What of a method only the reference path computes; None if kernels exist."""
+    if spec.transform == "regular":
+        return "regular Hadamard matrices have no kernel"
+    if spec.smooth:
+        return "smoothed activations have no kernel"
+    if spec.rank and spec.branch == "beside":
+        return "a protected branch beside the whole input has no kernel"
+    if spec.rank and spec.protected_bits == 8:
+        return "8-bit protected branches have no kernel"
+    return None
+
+
 def why_not(spec: QuantSpec) -> str | None:
     """Why the sweeps can't quantize activations as ``spec`` says; None if they can."""
     if spec.act_bits == 16:

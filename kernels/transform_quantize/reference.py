@@ -18,24 +18,33 @@ TINY = 1e-30
 
 
 def transform(
-    x_MD: Tensor, p_DR: Tensor | None, t_DK: Tensor | None, spec: QuantSpec
+    x_MD: Tensor,
+    p_DR: Tensor | None,
+    t_DK: Tensor | None,
+    spec: QuantSpec,
+    smooth_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Split x into protected coefficients c = xP and the main branch z.
 
-    x_MD     floating, [..., D]
-    p_DR     [D, R] in any float dtype, or None at rank 0
-    t_DK     [D, K], the dense rotation of the remainder; None unless ``spec.transform == "dense"``
-    returns  z [..., K] and c [..., R] (None at rank 0), both in x's dtype:
-             z = (x - c Pᵀ) H for ``hadamard`` (M2), z = x T for ``dense`` (M1)
+    x_MD      floating, [..., D]
+    p_DR      [D, R] in any float dtype, or None at rank 0
+    t_DK      [D, K], the dense rotation of the remainder; None unless ``spec.transform == "dense"``
+    smooth_D  [D], a factor per channel; None unless ``spec.smooth``
+    returns   z [..., K] and c [..., R] (None at rank 0), both in x's dtype:
+              z = (x - c Pᵀ) H (M2), z = (x * smooth) H for ``branch="beside"`` (M3),
+              z = x T for ``dense`` (M1)
     """
     c_MR = None if p_DR is None else x_MD @ p_DR.to(x_MD.dtype)
     if spec.transform == "dense":
         assert t_DK is not None
         return x_MD @ t_DK.to(x_MD.dtype), c_MR
-    if c_MR is not None:
+    if c_MR is not None and spec.branch == "project":
         assert p_DR is not None
         x_MD = x_MD - c_MR @ p_DR.to(x_MD.dtype).mT
-    return block_hadamard(x_MD, spec.block), c_MR
+    if spec.smooth:
+        assert smooth_D is not None
+        x_MD = x_MD * smooth_D.to(x_MD.dtype)
+    return block_hadamard(x_MD, spec.block, spec.kind), c_MR
 
 
 def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -68,11 +77,21 @@ def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     return q.flatten(-2).to(torch.int8), amax_MG1.squeeze(-1) / qmax
 
 
+def dequantize_rows(codes_MK: Tensor, scale_MG: Tensor) -> Tensor:
+    """float32 [M, K]: codes of :func:`quantize_rows` times their scales."""
+    codes_MGk = codes_MK.float().unflatten(-1, (scale_MG.shape[-1], -1))
+    return (codes_MGk * scale_MG[..., None]).flatten(-2)
+
+
 def transform_quantize(
-    x_MD: Tensor, p_DR: Tensor | None, t_DK: Tensor | None, spec: QuantSpec
+    x_MD: Tensor,
+    p_DR: Tensor | None,
+    t_DK: Tensor | None,
+    spec: QuantSpec,
+    smooth_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """codes int8 [M, K], scale float32 [M, G], c [M, R] in x's dtype: see the two parts above."""
-    z_MK, c_MR = transform(x_MD, p_DR, t_DK, spec)
+    z_MK, c_MR = transform(x_MD, p_DR, t_DK, spec, smooth_D)
     return *quantize_rows(z_MK, spec), c_MR
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..pack_int4 import unpack_int4
 from ..quantize_weight import dequantize_weight
+from ..transform_quantize.reference import dequantize_rows
 
 
 def w4a4_linear(
@@ -36,10 +37,10 @@ def w4a4_linear(
         acc_MN = codes_MK.float() @ unpack_int4(qweight_NK2).float().mT
         y_MN = acc_MN * scale_MG * wscale_NG.float().mT
     else:
-        z_MK = (
-            codes_MK.float().unflatten(-1, (scale_MG.shape[-1], -1)) * scale_MG[..., None]
-        ).flatten(-2)
-        y_MN = z_MK @ dequantize_weight(unpack_int4(qweight_NK2), wscale_NG).mT
+        y_MN = (
+            dequantize_rows(codes_MK, scale_MG)
+            @ dequantize_weight(unpack_int4(qweight_NK2), wscale_NG).mT
+        )
     if c_MR is not None:
         assert wp_NR is not None
         y_MN = y_MN + c_MR.float() @ wp_NR.float().mT

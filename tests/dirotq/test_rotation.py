@@ -14,6 +14,10 @@ SPECS = {
     "hadamard-16": tiny_spec(rank=16, block=16),
     "hadamard-identity": tiny_spec(rank=16),
     "hadamard-all": tiny_spec(rank=64, block=64),
+    "regular-16": tiny_spec(rank=16, transform="regular", block=64),
+    "smooth-0": tiny_spec(smooth=True),
+    "beside-16": tiny_spec(rank=16, branch="beside", block=16),
+    "beside-smooth": tiny_spec(rank=16, branch="beside", smooth=True),
     "dense-0": tiny_spec(transform="dense"),
     "dense-16": tiny_spec(transform="dense", rank=16),
     "dense-15-filled": tiny_spec(transform="dense", rank=15, weight_scale="group"),
@@ -31,13 +35,19 @@ def vectors() -> Tensor:
     return torch.linalg.qr(torch.randn(DIM, DIM, dtype=torch.float64)).Q
 
 
+def found() -> dict[str, Tensor]:
+    """What `basis` may write for a site: a branch beside the input need not be orthonormal."""
+    smooth = torch.linspace(-1, 1, DIM).exp()
+    return {"vectors": vectors(), "duals": torch.randn(DIM, DIM), "smooth": smooth}
+
+
 def through(rotation: Rotation, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    return transform(x, rotation.basis_DR, rotation.rotation_DK, rotation.spec)
+    return transform(x, rotation.basis_DR, rotation.rotation_DK, rotation.spec, rotation.smooth_D)
 
 
 @every_spec
 def test_exact_although_the_bases_are_rounded(spec: QuantSpec):
-    rotation = Rotation.cut(vectors(), spec)
+    rotation = Rotation.cut(found(), spec)
     for held in (rotation.basis_DR, rotation.rotation_DK):
         assert held is None or held.dtype == torch.bfloat16
     x = torch.randn(30, DIM, dtype=torch.float64)
@@ -52,7 +62,7 @@ def test_exact_although_the_bases_are_rounded(spec: QuantSpec):
 
 @every_spec
 def test_rounding_of_the_basis_is_really_there(spec: QuantSpec):
-    basis = Rotation.cut(vectors(), spec).basis_DR
+    basis = Rotation.cut(found(), spec).basis_DR
     if basis is not None:
         gram = basis.double().T @ basis.double()
         assert (gram - torch.eye(spec.rank)).abs().max() > 1e-5
@@ -60,7 +70,7 @@ def test_rounding_of_the_basis_is_really_there(spec: QuantSpec):
 
 @every_spec
 def test_moments_are_those_of_the_transformed_rows(spec: QuantSpec):
-    rotation = Rotation.cut(vectors(), spec)
+    rotation = Rotation.cut(found(), spec)
     x = torch.randn(200, DIM, dtype=torch.float64) * torch.logspace(0, -2, DIM)
     got = rotation.moments(x.T @ x / 200)
     z, _ = through(rotation, x)
@@ -69,10 +79,28 @@ def test_moments_are_those_of_the_transformed_rows(spec: QuantSpec):
     assert got.dtype == torch.float64
 
 
+def test_a_branch_beside_the_input_leaves_it_whole():
+    spec = tiny_spec(rank=16, branch="beside")
+    x = torch.randn(5, DIM, dtype=torch.float64)
+    z, c = through(Rotation.cut(found(), spec), x)
+    assert torch.equal(z, x)
+    assert c.shape == (5, 16)
+
+
+def test_eight_bit_protected_columns_are_codes_and_scales():
+    rotation = Rotation.cut(found(), tiny_spec(rank=16, protected_bits=8))
+    _, v = rotation.weights(torch.randn(20, DIM))
+    stored = rotation.stored(v)
+    assert stored["wp"].dtype == torch.int8
+    step = stored["wpscale"].float()
+    assert ((stored["wp"] * step - v).abs() <= 0.51 * step).all()
+    assert Rotation.cut({}, tiny_spec()).stored(None) == {}
+
+
 def test_the_last_columns_are_protected():
     basis = vectors()
     for spec in (SPECS["hadamard-16"], SPECS["dense-16"]):
-        kept = Rotation.cut(basis, spec).basis_DR
+        kept = Rotation.cut({"vectors": basis}, spec).basis_DR
         assert torch.equal(kept, basis[:, -16:].to(torch.bfloat16))
 
 
@@ -80,14 +108,14 @@ def test_protected_directions_leave_the_main_branch():
     basis, spec = vectors(), SPECS["dense-16"]
     for spec in (SPECS["hadamard-16"], SPECS["dense-16"]):
         leading = 1000 * torch.randn(9, 16, dtype=torch.float64) @ basis[:, -16:].T
-        z, c = through(Rotation.cut(basis, spec), leading)
+        z, c = through(Rotation.cut({"vectors": basis}, spec), leading)
         assert z.norm() < 0.01 * leading.norm()
         torch.testing.assert_close(c.norm(), leading.norm(), rtol=0.01, atol=0)
 
 
 def test_filling_columns_are_zero_on_both_sides():
     spec = SPECS["dense-15-filled"]
-    rotation = Rotation.cut(vectors(), spec)
+    rotation = Rotation.cut({"vectors": vectors()}, spec)
     main, _ = rotation.weights(torch.randn(20, DIM))
     assert (spec.dim - spec.rank, spec.width) == (49, 64)
     assert not rotation.rotation_DK[:, 49:].any()
@@ -97,15 +125,16 @@ def test_filling_columns_are_zero_on_both_sides():
 
 def test_the_dense_rotation_spreads_one_direction_over_all_columns():
     basis = vectors()
-    z, _ = through(Rotation.cut(basis, SPECS["dense-16"]), basis[:, :1].T.contiguous())
+    z, _ = through(Rotation.cut({"vectors": basis}, SPECS["dense-16"]), basis[:, :1].T.contiguous())
     assert z.abs().max() < 0.6
     torch.testing.assert_close(z.norm(), torch.ones((), dtype=z.dtype), rtol=0.01, atol=0)
 
 
 @every_spec
 def test_cutting_twice_gives_the_same_bits(spec: QuantSpec):
-    basis = vectors()
-    first, second = Rotation.cut(basis, spec), Rotation.cut(basis.clone(), spec)
+    content = found()
+    copy = {name: tensor.clone() for name, tensor in content.items()}
+    first, second = Rotation.cut(content, spec), Rotation.cut(copy, spec)
     for a, b in zip(
         (first.basis_DR, first.rotation_DK), (second.basis_DR, second.rotation_DK), strict=True
     ):

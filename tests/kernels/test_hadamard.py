@@ -70,3 +70,27 @@ def test_equals_the_block_diagonal_matrix():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_dtype_stays(dtype):
     assert block_hadamard(torch.ones(2, 16, dtype=dtype), 16).dtype == dtype
+
+
+@pytest.mark.parametrize("block", [4, 16, 256])
+def test_regular_ones_are_orthogonal_and_no_column_stands_out(block):
+    h = hadamard_matrix(block, torch.float64, CPU, "regular")
+    torch.testing.assert_close(h @ h.T, torch.eye(block, dtype=h.dtype), atol=1e-12, rtol=0)
+    torch.testing.assert_close(h.abs(), torch.full_like(h, block**-0.5))
+    torch.testing.assert_close(h.sum(0), torch.ones(block, dtype=h.dtype))
+    assert hadamard_matrix(block, torch.float64, CPU).sum(0).max() == pytest.approx(block**0.5)
+
+
+def test_a_constant_offset_stays_spread_in_regular_blocks_only():
+    x = torch.ones(1, 256, dtype=torch.float64)
+    torch.testing.assert_close(block_hadamard(x, 256, "regular"), x)
+    assert block_hadamard(x, 256).max() == pytest.approx(16)
+
+
+@pytest.mark.parametrize(
+    ("dim", "block"), [(3072, 256), (1152, 64), (2240, 64), (5600, 16), (6, 1)]
+)
+def test_regular_blocks_are_powers_of_four(dim, block):
+    assert hadamard_block(dim, 256, "regular") == block
+    with pytest.raises(ValueError, match="power of four, got 32"):
+        hadamard_matrix(32, torch.float32, CPU, "regular")

@@ -13,9 +13,15 @@ from dirotq.kernels.spec import QuantSpec
     [
         ({"rank": -1}, r"rank -1 is not in 0 \.\.\. 64"),
         ({"rank": 65}, r"rank 65 is not in 0 \.\.\. 64 \(the site's channels\)"),
-        ({"transform": "fourier"}, "'fourier' is neither 'hadamard' nor 'dense'"),
+        ({"transform": "fourier"}, "'fourier' is not 'hadamard', 'regular' or 'dense'"),
         ({"block": 48}, "block 48 is not a power of two dividing 64"),
         ({"block": 128}, "block 128 is not a power of two dividing 64"),
+        ({"transform": "regular", "block": 32}, "block 32 is not a power of four dividing 64"),
+        ({"branch": "around"}, "branch 'around' is neither 'project' nor 'beside'"),
+        ({"transform": "dense", "branch": "beside"}, "takes its directions out of the input"),
+        ({"smooth": True, "rank": 8}, "smoothing goes with.*only in branch 'beside'"),
+        ({"smooth": True, "transform": "dense"}, "smoothing goes with Hadamard transforms"),
+        ({"protected_bits": 4}, "take 8 or 16 bits, not 4"),
         ({"weight_bits": 8}, "W8A4 is not supported; weights take 4 bits"),
         ({"act_bits": 5}, "W4A5 is not supported.*4, 8 or 16"),
         ({"weight_scale": "token"}, "weight scale 'token' is neither 'channel' nor 'group'"),
@@ -99,3 +105,11 @@ def test_round_trip_through_json(rank, block, act, rows):
 def test_an_unknown_field_is_not_swallowed():
     with pytest.raises(TypeError, match="colour"):
         QuantSpec.from_dict(tiny_spec().to_dict() | {"colour": "red"})
+
+
+def test_a_folder_packed_before_a_field_existed_still_loads():
+    spec = tiny_spec(rank=8)
+    older = {
+        k: v for k, v in spec.to_dict().items() if k not in ("branch", "smooth", "protected_bits")
+    }
+    assert QuantSpec.from_dict(older) == spec

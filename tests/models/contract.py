@@ -183,4 +183,4 @@ def fused(transformer: nn.Module, site: Site) -> FusedLinear:
     linears = [transformer.get_submodule(c) for c in site.consumers]
     weight = torch.cat([linear.weight.detach().flatten(1) for linear in linears])
     bias = torch.cat([linear.bias.detach() for linear in linears]) if site.bias else None
-    return FusedLinear(Rotation.cut(vectors, spec), weight, bias)
+    return FusedLinear(Rotation.cut({"vectors": vectors}, spec), weight, bias)

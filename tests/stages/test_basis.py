@@ -3,10 +3,10 @@ import torch
 import zarr
 from tiny_line import run_stage, stage, with_moment
 
+from dirotq import spectrum as module
 from dirotq.errors import NumericalError
 from dirotq.moments import read_moment
-from dirotq.stages import basis as module
-from dirotq.stages.basis import leading_basis, principal_basis
+from dirotq.spectrum import leading_basis, principal_basis
 from dirotq.tensors import load_site
 
 

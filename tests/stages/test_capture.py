@@ -88,6 +88,26 @@ def test_rows_are_rows_that_were_seen_evenly_from_every_call(capture, tmp_path):
             assert (apart < 0.005 * got.double().norm(dim=1)).all(), name
 
 
+def test_peaks_are_the_largest_magnitudes_of_each_channel(capture, tmp_path):
+    run_stage(capture, tmp_path)
+    group = zarr.open_group(tmp_path / "peaks.zarr", mode="r")
+    for name, calls in activations(capture).items():
+        want = torch.cat(calls).abs().amax(0)
+        torch.testing.assert_close(read_array(group, name), want, rtol=1e-5, atol=1e-6)
+
+
+def test_levelled_calls_count_alike(capture, tmp_path):
+    run_stage(dataclasses.replace(capture, weighting="leveled"), tmp_path)
+    group = zarr.open_group(tmp_path / "moments.zarr", mode="r")
+    for name, calls in activations(capture).items():
+        level = [x.double() / x.double().square().mean().sqrt() for x in calls]
+        x = torch.cat(level)
+        want = x.T @ x / len(x)
+        assert (read_moment(group, name) - want).norm() < 1e-5 * want.norm(), name
+    with pytest.raises(ConfigError, match=r"capture.weighting='even' is unknown"):
+        dataclasses.replace(capture, weighting="even")
+
+
 def test_calls_that_do_not_fit_go_in_several_sweeps(capture, tmp_path, monkeypatch):
     run_stage(capture, tmp_path / "one")
     monkeypatch.setattr(module, "_sweep_size", lambda *_: (4, False))
@@ -99,6 +119,11 @@ def test_calls_that_do_not_fit_go_in_several_sweeps(capture, tmp_path, monkeypat
         assert one[site.name].attrs["tokens"] == several[site.name].attrs["tokens"]
         want = read_moment(one, site.name)
         assert (read_moment(several, site.name) - want).norm() < 1e-5 * want.norm(), site.name
+        peaks = [
+            read_array(zarr.open_group(tmp_path / name / "peaks.zarr", mode="r"), site.name)
+            for name in ("one", "several")
+        ]
+        torch.testing.assert_close(*peaks, rtol=1e-5, atol=1e-6)
     rows = zarr.open_group(tmp_path / "several" / "rows.zarr", mode="r")
     assert all(bool(read_array(rows, s.name).any(1).all()) for s in capture.model.sites())
 

@@ -56,7 +56,7 @@ def test_a_fused_linear_is_the_linear(finished, fuse):
     entry = next(e for e in read_plan(finished["rank"].file("plan.json")) if e.site.name == FF)
     weight, bias = weights.stacked(entry.site)
     vectors = load_site(finished["basis"].file(f"sites/{site_file(FF)}"))["vectors"]
-    fused = FusedLinear(Rotation.cut(vectors, entry.spec), weight, bias)
+    fused = FusedLinear(Rotation.cut({"vectors": vectors}, entry.spec), weight, bias)
     x = read_array(rows, FF).float()
     assert relative_error(fused(x), linear(x, weight, bias)) < 1e-5
     torch.testing.assert_close(fused.rows(x, slice(3, 9)), fused(x)[:, 3:9], rtol=1e-4, atol=1e-4)

@@ -39,7 +39,10 @@ CALL = {
     "width": 32,
     "max_sequence_length": 8,
 }
-METHODS = ("dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups")
+METHODS = (
+    "dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups",
+    "smoothquant", "quarot", "convrot", "svdquant", "absorb",
+)  # fmt: skip
 """Methods of conf/method, and ``groups``: the default one with group scales on both sides."""
 
 LINE = (

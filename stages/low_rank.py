@@ -1,0 +1,185 @@
+"""Bases of the rival methods: low-rank branches of the weights, and smoothing factors.
+
+Stands in the place of ``basis`` (conf/basis): what it writes, every later stage reads alike.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import torch
+import zarr
+from torch import Tensor
+
+from dirotq.ahead import ahead
+from dirotq.cost import Cost, Machine
+from dirotq.device import pick_device
+from dirotq.errors import ConfigError, NumericalError
+from dirotq.low_rank import LowRank, svd_branch, weighted_branch
+from dirotq.models.family import Site
+from dirotq.models.source import DiffusersModel
+from dirotq.models.workload import Workload
+from dirotq.moments import moment, read_stored
+from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.stage import untracked
+from dirotq.plan import Method
+from dirotq.progress import track
+from dirotq.rotation import Rotation
+from dirotq.smoothing import best, smoothing
+from dirotq.spectrum import principal_basis
+from dirotq.tensors import load_site, read_array, save_site, site_file
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitLowRank:
+    """Fit a branch beside the whole input, and smoothing factors, per block site.
+
+    ``branch``          ``svd`` (of the smoothed weights), ``weighted`` (least output error) or
+                        ``none``
+    ``regularization``  of ``weighted``: share of the mean diagonal added to the second moment
+    ``smoothing``       ``none``, ``fixed`` (``alpha``) or ``grid``: of ``candidates`` equally
+                        spaced strengths up to 1, or none at all, the one whose quantized site errs
+                        least on the sampled rows
+    ``rank``            of the branch while candidates are compared: the plan's
+    ``leading``         directions to keep per site; None for all
+
+    Writes ``sites/<site>.safetensors`` with ``vectors`` and ``duals`` (float32 [D, L], ascending),
+    ``variances`` (float64 [L]), ``energy`` (float64 [1]), ``smooth`` (float32 [D]) and ``alpha``
+    (float64 [1]; -1 for none); what a method lacks is absent, but without a branch ``variances``
+    are those of the activation. An interrupted run goes on at the next site.
+
+    Raises NumericalError naming the site.
+    """
+
+    version: ClassVar[str] = "1"
+    resumable: ClassVar[bool] = True
+
+    model: DiffusersModel
+    method: Method
+    branch: Literal["none", "svd", "weighted"]
+    regularization: float
+    smoothing: Literal["none", "fixed", "grid"]
+    alpha: float
+    candidates: int
+    rank: int | None
+    leading: int | None
+    device: str = untracked()
+
+    def __post_init__(self) -> None:
+        if self.branch not in ("none", "svd", "weighted"):
+            raise ConfigError(f"basis.branch={self.branch!r}: use 'none', 'svd' or 'weighted'")
+        if self.smoothing not in ("none", "fixed", "grid"):
+            raise ConfigError(f"basis.smoothing={self.smoothing!r}: use 'none', 'fixed' or 'grid'")
+        if not 0 <= self.alpha <= 1 or self.candidates < 1 or self.regularization < 0:
+            raise ConfigError(
+                f"basis.alpha={self.alpha}, candidates={self.candidates}, regularization="
+                f"{self.regularization}: use 0 ... 1, at least 1, and 0 or more"
+            )
+        if self.smoothing == "grid" and self.rank is None:
+            raise ConfigError(
+                "basis.smoothing=grid compares candidates at the rank they will have, but rank.r "
+                "is null: fix it (rank.r=16), or set basis.rank"
+            )
+        if self.smoothing != "none" and self.branch == "weighted":
+            raise ConfigError("basis.branch=weighted takes basis.smoothing=none")
+        if self.method.smooth != (self.smoothing != "none"):
+            raise ConfigError(
+                f"method.smooth={self.method.smooth} and basis.smoothing={self.smoothing}: a "
+                "method that smooths needs factors, and one that doesn't has no use for them"
+            )
+
+    def run(self, out: Path, *, capture: Artifact) -> Mapping[str, float]:
+        device = pick_device(self.device)
+        moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
+        peaks = zarr.open_group(capture.tree("peaks.zarr"), mode="r")
+        rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
+        weights = self.model.weights()
+        sites = [site for site in self.model.sites() if site.kind == "block"]
+        todo = [s for s in sites if not (out / "sites" / site_file(s.name)).exists()]
+        stored = ahead(lambda site: read_stored(moments, site.name), todo)
+        for site, second_moment in track(stored, "basis", total=len(todo)):
+            weight, _ = weights.stacked(site, device)
+            peak_D = read_array(peaks, site.name).to(device)
+            x_TD = read_array(rows, site.name).to(device, torch.float32)
+            s_DD = moment(second_moment, device)
+            try:
+                found = self._fit(site, weight, s_DD, peak_D, x_TD)
+                if "variances" not in found:
+                    found["variances"], _ = principal_basis(s_DD, self.leading)
+                    found["energy"] = s_DD.diagonal().double().sum().reshape(1)
+            except NumericalError as error:
+                raise NumericalError(f"site {site.name}: {error}") from error
+            save_site(out / "sites", site.name, found)
+        chosen = [load_site(out / "sites" / site_file(s.name)).get("alpha") for s in sites]
+        alphas = [float(a) for a in chosen if a is not None]
+        return {"sites": len(sites)} | ({"mean_alpha": sum(alphas) / len(alphas)} if alphas else {})
+
+    def cost(self, work: Workload, machine: Machine) -> Cost:
+        """Per site and candidate an eigendecomposition of the weights' Gram matrix."""
+        tried = self.candidates + 1 if self.smoothing == "grid" else 1
+        seconds, widest = 0.0, work.widest
+        for site in work.block_sites:
+            gram = 2 * sum(site.rows) * site.dim**2 / machine.float64
+            factor = (9 * site.dim**3 / machine.eigh) if self.branch != "none" else 0.0
+            seconds += tried * (gram + factor) + machine.site
+        kept = min(self.leading or widest, widest)
+        return Cost(
+            seconds=seconds + work.moments / machine.read,
+            disk=sum(8 * s.dim * min(self.leading or s.dim, s.dim) for s in work.block_sites),
+            lower="basis.candidates=5, method.leading=64",
+            **machine.memory(8 * 5 * widest**2 + 16 * widest * kept, 8 * widest**2),
+        )
+
+    def _fit(
+        self, site: Site, w_ND: Tensor, s_DD: Tensor, peak_D: Tensor, x_TD: Tensor
+    ) -> dict[str, Tensor]:
+        if self.smoothing == "none":
+            return self._tensors(self._low_rank(w_ND, s_DD, None), None, None)
+        if self.smoothing == "fixed":
+            smooth = _rounded(smoothing(peak_D, w_ND, self.alpha))
+            return self._tensors(self._low_rank(w_ND, s_DD, smooth), smooth, self.alpha)
+        assert self.rank is not None
+        spec = self.method.spec(site, self.rank if self.method.protect else 0)
+        assert spec is not None
+        kept: dict[float | None, dict[str, Tensor]] = {}
+
+        def tried() -> Iterator[tuple[float | None, Rotation]]:
+            for alpha in (None, *(k / self.candidates for k in range(1, self.candidates + 1))):
+                smooth = torch.ones_like(w_ND[0])
+                if alpha is not None:
+                    smooth = _rounded(smoothing(peak_D, w_ND, alpha))
+                branch = self._low_rank(w_ND, s_DD, smooth)
+                kept[alpha] = self._tensors(branch, smooth, alpha)
+                yield alpha, Rotation.cut(kept[alpha], spec)
+
+        chosen, _ = best(tried(), w_ND, x_TD, clip=self.method.weight_clip)
+        return kept[chosen]
+
+    def _low_rank(self, w_ND: Tensor, s_DD: Tensor, smooth_D: Tensor | None) -> LowRank | None:
+        if self.branch == "svd":
+            return svd_branch(w_ND, smooth_D, self.leading)
+        if self.branch == "weighted":
+            return weighted_branch(w_ND, s_DD, self.regularization, self.leading)
+        return None
+
+    def _tensors(
+        self, branch: LowRank | None, smooth: Tensor | None, alpha: float | None
+    ) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        if branch is not None:
+            found = {
+                "vectors": branch.vectors.float(),
+                "duals": branch.duals.float(),
+                "variances": branch.variances,
+                "energy": torch.tensor([branch.energy]).double(),
+            }
+        if smooth is not None:
+            found["smooth"] = smooth
+            found["alpha"] = torch.tensor([-1.0 if alpha is None else alpha]).double()
+        return found
+
+
+def _rounded(smooth_D: Tensor) -> Tensor:
+    """As the packed linear holds it."""
+    return smooth_D.to(torch.bfloat16).float()
