@@ -19,8 +19,9 @@ class QuantLinear(nn.Module):
 
     Buffers (portable layout, the same on disk and in ``state_dict``; absent ones are None):
 
-    qweight  uint8, [N, K // 2], layout L1
-    wscale   bf16, [N, G]
+    qweight  uint8, [N, K // 2], layout L1; L2 in the FP4 formats
+    wscale   bf16, [N, G]; in the FP4 formats uint8, E4M3 or E8M0
+    wglobal  float32, [1], the global scale; ``nvfp4`` only
     basis    bf16, [D, R], the protected directions P
     rotation bf16, [D, K], the dense rotation of the rest; transform ``dense`` only
     wp       bf16, [N, R], the protected columns W P
@@ -31,6 +32,7 @@ class QuantLinear(nn.Module):
 
     qweight: Tensor
     wscale: Tensor
+    wglobal: Tensor | None
     basis: Tensor | None
     rotation: Tensor | None
     wp: Tensor | None
@@ -41,7 +43,7 @@ class QuantLinear(nn.Module):
         self.spec = spec
         self._key = spec_key(spec)
         for name, shape in buffer_shapes(spec, bias=bias).items():
-            dtype = torch.uint8 if name == "qweight" else torch.bfloat16
+            dtype = buffer_dtype(spec, name)
             empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
             self.register_buffer(name, empty)
 
@@ -59,8 +61,9 @@ class QuantLinear(nn.Module):
         wp = None if self.wp is None else self.wp[rows]
         bias = None if self.bias is None else self.bias[rows]
         return quant_linear(
-            x, self.qweight[rows], self.wscale[rows], self.basis, self.rotation, wp, bias, self._key
-        )
+            x, self.qweight[rows], self.wscale[rows], self.wglobal, self.basis, self.rotation, wp,
+            bias, self._key,
+        )  # fmt: skip
 
     def plan(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
         """Which kernels run a call with so many rows of ``dtype`` where the module now is."""
@@ -136,8 +139,16 @@ def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] |
     return {
         "qweight": (n, k // 2),
         "wscale": (n, k // spec.weight_group_size),
+        "wglobal": (1,) if spec.weight_scale == "nvfp4" else None,
         "basis": (spec.dim, r) if r else None,
         "rotation": (spec.dim, k) if spec.transform == "dense" else None,
         "wp": (n, r) if r else None,
         "bias": (n,) if bias else None,
     }
+
+
+def buffer_dtype(spec: QuantSpec, name: str) -> torch.dtype:
+    """dtype of a buffer of a packed linear."""
+    if name == "qweight" or (name == "wscale" and spec.weight_element == "e2m1"):
+        return torch.uint8
+    return torch.float32 if name == "wglobal" else torch.bfloat16

@@ -37,6 +37,7 @@ def quant_linear(
     x: Tensor,
     qweight: Tensor,
     wscale: Tensor,
+    wglobal: Tensor | None,
     basis: Tensor | None,
     rotation: Tensor | None,
     wp: Tensor | None,
@@ -54,7 +55,7 @@ def quant_linear(
         # On a GPU somebody expected speed; on a CPU it is the way that it works.
         level = logging.WARNING if x.is_cuda else logging.INFO
         say_once(f"packed linears run on the torch reference path: {plan.why}", level)
-    y = engine.run(plan, flat, qweight, wscale, basis, rotation, wp, bias, known)
+    y = engine.run(plan, flat, qweight, wscale, wglobal, basis, rotation, wp, bias, known)
     return y.view(*x.shape[:-1], outputs)
 
 
@@ -63,6 +64,7 @@ def _(
     x: Tensor,
     qweight: Tensor,
     wscale: Tensor,
+    wglobal: Tensor | None,
     basis: Tensor | None,
     rotation: Tensor | None,
     wp: Tensor | None,

@@ -4,12 +4,18 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from .fp4 import GROUPS as FP4_GROUPS
 from .hadamard import hadamard_block
 
 POW2_LEVELS = 4
 """A group's scale is 2^0 ... 2^-4 of its row's: q 2^(e+4) is exact in INT8 and in FP8-E4M3."""
+
+WeightScale = Literal["channel", "group", "nvfp4", "mxfp4"]
+ActScale = Literal["token", "pow2", "group", "nvfp4", "mxfp4"]
+Element = Literal["int4", "e2m1"]
+"""What a 4-bit code is: an integer in [-7, 7], or a float in halves (kernels/fp4)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,10 +33,10 @@ class QuantSpec:
     block: int
     """Hadamard block; 1 is the identity. Unused by ``dense``."""
     weight_bits: Literal[4]
-    weight_scale: Literal["channel", "group"]
+    weight_scale: WeightScale
     weight_group: int
     act_bits: Literal[4, 8, 16]
-    act_scale: Literal["token", "pow2", "group"]
+    act_scale: ActScale
     act_group: int
 
     def __post_init__(self) -> None:
@@ -58,10 +64,13 @@ class QuantSpec:
                 f"W{self.weight_bits}A{self.act_bits} is not supported; weights take 4 bits, "
                 "activations 4, 8 or 16"
             )
-        if self.weight_scale not in ("channel", "group"):
-            found.append(f"weight scale {self.weight_scale!r} is neither 'channel' nor 'group'")
-        if self.act_scale not in ("token", "pow2", "group"):
-            found.append(f"activation scale {self.act_scale!r} is not 'token', 'pow2' or 'group'")
+        for what, scale, known in (
+            ("weight", self.weight_scale, get_args(WeightScale)),
+            ("activation", self.act_scale, get_args(ActScale)),
+        ):
+            if scale not in known:
+                found.append(f"{what} scale {scale!r} is not {_one_of(known)}")
+        found += self._fp4_problems()
         if self.act_bits == 8 and self.act_scale == "pow2":
             found.append(
                 "8-bit activations with power-of-two groups leave INT8: use scale 'token' or "
@@ -79,6 +88,30 @@ class QuantSpec:
                     f"branch; use one of {_divisors(self.width)}"
                 )
         return found
+
+    def _fp4_problems(self) -> list[str]:
+        """FP4 formats are what a chip multiplies: fixed groups, the same format on both sides."""
+        found = []
+        weight, act = self.weight_scale in FP4_GROUPS, self.act_scale in FP4_GROUPS
+        if act and self.act_bits != 4:
+            found.append(f"{self.act_scale} activations have 4 bits, not {self.act_bits}")
+        if self.act_bits != 16 and (weight or act) and self.weight_scale != self.act_scale:
+            found.append(
+                f"weights in {self.weight_scale!r} and activations in {self.act_scale!r} share no "
+                "matrix unit: use one FP4 format for both, or 16-bit activations"
+            )
+        for side in ("weight", "act"):
+            scale, group = getattr(self, f"{side}_scale"), getattr(self, f"{side}_group")
+            if scale in FP4_GROUPS and group != FP4_GROUPS[scale]:
+                found.append(
+                    f"{scale} has groups of {FP4_GROUPS[scale]}, not {group}: set {side}_group to "
+                    f"{FP4_GROUPS[scale]}"
+                )
+        return found
+
+    @property
+    def weight_element(self) -> Element:
+        return "e2m1" if self.weight_scale in FP4_GROUPS else "int4"
 
     @property
     def width(self) -> int:
@@ -117,6 +150,10 @@ class QuantSpec:
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "QuantSpec":
         return cls(**value)
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
 
 
 def _divisors(width: int) -> list[int]:

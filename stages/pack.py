@@ -24,7 +24,7 @@ from dirotq.models.workload import Workload
 from dirotq.pipeline.artifact import Artifact
 from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
-from dirotq.quantizer import STORED, DirotqConfig, mark_packed
+from dirotq.quantizer import STORED, DirotqConfig, mark_packed, stored_dtype
 from dirotq.sizes import parse_bytes
 from dirotq.tensors import load_site, site_file
 
@@ -46,7 +46,7 @@ everything counted (codes, scales, bases, protected columns, all layers kept in 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Write ``model/``: the source pipeline with a packed transformer (layout L1, docs/method.md).
+    """Write ``model/``: the source pipeline with a packed transformer (layouts L1, L2).
 
     The weights are written shard by shard: no more than one is in memory.
 
@@ -134,7 +134,8 @@ class _Packed:
         if self._last[0] != site:
             file = f"sites/{site_file(site)}"
             quantized, fused = (load_site(source.file(file)) for source in self.sources)
-            self._last = (site, fused | {b: quantized[b] for b in ("qweight", "wscale")})
+            own = {b: t for b, t in quantized.items() if b in ("qweight", "wscale", "wglobal")}
+            self._last = (site, fused | own)
         entry = self.entries[site]
         want = buffer_shapes(entry.spec, bias=entry.site.bias)[buffer]
         found = self._last[1][buffer]
@@ -153,7 +154,7 @@ def plan_shards(tensors: Mapping[str, Tensor], limit: str) -> StateDictSplit:
     tensors  shapes are enough (meta device); floating ones are stored in 16 bits
     """
     stored = {
-        name: torch.empty_like(t, dtype=STORED if t.is_floating_point() else t.dtype, device="meta")
+        name: torch.empty_like(t, dtype=stored_dtype(name, t), device="meta")
         for name, t in tensors.items()
     }
     return split_torch_state_dict_into_shards(

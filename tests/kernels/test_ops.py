@@ -21,7 +21,7 @@ SPECS = {
     "w4a16": tiny_spec(act_bits=16, weight_scale="group"),
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-BUFFERS = ("qweight", "wscale", "basis", "rotation", "wp", "bias")
+BUFFERS = ("qweight", "wscale", "wglobal", "basis", "rotation", "wp", "bias")
 
 
 def arguments(spec: QuantSpec, x: Tensor, *, bias: bool = True) -> tuple:

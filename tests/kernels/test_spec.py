@@ -18,8 +18,14 @@ from dirotq.kernels.spec import QuantSpec
         ({"block": 128}, "block 128 is not a power of two dividing 64"),
         ({"weight_bits": 8}, "W8A4 is not supported; weights take 4 bits"),
         ({"act_bits": 5}, "W4A5 is not supported.*4, 8 or 16"),
-        ({"weight_scale": "token"}, "weight scale 'token' is neither 'channel' nor 'group'"),
-        ({"act_scale": "channel"}, "activation scale 'channel' is not 'token', 'pow2' or 'group'"),
+        (
+            {"weight_scale": "token"},
+            "weight scale 'token' is not 'channel', 'group', 'nvfp4' or 'mxfp4'",
+        ),
+        (
+            {"act_scale": "channel"},
+            "activation scale 'channel' is not 'token', 'pow2', 'group', 'n",
+        ),
         ({"act_bits": 8, "act_scale": "pow2"}, "leave INT8: use scale 'token' or 'group'"),
         ({"dim": 63}, "63 codes wide; two codes share a byte"),
         (
