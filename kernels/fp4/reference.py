@@ -26,6 +26,8 @@ SCALE_LARGEST = 448.0
 CODES = (0, 1, 2, 3, 4, 6, 8, 12)
 """Magnitude of a code by the lower three bits of its nibble; the fourth is the sign."""
 
+NO_CODE = 255
+
 ZERO = 2.0**-100
 """A group whose step is no larger has codes 0: its weights over its step might overflow."""
 
@@ -59,21 +61,16 @@ def pack_e2m1(code_NK: Tensor) -> Tensor:
         raise ValueError(
             f"codes must be int8 with an even last dim, got {code_NK.dtype} {tuple(code_NK.shape)}"
         )
-    allowed, nibble = (t.to(code_NK.device) for t in _tables()[:2])
-    magnitude = code_NK.to(torch.int16).abs()
-    known = allowed[magnitude.clamp_max(len(allowed) - 1).long()] & (magnitude < len(allowed))
-    if not bool(known.all()):
-        raise ValueError(
-            f"{int(code_NK[~known][0])} is no code: E2M1 in halves is 0 or +-{CODES[1:]}"
-        )
-    sign = (code_NK < 0).to(torch.uint8) << 3
-    nibbles = nibble[magnitude.long()] | sign
+    nibbles = _nibble_of_magnitude().to(code_NK.device)[code_NK.long().abs()]
+    if bool((unknown := nibbles == NO_CODE).any()):
+        raise ValueError(f"{int(code_NK[unknown][0])} is no code: those are 0 and +-{CODES[1:]}")
+    nibbles |= (code_NK < 0).to(torch.uint8) << 3
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
 def unpack_e2m1(packed_NK2: Tensor) -> Tensor:
     """Inverse of :func:`pack_e2m1`: uint8 [N, K // 2] -> int8 [N, K]."""
-    code = _tables()[2].to(packed_NK2.device)
+    code = _code_of_nibble().to(packed_NK2.device)
     return code[torch.stack([packed_NK2 & 0xF, packed_NK2 >> 4], -1).flatten(-2).long()]
 
 
@@ -119,11 +116,15 @@ def steps(scale_NG: Tensor, global_: Tensor | None) -> Tensor:
 
 
 @functools.lru_cache
-def _tables() -> tuple[Tensor, Tensor, Tensor]:
-    """By magnitude: is it a code, and its nibble. By nibble: its code."""
-    allowed = torch.zeros(CODES[-1] + 1, dtype=torch.bool, device="cpu")
-    nibble = torch.zeros(CODES[-1] + 1, dtype=torch.uint8, device="cpu")
+def _nibble_of_magnitude() -> Tensor:
+    """uint8, [129]: the lower three bits of an int8 code by its magnitude, or NO_CODE."""
+    nibble = torch.full((129,), NO_CODE, dtype=torch.uint8, device="cpu")
     for pattern, magnitude in enumerate(CODES):
-        allowed[magnitude], nibble[magnitude] = True, pattern
-    code = torch.tensor([*CODES, *(-c for c in CODES)], dtype=torch.int8, device="cpu")
-    return allowed, nibble, code
+        nibble[magnitude] = pattern
+    return nibble
+
+
+@functools.lru_cache
+def _code_of_nibble() -> Tensor:
+    """int8, [16]."""
+    return torch.tensor([*CODES, *(-c for c in CODES)], dtype=torch.int8, device="cpu")

@@ -14,7 +14,7 @@ MODULATOR = Site("a.norm.linear", ("a.norm.linear",), 64, (384,), "modulator", T
 
 @pytest.mark.parametrize("name", METHODS)
 def test_plan_round_trip(name, tmp_path):
-    used = dataclasses.replace(method(name), weight_group=32, act_group=32)
+    used = method(name)
     plan = [
         SitePlan(site, used.spec(site, 16), used.rounding, used.weight_clip, "because")
         for site in (BLOCK, MODULATOR)

@@ -28,6 +28,27 @@ from dirotq.kernels.spec import QuantSpec
         ),
         ({"act_bits": 8, "act_scale": "pow2"}, "leave INT8: use scale 'token' or 'group'"),
         ({"dim": 63}, "63 codes wide; two codes share a byte"),
+        ({"weight_scale": "nvfp4"}, "'nvfp4' and activations in 'token' share no matrix unit: use"),
+        (
+            {"weight_scale": "nvfp4", "act_scale": "mxfp4", "act_group": 32},
+            "'nvfp4' and activations in 'mxfp4' share no matrix unit",
+        ),
+        (
+            {"weight_scale": "nvfp4", "act_scale": "nvfp4", "act_bits": 8},
+            "nvfp4 activations have 4 bits, not 8",
+        ),
+        (
+            {"weight_scale": "nvfp4", "act_scale": "nvfp4", "weight_group": 64},
+            "nvfp4 has groups of 16, not 64: set weight_group to 16",
+        ),
+        (
+            {"weight_scale": "mxfp4", "act_scale": "mxfp4", "weight_group": 32},
+            "mxfp4 has groups of 32, not 16: set act_group to 32",
+        ),
+        (
+            {"weight_scale": "nvfp4", "act_scale": "nvfp4", "dim": 72},
+            r"weight group 16 does not divide the 72 channels",
+        ),
         (
             {"weight_scale": "group", "weight_group": 48},
             r"weight group 48 does not divide the 64 channels.*use one of \[16, 32, 64\]",
@@ -83,6 +104,19 @@ def test_group_sizes():
     assert (whole.weight_group_size, whole.act_group_size) == (64, 64)
     grouped = tiny_spec(weight_scale="group", act_scale="pow2", act_group=32)
     assert (grouped.weight_group_size, grouped.act_group_size) == (16, 32)
+
+
+@pytest.mark.parametrize(("name", "group"), [("nvfp4", 16), ("mxfp4", 32)])
+def test_fp4_formats(name, group):
+    both = {"weight_scale": name, "act_scale": name, "weight_group": group, "act_group": group}
+    spec = tiny_spec(**both)
+    assert (spec.weight_group_size, spec.act_group_size) == (group, group)
+    assert spec.weight_element == "e2m1"
+    assert tiny_spec().weight_element == "int4"
+    assert tiny_spec(**both, rank=8, transform="dense").width == 64  # filled up to whole groups
+    sixteen = tiny_spec(weight_scale=name, weight_group=group, act_bits=16)
+    assert sixteen.weight_element == "e2m1"
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 
 def test_sixteen_bit_activations_have_no_groups_to_check():

@@ -39,7 +39,8 @@ CALL = {
     "width": 32,
     "max_sequence_length": 8,
 }
-METHODS = ("dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups")
+FP4_METHODS = ("dirotq_nvfp4", "dirotq_mxfp4", "rtn_nvfp4", "rtn_mxfp4")
+METHODS = ("dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups", *FP4_METHODS)
 """Methods of conf/method, and ``groups``: the default one with group scales on both sides."""
 
 LINE = (
