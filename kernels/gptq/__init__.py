@@ -24,7 +24,7 @@ def gptq(
     return reference.gptq(w_NK, s_KK, scale_NG, damping=damping, element=element, sweep=sweep)
 
 
-def _sweep(w_NK: Tensor, element: Element) -> reference.Sweep:
+def _sweep(w_NK: Tensor, element: Element = "int4") -> reference.Sweep:
     if element != "int4":
         if w_NK.device.type == "cuda":
             say_once("GPTQ rounds FP4 columns in plain torch: its kernel is INT4's", logging.INFO)
