@@ -93,9 +93,7 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.spec
-        return (
-            f"{s.dim} -> {list(s.rows)}, W{s.weight_bits}A{s.act_bits}, r={s.rank}, {s.transform}"
-        )
+        return f"{s.dim} -> {list(s.rows)}, {s.format}, r={s.rank}, {s.transform}"
 
 
 class SiteView(nn.Module):

@@ -110,6 +110,12 @@ class QuantSpec:
         return found
 
     @property
+    def format(self) -> str:
+        """Short name for tables: W4A4, W4A8, W4A4 NVFP4, ..."""
+        fp4 = f" {self.weight_scale.upper()}" if self.weight_element == "e2m1" else ""
+        return f"W{self.weight_bits}A{self.act_bits}{fp4}"
+
+    @property
     def weight_element(self) -> Element:
         return "e2m1" if self.weight_scale in FP4_GROUPS else "int4"
 

@@ -22,8 +22,8 @@ ESCALATIONS = 3
 CHUNK = 1 << 26
 """Elements of the temporaries that are made row by row: 256 MiB of float32."""
 
-Sweep = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""What :func:`sweep` is, or a kernel that computes the same."""
+Sweep = Callable[..., tuple[Tensor, Tensor]]
+"""What :func:`sweep` is, or a kernel that computes the same of its four tensors."""
 
 
 class FactorizationError(ArithmeticError):

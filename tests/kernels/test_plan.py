@@ -108,6 +108,14 @@ def test_without_triton(monkeypatch):
     assert "pip install triton" in plan.why
 
 
+@pytest.mark.parametrize("group", [64, 128])
+def test_groups_of_64_and_128_have_kernels(group):
+    groups = {"weight_scale": "group", "weight_group": group, "act_group": group}
+    for act in ({"act_scale": "group"}, {"act_scale": "group", "act_bits": 8}, {"act_bits": 16}):
+        plan = choose(90, 33, 1008, tiny_spec(dim=3072, rank=64, **groups, **act), BF16)
+        assert plan.engine != "reference"
+
+
 @pytest.mark.parametrize(
     ("spec", "why"),
     [

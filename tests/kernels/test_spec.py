@@ -111,8 +111,8 @@ def test_fp4_formats(name, group):
     both = {"weight_scale": name, "act_scale": name, "weight_group": group, "act_group": group}
     spec = tiny_spec(**both)
     assert (spec.weight_group_size, spec.act_group_size) == (group, group)
-    assert spec.weight_element == "e2m1"
-    assert tiny_spec().weight_element == "int4"
+    assert (spec.weight_element, spec.format) == ("e2m1", f"W4A4 {name.upper()}")
+    assert (tiny_spec().weight_element, tiny_spec().format) == ("int4", "W4A4")
     assert tiny_spec(**both, rank=8, transform="dense").width == 64  # filled up to whole groups
     sixteen = tiny_spec(weight_scale=name, weight_group=group, act_bits=16)
     assert sixteen.weight_element == "e2m1"
