@@ -27,6 +27,10 @@ ROWS: dict[str, list[str]] = {
     "dirotq_dense, g64/g64": ["method=dirotq_dense", *G64],
     "dirotq, token/channel": ["method=dirotq", "method.act_scale=token"],
     "dirotq W4A8, token/channel": ["method=dirotq_w4a8"],
+    "rtn NVFP4": ["method=rtn_nvfp4"],
+    "dirotq NVFP4": ["method=dirotq_nvfp4"],
+    "rtn MXFP4": ["method=rtn_mxfp4"],
+    "dirotq MXFP4": ["method=dirotq_mxfp4"],
 }
 
 

@@ -72,7 +72,7 @@ def random_rows(m: int, d: int, *, device: str = "cuda") -> Tensor:
 
 def buffers(linear: QuantLinear) -> tuple[Tensor | None, ...]:
     """The tensors of a linear in the order of ``engine.run``."""
-    names = ("qweight", "wscale", "basis", "rotation", "wp", "bias")
+    names = ("qweight", "wscale", "wglobal", "basis", "rotation", "wp", "bias")
     return tuple(getattr(linear, name) for name in names)
 
 

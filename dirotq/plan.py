@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Literal
 
 from dirotq.errors import ConfigError
+from dirotq.kernels.fp4 import GROUPS as FP4_GROUPS
 from dirotq.kernels.hadamard import hadamard_block
-from dirotq.kernels.spec import QuantSpec
+from dirotq.kernels.spec import ActScale, QuantSpec, WeightScale
 from dirotq.models.family import Site
 
 Rounding = Literal["gptq", "nearest"]
@@ -29,13 +30,15 @@ class Method:
     ``leading``          eigenvectors kept per site, the largest rank to choose from; None for all
     ``block``            largest Hadamard block; 1 for none
     ``rounding``         ``gptq`` or ``nearest``
-    ``weight_scale``     ``channel`` or ``group`` (of ``weight_group`` columns); ``weight_clip``
-                         searches a clipped scale
-    ``act_bits``         4, 8 or 16; ``act_scale`` is ``token``, ``pow2`` or ``group``
+    ``weight_scale``     ``channel`` or ``group`` (of ``weight_group`` columns), ``nvfp4`` or
+                         ``mxfp4``; ``weight_clip`` searches the scale
+    ``act_bits``         4, 8 or 16; ``act_scale`` is ``token``, ``pow2`` or ``group``, or the
+                         weights' FP4 format
     ``modulator_group``  W4A16 group of linears that see one row per image; null keeps them 16 bit
 
     Where a group does not divide a site's channels (SANA has sites of 5600), the site takes half of
-    it, or half of that, down to 16: the plan tells which (:func:`fitting_group`).
+    it, or half of that, down to 16: the plan tells which (:func:`fitting_group`). Groups of an FP4
+    format (16 in NVFP4, 32 in MXFP4) are the chip's: a site that they don't divide is refused.
     """
 
     name: str
@@ -47,11 +50,11 @@ class Method:
     leading: int | None
     block: int
     rounding: Rounding
-    weight_scale: Literal["channel", "group"]
+    weight_scale: WeightScale
     weight_group: int
     weight_clip: bool
     act_bits: Literal[4, 8, 16]
-    act_scale: Literal["token", "pow2", "group"]
+    act_scale: ActScale
     act_group: int
     modulator_group: int | None
 
@@ -75,12 +78,13 @@ class Method:
         if group is None:
             return None
         # A dense rotation fills its last group with zero columns, so any group fits it.
-        whole = self.transform == "dense" and not modulator
+        whole = self.transform == "dense" or self.weight_scale in FP4_GROUPS
+        whole = whole and not modulator
         try:
             return QuantSpec(
                 dim=site.dim,
                 rows=site.rows,
-                rank=0 if modulator else rank,
+                rank=0 if modulator or not self.protect else rank,
                 transform="hadamard" if modulator else self.transform,
                 block=1 if modulator else self._block(site.dim),
                 branch="project" if modulator else self.branch,

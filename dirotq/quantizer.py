@@ -31,9 +31,13 @@ from dirotq.models.swap import put_packed
 from dirotq.plan import site_from_dict
 
 METHOD = "dirotq"
-FORMAT = 1
+FORMAT = 2
+"""Newest format: 2 adds NVFP4 and MXFP4, smoothing, branches beside the input and 8-bit ones.
+Folders without them say 1, so that old readers go on."""
 STORED = torch.bfloat16
-"""dtype on disk of everything that is not packed."""
+"""dtype on disk of floating tensors, but for those in EXACT."""
+EXACT = ("wglobal",)
+"""Buffers of packed linears that are float32 on disk too."""
 FLOOR_GRACE = 2.0**-6
 """Part of its floor that a scale may lack: gptq and fuse may have rounded wp on two machines."""
 
@@ -58,7 +62,9 @@ class DirotqConfig(QuantizationConfigMixin):
 
     @classmethod
     def of(cls, sites: Iterable[tuple[Site, QuantSpec]]) -> "DirotqConfig":
-        return cls(sites=[{"site": _plain(asdict(s)), "spec": spec.to_dict()} for s, spec in sites])
+        entries = list(sites)
+        plain = [{"site": _plain(asdict(s)), "spec": spec.to_dict()} for s, spec in entries]
+        return cls(sites=plain, format=max((spec.since for _, spec in entries), default=1))
 
     def entries(self) -> list[tuple[Site, QuantSpec]]:
         return [
@@ -99,7 +105,7 @@ class DirotqQuantizer(DiffusersQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         put_packed(model, self.quantization_config.entries())
         if self._found is not None:
-            _compare({n: Signature.of(t) for n, t in model.state_dict().items()}, self._found)
+            _compare({n: Signature.of(n, t) for n, t in model.state_dict().items()}, self._found)
 
     def check_if_quantized_param(
         self,
@@ -137,7 +143,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Back to the stored dtype, so that load and save in any compute dtype changes no byte."""
-        return {n: t.to(STORED) if t.is_floating_point() else t for n, t in state_dict.items()}, {}
+        return {n: t.to(stored_dtype(n, t)) for n, t in state_dict.items()}, {}
 
     @property
     def is_serializable(self) -> bool:
@@ -159,6 +165,12 @@ def mark_packed(transformer: Any, config: DirotqConfig) -> None:
     transformer.to_json_string = types.MethodType(_config_without_path, transformer)
 
 
+def stored_dtype(name: str, tensor: Tensor) -> torch.dtype:
+    """dtype on disk of a tensor of a packed transformer's state."""
+    exact = not tensor.is_floating_point() or name.rpartition(".")[2] in EXACT
+    return tensor.dtype if exact else STORED
+
+
 class Signature(NamedTuple):
     """Shape and dtype of a stored tensor, the latter as safetensors names it."""
 
@@ -166,10 +178,10 @@ class Signature(NamedTuple):
     dtype: str
 
     @classmethod
-    def of(cls, tensor: Tensor) -> "Signature":
-        """What a tensor of the model is stored as: codes as bytes, everything else in bfloat16."""
-        codes = {torch.uint8: "U8", torch.int8: "I8"}
-        return cls(tuple(tensor.shape), codes.get(tensor.dtype, "BF16"))
+    def of(cls, name: str, tensor: Tensor) -> "Signature":
+        """What a tensor of the model is stored as."""
+        names = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32"}
+        return cls(tuple(tensor.shape), names.get(stored_dtype(name, tensor), "BF16"))
 
     def __str__(self) -> str:
         return f"{self.dtype} {list(self.shape)}"
@@ -198,8 +210,8 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
 
     Tensors that were offloaded while loading are on the meta device and are passed over.
 
-    Raises ArtifactError naming the first tensor with NaN or infinity, with a negative scale, or
-    with a channel scale below its floor (docs/method.md Eq. 9).
+    Raises ArtifactError naming the first tensor with NaN or infinity, with a negative scale (or a
+    global scale of zero), or with a channel scale below its floor (docs/method.md Eq. 9).
     """
     tensors = {b: t for b, t in packed.named_buffers() if t.is_floating_point() and not t.is_meta}
     for buffer, tensor in tensors.items():
@@ -214,6 +226,13 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
                 f"{name}.{buffer} holds {low.item():.3g}, but scales are zero or more: the file is "
                 "damaged; download it again, or pack the model again with `dirotq compress`"
             )
+        if buffer == "wglobal" and not bool(low > 0):
+            raise ArtifactError(
+                f"{name}.wglobal is {low.item():.3g}, but a global scale is above zero: the file "
+                "is damaged; download it again, or pack the model again with `dirotq compress`"
+            )
+    if packed.wscale.dtype == torch.uint8 and not packed.wscale.is_meta:
+        _check_scale_bytes(name, packed)
     # Codes of an 8-bit protected branch say nothing about a tail, which they never take.
     floor = scale_floor(tensors.get("wp"), tensors.get("bias"))
     if packed.spec.weight_scale != "channel" or floor is None or "wscale" not in tensors:
@@ -226,6 +245,18 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
             f"row's wp and bias, which need {floor[row].item():.3g} (docs/method.md Eq. 9): the "
             "model was packed by an older DiRotQ or the file is damaged; pack it again with "
             "`dirotq compress`"
+        )
+
+
+def _check_scale_bytes(name: str, packed: QuantLinear) -> None:
+    """E4M3 scales end at byte 126, 448 (then come NaN and negative numbers), E8M0's at 254."""
+    largest = 126 if packed.spec.weight_scale == "nvfp4" else 254
+    found = int(packed.wscale.max()) if packed.wscale.numel() else 0
+    if found > largest:
+        raise ArtifactError(
+            f"{name}.wscale holds the byte {found}, NaN or a negative number as a scale of "
+            f"{packed.spec.weight_scale}, which are 0 ... {largest}: the file is damaged; download "
+            "it again, or pack the model again with `dirotq compress`"
         )
 
 

@@ -7,7 +7,12 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from dirotq.kernels.quantize_weight import codes_on_grid, dequantize_weight, weight_scales
+from dirotq.kernels.quantize_weight import (
+    codes_on_grid,
+    dequantize_weight,
+    stored_scales,
+    weight_steps,
+)
 from dirotq.kernels.transform_quantize import dequantize_rows, quantize_rows, transform
 from dirotq.rotation import Rotation
 
@@ -38,8 +43,8 @@ def simulated(rotation: Rotation, w_ND: Tensor, x_TD: Tensor, *, clip: bool) -> 
     z, c = transform(x_TD, rotation.basis_DR, rotation.rotation_DK, spec, rotation.smooth_D)
     if spec.act_bits < 16:
         z = dequantize_rows(*quantize_rows(z, spec))
-    grid = weight_scales(main, spec.width // spec.weight_group_size, clip=clip)
-    y = z @ dequantize_weight(codes_on_grid(main, grid), grid).mT
+    step = weight_steps(*stored_scales(main, spec, clip=clip))
+    y = z @ dequantize_weight(codes_on_grid(main, step, spec.weight_element), step).mT
     return y if c is None or kept is None else y + c @ kept.mT
 
 

@@ -27,6 +27,7 @@ def run(
     x_MD: Tensor,
     qweight_NK2: Tensor,
     wscale_NG: Tensor,
+    wglobal_1: Tensor | None,
     basis_DR: Tensor | None,
     rotation_DK: Tensor | None,
     wp_NR: Tensor | None,
@@ -41,7 +42,7 @@ def run(
     """
     if plan.engine == "reference":
         return reference(
-            x_MD, qweight_NK2, wscale_NG, basis_DR, rotation_DK, wp_NR, bias_N, spec,
+            x_MD, qweight_NK2, wscale_NG, wglobal_1, basis_DR, rotation_DK, wp_NR, bias_N, spec,
             smooth_D, wpscale_N1,
         )  # fmt: skip
     x_MD = x_MD if x_MD.stride(-1) == 1 else x_MD.contiguous()
@@ -148,6 +149,7 @@ def reference(
     x_MD: Tensor,
     qweight_NK2: Tensor,
     wscale_NG: Tensor,
+    wglobal_1: Tensor | None,
     basis_DR: Tensor | None,
     rotation_DK: Tensor | None,
     wp_NR: Tensor | None,
@@ -161,9 +163,10 @@ def reference(
     if c is not None and wp_NR is not None and wpscale_N1 is not None:
         c, wp_NR = rounded_coefficients(c), dequantize_protected(wp_NR, wpscale_N1)
     if spec.act_bits < 16:
-        y = w4a4_linear(*quantize_rows(z, spec), c, qweight_NK2, wscale_NG, wp_NR, bias_N)
+        codes = quantize_rows(z, spec)
+        y = w4a4_linear(*codes, c, qweight_NK2, wscale_NG, wp_NR, bias_N, wglobal_1)
     else:
-        y = w4a16_linear(z, qweight_NK2, wscale_NG, bias_N)
+        y = w4a16_linear(z, qweight_NK2, wscale_NG, bias_N, wglobal_1)
         if c is not None and wp_NR is not None:
             y = y + c.float() @ wp_NR.float().mT
     return y.to(x_MD.dtype)

@@ -19,8 +19,9 @@ class QuantLinear(nn.Module):
 
     Buffers (portable layout, the same on disk and in ``state_dict``; absent ones are None):
 
-    qweight  uint8, [N, K // 2], layout L1
-    wscale   bf16, [N, G]
+    qweight  uint8, [N, K // 2], layout L1; L2 in the FP4 formats
+    wscale   bf16, [N, G]; in the FP4 formats uint8, E4M3 or E8M0
+    wglobal  float32, [1], the global scale; ``nvfp4`` only
     basis    bf16, [D, R], the protected directions P
     rotation bf16, [D, K], the dense rotation of the rest; transform ``dense`` only
     smooth   bf16, [D], a factor per channel of the main branch's input; ``spec.smooth`` only
@@ -33,6 +34,7 @@ class QuantLinear(nn.Module):
 
     qweight: Tensor
     wscale: Tensor
+    wglobal: Tensor | None
     basis: Tensor | None
     rotation: Tensor | None
     smooth: Tensor | None
@@ -45,7 +47,7 @@ class QuantLinear(nn.Module):
         self.spec = spec
         self._key = spec_key(spec)
         for name, shape in buffer_shapes(spec, bias=bias).items():
-            dtype = buffer_dtype(name, spec)
+            dtype = buffer_dtype(spec, name)
             empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
             self.register_buffer(name, empty)
 
@@ -64,8 +66,8 @@ class QuantLinear(nn.Module):
         bias = None if self.bias is None else self.bias[rows]
         wpscale = None if self.wpscale is None else self.wpscale[rows]
         return quant_linear(
-            x, self.qweight[rows], self.wscale[rows], self.basis, self.rotation, wp, bias,
-            self._key, self.smooth, wpscale,
+            x, self.qweight[rows], self.wscale[rows], self.wglobal, self.basis, self.rotation, wp,
+            bias, self._key, self.smooth, wpscale,
         )  # fmt: skip
 
     def plan(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
@@ -96,9 +98,7 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.spec
-        return (
-            f"{s.dim} -> {list(s.rows)}, W{s.weight_bits}A{s.act_bits}, r={s.rank}, {s.transform}"
-        )
+        return f"{s.dim} -> {list(s.rows)}, {s.format}, r={s.rank}, {s.transform}"
 
 
 class SiteView(nn.Module):
@@ -142,6 +142,7 @@ def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] |
     return {
         "qweight": (n, k // 2),
         "wscale": (n, k // spec.weight_group_size),
+        "wglobal": (1,) if spec.weight_scale == "nvfp4" else None,
         "basis": (spec.dim, r) if r else None,
         "rotation": (spec.dim, k) if spec.transform == "dense" else None,
         "smooth": (spec.dim,) if spec.smooth else None,
@@ -151,8 +152,10 @@ def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] |
     }
 
 
-def buffer_dtype(name: str, spec: QuantSpec) -> torch.dtype:
+def buffer_dtype(spec: QuantSpec, name: str) -> torch.dtype:
     """dtype of a packed linear's buffer, in memory and on disk."""
-    if name == "qweight":
+    if name == "qweight" or (name == "wscale" and spec.weight_element == "e2m1"):
         return torch.uint8
-    return torch.int8 if name == "wp" and spec.protected_bits == 8 else torch.bfloat16
+    if name == "wp" and spec.protected_bits == 8:
+        return torch.int8
+    return torch.float32 if name == "wglobal" else torch.bfloat16

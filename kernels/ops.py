@@ -37,6 +37,7 @@ def quant_linear(
     x: Tensor,
     qweight: Tensor,
     wscale: Tensor,
+    wglobal: Tensor | None,
     basis: Tensor | None,
     rotation: Tensor | None,
     wp: Tensor | None,
@@ -56,7 +57,9 @@ def quant_linear(
         # On a GPU somebody expected speed; on a CPU it is the way that it works.
         level = logging.WARNING if x.is_cuda else logging.INFO
         say_once(f"packed linears run on the torch reference path: {plan.why}", level)
-    y = engine.run(plan, flat, qweight, wscale, basis, rotation, wp, bias, known, smooth, wpscale)
+    y = engine.run(
+        plan, flat, qweight, wscale, wglobal, basis, rotation, wp, bias, known, smooth, wpscale
+    )
     return y.view(*x.shape[:-1], outputs)
 
 
@@ -65,6 +68,7 @@ def _(
     x: Tensor,
     qweight: Tensor,
     wscale: Tensor,
+    wglobal: Tensor | None,
     basis: Tensor | None,
     rotation: Tensor | None,
     wp: Tensor | None,

@@ -74,6 +74,9 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
 def _why_not(spec: QuantSpec, dtype: torch.dtype) -> str | None:
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{str(dtype).removeprefix('torch.')} inputs are computed as specified"
+    if spec.weight_element == "e2m1":
+        name = spec.weight_scale.upper()
+        return f"{name} has no kernel yet: FP4 matrix units come with Blackwell"
     if why := why_not_method(spec):
         return why
     k, weight_groups = spec.width, spec.width // spec.weight_group_size

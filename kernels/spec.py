@@ -4,12 +4,22 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+from .fp4 import GROUPS as FP4_GROUPS
 from .hadamard import Kind, hadamard_block
 
 POW2_LEVELS = 4
 """A group's scale is 2^0 ... 2^-4 of its row's: q 2^(e+4) is exact in INT8 and in FP8-E4M3."""
+
+WeightScale = Literal["channel", "group", "nvfp4", "mxfp4"]
+ActScale = Literal["token", "pow2", "group", "nvfp4", "mxfp4"]
+Element = Literal["int4", "e2m1"]
+"""What a 4-bit code is: an integer in [-7, 7], or a float in halves (kernels/fp4)."""
+
+
+ADDED = {"branch": "project", "smooth": False, "protected_bits": 16}
+"""Fields that came with format 2, and what they are in folders without them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,10 +39,10 @@ class QuantSpec:
     block: int
     """Of the Hadamard matrices, Sylvester's or regular; 1 is the identity. Unused by ``dense``."""
     weight_bits: Literal[4]
-    weight_scale: Literal["channel", "group"]
+    weight_scale: WeightScale
     weight_group: int
     act_bits: Literal[4, 8, 16]
-    act_scale: Literal["token", "pow2", "group"]
+    act_scale: ActScale
     act_group: int
     branch: Literal["project", "beside"] = "project"
     """``project`` takes the protected directions out of the main branch's input, ``beside`` leaves
@@ -81,10 +91,13 @@ class QuantSpec:
                 f"W{self.weight_bits}A{self.act_bits} is not supported; weights take 4 bits, "
                 "activations 4, 8 or 16"
             )
-        if self.weight_scale not in ("channel", "group"):
-            found.append(f"weight scale {self.weight_scale!r} is neither 'channel' nor 'group'")
-        if self.act_scale not in ("token", "pow2", "group"):
-            found.append(f"activation scale {self.act_scale!r} is not 'token', 'pow2' or 'group'")
+        for what, scale, known in (
+            ("weight", self.weight_scale, get_args(WeightScale)),
+            ("activation", self.act_scale, get_args(ActScale)),
+        ):
+            if scale not in known:
+                found.append(f"{what} scale {scale!r} is not {_one_of(known)}")
+        found += self._fp4_problems()
         if self.act_bits == 8 and self.act_scale == "pow2":
             found.append(
                 "8-bit activations with power-of-two groups leave INT8: use scale 'token' or "
@@ -102,6 +115,36 @@ class QuantSpec:
                     f"branch; use one of {_divisors(self.width)}"
                 )
         return found
+
+    def _fp4_problems(self) -> list[str]:
+        """FP4 formats are what a chip multiplies: fixed groups, the same format on both sides."""
+        found = []
+        weight, act = self.weight_scale in FP4_GROUPS, self.act_scale in FP4_GROUPS
+        if act and self.act_bits != 4:
+            found.append(f"{self.act_scale} activations have 4 bits, not {self.act_bits}")
+        if self.act_bits != 16 and (weight or act) and self.weight_scale != self.act_scale:
+            found.append(
+                f"weights in {self.weight_scale!r} and activations in {self.act_scale!r} share no "
+                "matrix unit: use one FP4 format for both, or 16-bit activations"
+            )
+        for side in ("weight", "act"):
+            scale, group = getattr(self, f"{side}_scale"), getattr(self, f"{side}_group")
+            if scale in FP4_GROUPS and group != FP4_GROUPS[scale]:
+                found.append(
+                    f"{scale} has groups of {FP4_GROUPS[scale]}, not {group}: set {side}_group to "
+                    f"{FP4_GROUPS[scale]}"
+                )
+        return found
+
+    @property
+    def format(self) -> str:
+        """Short name for tables: W4A4, W4A8, W4A4 NVFP4, ..."""
+        fp4 = f" {self.weight_scale.upper()}" if self.weight_element == "e2m1" else ""
+        return f"W{self.weight_bits}A{self.act_bits}{fp4}"
+
+    @property
+    def weight_element(self) -> Element:
+        return "e2m1" if self.weight_scale in FP4_GROUPS else "int4"
 
     @property
     def kind(self) -> Kind:
@@ -139,12 +182,23 @@ class QuantSpec:
             return None
         return int(getattr(self, f"{side}_group"))
 
+    @property
+    def since(self) -> int:
+        """Oldest format of packed folders (dirotq/quantizer.py) whose readers know this spec."""
+        return 2 if self.weight_element == "e2m1" or self.to_dict().keys() & ADDED.keys() else 1
+
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"rows": list(self.rows)}
+        """As JSON; a field that format 1 lacks is left out where it has its default."""
+        fields = dataclasses.asdict(self) | {"rows": list(self.rows)}
+        return {k: v for k, v in fields.items() if k not in ADDED or v != ADDED[k]}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "QuantSpec":
         return cls(**value)
+
+
+def _one_of(names: tuple[str, ...]) -> str:
+    return ", ".join(map(repr, names[:-1])) + f" or {names[-1]!r}"
 
 
 def _divisors(width: int) -> list[int]:

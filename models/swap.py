@@ -50,6 +50,7 @@ def footprint(transformer: nn.Module) -> dict[str, int]:
     parts = {
         "qweight": "codes",
         "wscale": "scales",
+        "wglobal": "scales",
         "basis": "basis",
         "rotation": "basis",
         "smooth": "basis",

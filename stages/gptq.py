@@ -16,12 +16,14 @@ from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.feedback import feedback
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
-from dirotq.kernels.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.quantize_weight import (
     codes_on_grid,
     dequantize_weight,
+    pack_codes,
     scale_floor,
-    weight_scales,
+    stored_scales,
+    unpack_weight,
+    weight_steps,
 )
 from dirotq.kernels.transform_quantize import dequantize_rows, quantize_rows, transform
 from dirotq.models.source import DiffusersModel
@@ -40,6 +42,9 @@ ROUNDING = (2.0**-22, 2.0**-18, 2.0**-14)
 """Shares of a site's energy below which its second moment is taken to say nothing: float32's share,
 then, where that fails, what matrix units may lose while they add up."""
 
+TORCH_COLUMN = 200e-6
+"""Seconds per column of a sweep without a kernel: its launches on a GPU (estimated)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class QuantizeWeights:
@@ -53,9 +58,10 @@ class QuantizeWeights:
                  codes add to each channel, measured on the sampled rows
     ``feedback`` let the protected branch make up for what the codes got wrong (dirotq/feedback.py)
 
-    Writes ``sites/<site>.safetensors`` with ``qweight`` (uint8 [N, K/2], layout L1), ``wscale``
-    (bfloat16 [N, G]) and, after feedback, ``wp``, as the packed model holds them, one site at a
-    time; an interrupted run goes on at the next site.
+    Writes ``sites/<site>.safetensors`` with ``qweight`` (uint8 [N, K/2], layout L1 or L2),
+    ``wscale`` (bfloat16 or uint8 [N, G]), NVFP4's ``wglobal`` (float32 [1]) and, after feedback,
+    ``wp``, as the packed model holds them, one site at a time; an interrupted run goes on at the
+    next site.
 
     Raises NumericalError naming the site if its weights are not finite or its second moment can't
     be factored within the damping schedule.
@@ -146,7 +152,8 @@ class QuantizeWeights:
             seconds += double / machine.float64 + single / machine.float32 + machine.site
             seconds += work.moment_bytes(site) / machine.read + 2 * outputs * dim / machine.load
             if work.method.rounding == "gptq":
-                seconds += wide * machine.column
+                fp4 = spec.weight_element == "e2m1"  # swept by torch, on a GPU too
+                seconds += wide * (max(machine.column, TORCH_COLUMN) if fp4 else machine.column)
             most = max(most, 8 * 4 * wide**2 + 4 * 6 * outputs * wide)
         largest = max(work.moment_bytes(site) for site in work.sites)
         return Cost(
@@ -181,15 +188,14 @@ def _with_feedback(
 
     Rows whose tail would outgrow their scale (docs/method.md Eq. 9) keep their columns.
     """
-    scale = tensors["wscale"]
-    codes = unpack_int4(tensors["qweight"])
-    error = w_NK - dequantize_weight(codes, scale, w_NK.dtype)
+    packed = unpack_weight(tensors["qweight"], tensors["wscale"], tensors.get("wglobal"))
+    error = w_NK - dequantize_weight(*packed, w_NK.dtype)
     change, share = feedback(rotation, s_DD, error)
     changed = (wp_NR.double() + change).to(wp_NR.dtype)
     if rotation.spec.weight_scale == "channel":
         floor = scale_floor(*(_stored(t, w_NK.device) for t in (changed, bias_N)))
         assert floor is not None
-        changed = torch.where(floor > scale, wp_NR, changed)
+        changed = torch.where(floor > tensors["wscale"], wp_NR, changed)
     return rotation.stored(changed) | {"feedback": torch.tensor([share]).double()}
 
 
@@ -207,32 +213,34 @@ def quantize_site(
     s_KK     float64, [K, K], second moment of the main branch
     wp_NR    float32, [N, R], the protected columns, or None at rank 0
     bias_N   float32, [N], or None
-    returns  ``qweight``, ``wscale``, ``loss`` (float64 [2]: E|zΔ|² over E|zW|² by our codes and by
-             nearest rounding) and ``counts`` (int64 [4]: damping escalations, rows that kept
-             nearest rounding, rows whose scale is the tail's floor, rows)
+    returns  ``qweight``, ``wscale``, ``wglobal`` where there is one, ``loss`` (float64 [2]: E|zΔ|²
+             over E|zW|² by our codes and by nearest rounding) and ``counts`` (int64 [4]: damping
+             escalations, rows that kept nearest rounding, rows whose scale is the tail's floor,
+             rows)
     """
-    groups = entry.spec.width // entry.spec.weight_group_size
-    floor = None
+    floor, element = None, entry.spec.weight_element
     if entry.spec.weight_scale == "channel":
         # As `fuse` stores them: the runtime and the loader meet the rounded values.
         floor = scale_floor(*(_stored(t, w_NK.device) for t in (wp_NR, bias_N)))
-    scale = weight_scales(
-        w_NK, groups, clip=entry.clip, importance_K=s_KK.diagonal(), floor_N1=floor
+    scale, wglobal = stored_scales(
+        w_NK, entry.spec, clip=entry.clip, importance_K=s_KK.diagonal(), floor_N1=floor
     )
+    step = weight_steps(scale, wglobal)
     on_floor = 0 if floor is None else int(((scale == floor) & (floor > 0)).sum())
-    nearest = codes_on_grid(w_NK, scale)
+    nearest = codes_on_grid(w_NK, step, element)
     codes, counts = nearest, {"escalations": 0, "nearest": len(nearest)}
     if entry.rounding == "gptq":
-        codes, counts = gptq(w_NK, s_KK, scale, damping=damping)
+        codes, counts = gptq(w_NK, s_KK, step, damping=damping, element=element)
     s_w = s_KK.to(w_NK.dtype)
     signal = hessian_error(w_NK, s_w).sum().clamp_min(1e-30)
     loss = [
-        hessian_error(dequantize_weight(q, scale, w_NK.dtype) - w_NK, s_w).sum() / signal
+        hessian_error(dequantize_weight(q, step, w_NK.dtype) - w_NK, s_w).sum() / signal
         for q in (codes, nearest)
     ]
     return {
-        "qweight": pack_int4(codes),
+        "qweight": pack_codes(codes, element),
         "wscale": scale,
+        **({} if wglobal is None else {"wglobal": wglobal}),
         "loss": torch.stack(loss).double(),
         "counts": torch.tensor([counts["escalations"], counts["nearest"], on_floor, len(codes)]),
     }

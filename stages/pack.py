@@ -24,14 +24,14 @@ from dirotq.models.workload import Workload
 from dirotq.pipeline.artifact import Artifact
 from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
-from dirotq.quantizer import STORED, DirotqConfig, mark_packed
+from dirotq.quantizer import STORED, DirotqConfig, mark_packed, stored_dtype
 from dirotq.sizes import parse_bytes
 from dirotq.tensors import load_site, site_file
 
 UNPACKED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".onnx", ".h5", ".gguf")
 """Other formats of weights, which a packed folder does not carry along."""
 
-CODED = ("qweight", "wscale", "wp", "wpscale")
+CODED = ("qweight", "wscale", "wglobal", "wp", "wpscale")
 """What `gptq` knows better than `fuse`: the codes and, after feedback, the protected branch."""
 
 CARD = """# {name}, packed to 4 bits by DiRotQ
@@ -49,7 +49,7 @@ everything counted (codes, scales, bases, protected columns, all layers kept in 
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Write ``model/``: the source pipeline with a packed transformer (layout L1, docs/method.md).
+    """Write ``model/``: the source pipeline with a packed transformer (layouts L1, L2).
 
     The weights are written shard by shard: no more than one is in memory.
 
@@ -156,7 +156,7 @@ def plan_shards(tensors: Mapping[str, Tensor], limit: str) -> StateDictSplit:
     tensors  shapes are enough (meta device); floating ones are stored in 16 bits
     """
     stored = {
-        name: torch.empty_like(t, dtype=STORED if t.is_floating_point() else t.dtype, device="meta")
+        name: torch.empty_like(t, dtype=stored_dtype(name, t), device="meta")
         for name, t in tensors.items()
     }
     return split_torch_state_dict_into_shards(

@@ -172,7 +172,7 @@ class Validate:
                     "dim": entry.site.dim,
                     "outputs": entry.spec.outputs,
                     "rank": entry.spec.rank,
-                    "format": f"W{entry.spec.weight_bits}A{entry.spec.act_bits}",
+                    "format": entry.spec.format,
                     "sqnr_db": float(10 * torch.log10(want.square().sum() / noise)),
                     "why": entry.why,
                 }

@@ -5,6 +5,7 @@ import logging
 from torch import Tensor
 
 from ..chip import capability, say_once, why_reference
+from ..spec import Element
 from . import reference
 from .reference import FactorizationError, hessian_error
 
@@ -12,17 +13,22 @@ __all__ = ["FactorizationError", "gptq", "hessian_error"]
 
 
 def gptq(
-    w_NK: Tensor, s_KK: Tensor, scale_NG: Tensor, *, damping: float
+    w_NK: Tensor, s_KK: Tensor, scale_NG: Tensor, *, damping: float, element: Element = "int4"
 ) -> tuple[Tensor, dict[str, int]]:
     """Codes on the grid ``scale_NG``, int8 [N, K], and counts: see :func:`.reference.gptq`.
 
-    On an NVIDIA GPU a Triton kernel rounds float32 weights within a block of columns; other devices
-    and dtypes take the reference's loop.
+    On an NVIDIA GPU a Triton kernel rounds float32 weights to INT4 within a block of columns; other
+    devices, dtypes and elements take the reference's loop.
     """
-    return reference.gptq(w_NK, s_KK, scale_NG, damping=damping, sweep=_sweep(w_NK))
+    sweep = _sweep(w_NK, element)
+    return reference.gptq(w_NK, s_KK, scale_NG, damping=damping, element=element, sweep=sweep)
 
 
-def _sweep(w_NK: Tensor) -> reference.Sweep:
+def _sweep(w_NK: Tensor, element: Element = "int4") -> reference.Sweep:
+    if element != "int4":
+        if w_NK.device.type == "cuda":
+            say_once("GPTQ rounds FP4 columns in plain torch: its kernel is INT4's", logging.INFO)
+        return reference.sweep
     if w_NK.device.type == "cuda" and w_NK.element_size() == 4:
         reason = why_reference(capability(w_NK.device))
         if reason is None:

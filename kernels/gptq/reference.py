@@ -5,13 +5,15 @@ factor and no inverse. Letters: N outputs (the stacked rows of all consumers of 
 in the order of rounding, G groups, B columns of a block.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ..full_float32 import full_float32
-from ..quantize_weight import QMAX, codes_on_grid, dequantize_weight
+from ..quantize_weight import codes_on_grid, dequantize_weight, nearest_codes
+from ..spec import Element
 
 BLOCK = 128
 ESCALATIONS = 3
@@ -20,8 +22,8 @@ ESCALATIONS = 3
 CHUNK = 1 << 26
 """Elements of the temporaries that are made row by row: 256 MiB of float32."""
 
-Sweep = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""What :func:`sweep` is, or a kernel that computes the same."""
+Sweep = Callable[..., tuple[Tensor, Tensor]]
+"""What :func:`sweep` is, or a kernel that computes the same of its four tensors."""
 
 
 class FactorizationError(ArithmeticError):
@@ -38,44 +40,62 @@ def hessian_error(error_NK: Tensor, s_KK: Tensor) -> Tensor:
     return loss_N
 
 
-def sweep(w_NB: Tensor, target_NB: Tensor, step_NB: Tensor, f_BB: Tensor) -> tuple[Tensor, Tensor]:
+def sweep(
+    w_NB: Tensor,
+    target_NB: Tensor,
+    step_NB: Tensor,
+    f_BB: Tensor,
+    *,
+    element: Element = "int4",
+) -> tuple[Tensor, Tensor]:
     """Round the columns of one block from left to right (docs/method.md Eq. 10).
 
     w_NB       float, [N, B]: the weights
     target_NB  float, [N, B]: the weights and what the blocks before have left to them
     step_NB    float, [N, B] or [N, 1]: distance of two codes; 0 gives code 0
     f_BB       float, [B, B], upper triangular with unit diagonal
-    returns    codes, int8 [N, B] in [-7, 7], and errors w - code * step, like ``w_NB``
+    element    what a code is: ``int4`` in [-7, 7], or ``e2m1`` in halves (kernels/fp4)
+    returns    codes, int8 [N, B], and errors w - code * step, like ``w_NB``
     """
     codes_NB = torch.empty_like(w_NB, dtype=torch.int8)
     error_NB = torch.empty_like(w_NB)
     steps = step_NB.expand_as(w_NB)
     for k in range(w_NB.shape[1]):
         wanted_N = target_NB[:, k] + error_NB[:, :k] @ f_BB[:k, k]
-        q_N = torch.where(steps[:, k] > 0, wanted_N / steps[:, k], 0.0).round().clamp(-QMAX, QMAX)
+        q_N = nearest_codes(wanted_N, steps[:, k], element)
         error_NB[:, k] = w_NB[:, k] - q_N * steps[:, k]
         codes_NB[:, k] = q_N.to(torch.int8)
     return codes_NB, error_NB
 
 
 def gptq(
-    w_NK: Tensor, s_KK: Tensor, scale_NG: Tensor, *, damping: float, sweep: Sweep = sweep
+    w_NK: Tensor,
+    s_KK: Tensor,
+    scale_NG: Tensor,
+    *,
+    damping: float,
+    element: Element = "int4",
+    sweep: Sweep = sweep,
 ) -> tuple[Tensor, dict[str, int]]:
     """Codes on the grid ``scale_NG``, column by column, each error passed on to later columns.
 
     w_NK      float32, [N, K]
     s_KK      float64, [K, K], the second moment of the linear's main-branch input; may be singular
-    scale_NG  bf16, [N, G], K a multiple of G; fixed before the loop (static groups)
+    scale_NG  steps of the grid, [N, G], K a multiple of G; fixed before the loop (static groups):
+              bf16 scales for ``int4``, float32 (:func:`weight_steps`) for ``e2m1``
     damping   multiple of S's mean diagonal that is added to it; a direction that S does not see
               keeps its weight and is rounded like any other ("dead columns" are not zeroed)
-    sweep     what rounds the columns of a block
-    returns   int8 codes [N, K] in [-7, 7], and counts: ``escalations`` of the damping, and
+    element   what a code is: ``int4`` or ``e2m1`` (kernels/fp4)
+    sweep     what rounds the columns of a block; for ``e2m1`` one that takes ``element``
+    returns   int8 codes [N, K], and counts: ``escalations`` of the damping, and
               ``nearest`` rows that kept round-to-nearest because it was no worse in the metric S
 
     Besides ``s_KK`` at most two float64 [K, K] are alive at a time.
 
     Raises FactorizationError after ESCALATIONS tenfold increases of the damping.
     """
+    if element != "int4":
+        sweep = functools.partial(sweep, element=element)
     order = s_KK.diagonal().argsort(descending=True, stable=True)
     f_KK, escalations = _unit_factor(s_KK, order, damping, w_NK.dtype)
     codes = torch.empty_like(w_NK, dtype=torch.int8)
@@ -85,7 +105,7 @@ def gptq(
     s_w, kept = s_KK.to(w_NK.dtype), 0
     for rows in _chunks(w_NK):
         w, scale = w_NK[rows], scale_NG[rows]
-        nearest = codes_on_grid(w, scale)
+        nearest = codes_on_grid(w, scale, element)
         ours = hessian_error(dequantize_weight(codes[rows], scale, w.dtype) - w, s_w)
         theirs = hessian_error(dequantize_weight(nearest, scale, w.dtype) - w, s_w)
         keep_n1 = (theirs <= ours)[:, None]

@@ -6,6 +6,7 @@ Letters: M rows (tokens), D channels, R protected directions, K main-branch widt
 import torch
 from torch import Tensor
 
+from .. import fp4
 from ..hadamard import block_hadamard
 from ..spec import POW2_LEVELS, QuantSpec
 
@@ -56,7 +57,12 @@ def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
              ``group``  the same with one scale per ``act_group`` channels
              ``pow2``   q 2^(e+4) with 4-bit q and a power of two e in 0 ... -4 per group: the row
                         scale is amax/7 * 2^-4 and the codes stay exact in INT8 and FP8-E4M3
+             ``nvfp4``, ``mxfp4``  E2M1 in halves, one scale per 16 or 32 channels: the float32 that
+                        its byte means (``kernels.fp4.steps``), for NVFP4 under one global scale
+                        per row, so that rows do not depend on the batch
     """
+    if spec.act_scale in fp4.GROUPS:
+        return _fp4_rows(z_MK.float(), spec)
     qmax = 2 ** (spec.act_bits - 1) - 1
     z_MK = z_MK.float()
     if spec.act_scale == "pow2":
@@ -93,6 +99,16 @@ def transform_quantize(
     """codes int8 [M, K], scale float32 [M, G], c [M, R] in x's dtype: see the two parts above."""
     z_MK, c_MR = transform(x_MD, p_DR, t_DK, spec, smooth_D)
     return *quantize_rows(z_MK, spec), c_MR
+
+
+def _fp4_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    z_MGk = z_MK.unflatten(-1, (-1, spec.act_group_size))
+    amax_MG = z_MGk.abs().amax(-1)
+    global_M1 = None
+    if spec.act_scale == "nvfp4":
+        global_M1 = fp4.global_scale(amax_MG.amax(-1, keepdim=True))
+    step_MG = fp4.steps(fp4.group_scales(amax_MG, global_M1), global_M1)
+    return fp4.nearest_e2m1(z_MGk, step_MG[..., None]).flatten(-2).to(torch.int8), step_MG
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

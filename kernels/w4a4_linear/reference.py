@@ -5,8 +5,7 @@ Letters: M rows, N outputs, K main-branch width, R protected directions, G group
 
 from torch import Tensor
 
-from ..pack_int4 import unpack_int4
-from ..quantize_weight import dequantize_weight
+from ..quantize_weight import dequantize_weight, unpack_weight
 from ..transform_quantize.reference import dequantize_rows
 
 
@@ -18,29 +17,29 @@ def w4a4_linear(
     wscale_NG: Tensor,
     wp_NR: Tensor | None,
     bias_N: Tensor | None,
+    wglobal_1: Tensor | None = None,
 ) -> Tensor:
     """y = s_x s_w (q_x q_wᵀ) + c (WP)ᵀ + bias, accumulated in float32.
 
     codes_MK     int8 activation codes (``transform_quantize``), [M, K]
     scale_MG     float32 activation scales, [M, 1] or one per group
     c_MR         protected coefficients, [M, R] floating; None at rank 0
-    qweight_NK2  uint8, [N, K // 2], layout L1
-    wscale_NG    bf16 weight scales, [N, 1] or one per group
+    qweight_NK2  uint8, [N, K // 2], layout L1, or L2 where ``wscale_NG`` are bytes
+    wscale_NG    bf16 weight scales, [N, 1] or one per group; or bytes (``weight_steps``)
     wp_NR        W P, [N, R] floating; None at rank 0
     bias_N       [N] floating or None
+    wglobal_1    float32, [1], NVFP4's global scale, or None
     returns      float32, [M, N]
 
     With one scale per row and per output the main term is a product of integers below 2^24 for
     every K up to 18,000, so float32 holds it exactly whatever the order of summation.
     """
-    if scale_MG.shape[-1] == 1 and wscale_NG.shape[-1] == 1:
-        acc_MN = codes_MK.float() @ unpack_int4(qweight_NK2).float().mT
-        y_MN = acc_MN * scale_MG * wscale_NG.float().mT
+    qw_NK, step_NG = unpack_weight(qweight_NK2, wscale_NG, wglobal_1)
+    if scale_MG.shape[-1] == 1 and step_NG.shape[-1] == 1:
+        acc_MN = codes_MK.float() @ qw_NK.float().mT
+        y_MN = acc_MN * scale_MG * step_NG.float().mT
     else:
-        y_MN = (
-            dequantize_rows(codes_MK, scale_MG)
-            @ dequantize_weight(unpack_int4(qweight_NK2), wscale_NG).mT
-        )
+        y_MN = dequantize_rows(codes_MK, scale_MG) @ dequantize_weight(qw_NK, step_NG).mT
     if c_MR is not None:
         assert wp_NR is not None
         y_MN = y_MN + c_MR.float() @ wp_NR.float().mT

@@ -14,7 +14,7 @@ MODULATOR = Site("a.norm.linear", ("a.norm.linear",), 64, (384,), "modulator", T
 
 @pytest.mark.parametrize("name", METHODS)
 def test_plan_round_trip(name, tmp_path):
-    used = dataclasses.replace(method(name), weight_group=32, act_group=32)
+    used = method(name)
     plan = [
         SitePlan(site, used.spec(site, 16), used.rounding, used.weight_clip, "because")
         for site in (BLOCK, MODULATOR)
@@ -66,6 +66,32 @@ def test_the_spec_tells_which_group_a_site_took():
     assert (spec.act_group, spec.weight_group) == (32, 32)
     narrow = dataclasses.replace(MODULATOR, dim=96)
     assert method("dirotq").spec(narrow, 0).weight_group == 32
+
+
+def test_fp4_groups_are_the_formats_own():
+    for name, group in (("nvfp4", 16), ("mxfp4", 32)):
+        spec = method(f"dirotq_{name}").spec(BLOCK, 16)
+        assert (spec.weight_scale, spec.act_scale) == (name, name)
+        assert (spec.weight_group, spec.act_group) == (group, group)
+        assert spec.block == (1 if name == "nvfp4" else 32)
+        modulator = method(f"dirotq_{name}").spec(MODULATOR, 0)
+        assert (modulator.weight_scale, modulator.act_bits) == ("group", 16)
+
+
+def test_fp4_groups_that_do_not_divide_a_site_are_refused():
+    narrow = dataclasses.replace(BLOCK, dim=80)
+    assert method("dirotq_nvfp4").spec(narrow, 0).weight_group == 16
+    with pytest.raises(ConfigError, match=r"site a\.qkv.*weight group 32 does not divide the 80"):
+        method("dirotq_mxfp4").spec(narrow, 0)
+    with pytest.raises(ConfigError, match=r"nvfp4 has groups of 16, not 64: set weight_group to"):
+        method("dirotq", weight_scale="nvfp4", act_scale="nvfp4").spec(BLOCK, 0)
+
+
+def test_a_group_of_128():
+    wide = dataclasses.replace(BLOCK, dim=3072)
+    spec = method("groups", weight_group=128, act_group=128).spec(wide, 64)
+    assert (spec.weight_group_size, spec.act_group_size) == (128, 128)
+    assert method("groups", weight_group=128, act_group=128).spec(BLOCK, 0).act_group == 32
 
 
 def test_a_dense_rotation_takes_any_group():

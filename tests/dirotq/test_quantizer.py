@@ -1,12 +1,14 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
+from tiny_line import run, tree_bytes
 from tiny_packed import packed
-from tiny_spec import tiny_spec
+from tiny_spec import FP4, tiny_spec
 from torch import Tensor
 
 import dirotq
@@ -44,7 +46,7 @@ def test_config_round_trip(finished):
     entries = [(entry.site, entry.spec) for entry in plan]
     stored = json.loads(json.dumps(DirotqConfig.of(entries).to_dict()))
     assert stored["quant_method"] == "dirotq"
-    assert stored["format"] == FORMAT
+    assert stored["format"] == 1  # nothing in it that the first readers don't know
     assert DirotqConfig(**stored).entries() == entries
 
 
@@ -211,3 +213,93 @@ def test_a_truncated_shard_is_named(packed_folder):
     shard.write_bytes(shard.read_bytes()[:-1])
     with pytest.raises(ArtifactError, match=rf"{shard.name} is damaged or was not written to its"):
         load_alone(packed_folder)
+
+
+@pytest.fixture(params=["nvfp4", "mxfp4"])
+def fp4_folder(request, line, tmp_path) -> Path:
+    artifacts = run(line(f"method=dirotq_{request.param}", "until=pack"))
+    return Path(shutil.copytree(artifacts["pack"].tree("model"), tmp_path / request.param))
+
+
+def test_fp4_folders_say_so_to_readers_that_do_not_know_it(fp4_folder, monkeypatch):
+    config = json.loads((fp4_folder / "transformer" / "config.json").read_text())
+    assert config["quantization_config"]["format"] == 2 == FORMAT
+    monkeypatch.setattr("dirotq.quantizer.FORMAT", 1)
+    with pytest.raises(UnsupportedError, match=r"packed in format 2; .* up to 1\. Upgrade: pip"):
+        dirotq.load(fp4_folder)
+
+
+def test_fp4_buffers_keep_their_bytes(fp4_folder, tmp_path):
+    stored = load_file(weights(fp4_folder))
+    nvfp4 = fp4_folder.name == "nvfp4"
+    assert stored[SCALES].dtype == torch.uint8
+    assert (f"{SITE}.wglobal" in stored) == nvfp4
+    pipe = dirotq.load(fp4_folder, device="cpu", dtype=torch.bfloat16)
+    site = pipe.transformer.single_transformer_blocks[0].qkv_mlp
+    if nvfp4:
+        assert site.wglobal.dtype == stored[f"{SITE}.wglobal"].dtype == torch.float32
+        assert torch.equal(site.wglobal, stored[f"{SITE}.wglobal"])
+    for shard in ("5GB", "100KB"):
+        pipe.transformer.save_pretrained(tmp_path / shard, max_shard_size=shard)
+    assert tree_bytes(tmp_path / "5GB") == tree_bytes(fp4_folder / "transformer")
+    again = FluxTransformer2DModel.from_pretrained(tmp_path / "100KB")
+    assert {n: t.dtype for n, t in again.state_dict().items() if n.startswith(SITE)} == {
+        n: t.dtype for n, t in stored.items() if n.startswith(SITE)
+    }
+
+
+@pytest.mark.parametrize(
+    ("fp4_folder", "buffer", "value", "message"),
+    [
+        ("nvfp4", "wscale", 127, r"wscale holds the byte 127, NaN or .* nvfp4, which are 0 .* 126"),
+        ("nvfp4", "wscale", 128 + 56, r"wscale holds the byte 184, NaN or a negative number"),
+        (
+            "mxfp4",
+            "wscale",
+            255,
+            r"wscale holds the byte 255, NaN .* mxfp4, which are 0 \.\.\. 254",
+        ),
+        ("nvfp4", "wglobal", 0.0, r"wglobal is 0, but a global scale is above zero"),
+        ("nvfp4", "wglobal", -1e-3, r"wglobal is -0\.001, but a global scale is above zero"),
+        ("nvfp4", "wglobal", float("nan"), "wglobal holds NaN or infinity"),
+        ("mxfp4", "basis", float("inf"), "basis holds NaN or infinity"),
+    ],
+    indirect=["fp4_folder"],
+)
+def test_damaged_fp4_numbers_are_named(fp4_folder, buffer, value, message):
+    rewrite(fp4_folder, lambda t: t[f"{SITE}.{buffer}"].view(-1)[-1:].fill_(value))
+    with pytest.raises(ArtifactError, match=rf"^{SITE}\.{message}"):
+        load_alone(fp4_folder)
+
+
+@pytest.mark.parametrize(
+    ("fp4_folder", "change", "message"),
+    [
+        ("nvfp4", lambda t: t.pop(f"{SITE}.wglobal"), r"wglobal is missing"),
+        ("mxfp4", lambda t: t.update({f"{SITE}.wglobal": torch.ones(1)}), "belongs to no layer"),
+        (
+            "nvfp4",
+            lambda t: t.update({f"{SITE}.wglobal": torch.ones(1).bfloat16()}),
+            r"wglobal is BF16 \[1\], expected F32 \[1\]",
+        ),
+        (
+            "nvfp4",
+            lambda t: t.update({SCALES: t[SCALES].bfloat16()}),
+            r"wscale is BF16 \[448, 4\], expected U8 \[448, 4\]",
+        ),
+    ],
+    indirect=["fp4_folder"],
+)
+def test_fp4_tensors_that_do_not_fit_are_named(fp4_folder, change, message):
+    rewrite(fp4_folder, change)
+    with pytest.raises(ArtifactError, match=message):
+        load_alone(fp4_folder)
+
+
+@pytest.mark.parametrize("name", FP4)
+def test_fp4_scales_have_no_floor_and_may_lie_elsewhere(name):
+    module = packed(tiny_spec(**FP4[name], rank=8))
+    module.bias.fill_(1e6)
+    module.wscale.zero_()
+    check_numbers("linear", module)
+    check_numbers("linear", module.to("meta"))

@@ -8,7 +8,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error, reference
-from dirotq.kernels.quantize_weight import codes_on_grid, dequantize_weight, weight_scales
+from dirotq.kernels.quantize_weight import (
+    codes_on_grid,
+    dequantize_weight,
+    fp4_weight_scales,
+    pack_codes,
+    weight_scales,
+    weight_steps,
+)
 
 N, K = 6, 32
 DAMPING = 0.01
@@ -193,6 +200,37 @@ def test_never_worse_than_nearest_even_when_singular(seed, tokens, groups):
     # gptq compares in float32: allow for its rounding of both sides.
     slack = 1e-5 * hessian_error(w.double(), s)
     assert (loss(w, codes, scale, s) <= loss(w, nearest, scale, s) + slack).all()
+
+
+@given(st.integers(0, 10_000), st.integers(1, 80), st.sampled_from(["nvfp4", "mxfp4"]))
+def test_fp4_is_never_worse_than_nearest_either(seed, tokens, name):
+    w, s = weights(seed), correlated(seed, tokens)
+    step = weight_steps(*fp4_weight_scales(w, name, clip=True, importance_K=s.diagonal()))
+    codes, _ = gptq(w, s, step, damping=DAMPING, element="e2m1")
+    pack_codes(codes, "e2m1")  # refuses what is no code
+    nearest = codes_on_grid(w, step, "e2m1")
+    slack = 1e-5 * hessian_error(w.double(), s)
+    assert (loss(w, codes, step, s) <= loss(w, nearest, step, s) + slack).all()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_fp4_gains_where_channels_are_correlated(name):
+    w, s = weights(5), correlated(5, 24)
+    step = weight_steps(*fp4_weight_scales(w, name, clip=False))
+    codes, counts = gptq(w, s, step, damping=DAMPING, element="e2m1")
+    nearest = codes_on_grid(w, step, "e2m1")
+    assert loss(w, codes, step, s).sum() < 0.6 * loss(w, nearest, step, s).sum()
+    assert counts["nearest"] < N
+
+
+def test_an_fp4_sweep_rounds_to_what_e2m1_has():
+    w = torch.tensor([[5.0, 0.5, 6.9]])
+    f = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    # Steps of 1: 5 lies between 4 and 6, the even mantissa is 4's; 0.5 + 1 / 2 -> 1;
+    # 6.9 - 0.5 -> 6.
+    codes, error = reference.sweep(w, w, torch.ones(1, 1), f, element="e2m1")
+    assert codes.tolist() == [[4, 1, 6]]
+    torch.testing.assert_close(error, torch.tensor([[1.0, -0.5, 0.9]]))
 
 
 def test_much_better_than_nearest_where_channels_are_correlated():

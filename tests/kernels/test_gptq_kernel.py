@@ -120,6 +120,8 @@ def test_a_gpu_takes_the_kernel_and_float64_the_reference(monkeypatch):
     assert op._sweep(torch.zeros(1)) is reference.sweep
     said = []
     monkeypatch.setattr(op, "say_once", lambda message, level: said.append(message))
+    assert op._sweep(OnGpu(4), "e2m1") is reference.sweep
+    assert "FP4 columns in plain torch" in said.pop()
     monkeypatch.setattr(op, "capability", lambda device: 70)
     assert op._sweep(OnGpu(4)) is reference.sweep
     assert "compute capability 7.0" in said[0]

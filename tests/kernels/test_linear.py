@@ -3,13 +3,12 @@ import copy
 import pytest
 import torch
 from tiny_packed import packed
-from tiny_spec import tiny_spec
+from tiny_spec import FP4, tiny_spec
 from torch import nn
 
 from dirotq.kernels.linear import QuantLinear, SiteView, buffer_shapes
-from dirotq.kernels.pack_int4 import unpack_int4
-from dirotq.kernels.quantize_weight import dequantize_weight
-from dirotq.kernels.transform_quantize import transform
+from dirotq.kernels.quantize_weight import dequantize_weight, unpack_weight
+from dirotq.kernels.transform_quantize import quantize_rows, transform
 
 SPECS = {
     "token": tiny_spec(),
@@ -19,6 +18,10 @@ SPECS = {
     "dense": tiny_spec(rank=16, transform="dense"),
     "w4a16": tiny_spec(act_bits=16, weight_scale="group"),
     "w4a16-protected": tiny_spec(act_bits=16, rank=8, block=16),
+    "nvfp4": tiny_spec(**FP4["nvfp4"], rank=8),
+    "mxfp4": tiny_spec(**FP4["mxfp4"], rank=8, block=64),
+    "mxfp4-dense": tiny_spec(**FP4["mxfp4"], rank=8, transform="dense"),
+    "w4a16-nvfp4": tiny_spec(weight_scale="nvfp4", act_bits=16),
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 
@@ -27,7 +30,8 @@ def in_full_precision(module: QuantLinear, x: torch.Tensor) -> torch.Tensor:
     """The same linear without rounding activations, float64."""
     basis, rotation = (b if b is None else b.double() for b in (module.basis, module.rotation))
     z, c = transform(x.double(), basis, rotation, module.spec)
-    weight = dequantize_weight(unpack_int4(module.qweight), module.wscale, torch.float64)
+    unpacked = unpack_weight(module.qweight, module.wscale, module.wglobal)
+    weight = dequantize_weight(*unpacked, torch.float64)
     y = z @ weight.T + module.bias.double()
     return y if c is None else y + c @ module.wp.double().T
 
@@ -66,7 +70,11 @@ def test_buffers_have_the_declared_shapes(spec, bias):
     module = QuantLinear(spec, bias=bias, device="meta")
     declared = {n: s for n, s in buffer_shapes(spec, bias=bias).items() if s is not None}
     assert {n: tuple(b.shape) for n, b in module.named_buffers()} == declared
-    assert {n for n, b in module.named_buffers() if b.dtype == torch.uint8} == {"qweight"}
+    fp4 = spec.weight_element == "e2m1"
+    bytes_ = {n for n, b in module.named_buffers() if b.dtype == torch.uint8}
+    assert bytes_ == ({"qweight", "wscale"} if fp4 else {"qweight"})
+    assert ("wglobal" in declared) == (spec.weight_scale == "nvfp4")
+    assert module.wglobal is None or module.wglobal.dtype == torch.float32
     assert ("bias" in declared) == bias
     assert ("basis" in declared) == ("wp" in declared) == (spec.rank > 0)
     assert ("rotation" in declared) == (spec.transform == "dense")
@@ -179,3 +187,39 @@ def test_nan_stays_in_its_row():
     got = module(x)
     assert got[2].isnan().all()
     assert torch.equal(got[[0, 1, 3]], want[[0, 1, 3]])
+
+
+E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4"])
+def test_stored_bytes_are_what_the_linear_computes_with(name):
+    """From nibbles and scale bytes to numbers by hand; then every byte counts."""
+    module = packed(SPECS[name], bias=False)
+    low, high = module.qweight & 0xF, module.qweight >> 4
+    elements = E2M1[torch.stack([low, high], -1).flatten(-2).long()]
+    if name == "nvfp4":
+        scale = module.wscale.view(torch.float8_e4m3fn).double() * module.wglobal.double()
+    else:
+        scale = 2.0 ** (module.wscale.double() - 127)
+    weight = elements * scale.repeat_interleave(64 // scale.shape[1], 1)
+    x = torch.randn(7, 64)
+    z, c = transform(x, module.basis, module.rotation, module.spec)
+    codes, step = quantize_rows(z, module.spec)
+    want = (
+        dequantize_weight(codes, step, torch.float64) @ weight.T + c.double() @ module.wp.double().T
+    )
+    torch.testing.assert_close(module(x).double(), want, rtol=1e-5, atol=1e-5)
+    before = module(x)
+    module.wscale[3, 1] += 1
+    changed = (module(x) != before).any(0)
+    assert changed[3]
+    assert not changed[[0, 1, 2, *range(4, 48)]].any()
+
+
+def test_the_global_scale_scales_everything():
+    module = packed(tiny_spec(**FP4["nvfp4"]), bias=False)
+    x = torch.randn(7, 64)
+    before = module(x)
+    module.wglobal *= 2
+    assert torch.equal(module(x), 2 * before)

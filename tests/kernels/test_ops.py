@@ -7,7 +7,7 @@ import pytest
 import torch
 from formats import DEVICE
 from tiny_packed import packed
-from tiny_spec import tiny_spec
+from tiny_spec import FP4, tiny_spec
 from torch import Tensor, nn
 
 from dirotq.kernels import chip, engine, ops
@@ -19,9 +19,10 @@ SPECS = {
     "groups": tiny_spec(rank=8, block=64, weight_scale="group", act_scale="group"),
     "dense": tiny_spec(rank=16, transform="dense"),
     "w4a16": tiny_spec(act_bits=16, weight_scale="group"),
+    "nvfp4": tiny_spec(**FP4["nvfp4"], rank=8),
 }
 every_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
-BUFFERS = ("qweight", "wscale", "basis", "rotation", "wp", "bias")
+BUFFERS = ("qweight", "wscale", "wglobal", "basis", "rotation", "wp", "bias")
 
 
 def arguments(spec: QuantSpec, x: Tensor, *, bias: bool = True) -> tuple:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from formats import FORMATS, spec_of
-from tiny_spec import tiny_spec
+from tiny_spec import FP4, tiny_spec
 
 from dirotq.kernels import chip as chips
 from dirotq.kernels import plan as plans
@@ -108,6 +108,14 @@ def test_without_triton(monkeypatch):
     assert "pip install triton" in plan.why
 
 
+@pytest.mark.parametrize("group", [64, 128])
+def test_groups_of_64_and_128_have_kernels(group):
+    groups = {"weight_scale": "group", "weight_group": group, "act_group": group}
+    for act in ({"act_scale": "group"}, {"act_scale": "group", "act_bits": 8}, {"act_bits": 16}):
+        plan = choose(90, 33, 1008, tiny_spec(dim=3072, rank=64, **groups, **act), BF16)
+        assert plan.engine != "reference"
+
+
 @pytest.mark.parametrize(
     ("spec", "why"),
     [
@@ -118,6 +126,9 @@ def test_without_triton(monkeypatch):
         (tiny_spec(dim=60), "1 x 1 scales per 60 columns"),
         (tiny_spec(dim=60, act_bits=16), "1 weight scales per 60 columns"),
         (tiny_spec(act_bits=16, weight_scale="group"), "4 weight scales per 64 columns"),
+        (tiny_spec(**FP4["nvfp4"]), "NVFP4 has no kernel yet"),
+        (tiny_spec(**FP4["mxfp4"]), "MXFP4 has no kernel yet"),
+        (tiny_spec(weight_scale="nvfp4", act_bits=16), "NVFP4 has no kernel yet"),
     ],
 )
 def test_formats_that_fit_no_kernel_say_why(spec, why):

@@ -2,14 +2,20 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_spec import FP4, tiny_spec
 
 from dirotq.kernels.pack_int4 import pack_int4
 from dirotq.kernels.quantize_weight import (
     codes_on_grid,
     dequantize_weight,
+    fp4_weight_scales,
+    pack_codes,
     reference,
     scale_floor,
+    stored_scales,
+    unpack_weight,
     weight_scales,
+    weight_steps,
 )
 from dirotq.kernels.tail import BIAS_LIMIT, LIMIT, TINY
 from dirotq.kernels.unpack_w4 import unpack_w4
@@ -196,3 +202,101 @@ def test_on_the_floor_the_tail_holds_wp_and_bias(seed):
     held = (high + low) * 2 * floor.double()
     want = torch.cat([wp.double(), bias.double()[:, None] / (BIAS_LIMIT / LIMIT)], 1)
     assert ((held - want).abs() <= want.abs() * 2**-8 + floor.double() * 2**-9).all()
+
+
+every_fp4 = pytest.mark.parametrize("name", FP4)
+
+
+def fp4_error(w, stored, importance):
+    step = weight_steps(*stored)
+    error = dequantize_weight(codes_on_grid(w, step, "e2m1"), step, torch.float64) - w.double()
+    return (error.square() * importance.double()).unflatten(-1, (step.shape[-1], -1)).sum(-1)
+
+
+@every_fp4
+@pytest.mark.parametrize("clip", [False, True])
+def test_fp4_scales_are_bytes_under_one_global_scale(name, clip):
+    w = heavy_tailed(0)
+    wscale, wglobal = fp4_weight_scales(w, name, clip=clip)
+    assert wscale.dtype == torch.uint8
+    assert wscale.shape == (6, 64 // FP4[name]["weight_group"])
+    if name == "mxfp4":
+        assert wglobal is None
+        assert (wscale < 255).all()
+        return
+    assert torch.equal(wglobal, w.abs().amax().reshape(1) / (6 * 448))
+    assert (wscale <= 126).all()
+    assert (wscale.max() == 126) or clip  # the largest group has E4M3's largest number
+
+
+@every_fp4
+@given(seeds, st.booleans())
+def test_an_fp4_search_is_never_worse_in_the_weighted_error(name, seed, weighted):
+    w = heavy_tailed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    importance = torch.rand(64, generator=generator) ** 4 if weighted else torch.ones(64)
+    searched = fp4_weight_scales(w, name, clip=True, importance_K=importance)
+    plain = fp4_weight_scales(w, name, clip=False)
+    ours, theirs = (fp4_error(w, stored, importance) for stored in (searched, plain))
+    assert (ours <= theirs * (1 + 1e-5) + 1e-12).all()
+
+
+def test_an_fp4_search_finds_what_saturates_and_what_falls_between():
+    w = torch.zeros(1, 64)
+    w[0, 0] = 7.75  # of MXFP4's rule 6, of the next power of two 8
+    plain, searched = (fp4_weight_scales(w, "mxfp4", clip=clip)[0] for clip in (False, True))
+    assert (plain[0, 0], searched[0, 0]) == (127, 128)
+    w[0, :4] = 5.0  # of a group with 6: halfway between 4 and 6
+    w[0, 4], w[0, 16] = 6.0, 42.0  # the global scale is 2^-6
+    plain, searched = (fp4_weight_scales(w, "nvfp4", clip=clip) for clip in (False, True))
+    lost = [fp4_error(w, stored, torch.ones(64))[0, 0] for stored in (plain, searched)]
+    assert lost[1] < lost[0] / 4  # four over six: 5 / 1.5 = 3.33, 6 / 1.5 = 4
+
+
+@every_fp4
+@given(seeds)
+def test_what_is_stored_is_on_its_own_grid(name, seed):
+    """Packed, unpacked and quantized again: the same nibbles under the same bytes."""
+    w = heavy_tailed(seed)
+    stored = fp4_weight_scales(w, name, clip=False)
+    packed = pack_codes(codes_on_grid(w, weight_steps(*stored), "e2m1"), "e2m1")
+    codes, step = unpack_weight(packed, *stored)
+    again = dequantize_weight(codes, step)
+    assert torch.equal(pack_codes(codes_on_grid(again, step, "e2m1"), "e2m1"), packed)
+    if name == "mxfp4":  # its rule finds the same powers of two; E4M3's subnormals need not
+        kept = codes.unflatten(-1, (step.shape[-1], -1)).any(-1)
+        assert torch.equal(fp4_weight_scales(again, name, clip=False)[0][kept], stored[0][kept])
+
+
+@every_fp4
+def test_fp4_rows_in_parts_give_the_same_scales(name, monkeypatch):
+    w, importance = heavy_tailed(3, rows=7), torch.rand(64)
+    whole = fp4_weight_scales(w, name, clip=True, importance_K=importance)
+    monkeypatch.setattr(reference, "CHUNK", 3 * 64 + 1)
+    parts = fp4_weight_scales(w, name, clip=True, importance_K=importance)
+    assert torch.equal(parts[0], whole[0])
+    assert parts[1] is whole[1] is None or torch.equal(parts[1], whole[1])
+
+
+@every_fp4
+def test_zero_fp4_weights_are_zero(name):
+    w = torch.zeros(3, 64)
+    w[0, :32] = torch.randn(32)
+    for weight in (w, torch.zeros(2, 64)):
+        stored = fp4_weight_scales(weight, name, clip=True)
+        codes = codes_on_grid(weight, weight_steps(*stored), "e2m1")
+        assert not codes[weight == 0].any()
+        assert weight_steps(*stored).isfinite().all()
+
+
+def test_the_spec_says_what_is_stored():
+    w = heavy_tailed(4)
+    floor = torch.full((6, 1), 8.0, dtype=torch.bfloat16)
+    scale, nothing = stored_scales(w, tiny_spec(), clip=False, floor_N1=floor)
+    assert nothing is None
+    assert torch.equal(scale, weight_scales(w, 1, clip=False, floor_N1=floor))
+    for name, fields in FP4.items():
+        stored = stored_scales(w, tiny_spec(**fields), clip=True)
+        want = fp4_weight_scales(w, name, clip=True)
+        assert torch.equal(stored[0], want[0])
+        assert (stored[1] is None) == (name == "mxfp4")

@@ -24,10 +24,37 @@ from dirotq.kernels.spec import QuantSpec
         ({"protected_bits": 4}, "take 8 or 16 bits, not 4"),
         ({"weight_bits": 8}, "W8A4 is not supported; weights take 4 bits"),
         ({"act_bits": 5}, "W4A5 is not supported.*4, 8 or 16"),
-        ({"weight_scale": "token"}, "weight scale 'token' is neither 'channel' nor 'group'"),
-        ({"act_scale": "channel"}, "activation scale 'channel' is not 'token', 'pow2' or 'group'"),
+        (
+            {"weight_scale": "token"},
+            "weight scale 'token' is not 'channel', 'group', 'nvfp4' or 'mxfp4'",
+        ),
+        (
+            {"act_scale": "channel"},
+            "activation scale 'channel' is not 'token', 'pow2', 'group', 'n",
+        ),
         ({"act_bits": 8, "act_scale": "pow2"}, "leave INT8: use scale 'token' or 'group'"),
         ({"dim": 63}, "63 codes wide; two codes share a byte"),
+        ({"weight_scale": "nvfp4"}, "'nvfp4' and activations in 'token' share no matrix unit: use"),
+        (
+            {"weight_scale": "nvfp4", "act_scale": "mxfp4", "act_group": 32},
+            "'nvfp4' and activations in 'mxfp4' share no matrix unit",
+        ),
+        (
+            {"weight_scale": "nvfp4", "act_scale": "nvfp4", "act_bits": 8},
+            "nvfp4 activations have 4 bits, not 8",
+        ),
+        (
+            {"weight_scale": "nvfp4", "act_scale": "nvfp4", "weight_group": 64},
+            "nvfp4 has groups of 16, not 64: set weight_group to 16",
+        ),
+        (
+            {"weight_scale": "mxfp4", "act_scale": "mxfp4", "weight_group": 32},
+            "mxfp4 has groups of 32, not 16: set act_group to 32",
+        ),
+        (
+            {"weight_scale": "nvfp4", "act_scale": "nvfp4", "dim": 72},
+            r"weight group 16 does not divide the 72 channels",
+        ),
         (
             {"weight_scale": "group", "weight_group": 48},
             r"weight group 48 does not divide the 64 channels.*use one of \[16, 32, 64\]",
@@ -85,6 +112,19 @@ def test_group_sizes():
     assert (grouped.weight_group_size, grouped.act_group_size) == (16, 32)
 
 
+@pytest.mark.parametrize(("name", "group"), [("nvfp4", 16), ("mxfp4", 32)])
+def test_fp4_formats(name, group):
+    both = {"weight_scale": name, "act_scale": name, "weight_group": group, "act_group": group}
+    spec = tiny_spec(**both)
+    assert (spec.weight_group_size, spec.act_group_size) == (group, group)
+    assert (spec.weight_element, spec.format) == ("e2m1", f"W4A4 {name.upper()}")
+    assert (tiny_spec().weight_element, tiny_spec().format) == ("int4", "W4A4")
+    assert tiny_spec(**both, rank=8, transform="dense").width == 64  # filled up to whole groups
+    sixteen = tiny_spec(weight_scale=name, weight_group=group, act_bits=16)
+    assert sixteen.weight_element == "e2m1"
+    assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
+
+
 def test_sixteen_bit_activations_have_no_groups_to_check():
     assert tiny_spec(act_bits=16, act_scale="group", act_group=60).act_group_size == 64
 
@@ -109,6 +149,8 @@ def test_an_unknown_field_is_not_swallowed():
 
 def test_a_folder_packed_before_a_field_existed_still_loads():
     spec = tiny_spec(rank=8)
+    assert spec.since == 1
+    assert tiny_spec(rank=8, branch="beside").since == 2
     older = {
         k: v for k, v in spec.to_dict().items() if k not in ("branch", "smooth", "protected_bits")
     }

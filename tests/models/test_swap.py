@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 from tiny_packed import packed
-from tiny_spec import tiny_spec
+from tiny_spec import FP4, tiny_spec
 from torch import nn
 
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
@@ -129,3 +129,11 @@ def test_footprint_counts_the_dense_rotation():
     root = net()
     put_packed(root, [(ALONE, tiny_spec(rows=(8,), rank=16, transform="dense"))])
     assert footprint(root)["basis"] == (64 * 16 + 64 * 48) * 2
+
+
+@pytest.mark.parametrize(("name", "bits", "apart"), [("nvfp4", 4.5, 4), ("mxfp4", 4.25, 0)])
+def test_an_fp4_weight_takes_its_codes_and_a_byte_per_group(name, bits, apart):
+    root = net()
+    put_packed(root, [(SHARED, tiny_spec(rows=(16, 32), **FP4[name]))])
+    size = footprint(root)
+    assert 8 * (size["codes"] + size["scales"] - apart) / (48 * 64) == bits

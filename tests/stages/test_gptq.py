@@ -4,15 +4,18 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_line import run, run_stage, stage, tree_bytes, with_moment
+from tiny_spec import FP4
 
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.pack_int4 import unpack_int4
-from dirotq.kernels.quantize_weight import scale_floor
+from dirotq.kernels.quantize_weight import dequantize_weight, scale_floor, unpack_weight
 from dirotq.models.source import DiffusersModel
 from dirotq.plan import read_plan
 from dirotq.stages import gptq as module
 from dirotq.stages.gptq import QuantizeWeights
 from dirotq.tensors import load_site, save_site, site_file
+
+STORED = ("qweight", "wscale", "wglobal")
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +52,25 @@ def test_the_loss_is_never_above_that_of_nearest_rounding(finished):
     assert metrics["relative_error"] < 0.7 * metrics["relative_error_nearest"]
     assert metrics["damping_escalations"] == 0
     assert 0 <= metrics["rows_kept_nearest"] < 0.5
+
+
+@pytest.mark.parametrize("name", FP4)
+def test_fp4_sites_hold_bytes_and_modulators_stay_int4(line, name):
+    artifacts = run(line(f"method=dirotq_{name}", "until=gptq"))
+    for entry, found in results(artifacts):
+        if entry.site.kind == "modulator":
+            assert found["wscale"].dtype == torch.bfloat16
+            continue
+        assert found["wscale"].dtype == torch.uint8
+        assert ("wglobal" in found) == (name == "nvfp4")
+        ours, nearest = found["loss"].tolist()
+        assert 0 < ours <= nearest * (1 + 1e-6), entry.site.name
+        weight = dequantize_weight(*unpack_weight(*(found.get(b) for b in STORED)))
+        assert weight.shape == (entry.spec.outputs, entry.spec.width)
+        assert weight.isfinite().all() and weight.any(1).all()
+    metrics = artifacts["gptq"].metrics
+    assert metrics["relative_error"] < 0.8 * metrics["relative_error_nearest"]
+    assert metrics["rows_on_scale_floor"] == 0
 
 
 def test_rtn_is_nearest_everywhere(line):

@@ -11,6 +11,7 @@ import pytest
 from tiny_line import METHODS, configured, overrides, run, tree_bytes
 
 import dirotq
+from dirotq.plan import read_plan
 
 STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "validate"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,6 +35,27 @@ def test_the_extremes_run_through(line, change):
     metrics = run(line(change))["validate"].metrics
     assert metrics["psnr"] > 30
     assert math.isfinite(metrics["sqnr_db"])
+
+
+def test_groups_of_128(line):
+    """Sites of 256 channels take them, narrower ones a half; finer scales are closer."""
+    groups = ("method.weight_group=128", "method.act_group=128")
+    artifacts = run(line("method=groups", *groups))
+    plan = read_plan(artifacts["rank"].file("plan.json"))
+    taken = {e.site.dim: e.spec.act_group for e in plan if e.site.kind == "block"}
+    assert taken == {64: 64, 256: 128, 320: 64}
+    assert all(e.spec.weight_group == taken[e.site.dim] for e in plan if e.site.kind == "block")
+    metrics = artifacts["validate"].metrics
+    assert metrics["psnr"] > 30
+    assert metrics["sqnr_db"] > 10
+
+
+def test_fp4_scales_count_in_the_bits(line):
+    bits = {
+        name: run(line(f"method=rtn_{name}", "until=pack"))["pack"].metrics["bits_per_parameter"]
+        for name in ("nvfp4", "mxfp4")
+    }
+    assert bits["nvfp4"] > bits["mxfp4"]
 
 
 def test_more_bits_and_more_rank_mean_less_error(line):

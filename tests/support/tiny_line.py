@@ -39,9 +39,10 @@ CALL = {
     "width": 32,
     "max_sequence_length": 8,
 }
+FP4_METHODS = ("dirotq_nvfp4", "dirotq_mxfp4", "rtn_nvfp4", "rtn_mxfp4")
 METHODS = (
     "dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups",
-    "smoothquant", "quarot", "convrot", "svdquant", "absorb",
+    "smoothquant", "quarot", "convrot", "svdquant", "absorb", *FP4_METHODS,
 )  # fmt: skip
 """Methods of conf/method, and ``groups``: the default one with group scales on both sides."""
 

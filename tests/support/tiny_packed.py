@@ -22,6 +22,12 @@ def packed(spec: QuantSpec, *, bias: bool = True, seed: int = 0) -> QuantLinear:
         "basis": vectors[:, spec.dim - spec.rank :],
         "rotation": vectors[:, : spec.width],
     }
+    if spec.weight_element == "e2m1":
+        content |= {
+            "qweight": torch.randint(256, module.qweight.shape, generator=generator),
+            "wscale": torch.randint(118, 125, module.wscale.shape, generator=generator),
+            "wglobal": torch.tensor([2.0**-10 / 3]),
+        }
     for name, buffer in module.named_buffers():
         buffer.copy_(content[name])
     return module

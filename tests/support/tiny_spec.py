@@ -19,6 +19,13 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
+FP4 = {
+    name: {"weight_scale": name, "act_scale": name, "weight_group": group, "act_group": group}
+    for name, group in (("nvfp4", 16), ("mxfp4", 32))
+}
+"""Fields of the two FP4 formats."""
+
+
 def tiny_spec(**changes: Any) -> QuantSpec:
     """W4A4, 64 -> 48, one scale per row, no transform, nothing protected; but for ``changes``."""
     return QuantSpec(**DEFAULTS | changes)
