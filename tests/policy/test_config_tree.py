@@ -11,7 +11,7 @@ from dirotq.errors import DirotqError
 from dirotq.pipeline import dag
 from dirotq.pipeline.config import build, compose_config
 
-STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "validate"]
+STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate"]
 
 
 def compose(*overrides):
@@ -23,7 +23,9 @@ def choices(root):
     conf = root / "conf"
     for path in sorted(conf.rglob("*.yaml")):
         *group, option = path.relative_to(conf).with_suffix("").parts
-        if group:
+        if group[:1] == ["experiment"]:
+            yield f"experiment={'/'.join([*group[1:], option])}"
+        elif group:
             yield f"{'/'.join(group)}={option}"
 
 
@@ -46,7 +48,7 @@ def is_stage(cls):
     return hasattr(cls, "version") and hasattr(cls, "run")
 
 
-def test_the_seven_stages_in_their_order():
+def test_the_stages_in_their_order():
     cfg = compose()
     wiring = OmegaConf.to_container(cfg.pipeline)
     assert dag.order(wiring) == STAGES
