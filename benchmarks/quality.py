@@ -1,95 +1,120 @@
-"""`make bench-quality`: every method through the whole line on tiny-flux, as a table.
+"""`make bench-quality`: every method through the whole line on the embedded models.
 
-usage: python benchmarks/quality.py [--prompts 64] [--into docs/quality.md] [overrides...]
+usage: python benchmarks/quality.py [--models tiny_flux] [--sections methods] [--rows svdquant]
+                                    [--prompts 512] [--jobs 1] [--out docs/quality] [overrides...]
 
-With --into, the table replaces what stands between the two markers of that file.
+Writes OUT/<model>.json: per row every score of every image (benchmarks/quality_rows.py has the
+rows). `make table` turns what is stored into docs/quality.md.
 """
 
 import argparse
 import datetime
 import json
+import multiprocessing
 import platform
-from collections.abc import Mapping
+import time
+import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-import torch
+from quality_rows import EXPERIMENT, MODELS, SECTIONS, Row, rows
 
-import dirotq
-
-BEGIN, END = "<!-- begin: make bench-quality -->", "<!-- end -->"
-G64 = ["method.weight_scale=group", "method.weight_clip=false", "method.act_scale=group"]
-ROWS: dict[str, list[str]] = {
-    "rtn, g64/g64": ["method=rtn"],
-    "dirotq, pow2/channel (default)": ["method=dirotq"],
-    "dirotq_dense, pow2/channel": ["method=dirotq_dense"],
-    "dirotq, g64/g64": ["method=dirotq", *G64],
-    "dirotq_dense, g64/g64": ["method=dirotq_dense", *G64],
-    "dirotq, token/channel": ["method=dirotq", "method.act_scale=token"],
-    "dirotq W4A8, token/channel": ["method=dirotq_w4a8"],
-    "rtn NVFP4": ["method=rtn_nvfp4"],
-    "dirotq NVFP4": ["method=dirotq_nvfp4"],
-    "rtn MXFP4": ["method=rtn_mxfp4"],
-    "dirotq MXFP4": ["method=dirotq_mxfp4"],
-}
+DIGITS = {"psnr": 3, "ssim": 6, "ms_ssim": 6, "captioned": 4}
+"""Decimals kept of each score per image."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--prompts", type=int, default=64)
-    parser.add_argument("--into", type=Path, default=Path("docs/quality.md"))
+    parser.add_argument("--models", nargs="+", default=list(MODELS))
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS))
+    parser.add_argument("--rows", nargs="*", help="only these, by key")
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the device")
+    parser.add_argument("--minutes", type=float, help="start no row after so many")
+    parser.add_argument("--out", type=Path, default=Path("docs/quality"))
     options, overrides = parser.parse_known_args()
-    common = ["experiment=quality", f"prompts.heldout.count={options.prompts}", *overrides]
-    reports = {}
-    for name, row in ROWS.items():
-        artifact = dirotq.compress(*common, *row)["validate"]
-        reports[name] = json.loads(artifact.file("report.json").read_text())
-        print(name, reports[name]["metrics"], flush=True)
-    put(options.into, table(reports))
+    chosen = [r for r in rows(tuple(options.sections)) if not options.rows or r.key in options.rows]
+    common = [EXPERIMENT, f"prompts.heldout.count={options.prompts}", *overrides]
+    jobs = [(row, model) for row in chosen for model in options.models]
+    deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
+    # Each process brings its own CUDA context; the store keeps them from doing one thing twice.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        made = {
+            pool.submit(measured, row, [f"model={model}", *common], deadline): (row, model)
+            for row, model in jobs
+        }
+        for future in as_completed(made):
+            row, model = made[future]
+            result = future.result()
+            if "error" in result:
+                print(f"{model} {row.key}: {result['error']}", flush=True)
+                continue
+            store(options.out / f"{model}.json", row.key, result)
+            numbers = result["metrics"]
+            shown = {k: round(numbers[k], 4) for k in ("psnr", "attributes", "bits_per_parameter")}
+            print(f"{model} {row.key}: {shown}, {result['seconds']:.0f} s", flush=True)
 
 
-def put(document: Path, text: str) -> None:
-    """Replace what stands between the markers of a document."""
-    before, _, rest = document.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    document.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+def measured(row: Row, common: list[str], deadline: float | None) -> dict[str, Any]:
+    """One row through the line; what went wrong under ``error`` (other rows go on)."""
+    import dirotq
+
+    if deadline is not None and time.monotonic() > deadline:
+        return {"error": "not started: out of time"}
+    began = time.perf_counter()
+    try:
+        made = dirotq.compress(*common, *row.overrides)
+    except Exception as error:  # noqa: BLE001 (a row that fails must not cost the others)
+        traceback.print_exc()
+        return {"error": f"{type(error).__name__}: {error}"}
+    report = json.loads(made["validate"].file("report.json").read_text())
+    return summary(report, made["rank"].metrics) | {
+        "overrides": list(row.overrides),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
 
 
-def table(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: one row per method, PSNR with the paired difference to round-to-nearest."""
-    first = next(iter(reports.values()))
-    lines = [
-        "| method (activations/weights) | PSNR, dB | vs rtn, 95 % | SSIM | attributes | bits |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name, report in reports.items():
-        m = report["metrics"]
-        lines.append(
-            f"| {name} | {m['psnr']:.2f} | {_gain(report, first)} | {m['ssim']:.4f} "
-            f"| {m['attributes']:.2%} | {m['bits_per_parameter']:.2f} |"
-        )
-    original = first["metrics"]["attributes_original"]
-    today = datetime.datetime.now(datetime.UTC).date()
-    lines += [
-        f"| 16 bit | | | | {original:.2%} | 16 |",
-        "",
-        f"{len(first['images'])} held-out captions, 20 steps, against the 16-bit images of the "
-        f"same noise. {first['device']}; torch {torch.__version__}, "
-        f"Python {platform.python_version()}; {today}.",
-    ]
-    return "\n".join(lines) + "\n"
+def summary(report: dict[str, Any], plan: dict[str, float]) -> dict[str, Any]:
+    """What is kept of a report: headline, plan metrics, and the scores of each image."""
+    import torch
+
+    images = report["images"]
+    kinds = [kind for kind in DIGITS if kind in images[0]]
+
+    def column(kind: str, among: str | None = None) -> list[float]:
+        chosen = [image if among is None else image[among] for image in images]
+        return [round(image[kind], DIGITS[kind]) for image in chosen]
+
+    floor = {k: column(k, "floor") for k in kinds} if "floor" in images[0] else None
+    original = {"captioned": column("captioned", "original")} if "captioned" in kinds else None
+    return {
+        "metrics": report["metrics"],
+        "plan": plan,
+        "images": {kind: column(kind) for kind in kinds},
+        "floor": floor,
+        "original": original,
+        "dtype": report["dtype"],
+        "device": report["device"],
+        "versions": {"torch": torch.__version__, "python": platform.python_version()},
+        "date": str(datetime.datetime.now(datetime.UTC).date()),
+    }
 
 
-def _gain(report: Mapping[str, Any], base: Mapping[str, Any]) -> str:
-    """Mean paired PSNR difference, 95 % bootstrap interval (10,000 resamples, seeded)."""
-    pairs = zip(report["images"], base["images"], strict=True)
-    gain = torch.tensor([a["psnr"] - b["psnr"] for a, b in pairs])
-    if not gain.any():
-        return ""
-    generator = torch.Generator().manual_seed(0)
-    picks = torch.randint(len(gain), (10_000, len(gain)), generator=generator)
-    low, high = gain[picks].mean(1).quantile(torch.tensor([0.025, 0.975])).tolist()
-    return f"{gain.mean():+.2f} [{low:+.2f}, {high:+.2f}]"
+def store(file: Path, key: str, result: dict[str, Any]) -> None:
+    """Add one row to a model's results. Floor and 16-bit scores, alike for all rows, stand once."""
+    stored = json.loads(file.read_text()) if file.is_file() else {"baselines": {}, "rows": {}}
+    shared = {name: result.pop(name) for name in ("floor", "original")}
+    stored["baselines"][result["dtype"]] = shared | {
+        name: value
+        for name, value in result["metrics"].items()
+        if name.endswith(("_floor", "_original"))
+    }
+    stored["rows"][key] = result
+    file.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(stored, separators=(",", ":"))
+    file.write_text(text.replace('},"', '},\n"') + "\n")  # a line per row: diffs stay readable
 
 
 if __name__ == "__main__":

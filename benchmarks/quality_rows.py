@@ -1,0 +1,134 @@
+"""What docs/quality.md compares: rows as overrides of one experiment, by section."""
+
+from dataclasses import dataclass
+
+MODELS = ("tiny_flux", "tiny_pixart")
+EXPERIMENT = "experiment=quality"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """``key`` names the stored result, ``text`` stands in the table; ``base`` is the row that it is
+    compared with, image by image.
+    """
+
+    key: str
+    text: str
+    overrides: tuple[str, ...]
+    base: str
+
+
+def _row(key: str, text: str, overrides: str, base: str) -> Row:
+    return Row(key, text, tuple(overrides.split()), base)
+
+
+G64 = "method.weight_scale=group method.weight_clip=false method.act_scale=group"
+CHANNEL = "method.weight_scale=channel method.weight_clip=true"
+RIVAL, OURS = "svdquant", "dirotq"
+
+METHODS = (
+    _row("rtn", "rtn, g64/g64", "method=rtn", RIVAL),
+    _row("smoothquant", "smoothquant, g64/g64", "method=smoothquant", RIVAL),
+    _row("quarot", "quarot, g64/g64", "method=quarot", RIVAL),
+    _row("convrot", "convrot, g64/g64", "method=convrot", RIVAL),
+    _row("absorb", "absorb, g64/g64", "method=absorb", RIVAL),
+    _row("svdquant", "svdquant, g64/g64", "method=svdquant", RIVAL),
+    _row("dense_g64", "dirotq_dense, g64/g64", f"method=dirotq_dense {G64}", RIVAL),
+    _row("dirotq_g64", "**dirotq, g64/g64**", f"method=dirotq {G64}", RIVAL),
+    _row("dense", "dirotq_dense, pow2/channel", "method=dirotq_dense", RIVAL),
+    _row("dirotq", "**dirotq, pow2/channel (default)**", "method=dirotq", RIVAL),
+    _row(
+        "svdquant_token",
+        "svdquant, token/channel",
+        f"method=svdquant method.act_scale=token {CHANNEL}",
+        RIVAL,
+    ),
+    _row("dirotq_token", "dirotq, token/channel", "method=dirotq method.act_scale=token", RIVAL),
+)
+
+FP4 = "method.weight_scale={0} method.act_scale={0} method.weight_group={1} method.act_group={1}"
+FORMATS = (
+    _row(
+        "dirotq_g128",
+        "dirotq, g128/g128",
+        f"method=dirotq {G64} method.weight_group=128 method.act_group=128",
+        OURS,
+    ),
+    _row("dirotq_w4a8", "dirotq W4A8, token/channel", "method=dirotq_w4a8", OURS),
+    _row("svdquant_w4a8", "svdquant W4A8, g64/g64", "method=svdquant method.act_bits=8", OURS),
+    _row("rtn_nvfp4", "rtn NVFP4", "method=rtn_nvfp4", OURS),
+    _row("svdquant_nvfp4", "svdquant NVFP4", f"method=svdquant {FP4.format('nvfp4', 16)}", OURS),
+    _row("dirotq_nvfp4", "dirotq NVFP4", "method=dirotq_nvfp4", OURS),
+    _row("rtn_mxfp4", "rtn MXFP4", "method=rtn_mxfp4", OURS),
+    _row("svdquant_mxfp4", "svdquant MXFP4", f"method=svdquant {FP4.format('mxfp4', 32)}", OURS),
+    _row("dirotq_mxfp4", "dirotq MXFP4", "method=dirotq_mxfp4", OURS),
+)
+
+RUNTIME = (
+    _row("dirotq_bf16", "dirotq, bf16, kernels", "method=dirotq dtype=bfloat16", OURS),
+    _row("rtn_bf16", "rtn, bf16, kernels", "method=rtn dtype=bfloat16", OURS),
+)
+"""Held against 16-bit images of their own precision."""
+
+BUDGET = "rank=budget rank.like=16"
+ALLOCATION = (
+    _row("budget", "budget of uniform r = 16, gated", BUDGET, OURS),
+    _row("budget_ungated", "the same, no gate", f"{BUDGET} rank.gate=0", OURS),
+    _row(
+        "budget_equal",
+        "the same, no gate, equal sensitivities",
+        f"{BUDGET} rank.gate=0 rank.sensitivity=equal",
+        OURS,
+    ),
+    _row("worst", "r = 16, worst 3 sites A8", "rank.worst={count:3,act_bits:8}", OURS),
+)
+
+ABLATIONS = (
+    _row("r0", "r = 0", "method.protect=false", OURS),
+    _row("r8", "r = 8", "rank.r=8", OURS),
+    _row("r32", "r = 32", "rank.r=32", OURS),
+    _row("r64", "r = 64", "rank.r=64", OURS),
+    _row("svdquant_r8", "svdquant, r = 8", "method=svdquant rank.r=8", "svdquant"),
+    _row("svdquant_r32", "svdquant, r = 32", "method=svdquant rank.r=32", "svdquant"),
+    _row("dirotq_g64_r8", "dirotq g64/g64, r = 8", f"{G64} rank.r=8", "dirotq_g64"),
+    _row("dirotq_g64_r32", "dirotq g64/g64, r = 32", f"{G64} rank.r=32", "dirotq_g64"),
+    _row("block1", "no Hadamard", "method.block=1", OURS),
+    _row("block16", "Hadamard blocks of 16", "method.block=16", OURS),
+    _row("block64", "Hadamard blocks of 64", "method.block=64", OURS),
+    _row("regular", "regular Hadamard blocks", "method.transform=regular", OURS),
+    _row("svdquant_hadamard", "svdquant with Hadamard", "method=svdquant method.block=256", RIVAL),
+    _row("nearest", "nearest rounding", "method.rounding=nearest", OURS),
+    _row("damping001", "damping 0.001", "gptq.damping=0.001", OURS),
+    _row("damping03", "damping 0.03", "gptq.damping=0.03", OURS),
+    _row("damping1", "damping 0.1", "gptq.damping=0.1", OURS),
+    _row("calls8", "8 calls", "capture.calls=8", OURS),
+    _row("calls32", "32 calls", "capture.calls=32", OURS),
+    _row("calls128", "128 calls", "capture.calls=128", OURS),
+    _row("calls1024", "1024 calls", "capture.calls=1024", OURS),
+    _row("captions_first", "first 64 captions", "prompts.calibration.count=64", OURS),
+    _row(
+        "captions_last",
+        "last 64 captions",
+        "prompts.calibration.start=64 prompts.calibration.count=64",
+        OURS,
+    ),
+    _row("leveled", "timesteps count alike", "capture.weighting=leveled", OURS),
+    _row("inputs", "second moment of quantized inputs", "gptq.inputs=quantized", OURS),
+    _row("protected8", "8-bit protected branch", "method.protected_bits=8", OURS),
+    _row("feedback", "error feedback into the branch", "gptq.feedback=true", OURS),
+    _row("absorb_feedback", "absorb with feedback", "method=absorb gptq.feedback=true", "absorb"),
+    _row("absorb003", "absorb, λ = 0.003", "method=absorb basis.regularization=0.003", "absorb"),
+    _row("absorb3", "absorb, λ = 0.3", "method=absorb basis.regularization=0.3", "absorb"),
+)
+
+SECTIONS = {
+    "methods": METHODS,
+    "formats": FORMATS,
+    "runtime": RUNTIME,
+    "allocation": ALLOCATION,
+    "ablations": ABLATIONS,
+}
+
+
+def rows(sections: tuple[str, ...] = tuple(SECTIONS)) -> list[Row]:
+    return [row for section in sections for row in SECTIONS[section]]

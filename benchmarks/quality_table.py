@@ -1,0 +1,209 @@
+"""`make table`: docs/quality.md from the stored results of `make bench-quality`.
+
+usage: python benchmarks/quality_table.py [--results docs/quality] [--into docs/quality.md]
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quality_rows import ABLATIONS, ALLOCATION, FORMATS, METHODS, MODELS, RUNTIME, Row, rows
+
+from dirotq.statistics import Interval, difference_interval, mean_interval
+
+Results = Mapping[str, Any]
+"""One model's file: ``baselines`` by dtype and ``rows`` by key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """``row`` against ``base`` in mean PSNR: at least ``reach`` dB per model."""
+
+    text: str
+    row: str
+    base: str
+    reach: Mapping[str, float]
+
+
+CLAIMS = (
+    Claim("dirotq g64/g64 over svdquant g64/g64, equal bits", "dirotq_g64", "svdquant",
+          {"tiny_flux": 2.5, "tiny_pixart": 1.5}),
+    Claim("dirotq pow2/channel over svdquant g64/g64", "dirotq", "svdquant",
+          {"tiny_flux": 2.5, "tiny_pixart": 2.5}),
+    Claim("dirotq pow2/channel to dirotq g64/g64", "dirotq", "dirotq_g64",
+          {"tiny_flux": -0.5, "tiny_pixart": -0.5}),
+    Claim("dirotq token/channel to dirotq g64/g64", "dirotq_token", "dirotq_g64",
+          {"tiny_flux": -1.2, "tiny_pixart": -1.2}),
+    Claim("dirotq over dirotq_dense, g64/g64", "dirotq_g64", "dense_g64",
+          {"tiny_flux": -0.1, "tiny_pixart": -0.1}),
+    Claim("dirotq over dirotq_dense, pow2/channel", "dirotq", "dense",
+          {"tiny_flux": -0.1, "tiny_pixart": -0.1}),
+    Claim("budget (ungated) over uniform r = 16, equal bits", "budget_ungated", "dirotq",
+          {"tiny_flux": 0.0, "tiny_pixart": 0.0}),
+)  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=Path("docs/quality"))
+    parser.add_argument("--into", type=Path, default=Path("docs/quality.md"))
+    options = parser.parse_args()
+    found = {
+        model: json.loads(file.read_text())
+        for model in MODELS
+        if (file := options.results / f"{model}.json").is_file()
+    }
+    if not found:
+        raise SystemExit(f"no results under {options.results}: run `make bench-quality` first")
+    for name, text in tables(found).items():
+        put(options.into, name, text)
+
+
+def tables(found: Mapping[str, Results]) -> dict[str, str]:
+    """{name of the block in the document: markdown}."""
+    made = {f"methods {model}": methods(results) for model, results in found.items()}
+    made["formats"] = compared(FORMATS, found)
+    made["runtime"] = compared(RUNTIME, found, against_own_floor)
+    made["allocation"] = compared(ALLOCATION, found)
+    made["ablations"] = compared(ABLATIONS, found)
+    made["claims"] = claims(found)
+    made["provenance"] = provenance(found)
+    return made
+
+
+def methods(results: Results) -> str:
+    """Every metric of every method, and the difference to the rival, image by image."""
+    lines = [
+        "| method (activations/weights) | PSNR, dB | vs svdquant g64, 95 % | SSIM | MS-SSIM "
+        "| FID | KID x 1000 | attributes | bits |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in METHODS:
+        if row.key in results["rows"]:
+            m = results["rows"][row.key]["metrics"]
+            lines.append(
+                f"| {row.text} | {m['psnr']:.2f} | {gain(results, row.key, row.base)} "
+                f"| {m['ssim']:.4f} | {m['ms_ssim']:.5f} | {m['fid']:.4f} | {1000 * m['kid']:.3f} "
+                f"| {m['attributes']:.2%} | {m['bits_per_parameter']:.2f} |"
+            )
+    base = results["baselines"].get("float32")
+    if base:
+        lines.append(
+            f"| 16 bit, other batch and kernel (noise floor) | {base['psnr_floor']:.1f} | "
+            f"| {base['ssim_floor']:.4f} | {base['ms_ssim_floor']:.5f} | {base['fid_floor']:.4f} "
+            f"| {1000 * base['kid_floor']:.3f} | {base['attributes_floor']:.2%} | 16 |"
+        )
+        lines.append(f"| 16 bit | | | | | | | {base['attributes_original']:.2%} | 16 |")
+    return "\n".join(lines) + "\n"
+
+
+def against_own_floor(results: Results, row: Row) -> str:
+    """What to set beside a row's own PSNR: its floor."""
+    base = results["baselines"][results["rows"][row.key]["dtype"]]
+    return f"floor {base['psnr_floor']:.2f}"
+
+
+def against_base(results: Results, row: Row) -> str:
+    return gain(results, row.key, row.base)
+
+
+def compared(
+    section: tuple[Row, ...],
+    found: Mapping[str, Results],
+    beside: Callable[[Results, Row], str] = against_base,
+) -> str:
+    """PSNR, difference and bits of a section's rows, the models side by side."""
+    names = {row.key: row.text for row in rows()}
+    head = "".join(f" {m}: PSNR | {beside_title(beside)} | bits |" for m in found)
+    lines = [f"| | compared with |{head}", "|---|---|" + "---|---|---|" * len(found)]
+    for row in section:
+        cells = []
+        for results in found.values():
+            if row.key not in results["rows"]:
+                cells.append(" | | |")
+                continue
+            m = results["rows"][row.key]["metrics"]
+            cells.append(
+                f" {m['psnr']:.2f} | {beside(results, row)} | {m['bits_per_parameter']:.2f} |"
+            )
+        if any(cell.strip(" |") for cell in cells):
+            lines.append(f"| {row.text} | {names[row.base].strip('*')} |{''.join(cells)}")
+    return "\n".join(lines) + "\n"
+
+
+def beside_title(beside: Callable[[Results, Row], str]) -> str:
+    return "difference, 95 %" if beside is against_base else "16 bit against itself"
+
+
+def claims(found: Mapping[str, Results]) -> str:
+    """Each claim with what it wants and what was measured."""
+    lines = ["| claim | model | reach, dB | measured, 95 % | |", "|---|---|---|---|---|"]
+    for claim in CLAIMS:
+        for model, results in found.items():
+            if not {claim.row, claim.base} <= results["rows"].keys():
+                continue
+            apart = interval(results, claim.row, claim.base)
+            reach = claim.reach[model]
+            # A gain has to stand clear of zero, a loss allowed for only has to be small enough.
+            sure = apart.low > 0 if reach >= 0 else True
+            verdict = "reached" if apart.mean >= reach and sure else "missed"
+            lines.append(f"| {claim.text} | {model} | {reach:+.1f} | {shown(apart)} | {verdict} |")
+    return "\n".join(lines) + "\n"
+
+
+def provenance(found: Mapping[str, Results]) -> str:
+    """Where the stored rows were made."""
+    lines = []
+    for model, results in found.items():
+        stored = results["rows"].values()
+        count = len(next(iter(stored))["images"]["psnr"])
+        dates = sorted({row["date"] for row in stored})
+        devices = ", ".join(sorted({row["device"] for row in stored}))
+        versions = ", ".join(sorted({row["versions"]["torch"] for row in stored}))
+        lines.append(
+            f"- {model}: {count} held-out captions, {len(stored)} rows; {devices}; torch "
+            f"{versions}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
+        )
+    return "\n".join(lines) + "\n"
+
+
+def interval(results: Results, key: str, base: str) -> Interval:
+    """Paired difference in PSNR, 95 %."""
+    ours, theirs = (results["rows"][k]["images"]["psnr"] for k in (key, base))
+    return difference_interval(ours, theirs)
+
+
+def gain(results: Results, key: str, base: str) -> str:
+    if key == base or base not in results["rows"]:
+        return ""
+    if results["rows"][key]["dtype"] != results["rows"][base]["dtype"]:
+        return "other precision"
+    return shown(interval(results, key, base))
+
+
+def shown(apart: Interval) -> str:
+    return f"{apart.mean:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
+
+
+def mean(results: Results, key: str) -> Interval:
+    """Mean PSNR of a row with its interval over captions."""
+    return mean_interval(results["rows"][key]["images"]["psnr"])
+
+
+def put(document: Path, name: str, text: str) -> None:
+    """Replace what stands between a block's markers; a document without it is left alone."""
+    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+    content = document.read_text()
+    before, found, rest = content.partition(begin)
+    _, closed, after = rest.partition(end)
+    if found and not closed:
+        raise SystemExit(f"{document}: {begin} has no {end}")
+    if found:
+        document.write_text(f"{before}{begin}\n{text}{end}{after}")
+
+
+if __name__ == "__main__":
+    main()
