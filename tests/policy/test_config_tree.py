@@ -111,7 +111,7 @@ PAPER = {  # calls of calibration, steps, guidance (facts of the published confi
     "flux_dev": ("black-forest-labs/FLUX.1-dev", 3200, 25, 3.5),
     "flux_schnell": ("black-forest-labs/FLUX.1-schnell", 512, 4, 0.0),
 }
-METHODS = {"int_w4a4": "dirotq", "w4a8": "dirotq_w4a8"}
+METHODS = {"int_w4a4": "dirotq", "w4a8": "dirotq_w4a8", "nvfp4": "dirotq_nvfp4"}
 
 
 @pytest.mark.parametrize("model", PAPER)
