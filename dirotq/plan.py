@@ -1,16 +1,17 @@
 """The plan: how each site will be quantized, and why. ``rank`` writes it, later stages read it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from dirotq.errors import ConfigError
 from dirotq.kernels.fp4 import GROUPS as FP4_GROUPS
 from dirotq.kernels.hadamard import hadamard_block
 from dirotq.kernels.spec import ActScale, QuantSpec, WeightScale
 from dirotq.models.family import Site
+from dirotq.overrides import Override, override_of, parse_overrides
 
 Rounding = Literal["gptq", "nearest"]
 SMALLEST_GROUP = 16
@@ -35,6 +36,7 @@ class Method:
     ``act_bits``         4, 8 or 16; ``act_scale`` is ``token``, ``pow2`` or ``group``, or the
                          weights' FP4 format
     ``modulator_group``  W4A16 group of linears that see one row per image; null keeps them 16 bit
+    ``overrides``        exceptions by site (dirotq/overrides.py)
 
     Where a group does not divide a site's channels (SANA has sites of 5600), the site takes half of
     it, or half of that, down to 16: the plan tells which (:func:`fitting_group`). Groups of an FP4
@@ -57,6 +59,7 @@ class Method:
     act_scale: ActScale
     act_group: int
     modulator_group: int | None
+    overrides: Sequence[Mapping[str, Any]]
 
     def __post_init__(self) -> None:
         if self.rounding not in ("gptq", "nearest"):
@@ -67,16 +70,40 @@ class Method:
             raise ConfigError(
                 f"method.block={self.block} is not a power of two; use 1 (no Hadamard) ... 512"
             )
+        for index, override in enumerate(parse_overrides(self.overrides)):
+            if override.rank and not self.protect:
+                raise ConfigError(
+                    f"method.overrides[{index}].rank={override.rank}: method {self.name} protects "
+                    "no direction (method.protect=false); leave the rank out"
+                )
+
+    def override(self, site: Site) -> Override | None:
+        """What ``overrides`` say about one site, together."""
+        return override_of(parse_overrides(self.overrides), site)
+
+    def protects(self, site: Site) -> bool:
+        """Whether directions of the site's activation may stay in 16 bits."""
+        return self.protect and site.kind == "block"
 
     def spec(self, site: Site, rank: int) -> QuantSpec | None:
-        """Formats of one site; None for a modulator that stays in 16 bits.
+        """Formats of one site that protects ``rank`` directions; None if it stays in 16 bits.
+
+        An override's rank takes the place of ``rank``, and its activations in 8 bits one scale per
+        token that of power-of-two groups, which 8 bits can't have.
 
         Raises ConfigError naming the site, e.g. for a group no half of which divides its channels.
         """
         modulator = site.kind == "modulator"
         group = self.modulator_group if modulator else self.weight_group
-        if group is None:
+        override = self.override(site)
+        if group is None or (override is not None and override.keep is not None):
             return None
+        act_bits, act_scale = self.act_bits, self.act_scale
+        if override is not None:
+            rank = rank if override.rank is None else override.rank
+            if override.act_bits is not None:
+                act_bits = override.act_bits  # type: ignore[assignment]  # QuantSpec looks at it
+                act_scale = "token" if (act_bits, act_scale) == (8, "pow2") else act_scale
         # A dense rotation fills its last group with zero columns, so any group fits it.
         whole = self.transform == "dense" or self.weight_scale in FP4_GROUPS
         whole = whole and not modulator
@@ -93,8 +120,8 @@ class Method:
                 weight_bits=4,
                 weight_scale="group" if modulator else self.weight_scale,
                 weight_group=group if whole else fitting_group(group, site.dim),
-                act_bits=16 if modulator else self.act_bits,
-                act_scale="token" if modulator else self.act_scale,
+                act_bits=16 if modulator else act_bits,
+                act_scale="token" if modulator else act_scale,
                 act_group=self.act_group if whole else fitting_group(self.act_group, site.dim),
             )
         except ValueError as error:

@@ -71,6 +71,12 @@ def footprint(transformer: nn.Module) -> dict[str, int]:
     return total
 
 
+def packed_bits(site: Site, spec: QuantSpec) -> int:
+    """Bits of one site's packed linear, everything counted."""
+    packed = QuantLinear(spec, bias=site.bias, device="meta")
+    return 8 * sum(b.numel() * b.element_size() for b in packed.buffers())
+
+
 def effective_bits(skeleton: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> float:
     """Bits per original parameter of a transformer packed by this plan, everything counted.
 

@@ -6,11 +6,11 @@ Letters: T tokens of a site in one call for one prompt, D channels, N outputs, R
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from dirotq.cost import Machine
 from dirotq.kernels.second_moment import TILE, tiles
@@ -46,11 +46,19 @@ class Generation:
     disk: float
 
 
+class Ranks(Protocol):
+    """What chooses ranks, before it has seen an activation."""
+
+    def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
+        """The rank of each block site: what will be chosen, or an upper estimate of it."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """A model, how it is called, and how much of that a run asks for (conf: ``workload``).
 
-    ``rank``         directions protected per site, or None where the energy decides
+    ``ranks``        stage ``rank``: tells how many directions a site will protect, as far as known
     ``calibration``  prompts to capture; ``heldout`` prompts to validate on
     ``batch``        prompts per pipeline call; ``calls`` denoiser calls to record (per prompt)
     ``rows``         sampled rows per site
@@ -61,7 +69,7 @@ class Workload:
 
     model: DiffusersModel
     method: Method
-    rank: int | None
+    ranks: Ranks
     calibration: int
     heldout: int
     batch: int
@@ -258,13 +266,12 @@ class Workload:
 
     @cached_property
     def planned(self) -> list[tuple[Site, QuantSpec]]:
-        """Sites that will be packed; where the energy decides the rank, at all that is kept."""
-        kept = self.rank if self.rank is not None else self.method.leading
+        """Sites that will be packed, at the ranks that are expected."""
+        expected = self.ranks.expected(self.sites)
         found = []
         for site in self.sites:
-            most = site.dim // 4 if kept is None else min(kept, site.dim)
-            protects = self.method.protect and site.kind == "block"
-            spec = self.method.spec(site, most if protects else 0)
+            rank = expected[site.name] if self.method.protects(site) else 0
+            spec = self.method.spec(site, min(rank, site.dim))
             if spec is not None:
                 found.append((site, spec))
         return found

@@ -41,6 +41,9 @@ from dirotq.tensors import create_array, read_array, write_rows
 log = logging.getLogger(__name__)
 
 GOLDEN = 0.6180339887498949
+PROBES = 4
+"""Calls kept whole, from all over the prompts and timesteps: `fuse` proves the network on the first,
+`rank` measures on all of them."""
 SINGLE = "single-sweep"
 """Marks a replay in which one sweep takes all calls."""
 
@@ -60,7 +63,7 @@ class Capture:
 
     Writes ``moments.zarr`` (per site the block triangle of S in float32, or its rows where they are
     fewer; dirotq/moments.py), ``rows.zarr`` (bfloat16 [rows, D]), ``peaks.zarr`` (float32 [D], the
-    largest magnitude of each channel) and ``probe.*`` (one call).
+    largest magnitude of each channel) and ``probe.*`` (PROBES calls).
 
     Raises NumericalError naming the site whose activations are not finite or that saw no token.
     """
@@ -93,7 +96,7 @@ class Capture:
     def run(self, out: Path) -> Mapping[str, float]:
         device = pick_device(self.device)
         calls, prompts = self._record(out, device)
-        save_calls(out, "probe", calls[:1])
+        save_calls(out, "probe", [calls[i * len(calls) // PROBES] for i in range(PROBES)])
         sites = self.model.sites()
         tokens = self._replay(out, device, sites, calls)
         for folder in ("calls", "replayed"):

@@ -99,7 +99,7 @@ class Fuse:
         rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
         for suffix in ("safetensors", "json"):
             capture.file(f"probe.{suffix}")
-        [probe] = load_calls(capture.data, ["probe"])
+        probe, *_ = load_calls(capture.data, ["probe"])
         worst = {"layer_error": 0.0, "wp_rounding": 0.0}
 
         def fuse(entry: SitePlan) -> FusedLinear:

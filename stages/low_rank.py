@@ -140,8 +140,9 @@ class FitLowRank:
             smooth = _rounded(smoothing(peak_D, w_ND, self.alpha))
             return self._tensors(self._low_rank(w_ND, s_DD, smooth), smooth, self.alpha)
         assert self.rank is not None
-        spec = self.method.spec(site, self.rank if self.method.protect else 0)
-        assert spec is not None
+        spec = self.method.spec(site, self.rank)
+        if spec is None:  # an override keeps the site in 16 bits
+            return self._tensors(self._low_rank(w_ND, s_DD, None), None, None)
         kept: dict[float | None, dict[str, Tensor]] = {}
 
         def tried() -> Iterator[tuple[float | None, Rotation]]:

@@ -1,109 +1,127 @@
-"""How many directions each site protects: the plan."""
+"""How many directions each site protects: the plan, by one rule for all sites."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar
-
-from torch import Tensor
+from typing import Any, ClassVar
 
 from dirotq.cost import Cost, Machine
+from dirotq.device import pick_device
 from dirotq.errors import ConfigError
+from dirotq.models.call import load_calls
 from dirotq.models.family import Site
 from dirotq.models.source import DiffusersModel
-from dirotq.models.swap import effective_bits
 from dirotq.models.workload import Workload
+from dirotq.overrides import parse_worst
 from dirotq.pipeline.artifact import Artifact
-from dirotq.plan import Method, SitePlan, write_plan
-from dirotq.tensors import load_site, site_file
+from dirotq.pipeline.stage import untracked
+from dirotq.plan import Method
+from dirotq.planning import check_plan, make_plan, read_spectrum
+from dirotq.sensitivity import measuring_cost, site_errors
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChooseRank:
     """Choose r per block site, on the grid, once; every later stage only reads it.
 
-    ``r``       the same rank everywhere, or null
-    ``energy``  the smallest rank that holds this share of a site's variance, or null
-    ``grid``    ranks are multiples of this (the kernels' granularity)
+    ``r``         the same rank everywhere, or null
+    ``fraction``  the multiple of the grid nearest to this share of a site's channels, or null
+    ``energy``    the smallest rank that holds this share of a site's variance, or null
+    ``grid``      ranks are multiples of this (the kernels' granularity)
+    ``worst``     {count: k, keep: 16} or {count: k, act_bits: 8}: what the k sites do whose
+                  quantization alone, at these ranks, disturbs the denoiser most; or null
 
-    Exactly one of ``r`` and ``energy`` is set. Writes ``plan.json``.
+    Exactly one of ``r``, ``fraction`` and ``energy`` is set. Writes ``plan.json``, and
+    ``kept.json`` with the sites that stay in 16 bits. Ranks under a budget: stages/rank_budget.py.
 
-    Raises ConfigError for a rank off the grid or above a site's channels, or a method whose groups
-    don't divide them; :meth:`check` does so before anything runs.
+    Raises ConfigError for a rank off the grid or above a site's channels, a method whose groups
+    don't divide them, or an override that fits no site; :meth:`check` does so before anything runs.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
 
     model: DiffusersModel
     method: Method
     r: int | None
+    fraction: float | None
     energy: float | None
     grid: int
+    worst: Mapping[str, Any] | None
+    device: str = untracked()
 
     def __post_init__(self) -> None:
-        if (self.r is None) == (self.energy is None):
-            raise ConfigError(
-                f"rank.r={self.r} and rank.energy={self.energy}: set exactly one of them and leave "
-                "the other null"
-            )
+        rules = {name: getattr(self, name) for name in ("r", "fraction", "energy")}
+        if sum(value is not None for value in rules.values()) != 1:
+            said = ", ".join(f"rank.{name}={value}" for name, value in rules.items())
+            raise ConfigError(f"{said}: set exactly one of them and leave the others null")
         if self.r is not None and (self.r < 0 or self.r % self.grid):
             raise ConfigError(
                 f"rank.r={self.r} is not on the grid: use a multiple of {self.grid}, such as "
                 f"{max(round(self.r / self.grid), 1) * self.grid}"
             )
-        if self.energy is not None and not 0 <= self.energy < 1:
-            raise ConfigError(f"rank.energy={self.energy} is no share: use 0 <= energy < 1")
+        for name in ("fraction", "energy"):
+            share = rules[name]
+            if share is not None and not 0 <= share < 1:
+                raise ConfigError(f"rank.{name}={share} is no share: use 0 <= {name} < 1")
+        parse_worst(self.worst, self.method.act_bits)
 
     def check(self) -> None:
         """Everything about the plan that the shapes alone can refute."""
-        for site in self.model.sites():
-            self.method.spec(site, self.r if self._protects(site) and self.r else 0)
-        leading = self.method.leading
-        if leading is not None and self.r is not None and self.method.protect and self.r > leading:
+        sites = self.model.sites()
+        ranks = self.expected(sites)
+        check_plan(self.method, sites, self.grid, lambda site: ranks[site.name])
+        leading, most = self.method.leading, max(ranks.values())
+        if leading is not None and self.method.protect and most > leading:
+            rule = f"rank.r={self.r}" if self.fraction is None else f"rank.fraction={self.fraction}"
             raise ConfigError(
-                f"rank.r={self.r} exceeds method.leading={leading}, the eigenvectors that `basis` "
-                f"keeps per site: set method.leading={self.r} too"
+                f"{rule} asks for {most} directions and exceeds method.leading={leading}, the "
+                f"eigenvectors that `basis` keeps per site: set method.leading={most} too"
             )
 
-    def run(self, out: Path, *, basis: Artifact) -> Mapping[str, float]:
-        plan = []
-        for site in self.model.sites():
-            rank, why = 0, f"method {self.method.name} protects no direction"
-            if site.kind == "modulator":
-                why = "modulator: one row per image, so 16-bit activations cost nothing"
-            elif self._protects(site):
-                found = load_site(basis.file(f"sites/{site_file(site.name)}"))
-                rank, why = self._rank(site, found["variances"], found["energy"])
-            spec = self.method.spec(site, rank)
-            if spec is not None:
-                plan.append(
-                    SitePlan(site, spec, self.method.rounding, self.method.weight_clip, why)
-                )
-        write_plan(out / "plan.json", plan)
-        ranks = [entry.spec.rank for entry in plan if entry.site.kind == "block"]
-        return {
-            "mean_rank": sum(ranks) / max(len(ranks), 1),
-            "bits_per_parameter": effective_bits(
-                self.model.skeleton(), [(entry.site, entry.spec) for entry in plan]
-            ),
-        }
+    def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
+        """Rank of each block site; where the energy decides, all that may be chosen from."""
+        return {site.name: self._expected(site) for site in sites if site.kind == "block"}
+
+    def run(self, out: Path, *, capture: Artifact, basis: Artifact) -> Mapping[str, float]:
+        sites = self.model.sites()
+
+        def choose(site: Site) -> tuple[int, str]:
+            return self._rank(site, basis)
+
+        planned = make_plan(self.method, sites, choose)
+        if worst := parse_worst(self.worst, self.method.act_bits):
+            probes = load_calls(capture.data, ["probe"])
+            device = pick_device(self.device)
+            errors = site_errors(self.model, planned.blocks, basis, probes, device)
+            overrides = [*self.method.overrides, *worst.overrides(errors)]
+            planned = make_plan(replace(self.method, overrides=overrides), sites, choose)
+        planned.write(out)
+        return planned.metrics(self.model)
 
     def cost(self, work: Workload, machine: Machine) -> Cost:
-        """Reads what ``basis`` kept per site."""
+        """Reads what ``basis`` kept per site; with ``worst``, a forward per site."""
         kept = sum(4 * s.dim * min(self.method.leading or s.dim, s.dim) for s in work.block_sites)
         largest = 4 * work.widest * min(self.method.leading or work.widest, work.widest)
-        return Cost(seconds=kept / machine.read, disk=800 * len(work.sites),
-                    **machine.memory(0, largest))  # fmt: skip
+        reading = Cost(seconds=kept / machine.read, disk=800 * len(work.sites),
+                       **machine.memory(0, largest))  # fmt: skip
+        if self.worst is None:
+            return reading
+        measuring = measuring_cost(work, machine)
+        return replace(measuring, seconds=measuring.seconds + reading.seconds, disk=reading.disk)
 
-    def _protects(self, site: Site) -> bool:
-        return self.method.protect and site.kind == "block"
-
-    def _rank(self, site: Site, variances_L: Tensor, energy: Tensor) -> tuple[int, str]:
-        share_L = variances_L.flip(0).cumsum(0) / energy
+    def _expected(self, site: Site) -> int:
         if self.r is not None:
-            rank, mode = self.r, "fixed"
-        else:
-            assert self.energy is not None
+            return self.r
+        if self.fraction is not None:
+            return round(site.dim * self.fraction / self.grid) * self.grid
+        leading = self.method.leading
+        return site.dim // 4 if leading is None else min(leading, site.dim)
+
+    def _rank(self, site: Site, basis: Artifact) -> tuple[int, str]:
+        spectrum = read_spectrum(basis, site)
+        rank, mode = self._expected(site), "fixed" if self.fraction is None else "fraction"
+        if self.energy is not None:
+            share_L = spectrum.variances_L.cumsum(0) / spectrum.energy
             needed = int((share_L < self.energy).sum()) + 1
             rank, mode = min(-(-needed // self.grid) * self.grid, site.dim), "energy"
             if rank > len(share_L):
@@ -112,5 +130,4 @@ class ChooseRank:
                     f"{float(share_L[-1]):.1%} of the energy, rank.energy={self.energy:g} asks for "
                     f"more: raise method.leading (null keeps all {site.dim}) or ask for less"
                 )
-        held = float(share_L[rank - 1]) if rank else 0.0
-        return rank, f"{mode}: {rank} of {site.dim} directions hold {held:.1%} of the energy"
+        return rank, f"{mode}: {spectrum.told(rank, site)}"

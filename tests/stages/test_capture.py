@@ -146,9 +146,11 @@ def test_chosen_calls_cover_all_timesteps_and_both_branches_of_guidance():
     assert abs(sum(c % 2 for c in chosen) - 128) <= 16
 
 
-def test_the_probe_is_one_call_of_the_denoiser(capture, tmp_path):
+def test_the_probes_are_calls_of_the_denoiser_at_different_timesteps(capture, tmp_path):
     run_stage(capture, tmp_path)
-    [probe] = load_calls(tmp_path, ["probe"])
+    probe, *others = load_calls(tmp_path, ["probe"])
+    assert len(others) == module.PROBES - 1
+    assert len({float(call.kwargs["timestep"][0]) for call in (probe, *others)}) > 1
     transformer = capture.model.pipeline(torch.float32, torch.device("cpu")).transformer
     with torch.no_grad():
         out = transformer(*probe.args, **probe.kwargs, return_dict=False)[0]

@@ -4,32 +4,19 @@ import json
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
-from tiny_line import METHODS, method, publish, run, run_stage, stage
+from tiny_line import METHODS, method, run, run_stage, stage, with_spectra
 
 from dirotq.errors import ConfigError
+from dirotq.loading import load
 from dirotq.models.flux import FLUX
 from dirotq.models.swap import effective_bits
 from dirotq.plan import SitePlan, read_plan
 from dirotq.stages.rank import ChooseRank
-from dirotq.tensors import save_site
 
 
 @pytest.fixture(scope="session")
 def rank(line) -> ChooseRank:
     return stage(line(), "rank")
-
-
-def with_spectra(store, sites, variances):
-    """A basis artifact in which every block site has these variances, ascending."""
-
-    def write(data):
-        for site in sites:
-            if site.kind == "block":
-                found = torch.tensor(variances, dtype=torch.float64)
-                content = {"variances": found, "energy": found.sum().reshape(1)}
-                save_site(data / "sites", site.name, content)
-
-    return publish(store, "basis", write)
 
 
 @pytest.mark.parametrize(
@@ -38,8 +25,11 @@ def with_spectra(store, sites, variances):
         ({"r": 12}, r"rank\.r=12 is not on the grid: use a multiple of 8, such as (8|16)$"),
         ({"r": 3}, r"rank\.r=3 .* such as 8$"),
         ({"r": -8}, r"rank\.r=-8 is not on the grid"),
-        ({"energy": 0.5}, r"rank\.r=16 and rank\.energy=0\.5: set exactly one"),
-        ({"r": None}, r"rank\.r=None and rank\.energy=None: set exactly one"),
+        ({"energy": 0.5}, r"rank\.r=16, rank\.fraction=None, rank\.energy=0\.5: set exactly one"),
+        ({"r": None}, r"rank\.r=None, rank\.fraction=None, rank\.energy=None: set exactly one"),
+        ({"r": None, "fraction": 1.0}, r"rank\.fraction=1\.0 is no share: use 0 <= fraction < 1"),
+        ({"r": None, "fraction": -0.5}, r"rank\.fraction=-0\.5 is no share"),
+        ({"worst": {"count": 1}}, r"rank\.worst=\{'count': 1\} says no finer precision"),
         ({"r": None, "energy": 1.0}, r"rank\.energy=1\.0 is no share"),
         ({"r": None, "energy": -0.1}, r"rank\.energy=-0\.1 is no share"),
     ],
@@ -98,7 +88,7 @@ def test_the_plan_lists_every_site_in_order(finished, line, name):
 
 def test_modulators_that_stay_in_16_bits_are_not_in_the_plan(finished, rank, tmp_path):
     rank = dataclasses.replace(rank, method=dataclasses.replace(rank.method, modulator_group=None))
-    run_stage(rank, tmp_path, basis=finished["basis"])
+    run_stage(rank, tmp_path, capture=finished["capture"], basis=finished["basis"])
     plan = read_plan(tmp_path / "plan.json")
     assert {entry.site.kind for entry in plan} == {"block"}
 
@@ -114,18 +104,108 @@ def test_modulators_that_stay_in_16_bits_are_not_in_the_plan(finished, rank, tmp
     ],
 )
 def test_energy_takes_the_smallest_rank_on_the_grid_that_holds_it(
-    rank, store_root, tmp_path, energy, ranks
+    rank, finished, store_root, tmp_path, energy, ranks
 ):
     # Eight directions hold one half; the other 56 share the rest evenly.
     narrow = [s for s in rank.model.sites() if s.kind == "block"]
     spectrum = [0.5 / 56] * 56 + [0.5 / 8] * 8
-    basis = with_spectra(store_root, narrow, spectrum)
+    basis = with_spectra(store_root, {s.name: spectrum for s in narrow})
     chosen = dataclasses.replace(rank, r=None, energy=energy)
-    run_stage(chosen, tmp_path, basis=basis)
+    run_stage(chosen, tmp_path, capture=finished["capture"], basis=basis)
     plan = {e.site.name: e for e in read_plan(tmp_path / "plan.json")}
     got = {s.dim: plan[s.name].spec.rank for s in narrow if s.dim == 64}
     assert got == ranks
     assert "energy: " in plan[narrow[0].name].why
+
+
+@pytest.mark.parametrize(
+    ("fraction", "ranks"),
+    [
+        (0.0, {64: 0, 256: 0, 320: 0}),
+        (0.125, {64: 8, 256: 32, 320: 40}),
+        (0.07, {64: 8, 256: 16, 320: 24}),  # 4.5, 17.9 and 22.4
+    ],
+)
+def test_a_fraction_takes_the_nearest_multiple_of_the_grid(
+    rank, finished, tmp_path, fraction, ranks
+):
+    chosen = dataclasses.replace(rank, r=None, fraction=fraction)
+    chosen.check()
+    run_stage(chosen, tmp_path, capture=finished["capture"], basis=finished["basis"])
+    plan = [e for e in read_plan(tmp_path / "plan.json") if e.site.kind == "block"]
+    assert {entry.spec.dim: entry.spec.rank for entry in plan} == ranks
+    assert plan[0].why.startswith(f"fraction: {ranks[64]} of 64 directions hold")
+
+
+def test_check_refuses_a_fraction_above_what_basis_keeps(rank):
+    chosen = dataclasses.replace(rank, r=None, fraction=0.6)
+    with pytest.raises(
+        ConfigError, match=r"rank\.fraction=0\.6 asks for 192 .*set method\.leading=192"
+    ):
+        chosen.check()
+
+
+FF = "transformer_blocks.0.ff.net.2"
+
+
+def overridden(rank, *overrides):
+    changed = dataclasses.replace(rank.method, overrides=list(overrides))
+    return dataclasses.replace(rank, method=changed)
+
+
+def test_overrides_reach_the_plan_with_their_reason(rank, finished, tmp_path):
+    chosen = overridden(
+        rank,
+        {"sites": "*.attn.to_add_out", "keep": 16},
+        {"sites": FF, "act_bits": 8, "why": "noisy"},
+        {"sites": "single_transformer_blocks.*", "rank": 32},
+    )
+    chosen.check()
+    metrics = run_stage(chosen, tmp_path, capture=finished["capture"], basis=finished["basis"])
+    plan = {e.site.name: e for e in read_plan(tmp_path / "plan.json")}
+    assert "transformer_blocks.0.attn.to_add_out" not in plan
+    kept = json.loads((tmp_path / "kept.json").read_text())
+    assert kept == {"transformer_blocks.0.attn.to_add_out": "override *.attn.to_add_out: 16 bits"}
+    assert metrics["sites_kept"] == 1
+    assert (plan[FF].spec.act_bits, plan[FF].spec.act_scale, plan[FF].spec.rank) == (8, "token", 16)
+    assert plan[FF].why.startswith("fixed: 16 of 256 directions hold")
+    assert plan[FF].why.endswith("noisy: 8-bit activations")
+    assert plan["single_transformer_blocks.0.proj_out"].spec.rank == 32
+    assert plan["single_transformer_blocks.0.norm.linear"].spec.rank == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ({"sites": FF[:-1] + "3", "keep": 16}, rf"matches none.*the closest are {FF}"),
+        ({"sites": FF, "rank": 12}, "is not on the grid"),
+        ({"sites": FF, "rank": 192}, r"rank=192 exceeds method\.leading=128"),
+        ({"sites": "*.attn.qkv", "rank": 72}, r"transformer_blocks\.0\.attn\.qkv.*rank 72"),
+        ({"sites": "*", "keep": 16}, "nothing is left to quantize"),
+    ],
+)
+def test_check_refuses_overrides_that_do_not_fit(rank, override, message):
+    with pytest.raises(ConfigError, match=message):
+        overridden(rank, override).check()
+
+
+def test_a_packed_model_keeps_and_refines_what_overrides_say(line):
+    overrides = '[{sites: "*.attn.to_add_out", keep: 16}, {sites: "*.ff.net.2", act_bits: 8}]'
+    artifacts = run(line(f"method.overrides={overrides}", "until=pack"))
+    transformer = load(artifacts["pack"].path, device="cpu").transformer
+    assert transformer.get_submodule(FF).spec.act_bits == 8
+    kept = transformer.get_submodule("transformer_blocks.0.attn.to_add_out")
+    assert type(kept) is torch.nn.Linear
+    bits = {name: artifacts[name].metrics["bits_per_parameter"] for name in ("rank", "pack")}
+    assert bits["rank"] == bits["pack"]
+
+
+def test_the_worst_site_takes_finer_activations(rank, finished, tmp_path):
+    chosen = dataclasses.replace(rank, worst={"count": 1, "act_bits": 8})
+    run_stage(chosen, tmp_path, capture=finished["capture"], basis=finished["basis"])
+    finer = [e for e in read_plan(tmp_path / "plan.json") if e.spec.act_bits == 8]
+    assert len(finer) == 1
+    assert "; number 1 in measured error (" in finer[0].why
 
 
 def test_metrics(finished):

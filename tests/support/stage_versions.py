@@ -16,6 +16,8 @@ GOLDEN = ROOT / "tests" / "stages" / "versions.json"
 SOURCES = (
     "stages/**/*.py", "models/**/*.py", "kernels/*.py", "kernels/*/reference.py",
     "dirotq/plan.py", "dirotq/rotation.py", "dirotq/tensors.py", "dirotq/quantizer.py",
+    "dirotq/allocation.py", "dirotq/gate.py", "dirotq/nearest.py", "dirotq/overrides.py",
+    "dirotq/planning.py", "dirotq/prices.py", "dirotq/sensitivity.py",
 )  # fmt: skip
 
 

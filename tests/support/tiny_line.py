@@ -27,6 +27,7 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line, build, compose_config
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.plan import Method
+from dirotq.tensors import save_site
 
 CAPTIONS = ("a large red circle at the top left", "two small blue stars", "a green square", "dots")
 WIDTH = 64
@@ -125,19 +126,29 @@ def prompt_file(root: Path) -> Path:
 
 def method(name: str, **changes: Any) -> Method:
     """A method of the config tree (or ``groups``), with fields replaced."""
+    return dataclasses.replace(_method(name), **changes)
+
+
+@functools.cache
+def _method(name: str) -> Method:
     chosen = compose_config(_method_overrides(name), "dirotq.conf").method
-    return dataclasses.replace(instantiate(chosen), **changes)
+    made: Method = instantiate(chosen, _convert_="all")
+    return made
 
 
 def overrides(root: Path, store: Path, *more: str) -> list[str]:
-    """What ``dirotq compress`` would be told; ``method=groups`` is understood here only."""
+    """What ``dirotq compress`` would be told; ``method=groups`` is understood here only.
+
+    Of r = 16 nothing is said where another rank is chosen (``rank=budget``).
+    """
     file = prompt_file(root)
+    chosen = any(o.startswith("rank=") for o in more)
     return [
         f"model={model_folder(root)}",
         f"prompts.calibration.path={file}",
         f"prompts.heldout.path={file}",
         f"store={store}",
-        *LINE,
+        *(o for o in LINE if not (chosen and o.startswith("rank."))),
         *(o for o in more if not o.startswith("method=")),
         *(m for o in more if o.startswith("method=") for m in _method_overrides(o[7:])),
     ]
@@ -187,6 +198,18 @@ def with_moment(
         write_moment(group, site, len(s_DD), attributes["tokens"], total=total, rows=None)
 
     return publish(store, "capture", write)
+
+
+def with_spectra(store: Path, spectra: Mapping[str, list[float]]) -> Artifact:
+    """A basis artifact in which sites have these variances, ascending, and no vectors."""
+
+    def write(data: Path) -> None:
+        for site, variances in spectra.items():
+            found = torch.tensor(variances, dtype=torch.float64)
+            content = {"variances": found, "energy": found.sum().reshape(1)}
+            save_site(data / "sites", site, content)
+
+    return publish(store, "basis", write)
 
 
 def pack_moment(s_DD: Tensor) -> Tensor:

@@ -1,0 +1,299 @@
+"""How many directions each site protects: the plan, by water-filling under a budget."""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+
+from dirotq.allocation import water_fill
+from dirotq.cost import Cost, Machine
+from dirotq.device import pick_device
+from dirotq.errors import ConfigError
+from dirotq.gate import gate_cost, plans_psnr
+from dirotq.models.call import load_calls
+from dirotq.models.family import Site
+from dirotq.models.source import DiffusersModel
+from dirotq.models.workload import Workload
+from dirotq.overrides import parse_worst
+from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.stage import untracked
+from dirotq.plan import Method
+from dirotq.planning import Planned, Spectrum, check_plan, largest_rank, make_plan, read_spectrum
+from dirotq.prices import Prices, in_bits, in_forwards, refuse_unpriced
+from dirotq.prompts import PromptSet
+from dirotq.sensitivity import measuring_cost, site_errors
+from dirotq.statistics import difference_interval
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllocateRank:
+    """Spend a budget on directions where they remove most predicted error (docs/method.md M6).
+
+    ``bits``         bits per parameter to stay within, everything counted; or null
+    ``like``         the bits that this rank takes if every site has it; or null
+    ``overhead``     predicted FLOPs of the protected branches as a share of a 16-bit forward's; or
+                     null
+    ``grid``         ranks are multiples of this (the kernels' granularity)
+    ``sensitivity``  ``measured``: each site alone is quantized and the recorded call run;
+                     ``equal``: relative errors of all sites count alike
+    ``gate``         calibration prompts whose images decide between this plan and the uniform
+                     rank of the same budget; 0 leaves the comparison out
+    ``prompts``      where they come from; ``batch`` of them per pipeline call
+    ``worst``        as in stages/rank.py, measured at that uniform rank
+
+    Exactly one of ``bits``, ``like`` and ``overhead`` is set. Writes ``plan.json``, ``kept.json``
+    and ``allocation.json`` (per site: rank, sensitivity, energy left, at both plans).
+
+    Raises ConfigError for a budget that can't be met or can't be spent, or a method whose protected
+    branch does not project; :meth:`check` does so before anything runs.
+    """
+
+    version: ClassVar[str] = "1"
+
+    model: DiffusersModel
+    method: Method
+    prompts: PromptSet
+    bits: float | None
+    like: int | None
+    overhead: float | None
+    grid: int
+    sensitivity: Literal["measured", "equal"]
+    gate: int
+    batch: int
+    worst: Mapping[str, Any] | None
+    device: str = untracked()
+
+    def __post_init__(self) -> None:
+        budgets = {name: getattr(self, name) for name in ("bits", "like", "overhead")}
+        if sum(value is not None for value in budgets.values()) != 1:
+            said = ", ".join(f"rank.{name}={value}" for name, value in budgets.items())
+            raise ConfigError(f"{said}: set exactly one of them and leave the others null")
+        if self.like is not None and (self.like < 0 or self.like % self.grid):
+            raise ConfigError(
+                f"rank.like={self.like} is not on the grid: use a multiple of {self.grid}"
+            )
+        if self.sensitivity not in ("measured", "equal"):
+            raise ConfigError(
+                f"rank.sensitivity={self.sensitivity!r} is unknown; use 'measured' or 'equal'"
+            )
+        if self.gate < 0 or self.batch < 1:
+            raise ConfigError(
+                f"rank.gate={self.gate}, rank.batch={self.batch}: use at least 0 and 1"
+            )
+        parse_worst(self.worst, self.method.act_bits)
+        refuse_unpriced(self.method)
+
+    def check(self) -> None:
+        """Everything about the plan that shapes and prompts can refute."""
+        sites = self.model.sites()
+        check_plan(self.method, sites, self.grid, lambda s: largest_rank(self.method, s, self.grid))
+        leading = self.method.leading
+        if leading is not None and (self.like or 0) > leading:
+            raise ConfigError(
+                f"rank.like={self.like} exceeds method.leading={leading}, the eigenvectors that "
+                f"`basis` keeps per site: set method.leading={self.like} or more"
+            )
+        self._budget(self.method, sites)
+        if self.gate > (there := self.prompts.count):
+            raise ConfigError(
+                f"rank.gate={self.gate} asks for more prompts than calibrate ({there}): use less, "
+                "or raise prompts.calibration.count"
+            )
+
+    def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
+        """The uniform rank of the same budget."""
+        blocks = [site for site in sites if site.kind == "block"]
+        rank = self.like
+        if rank is None:
+            prices, limit = self._budget(self.method, sites)
+            rank = prices.largest_uniform(limit, self.grid)
+        return {s.name: min(rank, largest_rank(self.method, s, self.grid)) for s in blocks}
+
+    def run(self, out: Path, *, capture: Artifact, basis: Artifact) -> Mapping[str, float]:
+        device, method, sites = pick_device(self.device), self.method, self.model.sites()
+        spectra = {s.name: read_spectrum(basis, s) for s in sites if s.kind == "block"}
+        probes = load_calls(capture.data, ["probe"])
+
+        def errors_of(plan: Planned, names: set[str]) -> dict[str, float]:
+            lines = [line for line in plan.blocks if line.site.name in names]
+            return site_errors(self.model, lines, basis, probes, device)
+
+        def uniform_plan() -> Planned:
+            ranks = prices.uniform(prices.largest_uniform(limit, self.grid))
+            return _planned(method, sites, ranks, spectra, "uniform")
+
+        prices, limit = self._budget(method, sites)
+        uniform = uniform_plan()
+        errors: dict[str, float] = {}
+        if self.sensitivity == "measured" or self.worst is not None:
+            errors = errors_of(uniform, set(spectra))
+        if worst := parse_worst(self.worst, method.act_bits):
+            added = worst.overrides(errors)
+            method = replace(method, overrides=[*method.overrides, *added])
+            prices, limit = self._budget(method, sites)
+            uniform = uniform_plan()
+            errors |= errors_of(uniform, {entry["sites"] for entry in added})
+        ranks_before = {line.site.name: line.spec.rank for line in uniform.blocks}
+        gains = {
+            name: _sensitivity(spectra[name], ranks_before[name], errors.get(name))
+            if self.sensitivity == "measured"
+            else 1 / max(spectra[name].energy, 1e-300)
+            for name in prices.each
+        }
+        ranks = self._filled(prices, limit, spectra, gains)
+        left = {
+            what: {name: gains[name] * spectra[name].tail(chosen[name]) for name in gains}
+            for what, chosen in (("uniform", ranks_before), ("budget", ranks))
+        }
+        _write_allocation(out, ranks_before, ranks, gains, errors, left)
+        before, after = (sum(left[what].values()) for what in ("uniform", "budget"))
+        metrics = {
+            "uniform_rank": max(prices.uniform(prices.largest_uniform(limit, self.grid)).values()),
+            "budget_spent": prices.total(ranks) / limit,
+            "predicted_gain_db": _db(before, after),
+        }
+        if after < before:
+            budgeted = _planned(method, sites, ranks, spectra, "budget")
+            planned, judged = self._gated(budgeted, uniform, basis, device)
+        else:  # steps are coarse: what was too dear at the end can outweigh what was gained
+            log.warning("rank: fell back to the uniform rank: no gain is predicted for the budget")
+            planned = uniform.because("fell back: no gain is predicted for the budget plan")
+            judged = {"fell_back": 1}
+        planned.write(out)
+        return planned.metrics(self.model) | metrics | judged
+
+    def cost(self, work: Workload, machine: Machine) -> Cost:
+        """A forward per site where sensitivities are measured; images of the gate."""
+        parts = []
+        if self.sensitivity == "measured" or self.worst is not None:
+            parts.append(measuring_cost(work, machine))
+        if self.gate:
+            parts.append(gate_cost(work, machine, self.gate, self.batch, plans=2))
+        kept = sum(4 * s.dim * largest_rank(self.method, s, 1) for s in work.block_sites)
+        return Cost(
+            seconds=kept / machine.read + sum(part.seconds for part in parts),
+            vram=max((part.vram for part in parts), default=0.0),
+            ram=max((part.ram for part in parts), default=machine.memory(0)["ram"]),
+            disk=1200 * len(work.sites),
+            lower=", ".join(part.lower for part in parts),
+        )
+
+    def _budget(self, method: Method, sites: Sequence[Site]) -> tuple[Prices, float]:
+        """What directions cost under ``method``, and the limit in the setting's unit."""
+        if self.overhead is not None:
+            work = Workload(
+                model=self.model, method=method, ranks=self, calibration=1, heldout=1, batch=1,
+                calls=1, rows=1,
+            )  # fmt: skip
+            prices, limit = in_forwards(work, method, self.grid), self.overhead
+        else:
+            prices = in_bits(self.model, method, sites, self.grid)
+            limit = self.bits or 0.0
+        if self.like is not None:
+            return prices, prices.total(prices.uniform(self.like))
+        prices.check(limit, "rank.bits" if self.overhead is None else "rank.overhead")
+        return prices, limit
+
+    def _filled(
+        self,
+        prices: Prices,
+        limit: float,
+        spectra: Mapping[str, Spectrum],
+        gains: Mapping[str, float],
+    ) -> dict[str, int]:
+        names = list(prices.each)
+        steps, _ = water_fill(
+            [gains[n] * spectra[n].steps(self.grid, prices.most[n]) for n in names],
+            [self.grid * prices.each[n] for n in names],
+            # A budget that is a sum of prices must not be missed by its last bit.
+            prices.room(limit) * (1 + 1e-12),
+        )
+        return {name: self.grid * count for name, count in zip(names, steps, strict=True)}
+
+    def _gated(
+        self, budgeted: Planned, uniform: Planned, basis: Artifact, device: torch.device
+    ) -> tuple[Planned, dict[str, float]]:
+        """The plan whose images are nearer to the 16-bit ones, and how the two compare."""
+        if not self.gate:
+            log.info("rank: the budget plan was not compared with a uniform rank (rank.gate=0)")
+            return budgeted, {"fell_back": 0}
+        prompts = self.prompts.load()[: self.gate]
+        plans = [budgeted.lines, uniform.lines]
+        ours, theirs = plans_psnr(
+            self.model, plans, basis, prompts, batch=self.batch, device=device
+        )
+        gain = difference_interval(ours.tolist(), theirs.tolist())
+        said = (
+            f"{gain.mean:+.2f} dB [{gain.low:+.2f}, {gain.high:+.2f}] on {len(prompts)} "
+            "calibration prompts"
+        )
+        fell_back = not gain.mean > 0
+        if fell_back:
+            log.warning("rank: fell back to the uniform rank; the budget plan's images: %s", said)
+            planned = uniform.because(f"fell back: the budget plan was not better, {said}")
+        else:
+            log.info("rank: the budget plan stays; its images against a uniform rank's: %s", said)
+            planned = budgeted.because(f"better than uniform: {said}")
+        return planned, {
+            "gate_gain_db": gain.mean,
+            "gate_gain_low": gain.low,
+            "gate_gain_high": gain.high,
+            "gate_psnr": float(ours.mean()),
+            "gate_psnr_uniform": float(theirs.mean()),
+            "fell_back": int(fell_back),
+        }
+
+
+def _planned(
+    method: Method,
+    sites: Sequence[Site],
+    ranks: Mapping[str, int],
+    spectra: Mapping[str, Spectrum],
+    mode: str,
+) -> Planned:
+    def choose(site: Site) -> tuple[int, str]:
+        rank = ranks[site.name]
+        return rank, f"{mode}: {spectra[site.name].told(rank, site)}"
+
+    return make_plan(method, sites, choose)
+
+
+def _sensitivity(spectrum: Spectrum, rank: int, error: float | None) -> float:
+    """g: error of the network per unit of energy that the site's main branch quantizes."""
+    tail = spectrum.tail(rank)
+    return (error or 0.0) / tail if tail > 1e-12 * spectrum.energy else 0.0
+
+
+def _write_allocation(
+    out: Path,
+    uniform: Mapping[str, int],
+    ranks: Mapping[str, int],
+    gains: Mapping[str, float],
+    errors: Mapping[str, float],
+    left: Mapping[str, Mapping[str, float]],
+) -> None:
+    rows = [
+        {
+            "site": name,
+            "rank": ranks[name],
+            "uniform_rank": uniform[name],
+            "sensitivity": gain,
+            "error_alone": errors.get(name),
+            "predicted_error": left["budget"][name],
+            "predicted_error_uniform": left["uniform"][name],
+        }
+        for name, gain in gains.items()
+    ]
+    (out / "allocation.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _db(before: float, after: float) -> float:
+    """How many dB of error are predicted to go; 0 where there is none."""
+    ratio = torch.tensor([before, after], dtype=torch.float64).clamp_min(1e-300)
+    return float(10 * (ratio[0] / ratio[1]).log10())
