@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 GOLDEN = 0.6180339887498949
 PROBES = 4
-"""Calls kept whole, from all over the prompts and timesteps: `fuse` proves the network on the first,
+"""Calls kept whole, from all over prompts and timesteps: `fuse` proves the network on the first,
 `rank` measures on all of them."""
 SINGLE = "single-sweep"
 """Marks a replay in which one sweep takes all calls."""
