@@ -35,10 +35,12 @@ def role_loss(logits: Tensor, roles: Tensor) -> tuple[Tensor, Tensor]:
     """Mean cross entropy and accuracy over the color words of a batch, float32 scalars.
 
     logits  [B, 48, 3]
-    roles   int8 [B, 48], as `color_roles` labels them
+    roles   int8 [B, 48], as `color_roles` labels them; without any color word both are 0
     """
     labels = roles.long().flatten()
     guesses = logits.float().flatten(0, 1)
     colored = labels != NO_ROLE
-    accuracy = ((guesses.argmax(-1) == labels) & colored).sum() / colored.sum()
-    return F.cross_entropy(guesses, labels, ignore_index=NO_ROLE), accuracy
+    count = colored.sum().clamp(min=1)
+    accuracy = ((guesses.argmax(-1) == labels) & colored).sum() / count
+    total = F.cross_entropy(guesses, labels, ignore_index=NO_ROLE, reduction="sum")
+    return total / count, accuracy

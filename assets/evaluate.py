@@ -1,4 +1,4 @@
-"""Judge a tiny-flux folder: caption accuracy, a sample grid, how peaked its activations are."""
+"""Judge a trained pipeline: caption accuracy, a sample grid, how peaked its activations are."""
 
 import json
 import textwrap
@@ -8,28 +8,26 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from dirotq.assets.tiny_flux import build_scheduler
 from dirotq.models.attribute_reader import AttributeReader, caption_accuracy
 
-_SHIFTS = (1.0, 1.5, 2.0, 3.0)
 _COLUMNS, _ROWS = 6, 4
 _MARGIN, _CAPTION = 6, 60  # pixels around an image, and below it for its caption
 _LONGEST_LINE = 25  # characters
 
 
-def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> FluxPipeline:
+def load_pipeline(folder: Path, device: torch.device, dtype: torch.dtype) -> DiffusionPipeline:
     """The pipeline in `folder`, quiet, on `device`."""
-    pipeline = FluxPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
+    pipeline = DiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, local_files_only=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline.to(device)
 
 
 def generate(
-    pipeline: FluxPipeline,
+    pipeline: DiffusionPipeline,
     rows: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
     batch: int,
@@ -65,27 +63,38 @@ def judge(
     return report, images
 
 
-def accuracy_by_shift(
+def scan(
     folder: Path,
     reader: AttributeReader,
     rows: Sequence[Mapping[str, Any]],
+    name: str,
+    values: Sequence[float],
     *,
     device: torch.device,
     batch: int,
 ) -> dict[str, dict[str, float]]:
-    """Caption accuracy of the 16-bit pipeline for several static time shifts."""
+    """Caption accuracy of the 16-bit pipeline for several values of one setting.
+
+    name  of an entry of the scheduler's configuration, or else of an argument of the call
+    """
     pipeline = load_pipeline(folder, device, torch.bfloat16)
     settings = json.loads((folder / "generation.json").read_text())
     attributes = [row["attributes"] for row in rows]
     accuracy = {}
-    for shift in _SHIFTS:
-        pipeline.scheduler = build_scheduler(shift)
+    for value in values:
+        scheduler = pipeline.scheduler
+        if name in scheduler.config:
+            pipeline.scheduler = type(scheduler).from_config(scheduler.config, **{name: value})
+        else:
+            settings[name] = value
         images = generate(pipeline, rows, settings, batch)
-        accuracy[f"{shift:g}"] = caption_accuracy(reader, images, attributes)
+        accuracy[f"{value:g}"] = caption_accuracy(reader, images, attributes)
     return accuracy
 
 
-def kurtosis(pipeline: FluxPipeline, prompt: str, settings: Mapping[str, Any]) -> dict[str, float]:
+def kurtosis(
+    pipeline: DiffusionPipeline, prompt: str, settings: Mapping[str, Any]
+) -> dict[str, float]:
     """Kurtosis (3 = Gaussian) of the input of every linear in a block, over one image's steps."""
     moments: dict[str, list[Tensor]] = {}
     hooks = []

@@ -35,10 +35,10 @@ GENERATION = {
     "width": 128,
     "max_sequence_length": T5_LENGTH,
 }
-_T5_WIDTH = 192
+T5_WIDTH = 192
 _CLIP_WIDTH = 128
-_LATENT_CHANNELS = 4
-_MAX_SHARD = "8MB"
+LATENT_CHANNELS = 4
+MAX_SHARD = "8MB"
 _LETTER_SCORE = -20.0  # less likely than any word of the captions
 
 
@@ -91,7 +91,7 @@ def build_autoencoder() -> AutoencoderKL:
         out_channels=3,
         block_out_channels=(32, 48, 64),
         layers_per_block=1,
-        latent_channels=_LATENT_CHANNELS,
+        latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -127,9 +127,9 @@ def build_t5(tokenizer: T5Tokenizer) -> T5EncoderModel:
     return T5EncoderModel(
         T5Config(
             vocab_size=len(tokenizer),
-            d_model=_T5_WIDTH,
+            d_model=T5_WIDTH,
             d_kv=32,
-            d_ff=2 * _T5_WIDTH,
+            d_ff=2 * T5_WIDTH,
             num_layers=2,
             num_heads=6,
             feed_forward_proj="relu",
@@ -143,12 +143,12 @@ def build_transformer() -> FluxTransformer2DModel:
     """FLUX in small: 2 double and 4 single blocks of width 256, blocks start as the identity."""
     transformer = FluxTransformer2DModel(
         patch_size=1,
-        in_channels=4 * _LATENT_CHANNELS,
+        in_channels=4 * LATENT_CHANNELS,
         num_layers=2,
         num_single_layers=4,
         attention_head_dim=64,
         num_attention_heads=4,
-        joint_attention_dim=_T5_WIDTH,
+        joint_attention_dim=T5_WIDTH,
         pooled_projection_dim=_CLIP_WIDTH,
         guidance_embeds=False,
         axes_dims_rope=(16, 24, 24),
@@ -188,5 +188,5 @@ def save_pipeline(
         tokenizer_2=tokenizers[1],
         transformer=transformer,
     )
-    pipeline.to(torch.bfloat16).save_pretrained(folder, max_shard_size=_MAX_SHARD)
+    pipeline.to(torch.bfloat16).save_pretrained(folder, max_shard_size=MAX_SHARD)
     (folder / "generation.json").write_text(json.dumps(GENERATION, indent=2) + "\n")

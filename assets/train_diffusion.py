@@ -1,62 +1,21 @@
-"""Train tiny-flux's transformer and text encoders together, by flow matching on latents.
+"""Train a transformer and its text encoders together, by flow matching on latents.
 
 Beside it, T5 learns to tell the role of every color word (`color_roles.py` says why).
-
-B batch, N pool, T = 64 image tokens a side squared (256), C = 16 packed channels.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from dirotq.assets.color_roles import ROLES, role_loss
+from dirotq.assets.denoisers import Denoiser
 from dirotq.assets.schedule import set_rate, timed_steps
-from dirotq.assets.tiny_flux import T5_LENGTH, build_clip, build_t5, build_transformer
 from dirotq.assets.training_pool import Pool
 
 _ROLE_WEIGHT = 0.1  # of the role loss, beside the flow loss
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Denoiser:
-    """The three networks that are trained together."""
-
-    transformer: FluxTransformer2DModel
-    clip: CLIPTextModel
-    t5: T5EncoderModel
-
-    def modules(self) -> tuple[nn.Module, ...]:
-        return self.transformer, self.clip, self.t5
-
-    def parameters(self) -> list[Tensor]:
-        return [p for module in self.modules() for p in module.parameters()]
-
-
-def untrained(tokenizers: tuple[CLIPTokenizer, T5Tokenizer]) -> Denoiser:
-    """Transformer and text encoders with fresh weights, on the CPU."""
-    clip, t5 = build_clip(tokenizers[0]), build_t5(tokenizers[1])
-    return Denoiser(transformer=build_transformer(), clip=clip, t5=t5)
-
-
-def trained(folder: Path) -> Denoiser:
-    """The three networks of the diffusers pipeline in `folder`, on the CPU."""
-    return Denoiser(
-        transformer=FluxTransformer2DModel.from_pretrained(folder / "transformer"),
-        clip=CLIPTextModel.from_pretrained(folder / "text_encoder"),
-        t5=T5EncoderModel.from_pretrained(folder / "text_encoder_2"),
-    )
-
-
-def _pack(latents: Tensor) -> Tensor:
-    """FluxPipeline's packing: [B, 4, 32, 32] to tokens [B, T, C]."""
-    return FluxPipeline._pack_latents(latents, *latents.shape)
 
 
 def train_diffusion(
@@ -82,28 +41,16 @@ def train_diffusion(
     device = pool.latents.device
     # cuDNN's attention backward is known to crash at sequence lengths like ours.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    side = pool.latents.shape[-1] // 2
-    image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, device, torch.float32)
-    text_ids = torch.zeros(T5_LENGTH, 3, device=device)
-    transformer = denoiser.transformer
     role_head = nn.Linear(denoiser.t5.config.d_model, ROLES, device=device)  # only for training
 
     def losses(
-        clean: Tensor, noise: Tensor, time: Tensor, text: Tensor, pooled: Tensor, roles: Tensor
+        clean: Tensor, noise: Tensor, time: Tensor, conditions: tuple[Tensor, ...], roles: Tensor
     ) -> tuple[Tensor, Tensor]:
         """What to minimize, and to watch: [flow loss, role accuracy]."""
-        mixed = torch.lerp(clean, noise, time[:, None, None])
-        velocity = transformer(
-            hidden_states=mixed,
-            encoder_hidden_states=text,
-            pooled_projections=pooled,
-            timestep=time,
-            img_ids=image_ids,
-            txt_ids=text_ids,
-            return_dict=False,
-        )[0]
+        mixed = torch.lerp(clean, noise, time.view(-1, *[1] * (clean.ndim - 1)))
+        velocity = denoiser.velocity(mixed, time, *conditions)
         flow = F.mse_loss(velocity.float(), noise - clean)
-        role, accuracy = role_loss(role_head(text), roles)
+        role, accuracy = role_loss(role_head(conditions[0]), roles)
         return flow + _ROLE_WEIGHT * role, torch.stack([flow.detach(), accuracy])
 
     step_losses = torch.compile(losses, dynamic=False) if compiled else losses
@@ -128,13 +75,12 @@ def train_diffusion(
         if emphasis:
             ordered = pool.ordered[torch.randint(len(pool.ordered), (batch,), device=device)]
             chosen = torch.where(torch.rand(batch, device=device) < emphasis, ordered, chosen)
-        clean = _pack(pool.latents[chosen].float())
+        clean = denoiser.pack(pool.latents[chosen].float())
         noise = torch.randn_like(clean)
         time = torch.sigmoid(torch.randn(batch, device=device))
         with torch.autocast(device.type, torch.bfloat16):
-            text = denoiser.t5(pool.t5_ids[chosen])[0]
-            pooled = denoiser.clip(pool.clip_ids[chosen]).pooler_output
-            loss, watched = step_losses(clean, noise, time, text, pooled, pool.roles[chosen])
+            conditions, roles = denoiser.encode(pool, chosen)
+            loss, watched = step_losses(clean, noise, time, conditions, roles)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

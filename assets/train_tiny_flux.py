@@ -5,29 +5,30 @@ evaluation. Each is saved when it is done and skipped when its output exists.
 """
 
 import argparse
-import json
 import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-import transformers
 from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from dirotq.assets import evaluate
 from dirotq.assets.captions import captions_of, prompt_rows
+from dirotq.assets.denoisers import FluxDenoiser
 from dirotq.assets.make_prompts import CALIBRATION_SEED, HELDOUT_SEED
+from dirotq.assets.record import note, note_machine
 from dirotq.assets.scenes import sample_side
 from dirotq.assets.tiny_flux import save_pipeline, train_tokenizers
 from dirotq.assets.train_autoencoder import encode_pool, to_bytes, train_autoencoder
-from dirotq.assets.train_diffusion import train_diffusion, trained, untrained
+from dirotq.assets.train_diffusion import train_diffusion
 from dirotq.assets.train_reader import train_reader
 from dirotq.assets.training_pool import build_pool, captions_in_background, load_tokenizers
 from dirotq.models.attribute_reader import AttributeReader
+
+_SHIFTS = (1.0, 1.5, 2.0, 3.0)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -59,14 +60,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
-
-
-def note(folder: Path, **entries: Any) -> None:
-    """Merge entries into the training record, training.json; None removes one."""
-    path = folder / "training.json"
-    record = json.loads(path.read_text()) if path.exists() else {}
-    record = {k: v for k, v in (record | entries).items() if v is not None}
-    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def tokenizers_part(folder: Path, seed: int) -> tuple[CLIPTokenizer, T5Tokenizer]:
@@ -127,7 +120,7 @@ def diffusion_part(
     """Train transformer and text encoders, from `--init` or from nothing, and save the folder."""
     device = torch.device(arguments.device)
     continued = (folder / "transformer").exists()
-    denoiser = trained(folder) if continued else untrained(tokenizers)
+    denoiser = FluxDenoiser.trained(folder) if continued else FluxDenoiser.untrained(tokenizers)
     for module in denoiser.modules():
         module.to(device, torch.float32)
 
@@ -141,7 +134,7 @@ def diffusion_part(
     print(f"pool of {len(pool.latents)}: waited {time.perf_counter() - began:.0f} s", flush=True)
 
     def save() -> None:
-        copies = untrained(tokenizers)
+        copies = FluxDenoiser.untrained(tokenizers)
         for copy, module in zip(copies.modules(), denoiser.modules(), strict=True):
             copy.load_state_dict({k: v.cpu() for k, v in module.state_dict().items()})
         save_pipeline(
@@ -200,7 +193,7 @@ def evaluation_part(folder: Path, reader: AttributeReader, arguments: argparse.N
     evaluate.draw_grid(images, rows, folder / "samples.png")
     if arguments.scan_shifts:
         seen = prompt_rows(min(count, 256), heldout=False, seed=CALIBRATION_SEED)
-        scan = evaluate.accuracy_by_shift(folder, reader, seen, device=device, batch=batch)
+        scan = evaluate.scan(folder, reader, seen, "shift", _SHIFTS, device=device, batch=batch)
         note(folder, accuracy_by_shift_on_trained_side=scan)
         print("mean by shift", {k: scores["mean"] for k, scores in scan.items()}, flush=True)
 
@@ -233,12 +226,8 @@ def main() -> None:
         if train:
             diffusion_part(folder, tokenizers, autoencoder, arguments, chunks, started)
             clock("diffusion ready")
-    note(
-        folder,
-        versions={m.__name__: m.__version__ for m in (torch, transformers, diffusers)},
-        device=torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,
-        reader_parameters=sum(p.numel() for p in reader.parameters()),
-    )
+    note_machine(folder, torch.device(arguments.device))
+    note(folder, reader_parameters=sum(p.numel() for p in reader.parameters()))
     if arguments.eval_count:
         evaluation_part(folder, reader, arguments)
         clock("evaluated")

@@ -50,3 +50,9 @@ def test_only_color_words_count() -> None:
     loss, accuracy = role_loss(logits, roles)
     assert accuracy.item() == 0.75
     assert loss.item() == pytest.approx(50 / 4)
+
+
+def test_a_batch_without_color_words_has_no_loss() -> None:
+    roles = torch.full((2, 4), NO_ROLE, dtype=torch.int8)  # every caption dropped
+    loss, accuracy = role_loss(torch.randn(2, 4, 3), roles)
+    assert loss.item() == accuracy.item() == 0.0

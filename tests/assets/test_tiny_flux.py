@@ -10,6 +10,7 @@ from diffusers import FluxPipeline
 import dirotq.assets
 from dirotq.assets import evaluate
 from dirotq.assets.captions import captions_of
+from dirotq.assets.denoisers import FluxDenoiser
 from dirotq.assets.make_prompts import PROMPTS
 from dirotq.assets.scenes import sample_scenes
 from dirotq.assets.tiny_flux import (
@@ -20,7 +21,6 @@ from dirotq.assets.tiny_flux import (
     save_pipeline,
     train_tokenizers,
 )
-from dirotq.assets.train_diffusion import untrained
 from dirotq.assets.training_pool import tokenize
 from dirotq.models.attribute_reader import AttributeReader, caption_accuracy
 
@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, captions: list[str]) -> Pat
     folder = tmp_path_factory.mktemp("untrained")
     torch.manual_seed(0)
     tokenizers = train_tokenizers(captions)
-    networks = untrained(tokenizers)
+    networks = FluxDenoiser.untrained(tokenizers)
     save_pipeline(
         folder,
         tokenizers=tokenizers,

@@ -3,32 +3,49 @@
 import pytest
 import torch
 from torch import Tensor
+from transformers import CLIPTokenizer, T5Tokenizer
 
+from dirotq.assets import tiny_pixart
 from dirotq.assets import train_diffusion as module
 from dirotq.assets.captions import captions_of
 from dirotq.assets.color_roles import color_roles
+from dirotq.assets.denoisers import Denoiser, FluxDenoiser, PixArtDenoiser
 from dirotq.assets.scenes import sample_scenes
 from dirotq.assets.schedule import set_rate, timed_steps
-from dirotq.assets.tiny_flux import train_tokenizers
-from dirotq.assets.train_diffusion import swapped, train_diffusion, untrained
+from dirotq.assets.tiny_flux import build_t5, train_tokenizers
+from dirotq.assets.train_diffusion import swapped, train_diffusion
 from dirotq.assets.training_pool import Pool, tokenize
 
 
-def test_a_few_steps_train_every_network(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def tokenizers() -> tuple[CLIPTokenizer, T5Tokenizer]:
+    scenes = sample_scenes(300, torch.Generator().manual_seed(1))
+    return train_tokenizers(captions_of(scenes, seed=1))
+
+
+def denoiser_of(kind: str, tokenizers: tuple[CLIPTokenizer, T5Tokenizer]) -> Denoiser:
+    if kind == "flux":
+        return FluxDenoiser.untrained(tokenizers)
+    t5 = build_t5(tokenizers[1])
+    return PixArtDenoiser(transformer=tiny_pixart.build_transformer(), t5=t5, dropout=0.1)
+
+
+@pytest.mark.parametrize("kind", ["flux", "pixart"])
+def test_a_few_steps_train_every_network(
+    kind: str, tokenizers: tuple[CLIPTokenizer, T5Tokenizer], monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Six steps, whatever the clock says.
     monkeypatch.setattr(module, "timed_steps", lambda _: ((i, i / 6) for i in range(6)))
     torch.manual_seed(0)
-    scenes = sample_scenes(300, torch.Generator().manual_seed(1))
-    captions = captions_of(scenes, seed=1)
-    tokenizers = train_tokenizers(captions)
-    networks = untrained(tokenizers)
+    scenes = sample_scenes(4, torch.Generator().manual_seed(1))
+    networks = denoiser_of(kind, tokenizers)
     before = [p.detach().clone() for p in networks.parameters()]
-    clip_ids, t5_ids = tokenize(captions[:4], tokenizers)
+    clip_ids, t5_ids = tokenize(captions_of(scenes, seed=1), tokenizers)
     pool = Pool(
         latents=torch.randn(4, 4, 8, 8).bfloat16(),
         clip_ids=torch.from_numpy(clip_ids),
         t5_ids=torch.from_numpy(t5_ids),
-        roles=torch.from_numpy(color_roles(scenes[:4].numpy(), t5_ids, tokenizers[1])),
+        roles=torch.from_numpy(color_roles(scenes.numpy(), t5_ids, tokenizers[1])),
         ordered=torch.tensor([2]),
     )
     checkpoints: list[Tensor] = []
@@ -41,7 +58,7 @@ def test_a_few_steps_train_every_network(monkeypatch: pytest.MonkeyPatch) -> Non
         warmup=1,
         emphasis=0.5,
         compiled=False,
-        checkpoint=lambda: checkpoints.append(networks.transformer.proj_out.weight.clone()),
+        checkpoint=lambda: checkpoints.append(networks.parameters()[0].clone()),
         checkpoint_every=2,
     )
     assert report["steps"] == 6
@@ -49,7 +66,7 @@ def test_a_few_steps_train_every_network(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(checkpoints) == 1
     moved = [not torch.equal(a, b) for a, b in zip(before, networks.parameters(), strict=True)]
     assert sum(moved) / len(moved) > 0.9
-    assert not any(module.training for module in networks.modules())
+    assert not any(network.training for network in networks.modules())
 
 
 def test_swapped_restores_even_after_an_error() -> None:
