@@ -1,0 +1,63 @@
+"""How close an image is to the 16-bit model's image of the same prompt and noise."""
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import (
+    multiscale_structural_similarity_index_measure,
+    peak_signal_noise_ratio,
+    structural_similarity_index_measure,
+)
+
+BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+"""Weights of MS-SSIM's five scales (Wang, Simoncelli and Bovik 2003)."""
+WINDOW = 11
+"""Side of SSIM's Gaussian window."""
+PSNR_LIMIT = 104.1
+"""dB between equal images that were each rounded to 16 bits (dirotq/images.py)."""
+
+
+def fidelity(got: Tensor, want: Tensor) -> dict[str, list[float]]:
+    """PSNR (dB, at most ``PSNR_LIMIT``), SSIM and MS-SSIM of each pair of images.
+
+    got, want  float [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]; of a video, the score of its
+               frames together
+    """
+    found: dict[str, list[float]] = {"psnr": [], "ssim": [], "ms_ssim": []}
+    for pair in zip(got, want, strict=True):
+        a, b = (image.reshape(-1, *image.shape[-3:]) for image in pair)
+        found["psnr"].append(psnr(a, b))
+        found["ssim"].append(ssim(a, b))
+        found["ms_ssim"].append(ms_ssim(a, b))
+    return found
+
+
+def psnr(got: Tensor, want: Tensor) -> float:
+    """In dB for range 1, at most ``PSNR_LIMIT``: closer than that, storage can't tell."""
+    return min(float(peak_signal_noise_ratio(got, want, data_range=1.0)), PSNR_LIMIT)
+
+
+def ssim(got: Tensor, want: Tensor) -> float:
+    """SSIM of images [B, 3, H, W] in [0, 1], with a Gaussian window of 11 (Wang et al. 2004)."""
+    return float(structural_similarity_index_measure(got, want, data_range=1.0))
+
+
+def ms_ssim(got: Tensor, want: Tensor) -> float:
+    """MS-SSIM of images [B, 3, H, W] in [0, 1], on as many scales as they have room for.
+
+    torchmetrics wants sides of 176 pixels for five scales, 99 for four (so a 128-pixel image has
+    four) and 44 for three. The weights of the scales that are left are divided by their sum, so
+    that the exponents add up to 1 as all five do; scores of different scale counts don't compare.
+    """
+    if scales(min(got.shape[-2:])) == 1:
+        return ssim(got, want)
+    betas = torch.tensor(BETAS[: scales(min(got.shape[-2:]))], dtype=torch.float64)
+    weights = tuple((betas / betas.sum()).tolist())
+    return float(
+        multiscale_structural_similarity_index_measure(got, want, data_range=1.0, betas=weights)
+    )
+
+
+def scales(side: int) -> int:
+    """How many scales of MS-SSIM fit images whose shorter side is ``side`` pixels; 1 at least."""
+    fitting = (n for n in range(len(BETAS), 1, -1) if side // (n - 1) ** 2 > WINDOW - 1)
+    return next(fitting, 1)
