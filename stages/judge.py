@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dirotq.errors import ConfigError
-from dirotq.images import read_images
+from dirotq.images import has_images, read_images
 from dirotq.judging.answer import CRITERIA
 from dirotq.judging.answer_file import AnswerFile
 from dirotq.judging.asking import ask_all
@@ -163,6 +163,11 @@ class Judge:
             )
         }
         if self.control:
+            if not has_images(originals, "floor"):
+                raise ConfigError(
+                    f"{reference} holds each 16-bit image once, and judge.control=true compares "
+                    "two of them; use reference.floor=true, or judge.control=false to go without"
+                )
             found["control"] = Comparison(
                 {"reference": (originals, "original"), "candidate": (originals, "floor")},
                 {"reference": "16 bit", "candidate": "16 bit, made in other batches"},
@@ -201,7 +206,7 @@ def _headline(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
         for criterion in CRITERIA:
             for statistic in ("win_rate", "first_slot"):
                 if (share := comparison[criterion][statistic]) is not None:
-                    metrics[f"{prefix}{statistic}_{criterion}"] = share["value"]
+                    metrics[f"{prefix}{statistic}_{criterion}"] = share["mean"]
         requests = comparison["requests"]
         metrics[f"{prefix}unanswered"] = 1 - requests["answered"] / requests["asked"]
     return metrics

@@ -1,7 +1,7 @@
 """What answers say: outcomes of pairs, win rates, position bias, consistency, with intervals.
 
-One prompt is one observation: orders and repeats of it are not independent, so intervals come from
-resampling prompts (percentile bootstrap; Efron and Tibshirani 1993, chapter 13).
+One prompt is one observation: orders and repeats of it are not independent of each other, so every
+share is first one prompt's, then a mean over prompts, whose interval comes from resampling prompts.
 """
 
 from collections import defaultdict
@@ -10,16 +10,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-import numpy as np
-
 from dirotq.judging.answer import CRITERIA
 from dirotq.judging.asking import OUTCOMES
 from dirotq.judging.questions import SIDES, mark
-
-RESAMPLES = 10_000
-LEVEL = 0.95
-CHUNK = 1 << 21
-"""Resampled prompts held in memory at a time."""
+from dirotq.statistics import mean_interval, proportion_interval
 
 Row = Mapping[str, Any]
 
@@ -38,24 +32,18 @@ def pair_outcome(reference_first: float | None, candidate_first: float | None) -
     return {1.0: "win", 0.5: "tie", 0.0: "loss"}[reference_first]
 
 
-def ratio(part: Sequence[float], whole: Sequence[float]) -> dict[str, float] | None:
-    """sum(part) / sum(whole) over prompts, with its 95 % interval; None if the whole is nothing.
+def share(part: Sequence[float], whole: Sequence[float]) -> dict[str, float] | None:
+    """Mean over prompts of part / whole, 95 % interval and n, the prompts whose whole is not 0.
 
-    ``n`` counts the prompts that take part, those whose whole is something.
+    None without such a prompt. Where all prompts have the same share, resampling them says nothing
+    and the interval is Wilson's.
     """
-    parts, wholes = np.asarray(part, float), np.asarray(whole, float)
-    counted = wholes > 0
-    parts, wholes = parts[counted], wholes[counted]
-    if not (n := len(parts)):
+    shares = [p / w for p, w in zip(part, whole, strict=True) if w]
+    if not shares:
         return None
-    rng = np.random.default_rng(0)
-    drawn = []
-    for start in range(0, RESAMPLES, size := max(CHUNK // n, 1)):
-        picks = rng.integers(0, n, (min(size, RESAMPLES - start), n))
-        drawn.append(parts[picks].sum(1) / wholes[picks].sum(1))
-    low, high = np.quantile(np.concatenate(drawn), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    value = parts.sum() / wholes.sum()
-    return {"value": float(value), "low": float(low), "high": float(high), "n": n}
+    alike = min(shares) == max(shares)
+    found = proportion_interval(sum(shares), len(shares)) if alike else mean_interval(shares)
+    return found.as_dict() | {"n": len(shares)}
 
 
 def summarize(rows: Iterable[Row]) -> dict[str, Any]:
@@ -97,7 +85,7 @@ class _Tally:
     judged: int = 0  # pairs with both orders answered
     agreeing: int = 0
     wins: int = 0
-    losses: int = 0
+    decided: int = 0
     first_slot: int = 0  # decisive answers for image A
     decisive: int = 0
     repeats_alike: int = 0
@@ -118,17 +106,17 @@ def _criterion(rows: Sequence[Row], criterion: str) -> dict[str, Any]:
             tally.repeats_alike += sum(alike)
             tally.repeats += len(alike)
 
-    def share(part: str, whole: str) -> dict[str, float] | None:
-        found = tallies.values()
-        return ratio([getattr(t, part) for t in found], [getattr(t, whole) for t in found])
+    counts = tallies.values()
 
-    decided = [t.wins + t.losses for t in tallies.values()]
+    def of(part: str, whole: str) -> dict[str, float] | None:
+        return share([getattr(t, part) for t in counts], [getattr(t, whole) for t in counts])
+
     return {
-        "win_rate": share("marks", "judged"),
-        "decided_win_rate": ratio([t.wins for t in tallies.values()], decided),
-        "first_slot": share("first_slot", "decisive"),
-        "order_consistency": share("agreeing", "judged"),
-        "self_consistency": share("repeats_alike", "repeats"),
+        "win_rate": of("marks", "judged"),
+        "decided_win_rate": of("wins", "decided"),
+        "first_slot": of("first_slot", "decisive"),
+        "order_consistency": of("agreeing", "judged"),
+        "self_consistency": of("repeats_alike", "repeats"),
         "outcomes": outcomes,
     }
 
@@ -143,7 +131,7 @@ def _count(tally: _Tally, outcome: str, plain: float | None, swapped: float | No
     tally.judged += 1
     tally.agreeing += outcome != "inconsistent"
     tally.wins += outcome == "win"
-    tally.losses += outcome == "loss"
+    tally.decided += outcome in ("win", "loss")
     # Shown first, the reference is image A and has 1 - mark; the candidate has its mark.
     for first in (1 - plain, swapped):
         tally.decisive += first != 0.5

@@ -16,6 +16,7 @@ GOLDEN = ROOT / "tests" / "stages" / "versions.json"
 SOURCES = (
     "stages/**/*.py", "models/**/*.py", "kernels/*.py", "kernels/*/reference.py",
     "dirotq/plan.py", "dirotq/rotation.py", "dirotq/tensors.py", "dirotq/quantizer.py",
+    "dirotq/judging/*.py",
 )  # fmt: skip
 
 
