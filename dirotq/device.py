@@ -7,6 +7,8 @@ import torch
 
 from dirotq.errors import ConfigError
 
+DTYPES = ("auto", "float32", "bfloat16")
+
 
 def pick_device(name: str) -> torch.device:
     """``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -29,6 +31,26 @@ def pick_device(name: str) -> torch.device:
 def compute_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU, float32 on a CPU (where bf16 matrix products are several times slower)."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``float32`` or ``bfloat16``; ``auto`` is what :func:`compute_dtype` says of the device.
+
+    Raises ConfigError for any other name.
+    """
+    refuse_dtype(name)
+    return compute_dtype(device) if name == "auto" else getattr(torch, name)
+
+
+def refuse_dtype(name: str) -> None:
+    """Raise ConfigError unless :func:`choose_dtype` knows the name."""
+    if name not in DTYPES:
+        raise ConfigError(f"dtype={name} is unknown; use {', '.join(DTYPES)}")
+
+
+def device_name(device: torch.device) -> str:
+    """For people: the card's name, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def free_host_memory() -> int:

@@ -6,6 +6,7 @@ equal before, which takes 0.7 dB off a score of 48 dB. 1/65535 leaves the limit 
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,17 +27,30 @@ class ImageWriter:
     that it took are on disk, after it: they are NaN until then. A writer opened on what a killed
     run left goes on there.
 
-    ``device``  what makes the images, kept beside their times
+    ``device``, ``dtype``  what makes the images and in which precision, kept beside their times
+
+    Raises ArtifactError if images of that name were begun in another precision.
     """
 
-    def __init__(self, tree: Path, name: str, count: int, *, device: str = "") -> None:
+    def __init__(
+        self, tree: Path, name: str, count: int, *, device: str = "", dtype: str = ""
+    ) -> None:
         self.name, self.count = name, count
         self.group = zarr.open_group(tree, mode="a")
         if _seconds(name) not in self.group:
             self.group.create_array(
                 _seconds(name), shape=(count,), chunks=(1,), dtype="float64",
-                fill_value=float("nan"), attributes={"device": device},
+                fill_value=float("nan"), attributes={"devices": [device], "dtype": dtype},
             )  # fmt: skip
+        attributes = _array(self.group, _seconds(name)).attrs
+        devices = list(attributes["devices"])  # type: ignore[call-overload]
+        if attributes["dtype"] != dtype:
+            raise ArtifactError(
+                f"{tree}: the images {name!r} were begun in {attributes['dtype']}, this run "
+                f"computes in {dtype}; go on with dtype={attributes['dtype']}, or remove {tree}"
+            )
+        if device not in devices:
+            attributes["devices"] = [*devices, device]
 
     def missing(self, batch: int) -> list[range]:
         """The batches of up to ``batch`` images, in order, that are not wholly written."""
@@ -106,15 +120,28 @@ def read_seconds(tree: Path, name: str) -> Tensor:
     return torch.from_numpy(np.asarray(found[...]))
 
 
+def typical_seconds(tree: Path, name: str) -> float:
+    """The median of :func:`read_seconds`: an image that had to wait for a warm-up tells nothing."""
+    return float(read_seconds(tree, name).nanmedian())
+
+
 def made_on(tree: Path, name: str) -> str:
-    """The device that made the images, as the writer was told."""
-    found = _find(zarr.open_group(tree, mode="r"), tree, _seconds(name))
-    return str(found.attrs["device"])
+    """The device that made the images, as the writer was told; several, if a run moved on."""
+    return "; ".join(_attributes(tree, name)["devices"])
+
+
+def made_in(tree: Path, name: str) -> str:
+    """The dtype that the images were computed in, as the writer was told."""
+    return str(_attributes(tree, name)["dtype"])
 
 
 def has_images(tree: Path, name: str) -> bool:
     """Whether ``tree`` holds images of that name."""
     return name in zarr.open_group(tree, mode="r")
+
+
+def _attributes(tree: Path, name: str) -> dict[str, Any]:
+    return dict(_find(zarr.open_group(tree, mode="r"), tree, _seconds(name)).attrs)
 
 
 def _seconds(name: str) -> str:

@@ -1,7 +1,9 @@
 """The embedded model's judge: does an image show what its caption says?"""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +12,7 @@ from dirotq.digest import file_digest
 from dirotq.errors import ConfigError
 from dirotq.prompts import Prompt, resolve
 
-from .attribute_reader import AttributeReader, caption_accuracy
+from .attribute_reader import AttributeReader, caption_counts, total_accuracy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,15 +32,36 @@ class AttributeJudge:
             p.name: file_digest(p) for p in (folder / "config.json", folder / "model.safetensors")
         }
 
-    def accuracy(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, float]:
-        """Share of captioned attributes that images [B, 3, H, W] in [0, 1] show, by kind and mean.
+    def features(self, images: Tensor) -> Tensor:
+        """Features for FID and KID of images [B, 3, 128, 128] in [0, 1]: [B, F], on the CPU."""
+        return self._network().features(images)
+
+    def counts(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
+        """Captioned attributes that each image shows, and how many there are: {kind: [B, 2]}.
 
         Raises ConfigError if a prompt says nothing about its attributes.
         """
+        self.refuse_silent(prompts)
         attributes = [p.attributes for p in prompts if p.attributes is not None]
-        if len(attributes) < len(prompts):
+        return caption_counts(self._network(), images, attributes)
+
+    def totals(self, counts: Mapping[str, Tensor]) -> dict[str, float]:
+        """Shares over all images of what :meth:`counts` found, by kind, and their mean."""
+        return total_accuracy(counts)
+
+    def refuse_silent(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ConfigError if a prompt says nothing about its attributes."""
+        if silent := sum(p.attributes is None for p in prompts):
             raise ConfigError(
-                f"{len(prompts) - len(attributes)} of {len(prompts)} held-out prompts carry no "
-                "'attributes', which the attribute reader needs; set prompts.reader=null"
+                f"{silent} of {len(prompts)} held-out prompts carry no 'attributes', which the "
+                "attribute reader needs; set prompts.reader=null"
             )
-        return caption_accuracy(AttributeReader.load(resolve(self.path)), images, attributes)
+
+    def _network(self) -> AttributeReader:
+        return _load(resolve(self.path), *self.identity().values())
+
+
+@functools.lru_cache(maxsize=2)
+def _load(folder: Path, *digests: str) -> AttributeReader:
+    """``digests`` tell the content: images are judged batch by batch."""
+    return AttributeReader.load(folder)

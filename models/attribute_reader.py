@@ -134,7 +134,6 @@ class AttributeReader(nn.Module):
         return reader.eval().requires_grad_(False)
 
 
-@torch.no_grad()
 def caption_accuracy(
     reader: AttributeReader,
     images: Tensor,
@@ -146,9 +145,25 @@ def caption_accuracy(
 
     images      float, [B, 3, 128, 128] in [0, 1]
     attributes  what each caption says, as in the prompt files
-    returns     shape, color, size: of the captioned objects, at the captioned cell (an object
-                that isn't there counts as wrong); position: images with objects at exactly the
-                captioned cells; background: images with the right kind and colors; mean of all
+    returns     see :func:`total_accuracy`
+    """
+    return total_accuracy(caption_counts(reader, images, attributes, batch=batch))
+
+
+@torch.no_grad()
+def caption_counts(
+    reader: AttributeReader,
+    images: Tensor,
+    attributes: Sequence[Mapping[str, Any]],
+    *,
+    batch: int = 128,
+) -> dict[str, Tensor]:
+    """What each image shows of what its caption promises, and how much that is: {kind: [B, 2]}.
+
+    Arguments as of :func:`caption_accuracy`. Kinds are shape, color and size (of the captioned
+    objects, at the captioned cell; an object that isn't there counts as wrong), position (1 if
+    there are objects at exactly the captioned cells) and background (1 for the right kind and
+    colors); float64.
     """
     if len(images) != len(attributes):
         raise ArtifactError(
@@ -165,10 +180,18 @@ def caption_accuracy(
 
     there = target["shape"] > 0
     seen = read["shape"] > 0
-    names = ("shape", "color", "size")
-    right = {n: ((read[n] == target[n]) & seen)[there].double().mean().item() for n in names}
-    right["position"] = (there == seen).all(1).double().mean().item()
+    right: dict[str, Tensor] = {}
+    for name in ("shape", "color", "size"):
+        hits = (read[name] == target[name]) & seen & there
+        right[name] = torch.stack([hits.sum(1), there.sum(1)], 1)
     background = torch.stack([read[n] == target[n] for n in ("kind", "color_1", "color_2")])
-    right["background"] = background.all(0).double().mean().item()
-    right["mean"] = sum(right.values()) / len(right)
-    return right
+    for name, hit in (("position", (there == seen).all(1)), ("background", background.all(0))):
+        right[name] = torch.stack([hit, torch.ones_like(hit)], 1)
+    return {name: count.double() for name, count in right.items()}
+
+
+def total_accuracy(counts: Mapping[str, Tensor]) -> dict[str, float]:
+    """Shares over all images that :func:`caption_counts` looked at, by kind, and their mean."""
+    sums = {name: count.sum(0) for name, count in counts.items()}
+    right = {name: float(hits / promised) for name, (hits, promised) in sums.items()}
+    return right | {"mean": sum(right.values()) / len(right)}

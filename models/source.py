@@ -1,5 +1,6 @@
 """A diffusion pipeline on disk: what it is, how to load parts of it, how to call it."""
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from dirotq.digest import input_digests
 from dirotq.errors import ConfigError, NumericalError
+from dirotq.images import ImageWriter
 from dirotq.loading import open_pipeline
+from dirotq.progress import track
 from dirotq.prompts import Prompt
 
 from .discovered import discovered_sites
@@ -174,6 +177,23 @@ def generate(
             "the model itself overflows in this precision, or its weights are damaged"
         )
     return result
+
+
+def generate_all(
+    writer: ImageWriter,
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    call: Mapping[str, float | int],
+    batch: int,
+    what: str,
+) -> None:
+    """:func:`generate` whatever ``writer`` lacks, ``batch`` prompts at a time, each batch written
+    before the next one starts. ``what`` names the images in the progress line.
+    """
+    for span in track(writer.missing(batch), what):
+        began = time.perf_counter()
+        images = generate(pipe, prompts[span.start : span.stop], call)
+        writer.write(span.start, images, (time.perf_counter() - began) / len(span))
 
 
 def _images(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dirotq.cost import Machine
 from dirotq.kernels.second_moment import TILE, tiles
 from dirotq.kernels.spec import QuantSpec
 from dirotq.plan import Method
@@ -28,7 +29,21 @@ ALIVE = 4.2
 """Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
 DECODE = 0.03
 """FLOPs of an image decoder per parameter and pixel."""
+IMAGE_BYTES = 1.7
+"""Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
 TILE_BYTES = 4 * TILE**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What making images takes: seconds, and bytes beside the weights (``peak`` where it computes,
+    ``host`` in RAM, ``disk`` for the images).
+    """
+
+    seconds: float
+    peak: float
+    host: float
+    disk: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +189,34 @@ class Workload:
         """Bytes alive within a block, ``width`` bytes a number."""
         largest = max(self.tokens(s) * (s.dim + sum(s.rows)) for s in self.block_sites)
         return ALIVE * samples * width * largest
+
+    def width(self, machine: Machine, dtype: str) -> int:
+        """Bytes of a number where images are made: ``dtype`` as of dirotq.device.choose_dtype."""
+        return {"auto": machine.width, "float32": 4, "bfloat16": 2}[dtype]
+
+    def generation(
+        self, machine: Machine, batch: int, dtype: str, slower: float = 1.0
+    ) -> Generation:
+        """All held-out images, ``batch`` at a time.
+
+        slower  how many times longer a forward takes than the 16-bit model's
+        """
+        forward = machine.forward_seconds(
+            batch * self.guided * self.forward_flops, self.channels, len(self.by_block)
+        )
+        width = self.width(machine, dtype)
+        if machine.gpu and width == 4:
+            forward *= machine.network / machine.float32
+        decode = machine.forward_seconds(self.decoder_flops, self.channels, 0)
+        activations = self.activations(batch * self.guided, width)
+        picture = 3 * self.pixels
+        return Generation(
+            seconds=-(-self.heldout // batch) * self.steps * forward * slower
+            + self.heldout * (decode + IMAGE_BYTES * picture / machine.write),
+            peak=max(activations, batch * self.decoder_bytes * width / 2),
+            host=batch * picture * (4 + 8 + 2),  # as they came, in the writer's float64, rounded
+            disk=self.heldout * picture * IMAGE_BYTES,
+        )
 
     @property
     def state(self) -> int:

@@ -46,7 +46,9 @@ class Outcome:
 
 
 def order(wiring: Wiring, until: str | None = None) -> list[str]:
-    """Stage names in dependency order; with ``until``, only that stage and what it needs.
+    """Stage names in dependency order, as written where the wires leave a choice.
+
+    With ``until``, only that stage and what it needs.
 
     Raises ConfigError for a cycle, or for a name that is no stage of the wiring.
     """
@@ -55,9 +57,12 @@ def order(wiring: Wiring, until: str | None = None) -> list[str]:
             raise ConfigError(f"{name!r} is no stage of this pipeline; it has {', '.join(wiring)}")
     graph = {name: set(needs.values()) for name, needs in wiring.items()}
     try:
-        names = list(graphlib.TopologicalSorter(graph).static_order())
+        graphlib.TopologicalSorter(graph).prepare()
     except graphlib.CycleError as error:
         raise ConfigError(f"the pipeline has a cycle: {' -> '.join(error.args[1])}") from error
+    names: list[str] = []
+    while len(names) < len(graph):  # as written, where the wires allow it
+        names.append(next(n for n in graph if n not in names and graph[n] <= set(names)))
     if until is None:
         return names
     wanted = {until}

@@ -17,7 +17,6 @@ from dirotq.judging.answer_file import AnswerFile
 from dirotq.judging.asking import ask_all
 from dirotq.judging.backend import Backend, Pair
 from dirotq.judging.page import write_page
-from dirotq.judging.png import still
 from dirotq.judging.questions import Question, Side, questions
 from dirotq.judging.rubric import Rubric
 from dirotq.judging.statistics import summarize
@@ -25,6 +24,7 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.prompts import Prompt, PromptSet
+from dirotq.scoring import FLOOR, ORIGINAL, PACKED, stills
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class Comparison:
     def image(self, side: Side, index: int) -> Tensor:
         """[3, H, W] in [0, 1]; of a video, its middle frame."""
         tree, name = self.images[side]
-        return still(read_images(tree, name, [index])[0])
+        return stills(read_images(tree, name, [index]))[0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,11 +151,11 @@ class Judge:
 
     def _comparisons(self, reference: Artifact, validate: Artifact) -> dict[str, Comparison]:
         originals = reference.tree("images.zarr")
-        packed = (validate.tree("images.zarr"), "packed")
+        packed = (validate.tree("images.zarr"), PACKED)
         if self.against is None:
-            rival, label = (originals, "original"), "16 bit"
+            rival, label = (originals, ORIGINAL), "16 bit"
         else:
-            rival, label = (self._rival(self.against).tree("images.zarr"), "packed"), self.against
+            rival, label = (self._rival(self.against).tree("images.zarr"), PACKED), self.against
         found = {
             "packed": Comparison(
                 {"reference": rival, "candidate": packed},
@@ -163,13 +163,13 @@ class Judge:
             )
         }
         if self.control:
-            if not has_images(originals, "floor"):
+            if not has_images(originals, FLOOR):
                 raise ConfigError(
                     f"{reference} holds each 16-bit image once, and judge.control=true compares "
                     "two of them; use reference.floor=true, or judge.control=false to go without"
                 )
             found["control"] = Comparison(
-                {"reference": (originals, "original"), "candidate": (originals, "floor")},
+                {"reference": (originals, ORIGINAL), "candidate": (originals, FLOOR)},
                 {"reference": "16 bit", "candidate": "16 bit, made in other batches"},
             )
         return found

@@ -1,8 +1,7 @@
 """Quality, size and speed of exactly the folder that ``pack`` wrote, through the public loader."""
 
 import json
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -11,26 +10,35 @@ import torch
 import zarr
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torchmetrics.functional.image import (
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 from dirotq.cost import Cost, Machine
-from dirotq.device import compute_dtype, pick_device
-from dirotq.errors import ConfigError
+from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
+from dirotq.errors import ArtifactError, ConfigError
+from dirotq.images import (
+    ImageWriter,
+    has_images,
+    made_in,
+    made_on,
+    read_images,
+    read_seconds,
+    typical_seconds,
+)
 from dirotq.loading import load
+from dirotq.metrics import Metric
 from dirotq.models.attribute_judge import AttributeJudge
-from dirotq.models.source import DiffusersModel, generate
+from dirotq.models.source import DiffusersModel, generate_all
 from dirotq.models.swap import footprint
 from dirotq.models.workload import Workload
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.plan import SitePlan, read_plan
-from dirotq.progress import track
-from dirotq.prompts import Prompt, PromptSet, refuse_shared
+from dirotq.prompts import PromptSet, refuse_shared
 from dirotq.report import write_pairs, write_report
+from dirotq.scoring import FLOOR, ORIGINAL, PACKED, ImageSets, Scores, score, stills
 from dirotq.tensors import load_site, read_array, site_file
+
+SCORE_SECONDS = 1e-6
+"""Seconds per pixel to read three sets of images and compare them, on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,64 +46,90 @@ class Validate:
     """Compare the packed pipeline with the 16-bit one on held-out prompts.
 
     ``calibration``  the prompts that calibrated, none of which may be among ``prompts``
-    ``reader``  judge of captioned attributes, or None
-    ``batch``   prompts per pipeline call; each prompt has its own seed, so it changes no image
-                beyond rounding
-    ``pairs``   image pairs shown in the report
+    ``reader``   judge of captioned attributes, or None
+    ``learned``  metrics that need weights, by the name they have in the report (dirotq/metrics)
+    ``batch``    prompts per pipeline call; each prompt has its own seed, so it changes no image
+                 beyond rounding; one batch is the unit of resuming
+    ``pairs``    image pairs shown in the report
+    ``dtype``    of everything that isn't packed; has to be that of the reference images
 
-    Writes ``report.json`` (every number, per image and per site), ``report.html`` (one file,
-    nothing to fetch) and ``pairs.png``.
+    Writes ``images.zarr`` with the array ``packed`` (dirotq/images.py), ``report.json`` (every
+    number, per image and per site), ``report.html`` (one file, nothing to fetch) and ``pairs.png``.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
+    resumable: ClassVar[bool] = True
 
     model: DiffusersModel
     prompts: PromptSet
     calibration: PromptSet = untracked()  # noqa: RUF009 (a field without a default)
     reader: AttributeJudge | None
+    learned: Mapping[str, Metric]
     batch: int
     pairs: int
+    dtype: str
     device: str = untracked()
 
     def __post_init__(self) -> None:
+        refuse_dtype(self.dtype)
         if self.batch < 1 or self.pairs < 0:
             raise ConfigError(
                 f"validate.batch={self.batch}, validate.pairs={self.pairs}: use at least 1 and 0"
             )
 
     def check(self) -> None:
-        """Raise ConfigError before anything runs if a held-out prompt calibrates too."""
+        """Raise ConfigError before anything runs if a held-out prompt calibrates too, or a learned
+        metric lacks its package or weights.
+        """
         refuse_shared(self.calibration.load(), self.prompts.load())
+        for metric in self.learned.values():
+            metric.check()
 
     def run(
-        self, out: Path, *, capture: Artifact, basis: Artifact, rank: Artifact, pack: Artifact
+        self,
+        out: Path,
+        *,
+        capture: Artifact,
+        basis: Artifact,
+        rank: Artifact,
+        pack: Artifact,
+        reference: Artifact,
     ) -> Mapping[str, float]:
         device = pick_device(self.device)
-        prompts = self.prompts.load()
-        folder = pack.tree("model")
         plan = read_plan(rank.file("plan.json"))
+        sets = self._sets(out, reference)
+        tree, theirs = out / "images.zarr", reference.tree("images.zarr")
 
-        pipe = self.model.pipeline(compute_dtype(device), device)
-        want, want_seconds = self._images(pipe, prompts, "16-bit images")
-        parameters = sum(p.numel() for p in pipe.transformer.parameters())
-        del pipe
-        pipe = load(folder, device=str(device))
-        got, got_seconds = self._images(pipe, prompts, "packed images")
-
+        pipe = self._pipeline(pack, device, theirs)
+        self._generate(pipe, tree, device)
         sites = self._sites(pipe.transformer, plan, capture, device)
         size = footprint(pipe.transformer)
+        parameters = sum(p.numel() for p in self.model.skeleton().parameters())
+        del pipe
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+        prompts = self.prompts.load()
+        scores = score(sets, prompts, self.reader, self.learned, device)
         report = {
-            "images": _compare(prompts, want, got),
-            "attributes": self._attributes(prompts, want, got),
+            "images": scores.rows(prompts),
+            "scores": scores.table(),
+            "attributes": scores.attributes or None,
             "sites": sites,
             "bytes": size | {"total": sum(size.values()), "original": 2 * parameters},
             "bits_per_parameter": 8 * sum(size.values()) / parameters,
             "parameters": parameters,
-            "seconds_per_image": {"original": want_seconds, "packed": got_seconds},
-            "device": _device_name(device),
-            "inputs": {a.stage: str(a) for a in (capture, basis, rank, pack)},
+            "seconds_per_image": {
+                "original": typical_seconds(theirs, ORIGINAL),
+                "packed": typical_seconds(tree, PACKED),
+            },
+            "device": made_on(tree, PACKED),
+            "devices": {"original": made_on(theirs, ORIGINAL), "packed": made_on(tree, PACKED)},
+            "dtype": made_in(tree, PACKED),
+            "size": list(read_images(tree, PACKED, [0]).shape[-2:]),
+            "inputs": {a.stage: str(a) for a in (capture, basis, rank, pack, reference)},
         }
-        metrics = _headline(report)
+        metrics = _headline(report, scores)
         report["metrics"] = metrics
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         spectra = {
@@ -103,54 +137,59 @@ class Validate:
             for e in plan
             if e.site.kind == "block"
         }
-        shown = [_stills(images[: self.pairs]) for images in (want, got)]
+        few = slice(min(self.pairs, len(prompts)))
+        shown = [stills(read_images(*sets.places[name], few)) for name in (ORIGINAL, PACKED)]
         write_report(out / "report.html", report, spectra, *shown)
         if self.pairs:
             write_pairs(out / "pairs.png", *shown)
         return metrics
 
     def cost(self, work: Workload, machine: Machine) -> Cost:
-        """Held-out images from both pipelines, each wholly in memory."""
-        samples = self.batch * work.guided
-        forward = machine.forward_seconds(
-            samples * work.forward_flops, work.channels, len(work.by_block)
-        )
-        calls = -(-work.heldout // self.batch) * work.steps
+        """Held-out images from the packed pipeline, a batch at a time; their scores."""
         # On the reference path the weights are unpacked in every call.
-        packed = 1.0 if machine.gpu else 2.5
-        decode = machine.forward_seconds(work.decoder_flops, work.channels, 0) * work.heldout
-        weights = machine.width * work.parameters + work.components
-        peak = max(work.activations(samples, machine.width), self.batch * work.decoder_bytes)
-        pictures = 2 * work.heldout * 12 * work.pixels
+        kernels = machine.gpu and self.dtype != "float32"
+        made = work.generation(machine, self.batch, self.dtype, 1.0 if kernels else 2.5)
+        weights = work.width(machine, self.dtype) * work.parameters + work.components
+        scored = work.heldout * work.pixels * SCORE_SECONDS
         return Cost(
-            seconds=machine.start + calls * forward * (1 + packed) + 2 * decode
-            + (2 * weights + work.moments) / machine.load + 2 * len(work.planned) * machine.site,
-            disk=self.pairs * 6 * work.pixels + 1500 * len(work.planned),
+            seconds=machine.start + made.seconds + scored
+            + (weights + work.moments) / machine.load + 2 * len(work.planned) * machine.site,
+            disk=made.disk + self.pairs * 6 * work.pixels + 1500 * len(work.planned),
             lower="validate.batch=1, until=pack (which leaves it out)",
-            **machine.memory(weights + peak, pictures),
+            **machine.memory(weights + made.peak, max(made.host, 36 * self.batch * work.pixels)),
         )  # fmt: skip
 
-    def _images(self, pipe: Any, prompts: Sequence[Prompt], what: str) -> tuple[Tensor, float]:
-        """Images [B, 3, H, W] and mean seconds per image, the first batch left out if it can be."""
-        call = self.model.call_arguments()
-        images, seconds = [], []
-        for start in track(range(0, len(prompts), self.batch), what):
-            batch = prompts[start : start + self.batch]
-            began = time.perf_counter()
-            images.append(generate(pipe, batch, call))
-            seconds.append((time.perf_counter() - began) / len(batch))
-        timed = seconds[1:] or seconds
-        return torch.cat(images), sum(timed) / len(timed)
+    def _sets(self, out: Path, reference: Artifact) -> ImageSets:
+        """Where the images to compare are."""
+        theirs = reference.tree("images.zarr")
+        places = {PACKED: (out / "images.zarr", PACKED), ORIGINAL: (theirs, ORIGINAL)}
+        if (count := len(read_seconds(theirs, ORIGINAL))) != self.prompts.count:
+            raise ArtifactError(
+                f"{reference} holds {count} images, {self.prompts.count} are to be compared: give "
+                "reference.prompts and validate.prompts the same prompts"
+            )
+        if has_images(theirs, FLOOR):
+            places[FLOOR] = (theirs, FLOOR)
+        return ImageSets(places, self.prompts.count, self.batch)
 
-    def _attributes(
-        self, prompts: Sequence[Prompt], want: Tensor, got: Tensor
-    ) -> dict[str, dict[str, float]] | None:
-        if self.reader is None:
-            return None
-        return {
-            "original": self.reader.accuracy(want, prompts),
-            "packed": self.reader.accuracy(got, prompts),
-        }
+    def _pipeline(self, pack: Artifact, device: torch.device, theirs: Path) -> Any:
+        """The packed pipeline, in the precision that the 16-bit images were made in."""
+        dtype = choose_dtype(self.dtype, device)
+        made = made_in(theirs, ORIGINAL)
+        if made != _plain(dtype):
+            raise ArtifactError(
+                f"the 16-bit images were made in {made} ({made_on(theirs, ORIGINAL)}) and the "
+                f"packed ones would be made in {_plain(dtype)}: their difference would be that of "
+                f"the precisions too. Run with dtype={made}, or give both stages one device"
+            )
+        return load(pack.tree("model"), device=str(device), dtype=dtype)
+
+    def _generate(self, pipe: Any, tree: Path, device: torch.device) -> None:
+        prompts, call = self.prompts.load(), self.model.call_arguments()
+        name = "CPU, reference path" if device.type == "cpu" else device_name(device)
+        dtype = _plain(choose_dtype(self.dtype, device))
+        writer = ImageWriter(tree, PACKED, len(prompts), device=name, dtype=dtype)
+        generate_all(writer, pipe, prompts, call, self.batch, "packed images")
 
     def _sites(
         self, packed: nn.Module, plan: list[SitePlan], capture: Artifact, device: torch.device
@@ -180,45 +219,19 @@ class Validate:
         return found
 
 
-def _compare(prompts: Sequence[Prompt], want: Tensor, got: Tensor) -> list[dict[str, Any]]:
-    """PSNR (dB, range 1) and SSIM of each pair of images."""
-    psnr = _per_image(lambda a, b: peak_signal_noise_ratio(a, b, data_range=1.0), got, want)
-    ssim = _per_image(
-        lambda a, b: structural_similarity_index_measure(a, b, data_range=1.0), got, want
-    )
-    return [
-        {"prompt": p.text, "seed": p.seed, "psnr": a, "ssim": b}
-        for p, a, b in zip(prompts, psnr, ssim, strict=True)
-    ]
-
-
-def _per_image(score: Callable[[Tensor, Tensor], Any], got: Tensor, want: Tensor) -> list[float]:
-    """Of a video, the score of its frames together."""
-    pairs = zip(got, want, strict=True)
-    return [float(score(*(x.reshape(-1, *x.shape[-3:]) for x in pair))) for pair in pairs]
-
-
-def _stills(images: Tensor) -> Tensor:
-    """[B, 3, H, W]: the images, or each video's middle frame."""
-    return images[:, images.shape[1] // 2] if images.dim() == 5 else images
-
-
-def _headline(report: Mapping[str, Any]) -> dict[str, float]:
+def _headline(report: Mapping[str, Any], scores: Scores) -> dict[str, float]:
     """The scalars that a sweep compares."""
-    images, seconds = report["images"], report["seconds_per_image"]
+    seconds = report["seconds_per_image"]
     block = [site["sqnr_db"] for site in report["sites"] if site["kind"] == "block"]
-    metrics = {
-        "psnr": sum(i["psnr"] for i in images) / len(images),
-        "ssim": sum(i["ssim"] for i in images) / len(images),
+    metrics = scores.headline() | {
         "sqnr_db": sum(block) / len(block),
         "bits_per_parameter": report["bits_per_parameter"],
         "compression": report["bytes"]["original"] / report["bytes"]["total"],
         "seconds_per_image": seconds["packed"],
         "seconds_per_image_original": seconds["original"],
     }
-    if report["attributes"]:
-        metrics["attributes"] = report["attributes"]["packed"]["mean"]
-        metrics["attributes_original"] = report["attributes"]["original"]["mean"]
+    for name, shares in scores.attributes.items():
+        metrics["attributes" if name == PACKED else f"attributes_{name}"] = shares["mean"]
     return metrics
 
 
@@ -227,5 +240,5 @@ def _left(found: Mapping[str, Tensor]) -> Tensor:
     return 1 - found["variances"].flip(0).cumsum(0) / found["energy"]
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, reference path"
+def _plain(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -20,8 +20,8 @@ from dirotq.errors import ConfigError
 from dirotq.judging.answer import SCHEMA
 from dirotq.judging.backend import Correction, Pair, Reply, Unanswered
 from dirotq.judging.pacing import Pacer, retry_after
-from dirotq.judging.png import png_url
 from dirotq.judging.rubric import Rubric, Slot, Turn
+from dirotq.png import png_url
 
 if TYPE_CHECKING:
     from dirotq.judging.server import OpenAIServer

@@ -13,9 +13,9 @@ from dirotq.device import compute_dtype, pick_device
 from dirotq.digest import input_digests
 from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.judging.backend import Compare, Correction, Pair, Reply
-from dirotq.judging.png import picture
 from dirotq.judging.rubric import Rubric, Slot, Turn
 from dirotq.pipeline.stage import untracked
+from dirotq.png import picture
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,9 @@ import jinja2
 from torch import Tensor
 
 from dirotq.judging.answer import CRITERIA
-from dirotq.judging.png import png_url
 from dirotq.judging.questions import Side
 from dirotq.judging.statistics import PAIR_OUTCOMES, Row, pair_outcome, pairs
+from dirotq.png import png_url
 
 SHARES = {
     "win_rate": "win rate",

@@ -6,15 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from dirotq.errors import ConfigError
 from dirotq.judging.backend import Compare, Correction, Pair, Reply
 from dirotq.judging.rubric import Rubric
 from dirotq.models.attribute_judge import AttributeJudge
-from dirotq.models.attribute_reader import AttributeReader, caption_accuracy
-from dirotq.prompts import resolve
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +47,14 @@ class ReaderJudge:
 
     @contextmanager
     def open(self, rubric: Rubric, stop: threading.Event) -> Iterator[Compare]:
-        reader = AttributeReader.load(resolve(self._reader().path))
+        reader = self._reader()
+
+        def shown(pair: Pair, image: Tensor) -> float:
+            """Share of what the caption says that the image shows, mean over kinds."""
+            return reader.totals(reader.counts(image[None], [pair.prompt]))["mean"]
 
         def compare(pair: Pair, corrections: Sequence[Correction]) -> Reply:
-            first, second = (_shown(reader, pair, image) for image in (pair.first, pair.second))
+            first, second = shown(pair, pair.first), shown(pair, pair.second)
             verdict = "tie" if first == second else "A" if first > second else "B"
             reasons = f"A shows {first:.1%} of the captioned attributes, B {second:.1%}"
             answer = {
@@ -70,14 +71,3 @@ class ReaderJudge:
     def _reader(self) -> AttributeJudge:
         assert self.reader is not None
         return self.reader
-
-
-def _shown(reader: AttributeReader, pair: Pair, image: Tensor) -> float:
-    """Share of what the caption says that the image shows, mean over kinds of attributes."""
-    if pair.prompt.attributes is None:
-        raise ConfigError(
-            f"the prompt {pair.prompt.text!r} carries no 'attributes', which judge=attributes "
-            "needs; use judge=openai or judge=local"
-        )
-    right = caption_accuracy(reader, torch.stack([image]), [pair.prompt.attributes])
-    return right["mean"]

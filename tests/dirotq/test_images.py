@@ -6,7 +6,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dirotq.errors import ArtifactError
-from dirotq.images import ImageWriter, has_images, made_on, read_images, read_seconds
+from dirotq.images import (
+    ImageWriter,
+    has_images,
+    made_in,
+    made_on,
+    read_images,
+    read_seconds,
+    typical_seconds,
+)
 
 
 def _images(*shape, seed=0):
@@ -37,6 +45,20 @@ def test_steps_round_to_nearest_and_the_ends_are_exact(tmp_path, values):
     got = read_images(tmp_path, name)[0, 0, 0].double()
     assert all(abs(g - v) <= 0.5 / 65535 + 1e-7 for g, v in zip(got, values))
     assert all(g == v for g, v in zip(got, values) if v in (0.0, 1.0))
+
+
+def test_who_made_them_and_in_which_precision(tmp_path):
+    ImageWriter(tmp_path, "packed", 3, device="A", dtype="float32").write(
+        0, _images(2, 3, 4, 4), 9.0
+    )
+    moved = ImageWriter(tmp_path, "packed", 3, device="B", dtype="float32")
+    assert typical_seconds(tmp_path, "packed") == 9
+    moved.write(1, _images(2, 3, 4, 4), 2.0)
+    assert made_on(tmp_path, "packed") == "A; B"
+    assert made_in(tmp_path, "packed") == "float32"
+    assert typical_seconds(tmp_path, "packed") == 2
+    with pytest.raises(ArtifactError, match=r"begun in float32.*dtype=float32"):
+        ImageWriter(tmp_path, "packed", 3, device="B", dtype="bfloat16")
 
 
 def test_videos_and_chosen_indices_keep_their_order(tmp_path):

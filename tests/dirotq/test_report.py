@@ -30,11 +30,26 @@ def report() -> dict:
     return {
         "images": [{"prompt": PROMPT, "seed": 1, "psnr": 31.4, "ssim": 0.91}] * 2,
         "attributes": {"original": scores, "packed": scores},
+        "scores": {
+            "psnr": {
+                "packed": {"mean": 31.4, "low": 30.25, "high": 32.5},
+                "floor": {"mean": 61.5, "low": 60.0, "high": 63.0},
+            },
+            "clip": {
+                "packed": {"mean": 26.5, "low": 25.0, "high": 28.0},
+                "original": {"mean": 26.75, "low": 25.0, "high": 28.0},
+                "difference": {"mean": -0.25, "low": -0.5, "high": 0.00001},
+            },
+            "fid": {"packed": {"mean": 0.125}, "floor": {"mean": 0.0625}},
+        },
         "sites": [site("block.qkv", "block", 4), site("block.norm", "modulator", 0)],
         "bytes": {"codes": 4000, "scales": 100, "basis": 0, "total": 4100, "original": 16000},
         "bits_per_parameter": 4.1,
         "seconds_per_image": {"original": 1.0, "packed": 2.0},
         "device": "CPU, reference path",
+        "devices": {"packed": "CPU, reference path", "original": "some card"},
+        "dtype": "float32",
+        "size": [128, 128],
         "inputs": {"pack": "pack/0123456789abcdef"},
         "metrics": {
             "psnr": 31.4,
@@ -71,6 +86,22 @@ def test_pairs_and_their_magnified_difference(page):
     assert want.getpixel((3, 3)) == (128, 128, 128)
     assert got.getpixel((3, 3)) == (140, 140, 140)
     assert difference.getpixel((3, 3)) == (round(0.05 * DIFFERENCE_GAIN * 255),) * 3
+
+
+def test_scores_with_their_intervals_and_the_noise_floor(page):
+    html = page()
+    table = re.search(r"<h2>Scores</h2>\n<table>(.*?)</table>", html, re.DOTALL)[1]
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
+    plain = [[re.sub("<[^>]+>", "", cell) for cell in row] for row in rows]
+    assert plain == [
+        ["PSNR, dB", "31.40 [30.25, 32.50]", "61.50 [60.00, 63.00]", "", ""],
+        ["clip", "26.50 [25.00, 28.00]", "", "26.75 [25.00, 28.00]", "-0.2500 [-0.5000, 1.0e-05]"],
+        ["FID, attribute reader", "0.1250", "0.0625", "", ""],
+    ]
+    assert "noise floor" in html
+    assert "MS-SSIM on 4 scales" in html
+    assert "10,000 resamples" in html
+    assert "16 bit: some card" in html
 
 
 def test_prompts_are_text_and_not_markup(page):

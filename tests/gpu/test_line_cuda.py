@@ -32,7 +32,16 @@ def on_cuda(line, tiny_root):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_on_cuda(line, tiny_root, name):
     artifacts = run(line(f"method={name}", "device=cuda", f"store={tiny_root / 'cuda'}"))
-    assert list(artifacts) == ["capture", "basis", "rank", "gptq", "fuse", "pack", "validate"]
+    assert list(artifacts) == [
+        "capture",
+        "basis",
+        "rank",
+        "gptq",
+        "fuse",
+        "pack",
+        "reference",
+        "validate",
+    ]
     metrics = artifacts["validate"].metrics
     assert all(math.isfinite(value) for value in metrics.values())
     assert metrics["psnr"] > 25

@@ -1,6 +1,7 @@
 """The transformers backend on a random LLaVA of a few thousand parameters."""
 
 import dataclasses
+import re
 import threading
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dirotq.errors import ConfigError, UnsupportedError
-from dirotq.judging.backend import Correction
+from dirotq.judging.backend import Correction, Pair
 from dirotq.judging.local import LocalModel
 from dirotq.pipeline.stage import recipe
 
@@ -39,8 +40,7 @@ def folder(tmp_path_factory):
         chat_template=TEMPLATE,
         num_additional_image_tokens=1,
     )
-    size: dict = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
-    size["initializer_range"] = 1.0  # far from zero, so that what it sees decides what it says
+    size = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2}
     config = t.LlavaConfig(
         vision_config=t.CLIPVisionConfig(**size, num_hidden_layers=2, image_size=28, patch_size=14),
         text_config=t.LlamaConfig(
@@ -63,15 +63,30 @@ def judge(folder):
     return LocalModel(path=str(folder), temperature=0.0, max_tokens=6, device="cpu")
 
 
-def test_greedy_answers_repeat_and_see_both_images(judge, rubric, pair):
-    swapped = dataclasses.replace(pair, first=pair.second, second=pair.first)
+def test_the_model_is_given_the_conversation_and_both_images(judge, rubric, pair, monkeypatch):
+    from transformers import AutoProcessor, LlavaForConditionalGeneration
+
+    seen = []
+    generate = LlavaForConditionalGeneration.generate
+
+    def spy(self, **inputs):
+        seen.append(inputs)
+        return generate(self, **inputs)
+
+    monkeypatch.setattr(LlavaForConditionalGeneration, "generate", spy)
+    pair = Pair(pair.prompt, torch.zeros(3, 28, 28), torch.ones(3, 28, 28))
     with judge.open(rubric, threading.Event()) as compare:
-        first, again, other = (compare(p, []).text for p in (pair, pair, swapped))
-        corrected = compare(pair, [Correction("rubbish", "no JSON")]).text
-    assert first == again
-    assert first
-    assert "assistant" not in first  # the question is not part of the answer
-    assert len({first, other, corrected}) == 3
+        first, again = (compare(pair, []).text for _ in range(2))
+        compare(pair, [Correction("rubbish", "no JSON")])
+    assert first == again != ""  # greedy
+    assert "assistant" not in first  # the question is no part of the answer
+    dark, bright = seen[0]["pixel_values"].mean((1, 2, 3))
+    assert dark < 0 < bright
+    tokenizer = AutoProcessor.from_pretrained(judge.path).tokenizer
+    texts = [tokenizer.decode(inputs["input_ids"][0]) for inputs in seen]
+    assert re.search(r"a red square.*Image A:(<image>)+Image B:(<image>)+", texts[0], re.DOTALL)
+    assert "assistant: rubbish" in texts[2] and "no JSON" in texts[2]
+    assert seen[0]["max_new_tokens"] == 6
 
 
 def test_its_files_are_its_identity(judge, folder):

@@ -3,8 +3,9 @@ import torch
 
 from dirotq.errors import ConfigError
 from dirotq.models.attribute_judge import AttributeJudge
+from dirotq.models.attribute_reader import AttributeReader, caption_accuracy
 from dirotq.pipeline.stage import recipe
-from dirotq.prompts import Prompt
+from dirotq.prompts import Prompt, PromptSet, resolve
 
 
 def test_identity_is_content_not_place(tmp_path):
@@ -26,4 +27,20 @@ def test_a_folder_without_a_reader_says_how_to_go_without(tmp_path):
 def test_prompts_without_attributes(tmp_path):
     prompts = [Prompt("a star", 1, {"objects": []}), Prompt("a star", 2)]
     with pytest.raises(ConfigError, match="1 of 2 held-out prompts carry no 'attributes'"):
-        AttributeJudge(path=str(tmp_path)).accuracy(torch.zeros(2, 3, 8, 8), prompts)
+        AttributeJudge(path=str(tmp_path)).counts(torch.zeros(2, 3, 8, 8), prompts)
+
+
+def test_batches_add_up_to_the_whole():
+    judge = AttributeJudge(path="assets://attribute-reader")
+    prompts = PromptSet(path="assets://prompts/tiny_heldout.jsonl", start=0, count=6).load()
+    images = torch.rand(6, 3, 128, 128, generator=torch.Generator().manual_seed(0))
+    whole = judge.counts(images, prompts)
+    parts = [judge.counts(images[i : i + 2], prompts[i : i + 2]) for i in (0, 2, 4)]
+    for kind, count in whole.items():
+        assert count.shape == (6, 2)
+        assert (count[:, 0] <= count[:, 1]).all()
+        assert torch.equal(torch.cat([part[kind] for part in parts]), count)
+    reader = AttributeReader.load(resolve(judge.path))
+    attributes = [prompt.attributes for prompt in prompts]
+    assert judge.totals(whole) == caption_accuracy(reader, images, attributes)
+    torch.testing.assert_close(judge.features(images[:2]), reader.features(images)[:2])

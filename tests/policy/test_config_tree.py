@@ -11,7 +11,7 @@ from dirotq.errors import DirotqError
 from dirotq.pipeline import dag
 from dirotq.pipeline.config import build, compose_config
 
-STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "validate"]
+STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate"]
 
 
 def compose(*overrides):
@@ -23,7 +23,9 @@ def choices(root):
     conf = root / "conf"
     for path in sorted(conf.rglob("*.yaml")):
         *group, option = path.relative_to(conf).with_suffix("").parts
-        if group:
+        if group[:1] == ["experiment"]:
+            yield f"experiment={'/'.join([*group[1:], option])}"
+        elif group:
             yield f"{'/'.join(group)}={option}"
 
 
@@ -46,7 +48,7 @@ def is_stage(cls):
     return hasattr(cls, "version") and hasattr(cls, "run")
 
 
-def test_the_seven_stages_in_their_order():
+def test_the_stages_in_their_order():
     cfg = compose()
     wiring = OmegaConf.to_container(cfg.pipeline)
     assert dag.order(wiring) == STAGES
@@ -66,10 +68,12 @@ def test_slots_fit_the_wires(tmp_path):
 
 
 def test_every_choice_composes(choice, tmp_path):
-    overrides = [choice]
-    if choice == "model=local":
-        overrides.append(f"model.path={tmp_path}")
-    cfg = compose(*overrides)
+    needed = {
+        "model=local": [f"model.path={tmp_path}"],
+        "judge=local": [f"judge.backend.path={tmp_path}"],
+        "judge=openai": ["judge.backend.model=NAME"],
+    }
+    cfg = compose(choice, *needed.get(choice, []))
     assert not OmegaConf.missing_keys(cfg)
     OmegaConf.to_container(cfg, resolve=True)  # every interpolation leads somewhere
 
@@ -106,3 +110,16 @@ def test_the_default_line_plans(store_root):
     assert [step.name for step in line.steps] == STAGES
     assert line.store.root == store_root
     assert not store_root.exists()
+
+
+def test_the_judged_line_plans(tmp_path):
+    openai = ["judge=openai", "judge.backend.model=NAME"]
+    local = ["judge=local", f"judge.backend.path={tmp_path}"]
+    (tmp_path / "config.json").write_text("{}")
+    keys = set()
+    for judge in ([], openai, local):
+        line = build(compose("pipeline=judged", *judge))
+        assert [step.name for step in line.steps] == [*STAGES, "judge"]
+        keys.add(line.steps[-1].fingerprint)
+        assert line.steps[:-1] == build(compose()).steps
+    assert len(keys) == 3

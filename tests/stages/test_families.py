@@ -20,7 +20,7 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line, build, compose_config
 from dirotq.plan import read_plan
 
-STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "validate"]
+STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate"]
 SHAPES = ("circle", "star", "square", "line", "cross", "ring", "dot", "arc")
 
 

@@ -2,19 +2,19 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_line import run_stage, stage
+from tiny_line import publish, run_stage, stage
 
 import dirotq
-from dirotq.errors import ConfigError
+from dirotq.errors import ArtifactError, ConfigError
+from dirotq.images import read_images
+from dirotq.models import source
 from dirotq.models.source import generate
-from dirotq.prompts import Prompt
-from dirotq.stages import validate as module
-from dirotq.stages.validate import Validate, _compare
+from dirotq.stages.validate import Validate
 
 
 @pytest.fixture(scope="session")
@@ -24,7 +24,7 @@ def validate(line) -> Validate:
 
 @pytest.fixture(scope="session")
 def inputs(finished):
-    return {name: finished[name] for name in ("capture", "basis", "rank", "pack")}
+    return {name: finished[name] for name in ("capture", "basis", "rank", "pack", "reference")}
 
 
 @pytest.fixture(scope="session")
@@ -33,17 +33,56 @@ def report(finished) -> dict:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MeanJudge:
-    """Judges an image by its mean, so that the two pipelines get different marks."""
+class MeanReader:
+    """Reads an image's mean, so that the two pipelines get different marks."""
 
-    def accuracy(self, images, prompts):
+    def features(self, images):
+        return torch.stack([images.mean((1, 2, 3)), images.std((1, 2, 3))], 1)
+
+    def counts(self, images, prompts):
         assert len(images) == len(prompts)
-        return {"mean": float(images.double().mean()), "count": float(len(prompts))}
+        mean = images.double().mean((1, 2, 3))
+        return {"brightness": torch.stack([mean, torch.ones_like(mean)], 1)}
+
+    def totals(self, counts):
+        return {
+            "count": float(len(counts["brightness"])),
+            "mean": counts["brightness"][:, 0].mean().item(),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Brightness:
+    """A learned metric of one image, without anything learned."""
+
+    paired: bool
+    whole: bool = False
+
+    def check(self):
+        pass
+
+    def open(self, device):
+        return _Meter(self)
+
+
+class _Meter:
+    def __init__(self, metric):
+        self.metric, self.values = metric, []
+
+    def update(self, images, prompts, original):
+        assert len(images) == len(prompts) == len(original)
+        base = original if self.metric.paired else torch.zeros_like(images)
+        self.values += (images - base).mean((1, 2, 3)).tolist()
+
+    def compute(self):
+        values, self.values = self.values, []
+        return sum(values) / len(values) if self.metric.whole else values
 
 
 def test_report_has_every_number(report, finished):
     assert report.keys() == {
         "images",
+        "scores",
         "attributes",
         "sites",
         "bytes",
@@ -51,6 +90,9 @@ def test_report_has_every_number(report, finished):
         "parameters",
         "seconds_per_image",
         "device",
+        "devices",
+        "dtype",
+        "size",
         "inputs",
         "metrics",
     }
@@ -71,9 +113,16 @@ def test_metrics_are_finite_and_sane(finished):
 
 
 def test_headline_is_the_mean_of_the_images(report):
-    for name in ("psnr", "ssim"):
-        values = [image[name] for image in report["images"]]
-        assert report["metrics"][name] == pytest.approx(sum(values) / len(values))
+    for name in ("psnr", "ssim", "ms_ssim"):
+        for metric, rows in (
+            (name, report["images"]),
+            (f"{name}_floor", [image["floor"] for image in report["images"]]),
+        ):
+            values = [image[name] for image in rows]
+            assert report["metrics"][metric] == pytest.approx(sum(values) / len(values))
+            line = report["scores"][name]["packed" if metric == name else "floor"]
+            assert line["low"] <= report["metrics"][metric] == line["mean"] <= line["high"]
+            assert (line["low"], line["high"]) == pytest.approx((min(values), max(values)))
     block = [s["sqnr_db"] for s in report["sites"] if s["kind"] == "block"]
     assert report["metrics"]["sqnr_db"] == pytest.approx(sum(block) / len(block))
 
@@ -117,48 +166,115 @@ def test_report_html_is_one_file_that_fetches_nothing(finished, report):
         assert site["site"] in html
 
 
-def test_a_judge_sees_both_sets_of_images(validate, inputs, tmp_path):
-    judged = dataclasses.replace(validate, reader=MeanJudge(), pairs=0)
+def test_a_reader_sees_all_three_sets(validate, inputs, tmp_path):
+    judged = dataclasses.replace(validate, reader=MeanReader(), pairs=0)
     metrics = run_stage(judged, tmp_path, **inputs)
-    scores = json.loads((tmp_path / "report.json").read_text())["attributes"]
-    assert scores["original"]["count"] == scores["packed"]["count"] == 2
-    assert scores["original"]["mean"] != scores["packed"]["mean"]
-    assert metrics["attributes"] == scores["packed"]["mean"]
-    assert metrics["attributes_original"] == scores["original"]["mean"]
+    report = json.loads((tmp_path / "report.json").read_text())
+    attributes, captioned = report["attributes"], report["scores"]["captioned"]
+    assert set(attributes) == set(captioned) - {"difference"} == {"original", "floor", "packed"}
+    assert {a["count"] for a in attributes.values()} == {2.0}
+    assert attributes["original"]["mean"] != attributes["packed"]["mean"]
+    for name in attributes:
+        key = "attributes" if name == "packed" else f"attributes_{name}"
+        assert metrics[key] == attributes[name]["mean"]
+        assert captioned[name]["mean"] == pytest.approx(attributes[name]["mean"])
+    apart = attributes["packed"]["mean"] - attributes["original"]["mean"]
+    assert captioned["difference"]["mean"] == pytest.approx(apart)
+    assert report["images"][1]["original"]["captioned"] != report["images"][1]["captioned"]
+    for name in ("fid", "kid"):
+        assert set(report["scores"][name]) == {"packed", "floor"}
+        assert set(report["scores"][name]["packed"]) == {"mean"}
+        assert metrics[name] == report["scores"][name]["packed"]["mean"]
+    assert metrics["fid"] > metrics["fid_floor"] >= 0
     html = (tmp_path / "report.html").read_text()
     assert "Captioned attributes" in html
+    assert "FID, attribute reader" in html
     assert "data:image" not in html
 
 
-def test_batches_change_no_image_beyond_rounding(validate, inputs, tmp_path, report):
+def test_learned_metrics_score_the_sets_that_they_can(validate, inputs, tmp_path):
+    learned = {
+        "light": Brightness(paired=False),
+        "shift": Brightness(paired=True),
+        "mood": Brightness(paired=False, whole=True),
+    }
+    run_stage(dataclasses.replace(validate, learned=learned, batch=1), tmp_path, **inputs)
+    report = json.loads((tmp_path / "report.json").read_text())
+    scores = report["scores"]
+    assert set(scores["light"]) == {"packed", "floor", "original", "difference"}
+    assert set(scores["shift"]) == {"packed", "floor"}
+    assert set(scores["mood"]) == {"packed", "floor", "original"}
+    assert scores["mood"]["packed"] == {"mean": pytest.approx(scores["light"]["packed"]["mean"])}
+    assert scores["shift"]["packed"]["mean"] == pytest.approx(
+        scores["light"]["difference"]["mean"], abs=1e-6
+    )
+    packed = read_images(tmp_path / "images.zarr", "packed").mean((1, 2, 3))
+    assert [image["light"] for image in report["images"]] == pytest.approx(packed.tolist())
+    assert "<td>light</td>" in (tmp_path / "report.html").read_text()
+
+
+def test_a_learned_metric_that_cannot_be_is_refused_before_anything_runs(validate):
+    class Absent:
+        def check(self):
+            raise ConfigError("no such weights")
+
+    with pytest.raises(ConfigError, match="no such weights"):
+        dataclasses.replace(validate, learned={"absent": Absent()}).check()
+
+
+def test_without_a_floor(validate, inputs, line, tmp_path):
+    bare = run_stage(stage(line("reference.floor=false"), "reference"), tmp_path / "reference")
+    assert bare["images"] == 2
+    reference = publish(tmp_path / "store", "reference", lambda data: shutil.copytree(
+        tmp_path / "reference", data, dirs_exist_ok=True
+    ))  # fmt: skip
+    metrics = run_stage(validate, tmp_path / "out", **inputs | {"reference": reference})
+    assert not [name for name in metrics if name.endswith("_floor")]
+    assert "noise floor" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_images_stay_and_an_interrupted_run_goes_on(
+    validate, inputs, tmp_path, monkeypatch, report
+):
     single = dataclasses.replace(validate, batch=1)
+    made = []
+
+    def stop_after_one(pipe, prompts, call):
+        if made:
+            raise KeyboardInterrupt
+        made.append(prompts[0].seed)
+        return generate(pipe, prompts, call)
+
+    monkeypatch.setattr(source, "generate", stop_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(single, tmp_path, **inputs)
+    monkeypatch.setattr(
+        source, "generate", lambda *args: made.append(args[1][0].seed) or generate(*args)
+    )
     run_stage(single, tmp_path, **inputs)
+    assert made == [106, 107]
     alone = json.loads((tmp_path / "report.json").read_text())["images"]
     for a, b in zip(alone, report["images"], strict=True):
-        assert a["psnr"] == pytest.approx(b["psnr"], abs=1.5)
+        assert a["psnr"] == pytest.approx(
+            b["psnr"], abs=1.5
+        )  # batches change no more than rounding
 
 
-def test_psnr_and_ssim_by_hand():
-    want = torch.full((2, 3, 16, 16), 0.5)
-    got = want.clone()
-    got[1] += 0.1
-    prompts = [Prompt("a", 1), Prompt("b", 2)]
-    first, second = _compare(prompts, want, got)
-    assert first["ssim"] == pytest.approx(1.0)
-    assert second["psnr"] == pytest.approx(20.0, abs=1e-3)
-    assert (second["prompt"], second["seed"]) == ("b", 2)
-
-
-def test_the_first_batch_warms_up_and_is_not_timed(validate, monkeypatch):
-    clock = iter([0.0, 100.0, 100.0, 104.0, 104.0, 110.0])
-    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    monkeypatch.setattr(module, "generate", lambda pipe, batch, call: torch.zeros(len(batch), 3, 4))
-    images, seconds = validate._images(None, [Prompt("a", 1)] * 6, "images")
-    assert len(images) == 6
-    assert seconds == 2.5  # (4 + 6) s over four images
+def test_reference_images_of_another_precision_or_count_are_refused(validate, inputs, tmp_path):
+    other = dataclasses.replace(validate, dtype="bfloat16")
+    with pytest.raises(ArtifactError, match=r"made in float32 \(CPU\).*Run with dtype=float32"):
+        run_stage(other, tmp_path, **inputs)
+    fewer = dataclasses.replace(validate.prompts, count=1)
+    with pytest.raises(ArtifactError, match="holds 2 images, 1 are to be compared"):
+        run_stage(dataclasses.replace(validate, prompts=fewer), tmp_path, **inputs)
 
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"pairs": -1}])
 def test_settings_out_of_range(validate, changes):
     with pytest.raises(ConfigError, match=r"validate\.batch=.*validate\.pairs=.*at least 1 and 0"):
         dataclasses.replace(validate, **changes)
+
+
+def test_a_dtype_that_nobody_knows(validate):
+    with pytest.raises(ConfigError, match=r"dtype=half is unknown; use auto, float32, bfloat16"):
+        dataclasses.replace(validate, dtype="half")

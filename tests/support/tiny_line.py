@@ -47,6 +47,7 @@ LINE = (
     "capture.calls=12",
     "capture.rows=64",
     "rank.r=16",
+    "reference.batch=2",
     "validate.batch=2",
     "validate.pairs=2",
     "prompts.calibration.count=6",

@@ -1,4 +1,4 @@
-"""Images as judges take them: 8-bit pictures."""
+"""Images as people and judges see them: 8-bit pictures."""
 
 import base64
 import io
@@ -18,8 +18,3 @@ def png_url(image: Tensor) -> str:
     buffer = io.BytesIO()
     picture(image).save(buffer, "PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
-
-
-def still(image: Tensor) -> Tensor:
-    """[3, H, W]: the image itself, or the middle frame of a video [F, 3, H, W]."""
-    return image[image.shape[0] // 2] if image.dim() == 4 else image
