@@ -22,6 +22,8 @@ def choices(root):
     """group=option of every file in the tree."""
     conf = root / "conf"
     for path in sorted(conf.rglob("*.yaml")):
+        if path.parent.name == "paper":
+            continue  # test_the_papers_rows_follow_its_protocol composes each of them once
         *group, option = path.relative_to(conf).with_suffix("").parts
         if group[:1] == ["experiment"]:
             yield f"experiment={'/'.join([*group[1:], option])}"
@@ -103,6 +105,49 @@ def test_every_choice_instantiates(choice):
         except InstantiationException as error:
             assert isinstance(error.__cause__, DirotqError), error
             pytest.fail(f"{choice}: {name} refuses its own configuration: {error.__cause__}")
+
+
+PAPER = {  # calls of calibration, steps, guidance (facts of the published configuration)
+    "pixart_sigma": ("PixArt-alpha/PixArt-Sigma-XL-2-1024-MS", 2560, 20, 4.5),
+    "sana": ("Efficient-Large-Model/Sana_1600M_1024px_BF16_diffusers", 2560, 20, 4.5),
+    "flux_dev": ("black-forest-labs/FLUX.1-dev", 3200, 25, 3.5),
+    "flux_schnell": ("black-forest-labs/FLUX.1-schnell", 512, 4, 0.0),
+}
+METHODS = {"int_w4a4": "dirotq", "w4a8": "dirotq_w4a8"}
+
+
+@pytest.mark.parametrize("model", PAPER)
+@pytest.mark.parametrize("form", METHODS)
+@pytest.mark.parametrize(("data", "path"), [("mjhq", "MJHQ-30K"), ("sdci", "sDCI")])
+def test_the_papers_rows_follow_its_protocol(model, form, data, path):
+    cfg = compose(f"experiment=paper/{model}_{form}_{data}")
+    assert not OmegaConf.missing_keys(cfg)
+    OmegaConf.to_container(cfg, resolve=True)
+    for name in ("capture", "reference", "validate"):
+        instantiate(cfg[name], _convert_="all")
+    folder, calls, steps, guidance = PAPER[model]
+    assert cfg.model.path == folder
+    assert (cfg.model.call.num_inference_steps, cfg.model.call.guidance_scale) == (steps, guidance)
+    assert cfg.capture.calls == calls <= 128 * steps
+    assert cfg.method.name == METHODS[form]
+    assert (cfg.reference.batch, cfg.validate.batch, cfg.prompts.reader) == (1, 1, None)
+    assert cfg.reference.dtype == cfg.validate.dtype
+    prompts = cfg.prompts
+    assert (prompts.calibration.path, prompts.calibration.count) == ("yerevann/coco-karpathy", 128)
+    assert path in prompts.heldout.path and prompts.heldout.count == 5000
+    assert prompts.heldout.column == "prompt"
+
+
+def test_every_file_of_the_papers_rows_is_tested(root):
+    folder = root / "conf" / "experiment" / "paper"
+    rows = {path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_")}
+    assert rows == {f"{m}_{f}_{d}" for m in PAPER for f in METHODS for d in ("mjhq", "sdci")}
+
+
+def test_learned_metrics_add_up():
+    cfg = compose("experiment=paper/flux_dev_w4a8_mjhq", "metrics=[fid,lpips]", "validate.batch=2")
+    assert set(cfg.validate.learned) == {"inception_fid", "lpips"}
+    assert cfg.validate.batch == 2
 
 
 def test_the_default_line_plans(store_root):
