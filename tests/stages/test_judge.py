@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import pytest
+import tiny_line
 import torch
 from chat_server import answer, completion, serving
 from hydra.utils import instantiate
@@ -85,7 +86,9 @@ class Validate(Images):
 
 
 @pytest.fixture(autouse=True)
-def calls():
+def calls(monkeypatch):
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
     Brighter.calls.clear()
     return Brighter.calls
 
@@ -255,8 +258,6 @@ def test_what_counts_for_its_identity(configured):
 def test_through_a_server_and_the_key_in_no_file(go, judge, configured, monkeypatch, store_root):
     key = "sk-nobody-may-see-this"
     monkeypatch.setenv("JUDGE_KEY", key)
-    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"):
-        monkeypatch.delenv(name, raising=False)
     with serving(lambda number, body: completion(answer("A"))) as server:
         backend = dataclasses.replace(
             configured.backend, base_url=server.url, api_key_env="JUDGE_KEY"
@@ -269,6 +270,23 @@ def test_through_a_server_and_the_key_in_no_file(go, judge, configured, monkeypa
     assert report_of(done)["comparisons"]["packed"]["perceptual_quality"]["first_slot"]["mean"] == 1
     for path in store_root.rglob("*"):
         assert not path.is_file() or key.encode() not in path.read_bytes(), path
+
+
+def test_behind_the_real_line(line, finished):
+    """What reference and validate really leave, through the configuration tree."""
+    with serving(lambda number, body: completion(answer("tie", "B"))) as server:
+        judged = line(
+            "pipeline=judged",
+            "judge=openai",
+            "judge.backend.model=looker",
+            f"judge.backend.base_url={server.url}",
+        )
+        done = tiny_line.run(judged)
+    assert done["validate"].fingerprint == finished["validate"].fingerprint
+    assert len(server.bodies) == 2 * 2 * 2 * 2  # prompts, orders, repeats, comparisons
+    packed = report_of(done)["comparisons"]["packed"]
+    assert packed["perceptual_quality"]["outcomes"]["tie"] == 4
+    assert packed["prompt_alignment"]["first_slot"]["mean"] == 0
 
 
 @pytest.mark.parametrize(
