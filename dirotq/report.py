@@ -1,6 +1,5 @@
 """report.html: one self-contained page with images, spectra, ranks, errors and bytes."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import Any
 import jinja2
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dirotq.fidelity import scales
+from dirotq.png import picture, png_url
 from dirotq.statistics import RESAMPLES
 
 DIFFERENCE_GAIN = 4
@@ -47,7 +46,11 @@ def write_report(
     template = environment.get_template("report.html.j2")
     pairs = [
         {
-            "images": [_png(w), _png(g), _png((DIFFERENCE_GAIN * (g - w).abs()).clamp(0, 1))],
+            "images": [
+                png_url(w),
+                png_url(g),
+                png_url((DIFFERENCE_GAIN * (g - w).abs()).clamp(0, 1)),
+            ],
             **numbers,
         }
         for w, g, numbers in zip(want, got, report["images"], strict=False)
@@ -73,7 +76,7 @@ def write_report(
 def write_pairs(path: Path, want: Tensor, got: Tensor) -> None:
     """One PNG with the 16-bit images in the upper row and the packed ones below them."""
     rows = [torch.cat(list(images), 2) for images in (want, got)]
-    _picture(torch.cat(rows, 1)).save(path)
+    picture(torch.cat(rows, 1)).save(path)
 
 
 def _number(value: float) -> str:
@@ -81,19 +84,6 @@ def _number(value: float) -> str:
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
-
-
-def _picture(image: Tensor) -> Image.Image:
-    """[3, H, W] in [0, 1] as an 8-bit picture."""
-    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-    return Image.fromarray(pixels)
-
-
-def _png(image: Tensor) -> str:
-    """[3, H, W] in [0, 1] as a data URL."""
-    buffer = io.BytesIO()
-    _picture(image).save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def _spectra(spectra: Mapping[str, Tensor], ranks: Mapping[str, int]) -> str:

@@ -108,6 +108,7 @@ def summary(outcomes: Mapping[str, Outcome], folder: Path) -> None:
     for what, path in [
         ("packed model", _holding(artifacts, "model_index.json", folder=True)),
         ("report", _holding(artifacts, "report.html")),
+        ("judging", _holding(artifacts, "judge.html")),
         ("this run", folder),
     ]:
         if path:

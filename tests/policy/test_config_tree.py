@@ -70,10 +70,12 @@ def test_slots_fit_the_wires(tmp_path):
 
 
 def test_every_choice_composes(choice, tmp_path):
-    overrides = [choice]
-    if choice == "model=local":
-        overrides.append(f"model.path={tmp_path}")
-    cfg = compose(*overrides)
+    needed = {
+        "model=local": [f"model.path={tmp_path}"],
+        "judge=local": [f"judge.backend.path={tmp_path}"],
+        "judge=openai": ["judge.backend.model=NAME"],
+    }
+    cfg = compose(choice, *needed.get(choice, []))
     assert not OmegaConf.missing_keys(cfg)
     OmegaConf.to_container(cfg, resolve=True)  # every interpolation leads somewhere
 
@@ -153,3 +155,16 @@ def test_the_default_line_plans(store_root):
     assert [step.name for step in line.steps] == STAGES
     assert line.store.root == store_root
     assert not store_root.exists()
+
+
+def test_the_judged_line_plans(tmp_path):
+    openai = ["judge=openai", "judge.backend.model=NAME"]
+    local = ["judge=local", f"judge.backend.path={tmp_path}"]
+    (tmp_path / "config.json").write_text("{}")
+    keys = set()
+    for judge in ([], openai, local):
+        line = build(compose("pipeline=judged", *judge))
+        assert [step.name for step in line.steps] == [*STAGES, "judge"]
+        keys.add(line.steps[-1].fingerprint)
+        assert line.steps[:-1] == build(compose()).steps
+    assert len(keys) == 3

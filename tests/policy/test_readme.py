@@ -8,7 +8,13 @@ import pytest
 from dirotq.pipeline import cli
 from dirotq.pipeline.config import compose_config
 
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "artifacts/README.md", "docs/quality.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "artifacts/README.md",
+    "docs/quality.md",
+    "docs/judge.md",
+]
 
 
 def commands(root):

@@ -18,6 +18,8 @@ SOURCES = (
     "dirotq/plan.py", "dirotq/rotation.py", "dirotq/tensors.py", "dirotq/quantizer.py",
     "dirotq/allocation.py", "dirotq/gate.py", "dirotq/nearest.py", "dirotq/overrides.py",
     "dirotq/planning.py", "dirotq/prices.py", "dirotq/sensitivity.py",
+    "dirotq/low_rank.py", "dirotq/smoothing.py", "dirotq/spectrum.py", "dirotq/feedback.py",
+    "dirotq/judging/*.py",
 )  # fmt: skip
 
 
