@@ -70,9 +70,9 @@ RUNTIME = (
 )
 """Held against 16-bit images of their own precision."""
 
-BUDGET = "rank=budget rank.like=16"
+BUDGET = "rank=budget rank.like=16 rank.batch=64"
 ALLOCATION = (
-    _row("budget", "budget of uniform r = 16, gated", BUDGET, OURS),
+    _row("budget", "budget of uniform r = 16, gated", f"{BUDGET} rank.gate=64", OURS),
     _row("budget_ungated", "the same, no gate", f"{BUDGET} rank.gate=0", OURS),
     _row(
         "budget_equal",
