@@ -1,7 +1,7 @@
-"""Write the prompt sets of tiny-flux: python -m dirotq.assets.make_prompts
+"""Write the prompt sets of the embedded models: python -m dirotq.assets.make_prompts
 
-tiny_calibration.jsonl comes from the side of the scene space that tiny-flux was trained on,
-tiny_heldout.jsonl from the side it has never seen; general.jsonl is written by hand.
+tiny_calibration.jsonl comes from the side of the scene space that they were trained on,
+tiny_heldout.jsonl from the side they have never seen; general.jsonl is written by hand.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Captioned scenes of simple shapes: what tiny-flux is trained on and judged by.
+"""Captioned scenes of simple shapes: what the embedded models are trained on and judged by.
 
 B scenes, O = 3 object slots, S = 9 shapes, L = 128 pixels per side.
 A scene is one row of int64, [22]: kind, color, second color of the background (-1 = none),

@@ -20,6 +20,7 @@ from dirotq.assets.tiny_pixart import GENERATION, TIMESTEPS, build_transformer, 
 from dirotq.assets.train_tiny_pixart import choose_guidance, load_autoencoder
 from dirotq.assets.training_pool import Pool
 from dirotq.models.attribute_reader import AttributeReader, caption_accuracy
+from dirotq.models.source import DiffusersModel
 
 HOME = Path(dirotq.assets.__file__).parent
 FLUX, SHIPPED = HOME / "tiny-flux", HOME / "tiny-pixart"
@@ -135,3 +136,11 @@ def test_training_record_reaches_the_figures() -> None:
     record = json.loads((SHIPPED / "training.json").read_text())
     assert record["evaluation"]["captions"] == 512
     assert record["evaluation"]["bfloat16"]["mean"] >= 0.95
+
+
+@needs_weights
+def test_the_line_finds_its_sites() -> None:
+    model = DiffusersModel(path="assets://tiny-pixart", call={})
+    sites = model.sites()
+    assert len(sites) == 1 + 3 * 6  # one modulation; q/k/v, out, q, out, up and down of each block
+    assert model.call_arguments() == json.loads((SHIPPED / "generation.json").read_text())
