@@ -26,7 +26,7 @@ $(STAMP): pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable ".[dev]"
 	@touch $@
 
-compress: $(STAMP) ## run all seven stages: MODEL=..., ARGS="overrides"
+compress: $(STAMP) ## run all stages: MODEL=..., ARGS="overrides"
 	$(BIN)/dirotq compress "model=$(MODEL)" $(ARGS)
 
 plan: $(STAMP) ## show what compress would run, and what it cost the last time

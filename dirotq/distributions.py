@@ -4,13 +4,10 @@ Both are biased or noisy where images are few: FID grows as N falls (it fits F²
 it is read against the same distance between two runs of the 16-bit model, never alone.
 """
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.nn import Identity
 from torchmetrics.image.fid import FrechetInceptionDistance
-from torchmetrics.image.kid import KernelInceptionDistance
 
 
 def frechet_distance(features_NF: Tensor, others_MF: Tensor) -> float:
@@ -28,22 +25,31 @@ def frechet_distance(features_NF: Tensor, others_MF: Tensor) -> float:
     return max(float(metric.compute()), 0.0)
 
 
-def kernel_distance(features_NF: Tensor, others_MF: Tensor) -> float:
-    """KID of features: the unbiased estimate of the squared maximum mean discrepancy with kernel
-    (x·y / F + 1)³, on all images at once (Binkowski et al. 2018). It may be below zero.
+def kernel_distance(features_NF: Tensor, others_NF: Tensor) -> float:
+    """KID of features in float64: the squared maximum mean discrepancy with the kernel
+    k(x, y) = (x·y / F + 1)³ (Binkowski et al. 2018), estimated from pairs of different prompts:
+
+        mean over i != j of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i)
+
+    (Gretton et al. 2012, the U-statistic for N pairs). It may be below zero. Image i of both sets
+    has the same prompt and noise; the usual estimate, which takes them for independent and keeps
+    k(x_i, y_i), would be far below zero between nearly equal sets.
 
     Raises ValueError for fewer than two images in a set, or sets of different sizes.
     """
-    _refuse_few(features_NF, others_MF)
-    if len(features_NF) != len(others_MF):
-        raise ValueError(f"KID of {len(features_NF)} and {len(others_MF)} images: use equally many")
-    # One subset of everything: nothing is drawn, so nothing depends on a seed.
-    with warnings.catch_warnings(action="ignore"):  # that it keeps all features
-        metric = KernelInceptionDistance(Identity(), subsets=1, subset_size=len(features_NF))
-    metric.set_dtype(torch.float64)
-    metric.update(others_MF.double().cpu(), real=True)
-    metric.update(features_NF.double().cpu(), real=False)
-    return float(metric.compute()[0])
+    _refuse_few(features_NF, others_NF)
+    if len(features_NF) != len(others_NF):
+        raise ValueError(f"KID of {len(features_NF)} and {len(others_NF)} images: use equally many")
+    x, y = features_NF.double().cpu(), others_NF.double().cpu()
+    total = sum(
+        sign * float((k := _kernel(a, b)).sum() - k.trace())
+        for a, b, sign in ((x, x, 1), (y, y, 1), (x, y, -2))
+    )
+    return total / (len(x) * (len(x) - 1))
+
+
+def _kernel(x_NF: Tensor, y_NF: Tensor) -> Tensor:
+    return (x_NF @ y_NF.T / x_NF.shape[1] + 1) ** 3
 
 
 def _refuse_few(*sets: Tensor) -> None:

@@ -42,15 +42,14 @@ class ImageWriter:
                 _seconds(name), shape=(count,), chunks=(1,), dtype="float64",
                 fill_value=float("nan"), attributes={"devices": [device], "dtype": dtype},
             )  # fmt: skip
-        attributes = _array(self.group, _seconds(name)).attrs
-        devices = list(attributes["devices"])  # type: ignore[call-overload]
+        attributes: Any = _array(self.group, _seconds(name)).attrs
         if attributes["dtype"] != dtype:
             raise ArtifactError(
                 f"{tree}: the images {name!r} were begun in {attributes['dtype']}, this run "
                 f"computes in {dtype}; go on with dtype={attributes['dtype']}, or remove {tree}"
             )
-        if device not in devices:
-            attributes["devices"] = [*devices, device]
+        if device not in attributes["devices"]:
+            attributes["devices"] = [*attributes["devices"], device]
 
     def missing(self, batch: int) -> list[range]:
         """The batches of up to ``batch`` images, in order, that are not wholly written."""

@@ -117,8 +117,8 @@ def score(
     counts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in sets.places}
     for span, images in track(sets, "scores"):
         for name in [name for name in images if name != ORIGINAL]:
-            for metric, values in fidelity(images[name], images[ORIGINAL]).items():
-                found.images.setdefault(metric, {}).setdefault(name, []).extend(values)
+            for kind, values in fidelity(images[name], images[ORIGINAL]).items():
+                found.images.setdefault(kind, {}).setdefault(name, []).extend(values)
         if reader is not None:
             for name, shown in images.items():
                 features_BF[name].append(reader.features(stills(shown)))

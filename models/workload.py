@@ -29,7 +29,7 @@ ALIVE = 4.2
 """Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
 DECODE = 0.03
 """FLOPs of an image decoder per parameter and pixel."""
-IMAGE_BYTES = 1.7
+IMAGE_BYTES = 1.8
 """Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
 TILE_BYTES = 4 * TILE**2
 

@@ -34,7 +34,7 @@ CONFIG = "dirotq.conf"  # the package of the config tree
 USAGE = """\
 usage: dirotq <verb> [...]
 
-  compress [OVERRIDES] [-m]   run the line: capture, basis, rank, gptq, fuse, pack, validate
+  compress [OVERRIDES] [-m]   run the line: capture to pack, reference images, validate
   plan     [OVERRIDES]        what is cached, what would run, what it takes, whether it fits
   explain  [OVERRIDES]        why each stage would run; `explain A B` compares two artifacts
   verify   [ARTIFACTS]        hold artifacts against their digests; --remove damaged ones

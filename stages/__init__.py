@@ -1,1 +1,1 @@
-"""The seven stages, one file each."""
+"""The seven stages and the reference images, one file each."""

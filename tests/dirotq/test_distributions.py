@@ -46,15 +46,23 @@ def test_fewer_images_than_features_still_have_a_distance():
     assert 0 < frechet_distance(a, b) < 1e3
 
 
-def test_kernel_distance_is_the_unbiased_estimate():
+def test_kernel_distance_is_the_u_statistic_of_pairs():
     a, b = normal(7, 3), normal(7, 3, seed=1)
     kernel = lambda x, y: (float(x @ y) / 3 + 1) ** 3  # noqa: E731
 
     def apart(x, y):
         return sum(kernel(p, q) for i, p in enumerate(x) for j, q in enumerate(y) if i != j) / 42
 
-    across = sum(kernel(p, q) for p in a for q in b) / 49
-    assert kernel_distance(a, b) == pytest.approx(apart(a, a) + apart(b, b) - 2 * across, rel=1e-9)
+    want = apart(a, a) + apart(b, b) - 2 * apart(a, b)
+    assert kernel_distance(a, b) == pytest.approx(want, rel=1e-9)
+    assert kernel_distance(b, a) == pytest.approx(want, rel=1e-9)
+
+
+def test_paired_sets_that_are_nearly_equal_are_at_nearly_no_distance():
+    """Same prompts and noise: the estimate for independent samples would be far below zero here."""
+    a = normal(8, 16) * 3
+    assert kernel_distance(a, a) == pytest.approx(0, abs=1e-12)
+    assert abs(kernel_distance(a, a + 1e-4 * normal(8, 16, 1))) < 1e-2
 
 
 def test_kernel_distance_is_unbiased_around_zero_and_sees_a_shift():

@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dirotq.errors import ArtifactError, ConfigError, NumericalError, UnsupportedError
-from dirotq.models.source import DiffusersModel, generate
+from dirotq.images import ImageWriter, read_images, read_seconds
+from dirotq.models.source import DiffusersModel, generate, generate_all
 from dirotq.pipeline.stage import fingerprint, recipe
-from dirotq.prompts import Prompt
+from dirotq.prompts import Prompt, PromptSet
 
 
 def source(folder, **call) -> DiffusersModel:
@@ -204,3 +205,32 @@ def test_images_that_are_not_finite_are_an_error():
 
     with pytest.raises(NumericalError, match=r"non-finite image.*a red circle"):
         generate(broken, PROMPTS[:1], {})
+
+
+@torch.no_grad()
+def test_an_image_does_not_depend_on_its_batch(tmp_path):
+    """The trained model in float32: every prompt has its own noise, and no row looks at another."""
+    model = DiffusersModel(path="assets://tiny-flux", call={"num_inference_steps": 1})
+    prompts = PromptSet(path="assets://prompts/tiny_heldout.jsonl", start=0, count=3).load()
+    pipe, call = model.pipeline(torch.float32, torch.device("cpu")), model.call_arguments()
+    for batch in (1, 2):  # 2: a whole batch and a single image
+        writer = ImageWriter(tmp_path, f"by{batch}", 3)
+        generate_all(writer, pipe, prompts, call, batch, "images")
+    one, two = (read_images(tmp_path, f"by{batch}") for batch in (1, 2))
+    torch.testing.assert_close(two, one, atol=1e-4, rtol=0)
+    assert (one[0] - one[1]).abs().mean() > 0.05  # and they are three images
+    backwards = generate(pipe, prompts[::-1], call)
+    torch.testing.assert_close(backwards.flip(0), one, atol=1e-4, rtol=0)
+
+
+def test_each_batch_is_on_disk_before_the_next(tmp_path):
+    prompts = [Prompt("a", seed) for seed in range(3)]
+
+    def pipe(prompt, generator, output_type, value):
+        assert int(read_seconds(tmp_path, "packed").isfinite().sum()) == generator[0].initial_seed()
+        return SimpleNamespace(images=torch.full((len(prompt), 3, 4, 4), value))
+
+    writer = ImageWriter(tmp_path, "packed", 3)
+    generate_all(writer, pipe, prompts, {"value": 0.5}, 2, "images")
+    assert not writer.missing(2)
+    generate_all(writer, None, prompts, {}, 2, "images")  # nothing is left to make
