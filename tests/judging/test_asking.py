@@ -159,7 +159,24 @@ def test_an_error_keeps_the_answers_under_way(asking):
     assert (row["index"], row["outcome"]) == (0, "answered")
 
 
-def test_concurrency_is_used_and_bounded(asking, openai):
+def test_every_backend_is_bounded(asking):
+    lock, late = threading.Lock(), threading.Event()
+    running, most = [], []
+
+    def say(pair, corrections):
+        with lock:
+            running.append(1)
+            most.append(len(running))
+        late.wait(0.03)
+        with lock:
+            running.pop()
+        return answer()
+
+    asking(Judge(say, concurrency=2), prompts=6)
+    assert max(most) == 2
+
+
+def test_the_server_is_used_and_bounded(asking, openai):
     full, late = threading.Event(), threading.Event()
 
     def behave(number, body):
