@@ -22,28 +22,31 @@ def fidelity(got: Tensor, want: Tensor) -> dict[str, list[float]]:
     got, want  float [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]; of a video, the score of its
                frames together
     """
-    found: dict[str, list[float]] = {"psnr": [], "ssim": [], "ms_ssim": []}
-    for pair in zip(got, want, strict=True):
-        a, b = (image.reshape(-1, *image.shape[-3:]) for image in pair)
-        found["psnr"].append(psnr(a, b))
-        found["ssim"].append(ssim(a, b))
-        found["ms_ssim"].append(ms_ssim(a, b))
-    return found
+    kinds = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
+    if got.dim() == 4:
+        return {name: score(got, want).tolist() for name, score in kinds.items()}
+    videos = list(zip(got, want, strict=True))
+    # A video's frames have one error, and the mean of their similarities.
+    found = {name: [float(score(*pair).mean()) for pair in videos] for name, score in kinds.items()}
+    return found | {"psnr": [float(psnr(*(v.flatten(0, 1)[None] for v in p))) for p in videos]}
 
 
-def psnr(got: Tensor, want: Tensor) -> float:
-    """In dB for range 1, at most ``PSNR_LIMIT``: closer than that, storage can't tell."""
-    return min(float(peak_signal_noise_ratio(got, want, data_range=1.0)), PSNR_LIMIT)
+def psnr(got: Tensor, want: Tensor) -> Tensor:
+    """In dB for range 1, [B], at most ``PSNR_LIMIT``: closer than that, storage can't tell."""
+    whole = tuple(range(1, got.dim()))
+    ratio_B = peak_signal_noise_ratio(got, want, data_range=1.0, reduction="none", dim=whole)
+    return ratio_B.clamp_max(PSNR_LIMIT)
 
 
-def ssim(got: Tensor, want: Tensor) -> float:
-    """SSIM of images [B, 3, H, W] in [0, 1], with a Gaussian window of 11 (Wang et al. 2004)."""
+def ssim(got: Tensor, want: Tensor) -> Tensor:
+    """SSIM of images [B, 3, H, W] in [0, 1], [B]: Gaussian window of 11 (Wang et al. 2004)."""
+    each_B = structural_similarity_index_measure(got, want, data_range=1.0, reduction="none")
     # Float32 rounding may leave a trifle above one.
-    return min(float(structural_similarity_index_measure(got, want, data_range=1.0)), 1.0)
+    return each_B.reshape(-1).clamp_max(1.0)
 
 
-def ms_ssim(got: Tensor, want: Tensor) -> float:
-    """MS-SSIM of images [B, 3, H, W] in [0, 1], on as many scales as they have room for.
+def ms_ssim(got: Tensor, want: Tensor) -> Tensor:
+    """MS-SSIM of images [B, 3, H, W] in [0, 1], [B], on as many scales as they have room for.
 
     torchmetrics wants sides of 176 pixels for five scales, 99 for four (so a 128-pixel image has
     four) and 44 for three. The weights of the scales that are left are divided by their sum, so
@@ -53,9 +56,10 @@ def ms_ssim(got: Tensor, want: Tensor) -> float:
         return ssim(got, want)
     betas = torch.tensor(BETAS[: scales(min(got.shape[-2:]))], dtype=torch.float64)
     weights = tuple((betas / betas.sum()).tolist())
-    return float(
-        multiscale_structural_similarity_index_measure(got, want, data_range=1.0, betas=weights)
+    each_B = multiscale_structural_similarity_index_measure(
+        got, want, data_range=1.0, betas=weights, reduction="none"
     )
+    return each_B.reshape(-1)
 
 
 def scales(side: int) -> int:

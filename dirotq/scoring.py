@@ -115,7 +115,8 @@ def score(
     found = Scores()
     features_BF: dict[str, list[Tensor]] = {name: [] for name in sets.places}
     counts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in sets.places}
-    for span, images in track(sets, "scores"):
+    for span, stored in track(sets, "scores"):
+        images = {name: batch.to(device) for name, batch in stored.items()}
         for name in [name for name in images if name != ORIGINAL]:
             for kind, values in fidelity(images[name], images[ORIGINAL]).items():
                 found.images.setdefault(kind, {}).setdefault(name, []).extend(values)

@@ -34,7 +34,7 @@ class AttributeJudge:
 
     def features(self, images: Tensor) -> Tensor:
         """Features for FID and KID of images [B, 3, 128, 128] in [0, 1]: [B, F], on the CPU."""
-        return self._network().features(images)
+        return self._network(images).features(images).cpu()
 
     def counts(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
         """Captioned attributes that each image shows, and how many there are: {kind: [B, 2]}.
@@ -43,7 +43,7 @@ class AttributeJudge:
         """
         self.refuse_silent(prompts)
         attributes = [p.attributes for p in prompts if p.attributes is not None]
-        return caption_counts(self._network(), images, attributes)
+        return caption_counts(self._network(images), images, attributes)
 
     def totals(self, counts: Mapping[str, Tensor]) -> dict[str, float]:
         """Shares over all images of what :meth:`counts` found, by kind, and their mean."""
@@ -57,8 +57,10 @@ class AttributeJudge:
                 "attribute reader needs; set prompts.reader=null"
             )
 
-    def _network(self) -> AttributeReader:
-        return _load(resolve(self.path), *self.identity().values())
+    def _network(self, images: Tensor) -> AttributeReader:
+        """Where the images are."""
+        network = _load(resolve(self.path), *self.identity().values())
+        return network.to(images.device)
 
 
 @functools.lru_cache(maxsize=2)
