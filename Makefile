@@ -11,7 +11,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test check bench bench-bits bench-quality bench-kernels bench-compress tune versions clean
+.PHONY: help setup compress plan sweep test check bench bench-bits bench-quality table bench-kernels bench-compress tune versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -44,13 +44,16 @@ check: $(STAMP) .links ## formatting, lint, types, import contracts
 	cd .links && $(abspath $(BIN))/mypy --config-file ../pyproject.toml --package dirotq
 	cd .links && $(abspath $(BIN))/lint-imports --config ../pyproject.toml --no-logo
 
-bench: bench-bits bench-quality ## the tables that need no GPU: bits per parameter, quality of each method
+bench: bench-bits bench-quality table ## the tables that need no GPU: bits per parameter, quality of each method
 
 bench-bits: $(STAMP) ## bits per parameter of real models, from shapes alone
 	@$(BIN)/python benchmarks/bits.py $(ARGS)
 
-bench-quality: $(STAMP) ## every method on tiny-flux, into docs/quality.md
+bench-quality: $(STAMP) ## every method on the embedded models, stored in docs/quality: ARGS="--sections methods --prompts 64"
 	$(BIN)/python benchmarks/quality.py $(ARGS)
+
+table: $(STAMP) ## docs/quality.md from the stored results
+	$(BIN)/python benchmarks/quality_table.py $(ARGS)
 
 bench-kernels: $(STAMP) ## time the kernels (needs a GPU): ARGS="linear --write"
 	$(BIN)/python benchmarks/speed.py $(ARGS)

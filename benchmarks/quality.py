@@ -18,7 +18,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from quality_rows import EXPERIMENT, MODELS, SECTIONS, Row, rows
+from dirotq.benchmarks.quality_rows import EXPERIMENT, MODELS, SECTIONS, Row, rows
 
 DIGITS = {"psnr": 3, "ssim": 6, "ms_ssim": 6, "captioned": 4}
 """Decimals kept of each score per image."""

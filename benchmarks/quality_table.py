@@ -8,12 +8,23 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-from quality_rows import ABLATIONS, ALLOCATION, FORMATS, METHODS, MODELS, RUNTIME, Row, rows
+from dirotq.benchmarks.quality_rows import (
+    ABLATIONS,
+    ALLOCATION,
+    FORMATS,
+    METHODS,
+    MODELS,
+    RUNTIME,
+    Row,
+    rows,
+)
+from dirotq.statistics import Interval, difference_interval
 
-from dirotq.statistics import Interval, difference_interval, mean_interval
-
+OTHER = 20.0
+"""dB below which a packed model has drawn another image than the 16-bit one."""
 Results = Mapping[str, Any]
 """One model's file: ``baselines`` by dtype and ``rows`` by key."""
 
@@ -77,26 +88,28 @@ def tables(found: Mapping[str, Results]) -> dict[str, str]:
 def methods(results: Results) -> str:
     """Every metric of every method, and the difference to the rival, image by image."""
     lines = [
-        "| method (activations/weights) | PSNR, dB | vs svdquant g64, 95 % | SSIM | MS-SSIM "
-        "| FID | KID x 1000 | attributes | bits |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| method (activations/weights) | PSNR, dB | vs svdquant g64, 95 % | median | other images "
+        "| SSIM | MS-SSIM | FID | KID x 1000 | attributes | bits |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in METHODS:
         if row.key in results["rows"]:
             m = results["rows"][row.key]["metrics"]
+            psnr = results["rows"][row.key]["images"]["psnr"]
             lines.append(
                 f"| {row.text} | {m['psnr']:.2f} | {gain(results, row.key, row.base)} "
+                f"| {median(psnr):.2f} | {sum(value < OTHER for value in psnr)} "
                 f"| {m['ssim']:.4f} | {m['ms_ssim']:.5f} | {m['fid']:.4f} | {1000 * m['kid']:.3f} "
                 f"| {m['attributes']:.2%} | {m['bits_per_parameter']:.2f} |"
             )
     base = results["baselines"].get("float32")
     if base:
         lines.append(
-            f"| 16 bit, other batch and kernel (noise floor) | {base['psnr_floor']:.1f} | "
+            f"| 16 bit, other batch and kernel (noise floor) | {base['psnr_floor']:.1f} | | | 0 "
             f"| {base['ssim_floor']:.4f} | {base['ms_ssim_floor']:.5f} | {base['fid_floor']:.4f} "
             f"| {1000 * base['kid_floor']:.3f} | {base['attributes_floor']:.2%} | 16 |"
         )
-        lines.append(f"| 16 bit | | | | | | | {base['attributes_original']:.2%} | 16 |")
+        lines.append(f"| 16 bit | | | | | | | | | {base['attributes_original']:.2%} | 16 |")
     return "\n".join(lines) + "\n"
 
 
@@ -186,11 +199,6 @@ def gain(results: Results, key: str, base: str) -> str:
 
 def shown(apart: Interval) -> str:
     return f"{apart.mean:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
-
-
-def mean(results: Results, key: str) -> Interval:
-    """Mean PSNR of a row with its interval over captions."""
-    return mean_interval(results["rows"][key]["images"]["psnr"])
 
 
 def put(document: Path, name: str, text: str) -> None:

@@ -1,40 +1,102 @@
-"""The table of docs/quality.md: rows, paired differences, and where it is put."""
+"""The rows of docs/quality.md, what is stored of them, and the tables made of that."""
+
+import json
 
 import pytest
 
-from dirotq.benchmarks.quality import BEGIN, END, put, table
+from dirotq.benchmarks import quality_rows
+from dirotq.benchmarks.quality import store, summary
+from dirotq.benchmarks.quality_table import CLAIMS, claims, compared, methods, put, tables
+from dirotq.pipeline.config import build, compose_config
 
 
 def report(*psnr: float) -> dict:
+    names = ("psnr", "ssim", "ms_ssim", "fid", "kid", "attributes")
+    metrics = {"psnr": sum(psnr) / len(psnr), "ssim": 0.99, "ms_ssim": 0.999, "fid": 0.01}
+    metrics |= {"kid": 0.002, "attributes": 0.98, "bits_per_parameter": 5.5}
+    metrics |= {f"{name}_floor": 1.0 for name in names} | {"attributes_original": 0.99}
+    image = {"ssim": 0.9, "ms_ssim": 0.9, "captioned": 1.0, "original": {"captioned": 1.0}}
+    floor = {"psnr": 99.0, "ssim": 1.0, "ms_ssim": 1.0, "captioned": 1.0}
     return {
-        "images": [{"psnr": value} for value in psnr],
-        "metrics": {
-            "psnr": sum(psnr) / len(psnr),
-            "ssim": 0.99,
-            "attributes": 0.98,
-            "attributes_original": 0.99,
-            "bits_per_parameter": 5.5,
-        },
+        "images": [{"psnr": value, "floor": floor} | image for value in psnr],
+        "metrics": metrics,
+        "dtype": "float32",
         "device": "CPU",
     }
 
 
-def test_a_row_per_method_with_its_paired_difference():
-    lines = table({"rtn": report(30.0, 34.0), "ours": report(40.0, 45.0)}).splitlines()
-    assert lines[2] == "| rtn | 32.00 |  | 0.9900 | 98.00% | 5.50 |"
-    # Differences are 10 and 11: a bootstrap mean can be nothing outside of them.
-    assert lines[3].startswith("| ours | 42.50 | +10.50 [+10.00, +11.00] |")
-    assert lines[4] == "| 16 bit | | | | 99.00% | 16 |"
-    assert "2 held-out captions" in lines[-1]
+@pytest.fixture
+def results(tmp_path):
+    """Two rows stored as the benchmark stores them, read back."""
+    file = tmp_path / "tiny_flux.json"
+    for key, psnr in {"svdquant": (30.0, 34.0), "dirotq_g64": (33.0, 38.0)}.items():
+        store(file, key, summary(report(*psnr), {}))
+    return json.loads(file.read_text())
 
 
-def test_reports_of_other_prompts_are_not_compared():
-    with pytest.raises(ValueError, match="longer"):
-        table({"rtn": report(30.0, 34.0), "ours": report(40.0)})
+def test_shared_scores_are_stored_once_and_a_row_can_be_replaced(tmp_path, results):
+    assert results["baselines"]["float32"]["floor"]["psnr"] == [99.0, 99.0]
+    assert results["baselines"]["float32"]["original"]["captioned"] == [1.0, 1.0]
+    assert "floor" not in results["rows"]["svdquant"]
+    file = tmp_path / "tiny_flux.json"
+    store(file, "svdquant", summary(report(1.0, 2.0), {}))
+    again = json.loads(file.read_text())
+    assert again["rows"]["svdquant"]["images"]["psnr"] == [1.0, 2.0]
+    assert again["rows"]["dirotq_g64"] == results["rows"]["dirotq_g64"]
+
+
+def test_a_method_stands_beside_its_rival_image_by_image(results):
+    lines = methods(results).splitlines()
+    assert lines[2].startswith("| svdquant, g64/g64 | 32.00 |  | 32.00 | 0 | 0.9900 |")
+    # Differences are 3 and 4: a bootstrap mean can be nothing outside of them.
+    assert "| 35.50 | +3.50 [+3.00, +4.00] | 35.50 | 0 |" in lines[3]
+    assert "99.00%" in lines[-1]
+    assert all(line.count("|") == lines[0].count("|") for line in lines)
+
+
+def test_a_claim_is_reached_or_missed(results):
+    text = claims({"tiny_flux": results})
+    assert "| +2.5 | +3.50 [+3.00, +4.00] | reached |" in text
+    assert text.count("tiny_flux") == 1  # the other claims lack a row
+    results["rows"]["dirotq_g64"]["images"]["psnr"] = [31.0, 35.0]
+    assert "missed" in claims({"tiny_flux": results})
+
+
+def test_rows_of_another_precision_are_not_compared(results):
+    results["rows"]["rtn"] = results["rows"]["svdquant"] | {"dtype": "bfloat16"}
+    assert "other precision" in methods(results)
+
+
+def test_sections_without_results_have_a_head_only(results):
+    assert len(compared(quality_rows.ABLATIONS, {"tiny_flux": results}).splitlines()) == 2
+    assert set(tables({"tiny_flux": results})) >= {"claims", "ablations", "methods tiny_flux"}
 
 
 def test_only_the_marked_part_of_a_document_changes(tmp_path):
     document = tmp_path / "quality.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    put(document, "new\n")
-    assert document.read_text() == f"before\n{BEGIN}\nnew\n{END}\nafter\n"
+    document.write_text("a\n<!-- begin: x -->\nold\n<!-- end: x -->\nb\n")
+    put(document, "x", "new\n")
+    put(document, "y", "nowhere\n")
+    assert document.read_text() == "a\n<!-- begin: x -->\nnew\n<!-- end: x -->\nb\n"
+    document.write_text("<!-- begin: x -->\n")
+    with pytest.raises(SystemExit, match="has no"):
+        put(document, "x", "new\n")
+
+
+def test_keys_are_distinct_and_every_base_and_claim_is_a_row():
+    keys = [row.key for row in quality_rows.rows()]
+    assert len(set(keys)) == len(keys)
+    assert {row.base for row in quality_rows.rows()} <= set(keys)
+    assert {key for claim in CLAIMS for key in (claim.row, claim.base)} <= set(keys)
+
+
+FIELDS = [row for row in quality_rows.ABLATIONS if len(row.overrides) == 1]
+"""Rows of one override: a second of Hydra for each would test the same mechanism again."""
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in quality_rows.rows() if row not in FIELDS[1:]], ids=lambda row: row.key
+)
+def test_rows_are_valid_configurations(row):
+    overrides = [quality_rows.EXPERIMENT, "model=tiny_pixart", *row.overrides]
+    assert build(compose_config(overrides, "dirotq.conf")).steps
