@@ -22,7 +22,9 @@ def _row(key: str, text: str, overrides: str, base: str) -> Row:
     return Row(key, text, tuple(overrides.split()), base)
 
 
-G64 = "method.weight_scale=group method.weight_clip=false method.act_scale=group"
+G64 = (
+    "method.weight_scale=group method.weight_clip=false method.act_scale=group method.act_group=64"
+)
 CHANNEL = "method.weight_scale=channel method.weight_clip=true"
 RIVAL, OURS = "svdquant", "dirotq"
 
@@ -48,10 +50,26 @@ METHODS = (
 
 FP4 = "method.weight_scale={0} method.act_scale={0} method.weight_group={1} method.act_group={1}"
 FORMATS = (
+    *(
+        _row(f"pow2_{group}", f"dirotq, pow2 of {group}/channel", f"method.act_group={group}", OURS)
+        for group in (64, 32, 16)
+    ),
+    _row(
+        "g64_channel",
+        "dirotq, g64/channel",
+        "method.act_scale=group method.act_group=64",
+        OURS,
+    ),
+    _row(
+        "pow2_g64",
+        "dirotq, pow2/g64",
+        "method.weight_scale=group method.weight_clip=false",
+        OURS,
+    ),
     _row(
         "dirotq_g128",
         "dirotq, g128/g128",
-        f"method=dirotq {G64} method.weight_group=128 method.act_group=128",
+        f"method=dirotq {G64.replace('64', '128')}",
         OURS,
     ),
     _row("dirotq_w4a8", "dirotq W4A8, token/channel", "method=dirotq_w4a8", OURS),
@@ -88,23 +106,14 @@ ABLATIONS = (
     _row("r8", "r = 8", "rank.r=8", OURS),
     _row("r32", "r = 32", "rank.r=32", OURS),
     _row("r64", "r = 64", "rank.r=64", OURS),
-    _row("svdquant_r8", "svdquant, r = 8", "method=svdquant rank.r=8", "svdquant"),
-    _row("svdquant_r32", "svdquant, r = 32", "method=svdquant rank.r=32", "svdquant"),
-    _row("dirotq_g64_r8", "dirotq g64/g64, r = 8", f"{G64} rank.r=8", "dirotq_g64"),
-    _row("dirotq_g64_r32", "dirotq g64/g64, r = 32", f"{G64} rank.r=32", "dirotq_g64"),
     _row("block1", "no Hadamard", "method.block=1", OURS),
-    _row("block16", "Hadamard blocks of 16", "method.block=16", OURS),
-    _row("block64", "Hadamard blocks of 64", "method.block=64", OURS),
-    _row("regular", "regular Hadamard blocks", "method.transform=regular", OURS),
-    _row("svdquant_hadamard", "svdquant with Hadamard", "method=svdquant method.block=256", RIVAL),
     _row("nearest", "nearest rounding", "method.rounding=nearest", OURS),
-    _row("damping001", "damping 0.001", "gptq.damping=0.001", OURS),
-    _row("damping03", "damping 0.03", "gptq.damping=0.03", OURS),
-    _row("damping1", "damping 0.1", "gptq.damping=0.1", OURS),
-    _row("calls8", "8 calls", "capture.calls=8", OURS),
+    _row("svdquant_hadamard", "svdquant with Hadamard", "method=svdquant method.block=256", RIVAL),
+    _row("inputs", "second moment of quantized inputs", "gptq.inputs=quantized", OURS),
+    _row("protected8", "8-bit protected branch", "method.protected_bits=8", OURS),
+    _row("leveled", "timesteps count alike", "capture.weighting=leveled", OURS),
+    _row("feedback", "error feedback into the branch", "gptq.feedback=true", OURS),
     _row("calls32", "32 calls", "capture.calls=32", OURS),
-    _row("calls128", "128 calls", "capture.calls=128", OURS),
-    _row("calls1024", "1024 calls", "capture.calls=1024", OURS),
     _row("captions_first", "first 64 captions", "prompts.calibration.count=64", OURS),
     _row(
         "captions_last",
@@ -112,10 +121,19 @@ ABLATIONS = (
         "prompts.calibration.start=64 prompts.calibration.count=64",
         OURS,
     ),
-    _row("leveled", "timesteps count alike", "capture.weighting=leveled", OURS),
-    _row("inputs", "second moment of quantized inputs", "gptq.inputs=quantized", OURS),
-    _row("protected8", "8-bit protected branch", "method.protected_bits=8", OURS),
-    _row("feedback", "error feedback into the branch", "gptq.feedback=true", OURS),
+    _row("regular", "regular Hadamard blocks", "method.transform=regular", OURS),
+    _row("svdquant_r32", "svdquant, r = 32", "method=svdquant rank.r=32", "svdquant"),
+    _row("svdquant_r8", "svdquant, r = 8", "method=svdquant rank.r=8", "svdquant"),
+    _row("dirotq_g64_r8", "dirotq g64/g64, r = 8", f"{G64} rank.r=8", "dirotq_g64"),
+    _row("dirotq_g64_r32", "dirotq g64/g64, r = 32", f"{G64} rank.r=32", "dirotq_g64"),
+    _row("calls8", "8 calls", "capture.calls=8", OURS),
+    _row("calls128", "128 calls", "capture.calls=128", OURS),
+    _row("calls1024", "1024 calls", "capture.calls=1024", OURS),
+    _row("damping1", "damping 0.1", "gptq.damping=0.1", OURS),
+    _row("damping001", "damping 0.001", "gptq.damping=0.001", OURS),
+    _row("damping03", "damping 0.03", "gptq.damping=0.03", OURS),
+    _row("block16", "Hadamard blocks of 16", "method.block=16", OURS),
+    _row("block64", "Hadamard blocks of 64", "method.block=64", OURS),
     _row("absorb_feedback", "absorb with feedback", "method=absorb gptq.feedback=true", "absorb"),
     _row("absorb003", "absorb, λ = 0.003", "method=absorb basis.regularization=0.003", "absorb"),
     _row("absorb3", "absorb, λ = 0.3", "method=absorb basis.regularization=0.3", "absorb"),
