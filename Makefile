@@ -44,12 +44,12 @@ check: $(STAMP) .links ## formatting, lint, types, import contracts
 	cd .links && $(abspath $(BIN))/mypy --config-file ../pyproject.toml --package dirotq
 	cd .links && $(abspath $(BIN))/lint-imports --config ../pyproject.toml --no-logo
 
-bench: bench-bits bench-quality table ## the tables that need no GPU: bits per parameter, quality of each method
+bench: bench-bits table ## the tables that need no GPU: bits per parameter, quality from stored scores
 
 bench-bits: $(STAMP) ## bits per parameter of real models, from shapes alone
 	@$(BIN)/python benchmarks/bits.py $(ARGS)
 
-bench-quality: $(STAMP) ## every method on the embedded models, stored in docs/quality: ARGS="--sections methods --prompts 64"
+bench-quality: $(STAMP) ## every method on the embedded models, stored in docs/quality (a GPU, or patience)
 	$(BIN)/python benchmarks/quality.py $(ARGS)
 
 table: $(STAMP) ## docs/quality.md from the stored results

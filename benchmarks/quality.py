@@ -4,7 +4,9 @@ usage: python benchmarks/quality.py [--models tiny_flux] [--sections methods] [-
                                     [--prompts 512] [--jobs 1] [--out docs/quality] [overrides...]
 
 Writes OUT/<model>.json: per row every score of every image (benchmarks/quality_rows.py has the
-rows). `make table` turns what is stored into docs/quality.md.
+rows). `make table` turns what is stored into docs/quality.md. All rows take a quarter of an hour on
+one H100 (--jobs 14 device=cuda reference.batch=128 validate.batch=128) and days on a CPU: there,
+choose rows and fewer captions (--rows dirotq rtn --prompts 32 --out DIR).
 """
 
 import argparse
@@ -35,6 +37,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/quality"))
     options, overrides = parser.parse_known_args()
     chosen = [r for r in rows(tuple(options.sections)) if not options.rows or r.key in options.rows]
+    for model in options.models:
+        refuse_other_count(options.out / f"{model}.json", options.prompts)
     common = [EXPERIMENT, f"prompts.heldout.count={options.prompts}", *overrides]
     jobs = [(row, model) for row in chosen for model in options.models]
     deadline = time.monotonic() + 60 * options.minutes if options.minutes else None
@@ -100,6 +104,17 @@ def summary(report: dict[str, Any], plan: dict[str, float]) -> dict[str, Any]:
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
         "date": str(datetime.datetime.now(datetime.UTC).date()),
     }
+
+
+def refuse_other_count(file: Path, prompts: int) -> None:
+    """Leave if ``file`` holds rows of another number of captions: they could not be compared."""
+    stored = json.loads(file.read_text())["rows"].values() if file.is_file() else ()
+    counts = {len(row["images"]["psnr"]) for row in stored}
+    if counts - {prompts}:
+        raise SystemExit(
+            f"{file} holds rows of {max(counts)} captions, these would have {prompts}: name "
+            "another folder (--out DIR), or the same number (--prompts)"
+        )
 
 
 def store(file: Path, key: str, result: dict[str, Any]) -> None:

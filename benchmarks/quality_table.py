@@ -69,7 +69,11 @@ def main() -> None:
     }
     if not found:
         raise SystemExit(f"no results under {options.results}: run `make bench-quality` first")
-    for name, text in tables(found).items():
+    made = tables(found)
+    few = options.results / "cpu" / "tiny_flux.json"
+    if few.is_file():
+        made["cpu"] = compared(ABLATIONS, {"tiny_flux": json.loads(few.read_text())})
+    for name, text in made.items():
         put(options.into, name, text)
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from dirotq.benchmarks import quality_rows
-from dirotq.benchmarks.quality import store, summary
+from dirotq.benchmarks.quality import refuse_other_count, store, summary
 from dirotq.benchmarks.quality_table import CLAIMS, claims, compared, methods, put, tables
 from dirotq.pipeline.config import build, compose_config
 
@@ -100,3 +100,10 @@ FIELDS = [row for row in quality_rows.ABLATIONS if len(row.overrides) == 1]
 def test_rows_are_valid_configurations(row):
     overrides = [quality_rows.EXPERIMENT, "model=tiny_pixart", *row.overrides]
     assert build(compose_config(overrides, "dirotq.conf")).steps
+
+
+def test_rows_of_another_number_of_captions_are_refused_beforehand(tmp_path, results):
+    refuse_other_count(tmp_path / "tiny_flux.json", 2)
+    refuse_other_count(tmp_path / "absent.json", 7)
+    with pytest.raises(SystemExit, match=r"holds rows of 2 captions, these would have 7.*--out"):
+        refuse_other_count(tmp_path / "tiny_flux.json", 7)
