@@ -43,7 +43,7 @@ def spec_for(kind: str, k: int, n: int, rank: int = 64) -> QuantSpec:
         block=1 if plain else hadamard_block(k, 256),
         weight_bits=4,
         weight_group=group,
-        act_group=group,
+        act_group=16 if FORMATS[kind]["act_scale"] == "pow2" else group,
         **FORMATS[kind],
     )
 

@@ -264,8 +264,8 @@ def builds() -> list[Build]:
                 add(f"rotate-b{b}-r{r}", kernels.rotate, constants, s, chips=chips)
     s = sweeps.round_rows
     for scale, g, bits, fp8, tail in (
-        ("pow2", 64, 4, True, True), ("pow2", 32, 4, True, True), ("token", 64, 4, True, True),
-        ("pow2", 64, 4, False, False), ("token", 64, 8, False, False),
+        ("pow2", 16, 4, True, True), ("pow2", 64, 4, True, True), ("token", 64, 4, True, True),
+        ("pow2", 16, 4, False, False), ("token", 64, 8, False, False),
         ("group", 64, 4, True, False), ("group", 128, 4, False, False),
     ):  # fmt: skip
         constants = {
