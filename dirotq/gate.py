@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dirotq.cost import Cost, Machine
 from dirotq.device import compute_dtype
+from dirotq.fidelity import psnr
 from dirotq.models.source import DiffusersModel, generate
 from dirotq.models.swap import swap_sites
 from dirotq.models.workload import Workload
@@ -18,9 +19,6 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.plan import SitePlan
 from dirotq.progress import track
 from dirotq.prompts import Prompt
-
-LEAST = 1e-10
-"""Mean squared errors below this count as this much: 100 dB."""
 
 
 def plans_psnr(
@@ -35,7 +33,7 @@ def plans_psnr(
     """PSNR (dB, range 1) of each plan's images to the 16-bit ones, float64 [B] per plan.
 
     Plans are packed in memory by nearest rounding, one after the other, in a pipeline that is
-    loaded anew for each: memory for the whole 16-bit pipeline is needed, as in ``validate``.
+    loaded anew for each: memory for the whole 16-bit pipeline is needed, as in ``reference``.
     """
     call = model.call_arguments()
 
@@ -51,12 +49,11 @@ def plans_psnr(
         starts = track(range(0, len(prompts), batch), what)
         return torch.cat([generate(pipe, prompts[i : i + batch], call) for i in starts])
 
-    want = images(None, "gate: 16-bit images").double()
+    want = images(None, "gate: 16-bit images")
     found = []
     for number, plan in enumerate(plans, 1):
-        got = images(plan, f"gate: plan {number} of {len(plans)}").double()
-        error_B = (got - want).square().flatten(1).mean(1)
-        found.append(-10 * error_B.clamp_min(LEAST).log10())
+        got = images(plan, f"gate: plan {number} of {len(plans)}")
+        found.append(psnr(got, want).double())
     return found
 
 
@@ -67,7 +64,7 @@ def gate_cost(work: Workload, machine: Machine, prompts: int, batch: int, plans:
         samples * work.forward_flops, work.channels, len(work.by_block)
     )
     calls = -(-prompts // batch) * work.steps
-    packed = 1.0 if machine.gpu else 2.5  # on the reference path weights are unpacked every call
+    packed = work.packed_slower(machine, machine.width)
     decode = machine.forward_seconds(work.decoder_flops, work.channels, 0) * prompts
     weights = machine.width * work.parameters + work.components
     peak = max(work.activations(samples, machine.width), batch * work.decoder_bytes)

@@ -6,8 +6,8 @@ from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.quantize_weight import (
     codes_on_grid,
     pack_codes,
-    scale_floor,
     stored_scales,
+    tail_floor,
     weight_steps,
 )
 from dirotq.models.weights import Weights
@@ -33,10 +33,7 @@ def pack_nearest(
         "smooth": rotation.smooth_D,
         "bias": None if bias is None else bias.to(torch.bfloat16),
     }
-    floor, element = None, entry.spec.weight_element
-    if entry.spec.weight_scale == "channel":
-        kept = None if protected is None else protected.to(torch.bfloat16)
-        floor = scale_floor(kept, stored["bias"])
+    floor, element = tail_floor(entry.spec, protected, bias), entry.spec.weight_element
     scale, wglobal = stored_scales(main, entry.spec, clip=entry.clip, floor_N1=floor)
     codes = codes_on_grid(main, weight_steps(scale, wglobal), element)
     stored |= {"wscale": scale, "wglobal": wglobal, "qweight": pack_codes(codes, element)}

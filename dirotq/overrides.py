@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -166,6 +166,26 @@ class Worst:
             }
             for place, name in enumerate(ranked, 1)
         ]
+
+
+def check_worst(value: Mapping[str, Any] | None, method: Any, sites: Sequence[Any]) -> None:
+    """Try ``rank.worst`` on every block site's formats, before anything is measured.
+
+    Raises ConfigError for a format that can't have its precision, or if no site would be left.
+    """
+    worst = parse_worst(value, method.act_bits)
+    if worst is None:
+        return
+    blocks = [site.name for site in sites if site.kind == "block"]
+    if worst.keep and worst.count >= len(blocks):
+        raise ConfigError(
+            f"rank.worst.count={worst.count} keeps all {len(blocks)} block sites in 16 bits: use "
+            "less"
+        )
+    everywhere = replace(worst, count=len(blocks)).overrides(dict.fromkeys(blocks, 1.0))
+    tried = replace(method, overrides=[*method.overrides, *everywhere])
+    for site in sites:
+        tried.spec(site, 0)
 
 
 def parse_worst(value: Mapping[str, Any] | None, act_bits: int) -> Worst | None:

@@ -70,6 +70,11 @@ class Method:
             raise ConfigError(
                 f"method.block={self.block} is not a power of two; use 1 (no Hadamard) ... 512"
             )
+        if self.transform == "dense" and self.leading is not None:
+            raise ConfigError(
+                f"method.transform=dense rotates all channels, but method.leading={self.leading} "
+                "keeps only the leading directions: set method.leading=null"
+            )
         for index, override in enumerate(parse_overrides(self.overrides)):
             if override.rank and not self.protect:
                 raise ConfigError(

@@ -90,11 +90,13 @@ def refuse_unpriced(method: Method) -> None:
     """Raise ConfigError for a method whose protected branch does not take energy out of the main
     one at a price per direction."""
     projects = method.protect and method.branch == "project" and method.transform != "dense"
+    projects = projects and method.protected_bits == 16  # an 8-bit branch has a price to enter, too
     if not projects:
         raise ConfigError(
             f"rank=budget needs a projecting basis, whose directions have a price each; method "
             f"{method.name} has transform={method.transform}, branch={method.branch}, protect="
-            f"{str(method.protect).lower()}. Use method=dirotq, or a fixed rank (rank=default)"
+            f"{str(method.protect).lower()}, protected_bits={method.protected_bits}. "
+            "Use method=dirotq, or a fixed rank (rank=default)"
         )
 
 

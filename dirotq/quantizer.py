@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.quantize_weight import scale_floor
+from dirotq.kernels.quantize_weight import tail_floor
 from dirotq.kernels.spec import QuantSpec
 from dirotq.loading import check_weights
 from dirotq.models.family import Site
@@ -32,8 +32,8 @@ from dirotq.plan import site_from_dict
 
 METHOD = "dirotq"
 FORMAT = 2
-"""Newest format: 2 adds NVFP4 and MXFP4, smoothing, branches beside the input and 8-bit ones.
-Folders without them say 1, so that old readers go on."""
+"""Newest format: 2 adds NVFP4 and MXFP4, smoothing, regular Hadamard matrices,
+branches beside the input and 8-bit ones. Folders without them say 1, so that old readers go on."""
 STORED = torch.bfloat16
 """dtype on disk of floating tensors, but for those in EXACT."""
 EXACT = ("wglobal",)
@@ -233,9 +233,8 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
             )
     if packed.wscale.dtype == torch.uint8 and not packed.wscale.is_meta:
         _check_scale_bytes(name, packed)
-    # Codes of an 8-bit protected branch say nothing about a tail, which they never take.
-    floor = scale_floor(tensors.get("wp"), tensors.get("bias"))
-    if packed.spec.weight_scale != "channel" or floor is None or "wscale" not in tensors:
+    floor = tail_floor(packed.spec, tensors.get("wp"), tensors.get("bias"))
+    if floor is None or "wscale" not in tensors:
         return
     missing = floor.float() * (1 - FLOOR_GRACE) - packed.wscale.float()
     if bool((missing > 0).any()):

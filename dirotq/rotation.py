@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dirotq.errors import NumericalError
-from dirotq.kernels.protected import quantize_protected
+from dirotq.kernels.protected import dequantize_protected, quantize_protected
 from dirotq.kernels.spec import QuantSpec
 from dirotq.kernels.transform_quantize import transform
 from dirotq.pipeline.artifact import Artifact
@@ -102,11 +102,13 @@ class Rotation:
         return {"wp": v_NR.to(torch.bfloat16)}
 
     def _beside(self, w_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-        """V = W dual, rounded here, so that the main branch makes up for its rounding (Eq. 12)."""
+        """V = W dual as it is stored: the main branch makes up for its rounding (Eq. 12)."""
         kept = None
         if self.dual_DR is not None:
             assert self.basis_DR is not None
             kept = (w_ND.double() @ self.dual_DR.double()).to(torch.bfloat16).to(w_ND.dtype)
+            if self.spec.protected_bits == 8:
+                kept = dequantize_protected(*quantize_protected(kept)).to(w_ND.dtype)
             product = kept.double() @ self.basis_DR.double().mT
             w_ND = (w_ND.double() - product).to(w_ND.dtype)
         if self.smooth_D is not None:

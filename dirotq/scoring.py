@@ -17,6 +17,7 @@ from torch import Tensor
 from dirotq.distributions import frechet_distance, kernel_distance
 from dirotq.fidelity import fidelity
 from dirotq.images import read_images
+from dirotq.kernels.full_float32 import full_float32
 from dirotq.metrics import Metric
 from dirotq.progress import track
 from dirotq.prompts import Prompt
@@ -112,6 +113,17 @@ def score(
     attributes that an image shows), FID and KID of its features to the original's, from two images
     on.
     """
+    with full_float32():  # a GPU's convolutions would take ten bits of each number
+        return _scored(sets, prompts, reader, learned, device)
+
+
+def _scored(
+    sets: ImageSets,
+    prompts: Sequence[Prompt],
+    reader: Reader | None,
+    learned: Mapping[str, Metric],
+    device: torch.device,
+) -> Scores:
     found = Scores()
     features_BF: dict[str, list[Tensor]] = {name: [] for name in sets.places}
     counts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in sets.places}

@@ -11,7 +11,7 @@ from dirotq.cost import Cost, Machine
 from dirotq.device import compute_dtype, free_host_memory
 from dirotq.errors import NumericalError
 from dirotq.kernels.linear import PointwiseView, SiteView
-from dirotq.models.call import Call
+from dirotq.models.call import PROBES, Call
 from dirotq.models.replay import Walk
 from dirotq.models.source import DiffusersModel
 from dirotq.models.workload import HOST_SHARE, STATE_SHARE, Workload, calls_at_once
@@ -57,7 +57,7 @@ def site_errors(
 
 
 def measuring_cost(work: Workload, machine: Machine) -> Cost:
-    """Of :func:`site_errors`, for the one recorded call."""
+    """Of :func:`site_errors`, for the probe calls."""
     passes = len(work.block_sites) + 1
     blocks, samples = len(work.by_block), work.samples
     forward = machine.forward_seconds(samples * work.forward_flops, work.channels, blocks)
@@ -69,8 +69,9 @@ def measuring_cost(work: Workload, machine: Machine) -> Cost:
     memory = 2.0 * machine.width * work.block_parameters + 8 * 3 * largest
     memory += work.activations(samples, machine.width) + each * (2 if park else at_once)
     return Cost(
-        seconds=machine.start + passes * forward + len(work.block_sites) * machine.site
-        + (2 + sweeps) * machine.width * work.parameters / machine.load,
+        seconds=machine.start + machine.width * work.parameters / machine.load
+        + PROBES * (passes * forward + len(work.block_sites) * machine.site)
+        + PROBES * (1 + sweeps) * machine.width * work.parameters / machine.load,
         lower="rank.sensitivity=equal, capture.batch=1",
         **machine.memory(memory, at_once * each if park else 0),
     )  # fmt: skip
@@ -120,7 +121,7 @@ def _squared_error(got: Tensor, want: Tensor, site: str) -> float:
     if not error < float("inf"):
         raise NumericalError(
             f"site {site}: quantized alone it makes the denoiser's output non-finite on the "
-            "captured call; the model overflows in this precision"
+            "captured calls; the model overflows in this precision"
         )
     return error
 

@@ -4,18 +4,22 @@ Letters: T sampled tokens, N outputs, D channels.
 """
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 from torch import Tensor
 
+from dirotq.kernels.protected import rounded_coefficients
 from dirotq.kernels.quantize_weight import (
     codes_on_grid,
     dequantize_weight,
     stored_scales,
+    tail_floor,
     weight_steps,
 )
 from dirotq.kernels.transform_quantize import dequantize_rows, quantize_rows, transform
 from dirotq.rotation import Rotation
 
+T = TypeVar("T")
 FLOOR = 1e-4
 """Channels are taken for no quieter than this share of the loudest one."""
 
@@ -36,27 +40,29 @@ def smoothing(peak_D: Tensor, w_ND: Tensor, alpha: float) -> Tensor:
 def simulated(rotation: Rotation, w_ND: Tensor, x_TD: Tensor, *, clip: bool) -> Tensor:
     """x Wᵀ with codes of nearest rounding on both sides: float32 [T, N].
 
-    What a candidate is compared by before GPTQ; the packed linear's own arithmetic, in float32.
+    What a candidate is compared by before GPTQ: the packed linear's own arithmetic, without bias.
     """
     spec = rotation.spec
     main, kept = rotation.weights(w_ND)
     z, c = transform(x_TD, rotation.basis_DR, rotation.rotation_DK, spec, rotation.smooth_D)
     if spec.act_bits < 16:
         z = dequantize_rows(*quantize_rows(z, spec))
-    step = weight_steps(*stored_scales(main, spec, clip=clip))
+    floor = tail_floor(spec, kept, None)
+    step = weight_steps(*stored_scales(main, spec, clip=clip, floor_N1=floor))
     y = z @ dequantize_weight(codes_on_grid(main, step, spec.weight_element), step).mT
-    return y if c is None or kept is None else y + c @ kept.mT
+    if c is None or kept is None:
+        return y
+    return y + (rounded_coefficients(c) if spec.protected_bits == 8 else c) @ kept.mT
 
 
-def best(
-    candidates: Iterable[tuple[float | None, Rotation]], w_ND: Tensor, x_TD: Tensor, *, clip: bool
-) -> tuple[float | None, Rotation]:
-    """The candidate with the least output error on sampled rows."""
+def best(candidates: Iterable[tuple[Rotation, T]], w_ND: Tensor, x_TD: Tensor, *, clip: bool) -> T:
+    """What comes with the rotation that has the least output error on sampled rows."""
     want = x_TD @ w_ND.mT
-    return min(
-        candidates,
-        key=lambda one: float((simulated(one[1], w_ND, x_TD, clip=clip) - want).square().sum()),
-    )
+
+    def error(candidate: tuple[Rotation, T]) -> float:
+        return float((simulated(candidate[0], w_ND, x_TD, clip=clip) - want).square().sum())
+
+    return min(candidates, key=error)[1]
 
 
 def _floored(peak_D: Tensor) -> Tensor:

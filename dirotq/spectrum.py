@@ -6,6 +6,7 @@ Letters: D channels, L directions kept, B block of the subspace iteration.
 import torch
 from torch import Tensor
 
+from dirotq.cost import Machine
 from dirotq.errors import NumericalError
 
 DENSE = 2048
@@ -64,6 +65,18 @@ def leading_basis(s_DD: Tensor, leading: int) -> tuple[Tensor, Tensor]:
         q_DB = _orthonormal(y_DB)
     _refuse_indefinite(float(variances_B[-leading:].min()), float(variances_B[-1]))
     return variances_B[-leading:].clamp_min(0), q_DB @ turn_BB[:, -leading:]
+
+
+def eigen_seconds(dim: int, leading: int | None, machine: Machine) -> float:
+    """Predicted time of :func:`principal_basis`."""
+    kept = min(leading or dim, dim)
+    if kept == dim or dim <= DENSE:
+        return 9 * dim**3 / machine.eigh
+    width = kept + MARGIN
+    products = 4 * dim**2 * width / machine.float32
+    thin = 12 * dim * width**2 / machine.float64
+    usual = ROUNDS / 3  # rounds until the iteration stands still
+    return usual * (products + thin + 5 * machine.factor)
 
 
 def _orthonormal(y_DB: Tensor) -> Tensor:

@@ -71,7 +71,8 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
     return _choose(chip, max(m, 1), max(n, 1), spec, dtype)
 
 
-def _why_not(spec: QuantSpec, dtype: torch.dtype) -> str | None:
+def why_not(spec: QuantSpec, dtype: torch.dtype = torch.bfloat16) -> str | None:
+    """Why no kernel computes a linear of ``spec`` on inputs of ``dtype``; None if one does."""
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{str(dtype).removeprefix('torch.')} inputs are computed as specified"
     if spec.weight_element == "e2m1":
@@ -94,7 +95,7 @@ def _why_not(spec: QuantSpec, dtype: torch.dtype) -> str | None:
 
 @functools.lru_cache(maxsize=4096)
 def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> Plan:
-    if why := _why_not(spec, dtype):
+    if why := why_not(spec, dtype):
         return Plan(engine="reference", container="none", why=why)
     candidates = {name_of(plan): plan for plan in candidates_for(chip, m, n, spec, dtype)}
     kind = kind_of(spec)

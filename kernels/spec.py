@@ -185,7 +185,15 @@ class QuantSpec:
     @property
     def since(self) -> int:
         """Oldest format of packed folders (dirotq/quantizer.py) whose readers know this spec."""
-        return 2 if self.weight_element == "e2m1" or self.to_dict().keys() & ADDED.keys() else 1
+        new = self.weight_element == "e2m1" or self.transform == "regular"
+        return 2 if new or self.to_dict().keys() & ADDED.keys() else 1
+
+    @property
+    def has_tail(self) -> bool:
+        """Whether the protected branch and the bias may be FP8 columns of the product (Eq. 9)."""
+        whole = self.rank == 0 or (self.branch == "project" and self.protected_bits == 16)
+        plain = self.transform == "hadamard" and not self.smooth
+        return self.weight_scale == "channel" and plain and whole
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON; a field that format 1 lacks is left out where it has its default."""

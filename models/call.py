@@ -19,6 +19,10 @@ from dirotq.errors import UnsupportedError
 
 PLAIN = (bool, int, float, str, type(None))
 
+PROBES = 4
+"""Calls that `capture` keeps whole, from all over prompts and timesteps: `fuse` proves the network
+on the first, `rank` measures on all of them."""
+
 
 @dataclass(frozen=True)
 class Call:

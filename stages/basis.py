@@ -17,8 +17,9 @@ from dirotq.models.workload import Workload
 from dirotq.moments import moment, read_stored
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
+from dirotq.plan import Method
 from dirotq.progress import track
-from dirotq.spectrum import DENSE, MARGIN, ROUNDS, principal_basis
+from dirotq.spectrum import DENSE, MARGIN, eigen_seconds, principal_basis
 from dirotq.tensors import load_site, save_site, site_file
 
 
@@ -26,6 +27,7 @@ from dirotq.tensors import load_site, save_site, site_file
 class FitBasis:
     """Fit a basis per block site (modulators have none).
 
+    ``method``   only to refuse one that needs another basis
     ``leading``  directions to keep per site; None for all (the dense rotation needs them)
 
     Writes ``sites/<site>.safetensors`` with ``vectors`` (float32 [D, L], ascending), ``variances``
@@ -39,12 +41,19 @@ class FitBasis:
     resumable: ClassVar[bool] = True
 
     model: DiffusersModel
+    method: Method = untracked()  # noqa: RUF009 (a field without a default)
     leading: int | None
     device: str = untracked()
 
     def __post_init__(self) -> None:
         if self.leading is not None and self.leading < 1:
             raise ConfigError(f"basis.leading={self.leading}: use at least 1, or null for all")
+        if self.method.smooth or (self.method.protect and self.method.branch == "beside"):
+            raise ConfigError(
+                f"method.smooth={self.method.smooth}, method.branch={self.method.branch}: this "
+                "basis has neither factors nor branches beside the input; use basis=svd, weighted "
+                "or smooth, as method=svdquant, absorb and smoothquant do"
+            )
 
     def run(self, out: Path, *, capture: Artifact) -> Mapping[str, float]:
         device = pick_device(self.device)
@@ -68,16 +77,8 @@ class FitBasis:
         """Per site its moments from disk, then an iteration, or all eigenvectors of small ones."""
         seconds = 0.0
         for site in work.block_sites:
-            dim, kept = site.dim, min(self.leading or site.dim, site.dim)
             seconds += machine.site + work.moment_bytes(site) / machine.read
-            if kept < dim and dim > DENSE:
-                width = kept + MARGIN
-                products = 4 * dim**2 * width / machine.float32
-                thin = 12 * dim * width**2 / machine.float64
-                usual = ROUNDS / 3  # rounds until the iteration stands still
-                seconds += usual * (products + thin + 5 * machine.factor)
-            else:
-                seconds += 9 * dim**3 / machine.eigh
+            seconds += eigen_seconds(site.dim, self.leading, machine)
         widest = work.widest
         dense = self.leading is None or widest <= DENSE
         matrices = (8 * 5 if dense else 4 * 4) * widest**2

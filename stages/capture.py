@@ -24,7 +24,7 @@ from dirotq.cost import Cost, Machine, budget
 from dirotq.device import compute_dtype, free_host_memory, pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels import second_moment
-from dirotq.models.call import Call, load_calls, save_calls
+from dirotq.models.call import PROBES, Call, load_calls, save_calls
 from dirotq.models.family import Site
 from dirotq.models.recorder import Recorder, Seen, refuse_empty_or_damaged
 from dirotq.models.replay import Walk
@@ -41,9 +41,6 @@ from dirotq.tensors import create_array, read_array, write_rows
 log = logging.getLogger(__name__)
 
 GOLDEN = 0.6180339887498949
-PROBES = 4
-"""Calls kept whole, from all over prompts and timesteps: `fuse` proves the network on the first,
-`rank` measures on all of them."""
 SINGLE = "single-sweep"
 """Marks a replay in which one sweep takes all calls."""
 

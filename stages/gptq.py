@@ -20,8 +20,8 @@ from dirotq.kernels.quantize_weight import (
     codes_on_grid,
     dequantize_weight,
     pack_codes,
-    scale_floor,
     stored_scales,
+    tail_floor,
     unpack_weight,
     weight_steps,
 )
@@ -103,7 +103,9 @@ class QuantizeWeights:
             s_z, energy = rotation.moments(s_DD), s_DD.diagonal().double().sum()
             if self.inputs == "quantized":
                 x = read_array(rows, entry.site.name).to(device, torch.float32)
-                s_z.diagonal().add_(rounding_noise(rotation, x))
+                # In the unit of S, whatever capture.weighting made of it.
+                unit = energy / x.double().square().sum(1).mean().clamp_min(1e-300)
+                s_z.diagonal().add_(rounding_noise(rotation, x) * unit)
             tensors = self._quantized(w_z, s_z, energy, entry, protected, bias)
             if self.feedback and protected is not None:
                 tensors |= _with_feedback(rotation, s_DD, w_z, protected, bias, tensors)
@@ -192,9 +194,7 @@ def _with_feedback(
     error = w_NK - dequantize_weight(*packed, w_NK.dtype)
     change, share = feedback(rotation, s_DD, error)
     changed = (wp_NR.double() + change).to(wp_NR.dtype)
-    if rotation.spec.weight_scale == "channel":
-        floor = scale_floor(*(_stored(t, w_NK.device) for t in (changed, bias_N)))
-        assert floor is not None
+    if (floor := tail_floor(rotation.spec, changed, bias_N)) is not None:
         changed = torch.where(floor > tensors["wscale"], wp_NR, changed)
     return rotation.stored(changed) | {"feedback": torch.tensor([share]).double()}
 
@@ -218,10 +218,7 @@ def quantize_site(
              escalations, rows that kept nearest rounding, rows whose scale is the tail's floor,
              rows)
     """
-    floor, element = None, entry.spec.weight_element
-    if entry.spec.weight_scale == "channel":
-        # As `fuse` stores them: the runtime and the loader meet the rounded values.
-        floor = scale_floor(*(_stored(t, w_NK.device) for t in (wp_NR, bias_N)))
+    floor, element = tail_floor(entry.spec, wp_NR, bias_N), entry.spec.weight_element
     scale, wglobal = stored_scales(
         w_NK, entry.spec, clip=entry.clip, importance_K=s_KK.diagonal(), floor_N1=floor
     )
@@ -244,10 +241,6 @@ def quantize_site(
         "loss": torch.stack(loss).double(),
         "counts": torch.tensor([counts["escalations"], counts["nearest"], on_floor, len(codes)]),
     }
-
-
-def _stored(tensor: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if tensor is None else tensor.to(device, torch.bfloat16)
 
 
 def _summary(out: Path, plan: list[SitePlan]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from dirotq.plan import Method
 from dirotq.progress import track
 from dirotq.rotation import Rotation
 from dirotq.smoothing import best, smoothing
-from dirotq.spectrum import principal_basis
+from dirotq.spectrum import eigen_seconds, principal_basis
 from dirotq.tensors import load_site, read_array, save_site, site_file
 
 
@@ -83,6 +83,13 @@ class FitLowRank:
             )
         if self.smoothing != "none" and self.branch == "weighted":
             raise ConfigError("basis.branch=weighted takes basis.smoothing=none")
+        beside = self.method.protect and self.method.branch == "beside"
+        if beside != (self.branch != "none"):
+            raise ConfigError(
+                f"method.protect={self.method.protect}, method.branch={self.method.branch} and "
+                f"basis.branch={self.branch}: a branch beside the input needs basis.branch=svd or "
+                "weighted, and no other method has a use for one"
+            )
         if self.method.smooth != (self.smoothing != "none"):
             raise ConfigError(
                 f"method.smooth={self.method.smooth} and basis.smoothing={self.smoothing}: a "
@@ -121,8 +128,8 @@ class FitLowRank:
         seconds, widest = 0.0, work.widest
         for site in work.block_sites:
             gram = 2 * sum(site.rows) * site.dim**2 / machine.float64
-            factor = (9 * site.dim**3 / machine.eigh) if self.branch != "none" else 0.0
-            seconds += tried * (gram + factor) + machine.site
+            seconds += tried * (gram + eigen_seconds(site.dim, self.leading, machine))
+            seconds += machine.site
         kept = min(self.leading or widest, widest)
         return Cost(
             seconds=seconds + work.moments / machine.read,
@@ -143,19 +150,17 @@ class FitLowRank:
         spec = self.method.spec(site, self.rank)
         if spec is None:  # an override keeps the site in 16 bits
             return self._tensors(self._low_rank(w_ND, s_DD, None), None, None)
-        kept: dict[float | None, dict[str, Tensor]] = {}
 
-        def tried() -> Iterator[tuple[float | None, Rotation]]:
+        def tried() -> Iterator[tuple[Rotation, dict[str, Tensor]]]:
             for alpha in (None, *(k / self.candidates for k in range(1, self.candidates + 1))):
                 smooth = torch.ones_like(w_ND[0])
                 if alpha is not None:
                     smooth = _rounded(smoothing(peak_D, w_ND, alpha))
                 branch = self._low_rank(w_ND, s_DD, smooth)
-                kept[alpha] = self._tensors(branch, smooth, alpha)
-                yield alpha, Rotation.cut(kept[alpha], spec)
+                found = self._tensors(branch, smooth, alpha)
+                yield Rotation.cut(found, spec), found
 
-        chosen, _ = best(tried(), w_ND, x_TD, clip=self.method.weight_clip)
-        return kept[chosen]
+        return best(tried(), w_ND, x_TD, clip=self.method.weight_clip)
 
     def _low_rank(self, w_ND: Tensor, s_DD: Tensor, smooth_D: Tensor | None) -> LowRank | None:
         if self.branch == "svd":

@@ -12,7 +12,7 @@ from dirotq.models.call import load_calls
 from dirotq.models.family import Site
 from dirotq.models.source import DiffusersModel
 from dirotq.models.workload import Workload
-from dirotq.overrides import parse_worst
+from dirotq.overrides import check_worst, parse_worst
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.plan import Method
@@ -70,6 +70,7 @@ class ChooseRank:
         sites = self.model.sites()
         ranks = self.expected(sites)
         check_plan(self.method, sites, self.grid, lambda site: ranks[site.name])
+        check_worst(self.worst, self.method, sites)
         leading, most = self.method.leading, max(ranks.values())
         if leading is not None and self.method.protect and most > leading:
             rule = f"rank.r={self.r}" if self.fraction is None else f"rank.fraction={self.fraction}"

@@ -18,7 +18,7 @@ from dirotq.models.call import load_calls
 from dirotq.models.family import Site
 from dirotq.models.source import DiffusersModel
 from dirotq.models.workload import Workload
-from dirotq.overrides import parse_worst
+from dirotq.overrides import check_worst, parse_worst
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.plan import Method
@@ -40,7 +40,7 @@ class AllocateRank:
     ``overhead``     predicted FLOPs of the protected branches as a share of a 16-bit forward's; or
                      null
     ``grid``         ranks are multiples of this (the kernels' granularity)
-    ``sensitivity``  ``measured``: each site alone is quantized and the recorded call run;
+    ``sensitivity``  ``measured``: each site alone is quantized and the probe calls run;
                      ``equal``: relative errors of all sites count alike
     ``gate``         calibration prompts whose images decide between this plan and the uniform
                      rank of the same budget; 0 leaves the comparison out
@@ -93,6 +93,7 @@ class AllocateRank:
         """Everything about the plan that shapes and prompts can refute."""
         sites = self.model.sites()
         check_plan(self.method, sites, self.grid, lambda s: largest_rank(self.method, s, self.grid))
+        check_worst(self.worst, self.method, sites)
         leading = self.method.leading
         if leading is not None and (self.like or 0) > leading:
             raise ConfigError(

@@ -82,6 +82,8 @@ class Validate:
         metric lacks its package or weights.
         """
         refuse_shared(self.calibration.load(), self.prompts.load())
+        if self.reader is not None:
+            self.reader.refuse_silent(self.prompts.load())
         for metric in self.learned.values():
             metric.check()
 
@@ -147,8 +149,8 @@ class Validate:
     def cost(self, work: Workload, machine: Machine) -> Cost:
         """Held-out images from the packed pipeline, a batch at a time; their scores."""
         # On the reference path the weights are unpacked in every call.
-        kernels = machine.gpu and self.dtype != "float32"
-        made = work.generation(machine, self.batch, self.dtype, 1.0 if kernels else 2.5)
+        slower = work.packed_slower(machine, work.width(machine, self.dtype))
+        made = work.generation(machine, self.batch, self.dtype, slower)
         weights = work.width(machine, self.dtype) * work.parameters + work.components
         scored = work.heldout * work.pixels * SCORE_SECONDS
         return Cost(

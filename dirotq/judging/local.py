@@ -74,7 +74,7 @@ class LocalModel:
                 folder, local_files_only=True
             )
             model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-                folder, local_files_only=True, dtype=compute_dtype(device)
+                folder, local_files_only=True, use_safetensors=True, dtype=compute_dtype(device)
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise UnsupportedError(

@@ -118,6 +118,16 @@ def scale_floor(wp_NR: Tensor | None, bias_N: Tensor | None) -> Tensor | None:
     return (bits_N1 & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 
+def tail_floor(spec: QuantSpec, wp_NR: Tensor | None, bias_N: Tensor | None) -> Tensor | None:
+    """:func:`scale_floor` of a linear as it is stored; None for one that can have no FP8 tail.
+
+    wp_NR, bias_N  float, rounded to bf16 here: the runtime and the loader meet the rounded values
+    """
+    if not spec.has_tail:
+        return None
+    return scale_floor(*(None if t is None else t.to(torch.bfloat16) for t in (wp_NR, bias_N)))
+
+
 def weight_scales(
     w_NK: Tensor,
     groups: int,

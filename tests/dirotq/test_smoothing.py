@@ -38,18 +38,17 @@ def test_dead_channels_stay_finite():
         assert (m > 0).all()
 
 
-def candidate(alpha: float | None) -> tuple[float | None, Rotation]:
+def candidate(alpha: float | None) -> tuple[Rotation, float | None]:
     x, w = outliers()
     smooth = torch.ones(D) if alpha is None else smoothing(x.abs().amax(0), w, alpha)
     spec = tiny_spec(smooth=True, weight_scale="group", act_scale="group", act_group=64)
-    return alpha, Rotation.cut({"smooth": smooth}, spec)
+    return Rotation.cut({"smooth": smooth}, spec), alpha
 
 
 def test_the_best_candidate_is_the_one_that_errs_least():
     x, w = outliers()
     tried = [candidate(a) for a in (None, 0.25, 0.5, 1.0)]
-    errors = {a: float((simulated(r, w, x, clip=False) - x @ w.T).norm()) for a, r in tried}
-    chosen, rotation = best(tried, w, x, clip=False)
+    errors = {a: float((simulated(r, w, x, clip=False) - x @ w.T).norm()) for r, a in tried}
+    chosen = best(tried, w, x, clip=False)
     assert errors[chosen] == min(errors.values())
     assert chosen is not None  # outliers are what smoothing is for
-    assert rotation is dict(tried)[chosen]

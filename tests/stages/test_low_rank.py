@@ -72,6 +72,7 @@ def test_an_interrupted_run_goes_on_at_the_next_site(fit, finished, tmp_path, mo
         ("svdquant", {"rank": None}, r"rank.r is null.*rank.r=16"),
         ("svdquant", {"smoothing": "none"}, r"method.smooth=True and basis.smoothing=none"),
         ("absorb", {"smoothing": "fixed"}, r"branch=weighted takes basis.smoothing=none"),
+        ("absorb", {"branch": "none"}, r"branch=beside and basis.branch=none.*svd or weighted"),
         ("absorb", {"branch": "pca"}, r"basis.branch='pca': use 'none', 'svd' or 'weighted'"),
         ("smoothquant", {"smoothing": "all"}, r"use 'none', 'fixed' or 'grid'"),
         ("smoothquant", {"alpha": 1.5}, r"basis.alpha=1.5.*0 \.\.\. 1"),
@@ -103,3 +104,16 @@ def test_the_noise_of_quantized_inputs_is_counted(line):
     assert noisy.metrics["relative_error"] > exact.metrics["relative_error"]
     with pytest.raises(ConfigError, match=r"gptq.inputs='rounded': use 'exact' or 'quantized'"):
         line("gptq.inputs=rounded")
+
+
+@pytest.mark.parametrize("field", ["method.branch=beside", "method.smooth=true"])
+def test_the_usual_basis_refuses_methods_that_need_another(line, field):
+    with pytest.raises(ConfigError, match="use basis=svd, weighted or smooth"):
+        line(field)
+    with pytest.raises(ConfigError, match="no other method has a use for one"):
+        line("basis=weighted")
+
+
+def test_eight_bit_branches_beside_the_input_are_exact_too(line):
+    made = run(line("method=absorb", "method.protected_bits=8", "until=fuse"))
+    assert made["fuse"].metrics["layer_error"] < 1e-5
