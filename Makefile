@@ -5,6 +5,7 @@ VENV ?= .venv
 MODEL ?= tiny_flux
 ARGS ?=
 SWEEP ?= rank.r=8,16,32
+JOBS ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dirotq-installed
@@ -35,8 +36,8 @@ plan: $(STAMP) ## show what compress would run, and what it cost the last time
 sweep: $(STAMP) ## compress once per value: SWEEP="rank.r=8,16,32"
 	$(BIN)/dirotq compress --multirun "model=$(MODEL)" $(SWEEP) $(ARGS)
 
-test: $(STAMP) ## all tests that need no network (GPU tests where there is a GPU)
-	$(BIN)/python -m pytest -m "not download" $(ARGS)
+test: $(STAMP) ## all tests that need no network, on JOBS=2 processes (GPU tests where there is a GPU)
+	$(BIN)/python -m pytest -m "not download" -n $(JOBS) --dist worksteal $(ARGS)
 
 check: $(STAMP) .links ## formatting, lint, types, import contracts
 	$(BIN)/ruff check .
