@@ -69,11 +69,7 @@ def main() -> None:
     }
     if not found:
         raise SystemExit(f"no results under {options.results}: run `make bench-quality` first")
-    made = tables(found)
-    few = options.results / "cpu" / "tiny_flux.json"
-    if few.is_file():
-        made["cpu"] = compared(ABLATIONS, {"tiny_flux": json.loads(few.read_text())})
-    for name, text in made.items():
+    for name, text in tables(found).items():
         put(options.into, name, text)
 
 
