@@ -1,6 +1,7 @@
 """Every configuration composes, its values are the fields of what it builds, and it wires up."""
 
 import dataclasses
+import functools
 
 import pytest
 from hydra.errors import InstantiationException
@@ -14,7 +15,9 @@ from dirotq.pipeline.config import build, compose_config
 STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate"]
 
 
+@functools.cache
 def compose(*overrides):
+    """Three tests look at each configuration, and Hydra takes most of a second to compose it."""
     return compose_config(overrides, "dirotq.conf")
 
 
