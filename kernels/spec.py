@@ -192,7 +192,7 @@ class QuantSpec:
     def has_tail(self) -> bool:
         """Whether the protected branch and the bias may be FP8 columns of the product (Eq. 9)."""
         whole = self.rank == 0 or (self.branch == "project" and self.protected_bits == 16)
-        plain = self.transform == "hadamard" and not self.smooth
+        plain = self.transform != "regular" and not self.smooth
         return self.weight_scale == "channel" and plain and whole
 
     def to_dict(self) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def measured(folder, captured, change=None, rank=16, calls=1, **formats):
         transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
     model = DiffusersModel(path=str(folder), call={})
     plan = make_plan(method("dirotq", **formats), model.sites(), lambda site: (rank, "a test"))
-    [probe] = load_calls(captured["capture"].data, ["probe"])
+    probe, *_ = load_calls(captured["capture"].data, ["probe"])
     return site_errors(model, plan.blocks, captured["basis"], [probe] * calls, CPU)
 
 

@@ -161,8 +161,9 @@ def test_a_folder_packed_before_a_field_existed_still_loads():
 def test_only_what_the_runtime_can_put_into_a_tail_has_one():
     assert tiny_spec(rank=8).has_tail
     assert tiny_spec(branch="beside").has_tail  # without directions there is no branch
+    assert tiny_spec(transform="dense").has_tail
     for changes in (
         {"rank": 8, "branch": "beside"}, {"smooth": True}, {"rank": 8, "protected_bits": 8},
-        {"transform": "dense"}, {"transform": "regular", "block": 16}, {"weight_scale": "group"},
+        {"transform": "regular", "block": 16}, {"weight_scale": "group"},
     ):  # fmt: skip
         assert not tiny_spec(**changes).has_tail, changes
