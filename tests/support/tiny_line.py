@@ -237,5 +237,5 @@ def tree_bytes(folder: Path) -> Mapping[str, bytes]:
 
 def _method_overrides(name: str) -> list[str]:
     if name == "groups":
-        return ["method.weight_scale=group", "method.act_scale=group"]
+        return ["method.weight_scale=group", "method.act_scale=group", "method.act_group=64"]
     return [f"method={name}"]
