@@ -149,8 +149,8 @@ def overrides(root: Path, store: Path, *more: str) -> list[str]:
         f"prompts.heldout.path={file}",
         f"store={store}",
         *(o for o in LINE if not (chosen and o.startswith("rank."))),
-        *(o for o in more if not o.startswith("method=")),
         *(m for o in more if o.startswith("method=") for m in _method_overrides(o[7:])),
+        *(o for o in more if not o.startswith("method=")),
     ]
 
 
