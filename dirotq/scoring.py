@@ -100,6 +100,7 @@ class ImageSets:
             yield span, {name: read_images(*at, span) for name, at in self.places.items()}
 
 
+@full_float32()  # a GPU's convolutions would take ten bits of each number
 def score(
     sets: ImageSets,
     prompts: Sequence[Prompt],
@@ -113,17 +114,6 @@ def score(
     attributes that an image shows), FID and KID of its features to the original's, from two images
     on.
     """
-    with full_float32():  # a GPU's convolutions would take ten bits of each number
-        return _scored(sets, prompts, reader, learned, device)
-
-
-def _scored(
-    sets: ImageSets,
-    prompts: Sequence[Prompt],
-    reader: Reader | None,
-    learned: Mapping[str, Metric],
-    device: torch.device,
-) -> Scores:
     found = Scores()
     features_BF: dict[str, list[Tensor]] = {name: [] for name in sets.places}
     counts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in sets.places}
