@@ -1,0 +1,71 @@
+"""What a packed linear reads: an activation, and what the network does to it just before.
+
+LayerNorm with modulation, GELU and concatenation cost as much as a read and a write of the
+activation when they run alone. A :class:`Source` names them instead, and the kernels of
+``transform_quantize`` compute them on the way in; :meth:`Source.value` is their definition, and what
+runs where no kernel does.
+
+Letters: B images, T tokens, D channels, F channels that follow.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Kind = Literal["plain", "norm", "gelu", "concat"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Made by :func:`plain`, :func:`modulated_norm`, :func:`gelu` or :func:`concat_gelu`."""
+
+    kind: Kind
+    x_BTD: Tensor
+    scale_BD: Tensor | None = None
+    shift_BD: Tensor | None = None
+    eps: float = 1e-6
+    behind_BTF: Tensor | None = None
+
+    @property
+    def channels(self) -> int:
+        behind = 0 if self.behind_BTF is None else self.behind_BTF.shape[-1]
+        return self.x_BTD.shape[-1] + behind
+
+    def value(self) -> Tensor:
+        """[B, T, channels] in x's dtype, as the network computes it without fusion."""
+        x = self.x_BTD
+        if self.kind == "norm":
+            assert self.scale_BD is not None and self.shift_BD is not None
+            normed = functional.layer_norm(x, x.shape[-1:], eps=self.eps)
+            return normed * (1 + self.scale_BD[:, None]) + self.shift_BD[:, None]
+        if self.kind == "gelu":
+            return functional.gelu(x, approximate="tanh")
+        if self.kind == "concat":
+            assert self.behind_BTF is not None
+            return torch.cat([x, functional.gelu(self.behind_BTF, approximate="tanh")], -1)
+        return x
+
+
+def plain(x_BTD: Tensor) -> Source:
+    """x itself; a slice of a longer sequence is read where it lies."""
+    return Source(kind="plain", x_BTD=x_BTD)
+
+
+def modulated_norm(
+    x_BTD: Tensor, scale_BD: Tensor, shift_BD: Tensor, *, eps: float = 1e-6
+) -> Source:
+    """LayerNorm without weights, times 1 + scale, plus shift (adaLN; Peebles & Xie 2022)."""
+    return Source(kind="norm", x_BTD=x_BTD, scale_BD=scale_BD, shift_BD=shift_BD, eps=eps)
+
+
+def gelu(x_BTF: Tensor) -> Source:
+    """GELU by its tanh approximation."""
+    return Source(kind="gelu", x_BTD=x_BTF)
+
+
+def concat_gelu(x_BTD: Tensor, behind_BTF: Tensor) -> Source:
+    """x's channels, then GELU (tanh) of ``behind``."""
+    return Source(kind="concat", x_BTD=x_BTD, behind_BTF=behind_BTF)
