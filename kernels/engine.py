@@ -9,6 +9,7 @@ from torch import Tensor
 from .lane import beside, fork
 from .plan import Plan
 from .protected import dequantize_protected, rounded_coefficients
+from .source import Source
 from .spec import QuantSpec
 from .transform_quantize import quantize_rows, transform
 from .w4a4_linear import tiles as w4a4_tiles
@@ -46,29 +47,48 @@ def run(
             smooth_D, wpscale_N1,
         )  # fmt: skip
     x_MD = x_MD if x_MD.stride(-1) == 1 else x_MD.contiguous()
-    with torch.cuda.device_of(x_MD):
-        if plan.engine == "w4a16":
-            from .w4a16_linear.kernel import launch
+    if plan.engine == "w4a16":
+        from .w4a16_linear.kernel import launch
 
-            assert isinstance(plan.tile, w4a16_tiles.Tile)
+        assert isinstance(plan.tile, w4a16_tiles.Tile)
+        with torch.cuda.device_of(x_MD):
             z, c = transform(x_MD, basis_DR, rotation_DK, spec)
             y = launch(z, qweight_NK2, wscale_NG, bias_N, tile=plan.tile)
             return y if c is None or wp_NR is None else torch.addmm(y, c, wp_NR.to(c.dtype).mT)
+    return read(
+        plan, x_MD, qweight_NK2, wscale_NG, basis_DR, rotation_DK, wp_NR, bias_N, spec
+    )  # fmt: skip
+
+
+def read(
+    plan: Plan,
+    source: Tensor | Source,
+    qweight_NK2: Tensor,
+    wscale_NG: Tensor,
+    basis_DR: Tensor | None,
+    rotation_DK: Tensor | None,
+    wp_NR: Tensor | None,
+    bias_N: Tensor | None,
+    spec: QuantSpec,
+) -> Tensor:
+    """y [M, N] of 4- or 8-bit activations, from rows [M, D] or a source of so many rows."""
+    x = source.x_BTD if isinstance(source, Source) else source
+    with torch.cuda.device_of(x):
         scratch = allocated(plan, qweight_NK2, wscale_NG, wp_NR, bias_N)
-        start = fork(x_MD.device) if scratch[0] is not None else None
-        codes = quantized(plan, x_MD, basis_DR, rotation_DK, bias_N is not None, spec)
+        start = fork(x.device) if scratch[0] is not None else None
+        codes = quantized(plan, source, basis_DR, rotation_DK, bias_N is not None, spec)
         if scratch[0] is not None:
             # The transform mostly waits for memory to answer; unpacking fills some of its gaps.
             with beside(start):
                 unpack(plan, qweight_NK2, wscale_NG, wp_NR, bias_N, scratch)
         return multiplied(
-            plan, codes, scratch, qweight_NK2, wscale_NG, wp_NR, bias_N, spec.width, x_MD.dtype
+            plan, codes, scratch, qweight_NK2, wscale_NG, wp_NR, bias_N, spec.width, x.dtype
         )
 
 
 def quantized(
     plan: Plan,
-    x_MD: Tensor,
+    x_MD: Tensor | Source,
     basis_DR: Tensor | None,
     rotation_DK: Tensor | None,
     bias: bool,

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import engine
 from .chip import capability
 from .ops import quant_linear, spec_key
 from .plan import Plan, choose
+from .source import Source
 from .spec import QuantSpec
 
 
@@ -51,9 +53,27 @@ class QuantLinear(nn.Module):
             empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
             self.register_buffer(name, empty)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., N], every consumer's outputs side by side."""
+    def forward(self, x: Tensor | Source) -> Tensor:
+        """x [..., D] -> [..., N], every consumer's outputs side by side.
+
+        A source is computed by the kernels on the way in, or before where they can't.
+        """
+        if isinstance(x, Source):
+            return self._read(x)
         return self.rows(x, slice(None))
+
+    def _read(self, source: Source) -> Tensor:
+        x = source.x_BTD
+        if torch.compiler.is_compiling() or not x.is_cuda or not source.rows:
+            return self.rows(source.value(), slice(None))
+        plan = choose(capability(x.device), source.rows, self.spec.outputs, self.spec, x.dtype)
+        if plan.engine in ("reference", "w4a16"):
+            return self.rows(source.value(), slice(None))
+        y_MN = engine.read(
+            plan, source, self.qweight, self.wscale, self.basis, self.rotation, self.wp, self.bias,
+            self.spec,
+        )  # fmt: skip
+        return y_MN.view(*x.shape[:2], -1)
 
     def rows(self, x: Tensor, rows: slice) -> Tensor:
         """The outputs ``rows`` of :meth:`forward`, computed alone.

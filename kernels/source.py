@@ -2,13 +2,13 @@
 
 LayerNorm with modulation, GELU and concatenation cost as much as a read and a write of the
 activation when they run alone. A :class:`Source` names them instead, and the kernels of
-``transform_quantize`` compute them on the way in; :meth:`Source.value` is their definition, and what
-runs where no kernel does.
+``transform_quantize`` compute them on the way in; :meth:`Source.value` is their definition, and
+what runs where no kernel does.
 
 Letters: B images, T tokens, D channels, F channels that follow.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -30,6 +30,10 @@ class Source:
     behind_BTF: Tensor | None = None
 
     @property
+    def rows(self) -> int:
+        return self.x_BTD.shape[0] * self.x_BTD.shape[1]
+
+    @property
     def channels(self) -> int:
         behind = 0 if self.behind_BTF is None else self.behind_BTF.shape[-1]
         return self.x_BTD.shape[-1] + behind
@@ -47,6 +51,25 @@ class Source:
             assert self.behind_BTF is not None
             return torch.cat([x, functional.gelu(self.behind_BTF, approximate="tanh")], -1)
         return x
+
+    def laid_out(self) -> "Source":
+        """The same source as kernels read it: neighbouring channels, and one image of all rows
+        where nothing depends on the image and the rows lie evenly."""
+        x, behind = _contiguous(self.x_BTD), _contiguous(self.behind_BTF)
+        if self.kind == "norm":
+            scale, shift = _contiguous(self.scale_BD), _contiguous(self.shift_BD)
+            assert scale is not None and shift is not None
+            if scale.stride(0) != shift.stride(0):
+                scale, shift = scale.contiguous(), shift.contiguous()
+            return replace(self, x_BTD=x, scale_BD=scale, shift_BD=shift)
+        parts = [part for part in (x, behind) if part is not None]
+        if all(part.stride(0) == part.shape[1] * part.stride(1) for part in parts):
+            x, behind = (None if p is None else p.flatten(0, 1)[None] for p in (x, behind))
+        return replace(self, x_BTD=x, behind_BTF=behind)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def plain(x_BTD: Tensor) -> Source:

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..build import CHIPS, FP8_CHIPS, Build, shared_bytes
 from ..chip import capability, processors
 from ..planar import padded, planar_columns
+from ..source import Source, plain
 from ..spec import POW2_LEVELS, QuantSpec
 from ..tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
 from . import sweeps as kernels
@@ -55,7 +56,7 @@ def fits(spec: QuantSpec) -> bool:
 
 
 def launch(
-    x_MD: Tensor,
+    x_MD: Tensor | Source,
     p_DR: Tensor | None,
     t_DK: Tensor | None,
     spec: QuantSpec,
@@ -67,7 +68,7 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and c (:func:`.reference.transform_quantize`) as the GEMMs want them.
 
-    x_MD       bf16 or fp16, [M, D], last dim contiguous
+    x_MD       bf16 or fp16, [M, D], last dim contiguous; or a source of that many rows and channels
     p_DR       bf16, [D, R], contiguous, or None at rank 0
     t_DK       bf16, [D, K]; ``transform="dense"`` only
     container  int8 or float8_e4m3fn: the dtype of codes
@@ -76,26 +77,45 @@ def launch(
     returns    codes [M, padded(K)] in R1 order (``tail``: [M, columns_with_tail(K, R, bias)]),
                scale float32 [M, G], c [M, R] in x's dtype (None at rank 0 or with ``tail``)
     """
-    m, k, r = len(x_MD), spec.width, spec.rank
-    new = x_MD.new_empty
+    source = x_MD if isinstance(x_MD, Source) else plain(x_MD[None])
+    m, k, r = source.rows, spec.width, spec.rank
+    new = source.x_BTD.new_empty
     by_row = spec.act_scale != "group"
     codes = new((m, columns_with_tail(k, r, bias) if tail else padded(k)), dtype=container)
     scale = new((m, 1 if by_row else k // spec.act_group_size), dtype=torch.float32)
     if spec.transform == "dense":
-        z, amax, c = _dense(x_MD, p_DR, t_DK, k)
+        z, amax, c = _dense(_rows_of(source), p_DR, t_DK, k)
     else:
-        residual, outside = _project_outside(x_MD, p_DR, spec)
+        outside = None
+        if not _reads(source, p_DR, spec):
+            residual, outside = _project_outside(_rows_of(source), p_DR, spec)
+            source = plain(residual[None])
         inside = p_DR is not None and outside is None
         z, amax = new((m, padded(k))), new((m,), dtype=torch.int32)
         c = new((m, _width_of_c(r))) if inside else outside
-        spread = new((_tiles(spec) * _tile(spec), _width_of_c(r))) if inside else x_MD
-        _project_and_rotate(residual, p_DR if inside else None, spec, c, spread, z, amax, sweeps)
+        spread = new((_tiles(spec) * _tile(spec), _width_of_c(r))) if inside else z
+        _project_and_rotate(source, p_DR if inside else None, spec, c, spread, z, amax, sweeps)
     _round_rows(z, c, amax, codes, scale, spec, tail, bias, sweeps.round_rows)
     return codes, scale, None if tail or c is None else c[:, :r]
 
 
+def _reads(source: Source, p_DR: Tensor | None, spec: QuantSpec) -> bool:
+    """Whether the sweeps compute this source on the way in; if not, it is computed before."""
+    if p_DR is not None and spec.rank > (64 if spec.block == 512 else MAX_RANK):
+        return False
+    if source.kind == "norm":  # ``project`` takes the statistics
+        return p_DR is not None
+    if source.kind == "concat":
+        return source.x_BTD.shape[-1] % max(DEFAULT.project.width, _tile(spec)) == 0
+    return True
+
+
+def _rows_of(source: Source) -> Tensor:
+    return source.value().reshape(source.rows, source.channels)
+
+
 def _project_and_rotate(
-    x_MD: Tensor,
+    source: Source,
     p_DR: Tensor | None,
     spec: QuantSpec,
     c_MR: Tensor | None,
@@ -105,27 +125,42 @@ def _project_and_rotate(
     sweeps: Sweeps,
 ) -> None:
     """Fill z, the bits of each row's largest |z| and, given P, c and the spread basis."""
-    m, d = x_MD.shape
-    tile, rp = _tile(spec), _width_of_c(spec.rank)
-    half = tl.float32 if INTERPRETED else DOTS[x_MD.dtype]
-    chain = _chained(x_MD)
-    room = shared_bytes(capability(x_MD.device) or CHIPS[-1])
-    block = {"B": min(spec.block, tile), "W": tile, "DOT": half, "CHAIN": chain}
+    source = source.laid_out()
+    x, behind = source.x_BTD, source.behind_BTF
+    images, tokens, d = x.shape[0], x.shape[1], source.channels
+    m, tile, rp = source.rows, _tile(spec), _width_of_c(spec.rank)
+    half = tl.float32 if INTERPRETED else DOTS[x.dtype]
+    chain = _chained(x)
+    room = shared_bytes(capability(x.device) or CHIPS[-1])
+    block = {
+        "B": min(spec.block, tile), "W": tile, "DOT": half, "CHAIN": chain, "KIND": source.kind,
+        "FAST": not INTERPRETED,
+    }  # fmt: skip
+    stats, scale, shift = amax_M, x, x
+    if source.kind == "norm":
+        assert source.scale_BD is not None and source.shift_BD is not None
+        stats = x.new_empty((2, m), dtype=torch.float32)
+        scale, shift = source.scale_BD, source.shift_BD
+    end = x if behind is None else behind
+    read = x, end, scale, shift
+    split = x.shape[-1]
+    strides = (x.stride(0), x.stride(1), end.stride(0), end.stride(1), scale.stride(0), split)
     if p_DR is None:
         amax_M.zero_()
     else:
         s = _project(sweeps, spec.rank, room)
-        programs = triton.cdiv(m, s.bm)
-        kernels.project[(programs + _tiles(spec),)](
-            x_MD, p_DR, c_MR, spread_DR, amax_M, m, d, x_MD.stride(0), programs,
+        blocks = triton.cdiv(tokens, s.bm)
+        kernels.project[(images * blocks + _tiles(spec),)](
+            *read, p_DR, c_MR, spread_DR, amax_M, stats, m, tokens, d, *strides, blocks,
+            images * blocks, source.eps,
             R=spec.rank, RP=rp, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, **block,
             num_warps=s.warps, num_stages=s.stages,
         )  # fmt: skip
     s = _rotate(sweeps, spec.block, spec.rank if p_DR is not None else 0, room)
-    n_col, n_row = triton.cdiv(d, 4 * tile), triton.cdiv(m, s.bm)
-    kernels.rotate[(_programs(x_MD, n_row, n_col, s),)](
-        x_MD, x_MD if c_MR is None else c_MR, spread_DR, z_MK, amax_M, m, d, x_MD.stride(0),
-        z_MK.stride(0), n_col, n_row, spec.block**-0.5,
+    n_col, blocks = triton.cdiv(d, 4 * tile), triton.cdiv(tokens, s.bm)
+    kernels.rotate[(_programs(x, images * blocks, n_col, s),)](
+        *read, x if c_MR is None else c_MR, spread_DR, z_MK, amax_M, stats, m, tokens, d, *strides,
+        z_MK.stride(0), n_col, blocks, images * blocks, spec.block**-0.5,
         SUB=max(1, spec.block // tile), RP=rp, PROJECT=p_DR is not None,
         EVEN=d % (4 * tile) == 0, BM=s.bm, **block,
         num_warps=s.warps, num_stages=s.stages, launch_pdl=chain and p_DR is not None,
@@ -236,11 +271,18 @@ def builds() -> list[Build]:
         "p_x": "*bf16", "p_basis": "*bf16", "p_c": "*bf16", "p_spread": "*bf16", "p_z": "*bf16",
         "p_amax": "*i32", "p_scale": "*fp32", "root": "fp32", "one": "fp32",
     }  # fmt: skip
+    reads = {
+        "p_behind": "*bf16", "p_scale": "*bf16", "p_shift": "*bf16", "p_stats": "*fp32",
+        "eps": "fp32",
+    }  # fmt: skip
 
     def add(name: str, kernel: Any, constants: dict[str, Any], s: Sweep, **more: Any) -> None:
         types = pointers | more.pop("types", {})
         signature = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
-        aligned = ("M", "D", "K", "stride_x", "stride_z", "stride_codes", "tail")
+        aligned = (
+            "M", "T", "D", "K", "image_x", "stride_x", "image_behind", "stride_behind",
+            "stride_scale", "split", "stride_z", "stride_codes", "tail",
+        )  # fmt: skip
         found.append(
             Build(
                 name=f"transform_quantize_{name}", kernel=kernel, signature=signature,
@@ -254,14 +296,20 @@ def builds() -> list[Build]:
         for b, rank, even in ((256, 64, True), (32, 64, False), (512, 64, True), (256, 128, True)):
             tile, rp = 128 if b == 512 else 64, _width_of_c(rank)
             shared = {"B": min(b, tile), "W": tile, "RP": rp, "EVEN": even, "DOT": tl.bfloat16}
-            shared["CHAIN"] = False
-            s = _project(sweeps, rank, room)
-            constants = {**shared, "R": rank, "BM": s.bm, "BK": s.width}
-            add(f"project-b{b}-r{rank}", kernels.project, constants, s, chips=chips)
-            for r in (rank, 0) if rank == 64 else (rank,):
-                s = _rotate(sweeps, b, r, room)
-                constants = {**shared, "SUB": max(1, b // tile), "PROJECT": r > 0, "BM": s.bm}
-                add(f"rotate-b{b}-r{r}", kernels.rotate, constants, s, chips=chips)
+            shared |= {"CHAIN": False, "FAST": True}
+            fused = ("plain", "norm", "gelu", "concat") if b == 256 and rank == 64 else ("plain",)
+            for kind in fused:
+                shared["KIND"] = kind
+                after = "" if kind == "plain" else f"-{kind}"
+                s = _project(sweeps, rank, room)
+                constants = {**shared, "R": rank, "BM": s.bm, "BK": s.width}
+                name = f"project-b{b}-r{rank}{after}"
+                add(name, kernels.project, constants, s, chips=chips, types=reads)
+                for r in (rank, 0) if rank == 64 and kind == "plain" else (rank,):
+                    s = _rotate(sweeps, b, r, room)
+                    constants = {**shared, "SUB": max(1, b // tile), "PROJECT": r > 0, "BM": s.bm}
+                    name = f"rotate-b{b}-r{r}{after}"
+                    add(name, kernels.rotate, constants, s, chips=chips, types=reads)
     s = sweeps.round_rows
     for scale, g, bits, fp8, tail in (
         ("pow2", 16, 4, True, True), ("pow2", 64, 4, True, True), ("token", 64, 4, True, True),

@@ -12,8 +12,11 @@ accumulator as -c P''ᵀ. Columns leave in R1 order because the columns of H_W a
 CHAIN: a sweep starts while the one before still runs (programmatic dependent launch, sm_90+) and
 waits before it reads what that one wrote.
 
-Letters: M rows, D channels, K main-branch width, R protected directions (RP: padded to a power of
-two, RT: columns of one part of the tail, kernels/tail.py).
+KIND: what happens to x on the way in (kernels/source.py). Both first sweeps compute it, in float32
+and rounded to 16 bits once, so that c and z are of the same x.
+
+Letters: M rows (T of each image), D channels, K main-branch width, R protected directions (RP:
+padded to a power of two, RT: columns of one part of the tail, kernels/tail.py).
 """
 
 import triton
@@ -47,36 +50,131 @@ def _turn(B: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def _gelu(v, FAST: tl.constexpr):
+    """GELU by its tanh approximation, float32. FAST: the hardware's tanh, right to 2^-11, far below
+    what rounding the result to bf16 costs a row."""
+    u = 0.7978845608028654 * (v + 0.044715 * v * v * v)
+    if FAST:
+        turn = tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        turn = 1 - 2 / (1 + tl.exp(2 * u))
+    return 0.5 * v * (1 + turn)
+
+
+@triton.jit
+def _read(
+    p_x, p_behind, x_row, behind_row, m_m, mean, rstd, p_scale, p_shift, col, o_w, D, split,
+    KIND: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr,
+):  # fmt: skip
+    """Columns col + o_w of the source, [BM, len(o_w)] in DOT; zeros outside.
+
+    x_row, behind_row  int64 [BM], where the rows begin
+    split              first column that lies behind (``concat``), a multiple of len(o_w)
+    p_scale, p_shift   the image's modulation (``norm``)
+    """
+    o_d = col + o_w
+    mask = m_m[:, None]
+    if not EVEN:
+        mask = mask & (o_d < D)[None, :]
+    if KIND == "plain":
+        return tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(DOT)
+    if KIND == "concat":
+        own = col < split
+        start = tl.where(own, p_x, p_behind)
+        row = tl.where(own, x_row, behind_row - split)
+        v = tl.load(start + row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+        return tl.where(own, v, _gelu(v, FAST)).to(DOT)
+    v = tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    if KIND == "gelu":
+        return _gelu(v, FAST).to(DOT)
+    if EVEN:
+        scale, shift = tl.load(p_scale + o_d), tl.load(p_shift + o_d)
+    else:
+        scale = tl.load(p_scale + o_d, mask=o_d < D, other=0.0)
+        shift = tl.load(p_shift + o_d, mask=o_d < D, other=0.0)
+    v = (v - mean[:, None]) * rstd[:, None]
+    v = v * (1 + scale.to(tl.float32))[None, :] + shift.to(tl.float32)[None, :]
+    if not EVEN:
+        v = tl.where((o_d < D)[None, :], v, 0.0)
+    return v.to(DOT)
+
+
+@triton.jit
+def _statistics(p_x, x_row, m_m, D, eps, BK: tl.constexpr, EVEN: tl.constexpr):
+    """Mean and 1 / standard deviation of each row, float32 [BM]; steps of BK columns are joined by
+    their means and squared deviations, which stays exact whatever the mean (Chan et al. 1983)."""
+    o_k = tl.arange(0, BK)
+    mean = tl.zeros(x_row.shape, dtype=tl.float32)
+    deviation = mean
+    for k in range(0, D, BK):
+        mask = m_m[:, None]
+        count = BK
+        if not EVEN:
+            mask = mask & (o_k + k < D)[None, :]
+            count = tl.minimum(BK, D - k)
+        v = tl.load(p_x + x_row[:, None] + (k + o_k)[None, :], mask=mask, other=0.0)
+        v = v.to(tl.float32)
+        own = tl.sum(v, 1) / count
+        v = tl.where(mask, v - own[:, None], 0.0)
+        share = count / (k + count).to(tl.float32)
+        apart = own - mean
+        mean += apart * share
+        deviation += tl.sum(v * v, 1) + apart * apart * (k * share)
+    return mean, tl.rsqrt(deviation / D + eps)
+
+
+@triton.jit
 def project(
-    p_x, p_basis, p_c, p_spread, p_amax, M, D, stride_x, n_main,
+    p_x, p_behind, p_scale, p_shift, p_basis, p_c, p_spread, p_amax, p_stats, M, T, D,
+    image_x, stride_x, image_behind, stride_behind, stride_scale, split, blocks, n_main, eps,
     R: tl.constexpr, RP: tl.constexpr, B: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, CHAIN: tl.constexpr,
+    KIND: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """c = x P in x's dtype, [M, RP]; amax = 0; and, in the last programs, the spread basis -P''."""
+    """c = x P in x's dtype, [M, RP]; amax = 0; and, in the last programs, the spread basis -P''.
+
+    Row t of image i begins at i * image_x + t * stride_x; ``blocks`` row blocks per image
+    p_stats  float32 [2, M], mean and 1 / deviation of each row (``norm``)
+    """
     pid = tl.program_id(0)
     if CHAIN:
         gdc_launch_dependents()
     o_r = tl.arange(0, RP)
     m_r = o_r < R
     if pid < n_main:
-        o_m = pid * BM + tl.arange(0, BM)
-        m_m = o_m < M
+        image = (pid // blocks).to(tl.int64)
+        o_t = (pid % blocks) * BM + tl.arange(0, BM)
+        m_m = o_t < T
+        o_m = image * T + o_t
         o_k = tl.arange(0, BK)
-        x = p_x + o_m.to(tl.int64)[:, None] * stride_x + o_k[None, :]  # [BM, BK]
+        x_row = image * image_x + o_t.to(tl.int64) * stride_x
+        behind_row = x_row
+        if KIND == "concat":
+            behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind
+        mean = tl.zeros((BM,), dtype=tl.float32)
+        rstd = mean
+        if KIND == "norm":
+            mean, rstd = _statistics(p_x, x_row, m_m, D, eps, BK, EVEN)
+            tl.store(p_stats + o_m, mean, mask=m_m)
+            tl.store(p_stats + M + o_m, rstd, mask=m_m)
+            p_scale += image * stride_scale
+            p_shift += image * stride_scale
         w = p_basis + o_k[:, None] * R + o_r[None, :]  # [BK, RP]
         acc = tl.zeros((BM, RP), dtype=tl.float32)
         for k in range(0, D, BK):
-            if EVEN:
-                b_x = tl.load(x, mask=m_m[:, None], other=0.0)
-                b_w = tl.load(w, mask=m_r[None, :], other=0.0)
-            else:
-                m_k = o_k + k < D
-                b_x = tl.load(x, mask=m_m[:, None] & m_k[None, :], other=0.0)
-                b_w = tl.load(w, mask=m_r[None, :] & m_k[:, None], other=0.0)
-            acc = tl.dot(b_x.to(DOT), b_w.to(DOT), acc)
-            x += BK
+            b_x = _read(
+                p_x, p_behind, x_row, behind_row, m_m, mean, rstd, p_scale, p_shift, k, o_k, D,
+                split, KIND, EVEN, FAST, DOT,
+            )  # fmt: skip
+            m_w = m_r[None, :]
+            if not EVEN:
+                m_w = m_w & (o_k + k < D)[:, None]
+            b_w = tl.load(w, mask=m_w, other=0.0)
+            acc = tl.dot(b_x, b_w.to(DOT), acc)
             w += BK * R
-        o_c = o_m.to(tl.int64)[:, None] * RP + o_r[None, :]
+        o_c = o_m[:, None] * RP + o_r[None, :]
         tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
         tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
     else:
@@ -101,17 +199,9 @@ def _spread_tile(
 
 
 @triton.jit
-def _tile(
-    p_x, x_row, m_m, c, basis, turn, col, D,
-    W: tl.constexpr, PROJECT: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
+def _tile(b_x, c, basis, turn, PROJECT: tl.constexpr):
     """W columns of (x - c Pᵀ) blockdiag(H_W) sqrt(W), before the butterfly: float32 [BM, W]."""
-    o_d = col + tl.arange(0, W)
-    m_x = m_m[:, None]
-    if not EVEN:
-        m_x = m_x & (o_d < D)[None, :]
-    b_x = tl.load(p_x + x_row[:, None] + o_d[None, :], mask=m_x, other=0.0)
-    y = tl.dot(b_x.to(DOT), turn)
+    y = tl.dot(b_x, turn)
     if PROJECT:
         y = tl.dot(c, basis, y)
     return y
@@ -124,15 +214,17 @@ def _nan_max(a, b):
 
 @triton.jit
 def rotate(
-    p_x, p_c, p_spread, p_z, p_amax, M, D, stride_x, stride_z, n_col, n_row, root,
+    p_x, p_behind, p_scale, p_shift, p_c, p_spread, p_z, p_amax, p_stats, M, T, D,
+    image_x, stride_x, image_behind, stride_behind, stride_scale, split, stride_z,
+    n_col, blocks, n_row, root,
     B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
     PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
-    CHAIN: tl.constexpr,
+    CHAIN: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """z [M, stride_z] in R1 order, and amax [M] int32: the bits of each row's largest |z|.
 
     A program keeps four tiles of columns, with their basis, and walks down the rows. Bits of floats
-    >= 0 order as they do, and NaN above all of them. root  1 / sqrt(b)
+    >= 0 order as they do, and NaN above all of them. root  1 / sqrt(b); the rest as in ``project``
     """
     pid = tl.program_id(0)
     col = (pid % n_col) * (4 * W)
@@ -146,20 +238,51 @@ def rotate(
         basis1 = _spread_tile(p_spread, col + W, D, RP, W, EVEN, DOT)
         basis2 = _spread_tile(p_spread, col + 2 * W, D, RP, W, EVEN, DOT)
         basis3 = _spread_tile(p_spread, col + 3 * W, D, RP, W, EVEN, DOT)
+    o_w = tl.arange(0, W)
     for block in range(pid // n_col, n_row, tl.num_programs(0) // n_col):
         # Rows last to first: what ``project`` read last is still in L2.
-        o_m = (n_row - 1 - block) * BM + tl.arange(0, BM)
-        m_m = o_m < M
-        x_row = o_m.to(tl.int64) * stride_x
+        index = n_row - 1 - block
+        image = (index // blocks).to(tl.int64)
+        o_t = (index % blocks) * BM + tl.arange(0, BM)
+        m_m = o_t < T
+        o_m = image * T + o_t
+        x_row = image * image_x + o_t.to(tl.int64) * stride_x
+        behind_row = x_row
+        if KIND == "concat":
+            behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind
+        mean = tl.zeros((BM,), dtype=tl.float32)
+        rstd = mean
+        scale_at, shift_at = p_scale, p_shift
+        if KIND == "norm":
+            mean = tl.load(p_stats + o_m, mask=m_m, other=0.0)
+            rstd = tl.load(p_stats + M + o_m, mask=m_m, other=0.0)
+            scale_at = p_scale + image * stride_scale
+            shift_at = p_shift + image * stride_scale
         if PROJECT:
-            o_c = o_m.to(tl.int64)[:, None] * RP + tl.arange(0, RP)[None, :]
+            o_c = o_m[:, None] * RP + tl.arange(0, RP)[None, :]
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(DOT)
         else:
             b_c = turn
-        y0 = _tile(p_x, x_row, m_m, b_c, basis0, turn, col, D, W, PROJECT, EVEN, DOT)
-        y1 = _tile(p_x, x_row, m_m, b_c, basis1, turn, col + W, D, W, PROJECT, EVEN, DOT)
-        y2 = _tile(p_x, x_row, m_m, b_c, basis2, turn, col + 2 * W, D, W, PROJECT, EVEN, DOT)
-        y3 = _tile(p_x, x_row, m_m, b_c, basis3, turn, col + 3 * W, D, W, PROJECT, EVEN, DOT)
+        x0 = _read(
+            p_x, p_behind, x_row, behind_row, m_m, mean, rstd, scale_at, shift_at, col, o_w, D,
+            split, KIND, EVEN, FAST, DOT,
+        )  # fmt: skip
+        y0 = _tile(x0, b_c, basis0, turn, PROJECT)
+        x1 = _read(
+            p_x, p_behind, x_row, behind_row, m_m, mean, rstd, scale_at, shift_at, col + W, o_w, D,
+            split, KIND, EVEN, FAST, DOT,
+        )  # fmt: skip
+        y1 = _tile(x1, b_c, basis1, turn, PROJECT)
+        x2 = _read(
+            p_x, p_behind, x_row, behind_row, m_m, mean, rstd, scale_at, shift_at, col + 2 * W, o_w,
+            D, split, KIND, EVEN, FAST, DOT,
+        )  # fmt: skip
+        y2 = _tile(x2, b_c, basis2, turn, PROJECT)
+        x3 = _read(
+            p_x, p_behind, x_row, behind_row, m_m, mean, rstd, scale_at, shift_at, col + 3 * W, o_w,
+            D, split, KIND, EVEN, FAST, DOT,
+        )  # fmt: skip
+        y3 = _tile(x3, b_c, basis3, turn, PROJECT)
         if SUB > 1:
             y0, y1 = y0 + y1, y0 - y1
             y2, y3 = y2 + y3, y2 - y3
@@ -169,7 +292,7 @@ def rotate(
         largest = _nan_max(_nan_max(tl.abs(y0), tl.abs(y1)), _nan_max(tl.abs(y2), tl.abs(y3)))
         row = tl.reduce(largest, 1, _nan_max) * root
         tl.atomic_max(p_amax + o_m, row.to(tl.int32, bitcast=True), mask=m_m)
-        z = p_z + o_m.to(tl.int64)[:, None] * stride_z + col
+        z = p_z + o_m[:, None] * stride_z + col
         _store(z, y0 * root, m_m, stride_z - col, W, EVEN)
         _store(z + W, y1 * root, m_m, stride_z - col - W, W, EVEN)
         _store(z + 2 * W, y2 * root, m_m, stride_z - col - 2 * W, W, EVEN)

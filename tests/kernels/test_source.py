@@ -1,0 +1,125 @@
+"""Sources read by the Triton sweeps against what the network computes without fusion; interpreted
+where there is no GPU. Inputs are fp16 (bf16 is wrong in the interpreter)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from formats import DEVICE
+from tiny_spec import tiny_spec
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from dirotq.kernels.planar import from_planar
+from dirotq.kernels.source import Source, concat_gelu, gelu, modulated_norm, plain
+from dirotq.kernels.transform_quantize import quantize_rows, transform
+from dirotq.kernels.transform_quantize.kernel import MAX_RANK, launch
+
+SPECS = {
+    "even": tiny_spec(dim=512, block=128, rank=24, act_scale="pow2"),
+    "ragged": tiny_spec(dim=352, block=32, rank=8, act_scale="pow2"),
+    "w4a8": tiny_spec(dim=256, block=64, rank=16, act_bits=8),
+    "rank-0": tiny_spec(dim=256, block=64, act_scale="pow2"),
+    "rank-beyond": tiny_spec(dim=512, block=64, rank=MAX_RANK + 8),
+}
+BEHIND = {"even": 384, "ragged": 224, "w4a8": 128, "rank-0": 128, "rank-beyond": 256}
+KINDS = ("plain", "norm", "gelu", "concat")
+
+
+def source_of(kind: str, name: str, images: int = 3, tokens: int = 11) -> Source:
+    """Of x with outliers and a mean, as slices of longer rows and longer sequences."""
+    g = torch.Generator().manual_seed(0)
+    d, behind = SPECS[name].dim, BEHIND[name]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).half().to(DEVICE)
+
+    x = draw(images, tokens + 5, d + 8)[:, 2 : 2 + tokens, :d]
+    if kind == "norm":
+        x[..., 3] *= 20
+        x += 3
+        modulation = draw(images, 6 * d) * 0.5
+        return modulated_norm(x, modulation[:, d : 2 * d], modulation[:, :d], eps=1e-5)
+    if kind == "gelu":
+        return gelu(x * 2)
+    if kind == "concat":
+        wide = draw(images, tokens, behind + 16)
+        return concat_gelu(x[..., : d - behind], wide[..., 16:])
+    return plain(x)
+
+
+def basis_of(name: str) -> Tensor | None:
+    spec, g = SPECS[name], torch.Generator().manual_seed(1)
+    vectors = torch.linalg.qr(torch.randn(spec.dim, spec.dim, generator=g)).Q
+    return vectors[:, : spec.rank].contiguous().bfloat16().to(DEVICE) if spec.rank else None
+
+
+def double(source: Source) -> Source:
+    names = ("x_BTD", "scale_BD", "shift_BD", "behind_BTF")
+    found = {n: t.double() for n in names if (t := getattr(source, n)) is not None}
+    return replace(source, **found)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_codes_are_as_good_as_without_fusion(kind, name):
+    spec, source, p = SPECS[name], source_of(kind, name), basis_of(name)
+    rows = double(source).value().reshape(source.rows, spec.dim)
+    z, c = transform(rows, None if p is None else p.double(), None, spec)
+
+    def errors(x: Tensor | Source) -> tuple[float, float]:
+        codes, scale, got_c = launch(x, p, None, spec, container=torch.int8)
+        got = from_planar(codes, spec.width).double() * scale.double()
+        off = 0.0 if c is None or got_c is None else (got_c.double() - c).norm() / c.norm()
+        return float((got - z).norm() / z.norm()), float(off)
+
+    plain_z, plain_c = errors(source.value().reshape(source.rows, spec.dim))
+    fused_z, fused_c = errors(source)
+    exact_codes, exact_scale = quantize_rows(z, spec)
+    floor = float((exact_codes.double() * exact_scale.double() - z).norm() / z.norm())
+    assert fused_z <= 1.05 * max(plain_z, floor)
+    assert fused_c <= 2 * plain_c
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_do_not_depend_on_their_neighbours(kind):
+    spec, source, p = SPECS["even"], source_of(kind, "even"), basis_of("even")
+    whole = launch(source, p, None, spec, container=torch.int8)
+
+    def image(i: int) -> Source:
+        parts = ("x_BTD", "scale_BD", "shift_BD", "behind_BTF")
+        own = {n: t[i : i + 1] for n in parts if (t := getattr(source, n)) is not None}
+        return replace(source, **own)
+
+    for i in range(3):
+        part = launch(image(i), p, None, spec, container=torch.int8)
+        for got, want in zip(part, whole, strict=True):
+            assert got is not None and want is not None
+            want = want[11 * i : 11 * (i + 1)].float()
+            # numpy, which interprets, may compute the last bit of exp by where a value lies.
+            close = torch.isclose(got.float(), want, rtol=1e-3, atol=1e-6)
+            assert close.double().mean() > (0.999999 if got.is_cuda else 0.995)
+
+
+def test_the_same_modulation_from_separate_tensors():
+    spec, source, p = SPECS["even"], source_of("norm", "even"), basis_of("even")
+    assert source.scale_BD is not None and source.shift_BD is not None
+    apart = replace(source, scale_BD=source.scale_BD.contiguous())
+    for got, want in zip(
+        launch(apart, p, None, spec, container=torch.int8),
+        launch(source, p, None, spec, container=torch.int8),
+        strict=True,
+    ):
+        assert got is not None and want is not None and torch.equal(got, want)
+
+
+def test_values_are_what_the_network_computes():
+    x, scale, shift = torch.randn(2, 5, 16), torch.randn(2, 16), torch.randn(2, 16)
+    want = torch.nn.LayerNorm(16, elementwise_affine=False, eps=1e-6)(x)
+    want = want * (1 + scale[:, None]) + shift[:, None]
+    assert torch.equal(modulated_norm(x, scale, shift).value(), want)
+    joined = concat_gelu(x, 2 * x)
+    assert joined.channels == 32
+    assert torch.equal(joined.value()[..., :16], x)
+    assert torch.equal(joined.value()[..., 16:], gelu(2 * x).value())
