@@ -41,6 +41,8 @@ class Sweeps:
     project: Sweep
     rotate: Sweep
     round_rows: Sweep
+    keep: bool = False
+    """``project`` writes down what it computed of a source, and ``rotate`` reads that."""
 
 
 DEFAULT = Sweeps(
@@ -84,12 +86,9 @@ def launch(
     codes = new((m, columns_with_tail(k, r, bias) if tail else padded(k)), dtype=container)
     scale = new((m, 1 if by_row else k // spec.act_group_size), dtype=torch.float32)
     if spec.transform == "dense":
-        z, amax, c = _dense(_rows_of(source), p_DR, t_DK, k)
+        z, amax, c = _dense(source.value().reshape(m, -1), p_DR, t_DK, k)
     else:
-        outside = None
-        if not _reads(source, p_DR, spec):
-            residual, outside = _project_outside(_rows_of(source), p_DR, spec)
-            source = plain(residual[None])
+        source, outside = _project_outside(_computed(source, p_DR, spec), p_DR, spec)
         inside = p_DR is not None and outside is None
         z, amax = new((m, padded(k))), new((m,), dtype=torch.int32)
         c = new((m, _width_of_c(r))) if inside else outside
@@ -99,19 +98,27 @@ def launch(
     return codes, scale, None if tail or c is None else c[:, :r]
 
 
-def _reads(source: Source, p_DR: Tensor | None, spec: QuantSpec) -> bool:
-    """Whether the sweeps compute this source on the way in; if not, it is computed before."""
-    if p_DR is not None and spec.rank > (64 if spec.block == 512 else MAX_RANK):
-        return False
-    if source.kind == "norm":  # ``project`` takes the statistics
-        return p_DR is not None
-    if source.kind == "concat":
-        return source.x_BTD.shape[-1] % max(DEFAULT.project.width, _tile(spec)) == 0
-    return True
+def _computed(source: Source, p_DR: Tensor | None, spec: QuantSpec) -> Source:
+    """The source as the sweeps read it: what they can't do on the way in is done here."""
+    split = source.x_BTD.shape[-1]
+    beyond = p_DR is not None and spec.rank > (64 if spec.block == 512 else MAX_RANK)
+    torn = source.kind == "concat" and split % max(DEFAULT.project.width, _tile(spec))
+    if source.kind == "norm":
+        return plain(_normalized(source.laid_out()))
+    return plain(source.value()) if beyond or torn else source.laid_out()
 
 
-def _rows_of(source: Source) -> Tensor:
-    return source.value().reshape(source.rows, source.channels)
+def _normalized(source: Source) -> Tensor:
+    """y [1, M, D] of a ``norm``."""
+    x, scale, shift = source.x_BTD, source.scale_BD, source.shift_BD
+    assert scale is not None and shift is not None
+    y_1MD = x.new_empty((1, source.rows, x.shape[-1]))
+    width = triton.next_power_of_2(x.shape[-1])
+    kernels.normalize[(source.rows,)](
+        x, scale, shift, y_1MD, x.shape[1], x.shape[2], x.stride(0), x.stride(1), scale.stride(0),
+        source.eps, BD=width, num_warps=min(16, max(1, width // 1024)),
+    )  # fmt: skip
+    return y_1MD
 
 
 def _project_and_rotate(
@@ -125,46 +132,65 @@ def _project_and_rotate(
     sweeps: Sweeps,
 ) -> None:
     """Fill z, the bits of each row's largest |z| and, given P, c and the spread basis."""
-    source = source.laid_out()
-    x, behind = source.x_BTD, source.behind_BTF
-    images, tokens, d = x.shape[0], x.shape[1], source.channels
-    m, tile, rp = source.rows, _tile(spec), _width_of_c(spec.rank)
+    x, m, d = source.x_BTD, source.rows, source.channels
+    tile, rp = _tile(spec), _width_of_c(spec.rank)
     half = tl.float32 if INTERPRETED else DOTS[x.dtype]
     chain = _chained(x)
     room = shared_bytes(capability(x.device) or CHIPS[-1])
-    block = {
-        "B": min(spec.block, tile), "W": tile, "DOT": half, "CHAIN": chain, "KIND": source.kind,
-        "FAST": not INTERPRETED,
-    }  # fmt: skip
-    stats, scale, shift = amax_M, x, x
-    if source.kind == "norm":
-        assert source.scale_BD is not None and source.shift_BD is not None
-        stats = x.new_empty((2, m), dtype=torch.float32)
-        scale, shift = source.scale_BD, source.shift_BD
-    end = x if behind is None else behind
-    read = x, end, scale, shift
-    split = x.shape[-1]
-    strides = (x.stride(0), x.stride(1), end.stride(0), end.stride(1), scale.stride(0), split)
+    block = {"B": min(spec.block, tile), "W": tile, "DOT": half, "CHAIN": chain}
+    block["FAST"] = not INTERPRETED
     if p_DR is None:
         amax_M.zero_()
     else:
         s = _project(sweeps, spec.rank, room)
-        blocks = triton.cdiv(tokens, s.bm)
-        kernels.project[(images * blocks + _tiles(spec),)](
-            *read, p_DR, c_MR, spread_DR, amax_M, stats, m, tokens, d, *strides, blocks,
-            images * blocks, source.eps,
-            R=spec.rank, RP=rp, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, **block,
+        blocks = triton.cdiv(x.shape[1], s.bm)
+        n_main = x.shape[0] * blocks
+        parts, part = _parts(x, n_main, d, s)
+        products = x.new_empty((parts, m, rp), dtype=torch.float32) if parts > 1 else c_MR
+        kept = x.new_empty((1, m, d)) if source.kind != "plain" and sweeps.keep else None
+        kernels.project[(n_main * parts + _tiles(spec),)](
+            *_pointers(source), p_DR, products, spread_DR, amax_M, x if kept is None else kept,
+            m, x.shape[1], d, *_strides(source), blocks, n_main, part,
+            R=spec.rank, RP=rp, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, PARTS=parts,
+            KIND=source.kind, KEEP=kept is not None, **block,
             num_warps=s.warps, num_stages=s.stages,
         )  # fmt: skip
+        if parts > 1:
+            kernels.gather[(triton.cdiv(m, 16),)](
+                products, c_MR, amax_M, m, RP=rp, PARTS=parts, BM=16, CHAIN=chain,
+                num_warps=4, launch_pdl=chain,
+            )  # fmt: skip
+        source = source if kept is None else plain(kept)
+        x = source.x_BTD
     s = _rotate(sweeps, spec.block, spec.rank if p_DR is not None else 0, room)
-    n_col, blocks = triton.cdiv(d, 4 * tile), triton.cdiv(tokens, s.bm)
-    kernels.rotate[(_programs(x, images * blocks, n_col, s),)](
-        *read, x if c_MR is None else c_MR, spread_DR, z_MK, amax_M, stats, m, tokens, d, *strides,
-        z_MK.stride(0), n_col, blocks, images * blocks, spec.block**-0.5,
+    n_col, blocks = triton.cdiv(d, 4 * tile), triton.cdiv(x.shape[1], s.bm)
+    n_row = x.shape[0] * blocks
+    kernels.rotate[(_programs(x, n_row, n_col, s),)](
+        *_pointers(source), x if c_MR is None else c_MR, spread_DR, z_MK, amax_M,
+        m, x.shape[1], d, *_strides(source), z_MK.stride(0), n_col, blocks, n_row,
+        spec.block**-0.5,
         SUB=max(1, spec.block // tile), RP=rp, PROJECT=p_DR is not None,
-        EVEN=d % (4 * tile) == 0, BM=s.bm, **block,
+        EVEN=d % (4 * tile) == 0, BM=s.bm, KIND=source.kind, **block,
         num_warps=s.warps, num_stages=s.stages, launch_pdl=chain and p_DR is not None,
     )  # fmt: skip
+
+
+def _pointers(source: Source) -> tuple[Tensor, Tensor]:
+    return source.x_BTD, source.x_BTD if source.behind_BTF is None else source.behind_BTF
+
+
+def _strides(source: Source) -> tuple[int, ...]:
+    """Of images and rows of both parts, and where the second begins."""
+    x, behind = _pointers(source)
+    return x.stride(0), x.stride(1), behind.stride(0), behind.stride(1), x.shape[-1]
+
+
+def _parts(x: Tensor, programs: int, d: int, s: Sweep) -> tuple[int, int]:
+    """Into how many parts of how many columns ``project`` is cut, so that it fills the chip."""
+    steps = triton.cdiv(d, s.width)
+    wanted = processors(x.device) * s.per_sm // programs
+    part = triton.cdiv(steps, max(1, min(wanted, steps // 3)))
+    return triton.cdiv(steps, part), part * s.width
 
 
 def _round_rows(
@@ -209,14 +235,14 @@ def _dense(
 
 
 def _project_outside(
-    x_MD: Tensor, p_DR: Tensor | None, spec: QuantSpec
-) -> tuple[Tensor, Tensor | None]:
+    source: Source, p_DR: Tensor | None, spec: QuantSpec
+) -> tuple[Source, Tensor | None]:
     """x - c Pᵀ and c by library products where the rank is too large for ``rotate``."""
     if p_DR is None or spec.rank <= (64 if spec.block == 512 else MAX_RANK):
-        return x_MD, None
-    p = p_DR.to(x_MD.dtype)
+        return source, None
+    x_MD, p = source.x_BTD.flatten(0, 1), p_DR.to(source.x_BTD.dtype)
     c = x_MD @ p
-    return x_MD - c @ p.mT, _padded(c)
+    return plain((x_MD - c @ p.mT)[None]), _padded(c)
 
 
 def _tile(spec: QuantSpec) -> int:
@@ -272,8 +298,8 @@ def builds() -> list[Build]:
         "p_amax": "*i32", "p_scale": "*fp32", "root": "fp32", "one": "fp32",
     }  # fmt: skip
     reads = {
-        "p_behind": "*bf16", "p_scale": "*bf16", "p_shift": "*bf16", "p_stats": "*fp32",
-        "eps": "fp32",
+        "p_behind": "*bf16", "p_scale": "*bf16", "p_shift": "*bf16", "p_y": "*bf16",
+        "p_kept": "*bf16", "p_parts": "*fp32", "eps": "fp32",
     }  # fmt: skip
 
     def add(name: str, kernel: Any, constants: dict[str, Any], s: Sweep, **more: Any) -> None:
@@ -297,19 +323,30 @@ def builds() -> list[Build]:
             tile, rp = 128 if b == 512 else 64, _width_of_c(rank)
             shared = {"B": min(b, tile), "W": tile, "RP": rp, "EVEN": even, "DOT": tl.bfloat16}
             shared |= {"CHAIN": False, "FAST": True}
-            fused = ("plain", "norm", "gelu", "concat") if b == 256 and rank == 64 else ("plain",)
+            fused = ("plain", "gelu", "concat") if b == 256 and rank == 64 else ("plain",)
             for kind in fused:
                 shared["KIND"] = kind
                 after = "" if kind == "plain" else f"-{kind}"
                 s = _project(sweeps, rank, room)
-                constants = {**shared, "R": rank, "BM": s.bm, "BK": s.width}
-                name = f"project-b{b}-r{rank}{after}"
-                add(name, kernels.project, constants, s, chips=chips, types=reads)
+                for parts in (1, 4):
+                    constants = {**shared, "R": rank, "BM": s.bm, "BK": s.width, "PARTS": parts}
+                    constants["KEEP"] = kind != "plain" and sweeps.keep
+                    types = reads | ({"p_c": "*fp32"} if parts > 1 else {})
+                    name = f"project-b{b}-r{rank}{after}-{parts}"
+                    add(name, kernels.project, constants, s, chips=chips, types=types)
+                if kind != "plain" and sweeps.keep:
+                    continue
                 for r in (rank, 0) if rank == 64 and kind == "plain" else (rank,):
                     s = _rotate(sweeps, b, r, room)
                     constants = {**shared, "SUB": max(1, b // tile), "PROJECT": r > 0, "BM": s.bm}
                     name = f"rotate-b{b}-r{r}{after}"
                     add(name, kernels.rotate, constants, s, chips=chips, types=reads)
+    plain_sweep = Sweep(bm=16)
+    add(
+        "gather", kernels.gather, {"RP": 64, "PARTS": 4, "BM": 16, "CHAIN": False}, plain_sweep,
+        types=reads, tensor_core=False,
+    )  # fmt: skip
+    add("normalize", kernels.normalize, {"BD": 4096}, plain_sweep, types=reads, tensor_core=False)
     s = sweeps.round_rows
     for scale, g, bits, fp8, tail in (
         ("pow2", 16, 4, True, True), ("pow2", 64, 4, True, True), ("token", 64, 4, True, True),

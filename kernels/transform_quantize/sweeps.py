@@ -1,6 +1,6 @@
 """Triton ``transform_quantize``, three sweeps:
 
-    project     c = x P, and the spread basis P'' = (I (x) H_W)ᵀ P
+    project     c = x P, and the spread basis P'' = (I (x) H_W)ᵀ P (``gather`` adds up its parts)
     rotate      z = (x - c Pᵀ) H in x's dtype, and the largest |z| of each row
     round_rows  codes and scales, and c as the GEMM wants it
 
@@ -12,8 +12,8 @@ accumulator as -c P''ᵀ. Columns leave in R1 order because the columns of H_W a
 CHAIN: a sweep starts while the one before still runs (programmatic dependent launch, sm_90+) and
 waits before it reads what that one wrote.
 
-KIND: what happens to x on the way in (kernels/source.py). Both first sweeps compute it, in float32
-and rounded to 16 bits once, so that c and z are of the same x.
+KIND: what happens to x on the way in (kernels/source.py), in float32 and rounded to 16 bits once,
+so that c and z are of the same x. LayerNorm alone takes a sweep of its own, ``normalize``.
 
 Letters: M rows (T of each image), D channels, K main-branch width, R protected directions (RP:
 padded to a power of two, RT: columns of one part of the tail, kernels/tail.py).
@@ -65,14 +65,13 @@ def _gelu(v, FAST: tl.constexpr):
 
 @triton.jit
 def _read(
-    p_x, p_behind, x_row, behind_row, m_m, mean, rstd, p_scale, p_shift, col, o_w, D, split,
+    p_x, p_behind, x_row, behind_row, m_m, col, o_w, D, split,
     KIND: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Columns col + o_w of the source, [BM, len(o_w)] in DOT; zeros outside.
 
     x_row, behind_row  int64 [BM], where the rows begin
     split              first column that lies behind (``concat``), a multiple of len(o_w)
-    p_scale, p_shift   the image's modulation (``norm``)
     """
     o_d = col + o_w
     mask = m_m[:, None]
@@ -80,72 +79,61 @@ def _read(
         mask = mask & (o_d < D)[None, :]
     if KIND == "plain":
         return tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(DOT)
-    if KIND == "concat":
-        own = col < split
-        start = tl.where(own, p_x, p_behind)
-        row = tl.where(own, x_row, behind_row - split)
-        v = tl.load(start + row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        return tl.where(own, v, _gelu(v, FAST)).to(DOT)
-    v = tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
     if KIND == "gelu":
+        v = tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
         return _gelu(v, FAST).to(DOT)
-    if EVEN:
-        scale, shift = tl.load(p_scale + o_d), tl.load(p_shift + o_d)
-    else:
-        scale = tl.load(p_scale + o_d, mask=o_d < D, other=0.0)
-        shift = tl.load(p_shift + o_d, mask=o_d < D, other=0.0)
-    v = (v - mean[:, None]) * rstd[:, None]
-    v = v * (1 + scale.to(tl.float32))[None, :] + shift.to(tl.float32)[None, :]
-    if not EVEN:
-        v = tl.where((o_d < D)[None, :], v, 0.0)
-    return v.to(DOT)
+    own = col < split
+    start = tl.where(own, p_x, p_behind)
+    row = tl.where(own, x_row, behind_row - split)
+    v = tl.load(start + row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
+    return tl.where(own, v, _gelu(v, FAST)).to(DOT)
 
 
 @triton.jit
-def _statistics(p_x, x_row, m_m, D, eps, BK: tl.constexpr, EVEN: tl.constexpr):
-    """Mean and 1 / standard deviation of each row, float32 [BM]; steps of BK columns are joined by
-    their means and squared deviations, which stays exact whatever the mean (Chan et al. 1983)."""
-    o_k = tl.arange(0, BK)
-    mean = tl.zeros(x_row.shape, dtype=tl.float32)
-    deviation = mean
-    for k in range(0, D, BK):
-        mask = m_m[:, None]
-        count = BK
-        if not EVEN:
-            mask = mask & (o_k + k < D)[None, :]
-            count = tl.minimum(BK, D - k)
-        v = tl.load(p_x + x_row[:, None] + (k + o_k)[None, :], mask=mask, other=0.0)
-        v = v.to(tl.float32)
-        own = tl.sum(v, 1) / count
-        v = tl.where(mask, v - own[:, None], 0.0)
-        share = count / (k + count).to(tl.float32)
-        apart = own - mean
-        mean += apart * share
-        deviation += tl.sum(v * v, 1) + apart * apart * (k * share)
-    return mean, tl.rsqrt(deviation / D + eps)
+def normalize(
+    p_x, p_scale, p_shift, p_y, T, D, image_x, stride_x, stride_scale, eps,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """y [M, D]: one row of LayerNorm, times 1 + scale, plus shift; rounded once."""
+    row = tl.program_id(0).to(tl.int64)
+    image = row // T
+    o_d = tl.arange(0, BD)
+    m_d = o_d < D
+    x = tl.load(p_x + image * image_x + row % T * stride_x + o_d, mask=m_d, other=0.0)
+    x = x.to(tl.float32)
+    x = tl.where(m_d, x - tl.sum(x) / D, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x) / D + eps)
+    scale = tl.load(p_scale + image * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
+    shift = tl.load(p_shift + image * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
+    y = x * (1 + scale) + shift
+    tl.store(p_y + row * D + o_d, y.to(p_y.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
 def project(
-    p_x, p_behind, p_scale, p_shift, p_basis, p_c, p_spread, p_amax, p_stats, M, T, D,
-    image_x, stride_x, image_behind, stride_behind, stride_scale, split, blocks, n_main, eps,
+    p_x, p_behind, p_basis, p_c, p_spread, p_amax, p_kept, M, T, D,
+    image_x, stride_x, image_behind, stride_behind, split, blocks, n_main, part,
     R: tl.constexpr, RP: tl.constexpr, B: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, CHAIN: tl.constexpr,
-    KIND: tl.constexpr, FAST: tl.constexpr,
+    KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
-    """c = x P in x's dtype, [M, RP]; amax = 0; and, in the last programs, the spread basis -P''.
+    """c = x P, [M, RP]; amax = 0; and, in the last programs, the spread basis -P''.
 
     Row t of image i begins at i * image_x + t * stride_x; ``blocks`` row blocks per image
-    p_stats  float32 [2, M], mean and 1 / deviation of each row (``norm``)
+    PARTS  the columns are cut into so many parts of ``part`` each, whose products go into a
+           float32 [PARTS, M, RP] that ``gather`` adds up: few rows alone don't fill the chip
+    KEEP   x, as the source makes it, goes into p_kept, [M, D]
     """
     pid = tl.program_id(0)
     if CHAIN:
         gdc_launch_dependents()
     o_r = tl.arange(0, RP)
     m_r = o_r < R
-    if pid < n_main:
-        image = (pid // blocks).to(tl.int64)
-        o_t = (pid % blocks) * BM + tl.arange(0, BM)
+    if pid < n_main * PARTS:
+        index = pid // PARTS
+        first = pid % PARTS * part
+        image = (index // blocks).to(tl.int64)
+        o_t = (index % blocks) * BM + tl.arange(0, BM)
         m_m = o_t < T
         o_m = image * T + o_t
         o_k = tl.arange(0, BK)
@@ -153,36 +141,53 @@ def project(
         behind_row = x_row
         if KIND == "concat":
             behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind
-        mean = tl.zeros((BM,), dtype=tl.float32)
-        rstd = mean
-        if KIND == "norm":
-            mean, rstd = _statistics(p_x, x_row, m_m, D, eps, BK, EVEN)
-            tl.store(p_stats + o_m, mean, mask=m_m)
-            tl.store(p_stats + M + o_m, rstd, mask=m_m)
-            p_scale += image * stride_scale
-            p_shift += image * stride_scale
-        w = p_basis + o_k[:, None] * R + o_r[None, :]  # [BK, RP]
+        w = p_basis + (first + o_k)[:, None] * R + o_r[None, :]  # [BK, RP]
         acc = tl.zeros((BM, RP), dtype=tl.float32)
-        for k in range(0, D, BK):
+        for k in range(first, tl.minimum(first + part, D), BK):
             b_x = _read(
-                p_x, p_behind, x_row, behind_row, m_m, mean, rstd, p_scale, p_shift, k, o_k, D,
-                split, KIND, EVEN, FAST, DOT,
-            )  # fmt: skip
+                p_x, p_behind, x_row, behind_row, m_m, k, o_k, D, split, KIND, EVEN, FAST, DOT
+            )
             m_w = m_r[None, :]
             if not EVEN:
                 m_w = m_w & (o_k + k < D)[:, None]
             b_w = tl.load(w, mask=m_w, other=0.0)
             acc = tl.dot(b_x, b_w.to(DOT), acc)
             w += BK * R
-        o_c = o_m[:, None] * RP + o_r[None, :]
+            if KEEP:
+                o_kept = o_m[:, None] * D + (k + o_k)[None, :]
+                m_kept = m_m[:, None]
+                if not EVEN:
+                    m_kept = m_kept & (o_k + k < D)[None, :]
+                tl.store(p_kept + o_kept, b_x.to(p_kept.dtype.element_ty), mask=m_kept)
+        o_c = (pid % PARTS * M + o_m)[:, None] * RP + o_r[None, :]
         tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
-        tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
+        if PARTS == 1:
+            tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
     else:
-        o_d = (pid - n_main) * W + tl.arange(0, W)
+        o_d = (pid - n_main * PARTS) * W + tl.arange(0, W)
         m_p = (o_d < D)[:, None] & m_r[None, :]
         b_p = tl.load(p_basis + o_d[:, None] * R + o_r[None, :], mask=m_p, other=0.0)
         spread = -tl.dot(_turn(B, W, True).to(DOT), b_p.to(DOT))
         tl.store(p_spread + o_d[:, None] * RP + o_r[None, :], spread.to(p_spread.dtype.element_ty))
+
+
+@triton.jit
+def gather(
+    p_parts, p_c, p_amax, M,
+    RP: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, CHAIN: tl.constexpr,
+):  # fmt: skip
+    """c [M, RP] of its PARTS, always added in the same order; amax = 0."""
+    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
+    m_m = o_m < M
+    if CHAIN:
+        gdc_launch_dependents()
+        gdc_wait()
+    o_c = o_m.to(tl.int64)[:, None] * RP + tl.arange(0, RP)[None, :]
+    acc = tl.zeros((BM, RP), dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        acc += tl.load(p_parts + part * M.to(tl.int64) * RP + o_c, mask=m_m[:, None], other=0.0)
+    tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
+    tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
 
 
 @triton.jit
@@ -214,9 +219,8 @@ def _nan_max(a, b):
 
 @triton.jit
 def rotate(
-    p_x, p_behind, p_scale, p_shift, p_c, p_spread, p_z, p_amax, p_stats, M, T, D,
-    image_x, stride_x, image_behind, stride_behind, stride_scale, split, stride_z,
-    n_col, blocks, n_row, root,
+    p_x, p_behind, p_c, p_spread, p_z, p_amax, M, T, D,
+    image_x, stride_x, image_behind, stride_behind, split, stride_z, n_col, blocks, n_row, root,
     B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
     PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
     CHAIN: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
@@ -250,38 +254,24 @@ def rotate(
         behind_row = x_row
         if KIND == "concat":
             behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind
-        mean = tl.zeros((BM,), dtype=tl.float32)
-        rstd = mean
-        scale_at, shift_at = p_scale, p_shift
-        if KIND == "norm":
-            mean = tl.load(p_stats + o_m, mask=m_m, other=0.0)
-            rstd = tl.load(p_stats + M + o_m, mask=m_m, other=0.0)
-            scale_at = p_scale + image * stride_scale
-            shift_at = p_shift + image * stride_scale
         if PROJECT:
             o_c = o_m[:, None] * RP + tl.arange(0, RP)[None, :]
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(DOT)
         else:
             b_c = turn
-        x0 = _read(
-            p_x, p_behind, x_row, behind_row, m_m, mean, rstd, scale_at, shift_at, col, o_w, D,
-            split, KIND, EVEN, FAST, DOT,
-        )  # fmt: skip
+        x0 = _read(p_x, p_behind, x_row, behind_row, m_m, col, o_w, D, split, KIND, EVEN, FAST, DOT)
         y0 = _tile(x0, b_c, basis0, turn, PROJECT)
         x1 = _read(
-            p_x, p_behind, x_row, behind_row, m_m, mean, rstd, scale_at, shift_at, col + W, o_w, D,
-            split, KIND, EVEN, FAST, DOT,
-        )  # fmt: skip
+            p_x, p_behind, x_row, behind_row, m_m, col + W, o_w, D, split, KIND, EVEN, FAST, DOT
+        )
         y1 = _tile(x1, b_c, basis1, turn, PROJECT)
         x2 = _read(
-            p_x, p_behind, x_row, behind_row, m_m, mean, rstd, scale_at, shift_at, col + 2 * W, o_w,
-            D, split, KIND, EVEN, FAST, DOT,
-        )  # fmt: skip
+            p_x, p_behind, x_row, behind_row, m_m, col + 2 * W, o_w, D, split, KIND, EVEN, FAST, DOT
+        )
         y2 = _tile(x2, b_c, basis2, turn, PROJECT)
         x3 = _read(
-            p_x, p_behind, x_row, behind_row, m_m, mean, rstd, scale_at, shift_at, col + 3 * W, o_w,
-            D, split, KIND, EVEN, FAST, DOT,
-        )  # fmt: skip
+            p_x, p_behind, x_row, behind_row, m_m, col + 3 * W, o_w, D, split, KIND, EVEN, FAST, DOT
+        )
         y3 = _tile(x3, b_c, basis3, turn, PROJECT)
         if SUB > 1:
             y0, y1 = y0 + y1, y0 - y1

@@ -1,0 +1,150 @@
+"""FLUX.1's blocks, fused: norms, GELU and concatenation are computed by the kernels of the linears
+that read them, q and k are normalized and rotated in one pass, residuals are added in one.
+
+A block runs so when it is as diffusers made it: its plain attention processor, no arguments for it,
+nothing that wraps its parts. Otherwise the block runs module by module (models/flux_sharing.py).
+
+Letters: B images, T tokens, D channels.
+"""
+
+import types
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_flux import (
+    FluxAttnProcessor,
+    FluxSingleTransformerBlock,
+    FluxTransformerBlock,
+)
+from torch import Tensor
+
+from dirotq.kernels.attention import attention
+from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.qk_norm_rope import Part, qk_norm_rope
+from dirotq.kernels.source import concat_gelu, gelu, modulated_norm, plain
+
+from .runtime import Modulators, Shared, gated, joined, read
+
+Rope = tuple[Tensor, Tensor] | None
+
+
+def fuse_blocks(transformer: Any) -> None:
+    """Give each block of a ``FluxTransformer2DModel`` its fused forward, in place.
+
+    The sites must have been swapped and shared before. A block whose sites were not swapped keeps
+    its forward.
+    """
+    doubles = [b for b in transformer.transformer_blocks if hasattr(b.attn, "add_qkv")]
+    singles = [b for b in transformer.single_transformer_blocks if hasattr(b, "qkv_mlp")]
+    linears = [m.linear for b in doubles for m in (b.norm1, b.norm1_context)]
+    linears += [b.norm.linear for b in singles]
+    shared = Shared(modulators=Modulators([*doubles, *singles], linears))
+    transformer._dirotq_shared = shared
+    for blocks, forward, before in (
+        (doubles, _double_forward, FluxTransformerBlock.forward),
+        (singles, _single_forward, FluxSingleTransformerBlock.forward),
+    ):
+        for block in blocks:
+            # A method bound by hand, if sharing gave it one.
+            block._dirotq_unfused = getattr(block.__dict__.get("forward"), "__func__", before)
+            block._dirotq_shared = shared
+            block.forward = types.MethodType(forward, block)
+
+
+def _double_forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Rope = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``FluxTransformerBlock.forward``.
+
+    hidden_states [B, T image, D], encoder_hidden_states [B, T text, D], temb [B, D]
+    returns        the new encoder_hidden_states and hidden_states, same shapes
+    """
+    if joint_attention_kwargs or not _fusable(self, hidden_states):
+        return self._dirotq_unfused(
+            self, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
+            joint_attention_kwargs,
+        )  # fmt: skip
+    attn, shared = self.attn, self._dirotq_shared
+    x, text, tokens = hidden_states, encoder_hidden_states, encoder_hidden_states.shape[1]
+    of_x = shared.modulators.of(self.norm1.linear, temb).chunk(6, dim=1)
+    of_text = shared.modulators.of(self.norm1_context.linear, temb).chunk(6, dim=1)
+    shift, scale, gate = of_x[:3]
+    text_shift, text_scale, text_gate = of_text[:3]
+    eps = self.norm1.norm.eps
+    qkv = read(attn.qkv, modulated_norm(x, scale, shift, eps=eps))
+    text_qkv = read(attn.add_qkv, modulated_norm(text, text_scale, text_shift, eps=eps))
+    q, k, v = qk_norm_rope(
+        [
+            Part(text_qkv, attn.norm_added_q.weight, attn.norm_added_k.weight),
+            Part(qkv, attn.norm_q.weight, attn.norm_k.weight),
+        ],
+        image_rotary_emb,
+        heads=attn.heads,
+        eps=attn.norm_q.eps,
+    )
+    attended = attention(q, k, v, mode=shared.runtime.attention).flatten(2)
+    x = gated(x, gate, read(attn.to_out[0], plain(attended[:, tokens:])))
+    text = gated(text, text_gate, read(attn.to_add_out, plain(attended[:, :tokens])))
+    x = _feed_forward(self.ff, x, *of_x[3:], eps=self.norm2.eps)
+    text = _feed_forward(self.ff_context, text, *of_text[3:], eps=self.norm2_context.eps)
+    return text, x
+
+
+def _feed_forward(
+    ff: Any, x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor, *, eps: float
+) -> Tensor:
+    up = read(ff.net[0].proj, modulated_norm(x_BTD, scale_BD, shift_BD, eps=eps))
+    return gated(x_BTD, gate_BD, read(ff.net[2], gelu(up)))
+
+
+def _single_forward(
+    self: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    temb: Tensor,
+    image_rotary_emb: Rope = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``FluxSingleTransformerBlock.forward``; arguments as in :func:`_double_forward`."""
+    if joint_attention_kwargs or not _fusable(self, hidden_states):
+        return self._dirotq_unfused(
+            self, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
+            joint_attention_kwargs,
+        )  # fmt: skip
+    attn, shared = self.attn, self._dirotq_shared
+    tokens = encoder_hidden_states.shape[1]
+    x = joined(encoder_hidden_states, hidden_states)
+    shift, scale, gate = shared.modulators.of(self.norm.linear, temb).chunk(3, dim=1)
+    wide = read(self.qkv_mlp, modulated_norm(x, scale, shift, eps=self.norm.norm.eps))
+    q, k, v = qk_norm_rope(
+        [Part(wide, attn.norm_q.weight, attn.norm_k.weight)],
+        image_rotary_emb,
+        heads=attn.heads,
+        eps=attn.norm_q.eps,
+    )
+    attended = attention(q, k, v, mode=shared.runtime.attention).flatten(2)
+    behind = wide[..., 3 * attn.inner_dim :]
+    x = gated(x, gate, read(self.proj_out, concat_gelu(attended, behind)))
+    return x[:, :tokens], x[:, tokens:]
+
+
+def _fusable(block: Any, x: Tensor) -> bool:
+    """Whether the block may run as one: nothing in it differs from what diffusers made."""
+    attn = block.attn
+    processor = attn.processor
+    return (
+        block._dirotq_shared.runtime.fused
+        and not torch.compiler.is_compiling()
+        and not torch.is_grad_enabled()
+        and type(processor) is FluxAttnProcessor
+        and processor._attention_backend is None
+        and processor._parallel_config is None
+        and attn.fused_projections
+        and "forward" not in attn.__dict__
+        and attn.norm_q.weight.device == x.device  # not so while offloaded part by part
+    )

@@ -1,0 +1,135 @@
+"""How a packed transformer runs: fused blocks, CUDA graphs, which attention. All of it can be turned
+off, and then every module runs alone, as diffusers wrote it.
+
+Letters: B images, T tokens, D channels, N outputs.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dirotq.errors import ConfigError
+from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.source import Source
+
+Attention = Literal["exact", "fp8"]
+
+
+@dataclass(frozen=True, slots=True)
+class Runtime:
+    """What a packed transformer may do to be fast; the defaults are what measured fastest without
+    changing an image by more than another batch size does (docs/speed.md)."""
+
+    fused: bool = True
+    """Norms, GELU, rotary embeddings and modulators inside or beside the packed linears' kernels."""
+    graphs: bool = True
+    """Replay a whole forward as one CUDA graph, where weights stay where they are."""
+    attention: Attention = "exact"
+    """``fp8`` multiplies 8-bit queries, keys and values: faster, another approximation."""
+
+    def __post_init__(self) -> None:
+        if self.attention not in get_args(Attention):
+            raise ConfigError(
+                f"attention {self.attention!r} is unknown; use 'exact' (16 bits) or 'fp8'"
+            )
+
+
+@dataclass(slots=True)
+class Shared:
+    """What the fused blocks of one transformer have in common."""
+
+    runtime: Runtime = field(default_factory=Runtime)
+    modulators: "Modulators | None" = None
+
+
+class Modulators:
+    """Every block's modulation of one time embedding, computed together when the first asks.
+
+    Remembers the last embedding by identity: a network makes a new one in each forward.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], linears: Sequence[nn.Module]) -> None:
+        self.blocks, self.linears = tuple(blocks), tuple(linears)
+        self._temb: Tensor | None = None
+        self._made: dict[int, Tensor] = {}
+
+    def of(self, linear: Any, temb_BD: Tensor) -> Tensor:
+        """linear(silu(temb)), [B, N]."""
+        if torch.compiler.is_compiling() or not self._rest(temb_BD.device):
+            return linear(nn.functional.silu(temb_BD))
+        if self._temb is not temb_BD:
+            from dirotq.kernels.w4a16_linear import together
+
+            made = together(self.linears, nn.functional.silu(temb_BD))
+            self._made = {id(m): y for m, y in zip(self.linears, made, strict=True)}
+            self._temb = temb_BD
+        return self._made[id(linear)]
+
+    def forget(self) -> None:
+        self._temb, self._made = None, {}
+
+    def _rest(self, device: torch.device) -> bool:
+        """Whether all weights lie on the device and nothing moves them block by block."""
+        return all(
+            isinstance(linear, QuantLinear) and linear.qweight.device == device
+            for linear in self.linears
+        ) and not any(hooked(block) for block in self.blocks)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Modulators":
+        from copy import deepcopy
+
+        return Modulators(deepcopy(self.blocks, memo), deepcopy(self.linears, memo))
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether accelerate or diffusers wraps its calls: offloading, caches, layer skipping."""
+    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+
+
+def read(linear: Any, source: Source) -> Tensor:
+    """linear(source), [B, T, N]: inside its kernels where it is packed."""
+    return linear(source if isinstance(linear, QuantLinear) else source.value())
+
+
+def gated(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
+    """x + gate * y, in one pass."""
+    out = torch.addcmul(x_BTD, gate_BD[:, None], y_BTD)
+    return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
+
+
+def joined(first_BTD: Tensor, second_BTD: Tensor) -> Tensor:
+    """[B, T1 + T2, D]: no copy of what are neighbouring slices already, as a block before left
+    them."""
+    if torch.compiler.is_compiling() or not _neighbours(first_BTD, second_BTD):
+        return torch.cat([first_BTD, second_BTD], dim=1)
+    b, t, d = first_BTD.shape
+    whole = b, t + second_BTD.shape[1], d
+    return first_BTD.as_strided(whole, first_BTD.stride(), first_BTD.storage_offset())
+
+
+def _neighbours(first: Tensor, second: Tensor) -> bool:
+    if first.is_meta or first.untyped_storage().data_ptr() != second.untyped_storage().data_ptr():
+        return False
+    tokens, step = first.shape[1], first.stride(1)
+    images_follow = first.shape[0] == 1 or first.stride(0) >= (tokens + second.shape[1]) * step
+    return (
+        images_follow
+        and first.stride() == second.stride()
+        and second.storage_offset() == first.storage_offset() + tokens * step
+    )
+
+
+def runtime_of(transformer: nn.Module) -> Runtime | None:
+    """How a packed transformer runs; None if it has no fused blocks."""
+    shared = getattr(transformer, "_dirotq_shared", None)
+    return None if shared is None else shared.runtime
+
+
+def set_runtime(transformer: nn.Module, **changes: Any) -> None:
+    """Change fields of a packed transformer's :class:`Runtime`, in place."""
+    shared = getattr(transformer, "_dirotq_shared", None)
+    if shared is not None:
+        shared.runtime = replace(shared.runtime, **changes)
