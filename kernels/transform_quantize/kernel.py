@@ -102,7 +102,7 @@ def _computed(source: Source, p_DR: Tensor | None, spec: QuantSpec) -> Source:
     """The source as the sweeps read it: what they can't do on the way in is done here."""
     split = source.x_BTD.shape[-1]
     beyond = p_DR is not None and spec.rank > (64 if spec.block == 512 else MAX_RANK)
-    torn = source.kind == "concat" and split % max(DEFAULT.project.width, _tile(spec))
+    torn = source.kind == "concat" and split % (4 * _tile(spec))
     if source.kind == "norm":
         return plain(_normalized(source.laid_out()))
     return plain(source.value()) if beyond or torn else source.laid_out()

@@ -65,28 +65,15 @@ def _gelu(v, FAST: tl.constexpr):
 
 @triton.jit
 def _read(
-    p_x, p_behind, x_row, behind_row, m_m, col, o_w, D, split,
-    KIND: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr,
+    p_x, x_row, m_m, o_d, D,
+    GELU: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Columns col + o_w of the source, [BM, len(o_w)] in DOT; zeros outside.
-
-    x_row, behind_row  int64 [BM], where the rows begin
-    split              first column that lies behind (``concat``), a multiple of len(o_w)
-    """
-    o_d = col + o_w
+    """Columns o_d of the rows that begin at x_row (int64 [BM]), in DOT; zeros outside."""
     mask = m_m[:, None]
     if not EVEN:
         mask = mask & (o_d < D)[None, :]
-    if KIND == "plain":
-        return tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(DOT)
-    if KIND == "gelu":
-        v = tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-        return _gelu(v, FAST).to(DOT)
-    own = col < split
-    start = tl.where(own, p_x, p_behind)
-    row = tl.where(own, x_row, behind_row - split)
-    v = tl.load(start + row[:, None] + o_d[None, :], mask=mask, other=0.0).to(tl.float32)
-    return tl.where(own, v, _gelu(v, FAST)).to(DOT)
+    v = tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0)
+    return _gelu(v.to(tl.float32), FAST).to(DOT) if GELU else v.to(DOT)
 
 
 @triton.jit
@@ -110,6 +97,33 @@ def normalize(
 
 
 @triton.jit
+def _times_basis(
+    acc, p_x, x_row, m_m, p_basis, p_kept, kept_row, first, last, D,
+    GELU: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr,
+    DOT: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """acc [BM, RP] + columns ``first`` to ``last`` of x P."""
+    o_k = tl.arange(0, BK)
+    o_r = tl.arange(0, RP)
+    w = p_basis + (first + o_k)[:, None] * R + o_r[None, :]  # [BK, RP]
+    for k in range(first, last, BK):
+        b_x = _read(p_x, x_row, m_m, k + o_k, D, GELU, EVEN, FAST, DOT)
+        m_w = (o_r < R)[None, :]
+        if not EVEN:
+            m_w = m_w & (o_k + k < D)[:, None]
+        b_w = tl.load(w, mask=m_w, other=0.0)
+        acc = tl.dot(b_x, b_w.to(DOT), acc)
+        w += BK * R
+        if KEEP:
+            m_kept = m_m[:, None]
+            if not EVEN:
+                m_kept = m_kept & (o_k + k < D)[None, :]
+            o_kept = kept_row[:, None] + (k + o_k)[None, :]
+            tl.store(p_kept + o_kept, b_x.to(p_kept.dtype.element_ty), mask=m_kept)
+    return acc
+
+
+@triton.jit
 def project(
     p_x, p_behind, p_basis, p_c, p_spread, p_amax, p_kept, M, T, D,
     image_x, stride_x, image_behind, stride_behind, split, blocks, n_main, part,
@@ -120,6 +134,7 @@ def project(
     """c = x P, [M, RP]; amax = 0; and, in the last programs, the spread basis -P''.
 
     Row t of image i begins at i * image_x + t * stride_x; ``blocks`` row blocks per image
+    split  first column that lies behind (``concat``), a multiple of BK
     PARTS  the columns are cut into so many parts of ``part`` each, whose products go into a
            float32 [PARTS, M, RP] that ``gather`` adds up: few rows alone don't fill the chip
     KEEP   x, as the source makes it, goes into p_kept, [M, D]
@@ -128,44 +143,39 @@ def project(
     if CHAIN:
         gdc_launch_dependents()
     o_r = tl.arange(0, RP)
-    m_r = o_r < R
     if pid < n_main * PARTS:
         index = pid // PARTS
         first = pid % PARTS * part
+        last = tl.minimum(first + part, D)
         image = (index // blocks).to(tl.int64)
         o_t = (index % blocks) * BM + tl.arange(0, BM)
         m_m = o_t < T
         o_m = image * T + o_t
-        o_k = tl.arange(0, BK)
         x_row = image * image_x + o_t.to(tl.int64) * stride_x
-        behind_row = x_row
-        if KIND == "concat":
-            behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind
-        w = p_basis + (first + o_k)[:, None] * R + o_r[None, :]  # [BK, RP]
         acc = tl.zeros((BM, RP), dtype=tl.float32)
-        for k in range(first, tl.minimum(first + part, D), BK):
-            b_x = _read(
-                p_x, p_behind, x_row, behind_row, m_m, k, o_k, D, split, KIND, EVEN, FAST, DOT
-            )
-            m_w = m_r[None, :]
-            if not EVEN:
-                m_w = m_w & (o_k + k < D)[:, None]
-            b_w = tl.load(w, mask=m_w, other=0.0)
-            acc = tl.dot(b_x, b_w.to(DOT), acc)
-            w += BK * R
-            if KEEP:
-                o_kept = o_m[:, None] * D + (k + o_k)[None, :]
-                m_kept = m_m[:, None]
-                if not EVEN:
-                    m_kept = m_kept & (o_k + k < D)[None, :]
-                tl.store(p_kept + o_kept, b_x.to(p_kept.dtype.element_ty), mask=m_kept)
+        if KIND == "concat":
+            middle = tl.minimum(tl.maximum(split, first), last)
+            acc = _times_basis(
+                acc, p_x, x_row, m_m, p_basis, p_kept, o_m * D, first, middle, D,
+                False, R, RP, EVEN, BK, DOT, FAST, KEEP,
+            )  # fmt: skip
+            behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind - split
+            acc = _times_basis(
+                acc, p_behind, behind_row, m_m, p_basis, p_kept, o_m * D, middle, last, D,
+                True, R, RP, EVEN, BK, DOT, FAST, KEEP,
+            )  # fmt: skip
+        else:
+            acc = _times_basis(
+                acc, p_x, x_row, m_m, p_basis, p_kept, o_m * D, first, last, D,
+                KIND == "gelu", R, RP, EVEN, BK, DOT, FAST, KEEP,
+            )  # fmt: skip
         o_c = (pid % PARTS * M + o_m)[:, None] * RP + o_r[None, :]
         tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
         if PARTS == 1:
             tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
     else:
         o_d = (pid - n_main * PARTS) * W + tl.arange(0, W)
-        m_p = (o_d < D)[:, None] & m_r[None, :]
+        m_p = (o_d < D)[:, None] & (o_r < R)[None, :]
         b_p = tl.load(p_basis + o_d[:, None] * R + o_r[None, :], mask=m_p, other=0.0)
         spread = -tl.dot(_turn(B, W, True).to(DOT), b_p.to(DOT))
         tl.store(p_spread + o_d[:, None] * RP + o_r[None, :], spread.to(p_spread.dtype.element_ty))
@@ -232,6 +242,34 @@ def rotate(
     """
     pid = tl.program_id(0)
     col = (pid % n_col) * (4 * W)
+    if KIND == "concat":
+        if col < split:
+            _walk(
+                p_x, p_c, p_spread, p_z, p_amax, T, D, image_x, stride_x, stride_z, n_col, blocks,
+                n_row, root, col, False, B, W, SUB, RP, PROJECT, EVEN, BM, DOT, CHAIN, FAST,
+            )  # fmt: skip
+        else:
+            _walk(
+                p_behind - split, p_c, p_spread, p_z, p_amax, T, D, image_behind, stride_behind,
+                stride_z, n_col, blocks, n_row, root, col, True, B, W, SUB, RP, PROJECT, EVEN, BM,
+                DOT, CHAIN, FAST,
+            )  # fmt: skip
+    else:
+        _walk(
+            p_x, p_c, p_spread, p_z, p_amax, T, D, image_x, stride_x, stride_z, n_col, blocks,
+            n_row, root, col, KIND == "gelu", B, W, SUB, RP, PROJECT, EVEN, BM, DOT, CHAIN, FAST,
+        )  # fmt: skip
+
+
+@triton.jit
+def _walk(
+    p_x, p_c, p_spread, p_z, p_amax, T, D, image_x, stride_x, stride_z, n_col, blocks, n_row, root,
+    col,
+    GELU: tl.constexpr, B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
+    PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
+    CHAIN: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The columns of one program of ``rotate``, down the rows."""
     turn = _turn(B, W, False).to(DOT)
     if CHAIN:
         gdc_launch_dependents()
@@ -242,8 +280,8 @@ def rotate(
         basis1 = _spread_tile(p_spread, col + W, D, RP, W, EVEN, DOT)
         basis2 = _spread_tile(p_spread, col + 2 * W, D, RP, W, EVEN, DOT)
         basis3 = _spread_tile(p_spread, col + 3 * W, D, RP, W, EVEN, DOT)
-    o_w = tl.arange(0, W)
-    for block in range(pid // n_col, n_row, tl.num_programs(0) // n_col):
+    o_d = col + tl.arange(0, W)
+    for block in range(tl.program_id(0) // n_col, n_row, tl.num_programs(0) // n_col):
         # Rows last to first: what ``project`` read last is still in L2.
         index = n_row - 1 - block
         image = (index // blocks).to(tl.int64)
@@ -251,27 +289,18 @@ def rotate(
         m_m = o_t < T
         o_m = image * T + o_t
         x_row = image * image_x + o_t.to(tl.int64) * stride_x
-        behind_row = x_row
-        if KIND == "concat":
-            behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind
         if PROJECT:
             o_c = o_m[:, None] * RP + tl.arange(0, RP)[None, :]
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(DOT)
         else:
             b_c = turn
-        x0 = _read(p_x, p_behind, x_row, behind_row, m_m, col, o_w, D, split, KIND, EVEN, FAST, DOT)
+        x0 = _read(p_x, x_row, m_m, o_d, D, GELU, EVEN, FAST, DOT)
         y0 = _tile(x0, b_c, basis0, turn, PROJECT)
-        x1 = _read(
-            p_x, p_behind, x_row, behind_row, m_m, col + W, o_w, D, split, KIND, EVEN, FAST, DOT
-        )
+        x1 = _read(p_x, x_row, m_m, o_d + W, D, GELU, EVEN, FAST, DOT)
         y1 = _tile(x1, b_c, basis1, turn, PROJECT)
-        x2 = _read(
-            p_x, p_behind, x_row, behind_row, m_m, col + 2 * W, o_w, D, split, KIND, EVEN, FAST, DOT
-        )
+        x2 = _read(p_x, x_row, m_m, o_d + 2 * W, D, GELU, EVEN, FAST, DOT)
         y2 = _tile(x2, b_c, basis2, turn, PROJECT)
-        x3 = _read(
-            p_x, p_behind, x_row, behind_row, m_m, col + 3 * W, o_w, D, split, KIND, EVEN, FAST, DOT
-        )
+        x3 = _read(p_x, x_row, m_m, o_d + 3 * W, D, GELU, EVEN, FAST, DOT)
         y3 = _tile(x3, b_c, basis3, turn, PROJECT)
         if SUB > 1:
             y0, y1 = y0 + y1, y0 - y1

@@ -23,7 +23,7 @@ SPECS = {
     "rank-0": tiny_spec(dim=256, block=64, act_scale="pow2"),
     "rank-beyond": tiny_spec(dim=512, block=64, rank=MAX_RANK + 8),
 }
-BEHIND = {"even": 384, "ragged": 224, "w4a8": 128, "rank-0": 128, "rank-beyond": 256}
+BEHIND = {"even": 256, "ragged": 96, "w4a8": 128, "rank-0": 128, "rank-beyond": 256}
 KINDS = ("plain", "norm", "gelu", "concat")
 
 
