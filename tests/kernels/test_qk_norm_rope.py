@@ -133,7 +133,11 @@ ONE = {"qkv_BTC": torch.zeros(2, 5, 96)}
         ([{"qkv_BTC": torch.zeros(5, 96)}], None, r"shape \(5, 96\).*\[batch, tokens, columns\]"),
         ([{"qkv_BTC": torch.zeros(2, 96, 5).mT}], None, "neighbouring columns"),
         ([ONE, {"qkv_BTC": torch.zeros(1, 5, 96)}], None, "batch 2 .* batch 1"),
-        ([ONE, {"qkv_BTC": torch.zeros(2, 5, 96).half()}], None, "float32 on cpu, .* of torch.float16"),
+        (
+            [ONE, {"qkv_BTC": torch.zeros(2, 5, 96).half()}],
+            None,
+            "float32 on cpu, .* of torch.float16",
+        ),
         ([ONE, ONE | {"k_weight": torch.ones(16)}], None, "one part with a k_weight"),
         ([ONE | {"q_weight": torch.ones(16), "k_weight": torch.ones(8)}], None, "shapes"),
         (
