@@ -3,14 +3,15 @@
 Weights are read as 32-bit words of eight codes: code i of a word stands in bits 4 i ... 4 i + 3 and
 belongs to column 8 * word + i (layout L1, little endian). One instruction makes a code a float:
 under the exponent of a power of two its bits are the last bits of the mantissa, so
-``(bits & mask) ^ magic`` is offset + code exactly; the offset is taken off the sums (one row) or
-the halves (tensor cores). The magic numbers are arguments and not constants on purpose: the
-instruction that does both operations takes one constant only.
+``(bits & mask) ^ magic`` is offset + code exactly; the offset is taken off the sums (one row,
+row.py) or the halves (tensor cores). The magic numbers are arguments and not constants on purpose:
+the instruction that does both operations takes one constant only.
 
 Letters: M rows, N outputs, K inputs, G groups; W words of a tile (8 W columns), BM and BN its rows
 and outputs.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,106 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..build import CHIPS, Build
+from .row import HIGH, LOW, one_row, one_row_of_many, parts
 from .tiles import TILES, WIDE_CHIPS, Tile, fits, usual
 
-__all__ = ["TILES", "Tile", "builds", "fits", "launch", "usual"]
+__all__ = ["TILES", "Tile", "builds", "fits", "launch", "launch_many", "usual"]
 
-HIGH = 0x43080000
-"""float32 128 + 8 with the code's bits at 16 ... 19: codes -8 ... 7 are 136 + code."""
-LOW = 0x45008000
-"""float32 2048 + 8 with the code's bits at 12 ... 15: codes are 2056 + code."""
 HALVES = {torch.bfloat16: (0x43084308, 136.0), torch.float16: (0x64086408, 1032.0)}
 """Two 16-bit floats in a word, code bits at 0 ... 3 of each; and the offset they carry."""
-
-
-@triton.jit
-def _parts(x, SHAPE: tl.constexpr):
-    """x in ``SHAPE`` (..., 2, 2, 2) -> columns i and i + 4 of every word, i = 0 ... 3: (..., 2)."""
-    even, odd = tl.split(tl.reshape(x, SHAPE))
-    x0, x2 = tl.split(even)
-    x1, x3 = tl.split(odd)
-    return x0, x1, x2, x3
-
-
-@triton.jit
-def _columns(pair):
-    """[W, 2] -> two [1, W] in float32."""
-    first, second = tl.split(pair)
-    return first.to(tl.float32)[None, :], second.to(tl.float32)[None, :]
-
-
-@triton.jit
-def _float(bits, MASK: tl.constexpr, magic):
-    """The code under MASK in every word as float32, plus the offset of ``magic``."""
-    return ((bits & MASK) ^ magic).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def one_row(
-    p_x, p_w, p_scale, p_bias, p_y, N, units, x_stride, y_stride, scale_stride, high, low,
-    UNIT: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """y of one row and BN outputs: multiply-adds in float32, four words (16 bytes) a thread.
-
-    units    words of a weight row / UNIT; UNIT 4 says that rows are whole 16 bytes
-    GROUP    words of a group, a multiple of 4; 0: one scale per row
-
-    Taking the offsets off rounds by up to 2056 * 2^-24 (about 1e-4) of |x| times the scale, far
-    below what rounding an output to 16 bits costs, even where the code itself is 0.
-    """
-    words = units * UNIT
-    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
-    n = tl.minimum(o_n, N - 1).to(tl.int64)
-    p_x += tl.program_id(1).to(tl.int64) * x_stride
-    acc = tl.zeros([BN, W // 4], tl.float32)
-    for start in tl.range(0, words, W, num_stages=STAGES):
-        o_w = start + tl.arange(0, W)
-        o_k = start * 8 + tl.arange(0, 8 * W)
-        at = p_w + (n * words)[:, None] + o_w[None, :]
-        if EVEN:
-            w = tl.load(at, eviction_policy="evict_first")  # [BN, W]
-            x = tl.load(p_x + o_k)  # [8 W]
-        else:
-            w = tl.load(at, mask=(o_w < words)[None, :], other=0)
-            x = tl.load(p_x + o_k, mask=o_k < words * 8, other=0.0)
-        if GROUP > 0:
-            o_g = start // GROUP + tl.arange(0, W // 4) // (GROUP // 4)
-            if W % GROUP != 0:  # a step may start inside of a group
-                o_g = (start // 4 + tl.arange(0, W // 4)) // (GROUP // 4)
-            scale_at = p_scale + (n * scale_stride)[:, None] + o_g[None, :]
-            if EVEN:
-                s = tl.load(scale_at)  # [BN, W / 4]
-            else:
-                s = tl.load(scale_at, mask=(o_g * GROUP < words)[None, :], other=0.0)
-        x04, x15, x26, x37 = _parts(x, [W, 2, 2, 2])
-        x0, x4 = _columns(x04)
-        x1, x5 = _columns(x15)
-        x2, x6 = _columns(x26)
-        x3, x7 = _columns(x37)
-        # Two codes of every shifted word stand where they are wanted: four shifts for eight codes.
-        left, right = w << 8, w >> 12
-        p = _float(w << 16, 0xF0000, high) * x0
-        p -= (x0 + x2 + x4 + x5 + x7) * 136.0 + (x1 + x3 + x6) * 2056.0
-        p += _float(left, 0xF000, low) * x1
-        p += _float(left, 0xF0000, high) * x2
-        p += _float(w, 0xF000, low) * x3
-        p += _float(w, 0xF0000, high) * x4
-        p += _float(w >> 4, 0xF0000, high) * x5
-        p += _float(right, 0xF000, low) * x6
-        p += _float(right, 0xF0000, high) * x7
-        p4 = tl.sum(tl.reshape(p, [BN, W // 4, 4]), 2)
-        if GROUP > 0:
-            acc += p4 * s.to(tl.float32)
-        else:
-            acc += p4
-    y = tl.sum(acc, 1)
-    if GROUP == 0:
-        y *= tl.load(p_scale + n * scale_stride).to(tl.float32)
-    if BIAS:
-        y += tl.load(p_bias + n).to(tl.float32)
-    out = p_y + tl.program_id(1).to(tl.int64) * y_stride + o_n
-    tl.store(out, y.to(p_y.dtype.element_ty), mask=o_n < N)
 
 
 @triton.jit
@@ -160,7 +68,7 @@ def dots(
     SUMS: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of BM rows and BN outputs; weights are the left operand. Arguments as in :func:`one_row`.
+    """y of BM rows and BN outputs; weights are the left operand. Arguments as in row.py.
 
     SUMS     scales multiply the float32 sums of a step (GROUP is a multiple of W), not the weights
     """
@@ -197,7 +105,7 @@ def dots(
                 s = s.to(tl.float32) * inverse[:, None]
             s = s.to(DTYPE)
         p = tl.zeros([BN, BM], tl.float32) if GROUP > 0 and SUMS else acc
-        x0, x1, x2, x3 = _parts(x, [BM, W, 2, 2, 2])
+        x0, x1, x2, x3 = parts(x, [BM, W, 2, 2, 2])
         p = _multiply(w, x0, s, p, magic, OFFSET, SCALED)
         p = _multiply(w >> 4, x1, s, p, magic, OFFSET, SCALED)
         p = _multiply(w >> 8, x2, s, p, magic, OFFSET, SCALED)
@@ -276,6 +184,38 @@ def launch(
     return y_MN
 
 
+def launch_many(
+    x_MK: Tensor,
+    table_FL: Tensor,
+    outputs: Sequence[int],
+    groups: int,
+    *,
+    bias: bool,
+    tile: Tile,
+) -> list[Tensor]:
+    """:func:`launch` of few rows and many linears at once: y [M, N] of each, side by side.
+
+    x_MK      bf16 or fp16, [M, K], any strides
+    table_FL  int64, where the linears' buffers lie (together.py)
+    outputs   N of each
+    groups    scales per row of weights, the same for all
+    bias      whether they have one
+    tile      a ``row``; the table counts its programs
+    """
+    M, K = x_MK.shape
+    if x_MK.stride(1) != 1:
+        x_MK = x_MK.contiguous()
+    constants = _constants(tile, x_MK.dtype, K, groups, bias=bias)
+    constants["LP"] = triton.next_power_of_2(len(outputs))
+    y = x_MK.new_empty(M * sum(outputs))
+    grid = (M * sum(triton.cdiv(n, tile.bn) for n in outputs),)
+    counts = M, len(outputs), K // 8 // constants["UNIT"], x_MK.stride(0), groups
+    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    with torch.cuda.device_of(x_MK):
+        one_row_of_many[grid](x_MK, table_FL, y, *counts, HIGH, LOW, **constants, **options)
+    return [part.view(M, n) for part, n in zip(y.split([M * n for n in outputs]), outputs)]
+
+
 def _constants(
     tile: Tile, dtype: torch.dtype, width: int, groups: int, *, bias: bool
 ) -> dict[str, Any]:
@@ -312,21 +252,33 @@ def builds() -> list[Build]:
             chips = CHIPS if common else WIDE_CHIPS
             for dtype, width, groups in formats if tile is tiles[0] else formats[:1]:
                 found.append(_build(tile, dtype, width, groups, chips))
+                if tile is TILES["row"][0]:
+                    found.append(_build(tile, dtype, width, groups, chips, linears=76))
     return found
 
 
 def _build(
-    tile: Tile, dtype: torch.dtype, width: int, groups: int, chips: tuple[int, ...]
+    tile: Tile,
+    dtype: torch.dtype,
+    width: int,
+    groups: int,
+    chips: tuple[int, ...],
+    linears: int = 1,
 ) -> Build:
     kernel = one_row if tile.kind == "row" else dots
     constants = _constants(tile, dtype, width, groups, bias=True)
+    if linears > 1:
+        kernel = one_row_of_many
+        constants["LP"] = triton.next_power_of_2(linears)
     kinds = {"p_x": "*bf16", "p_w": "*i32", "p_scale": "*bf16", "p_bias": "*bf16", "p_y": "*bf16"}
+    kinds["p_table"] = "*i64"
     if dtype == torch.float16:
         kinds |= {"p_x": "*fp16", "p_y": "*fp16"}
     signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constants}
+    aligned = (*kinds, "x_stride", "y_stride")
     return Build(
-        name=f"{tile.kind}-{tile.bm}x{tile.bn}x{tile.words}-w{tile.warps}s{tile.stages}"
-        f"-{tile.scale}-{kinds['p_x'][1:]}-k{width}g{groups}",
+        name=f"{'many-' if linears > 1 else ''}{tile.kind}-{tile.bm}x{tile.bn}x{tile.words}"
+        f"-w{tile.warps}s{tile.stages}-{tile.scale}-{kinds['p_x'][1:]}-k{width}g{groups}",
         kernel=kernel,
         signature=signature,
         constants=constants,
@@ -334,5 +286,5 @@ def _build(
         stages=tile.stages,
         chips=chips,
         tensor_core=tile.kind == "dots",
-        aligned=(*kinds, "x_stride", "y_stride"),
+        aligned=tuple(n for n in signature if n in aligned),
     )

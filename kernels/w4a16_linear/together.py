@@ -1,0 +1,131 @@
+"""Many linears of one input in one launch: the modulators of a step, a few rows each.
+
+Alone each of them reads its weights for some 10 us and waits for its launch; all of a transformer
+keep the memory busy from the first to the last. Letters: M rows, N outputs, K inputs, L linears.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..chip import capability, why_reference
+from ..linear import QuantLinear
+from ..plan import choose, why_not
+from .tiles import TILES, Tile
+
+MOST_ROWS = 4
+"""More rows are faster on the tensor cores, one linear after the other."""
+
+BUFFERS = ("qweight", "wscale", "bias")
+
+
+class Together:
+    """Calls packed linears that read the same input, at once where a kernel can.
+
+    linears   of any N; W4A16 ones alike in K, groups and bias run together
+    why_not   why these never do, or None
+
+    On an NVIDIA GPU up to MOST_ROWS rows of bf16 or fp16 take one Triton launch. All else, and
+    ``torch.compile``, calls one linear after the other. One launch does not run the linears'
+    hooks: weights that a hook brings in only for a call are not where the input is, and are called.
+    """
+
+    def __init__(self, linears: Sequence[QuantLinear]) -> None:
+        self.linears = tuple(linears)
+        self.why_not = _why_apart(self.linears)
+        self._addresses: list[int] = []
+        self._tile = TILES["row"][0]
+        self._table_FL: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """x [..., K] -> [..., N] of every linear, each contiguous, in x's dtype."""
+        table_FL = self._table_for(x)
+        if table_FL is None:
+            return [linear(x) for linear in self.linears]
+        from .kernel import launch_many
+
+        spec = self.linears[0].spec
+        outputs = [linear.spec.outputs for linear in self.linears]
+        many = launch_many(
+            x.reshape(-1, spec.width),
+            table_FL,
+            outputs,
+            spec.width // spec.weight_group_size,
+            bias=self.linears[0].bias is not None,
+            tile=self._tile,
+        )
+        return [y.view(*x.shape[:-1], n) for y, n in zip(many, outputs)]
+
+    def _table_for(self, x: Tensor) -> Tensor | None:
+        """Where all buffers lie, if x can go through them in one launch."""
+        if self.why_not is not None or torch.compiler.is_compiling():
+            return None
+        if x.dtype not in (torch.bfloat16, torch.float16):
+            return None
+        width = self.linears[0].spec.width
+        if x.shape[-1] != width or not 0 < x.numel() <= MOST_ROWS * width:
+            return None
+        if why_reference(capability(x.device)) is not None:
+            return None
+        addresses = [
+            0 if (buffer := linear._buffers[name]) is None else buffer.data_ptr()
+            for name in BUFFERS
+            for linear in self.linears
+        ]
+        if addresses != self._addresses:
+            self._tile = _tile(self.linears, x.device)
+            self._table_FL = _table(self.linears, addresses, self._tile)
+            self._addresses = addresses
+        table = self._table_FL
+        return table if table is not None and table.device == x.device else None
+
+
+def _why_apart(linears: Sequence[QuantLinear]) -> str | None:
+    """Why linears never run together, wherever they are; None if they may."""
+    if not linears:
+        return "there are no linears"
+    kinds = set()
+    for linear in linears:
+        if not isinstance(linear, QuantLinear):
+            return f"{type(linear).__name__} is no packed linear"
+        s = linear.spec
+        if s.act_bits != 16:
+            return f"{s.format} linears quantize their input"
+        if why := why_not(s):
+            return why
+        if s.rank or s.transform != "hadamard" or s.block != 1:
+            return "the linears transform their input"
+        kinds.add((s.dim, s.weight_group_size, linear.bias is not None))
+    if len(kinds) > 1:
+        return f"the linears differ in width, group or bias: {sorted(kinds)}"
+    return None
+
+
+def _tile(linears: Sequence[QuantLinear], device: torch.device) -> Tile:
+    """What one row of the widest linear was measured to be fastest with."""
+    spec = max((linear.spec for linear in linears), key=lambda spec: spec.outputs)
+    tile = choose(capability(device), 1, spec.outputs, spec, torch.bfloat16).tile
+    return tile if isinstance(tile, Tile) and tile.kind == "row" else TILES["row"][0]
+
+
+def _table(linears: Sequence[QuantLinear], addresses: list[int], tile: Tile) -> Tensor | None:
+    """int64, [6, L], rows as ``row.FIELDS`` says, beside the buffers; None if a kernel can't read
+    them there."""
+    found = [
+        b for linear in linears for name in BUFFERS if (b := linear._buffers[name]) is not None
+    ]
+    device = found[0].device
+    for buffer in found:
+        dtype = torch.uint8 if buffer.dtype == torch.uint8 else torch.bfloat16
+        whole = buffer.is_contiguous() and buffer.data_ptr() % 16 == 0
+        if not whole or buffer.dtype != dtype or buffer.device != device:
+            return None
+    programs, outputs = [0], [0]
+    for linear in linears:
+        n = linear.spec.outputs
+        programs.append(programs[-1] - (-n // tile.bn))
+        outputs.append(outputs[-1] + n)
+    counts = [linear.spec.outputs for linear in linears]
+    rows = [*addresses, *programs[:-1], *outputs[:-1], *counts]
+    return torch.tensor(rows, dtype=torch.int64, device=device).view(-1, len(linears))
