@@ -136,7 +136,7 @@ def _codes_of_v(
     mean = tl.sum(tl.load(p_sum + CHUNKS * HD), 0) / S
     high = tl.max(tl.load(p_sum + 2 * CHUNKS * HD), 0)
     low = tl.min(tl.load(p_sum + 3 * CHUNKS * HD), 0)
-    amax = tl.maximum(high - mean, mean - low)
+    amax = tl.maximum(tl.maximum(high - mean, mean - low), 0.0)  # past D: 0
     amax = tl.where(mean == mean, amax, mean)
     codes = tl.where(m_x, (x - mean[None, :]) * _inverse(amax, E4M3)[None, :], 0.0)
     if BY_HAND:

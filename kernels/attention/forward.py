@@ -4,8 +4,8 @@ One program computes BM queries of a head against all keys, BN at a time (FlashA
 arXiv 2205.14135). An element of P costs few instructions, since exponentials and the matrix units
 share the time:
 
-- The INT8 product's sums become floats by the addition of the bits of 1.5 2^23: an integer below
-  2^22 then stands in the fraction. Taking 1.5 2^23 off again rides in the one multiplication and
+- The INT8 product starts from the bits of 1.5 2^23 and so ends as a float: an integer below 2^22
+  stands in the fraction. Taking 1.5 2^23 off again rides in the one multiplication and
   addition that leads to the exponent, as do both scales, the row's maximum and P's factor 2^8.
 - P's columns are renamed, not moved: the accumulator's layout of logits is, read in another order
   of keys, the register layout of an FP8 operand, and v's codes stand in that order (codes.py).
@@ -37,12 +37,14 @@ def _renamed(p, BM: tl.constexpr, BN: tl.constexpr):
 
 @triton.jit
 def _block(
-    acc, total, peak, q, k_codes, v_codes, s_q, p_sk, k_row, v_row, start, stride_v, S,
+    acc, total, peak, q, k_codes, v_codes, unit, k_row, v_row, start, stride_v, S,
     HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
     MASKED: tl.constexpr, PRECISE: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """acc, total and peak after BN more keys."""
-    unit = s_q * tl.load(p_sk + start // ROWS)
+    """acc, total and peak after BN more keys.
+
+    unit  float32 [BM]: a logit's worth of the INT8 product's one
+    """
     if TMA:
         k = k_codes.load([k_row + start, 0])
         v = v_codes.load([v_row, start])
@@ -50,8 +52,8 @@ def _block(
         o_n, o_d = tl.arange(0, BN), tl.arange(0, HD)
         k = tl.load(k_codes + (start + o_n)[:, None] * HD + o_d[None, :])
         v = tl.load(v_codes + o_d[:, None] * stride_v + (start + o_n)[None, :])
-    x = tl.dot(q, tl.trans(k), out_dtype=tl.int32)
-    x = (x + BITS).to(tl.float32, bitcast=True)
+    bits = tl.full((BM, BN), BITS, dtype=tl.int32)
+    x = tl.dot(q, tl.trans(k), bits, out_dtype=tl.int32).to(tl.float32, bitcast=True)
     if MASKED:
         live = (start + tl.arange(0, BN) < S)[None, :]
         x = tl.where(live, x, float("-inf"))
@@ -107,14 +109,19 @@ def forward(
     total = tl.zeros((BM,), dtype=tl.float32)
     peak = tl.full((BM,), float("-inf"), dtype=tl.float32)
     whole = S // BN * BN
+    # Asked for a block early. Left to the compiler, it waits for one number and all its warps.
+    s_k = tl.load(p_sk)
     for start in range(0, whole, BN):
+        following = (tl.cast(start, tl.int32) + BN) // ROWS
+        s_next = tl.load(p_sk + tl.minimum(following, n_s - 1))
         acc, total, peak = _block(
-            acc, total, peak, q, k_codes, v_codes, s_q, p_sk, k_row, v_row, start, n_s * ROWS, S,
+            acc, total, peak, q, k_codes, v_codes, s_q * s_k, k_row, v_row, start, n_s * ROWS, S,
             HD, BM, BN, TMA, False, PRECISE, BY_HAND,
         )  # fmt: skip
+        s_k = s_next
     if not EVEN:
         acc, total, peak = _block(
-            acc, total, peak, q, k_codes, v_codes, s_q, p_sk, k_row, v_row, whole, n_s * ROWS, S,
+            acc, total, peak, q, k_codes, v_codes, s_q * s_k, k_row, v_row, whole, n_s * ROWS, S,
             HD, BM, BN, TMA, True, PRECISE, BY_HAND,
         )  # fmt: skip
     s_v, mean = tl.load(p_sv + wide * HD + o_d), tl.load(p_mean + wide * HD + o_d)
