@@ -35,7 +35,7 @@ def attention(
              matrix units take FP8 and by the reference on CPUs
     mask     broadcasts to [B, H, T, S]: bool (True: attend), or a float to add to the logits. Only
              ``exact`` knows masks: with one, ``fp8`` computes exactly
-    scale    factor of the logits; None: hd ** -0.5
+    scale    factor of the logits, not negative for ``fp8``; None: hd ** -0.5
     returns  q's dtype, [B, T, H, hd]; ``flatten(2)`` of it is a view, but for torch's unfused path
 
     Raises ValueError for shapes that do not fit each other, for an unknown mode, and for ``fp8`` on
@@ -45,6 +45,8 @@ def attention(
     if mode == "exact" or mask is not None:
         return exact.attention(q_BTHd, k_BSHd, v_BSHd, mask=mask, scale=scale)
     scale = 1 / math.sqrt(q_BTHd.shape[-1]) if scale is None else scale
+    if scale < 0:  # the kernel looks for the largest product before it multiplies
+        raise ValueError(f"8-bit attention can't use a scale of {scale}; negate q instead")
     chip = capability(q_BTHd.device)
     if q_BTHd.device.type == "cpu":
         return reference.attention(q_BTHd, k_BSHd, v_BSHd, scale=scale)
