@@ -1,0 +1,130 @@
+"""The Triton kernel of 8-bit attention: q8 k8ᵀ, online softmax, P v8.
+
+One program computes BM queries of a head against all keys, BN at a time (FlashAttention,
+arXiv 2205.14135). An element of P costs few instructions, since exponentials and the matrix units
+share the time:
+
+- The INT8 product starts from the bits of 1.5 2^23 and so ends as a float: an integer below 2^22
+  stands in the fraction. Taking 1.5 2^23 off again rides in the one multiplication and
+  addition that leads to the exponent, as do both scales, the row's maximum and P's factor 2^8.
+- P's columns are renamed, not moved: the accumulator's layout of logits is, read in another order
+  of keys, the register layout of an FP8 operand, and v's codes stand in that order (codes.py).
+- Neither product needs masks: codes past the end are zeros. Only the last block's logits do.
+
+Letters: T queries, S keys, H heads, HD channels of a head as stored; D: the true number.
+"""
+
+import triton
+import triton.language as tl
+
+from ..transform_quantize.sweeps import e4m3
+from .codes import ROWS
+from .reference import P_BITS
+
+BITS = tl.constexpr(0x4B400000)
+MAGIC = tl.constexpr(12582912.0)
+"""1.5 2^23, as bits and as a number."""
+
+UP = tl.constexpr(P_BITS)
+
+
+@triton.jit
+def _renamed(p, BM: tl.constexpr, BN: tl.constexpr):
+    """Columns h a q q b (bits of their number, 16 at a time) become h q q a b: codes.place."""
+    p = tl.reshape(p, (BM, BN // 16, 2, 4, 2))
+    return tl.reshape(tl.permute(p, (0, 1, 3, 2, 4)), (BM, BN))
+
+
+@triton.jit
+def _block(
+    acc, total, peak, q, k_codes, v_codes, unit, k_row, v_row, start, stride_v, S,
+    HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    MASKED: tl.constexpr, PRECISE: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    """acc, total and peak after BN more keys.
+
+    unit  float32 [BM]: a logit's worth of the INT8 product's one
+    """
+    if TMA:
+        k = k_codes.load([k_row + start, 0])
+        v = v_codes.load([v_row, start])
+    else:
+        o_n, o_d = tl.arange(0, BN), tl.arange(0, HD)
+        k = tl.load(k_codes + (start + o_n)[:, None] * HD + o_d[None, :])
+        v = tl.load(v_codes + o_d[:, None] * stride_v + (start + o_n)[None, :])
+    bits = tl.full((BM, BN), BITS, dtype=tl.int32)
+    x = tl.dot(q, tl.trans(k), bits, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+    if MASKED:
+        live = (start + tl.arange(0, BN) < S)[None, :]
+        x = tl.where(live, x, float("-inf"))
+    higher = tl.maximum(peak, (tl.max(x, 1) - MAGIC) * unit)
+    shift = tl.fma(unit, MAGIC, higher - UP)
+    p = tl.exp2(tl.fma(x, unit[:, None], -shift[:, None]))
+    if MASKED:  # not by -inf alone: the unit of an all-zero row or block is zero
+        p = tl.where(live, p, 0.0)
+    fade = tl.exp2(peak - higher)
+    total = total * fade + tl.sum(p, 1)
+    if BY_HAND:
+        p = e4m3(p)
+    p = _renamed(p.to(tl.float8e4nv), BM, BN)
+    if PRECISE:
+        # Hopper adds up FP8 products with 13 bits: only those of a block, then in float32.
+        acc = tl.fma(acc, fade[:, None], tl.dot(p, tl.trans(v), out_dtype=tl.float32))
+    else:
+        acc = tl.dot(p, tl.trans(v), acc * fade[:, None])
+    return acc, total, higher
+
+
+@triton.jit
+def forward(
+    q_codes, k_codes, v_codes, p_sq, p_sk, p_sv, p_mean, p_y, T, S, H, n_q, n_s,
+    y_batch, y_row, y_head,
+    D: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
+    EVEN: tl.constexpr, PRECISE: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    """y [BM, D] of one block of queries.
+
+    q_codes  int8 [B H n_q ROWS, HD]; TMA: as a descriptor of blocks [BM, HD]
+    k_codes  int8 [B H n_s ROWS, HD]; TMA: of blocks [BN, HD]
+    v_codes  float8 [B H HD, n_s ROWS]; TMA: of blocks [HD, BN]
+    n_q, n_s blocks of ROWS that queries and keys of a head fill
+    EVEN     S is a multiple of BN
+    PRECISE  sums over more than BN keys are float32's; Hopper's own keep fewer bits
+    """
+    blocks = tl.cdiv(T, BM)
+    block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
+    b, h, wide = (head // H).to(tl.int64), head % H, head.to(tl.int64)
+    o_m, o_d = block * BM + tl.arange(0, BM), tl.arange(0, HD)
+    k_row, v_row = head * n_s * ROWS, head * HD
+    if TMA:
+        q = q_codes.load([head * n_q * ROWS + block * BM, 0])
+    else:
+        q = tl.load(q_codes + (wide * n_q * ROWS + o_m)[:, None] * HD + o_d[None, :])
+        k_codes += wide * n_s * ROWS * HD
+        v_codes += wide * HD * n_s * ROWS
+    s_q = tl.load(p_sq + wide * n_q * ROWS + o_m)
+    p_sk += wide * n_s
+
+    acc = tl.zeros((BM, HD), dtype=tl.float32)
+    total = tl.zeros((BM,), dtype=tl.float32)
+    peak = tl.full((BM,), float("-inf"), dtype=tl.float32)
+    whole = S // BN * BN
+    # Asked for a block early. Left to the compiler, it waits for one number and all its warps.
+    s_k = tl.load(p_sk)
+    for start in range(0, whole, BN):
+        following = (tl.cast(start, tl.int32) + BN) // ROWS
+        s_next = tl.load(p_sk + tl.minimum(following, n_s - 1))
+        acc, total, peak = _block(
+            acc, total, peak, q, k_codes, v_codes, s_q * s_k, k_row, v_row, start, n_s * ROWS, S,
+            HD, BM, BN, TMA, False, PRECISE, BY_HAND,
+        )  # fmt: skip
+        s_k = s_next
+    if not EVEN:
+        acc, total, peak = _block(
+            acc, total, peak, q, k_codes, v_codes, s_q * s_k, k_row, v_row, whole, n_s * ROWS, S,
+            HD, BM, BN, TMA, True, PRECISE, BY_HAND,
+        )  # fmt: skip
+    s_v, mean = tl.load(p_sv + wide * HD + o_d), tl.load(p_mean + wide * HD + o_d)
+    y = tl.fma(acc * (1 / total)[:, None], s_v[None, :], mean[None, :])
+    p_out = p_y + b * y_batch + h * y_head + o_m.to(tl.int64)[:, None] * y_row + o_d[None, :]
+    tl.store(p_out, y.to(p_y.dtype.element_ty), mask=(o_m < T)[:, None] & (o_d < D)[None, :])

@@ -1,0 +1,212 @@
+"""Triton engine of 8-bit attention: launches the kernels (codes.py, forward.py) on real tensors."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..build import FP8_CHIPS, Build
+from ..chip import capability
+from . import codes as quantizing
+from .forward import forward
+from .limits import why_not
+from .reference import K_BLOCK
+
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+LOG2E = 1.4426950408889634
+CHUNKS = quantizing.CHUNKS.value
+STEP = 32
+"""Tokens that ``summarize`` reads at once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """Launch configuration of ``forward``: queries and keys at a time, warps, pipeline stages.
+
+    tma      the tensor memory accelerator reads the codes
+    precise  sums over blocks of keys in float32, where the chip's own keep fewer bits
+    """
+
+    bm: int
+    bn: int
+    warps: int
+    stages: int
+    tma: bool
+    precise: bool = False
+
+
+TILES = {
+    90: (
+        Tile(bm=128, bn=64, warps=8, stages=3, tma=True),
+        Tile(bm=128, bn=128, warps=8, stages=3, tma=True),
+        Tile(bm=64, bn=128, warps=4, stages=2, tma=True),
+        Tile(bm=64, bn=64, warps=4, stages=3, tma=True),
+        Tile(bm=128, bn=128, warps=8, stages=3, tma=True, precise=True),
+        Tile(bm=64, bn=64, warps=4, stages=3, tma=True, precise=True),
+    ),
+    89: (
+        Tile(bm=128, bn=64, warps=8, stages=2, tma=False),
+        Tile(bm=64, bn=64, warps=4, stages=2, tma=False),
+    ),
+}
+"""By the oldest chip they are for; the first one runs, the others are for measuring."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """Codes and scales as ``forward`` reads them (codes.py)."""
+
+    q_LTd: Tensor
+    k_LSd: Tensor
+    v_LdS: Tensor
+    q_scale_LT: Tensor
+    k_scale_LN: Tensor
+    v_scale_Ld: Tensor
+    v_mean_Ld: Tensor
+
+
+def launch(
+    q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, *, scale: float, tile: Tile | None = None
+) -> Tensor:
+    """8-bit attention, contiguous [B, T, H, d] in q's dtype; specification: ``reference.py``.
+
+    q_BTHd, k_BSHd, v_BSHd  bf16, fp16 or float32; of other strides than channels' being 1, a copy
+                            is made
+    scale                   factor of the logits
+    tile                    None: the chip's
+
+    Raises ValueError where there is no such kernel (``limits.why_not``).
+    """
+    chip = capability(q_BTHd.device)
+    if not INTERPRETED and (reason := why_not(chip, q_BTHd.shape[-1])):
+        raise ValueError(reason)
+    y_BTHd = q_BTHd.new_empty(q_BTHd.shape)
+    if y_BTHd.numel() == 0:
+        return y_BTHd
+    with torch.cuda.device_of(q_BTHd):
+        stored = quantized(q_BTHd, k_BSHd, v_BSHd, scale=scale)
+        attend(stored, y_BTHd, k_BSHd.shape[1], tile or tiles(chip)[0])
+    return y_BTHd
+
+
+def tiles(chip: int | None) -> tuple[Tile, ...]:
+    """What a chip may run; the descriptors of Hopper's successors are not Hopper's."""
+    return TILES[90 if chip == 90 else 89]
+
+
+def quantized(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, *, scale: float) -> Stored:
+    """Codes and scales (:func:`.reference.quantize`), filled up to whole blocks."""
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q_BTHd, k_BSHd, v_BSHd))
+    (b, t, h, d), s = q.shape, k.shape[1]
+    hd, n_q, n_s = _width(d), triton.cdiv(t, K_BLOCK), triton.cdiv(s, K_BLOCK)
+    new, heads = q.new_empty, b * h
+    sums = new((heads, 4, CHUNKS, hd), dtype=torch.float32)
+    stored = Stored(
+        new((heads, n_q * K_BLOCK, hd), dtype=torch.int8),
+        new((heads, n_s * K_BLOCK, hd), dtype=torch.int8),
+        new((heads, hd, n_s * K_BLOCK), dtype=torch.float8_e4m3fn),
+        *(new((heads, n), dtype=torch.float32) for n in (n_q * K_BLOCK, n_s, hd, hd)),
+    )
+    strides = [x.stride()[:3] for x in (q, k, v)]
+    chunk = triton.cdiv(triton.cdiv(s, CHUNKS), STEP) * STEP
+    quantizing.summarize[(heads, CHUNKS, 2)](
+        k, v, sums, s, h, *strides[1], *strides[2], chunk, D=d, HD=hd, BS=STEP, num_warps=4
+    )
+    quantizing.round_codes[(n_q + 2 * n_s, heads)](
+        q, k, v, sums, stored.q_LTd, stored.k_LSd, stored.v_LdS, stored.q_scale_LT,
+        stored.k_scale_LN, stored.v_scale_Ld, stored.v_mean_Ld, t, s, h,
+        *strides[0], *strides[1], *strides[2], n_q, n_s, scale * LOG2E,
+        D=d, HD=hd, BY_HAND=INTERPRETED, num_warps=8,
+    )  # fmt: skip
+    return stored
+
+
+def attend(stored: Stored, y_BTHd: Tensor, keys: int, tile: Tile) -> None:
+    """Fill y from codes of q and of ``keys`` keys and values."""
+    _, t, h, d = y_BTHd.shape
+    heads, hd, filled = stored.v_LdS.shape
+    q, k, v = stored.q_LTd.view(-1, hd), stored.k_LSd.view(-1, hd), stored.v_LdS.view(-1, filled)
+    if tile.tma:
+        q = TensorDescriptor.from_tensor(q, [tile.bm, hd])
+        k = TensorDescriptor.from_tensor(k, [tile.bn, hd])
+        v = TensorDescriptor.from_tensor(v, [hd, tile.bn])
+    forward[(triton.cdiv(t, tile.bm) * heads,)](
+        q, k, v, stored.q_scale_LT, stored.k_scale_LN, stored.v_scale_Ld, stored.v_mean_Ld, y_BTHd,
+        t, keys, h, stored.q_LTd.shape[1] // K_BLOCK, filled // K_BLOCK, *y_BTHd.stride()[:3],
+        D=d, EVEN=keys % tile.bn == 0, BY_HAND=INTERPRETED, **_constants(tile, hd),
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def _constants(tile: Tile, hd: int) -> dict[str, Any]:
+    return {
+        "HD": hd, "BM": tile.bm, "BN": tile.bn, "TMA": tile.tma, "PRECISE": tile.precise,
+    }  # fmt: skip
+
+
+def _width(d: int) -> int:
+    """Channels of a head as stored: a power of two, and what INT8 matrix units take at a time."""
+    return max(32, triton.next_power_of_2(d))
+
+
+def builds() -> list[Build]:
+    """Both kernels that make codes, and every tile: heads of 128 channels, and of 72 and 64."""
+    found = []
+    for d in (128, 72):
+        hd = _width(d)
+        for kernel, warps, more in (
+            (quantizing.summarize, 4, {"BS": STEP}),
+            (quantizing.round_codes, 8, {"BY_HAND": False}),
+        ):
+            constants = {"D": d, "HD": hd, **more}
+            found.append(_build(f"d{d}", kernel, constants, warps, 1, FP8_CHIPS, tensor_core=False))
+    for oldest, configurations in TILES.items():
+        chips = tuple(c for c in FP8_CHIPS if (c == 90) == (oldest == 90))
+        for tile in configurations:
+            first = tile is configurations[0]
+            for d, even in ((128, True), (128, False), (72, True), (64, True)):
+                if not first and (d, even) != (128, True):
+                    continue
+                constants = {
+                    "D": d, "EVEN": even, "BY_HAND": False, **_constants(tile, _width(d)),
+                }  # fmt: skip
+                name = f"d{d}-{tile.bm}x{tile.bn}-w{tile.warps}-s{tile.stages}"
+                name += ("-precise" if tile.precise else "") + ("" if even else "-masked")
+                found.append(_build(name, forward, constants, tile.warps, tile.stages, chips))
+    return found
+
+
+def _build(
+    name: str, kernel: Any, constants: dict[str, Any], warps: int, stages: int,
+    chips: tuple[int, ...], **more: Any,
+) -> Build:  # fmt: skip
+    types = {"p_q8": "*i8", "p_k8": "*i8", "p_v8": "*fp8e4nv", "factor": "fp32"}
+    types |= dict.fromkeys(("p_q", "p_k", "p_v", "p_y"), "*bf16")
+    types |= dict.fromkeys(("p_sums", "p_sq", "p_sk", "p_sv", "p_mean"), "*fp32")
+    if constants.get("TMA"):
+        hd, bm, bn = (constants[n] for n in ("HD", "BM", "BN"))
+        types["q_codes"] = f"tensordesc<i8[{bm}, {hd}]>"
+        types["k_codes"] = f"tensordesc<i8[{bn}, {hd}]>"
+        types["v_codes"] = f"tensordesc<fp8e4nv[{hd}, {bn}]>"
+    else:
+        types |= {"q_codes": "*i8", "k_codes": "*i8", "v_codes": "*fp8e4nv"}
+    signature = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
+    counted = ("T", "S", "H", "n_q", "n_s", "factor")
+    return Build(
+        name=f"attention_{kernel.__name__}-{name}",
+        kernel=kernel,
+        signature=signature,
+        constants=constants,
+        warps=warps,
+        stages=stages,
+        chips=chips,
+        aligned=tuple(
+            n for n, kind in signature.items()
+            if n not in counted and not kind.startswith("tensordesc")
+        ),
+        **more,
+    )  # fmt: skip
