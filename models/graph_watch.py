@@ -47,8 +47,8 @@ class Watch:
     def token(self) -> Any:
         """Equal to an earlier one as long as graphs recorded then are still right.
 
-        Addresses of weights, their dtype, submodules, replaced forwards, compiled blocks, attention processors
-        with their backends, and RUNTIME.
+        Addresses of weights, their dtype, submodules, replaced forwards, compiled blocks, attention
+        processors with their backends, and RUNTIME.
         """
         try:
             addresses = [held[name].data_ptr() for held, name in self.tensors]
