@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import RLock
 from typing import Any, ClassVar, Protocol
+from weakref import WeakSet
 
 import torch
 
@@ -18,6 +19,7 @@ class Recorder(Protocol):
     """What graphs.py needs of a device; tests bring one that calls the function again."""
 
     device_type: ClassVar[str]
+    device: torch.device
 
     def __init__(self, device: torch.device) -> None: ...
 
@@ -50,6 +52,7 @@ class CudaRecorder:
         # One stream for warm-ups and captures: cuBLAS keeps a workspace per stream, which is to
         # exist before a capture, or it would lie in the graph's memory.
         self.side = torch.cuda.Stream(device)
+        self.graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
         self.pool = torch.cuda.graph_pool_handle()
         self.done = torch.cuda.Event()
         self.lock = RLock()
@@ -63,6 +66,10 @@ class CudaRecorder:
     def capture(self, run: Callable[[], Any]) -> Replay:
         with torch.cuda.device(self.device):
             self._warm_up(run)
+            if not self.graphs:
+                # A pool without graphs is given back, and can't be used again before it is.
+                self.pool = torch.cuda.graph_pool_handle()
+                self.pools = {self.pool}
             graph, reason = torch.cuda.CUDAGraph(), ""
             try:
                 # The first context: `torch.cuda.graph` leaves its stream current if it can't end.
@@ -86,6 +93,8 @@ class CudaRecorder:
                 if reason:
                     raise NotGraphable(reason) from error
                 raise
+
+        self.graphs.add(graph)
 
         def replay() -> Any:
             graph.replay()

@@ -4,6 +4,7 @@ A CUDA graph reads weights at the addresses they had and repeats what Python dec
 is cheap: dictionaries are gathered once, a call compares their content.
 """
 
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -26,13 +27,7 @@ class Watch:
         self.network = network
         self.known = {m: known.get(m, vars(m).get("forward")) for m in modules}
         self.states = [vars(m) for m in modules]
-        self.tensors = [
-            (held, name)
-            for m in modules
-            for held in (m._parameters, m._buffers)
-            for name, tensor in held.items()
-            if tensor is not None
-        ]
+        self.tensors = [held for m in modules for held in (m._parameters, m._buffers) if held]
         self.children = [m._modules for m in modules if m._modules]
         # The network's own hooks run around its forward, with or without a graph.
         self.hooks = [
@@ -50,10 +45,8 @@ class Watch:
         Addresses of weights, their dtype, submodules, replaced forwards, compiled blocks, attention
         processors with their backends, and RUNTIME.
         """
-        try:
-            addresses = [held[name].data_ptr() for held, name in self.tensors]
-        except (KeyError, AttributeError):  # a weight is gone
-            return object()
+        tensors = chain.from_iterable(map(dict.values, self.tensors))
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         return (
             addresses,
             None if self.sample is None else self.sample.dtype,

@@ -156,13 +156,16 @@ class GraphedForward:
         return GraphedForward(transformer, original, self.limit, self.recorder_type)
 
     def clear(self) -> None:
-        """Drop all graphs; those of later calls are recorded anew."""
+        """Drop all graphs; those of later calls are recorded anew.
+
+        Their memory is free then: torch gives it to others once it runs short, or by
+        ``torch.cuda.empty_cache()``.
+        """
         with self.lock:
-            if self.recorder is not None:
+            if self.recorder is not None and any(self.calls.values()):
                 self.recorder.settle()
             self.calls.clear()
             self.failed.clear()
-            self.recorder = None
 
     def memory(self) -> int:
         """Bytes the graphs' intermediate results and outputs hold, also between calls."""
@@ -208,8 +211,9 @@ class GraphedForward:
             return None
         self.calls.move_to_end(key)
         if self.calls[key] is None and len(self.failed) < GIVE_UP:
-            if self.recorder is None:
-                self.recorder = self.recorder_type(call.tensors[0].device)
+            device = call.tensors[0].device
+            if self.recorder is None or self.recorder.device != device:
+                self.recorder = self.recorder_type(device)
             try:
                 self.calls[key] = Graph(self.original, call, self.recorder)
             except Exception as error:  # noqa: BLE001 - whatever it is, the original shall meet it
