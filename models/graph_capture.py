@@ -1,0 +1,170 @@
+"""Record work into a CUDA graph, replay it, and clean up after a recording that failed."""
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from threading import RLock
+from typing import Any, ClassVar, Protocol
+from weakref import WeakSet
+
+import torch
+
+from .graph_call import NotGraphable
+
+Replay = Callable[[], Any]
+"""Does the recorded work again; its result lies in the same tensors each time."""
+
+
+class Recorder(Protocol):
+    """What graphs.py needs of a device; tests bring one that calls the function again."""
+
+    device_type: ClassVar[str]
+    device: torch.device
+
+    def __init__(self, device: torch.device) -> None: ...
+
+    @staticmethod
+    def busy() -> bool:
+        """Whether somebody else is recording."""
+
+    def capture(self, run: Callable[[], Any]) -> Replay:
+        """Record ``run``, which reads and writes tensors that stay where they are.
+
+        Raises whatever ``run`` or the recording raised; the device is usable then."""
+
+    def turn(self) -> Any:
+        """A context for one replay with its inputs and outputs: replays share memory."""
+
+    def settle(self) -> None:
+        """Wait for replays under way, before what they use is dropped."""
+
+    def reserved(self) -> int:
+        """Bytes held for recordings."""
+
+
+class CudaRecorder:
+    """CUDA graphs of one network on one device, in one memory pool."""
+
+    device_type: ClassVar[str] = "cuda"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        # One stream for warm-ups and captures: cuBLAS keeps a workspace per stream, which is to
+        # exist before a capture, or it would lie in the graph's memory.
+        self.side = torch.cuda.Stream(device)
+        self.graphs: WeakSet[torch.cuda.CUDAGraph] = WeakSet()
+        self.pool = torch.cuda.graph_pool_handle()
+        self.done = torch.cuda.Event()
+        self.lock = RLock()
+        self.pools = {self.pool}
+        self.broken: list[torch.cuda.CUDAGraph] = []
+
+    @staticmethod
+    def busy() -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def capture(self, run: Callable[[], Any]) -> Replay:
+        with torch.cuda.device(self.device):
+            self._warm_up(run)
+            if not self.graphs:
+                # A pool without graphs is given back, and can't be used again before it is.
+                self.pool = torch.cuda.graph_pool_handle()
+                self.pools = {self.pool}
+            graph, reason = torch.cuda.CUDAGraph(), ""
+            try:
+                # The first context: `torch.cuda.graph` leaves its stream current if it can't end.
+                with (
+                    _no_garbage_collection(),
+                    torch.cuda.stream(self.side),
+                    torch.cuda.graph(
+                        graph,
+                        pool=self.pool,
+                        stream=self.side,
+                        capture_error_mode="thread_local",  # other threads may go on allocating
+                    ),
+                ):
+                    try:
+                        result = run()
+                    except Exception as error:
+                        reason = first_line(error)  # ending the capture raises an error of its own
+                        raise
+            except BaseException as error:
+                self._abandon(graph)
+                if reason:
+                    raise NotGraphable(reason) from error
+                raise
+
+        self.graphs.add(graph)
+
+        def replay() -> Any:
+            graph.replay()
+            return result
+
+        return replay
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """Whatever thread or stream a replay comes from, it waits for the one before."""
+        with self.lock, torch.cuda.device(self.device):
+            stream = torch.cuda.current_stream()
+            stream.wait_event(self.done)
+            yield
+            self.done.record(stream)
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def reserved(self) -> int:
+        segments = torch.cuda.memory_snapshot()
+        return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in self.pools)
+
+    def _warm_up(self, run: Callable[[], Any]) -> None:
+        current = torch.cuda.current_stream()
+        self.side.wait_stream(current)
+        try:
+            with torch.cuda.stream(self.side):
+                run()
+        finally:
+            current.wait_stream(self.side)
+
+    def _abandon(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Undo what a failed capture leaves behind in torch, which doesn't (CUDAGraph::reset)."""
+        try:
+            graph.pool()
+            ended = True
+        except RuntimeError:
+            ended = False
+        graph.reset()
+        if not ended:
+            # The allocator still believes that a capture is under way, and counts its pool as used.
+            for undo in (torch._C._cuda_endAllocateToPool, torch._C._cuda_releasePool):
+                with suppress(RuntimeError):  # it was not told yet, or it knows already
+                    undo(torch.cuda.current_device(), self.pool)
+            # It may still ask the graph whether an allocation is its own.
+            self.broken.append(graph)
+        # Its pool is in an unknown state: graphs before keep it, those after get another.
+        self.pool = torch.cuda.graph_pool_handle()
+        self.pools.add(self.pool)
+        with suppress(RuntimeError):
+            torch.cuda.synchronize()
+            # Older releases let the random generator think it is captured, until a capture ends.
+            with torch.cuda.stream(self.side), torch.cuda.graph(torch.cuda.CUDAGraph()):
+                torch.zeros(1, device=self.device)
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the advice that CUDA's errors go on with."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """Garbage may be tensors and graphs, and freeing those is not allowed during a capture."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

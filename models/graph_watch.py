@@ -1,0 +1,106 @@
+"""What a recorded forward relies on besides its arguments, looked up before every replay.
+
+A CUDA graph reads weights at the addresses they had and repeats what Python decided then. Looking
+is cheap: dictionaries are gathered once, a call compares their content.
+"""
+
+from itertools import chain
+from types import MethodType
+from typing import Any
+
+import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+
+RUNTIME = "_dirotq_runtime"
+"""Attribute of a transformer: anything hashable, graphs don't outlive its change."""
+
+
+class Watch:
+    """Where a network keeps its tensors, children, hooks and attention processors."""
+
+    def __init__(self, network: nn.Module, before: "Watch | None" = None) -> None:
+        """before: an earlier watch, whose replaced forwards stay the ones that are known."""
+        modules = list(network.modules())
+        known = {} if before is None else before.known
+        self.network = network
+        self.known = {m: known.get(m, vars(m).get("forward")) for m in modules}
+        self.states = [vars(m) for m in modules]
+        self.tensors = [held for m in modules for held in (m._parameters, m._buffers) if held]
+        self.children = [m._modules for m in modules if m._modules]
+        # The network's own hooks run around its forward, with or without a graph.
+        self.hooks = [
+            hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)
+        ]
+        self.attentions = [m for m in modules if hasattr(m, "processor")]
+        self.blocks = [vars(b) for m in modules if isinstance(m, nn.ModuleList) for b in m]
+        parameters = (t for t in network.parameters() if t.is_floating_point())
+        self.sample = next(parameters, None)
+        self._judged: tuple[list[Any], str | None] | None = None
+
+    def token(self) -> Any:
+        """Equal to an earlier one as long as graphs recorded then are still right.
+
+        Addresses of weights, their dtype, submodules, replaced forwards, compiled blocks, attention
+        processors with their backends, and RUNTIME.
+        """
+        tensors = chain.from_iterable(map(dict.values, self.tensors))
+        addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+        return (
+            addresses,
+            None if self.sample is None else self.sample.dtype,
+            [list(children.values()) for children in self.children],
+            self._forwards(),
+            [block.get("_compiled_call_impl") for block in self.blocks],
+            [_attention(module) for module in self.attentions],
+            getattr(self.network, RUNTIME, None),
+        )
+
+    def obstacle(self) -> str | None:
+        """Why this network can't be recorded as it is now; None if it can."""
+        if getattr(self.network, "_hf_peft_config_loaded", False):
+            return "it has adapters loaded"
+        if any(self.hooks) or _has_any_global_hook():
+            return "its modules have forward hooks"
+        # Offloading and caches put a forward of their own on a module: nothing new, same verdict.
+        forwards = self._forwards()
+        if self._judged is None or self._judged[0] != forwards:
+            self._judged = forwards, self._foreign(forwards)
+        return self._judged[1]
+
+    def _forwards(self) -> list[Any]:
+        return [state.get("forward") for state in self.states]
+
+    def _foreign(self, forwards: list[Any]) -> str | None:
+        for state in self.states:
+            if "_hf_hook" in state:
+                return "accelerate's hooks move its weights"
+            if getattr(state.get("_diffusers_hook"), "hooks", None):
+                return "diffusers' hooks offload, cache or cast in it"
+        for (module, before), now in zip(self.known.items(), forwards):
+            allowed = (None, before, MethodType(type(module).forward, module))
+            # Around the network's own forward others may do what they like.
+            if module is not self.network and now not in allowed:
+                return f"the forward of a {type(module).__name__} was replaced"
+        return None
+
+
+def runtime_modes() -> tuple[Any, ...]:
+    """Switches of torch and diffusers that choose other kernels; part of a graph's key."""
+    cuda = torch.backends.cuda
+    return (
+        _AttentionBackendRegistry._active_backend,
+        cuda.flash_sdp_enabled(),
+        cuda.mem_efficient_sdp_enabled(),
+        cuda.math_sdp_enabled(),
+        cuda.cudnn_sdp_enabled(),
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+    )
+
+
+def _attention(module: Any) -> tuple[Any, ...]:
+    processor = getattr(module, "processor", None)
+    backend = getattr(processor, "_attention_backend", None)
+    return processor, backend, getattr(module, "fused_projections", None)
