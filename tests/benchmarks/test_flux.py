@@ -3,11 +3,21 @@
 import dataclasses
 import functools
 import subprocess
+import types
 
 import pytest
 import torch
 
-from dirotq.benchmarks import flux, flux_inputs, flux_session, flux_work, full_size, roofline
+import dirotq
+from dirotq.benchmarks import (
+    flux,
+    flux_inputs,
+    flux_quality,
+    flux_session,
+    flux_work,
+    full_size,
+    roofline,
+)
 from dirotq.benchmarks import flux_contestants as contestants
 from dirotq.benchmarks.flux_inputs import Case, inputs
 from dirotq.benchmarks.flux_jobs import JOBS
@@ -340,3 +350,24 @@ def test_the_roofline_is_sane_and_marked():
     for who in (FUSED, EAGER, COMPILED):
         assert whole["H200: all", who] < whole["H100: all", who] < whole["RTX 3090: all", who]
     assert tables(rows).count("(predicted)") == len(roofline.PEAKS)
+
+
+def test_images_of_the_embedded_model_are_compared_in_three_ways(monkeypatch, tmp_path):
+    calls = []
+
+    def generate(pipe, prompts, call):
+        calls.append((pipe.transformer, len(prompts), call["height"]))
+        far = {("packed", 1): 0.0, ("packed", 2): 0.1, ("fused", 1): 0.01}
+        return torch.full((len(prompts), 3, 8, 8), 0.5 + far[pipe.transformer, len(prompts)])
+
+    made = {"pack": types.SimpleNamespace(data=tmp_path)}
+    pipe = types.SimpleNamespace(transformer="packed")
+    monkeypatch.setattr(dirotq, "compress", lambda *overrides: made)
+    monkeypatch.setattr(dirotq, "load", lambda folder, dtype: pipe)
+    monkeypatch.setattr(flux_quality, "generate", generate)
+    monkeypatch.setattr(flux_quality, "ours", lambda transformer, **how: "fused")
+    batched, fused = flux_quality.compared("store", count=2)
+    assert batched.value == pytest.approx(20, abs=0.01)
+    assert fused.value == pytest.approx(40, abs=0.01)
+    assert calls == [("packed", 1, 128)] * 2 + [("packed", 2, 128)] + [("fused", 1, 128)] * 2
+    assert verdicts(batched, fused)["images: fused closer than batch 8 by"] == "reached"
