@@ -78,16 +78,17 @@ def kernels(module: Any, x: Mapping[str, Any]) -> list[Kernel]:
     found = [
         Kernel(event.name, event.time_range.start, event.time_range.end)
         for event in trace.events() or ()
-        if event.device_type == DeviceType.CUDA and not _annotation(event.name)
+        if event.device_type == DeviceType.CUDA and not _annotation(event)
     ]
     if not found:
         raise RuntimeError("the profiler saw no kernel")
     return found
 
 
-def _annotation(name: str) -> bool:
-    """Spans that the profiler draws over kernels, which are no kernels."""
-    return name.startswith(("ProfilerStep", "## ", "Torch-Compiled", "nn.Module"))
+def _annotation(event: Any) -> bool:
+    """Whether it is a span that the profiler draws over kernels, and no kernel."""
+    marked = getattr(event, "is_user_annotation", False)
+    return marked or event.name.startswith(("ProfilerStep", "## ", "Torch-Compiled"))
 
 
 def _one(module: Any, x: Mapping[str, Any]) -> float:
