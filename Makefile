@@ -12,7 +12,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test check bench bench-bits bench-quality table bench-kernels bench-compress tune versions clean
+.PHONY: help setup compress plan sweep test check bench bench-bits bench-quality table bench-kernels bench-compress bench-flux tune versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -61,6 +61,9 @@ bench-kernels: $(STAMP) ## time the kernels (needs a GPU): ARGS="linear --write"
 
 bench-compress: $(STAMP) ## the line on a full-size model with generated weights (needs a GPU): ARGS="flux"
 	$(BIN)/python benchmarks/compress.py $(ARGS)
+
+bench-flux: $(STAMP) ## whole forwards at full size against bf16 and FP8 (needs a GPU): ARGS="forward --write"
+	$(BIN)/python benchmarks/flux.py $(ARGS)
 
 tune: $(STAMP) ## choose plans for this GPU by measurement, into kernels/plans.json
 	$(BIN)/python benchmarks/tune.py $(ARGS)

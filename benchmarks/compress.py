@@ -11,14 +11,14 @@ import json
 import logging
 import os
 import platform
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-import full_size
-import packed_check
 import torch
 
+from dirotq.benchmarks import full_size, packed_check
 from dirotq.device import pick_device
 from dirotq.pipeline import dag, preflight
 from dirotq.pipeline.config import build, compose_config
@@ -82,7 +82,9 @@ def generated(name: str, models: Path, depth: float, device: torch.device) -> Pa
         config = full_size.ARCHITECTURES[name][1]
         changes = {key: max(round(config[key] * depth), 1) for key in DEPTH[name]}
         began = time.monotonic()
-        full_size.build(name, folder, device, **changes)
+        partial = folder.with_name(f"{folder.name}.partial")  # what a killed run leaves
+        shutil.rmtree(partial, ignore_errors=True)
+        full_size.build(name, partial, device, **changes).rename(folder)
         print(f"generated {folder} in {time.monotonic() - began:.0f} s", flush=True)
     return folder
 

@@ -73,3 +73,47 @@ def _torchao(weight_NK: Tensor, bias_N: Tensor) -> Linear:
     linear.bias.copy_(bias_N)
     quantize_(linear, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()))
     return torch.compile(linear)
+
+
+class Fp8Linear(nn.Module):
+    """A linear of a network in torchao's scheme, for ``torch.compile`` to fuse what it can.
+
+    The same arithmetic as :func:`fp8_per_row` where torchao is not installed; also with a CPU's
+    plain products, for tests.
+    """
+
+    def __init__(self, codes_NK: Tensor, scale_N1: Tensor, bias_N: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("codes", codes_NK)
+        self.register_buffer("scale", scale_N1)
+        self.register_buffer("bias", bias_N)
+
+    @classmethod
+    def of(cls, linear: nn.Module) -> "Fp8Linear":
+        weight_NK, bias_N = linear.weight, linear.bias
+        return cls(*fp8_rows(weight_NK.detach()), None if bias_N is None else bias_N.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]"""
+        x_MK = x.reshape(-1, x.shape[-1])
+        codes_MK, scale_M1 = fp8_rows(x_MK)
+        if x.device.type == "cuda":
+            y_MN = torch._scaled_mm(
+                codes_MK, self.codes.t(), scale_a=scale_M1, scale_b=self.scale.t(),
+                bias=self.bias, out_dtype=x.dtype, use_fast_accum=True,
+            )  # fmt: skip
+        else:
+            y_MN = codes_MK.float() @ self.codes.float().t() * scale_M1 * self.scale.t()
+            y_MN = (y_MN if self.bias is None else y_MN + self.bias).to(x.dtype)
+        return y_MN.reshape(*x.shape[:-1], -1)
+
+
+def by_torchao(network: nn.Module, names: frozenset[str]) -> None:
+    """The named linears of a network by torchao itself, in place."""
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+
+    quantize_(
+        network,
+        Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()),
+        filter_fn=lambda module, name: name in names,
+    )

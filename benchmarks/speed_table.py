@@ -95,16 +95,16 @@ def tables(rows: Sequence[Row]) -> str:
     return "\n".join(parts) + "\n"
 
 
-def put(document: Path, text: str) -> None:
-    """Replace what stands between the markers of a document.
+def put(document: Path, text: str, *, begin: str = BEGIN) -> None:
+    """Replace what stands between the markers ``begin`` and END of a document.
 
     Raises ValueError if it has none.
     """
-    before, begin, rest = document.read_text().partition(BEGIN)
+    before, found, rest = document.read_text().partition(begin)
     _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise ValueError(f"{document} has no {BEGIN} ... {END}; add the two lines where it belongs")
-    document.write_text(f"{before}{BEGIN}\n{text}{END}{after}")
+    if not (found and end):
+        raise ValueError(f"{document} has no {begin} ... {END}; add the two lines where it belongs")
+    document.write_text(f"{before}{begin}\n{text}{END}{after}")
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -1,0 +1,209 @@
+"""One run of `make bench-flux` on a GPU: which contestant is in memory, and what was measured.
+
+Contestants are alone on the GPU, so that peaks are theirs. One failing costs its own rows only.
+"""
+
+import traceback
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dirotq.benchmarks import flux_contestants as made
+from dirotq.benchmarks import flux_prepare, flux_timing, kernel_categories
+from dirotq.benchmarks.flux_inputs import Case, inputs
+from dirotq.benchmarks.flux_rows import (
+    COMPILED,
+    EAGER,
+    FOLDER,
+    FP8,
+    FUSED,
+    SYNTHETIC,
+    UNFUSED,
+    W4A8,
+    Row,
+    find,
+)
+
+MAIN = Case("flux", 1024)
+OURS = (FUSED, UNFUSED, W4A8)
+PRESETS = {W4A8: "dirotq_w4a8"}
+COMPARED = ((FUSED, UNFUSED), (FUSED, EAGER), (UNFUSED, EAGER), (W4A8, EAGER), (FP8, EAGER),
+            (COMPILED, EAGER))  # fmt: skip
+"""Pairs whose results are compared: a path that computes something else shows as a large error."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Places:
+    """Where models come from: folders that are there, or where to make them."""
+
+    models: Path
+    store: str
+    folder: Path | None = None
+    w4a8_folder: Path | None = None
+    synthetic: bool = False
+    overrides: tuple[str, ...] = ()
+
+    def packed(self, model: str, preset: str) -> Path:
+        """The folder packed by a method; made if need be."""
+        given = {("flux", "dirotq"): self.folder, ("flux", "dirotq_w4a8"): self.w4a8_folder}
+        return given.get((model, preset)) or flux_prepare.packed(
+            model, self.models, self.store, preset=preset, overrides=self.overrides
+        )
+
+
+@dataclass
+class Session:
+    """Measures, and hands every row to ``say`` as soon as it is known."""
+
+    places: Places
+    say: Callable[[Row], None]
+    device: str = "cuda"
+    rows: list[Row] = field(default_factory=list)
+    held: tuple[str, str] | None = None
+    module: Any = None
+    outputs: dict[tuple[str, Case], Tensor] = field(default_factory=dict)
+    tried: set[tuple[str, Case]] = field(default_factory=set)
+    broken: dict[tuple[str, str], str] = field(default_factory=dict)
+    """Contestants that could not be made, with the reason: they are not tried again."""
+
+    def add(self, row: Row) -> None:
+        """Keep a row and say it."""
+        self.rows.append(row)
+        self.say(row)
+
+    def add_all(self, section: str, case: str, contestant: str, found: Iterable[Row]) -> None:
+        """Rows as a generator makes them; if it fails, a row that says so."""
+        try:
+            for row in found:
+                self.add(row)
+        except Exception as error:  # noqa: BLE001 (what fails must not cost the other rows)
+            self._failed(section, case, contestant, error)
+
+    def forward(self, who: str, case: Case = MAIN) -> None:
+        """Time one contestant in one case, unless this run has tried to."""
+        if (who, case) in self.tried:
+            return
+        self.tried.add((who, case))
+        try:
+            module = self.contestant(who, case.model)
+            x = inputs(case, module.config, self.device)
+            done = flux_timing.timed(module, x)
+        except Exception as error:  # noqa: BLE001
+            self._failed("forward", str(case), who, error)
+            return
+        row = self._row("forward", case, who, value=done.ms.p50)
+        self.add(replace(row, p20=done.ms.p20, p80=done.ms.p80, first_s=done.first_s))
+        weights = made.weight_bytes(module) / 1e9
+        self.add(self._row("weights", case, who, value=weights))
+        note = f"{done.peak / 1e9 - weights:.2f} of it workspace and activations"
+        self.add(self._row("peak", case, who, value=done.peak / 1e9, note=note))
+        self.add(self._row("reserved", case, who, value=done.reserved / 1e9))
+        self._compare(who, case, done.output)
+
+    def profile(self, who: str, case: Case = MAIN) -> None:
+        """Where the time of one call goes, by category and by kernel."""
+        wall = find(self.rows, "forward", str(case), who)
+        if wall is None or wall.value is None:
+            return
+        try:
+            module = self.contestant(who, case.model)
+            seen = flux_timing.kernels(module, inputs(case, module.config, self.device))
+        except Exception as error:  # noqa: BLE001
+            self._failed("profile", str(case), who, error)
+            return
+        for name, ms in kernel_categories.by_category(seen, wall.value).items():
+            self.add(self._row("profile", case, who, value=ms, what=name))
+        for name, ms, runs in kernel_categories.longest(seen):
+            kind = kernel_categories.category(name)
+            note = f"{runs} runs; {kind}"
+            self.add(self._row("kernel", case, who, value=ms, what=name[:100], note=note))
+
+    def contestant(self, who: str, model: str) -> Any:
+        """Its transformer, alone on the GPU.
+
+        Raises RuntimeError if it could not be made before.
+        """
+        if self.held == (who, model):
+            return self.module
+        if reason := self.broken.get((who, model)):
+            raise RuntimeError(f"as before: {reason}")
+        try:
+            self.held, self.module = (who, model), self._made(who, model)
+        except Exception as error:
+            self.broken[who, model] = f"{type(error).__name__}: {error}"
+            raise
+        return self.module
+
+    def _made(self, who: str, model: str) -> Any:
+        base = self.held in ((EAGER, model), (COMPILED, model)) and who in (EAGER, COMPILED, FP8)
+        module = made.uncompiled(self.module) if base else None
+        self.drop()
+        if module is None:
+            module = self._loaded(who, model)
+        if who == FP8:
+            made.fp8_blocks(module)
+        if who in (FP8, COMPILED):
+            made.compile_blocks(module)
+        if who in OURS:
+            module = made.ours(module, **made.HOW[who])
+        return module
+
+    def drop(self) -> None:
+        """Free the GPU."""
+        self.held = self.module = None
+        made.free()
+
+    def _loaded(self, who: str, model: str) -> Any:
+        """A fresh transformer, as it comes from its folder."""
+        if who in OURS:
+            preset = PRESETS.get(who, "dirotq")
+            if self.places.synthetic:
+                return made.random_packed(model, self.device, preset=preset)
+            return made.loaded(model, self.places.packed(model, preset), self.device)
+        if self.places.synthetic:
+            return made.random_bf16(model, self.device)
+        folder = flux_prepare.original(model, self.places.models)
+        return made.loaded_bf16(model, folder, self.device)
+
+    def _compare(self, who: str, case: Case, output: Tensor) -> None:
+        """Relative errors against what else computed this case; synthetic networks are others."""
+        self.outputs[who, case] = output.float().cpu()
+        for left, right in COMPARED:
+            other = {left: right, right: left}.get(who)
+            if other is None or (other, case) not in self.outputs:
+                continue
+            if self.places.synthetic and (left in OURS) != (right in OURS):
+                continue
+            got, want = self.outputs[left, case], self.outputs[right, case]
+            error = float((got - want).norm() / want.norm())
+            self.add(self._row("error", case, left, value=error, what=f"against {right}"))
+
+    def _row(self, section: str, case: Case, who: str, *, value: float, **more: str) -> Row:
+        weights = (SYNTHETIC if self.places.synthetic else FOLDER) if who in OURS else ""
+        return Row(
+            section=section, case=str(case), contestant=who, value=value, weights=weights, **more
+        )
+
+    def _failed(self, section: str, case: str, who: str, error: BaseException) -> None:
+        traceback.print_exception(error)
+        told = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        self.add(Row(section=section, case=case, contestant=who, note=f"failed: {told}"))
+        error.__traceback__ = None  # its frames hold tensors
+        try:
+            self.drop()
+        except RuntimeError as worse:  # the GPU itself is lost to this process: `healthy` says so
+            print(worse, flush=True)
+
+
+def healthy() -> bool:
+    """Whether this process can still use the GPU: an illegal access ends that."""
+    try:
+        torch.ones(1, device="cuda").sum().item()
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return False
+    return True
