@@ -23,11 +23,15 @@ class Watch:
     def __init__(self, network: nn.Module, before: "Watch | None" = None) -> None:
         """before: an earlier watch, whose replaced forwards stay the ones that are known."""
         modules = list(network.modules())
-        known = {} if before is None else before.known
+        known: dict[nn.Module, Any] = {} if before is None else before.known
         self.network = network
-        self.known = {m: known.get(m, vars(m).get("forward")) for m in modules}
+        self.known: dict[nn.Module, Any] = {
+            m: known.get(m, vars(m).get("forward")) for m in modules
+        }
         self.states = [vars(m) for m in modules]
-        self.tensors = [held for m in modules for held in (m._parameters, m._buffers) if held]
+        self.tensors: list[dict[str, Any]] = [
+            held for m in modules for held in (m._parameters, m._buffers) if held
+        ]
         self.children = [m._modules for m in modules if m._modules]
         # The network's own hooks run around its forward, with or without a graph.
         self.hooks = [
@@ -45,7 +49,7 @@ class Watch:
         Addresses of weights, their dtype, submodules, replaced forwards, compiled blocks, attention
         processors with their backends, and RUNTIME.
         """
-        tensors = chain.from_iterable(map(dict.values, self.tensors))
+        tensors = chain.from_iterable(held.values() for held in self.tensors)
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         return (
             addresses,

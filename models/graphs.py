@@ -51,7 +51,7 @@ def graph_forward(
     original = transformer.forward
     graphed = GraphedForward(transformer, original, limit, recorder)
     graphed.watch = Watch(transformer)  # before anyone replaces a block's forward
-    transformer.forward = graphed  # type: ignore[assignment]
+    transformer.forward = graphed
 
 
 def ungraph_forward(transformer: nn.Module) -> None:
