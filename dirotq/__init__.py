@@ -1,8 +1,9 @@
 """DiRotQ: compress a diffusion transformer to 4 bits in the directions that do not matter.
 
 This module is the front door and stays light: importing it loads neither torch nor diffusers.
-``dirotq.load`` and ``dirotq.compress`` arrive with their first use; ``import dirotq`` alone is
-enough for ``DiffusionPipeline.from_pretrained`` to accept a packed folder.
+``dirotq.load``, ``dirotq.accelerate`` and ``dirotq.compress`` arrive with their first use;
+``import dirotq`` alone is enough for ``DiffusionPipeline.from_pretrained`` to accept a packed
+folder.
 """
 
 from importlib import import_module
@@ -11,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dirotq.loading import load
+    from dirotq.models.runtime import accelerate
     from dirotq.pipeline.cli import compress
 
-__all__ = ["__version__", "compress", "load"]
+__all__ = ["__version__", "accelerate", "compress", "load"]
 __version__ = "0.1.0"
 
 # In a checkout, pipeline/, stages/, kernels/, ... stand beside this folder and are importable only
@@ -23,11 +25,15 @@ _CHECKOUT = Path(__file__).resolve().parent.parent
 if (_CHECKOUT / "pyproject.toml").is_file():
     __path__.append(str(_CHECKOUT))
 
-_LAZY = {"load": "dirotq.loading", "compress": "dirotq.pipeline.cli"}
+_LAZY = {
+    "load": "dirotq.loading",
+    "compress": "dirotq.pipeline.cli",
+    "accelerate": "dirotq.models.runtime",
+}
 
 
 def __getattr__(name: str) -> Any:
-    """Import what ``dirotq.load`` and ``dirotq.compress`` need only when they are asked for."""
+    """Import what ``dirotq.load`` and its neighbours need only when they are asked for."""
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'dirotq' has no attribute {name!r}")

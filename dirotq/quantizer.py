@@ -27,6 +27,7 @@ from dirotq.kernels.quantize_weight import tail_floor
 from dirotq.kernels.spec import QuantSpec
 from dirotq.loading import check_weights
 from dirotq.models.family import Site
+from dirotq.models.runtime import accelerate
 from dirotq.models.swap import put_packed
 from dirotq.plan import site_from_dict
 
@@ -136,6 +137,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear):
                 check_numbers(name, module)
+        accelerate(model, graphs=True)
         model.to_json_string = types.MethodType(_config_without_path, model)
         return model
 

@@ -9,9 +9,12 @@ ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def _share(transformer: nn.Module) -> None:
-    from .flux_sharing import share_sites  # imports diffusers, which reading the table must not
+    # They import diffusers, which reading the table must not.
+    from .flux_fused import fuse_blocks
+    from .flux_sharing import share_sites
 
     share_sites(transformer)
+    fuse_blocks(transformer)
 
 
 FLUX = ModelFamily(

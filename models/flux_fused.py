@@ -19,7 +19,6 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor
 
 from dirotq.kernels.attention import attention
-from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.qk_norm_rope import Part, qk_norm_rope
 from dirotq.kernels.source import concat_gelu, gelu, modulated_norm, plain
 
@@ -80,8 +79,8 @@ def _double_forward(
     text_qkv = read(attn.add_qkv, modulated_norm(text, text_scale, text_shift, eps=eps))
     q, k, v = qk_norm_rope(
         [
-            Part(text_qkv, attn.norm_added_q.weight, attn.norm_added_k.weight),
-            Part(qkv, attn.norm_q.weight, attn.norm_k.weight),
+            _part(text_qkv, attn.norm_added_q, attn.norm_added_k),
+            _part(qkv, attn.norm_q, attn.norm_k),
         ],
         image_rotary_emb,
         heads=attn.heads,
@@ -122,7 +121,7 @@ def _single_forward(
     shift, scale, gate = shared.modulators.of(self.norm.linear, temb).chunk(3, dim=1)
     wide = read(self.qkv_mlp, modulated_norm(x, scale, shift, eps=self.norm.norm.eps))
     q, k, v = qk_norm_rope(
-        [Part(wide, attn.norm_q.weight, attn.norm_k.weight)],
+        [_part(wide, attn.norm_q, attn.norm_k)],
         image_rotary_emb,
         heads=attn.heads,
         eps=attn.norm_q.eps,
@@ -131,6 +130,10 @@ def _single_forward(
     behind = wide[..., 3 * attn.inner_dim :]
     x = gated(x, gate, read(self.proj_out, concat_gelu(attended, behind)))
     return x[:, :tokens], x[:, tokens:]
+
+
+def _part(qkv_BTC: Tensor, norm_q: Any, norm_k: Any) -> Part:
+    return Part(qkv_BTC=qkv_BTC, q_weight=norm_q.weight, k_weight=norm_k.weight)
 
 
 def _fusable(block: Any, x: Tensor) -> bool:

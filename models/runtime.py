@@ -1,11 +1,13 @@
-"""How a packed transformer runs: fused blocks, CUDA graphs, which attention. All of it can be turned
-off, and then every module runs alone, as diffusers wrote it.
+"""How a packed transformer runs: fused blocks, CUDA graphs, which attention.
+
+All of it can be turned off, and then every module runs alone, as diffusers wrote it.
 
 Letters: B images, T tokens, D channels, N outputs.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +16,10 @@ from torch import Tensor, nn
 from dirotq.errors import ConfigError
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.source import Source
+from dirotq.kernels.w4a16_linear.together import Together
+
+from .graph_watch import RUNTIME
+from .graphs import graph_forward, ungraph_forward
 
 Attention = Literal["exact", "fp8"]
 
@@ -24,7 +30,7 @@ class Runtime:
     changing an image by more than another batch size does (docs/speed.md)."""
 
     fused: bool = True
-    """Norms, GELU, rotary embeddings and modulators inside or beside the packed linears' kernels."""
+    """Norms, GELU, rotary embeddings and modulators in or beside the packed linears' kernels."""
     graphs: bool = True
     """Replay a whole forward as one CUDA graph, where weights stay where they are."""
     attention: Attention = "exact"
@@ -51,36 +57,30 @@ class Modulators:
     Remembers the last embedding by identity: a network makes a new one in each forward.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], linears: Sequence[nn.Module]) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], linears: Sequence[Any]) -> None:
         self.blocks, self.linears = tuple(blocks), tuple(linears)
+        packed = all(isinstance(linear, QuantLinear) for linear in linears)
+        self._together = Together(linears) if packed else None
         self._temb: Tensor | None = None
         self._made: dict[int, Tensor] = {}
 
     def of(self, linear: Any, temb_BD: Tensor) -> Tensor:
         """linear(silu(temb)), [B, N]."""
-        if torch.compiler.is_compiling() or not self._rest(temb_BD.device):
+        if self._together is None or not self._rest(temb_BD.device):
             return linear(nn.functional.silu(temb_BD))
         if self._temb is not temb_BD:
-            from dirotq.kernels.w4a16_linear import together
-
-            made = together(self.linears, nn.functional.silu(temb_BD))
+            made = self._together(nn.functional.silu(temb_BD))
             self._made = {id(m): y for m, y in zip(self.linears, made, strict=True)}
             self._temb = temb_BD
         return self._made[id(linear)]
 
-    def forget(self) -> None:
-        self._temb, self._made = None, {}
-
     def _rest(self, device: torch.device) -> bool:
         """Whether all weights lie on the device and nothing moves them block by block."""
-        return all(
-            isinstance(linear, QuantLinear) and linear.qweight.device == device
-            for linear in self.linears
-        ) and not any(hooked(block) for block in self.blocks)
+        return all(linear.qweight.device == device for linear in self.linears) and not any(
+            hooked(block) for block in self.blocks
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Modulators":
-        from copy import deepcopy
-
         return Modulators(deepcopy(self.blocks, memo), deepcopy(self.linears, memo))
 
 
@@ -122,14 +122,30 @@ def _neighbours(first: Tensor, second: Tensor) -> bool:
     )
 
 
-def runtime_of(transformer: nn.Module) -> Runtime | None:
-    """How a packed transformer runs; None if it has no fused blocks."""
-    shared = getattr(transformer, "_dirotq_shared", None)
-    return None if shared is None else shared.runtime
+def runtime_of(transformer: nn.Module) -> Runtime:
+    """How a packed transformer runs."""
+    return getattr(transformer, RUNTIME, None) or Runtime(graphs=False)
 
 
-def set_runtime(transformer: nn.Module, **changes: Any) -> None:
-    """Change fields of a packed transformer's :class:`Runtime`, in place."""
+def accelerate(model: Any, **changes: Any) -> Any:
+    """Set how a packed model runs, in place, and return it.
+
+    model    a pipeline with a packed transformer, or that transformer
+    changes  fields of :class:`Runtime`: ``fused``, ``graphs``, ``attention``
+
+    Raises ConfigError for a field or value that does not exist.
+    """
+    transformer = model if isinstance(model, nn.Module) else model.transformer
+    known = [f.name for f in fields(Runtime)]
+    if unknown := set(changes) - set(known):
+        raise ConfigError(
+            f"a runtime has no {', '.join(sorted(unknown))}; it has {', '.join(known)}"
+        )
+    runtime = replace(runtime_of(transformer), **changes)
+    setattr(transformer, RUNTIME, runtime)
     shared = getattr(transformer, "_dirotq_shared", None)
     if shared is not None:
-        shared.runtime = replace(shared.runtime, **changes)
+        shared.runtime = runtime
+    if "graphs" in changes:
+        (graph_forward if runtime.graphs else ungraph_forward)(transformer)
+    return model

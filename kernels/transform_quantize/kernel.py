@@ -1,5 +1,6 @@
 """Triton engine of ``transform_quantize``: launches the sweeps (sweeps.py) on real tensors."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from ..build import CHIPS, FP8_CHIPS, Build, shared_bytes
 from ..chip import capability, processors
 from ..planar import padded, planar_columns
-from ..source import Source, plain
+from ..source import Kind, Source, plain
 from ..spec import POW2_LEVELS, QuantSpec
 from ..tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
 from . import sweeps as kernels
@@ -41,15 +42,26 @@ class Sweeps:
     project: Sweep
     rotate: Sweep
     round_rows: Sweep
-    keep: bool = False
-    """``project`` writes down what it computed of a source, and ``rotate`` reads that."""
 
 
-DEFAULT = Sweeps(
-    project=Sweep(bm=64, width=128, stages=5),
-    rotate=Sweep(bm=32, stages=3, per_sm=3),
-    round_rows=Sweep(bm=4, width=512),
-)
+DEFAULT: Mapping[Kind, Sweeps] = {
+    "plain": Sweeps(
+        project=Sweep(bm=64, width=128, stages=5),
+        rotate=Sweep(bm=32, stages=3, per_sm=2),
+        round_rows=Sweep(bm=4, width=512),
+    ),
+    "gelu": Sweeps(
+        project=Sweep(bm=64, width=128, stages=4, per_sm=2),
+        rotate=Sweep(bm=64, stages=2, per_sm=2),
+        round_rows=Sweep(bm=4, width=512),
+    ),
+    "concat": Sweeps(
+        project=Sweep(bm=64, width=128, stages=3, per_sm=4),
+        rotate=Sweep(bm=128, stages=2, warps=8),
+        round_rows=Sweep(bm=4, width=512),
+    ),
+}
+"""By what the sweeps compute on the way in; measured on an H100 at FLUX's sizes."""
 
 
 def fits(spec: QuantSpec) -> bool:
@@ -66,7 +78,7 @@ def launch(
     container: torch.dtype,
     tail: bool = False,
     bias: bool = False,
-    sweeps: Sweeps = DEFAULT,
+    sweeps: Sweeps | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Codes, scales and c (:func:`.reference.transform_quantize`) as the GEMMs want them.
 
@@ -78,11 +90,13 @@ def launch(
                one scale per row only
     returns    codes [M, padded(K)] in R1 order (``tail``: [M, columns_with_tail(K, R, bias)]),
                scale float32 [M, G], c [M, R] in x's dtype (None at rank 0 or with ``tail``)
+    sweeps     None: ``DEFAULT``
     """
     source = x_MD if isinstance(x_MD, Source) else plain(x_MD[None])
     m, k, r = source.rows, spec.width, spec.rank
     new = source.x_BTD.new_empty
     by_row = spec.act_scale != "group"
+    last = DEFAULT["plain"] if sweeps is None else sweeps
     codes = new((m, columns_with_tail(k, r, bias) if tail else padded(k)), dtype=container)
     scale = new((m, 1 if by_row else k // spec.act_group_size), dtype=torch.float32)
     if spec.transform == "dense":
@@ -93,8 +107,11 @@ def launch(
         z, amax = new((m, padded(k))), new((m,), dtype=torch.int32)
         c = new((m, _width_of_c(r))) if inside else outside
         spread = new((_tiles(spec) * _tile(spec), _width_of_c(r))) if inside else z
-        _project_and_rotate(source, p_DR if inside else None, spec, c, spread, z, amax, sweeps)
-    _round_rows(z, c, amax, codes, scale, spec, tail, bias, sweeps.round_rows)
+        _project_and_rotate(
+            source, p_DR if inside else None, spec, c, spread, z, amax,
+            sweeps or DEFAULT[source.kind],
+        )  # fmt: skip
+    _round_rows(z, c, amax, codes, scale, spec, tail, bias, last.round_rows)
     return codes, scale, None if tail or c is None else c[:, :r]
 
 
@@ -147,12 +164,11 @@ def _project_and_rotate(
         n_main = x.shape[0] * blocks
         parts, part = _parts(x, n_main, d, s)
         products = x.new_empty((parts, m, rp), dtype=torch.float32) if parts > 1 else c_MR
-        kept = x.new_empty((1, m, d)) if source.kind != "plain" and sweeps.keep else None
         kernels.project[(n_main * parts + _tiles(spec),)](
-            *_pointers(source), p_DR, products, spread_DR, amax_M, x if kept is None else kept,
+            *_pointers(source), p_DR, products, spread_DR, amax_M,
             m, x.shape[1], d, *_strides(source), blocks, n_main, part,
             R=spec.rank, RP=rp, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, PARTS=parts,
-            KIND=source.kind, KEEP=kept is not None, **block,
+            KIND=source.kind, **block,
             num_warps=s.warps, num_stages=s.stages,
         )  # fmt: skip
         if parts > 1:
@@ -160,8 +176,6 @@ def _project_and_rotate(
                 products, c_MR, amax_M, m, RP=rp, PARTS=parts, BM=16, CHAIN=chain,
                 num_warps=4, launch_pdl=chain,
             )  # fmt: skip
-        source = source if kept is None else plain(kept)
-        x = source.x_BTD
     s = _rotate(sweeps, spec.block, spec.rank if p_DR is not None else 0, room)
     n_col, blocks = triton.cdiv(d, 4 * tile), triton.cdiv(x.shape[1], s.bm)
     n_row = x.shape[0] * blocks
@@ -292,14 +306,14 @@ def _programs(x: Tensor, n_row: int, n_col: int, sweep: Sweep) -> int:
 
 def builds() -> list[Build]:
     """Every sweep in the configurations that run: b = 64 ... 512, each scale, both containers."""
-    sweeps, found = DEFAULT, []
+    found = []
     pointers = {
         "p_x": "*bf16", "p_basis": "*bf16", "p_c": "*bf16", "p_spread": "*bf16", "p_z": "*bf16",
         "p_amax": "*i32", "p_scale": "*fp32", "root": "fp32", "one": "fp32",
     }  # fmt: skip
     reads = {
         "p_behind": "*bf16", "p_scale": "*bf16", "p_shift": "*bf16", "p_y": "*bf16",
-        "p_kept": "*bf16", "p_parts": "*fp32", "eps": "fp32",
+        "p_parts": "*fp32", "eps": "fp32",
     }  # fmt: skip
 
     def add(name: str, kernel: Any, constants: dict[str, Any], s: Sweep, **more: Any) -> None:
@@ -323,21 +337,18 @@ def builds() -> list[Build]:
             tile, rp = 128 if b == 512 else 64, _width_of_c(rank)
             shared = {"B": min(b, tile), "W": tile, "RP": rp, "EVEN": even, "DOT": tl.bfloat16}
             shared |= {"CHAIN": False, "FAST": True}
-            fused = ("plain", "gelu", "concat") if b == 256 and rank == 64 else ("plain",)
-            for kind in fused:
+            kinds: tuple[Kind, ...] = ("plain", "gelu", "concat")
+            for kind in kinds if b == 256 and rank == 64 else kinds[:1]:
                 shared["KIND"] = kind
                 after = "" if kind == "plain" else f"-{kind}"
-                s = _project(sweeps, rank, room)
+                s = _project(DEFAULT[kind], rank, room)
                 for parts in (1, 4):
                     constants = {**shared, "R": rank, "BM": s.bm, "BK": s.width, "PARTS": parts}
-                    constants["KEEP"] = kind != "plain" and sweeps.keep
                     types = reads | ({"p_c": "*fp32"} if parts > 1 else {})
                     name = f"project-b{b}-r{rank}{after}-{parts}"
                     add(name, kernels.project, constants, s, chips=chips, types=types)
-                if kind != "plain" and sweeps.keep:
-                    continue
                 for r in (rank, 0) if rank == 64 and kind == "plain" else (rank,):
-                    s = _rotate(sweeps, b, r, room)
+                    s = _rotate(DEFAULT[kind], b, r, room)
                     constants = {**shared, "SUB": max(1, b // tile), "PROJECT": r > 0, "BM": s.bm}
                     name = f"rotate-b{b}-r{r}{after}"
                     add(name, kernels.rotate, constants, s, chips=chips, types=reads)
@@ -347,7 +358,7 @@ def builds() -> list[Build]:
         types=reads, tensor_core=False,
     )  # fmt: skip
     add("normalize", kernels.normalize, {"BD": 4096}, plain_sweep, types=reads, tensor_core=False)
-    s = sweeps.round_rows
+    s = DEFAULT["plain"].round_rows
     for scale, g, bits, fp8, tail in (
         ("pow2", 16, 4, True, True), ("pow2", 64, 4, True, True), ("token", 64, 4, True, True),
         ("pow2", 16, 4, False, False), ("token", 64, 8, False, False),

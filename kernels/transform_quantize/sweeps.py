@@ -98,9 +98,9 @@ def normalize(
 
 @triton.jit
 def _times_basis(
-    acc, p_x, x_row, m_m, p_basis, p_kept, kept_row, first, last, D,
+    acc, p_x, x_row, m_m, p_basis, first, last, D,
     GELU: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, FAST: tl.constexpr, KEEP: tl.constexpr,
+    DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """acc [BM, RP] + columns ``first`` to ``last`` of x P."""
     o_k = tl.arange(0, BK)
@@ -114,22 +114,16 @@ def _times_basis(
         b_w = tl.load(w, mask=m_w, other=0.0)
         acc = tl.dot(b_x, b_w.to(DOT), acc)
         w += BK * R
-        if KEEP:
-            m_kept = m_m[:, None]
-            if not EVEN:
-                m_kept = m_kept & (o_k + k < D)[None, :]
-            o_kept = kept_row[:, None] + (k + o_k)[None, :]
-            tl.store(p_kept + o_kept, b_x.to(p_kept.dtype.element_ty), mask=m_kept)
     return acc
 
 
 @triton.jit
 def project(
-    p_x, p_behind, p_basis, p_c, p_spread, p_amax, p_kept, M, T, D,
+    p_x, p_behind, p_basis, p_c, p_spread, p_amax, M, T, D,
     image_x, stride_x, image_behind, stride_behind, split, blocks, n_main, part,
     R: tl.constexpr, RP: tl.constexpr, B: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, CHAIN: tl.constexpr,
-    KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr, KEEP: tl.constexpr,
+    KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """c = x P, [M, RP]; amax = 0; and, in the last programs, the spread basis -P''.
 
@@ -137,7 +131,6 @@ def project(
     split  first column that lies behind (``concat``), a multiple of BK
     PARTS  the columns are cut into so many parts of ``part`` each, whose products go into a
            float32 [PARTS, M, RP] that ``gather`` adds up: few rows alone don't fill the chip
-    KEEP   x, as the source makes it, goes into p_kept, [M, D]
     """
     pid = tl.program_id(0)
     if CHAIN:
@@ -156,18 +149,18 @@ def project(
         if KIND == "concat":
             middle = tl.minimum(tl.maximum(split, first), last)
             acc = _times_basis(
-                acc, p_x, x_row, m_m, p_basis, p_kept, o_m * D, first, middle, D,
-                False, R, RP, EVEN, BK, DOT, FAST, KEEP,
+                acc, p_x, x_row, m_m, p_basis, first, middle, D,
+                False, R, RP, EVEN, BK, DOT, FAST,
             )  # fmt: skip
             behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind - split
             acc = _times_basis(
-                acc, p_behind, behind_row, m_m, p_basis, p_kept, o_m * D, middle, last, D,
-                True, R, RP, EVEN, BK, DOT, FAST, KEEP,
+                acc, p_behind, behind_row, m_m, p_basis, middle, last, D,
+                True, R, RP, EVEN, BK, DOT, FAST,
             )  # fmt: skip
         else:
             acc = _times_basis(
-                acc, p_x, x_row, m_m, p_basis, p_kept, o_m * D, first, last, D,
-                KIND == "gelu", R, RP, EVEN, BK, DOT, FAST, KEEP,
+                acc, p_x, x_row, m_m, p_basis, first, last, D,
+                KIND == "gelu", R, RP, EVEN, BK, DOT, FAST,
             )  # fmt: skip
         o_c = (pid % PARTS * M + o_m)[:, None] * RP + o_r[None, :]
         tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])

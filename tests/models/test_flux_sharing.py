@@ -83,7 +83,8 @@ def calls(network: Any) -> dict[str, list[tuple[int, int]]]:
 
 
 def close(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    # Rotary embeddings are computed in float32, in another order where blocks are fused.
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
 
 
 class Foreign:
