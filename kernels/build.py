@@ -33,6 +33,8 @@ class Build:
     tensor_core: bool = True
     """Whether a matrix instruction must appear in the machine code."""
     aligned: tuple[str, ...] = field(default=())
+    registers: int | None = None
+    """A thread's at most; None: the compiler's choice."""
 
 
 def shared_bytes(chip: int) -> int:

@@ -36,24 +36,28 @@ def _renamed(p, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def _block(
-    acc, total, peak, q, k_codes, v_codes, unit, k_row, v_row, start, stride_v, S,
-    HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
-    MASKED: tl.constexpr, PRECISE: tl.constexpr, BY_HAND: tl.constexpr,
+def _logits(
+    q, k_codes, row, start, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
-    """acc, total and peak after BN more keys.
+    """1.5 2^23 + q kᵀ of BN keys as the bits of a float32, int32 [BM, BN]."""
+    if TMA:
+        k = k_codes.load([row + start, 0])
+    else:
+        k = tl.load(k_codes + (start + tl.arange(0, BN))[:, None] * HD + tl.arange(0, HD)[None, :])
+    bits = tl.full((BM, BN), BITS, dtype=tl.int32)
+    return tl.dot(q, tl.trans(k), bits, out_dtype=tl.int32)
+
+
+@triton.jit
+def _soften(
+    x, unit, total, peak, start, S,
+    BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, BY_HAND: tl.constexpr,
+):  # fmt: skip
+    """P of BN keys in FP8, renamed; what sums of earlier ones fade by; total and peak after them.
 
     unit  float32 [BM]: a logit's worth of the INT8 product's one
     """
-    if TMA:
-        k = k_codes.load([k_row + start, 0])
-        v = v_codes.load([v_row, start])
-    else:
-        o_n, o_d = tl.arange(0, BN), tl.arange(0, HD)
-        k = tl.load(k_codes + (start + o_n)[:, None] * HD + o_d[None, :])
-        v = tl.load(v_codes + o_d[:, None] * stride_v + (start + o_n)[None, :])
-    bits = tl.full((BM, BN), BITS, dtype=tl.int32)
-    x = tl.dot(q, tl.trans(k), bits, out_dtype=tl.int32).to(tl.float32, bitcast=True)
+    x = x.to(tl.float32, bitcast=True)
     if MASKED:
         live = (start + tl.arange(0, BN) < S)[None, :]
         x = tl.where(live, x, float("-inf"))
@@ -66,13 +70,24 @@ def _block(
     total = total * fade + tl.sum(p, 1)
     if BY_HAND:
         p = e4m3(p)
-    p = _renamed(p.to(tl.float8e4nv), BM, BN)
+    return _renamed(p.to(tl.float8e4nv), BM, BN), fade, total, higher
+
+
+@triton.jit
+def _added(
+    acc, p, fade, v_codes, row, start, stride,
+    HD: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PRECISE: tl.constexpr,
+):  # fmt: skip
+    """acc fade + P v of BN keys, float32 [BM, HD]."""
+    if TMA:
+        v = v_codes.load([row, start])
+    else:
+        o_n = start + tl.arange(0, BN)
+        v = tl.load(v_codes + tl.arange(0, HD)[:, None] * stride + o_n[None, :])
     if PRECISE:
         # Hopper adds up FP8 products with 13 bits: only those of a block, then in float32.
-        acc = tl.fma(acc, fade[:, None], tl.dot(p, tl.trans(v), out_dtype=tl.float32))
-    else:
-        acc = tl.dot(p, tl.trans(v), acc * fade[:, None])
-    return acc, total, higher
+        return tl.fma(acc, fade[:, None], tl.dot(p, tl.trans(v), out_dtype=tl.float32))
+    return tl.dot(p, tl.trans(v), acc * fade[:, None])
 
 
 @triton.jit
@@ -95,7 +110,7 @@ def forward(
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
     b, h, wide = (head // H).to(tl.int64), head % H, head.to(tl.int64)
     o_m, o_d = block * BM + tl.arange(0, BM), tl.arange(0, HD)
-    k_row, v_row = head * n_s * ROWS, head * HD
+    k_row, v_row, stride = head * n_s * ROWS, head * HD, n_s * ROWS
     if TMA:
         q = q_codes.load([head * n_q * ROWS + block * BM, 0])
     else:
@@ -111,19 +126,17 @@ def forward(
     whole = S // BN * BN
     # Asked for a block early. Left to the compiler, it waits for one number and all its warps.
     s_k = tl.load(p_sk)
-    for start in range(0, whole, BN):
-        following = (tl.cast(start, tl.int32) + BN) // ROWS
-        s_next = tl.load(p_sk + tl.minimum(following, n_s - 1))
-        acc, total, peak = _block(
-            acc, total, peak, q, k_codes, v_codes, s_q * s_k, k_row, v_row, start, n_s * ROWS, S,
-            HD, BM, BN, TMA, False, PRECISE, BY_HAND,
-        )  # fmt: skip
+    for begin in range(0, whole, BN):
+        start = tl.cast(begin, tl.int32)
+        s_next = tl.load(p_sk + tl.minimum((start + BN) // ROWS, n_s - 1))
+        x = _logits(q, k_codes, k_row, start, HD, BM, BN, TMA)
+        p, fade, total, peak = _soften(x, s_q * s_k, total, peak, start, S, BM, BN, False, BY_HAND)
+        acc = _added(acc, p, fade, v_codes, v_row, start, stride, HD, BN, TMA, PRECISE)
         s_k = s_next
     if not EVEN:
-        acc, total, peak = _block(
-            acc, total, peak, q, k_codes, v_codes, s_q * s_k, k_row, v_row, whole, n_s * ROWS, S,
-            HD, BM, BN, TMA, True, PRECISE, BY_HAND,
-        )  # fmt: skip
+        x = _logits(q, k_codes, k_row, whole, HD, BM, BN, TMA)
+        p, fade, total, peak = _soften(x, s_q * s_k, total, peak, whole, S, BM, BN, True, BY_HAND)
+        acc = _added(acc, p, fade, v_codes, v_row, whole, stride, HD, BN, TMA, PRECISE)
     s_v, mean = tl.load(p_sv + wide * HD + o_d), tl.load(p_mean + wide * HD + o_d)
     y = tl.fma(acc * (1 / total)[:, None], s_v[None, :], mean[None, :])
     p_out = p_y + b * y_batch + h * y_head + o_m.to(tl.int64)[:, None] * y_row + o_d[None, :]

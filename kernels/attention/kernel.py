@@ -26,8 +26,10 @@ STEP = 32
 class Tile:
     """Launch configuration of ``forward``: queries and keys at a time, warps, pipeline stages.
 
-    tma      the tensor memory accelerator reads the codes
-    precise  sums over blocks of keys in float32, where the chip's own keep fewer bits
+    tma        the tensor memory accelerator reads the codes
+    precise    sums over blocks of keys in float32, where the chip's own keep fewer bits
+    registers  a thread's at most, so that more programs share a processor; None: the compiler's
+               choice
     """
 
     bm: int
@@ -36,16 +38,21 @@ class Tile:
     stages: int
     tma: bool
     precise: bool = False
+    registers: int | None = None
 
 
 TILES = {
     90: (
-        Tile(bm=128, bn=64, warps=8, stages=3, tma=True),
-        Tile(bm=128, bn=128, warps=8, stages=3, tma=True),
-        Tile(bm=64, bn=128, warps=4, stages=2, tma=True),
-        Tile(bm=64, bn=64, warps=4, stages=3, tma=True),
         Tile(bm=128, bn=128, warps=8, stages=3, tma=True, precise=True),
+        Tile(bm=128, bn=128, warps=8, stages=2, tma=True, precise=True),
+        Tile(bm=128, bn=64, warps=8, stages=3, tma=True, precise=True),
         Tile(bm=64, bn=64, warps=4, stages=3, tma=True, precise=True),
+        Tile(bm=128, bn=128, warps=8, stages=3, tma=True),
+        Tile(bm=128, bn=64, warps=8, stages=3, tma=True, registers=128),
+        Tile(bm=64, bn=128, warps=4, stages=2, tma=True),
+        Tile(bm=64, bn=128, warps=4, stages=2, tma=True, registers=168),
+        Tile(bm=64, bn=64, warps=4, stages=3, tma=True),
+        Tile(bm=64, bn=64, warps=4, stages=3, tma=True, registers=128),
     ),
     89: (
         Tile(bm=128, bn=64, warps=8, stages=2, tma=False),
@@ -137,7 +144,7 @@ def attend(stored: Stored, y_BTHd: Tensor, keys: int, tile: Tile) -> None:
         q, k, v, stored.q_scale_LT, stored.k_scale_LN, stored.v_scale_Ld, stored.v_mean_Ld, y_BTHd,
         t, keys, h, stored.q_LTd.shape[1] // K_BLOCK, filled // K_BLOCK, *y_BTHd.stride()[:3],
         D=d, EVEN=keys % tile.bn == 0, BY_HAND=INTERPRETED, **_constants(tile, hd),
-        num_warps=tile.warps, num_stages=tile.stages,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 
@@ -174,8 +181,15 @@ def builds() -> list[Build]:
                     "D": d, "EVEN": even, "BY_HAND": False, **_constants(tile, _width(d)),
                 }  # fmt: skip
                 name = f"d{d}-{tile.bm}x{tile.bn}-w{tile.warps}-s{tile.stages}"
-                name += ("-precise" if tile.precise else "") + ("" if even else "-masked")
-                found.append(_build(name, forward, constants, tile.warps, tile.stages, chips))
+                name += "-precise" if tile.precise else ""
+                name += f"-r{tile.registers}" if tile.registers else ""
+                name += "" if even else "-masked"
+                found.append(
+                    _build(
+                        name, forward, constants, tile.warps, tile.stages, chips,
+                        registers=tile.registers,
+                    )
+                )  # fmt: skip
     return found
 
 

@@ -46,7 +46,7 @@ def compiled(build: Build, chip: int) -> Any:
         constexprs={(names.index(n),): value for n, value in build.constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in build.aligned},
     )
-    options = {"num_warps": build.warps, "num_stages": build.stages}
+    options = {"num_warps": build.warps, "num_stages": build.stages, "maxnreg": build.registers}
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
 
 
