@@ -225,3 +225,14 @@ def test_the_tile_is_what_was_measured(monkeypatch):
     for chip in (80, 90, 120):
         monkeypatch.setattr(module, "capability", lambda device, chip=chip: chip)
         assert module._tile(linears, DEVICE) in TILES["row"]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, HALF], ids=str)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_modulators_of_flux(rows, dtype):
+    """As many programs as a grid's second axis would not take."""
+    spec = {"dim": 3072, "weight_group": 64}
+    linears = [linear(n, seed=i, **spec) for i, n in enumerate((18432, 9216))] * 38
+    x = torch.randn(rows, 3072, device=DEVICE).to(dtype)
+    assert_equal(Together(linears)(x), linears, x)
