@@ -50,7 +50,8 @@ def qkv(case: Case, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     fused = torch.randn(shape, generator=g, device="cuda")
     fused[:, :, 1] += 3 * torch.randn(shape[3:], generator=g, device="cuda")
     fused[:, :, 2] += 0.3 * torch.randn(shape[3:], generator=g, device="cuda")
-    return tuple(fused.bfloat16().unbind(2))
+    q, k, v = fused.bfloat16().unbind(2)
+    return q, k, v
 
 
 def wanted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -32,10 +32,10 @@ def attention(
 
     Copies nothing: torch gets transposed views, and fused backends lay their output out as q.
     """
-    heads_first = [t.transpose(1, 2) for t in (q_BTHd, k_BSHd, v_BSHd)]
+    q_BHTd, k_BHSd, v_BHSd = (t.transpose(1, 2) for t in (q_BTHd, k_BSHd, v_BSHd))
 
     def product() -> Tensor:
-        return scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
+        return scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, scale=scale)
 
     if (capability(q_BTHd.device) or 0) < CUDNN_CHIP:
         return product().transpose(1, 2)

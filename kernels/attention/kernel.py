@@ -28,8 +28,8 @@ class Tile:
 
     tma        the tensor memory accelerator reads the codes
     precise    sums over blocks of keys in float32, where the chip's own keep fewer bits
-    registers  a thread's at most, so that more programs share a processor; None: the compiler's
-               choice
+    registers  a thread's at most: few, so that more programs share a processor, or 255, so that
+               none spill to get there; None: the compiler's choice
     """
 
     bm: int
@@ -55,7 +55,7 @@ TILES = {
         Tile(bm=64, bn=64, warps=4, stages=3, tma=True, registers=128),
     ),
     89: (
-        Tile(bm=128, bn=64, warps=8, stages=2, tma=False),
+        Tile(bm=128, bn=64, warps=8, stages=2, tma=False, registers=255),
         Tile(bm=64, bn=64, warps=4, stages=2, tma=False),
     ),
 }
