@@ -96,6 +96,9 @@ def _spectra(spectra: Mapping[str, Tensor], ranks: Mapping[str, int]) -> str:
             axes.plot(ranks[name], left[ranks[name] - 1].clip(1e-6), "k.", markersize=4)
     axes.set(xscale="log", yscale="log", xlabel="directions protected (dots: chosen rank)")
     axes.set_ylabel("share of energy left")
+    axes.minorticks_off()
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")  # powers of ten cost more to typeset than the rest
     return _svg(figure)
 
 

@@ -17,11 +17,24 @@ _threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(os.cpu_count() or 1
 os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis  # noqa: E402
 import torch  # noqa: E402
+
+# An example that takes 200 ms says that the machine is busy, not that the code is wrong.
+hypothesis.settings.register_profile("dirotq", deadline=None)
+hypothesis.settings.load_profile("dirotq")
 
 # Before triton is imported: kernels are bound to the compiler or the interpreter for good.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """What ``fsync`` is for, a power cut, no test can see; tests of its calls put their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -40,10 +40,11 @@ def row(**changes):
 
 
 @pytest.fixture
-def tests_in(tmp_path):
-    """A file of tests with this body."""
+def tests_in(tmp_path, monkeypatch):
+    """A file of tests with this body, run by so many processes of pytest-xdist (0: by none)."""
 
-    def write(body):
+    def write(body, workers=0):
+        monkeypatch.setattr(speed, "WORKERS", workers)  # each takes seconds to start
         path = tmp_path / "test_it.py"
         path.write_text(f"def test_kernel():\n    {body}\n")
         return str(path)
@@ -58,7 +59,7 @@ def test_red_tests_are_shown(tests_in):
 
 
 def test_green_tests_let_timings_through(tests_in):
-    assert speed.red(tests_in("assert True")) is None
+    assert speed.red(tests_in("assert True", workers=1)) is None
 
 
 def test_tests_that_were_not_found_are_red(tests_in):

@@ -43,6 +43,18 @@ def test_publish_and_read(store):
     assert not list(store.root.glob("toy/*.*"))  # neither partial nor trash
 
 
+def test_all_is_on_the_disk_before_it_is_published(store, monkeypatch):
+    before, after = set(), set()
+
+    def fsync(handle: int) -> None:
+        (after if store.list() else before).add(os.fstat(handle).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    folder = publish(store).path
+    assert {path.stat().st_ino for path in (folder, *folder.rglob("*"))} <= before
+    assert folder.parent.stat().st_ino in after  # the name itself
+
+
 def test_manifest_is_plain_json(store):
     text = (publish(store).path / "manifest.json").read_text()
     json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
