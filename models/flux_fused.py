@@ -19,10 +19,11 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor
 
 from dirotq.kernels.attention import attention
+from dirotq.kernels.gated_residual import gated_residual
 from dirotq.kernels.qk_norm_rope import Part, qk_norm_rope
 from dirotq.kernels.source import concat_gelu, gelu, modulated_norm, plain
 
-from .runtime import Modulators, Shared, gated, joined, read
+from .runtime import Modulators, Shared, joined, read
 
 Rope = tuple[Tensor, Tensor] | None
 
@@ -87,8 +88,8 @@ def _double_forward(
         eps=attn.norm_q.eps,
     )
     attended = attention(q, k, v, mode=shared.runtime.attention).flatten(2)
-    x = gated(x, gate, read(attn.to_out[0], plain(attended[:, tokens:])))
-    text = gated(text, text_gate, read(attn.to_add_out, plain(attended[:, :tokens])))
+    x = gated_residual(x, gate, read(attn.to_out[0], plain(attended[:, tokens:])))
+    text = gated_residual(text, text_gate, read(attn.to_add_out, plain(attended[:, :tokens])))
     x = _feed_forward(self.ff, x, *of_x[3:], eps=self.norm2.eps)
     text = _feed_forward(self.ff_context, text, *of_text[3:], eps=self.norm2_context.eps)
     return text, x
@@ -98,7 +99,7 @@ def _feed_forward(
     ff: Any, x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor, *, eps: float
 ) -> Tensor:
     up = read(ff.net[0].proj, modulated_norm(x_BTD, scale_BD, shift_BD, eps=eps))
-    return gated(x_BTD, gate_BD, read(ff.net[2], gelu(up)))
+    return gated_residual(x_BTD, gate_BD, read(ff.net[2], gelu(up)))
 
 
 def _single_forward(
@@ -128,7 +129,7 @@ def _single_forward(
     )
     attended = attention(q, k, v, mode=shared.runtime.attention).flatten(2)
     behind = wide[..., 3 * attn.inner_dim :]
-    x = gated(x, gate, read(self.proj_out, concat_gelu(attended, behind)))
+    x = gated_residual(x, gate, read(self.proj_out, concat_gelu(attended, behind)))
     return x[:, :tokens], x[:, tokens:]
 
 

@@ -94,12 +94,6 @@ def read(linear: Any, source: Source) -> Tensor:
     return linear(source if isinstance(linear, QuantLinear) else source.value())
 
 
-def gated(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
-    """x + gate * y, in one pass."""
-    out = torch.addcmul(x_BTD, gate_BD[:, None], y_BTD)
-    return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
-
-
 def joined(first_BTD: Tensor, second_BTD: Tensor) -> Tensor:
     """[B, T1 + T2, D]: no copy of what are neighbouring slices already, as a block before left
     them."""
