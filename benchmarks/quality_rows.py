@@ -54,7 +54,6 @@ FORMATS = (
         _row(f"pow2_{group}", f"dirotq, pow2 of {group}/channel", f"method.act_group={group}", OURS)
         for group in (64, 32, 16)
     ),
-    _row("rms", "dirotq, rms/channel", "method.act_scale=rms", OURS),
     _row(
         "g64_channel",
         "dirotq, g64/channel",

@@ -97,9 +97,6 @@ def why_not(spec: QuantSpec, dtype: torch.dtype = torch.bfloat16) -> str | None:
 def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> Plan:
     if why := why_not(spec, dtype):
         return Plan(engine="reference", container="none", why=why)
-    if spec.act_scale == "rms" and chip < 89:
-        why = "scales of the row's root mean square need FP8 matrix units (compute capability 8.9)"
-        return Plan(engine="reference", container="none", why=why)
     candidates = {name_of(plan): plan for plan in candidates_for(chip, m, n, spec, dtype)}
     kind = kind_of(spec)
     rows = [r for r in _table().get(str(chip), {}).get(kind, []) if r["plan"] in candidates]

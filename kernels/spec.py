@@ -12,15 +12,8 @@ from .hadamard import Kind, hadamard_block
 POW2_LEVELS = 4
 """A group's scale is 2^0 ... 2^-4 of its row's: q 2^(e+4) is exact in INT8 and in FP8-E4M3."""
 
-RMS_LEVELS = 8
-"""The same below a row's root mean square times RMS_TOP (transform_quantize): 2^0 ... 2^-8, exact
-in FP8-E4M3 only."""
-
-LEVELS = {"pow2": POW2_LEVELS, "rms": RMS_LEVELS}
-"""Powers of two below a row's scale, by activation scale."""
-
 WeightScale = Literal["channel", "group", "nvfp4", "mxfp4"]
-ActScale = Literal["token", "pow2", "rms", "group", "nvfp4", "mxfp4"]
+ActScale = Literal["token", "pow2", "group", "nvfp4", "mxfp4"]
 Element = Literal["int4", "e2m1"]
 """What a 4-bit code is: an integer in [-7, 7], or a float in halves (kernels/fp4)."""
 
@@ -105,7 +98,7 @@ class QuantSpec:
             if scale not in known:
                 found.append(f"{what} scale {scale!r} is not {_one_of(known)}")
         found += self._fp4_problems()
-        if self.act_bits == 8 and self.act_scale in LEVELS:
+        if self.act_bits == 8 and self.act_scale == "pow2":
             found.append(
                 "8-bit activations with power-of-two groups leave INT8: use scale 'token' or "
                 "'group'"
@@ -192,9 +185,7 @@ class QuantSpec:
     @property
     def since(self) -> int:
         """Oldest format of packed folders (dirotq/quantizer.py) whose readers know this spec."""
-        new = (
-            self.weight_element == "e2m1" or self.transform == "regular" or self.act_scale == "rms"
-        )
+        new = self.weight_element == "e2m1" or self.transform == "regular"
         return 2 if new or self.to_dict().keys() & ADDED.keys() else 1
 
     @property

@@ -42,8 +42,8 @@ def with_tail(
 ) -> tuple[Tensor, Tensor]:
     """Codes of ``quantize_rows`` in FP8, in R1 order, with c behind them: what the kernel writes.
 
-    codes_MK    int8 or int16, [M, K], one scale per row (bits_below: the powers of two that the
-                codes carry below a step, ``kernels.spec.LEVELS``; 0 for ``token``)
+    codes_MK    int8, [M, K], one scale per row (``token``: bits_below 0, ``pow2``: POW2_LEVELS,
+                the powers of two that the codes carry below a step)
     scale_M1    float32, [M, 1]
     c_MR        floating, [M, R], or None at rank 0
     returns     float8_e4m3fn [M, columns_with_tail(K, R, bias)] and their scale, float32 [M, 1],

@@ -13,14 +13,16 @@ from ..build import CHIPS, FP8_CHIPS, Build, shared_bytes
 from ..chip import capability, processors
 from ..planar import padded, planar_columns
 from ..source import Kind, Source, plain
-from ..spec import POW2_LEVELS, RMS_LEVELS, QuantSpec
+from ..spec import POW2_LEVELS, QuantSpec
 from ..tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
 from . import sweeps as kernels
-from .limits import MAX_RANK, why_not
-from .reference import POW2_CLIP, RMS_TOP, TINY
+from .limits import why_not
+from .reference import POW2_CLIP, TINY
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+MAX_RANK = 128
+"""Largest rank that ``rotate`` projects out; above it, plain matrix products do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,11 +101,6 @@ def launch(
     scale = new((m, 1 if by_row else k // spec.act_group_size), dtype=torch.float32)
     if spec.transform == "dense":
         z, amax, c = _dense(source.value().reshape(m, -1), p_DR, t_DK, k)
-    elif spec.act_scale == "rms":
-        source = _computed(source, p_DR, spec)
-        s = sweeps or DEFAULT[source.kind]
-        c = _by_rms(source, p_DR, spec, codes, scale, tail, bias, s)
-        return codes, scale, None if tail or c is None else c[:, :r]
     else:
         source, outside = _project_outside(_computed(source, p_DR, spec), p_DR, spec)
         inside = p_DR is not None and outside is None
@@ -152,133 +149,44 @@ def _project_and_rotate(
     sweeps: Sweeps,
 ) -> None:
     """Fill z, the bits of each row's largest |z| and, given P, c and the spread basis."""
-    m, rp = source.rows, _width_of_c(spec.rank)
+    x, m, d = source.x_BTD, source.rows, source.channels
+    tile, rp = _tile(spec), _width_of_c(spec.rank)
+    half = tl.float32 if INTERPRETED else DOTS[x.dtype]
+    chain = _chained(x)
+    room = shared_bytes(capability(x.device) or CHIPS[-1])
+    block = {"B": min(spec.block, tile), "W": tile, "DOT": half, "CHAIN": chain}
+    block["FAST"] = not INTERPRETED
     if p_DR is None:
         amax_M.zero_()
     else:
-        parts, part = _parts(source, sweeps.project)
-        products = c_MR
+        s = _project(sweeps, spec.rank, room)
+        blocks = triton.cdiv(x.shape[1], s.bm)
+        n_main = x.shape[0] * blocks
+        parts, part = _parts(x, n_main, d, s)
+        products = x.new_empty((parts, m, rp), dtype=torch.float32) if parts > 1 else c_MR
+        kernels.project[(n_main * parts + _tiles(spec),)](
+            *_pointers(source), p_DR, products, spread_DR, amax_M,
+            m, x.shape[1], d, *_strides(source), blocks, n_main, part,
+            R=spec.rank, RP=rp, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, PARTS=parts,
+            KIND=source.kind, **block,
+            num_warps=s.warps, num_stages=s.stages,
+        )  # fmt: skip
         if parts > 1:
-            products = source.x_BTD.new_empty((parts, m, rp), dtype=torch.float32)
-        _project(source, p_DR, spec, products, spread_DR, amax_M, None, (parts, part), sweeps)
-        if parts > 1:
-            chain = _chained(amax_M)
             kernels.gather[(triton.cdiv(m, 16),)](
                 products, c_MR, amax_M, m, RP=rp, PARTS=parts, BM=16, CHAIN=chain,
                 num_warps=4, launch_pdl=chain,
             )  # fmt: skip
-    c = None if p_DR is None else c_MR
-    _rotate(source, spec, c, spread_DR, z_MK, z_MK.shape[1], amax_M, None, sweeps)
-
-
-def _by_rms(
-    source: Source,
-    p_DR: Tensor | None,
-    spec: QuantSpec,
-    codes_MK: Tensor,
-    scale_M1: Tensor,
-    tail: bool,
-    bias: bool,
-    sweeps: Sweeps,
-) -> Tensor | None:
-    """Fill codes and scales of ``act_scale="rms"``; returns c, [M, padded R], or None at rank 0."""
-    new, m, d, r = source.x_BTD.new_empty, source.rows, source.channels, spec.rank
-    rp, chain, c, spread = _width_of_c(r), _chained(codes_MK), None, codes_MK
-    row_2M = new((2, m), dtype=torch.float32)
-    if p_DR is None:
-        parts, products = 1, row_2M
-        squares = source.value().reshape(1, m, d).float().square().sum(-1)
-    else:
-        parts, part = _parts(source, sweeps.project)
-        products = new((parts, m, rp), dtype=torch.float32)
-        squares, c = new((parts, m), dtype=torch.float32), new((m, rp))
-        spread = new((_tiles(spec) * _tile(spec), rp))
-        _project(source, p_DR, spec, products, spread, row_2M, squares, (parts, part), sweeps)
-    behind = codes_MK.shape[1] - padded(spec.width)
-    chain = chain and p_DR is not None
-    kernels.scale_rows[(triton.cdiv(m, 16),)](
-        products, squares, source.x_BTD if c is None else c, codes_MK, scale_M1, row_2M, m, d,
-        codes_MK.stride(0), padded(spec.width), BIAS_COEFFICIENT if bias else 0.0,
-        R=r, RP=rp, RT=max(tail_part(r, bias), 1), TAIL=tail,
-        T=triton.next_power_of_2(behind) if behind else 0, PARTS=parts, QMAX=7, TOP=RMS_TOP,
-        TINY=TINY, BM=16, CHAIN=chain, num_warps=4, launch_pdl=chain,
-    )  # fmt: skip
-    _rotate(source, spec, c, spread, codes_MK, padded(spec.width), row_2M, row_2M, sweeps)
-    return c
-
-
-def _project(
-    source: Source,
-    p_DR: Tensor,
-    spec: QuantSpec,
-    products: Tensor | None,
-    spread_DR: Tensor,
-    amax_M: Tensor,
-    squares: Tensor | None,
-    cut: tuple[int, int],
-    sweeps: Sweeps,
-) -> None:
-    """c, or its parts in ``cut`` = (parts, columns of one); see ``kernels.project``."""
-    x, d = source.x_BTD, source.channels
-    s = _project_sweep(sweeps, spec.rank, _room(x))
-    blocks = triton.cdiv(x.shape[1], s.bm)
-    n_main = x.shape[0] * blocks
-    parts, part = cut
-    kernels.project[(n_main * parts + _tiles(spec),)](
-        *_pointers(source), p_DR, products, spread_DR, amax_M,
-        amax_M if squares is None else squares,
-        source.rows, x.shape[1], d, *_strides(source), blocks, n_main, part,
-        R=spec.rank, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, PARTS=parts,
-        SQUARES=squares is not None, **_block(source, spec),
-        num_warps=s.warps, num_stages=s.stages,
-    )  # fmt: skip
-
-
-def _rotate(
-    source: Source,
-    spec: QuantSpec,
-    c_MR: Tensor | None,
-    spread_DR: Tensor,
-    z_MK: Tensor,
-    columns: int,
-    amax_M: Tensor,
-    row_2M: Tensor | None,
-    sweeps: Sweeps,
-) -> None:
-    """z and each row's largest |z|, or with ``row_2M`` its codes; see ``kernels.rotate``."""
-    x, d, tile = source.x_BTD, source.channels, _tile(spec)
-    s = _rotate_sweep(sweeps, spec.block, spec.rank if c_MR is not None else 0, _room(x))
+    s = _rotate(sweeps, spec.block, spec.rank if p_DR is not None else 0, room)
     n_col, blocks = triton.cdiv(d, 4 * tile), triton.cdiv(x.shape[1], s.bm)
     n_row = x.shape[0] * blocks
-    chain = _chained(x) and (c_MR is not None or row_2M is not None)
     kernels.rotate[(_programs(x, n_row, n_col, s),)](
         *_pointers(source), x if c_MR is None else c_MR, spread_DR, z_MK, amax_M,
-        amax_M if row_2M is None else row_2M, source.rows, x.shape[1], d, *_strides(source),
-        z_MK.stride(0), columns, n_col, blocks, n_row, spec.block**-0.5,
-        SUB=max(1, spec.block // tile), PROJECT=c_MR is not None, EVEN=d % (4 * tile) == 0,
-        BM=s.bm, G=0 if row_2M is None else spec.act_group, QMAX=7, LEVELS=RMS_LEVELS,
-        CLIP=POW2_CLIP, **_block(source, spec),
-        num_warps=s.warps, num_stages=s.stages, launch_pdl=chain,
+        m, x.shape[1], d, *_strides(source), z_MK.stride(0), n_col, blocks, n_row,
+        spec.block**-0.5,
+        SUB=max(1, spec.block // tile), RP=rp, PROJECT=p_DR is not None,
+        EVEN=d % (4 * tile) == 0, BM=s.bm, KIND=source.kind, **block,
+        num_warps=s.warps, num_stages=s.stages, launch_pdl=chain and p_DR is not None,
     )  # fmt: skip
-
-
-def _block(source: Source, spec: QuantSpec) -> dict[str, Any]:
-    """Constants that both big sweeps share."""
-    tile, x = _tile(spec), source.x_BTD
-    return {
-        "B": min(spec.block, tile),
-        "W": tile,
-        "RP": _width_of_c(spec.rank),
-        "DOT": tl.float32 if INTERPRETED else DOTS[x.dtype],
-        "CHAIN": _chained(x),
-        "KIND": source.kind,
-        "FAST": not INTERPRETED,
-    }
-
-
-def _room(x: Tensor) -> int:
-    """Bytes of shared memory that a program may use where x is."""
-    return shared_bytes(capability(x.device) or CHIPS[-1])
 
 
 def _pointers(source: Source) -> tuple[Tensor, Tensor]:
@@ -291,11 +199,9 @@ def _strides(source: Source) -> tuple[int, ...]:
     return x.stride(0), x.stride(1), behind.stride(0), behind.stride(1), x.shape[-1]
 
 
-def _parts(source: Source, s: Sweep) -> tuple[int, int]:
+def _parts(x: Tensor, programs: int, d: int, s: Sweep) -> tuple[int, int]:
     """Into how many parts of how many columns ``project`` is cut, so that it fills the chip."""
-    x = source.x_BTD
-    programs = x.shape[0] * triton.cdiv(x.shape[1], s.bm)
-    steps = triton.cdiv(source.channels, s.width)
+    steps = triton.cdiv(d, s.width)
     wanted = processors(x.device) * s.per_sm // programs
     part = triton.cdiv(steps, max(1, min(wanted, steps // 3)))
     return triton.cdiv(steps, part), part * s.width
@@ -370,12 +276,12 @@ def _padded(c_MR: Tensor) -> Tensor:
     return torch.nn.functional.pad(c_MR, (0, _width_of_c(c_MR.shape[1]) - c_MR.shape[1]))
 
 
-def _project_sweep(sweeps: Sweeps, rank: int, room: int) -> Sweep:
+def _project(sweeps: Sweeps, rank: int, room: int) -> Sweep:
     s = sweeps.project
     return _stages_within(s, 2 * s.width * (s.bm + _width_of_c(rank)), 0, room)
 
 
-def _rotate_sweep(sweeps: Sweeps, block: int, rank: int, room: int) -> Sweep:
+def _rotate(sweeps: Sweeps, block: int, rank: int, room: int) -> Sweep:
     s, w, rp = sweeps.rotate, 64, _width_of_c(rank) if rank else 0
     if block == 512:  # tiles are twice as wide: the same registers for twice the threads
         s, w = replace(s, warps=2 * s.warps, per_sm=1), 128
@@ -407,7 +313,7 @@ def builds() -> list[Build]:
     }  # fmt: skip
     reads = {
         "p_behind": "*bf16", "p_scale": "*bf16", "p_shift": "*bf16", "p_y": "*bf16",
-        "p_parts": "*fp32", "p_squares": "*fp32", "p_row": "*fp32", "eps": "fp32",
+        "p_parts": "*fp32", "eps": "fp32",
     }  # fmt: skip
 
     def add(name: str, kernel: Any, constants: dict[str, Any], s: Sweep, **more: Any) -> None:
@@ -435,37 +341,21 @@ def builds() -> list[Build]:
             for kind in kinds if b == 256 and rank == 64 else kinds[:1]:
                 shared["KIND"] = kind
                 after = "" if kind == "plain" else f"-{kind}"
-                s = _project_sweep(DEFAULT[kind], rank, room)
+                s = _project(DEFAULT[kind], rank, room)
                 for parts in (1, 4):
                     constants = {**shared, "R": rank, "BM": s.bm, "BK": s.width, "PARTS": parts}
-                    constants["SQUARES"] = parts > 1
                     types = reads | ({"p_c": "*fp32"} if parts > 1 else {})
                     name = f"project-b{b}-r{rank}{after}-{parts}"
                     add(name, kernels.project, constants, s, chips=chips, types=types)
                 for r in (rank, 0) if rank == 64 and kind == "plain" else (rank,):
-                    s = _rotate_sweep(DEFAULT[kind], b, r, room)
+                    s = _rotate(DEFAULT[kind], b, r, room)
                     constants = {**shared, "SUB": max(1, b // tile), "PROJECT": r > 0, "BM": s.bm}
-                    constants |= {"QMAX": 7, "LEVELS": RMS_LEVELS, "CLIP": POW2_CLIP}
                     name = f"rotate-b{b}-r{r}{after}"
-                    add(name, kernels.rotate, {**constants, "G": 0}, s, chips=chips, types=reads)
-                    fp8 = tuple(chip for chip in chips if chip in FP8_CHIPS)
-                    if fp8 and r:
-                        types = reads | {"p_z": "*fp8e4nv"}
-                        constants["G"] = 16
-                        add(f"{name}-rms", kernels.rotate, constants, s, chips=fp8, types=types)
+                    add(name, kernels.rotate, constants, s, chips=chips, types=reads)
     plain_sweep = Sweep(bm=16)
     add(
         "gather", kernels.gather, {"RP": 64, "PARTS": 4, "BM": 16, "CHAIN": False}, plain_sweep,
         types=reads, tensor_core=False,
-    )  # fmt: skip
-    constants = {
-        "R": 64, "RP": 64, "RT": 80, "TAIL": True, "T": 256, "PARTS": 4, "QMAX": 7, "TOP": RMS_TOP,
-        "TINY": TINY, "BM": 16, "CHAIN": False,
-    }  # fmt: skip
-    types = reads | {"p_codes": "*fp8e4nv", "p_scale": "*fp32"}
-    add(
-        "scale-rows", kernels.scale_rows, constants, plain_sweep, types=types, tensor_core=False,
-        chips=FP8_CHIPS,
     )  # fmt: skip
     add("normalize", kernels.normalize, {"BD": 4096}, plain_sweep, types=reads, tensor_core=False)
     s = DEFAULT["plain"].round_rows

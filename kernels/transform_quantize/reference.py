@@ -8,15 +8,11 @@ from torch import Tensor
 
 from .. import fp4
 from ..hadamard import block_hadamard
-from ..spec import LEVELS, QuantSpec
+from ..spec import POW2_LEVELS, QuantSpec
 
 POW2_CLIP = 0.9
 """A group takes the smallest power of two >= 0.9 of its share of the row (docs/quality.md)."""
 
-
-RMS_TOP = 20.0
-"""What ``rms`` takes for a row's largest value, in times its root mean square. Larger ones are cut
-off; rotated rows have none. 1.25 times a power of two: with it Gaussian groups of 16 lose least."""
 
 TINY = 1e-30
 """Rows and groups no larger than this are zero: 7 / amax would overflow for denormals."""
@@ -56,13 +52,11 @@ def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     """Dynamic symmetric codes of each row: z = codes * scale, up to rounding.
 
     z_MK     floating, [M, K]
-    returns  codes int8 (but for ``rms``) [M, K] and scale float32 [M, G] (G = 1 but for ``group``):
+    returns  codes int8 [M, K] and scale float32 [M, G] (G = 1 but for ``group``):
              ``token``  q in [-qmax, qmax], one scale amax/qmax per row
              ``group``  the same with one scale per ``act_group`` channels
              ``pow2``   q 2^(e+4) with 4-bit q and a power of two e in 0 ... -4 per group: the row
                         scale is amax/7 * 2^-4 and the codes stay exact in INT8 and FP8-E4M3
-             ``rms``    the same below RMS_TOP times the row's root mean square: int16 q 2^(e+8),
-                        e in 0 ... -8. Known before z is, from x and c: rotations keep lengths
              ``nvfp4``, ``mxfp4``  E2M1 in halves, one scale per 16 or 32 channels: the float32 that
                         its byte means (``kernels.fp4.steps``), for NVFP4 under one global scale
                         per row, so that rows do not depend on the batch
@@ -71,22 +65,18 @@ def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         return _fp4_rows(z_MK.float(), spec)
     qmax = 2 ** (spec.act_bits - 1) - 1
     z_MK = z_MK.float()
-    if spec.act_scale in LEVELS:
-        levels, dtype = LEVELS[spec.act_scale], torch.int8
-        if spec.act_scale == "rms":
-            amax_M1, dtype = RMS_TOP * z_MK.square().mean(-1, keepdim=True).sqrt(), torch.int16
-        else:
-            amax_M1 = z_MK.abs().amax(-1, keepdim=True)
+    if spec.act_scale == "pow2":
+        amax_M1 = z_MK.abs().amax(-1, keepdim=True)
         z_MGk = z_MK.unflatten(-1, (-1, spec.act_group_size))
         share_MG1 = _ratio(z_MGk.abs().amax(-1, keepdim=True), amax_M1.unsqueeze(-1)) * POW2_CLIP
         # Smallest e with 2^e >= share, read off the float's exponent: exact, as a kernel does it.
         mantissa, exponent = torch.frexp(share_MG1)
-        e_MG1 = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(-levels, 0)
+        e_MG1 = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(-POW2_LEVELS, 0)
         power_MG1 = torch.ldexp(torch.ones_like(share_MG1), e_MG1)
         inverse = _ratio(torch.full_like(amax_M1, qmax), amax_M1).unsqueeze(-1)
         q = (z_MGk * (inverse / power_MG1)).round().clamp(-qmax, qmax)
-        codes = (q * power_MG1 * 2.0**levels).flatten(-2)
-        return codes.to(dtype), amax_M1 / qmax * 2.0**-levels
+        codes = (q * power_MG1 * 2.0**POW2_LEVELS).flatten(-2)
+        return codes.to(torch.int8), amax_M1 / qmax * 2.0**-POW2_LEVELS
     z_MGk = z_MK.unflatten(-1, (-1, spec.act_group_size))
     amax_MG1 = z_MGk.abs().amax(-1, keepdim=True)
     q = (z_MGk * _ratio(torch.full_like(amax_MG1, qmax), amax_MG1)).round().clamp(-qmax, qmax)

@@ -4,12 +4,6 @@
     rotate      z = (x - c Pᵀ) H in x's dtype, and the largest |z| of each row
     round_rows  codes and scales, and c as the GEMM wants it
 
-or, where a row's scale is that of its root mean square (``rms``), two and a small one:
-
-    project     as above, and the squares of x
-    scale_rows  c, each row's scale, and c as the GEMM wants it
-    rotate      z, and its codes at once: z itself is never stored
-
 H of blocks above W = 64 is H_W on the tensor cores, then a butterfly between neighbouring tiles of
 W columns in registers (Sylvester: H_ab = H_a (x) H_b); the projection goes into the same
 accumulator as -c P''ᵀ. Columns leave in R1 order because the columns of H_W are permuted that way
@@ -28,10 +22,6 @@ padded to a power of two, RT: columns of one part of the tail, kernels/tail.py).
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
-
-MAGIC = tl.constexpr(12582912.0)
-"""Adding 1.5 2^23 leaves no fraction bits: round half to even. Subtracting it again rides in the
-multiplication by a power of two, so that nothing is rounded twice."""
 
 
 @triton.jit
@@ -108,11 +98,11 @@ def normalize(
 
 @triton.jit
 def _times_basis(
-    acc, squares, p_x, x_row, m_m, p_basis, first, last, D,
+    acc, p_x, x_row, m_m, p_basis, first, last, D,
     GELU: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, FAST: tl.constexpr, SQUARES: tl.constexpr,
+    DOT: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """acc [BM, RP] + columns ``first`` to ``last`` of x P; SQUARES: squares [BM] + theirs of x."""
+    """acc [BM, RP] + columns ``first`` to ``last`` of x P."""
     o_k = tl.arange(0, BK)
     o_r = tl.arange(0, RP)
     w = p_basis + (first + o_k)[:, None] * R + o_r[None, :]  # [BK, RP]
@@ -124,19 +114,16 @@ def _times_basis(
         b_w = tl.load(w, mask=m_w, other=0.0)
         acc = tl.dot(b_x, b_w.to(DOT), acc)
         w += BK * R
-        if SQUARES:
-            wide = b_x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-    return acc, squares
+    return acc
 
 
 @triton.jit
 def project(
-    p_x, p_behind, p_basis, p_c, p_spread, p_amax, p_squares, M, T, D,
+    p_x, p_behind, p_basis, p_c, p_spread, p_amax, M, T, D,
     image_x, stride_x, image_behind, stride_behind, split, blocks, n_main, part,
     R: tl.constexpr, RP: tl.constexpr, B: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, CHAIN: tl.constexpr,
-    KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr, SQUARES: tl.constexpr,
+    KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """c = x P, [M, RP]; amax = 0; and, in the last programs, the spread basis -P''.
 
@@ -144,8 +131,6 @@ def project(
     split  first column that lies behind (``concat``), a multiple of BK
     PARTS  the columns are cut into so many parts of ``part`` each, whose products go into a
            float32 [PARTS, M, RP] that ``gather`` adds up: few rows alone don't fill the chip
-    SQUARES  the sums of x's squares go into p_squares, float32 [PARTS, M]; c stays in parts even
-           if there is one, for ``scale_rows``
     """
     pid = tl.program_id(0)
     if CHAIN:
@@ -161,28 +146,25 @@ def project(
         o_m = image * T + o_t
         x_row = image * image_x + o_t.to(tl.int64) * stride_x
         acc = tl.zeros((BM, RP), dtype=tl.float32)
-        squares = tl.zeros((BM,), dtype=tl.float32)
         if KIND == "concat":
             middle = tl.minimum(tl.maximum(split, first), last)
-            acc, squares = _times_basis(
-                acc, squares, p_x, x_row, m_m, p_basis, first, middle, D,
-                False, R, RP, EVEN, BK, DOT, FAST, SQUARES,
+            acc = _times_basis(
+                acc, p_x, x_row, m_m, p_basis, first, middle, D,
+                False, R, RP, EVEN, BK, DOT, FAST,
             )  # fmt: skip
             behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind - split
-            acc, squares = _times_basis(
-                acc, squares, p_behind, behind_row, m_m, p_basis, middle, last, D,
-                True, R, RP, EVEN, BK, DOT, FAST, SQUARES,
+            acc = _times_basis(
+                acc, p_behind, behind_row, m_m, p_basis, middle, last, D,
+                True, R, RP, EVEN, BK, DOT, FAST,
             )  # fmt: skip
         else:
-            acc, squares = _times_basis(
-                acc, squares, p_x, x_row, m_m, p_basis, first, last, D,
-                KIND == "gelu", R, RP, EVEN, BK, DOT, FAST, SQUARES,
+            acc = _times_basis(
+                acc, p_x, x_row, m_m, p_basis, first, last, D,
+                KIND == "gelu", R, RP, EVEN, BK, DOT, FAST,
             )  # fmt: skip
         o_c = (pid % PARTS * M + o_m)[:, None] * RP + o_r[None, :]
         tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
-        if SQUARES:
-            tl.store(p_squares + pid % PARTS * M + o_m, squares, mask=m_m)
-        elif PARTS == 1:
+        if PARTS == 1:
             tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
     else:
         o_d = (pid - n_main * PARTS) * W + tl.arange(0, W)
@@ -209,52 +191,6 @@ def gather(
         acc += tl.load(p_parts + part * M.to(tl.int64) * RP + o_c, mask=m_m[:, None], other=0.0)
     tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
     tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
-
-
-@triton.jit
-def scale_rows(
-    p_parts, p_squares, p_c, p_codes, p_scale, p_row, M, D, stride_codes, tail, one,
-    R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, TAIL: tl.constexpr, T: tl.constexpr,
-    PARTS: tl.constexpr, QMAX: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
-    BM: tl.constexpr, CHAIN: tl.constexpr,
-):  # fmt: skip
-    """c [M, RP] of its PARTS, the scale of each row, and the tail.
-
-    As z = (x - c Pᵀ) H keeps lengths, its mean square is that of x less what c holds.
-    p_row  float32 [2, M]: codes per unit of z at the top, and what a step is in units of the codes
-    T, one as in ``round_rows``
-    """
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    m_m = o_m < M
-    if CHAIN:
-        gdc_launch_dependents()
-        gdc_wait()
-    o_r = tl.arange(0, RP)
-    row = o_m.to(tl.int64)
-    o_c = row[:, None] * RP + o_r[None, :]
-    acc = tl.zeros((BM, RP), dtype=tl.float32)
-    squares = tl.zeros((BM,), dtype=tl.float32)
-    for part in tl.static_range(PARTS):
-        if R > 0:
-            at = p_parts + part * M.to(tl.int64) * RP + o_c
-            acc += tl.load(at, mask=m_m[:, None], other=0.0)
-        squares += tl.load(p_squares + part * M + o_m, mask=m_m, other=0.0)
-    c = acc.to(p_c.dtype.element_ty)
-    if R > 0:
-        tl.store(p_c + o_c, c, mask=m_m[:, None])
-    c = c.to(tl.float32)
-    # Below 2^-14 of x's length there is nothing but rounding in the difference.
-    rest = tl.maximum(squares - tl.sum(c * c, 1), squares * 0.00006103515625)
-    top = TOP * tl.sqrt(rest / D)
-    top = tl.where(squares != squares, squares, top)  # NaN goes on
-    peak = tl.maximum(tl.max(tl.abs(c), 1), one)
-    inverse, unit, scale = _units(top, peak, QMAX, 64.0, TINY, TAIL)
-    tl.store(p_row + o_m, inverse, mask=m_m)
-    tl.store(p_row + M + o_m, unit, mask=m_m)
-    tl.store(p_scale + o_m, scale, mask=m_m)
-    if T > 0:
-        tl.debug_barrier()  # the tail reads c as other threads wrote it
-        _store_tail(p_codes, p_c, row, scale, m_m, tail, stride_codes, one, R, RP, RT, T)
 
 
 @triton.jit
@@ -286,17 +222,13 @@ def _nan_max(a, b):
 
 @triton.jit
 def rotate(
-    p_x, p_behind, p_c, p_spread, p_z, p_amax, p_row, M, T, D,
-    image_x, stride_x, image_behind, stride_behind, split, stride_z, columns, n_col, blocks, n_row,
-    root,
+    p_x, p_behind, p_c, p_spread, p_z, p_amax, M, T, D,
+    image_x, stride_x, image_behind, stride_behind, split, stride_z, n_col, blocks, n_row, root,
     B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
     PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
     CHAIN: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
-    G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
-    """z [M, columns] in R1 order, and amax [M] int32: the bits of each row's largest |z|.
-
-    G  not 0: the codes of z in groups of G, by what ``scale_rows`` left in p_row; no z, no amax
+    """z [M, stride_z] in R1 order, and amax [M] int32: the bits of each row's largest |z|.
 
     A program keeps four tiles of columns, with their basis, and walks down the rows. Bits of floats
     >= 0 order as they do, and NaN above all of them. root  1 / sqrt(b); the rest as in ``project``
@@ -306,32 +238,29 @@ def rotate(
     if KIND == "concat":
         if col < split:
             _walk(
-                p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_x, stride_x, stride_z,
-                columns, n_col, blocks, n_row, root, col, False, B, W, SUB, RP, PROJECT, EVEN, BM,
-                DOT, CHAIN, FAST, G, QMAX, LEVELS, CLIP,
+                p_x, p_c, p_spread, p_z, p_amax, T, D, image_x, stride_x, stride_z, n_col, blocks,
+                n_row, root, col, False, B, W, SUB, RP, PROJECT, EVEN, BM, DOT, CHAIN, FAST,
             )  # fmt: skip
         else:
             _walk(
-                p_behind - split, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_behind,
-                stride_behind, stride_z, columns, n_col, blocks, n_row, root, col, True, B, W, SUB,
-                RP, PROJECT, EVEN, BM, DOT, CHAIN, FAST, G, QMAX, LEVELS, CLIP,
+                p_behind - split, p_c, p_spread, p_z, p_amax, T, D, image_behind, stride_behind,
+                stride_z, n_col, blocks, n_row, root, col, True, B, W, SUB, RP, PROJECT, EVEN, BM,
+                DOT, CHAIN, FAST,
             )  # fmt: skip
     else:
         _walk(
-            p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_x, stride_x, stride_z, columns,
-            n_col, blocks, n_row, root, col, KIND == "gelu", B, W, SUB, RP, PROJECT, EVEN, BM, DOT,
-            CHAIN, FAST, G, QMAX, LEVELS, CLIP,
+            p_x, p_c, p_spread, p_z, p_amax, T, D, image_x, stride_x, stride_z, n_col, blocks,
+            n_row, root, col, KIND == "gelu", B, W, SUB, RP, PROJECT, EVEN, BM, DOT, CHAIN, FAST,
         )  # fmt: skip
 
 
 @triton.jit
 def _walk(
-    p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_x, stride_x, stride_z, columns, n_col,
-    blocks, n_row, root, col,
+    p_x, p_c, p_spread, p_z, p_amax, T, D, image_x, stride_x, stride_z, n_col, blocks, n_row, root,
+    col,
     GELU: tl.constexpr, B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
     PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
     CHAIN: tl.constexpr, FAST: tl.constexpr,
-    G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """The columns of one program of ``rotate``, down the rows."""
     turn = _turn(B, W, False).to(DOT)
@@ -372,41 +301,14 @@ def _walk(
         if SUB > 2:
             y0, y2 = y0 + y2, y0 - y2
             y1, y3 = y1 + y3, y1 - y3
-        if G > 0:
-            inverse = tl.load(p_row + o_m, mask=m_m, other=0.0)
-            unit = tl.load(p_row + M + o_m, mask=m_m, other=0.0)
-            factor = inverse * root
-            y0 = _codes(y0, factor, unit, W, G, QMAX, LEVELS, CLIP)
-            y1 = _codes(y1, factor, unit, W, G, QMAX, LEVELS, CLIP)
-            y2 = _codes(y2, factor, unit, W, G, QMAX, LEVELS, CLIP)
-            y3 = _codes(y3, factor, unit, W, G, QMAX, LEVELS, CLIP)
-        else:
-            largest = _nan_max(_nan_max(tl.abs(y0), tl.abs(y1)), _nan_max(tl.abs(y2), tl.abs(y3)))
-            row = tl.reduce(largest, 1, _nan_max) * root
-            tl.atomic_max(p_amax + o_m, row.to(tl.int32, bitcast=True), mask=m_m)
-            y0, y1, y2, y3 = y0 * root, y1 * root, y2 * root, y3 * root
+        largest = _nan_max(_nan_max(tl.abs(y0), tl.abs(y1)), _nan_max(tl.abs(y2), tl.abs(y3)))
+        row = tl.reduce(largest, 1, _nan_max) * root
+        tl.atomic_max(p_amax + o_m, row.to(tl.int32, bitcast=True), mask=m_m)
         z = p_z + o_m[:, None] * stride_z + col
-        _store(z, y0, m_m, columns - col, W, EVEN)
-        _store(z + W, y1, m_m, columns - col - W, W, EVEN)
-        _store(z + 2 * W, y2, m_m, columns - col - 2 * W, W, EVEN)
-        _store(z + 3 * W, y3, m_m, columns - col - 3 * W, W, EVEN)
-
-
-@triton.jit
-def _codes(
-    y, factor, unit, W: tl.constexpr, G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr,
-    CLIP: tl.constexpr,
-):  # fmt: skip
-    """Codes in units of the product; y [BM, W] times ``factor`` is z in steps of the top."""
-    BM: tl.constexpr = y.shape[0]
-    # [BM, blocks, parity, group, column]: R1 order splits a group in even and odd columns.
-    HALF: tl.constexpr = 2 if G < 64 else 1
-    v = tl.reshape(y * factor[:, None], (BM, W // 64, HALF, 64 // G, G // HALF))
-    amax = tl.max(tl.max(tl.abs(v), 4), 2)  # [BM, blocks, groups]
-    e = tl.minimum(tl.maximum(_exponent(amax * (CLIP / QMAX)), -LEVELS), 0)
-    q = tl.fma(v, _groups(_power(-e)), MAGIC)
-    q = tl.minimum(tl.maximum(q, MAGIC - QMAX), MAGIC + QMAX)
-    return tl.reshape((q - MAGIC) * _groups(_power(e) * unit[:, None, None]), (BM, W))
+        _store(z, y0 * root, m_m, stride_z - col, W, EVEN)
+        _store(z + W, y1 * root, m_m, stride_z - col - W, W, EVEN)
+        _store(z + 2 * W, y2 * root, m_m, stride_z - col - 2 * W, W, EVEN)
+        _store(z + 3 * W, y3 * root, m_m, stride_z - col - 3 * W, W, EVEN)
 
 
 @triton.jit
@@ -443,10 +345,12 @@ def e4m3(v):
 
 
 @triton.jit
-def _units(
-    amax, peak, QMAX: tl.constexpr, UNIT: tl.constexpr, TINY: tl.constexpr, TAIL: tl.constexpr
-):
+def _row_units(
+    p_amax, peak, o_m, m_m, QMAX: tl.constexpr, UNIT: tl.constexpr, TINY: tl.constexpr,
+    TAIL: tl.constexpr,
+):  # fmt: skip
     """Per row: codes per unit of z, what a step is in units of the codes, and the scale."""
+    amax = tl.load(p_amax + o_m, mask=m_m, other=0).to(tl.float32, bitcast=True)
     some = (amax > TINY) | (amax != amax)
     inverse = tl.where(some, QMAX / tl.where(some, amax, 1.0), 0.0)
     scale = amax / QMAX
@@ -458,25 +362,6 @@ def _units(
         return inverse, _power(6 - k), scale * _power(3 + k)
     else:
         return inverse, tl.full(amax.shape, UNIT, dtype=tl.float32), scale / UNIT
-
-
-@triton.jit
-def _store_tail(
-    p_codes, p_c, row, scale, m_m, tail, stride_codes, one,
-    R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """c of the rows, and the bias's direction, as (high, low, high) behind the codes."""
-    o_t = tl.arange(0, T)
-    part = o_t // RT
-    o_r = o_t % RT
-    m_v = m_m[:, None] & ((o_r < R) & (part < 3))[None, :]
-    v = tl.load(p_c + row[:, None] * RP + o_r[None, :], mask=m_v, other=0.0).to(tl.float32)
-    v = tl.where(((o_r == R) & (part < 3))[None, :], one, v) * (2 / scale)[:, None]
-    high = e4m3(v)
-    v = tl.where((part == 1)[None, :], e4m3(v - high), high)
-    m_t = m_m[:, None] & (tail + o_t < stride_codes)[None, :]
-    p_tail = p_codes + (row * stride_codes)[:, None] + (tail + o_t)[None, :]
-    tl.store(p_tail, v.to(p_codes.dtype.element_ty), mask=m_t)
 
 
 @triton.jit
@@ -495,6 +380,9 @@ def round_rows(
     T    columns of the tail, padded to a power of two (0: none)
     one  coefficient of the bias, which is the tail's direction R; 0 without a bias
     """
+    # Adding 1.5 2^23 leaves no fraction bits: round half to even. Subtracting it again rides in the
+    # multiplication by a power of two, so that nothing is rounded twice.
+    MAGIC: tl.constexpr = 12582912.0
     pid = tl.program_id(0)
     if CHAIN:
         gdc_wait()
@@ -509,13 +397,22 @@ def round_rows(
             o_c = o_m.to(tl.int64)[:, None] * RP + tl.arange(0, RP)[None, :]
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(tl.float32)
             peak = tl.maximum(tl.max(tl.abs(b_c), 1), peak)
-        amax = tl.load(p_amax + o_m, mask=m_m, other=0).to(tl.float32, bitcast=True)
-        inverse, unit, scale = _units(amax, peak, QMAX, UNIT, TINY, TAIL)
+        inverse, unit, scale = _row_units(p_amax, peak, o_m, m_m, QMAX, UNIT, TINY, TAIL)
         if pid % n_col == 0:
             tl.store(p_scale + o_m, scale, mask=m_m)
         if T > 0 and pid % n_col == n_col - 1:
-            row = o_m.to(tl.int64)
-            _store_tail(p_codes, p_c, row, scale, m_m, tail, stride_codes, one, R, RP, RT, T)
+            o_t = tl.arange(0, T)
+            part = o_t // RT
+            o_r = o_t % RT
+            o_v = o_m.to(tl.int64)[:, None] * RP + o_r[None, :]
+            m_v = m_m[:, None] & ((o_r < R) & (part < 3))[None, :]
+            v = tl.load(p_c + o_v, mask=m_v, other=0.0).to(tl.float32)
+            v = tl.where(((o_r == R) & (part < 3))[None, :], one, v) * (2 / scale)[:, None]
+            high = e4m3(v)
+            v = tl.where((part == 1)[None, :], v - high, high)
+            m_t = m_m[:, None] & (tail + o_t < stride_codes)[None, :]
+            p_tail = p_codes + row_codes[:, None] + (tail + o_t)[None, :]
+            tl.store(p_tail, v.to(p_codes.dtype.element_ty), mask=m_t)
     col = (pid % n_col) * BW
     o_k = col + tl.arange(0, BW)
     m_k = m_m[:, None] & (o_k < tail)[None, :]
