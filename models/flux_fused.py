@@ -20,7 +20,6 @@ from torch import Tensor
 
 from dirotq.kernels.attention import attention
 from dirotq.kernels.gated_residual import gated_residual
-from dirotq.kernels.lane import alongside, rejoin
 from dirotq.kernels.qk_norm_rope import Part, qk_norm_rope
 from dirotq.kernels.source import concat_gelu, gelu, modulated_norm, plain
 
@@ -77,11 +76,8 @@ def _double_forward(
     shift, scale, gate = of_x[:3]
     text_shift, text_scale, text_gate = of_text[:3]
     eps = self.norm1.norm.eps
-    # The text's kernels are too small to fill a GPU: they run beside the image's.
-    with alongside(x.device):
-        text_qkv = read(attn.add_qkv, modulated_norm(text, text_scale, text_shift, eps=eps))
     qkv = read(attn.qkv, modulated_norm(x, scale, shift, eps=eps))
-    rejoin(x.device)
+    text_qkv = read(attn.add_qkv, modulated_norm(text, text_scale, text_shift, eps=eps))
     q, k, v = qk_norm_rope(
         [
             _part(text_qkv, attn.norm_added_q, attn.norm_added_k),
@@ -92,13 +88,10 @@ def _double_forward(
         eps=attn.norm_q.eps,
     )
     attended = attention(q, k, v, mode=shared.runtime.attention).flatten(2)
-    with alongside(x.device):
-        own = read(attn.to_add_out, plain(attended[:, :tokens]))
-        text = gated_residual(text, text_gate, own)
-        text = _feed_forward(self.ff_context, text, *of_text[3:], eps=self.norm2_context.eps)
     x = gated_residual(x, gate, read(attn.to_out[0], plain(attended[:, tokens:])))
+    text = gated_residual(text, text_gate, read(attn.to_add_out, plain(attended[:, :tokens])))
     x = _feed_forward(self.ff, x, *of_x[3:], eps=self.norm2.eps)
-    rejoin(x.device)
+    text = _feed_forward(self.ff_context, text, *of_text[3:], eps=self.norm2_context.eps)
     return text, x
 
 
