@@ -96,8 +96,12 @@ def read(linear: Any, source: Source) -> Tensor:
 
 def gated(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
     """x + gate * y, in one pass."""
-    out = torch.addcmul(x_BTD, gate_BD[:, None], y_BTD)
-    return out.clip(-65504, 65504) if out.dtype == torch.float16 else out
+    return torch.addcmul(x_BTD, gate_BD[:, None], y_BTD)
+
+
+def clipped(x: Tensor) -> Tensor:
+    """x, its infinities the largest numbers in float16, as some of diffusers' blocks do."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def joined(first_BTD: Tensor, second_BTD: Tensor) -> Tensor:
