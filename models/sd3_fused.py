@@ -133,7 +133,7 @@ def _fusable(block: Any, x: Tensor, text: Tensor, temb: Tensor) -> bool:
     )
 
 
-def _plain_modulated(norm: Any, made: type) -> bool:
+def _plain_modulated(norm: Any, made: Any) -> bool:
     """Whether it is such a norm, modulated by the embedding that the block is given."""
     given = getattr(norm, "emb", None) is None
     return type(norm) is made and given and untouched(norm) and plain_norm(norm.norm)
