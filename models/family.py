@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from dirotq.errors import UnsupportedError
 
 Kind = Literal["block", "modulator"]
+Fusion = Literal["shared_sites", "norm", "gelu", "concat", "qk_norm_rope", "modulators"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +84,12 @@ class ModelFamily:
     mask: str | None = None
     """Argument of the transformer's forward that masks text tokens; None where it masks none."""
     share: Callable[[nn.Module], None] | None = None
-    """Makes a transformer whose sites were swapped run each shared one once, in place. Without it
-    every consumer computes its own rows: the same numbers, slower."""
+    """Makes a transformer whose sites were swapped read each shared one once and run its blocks
+    fused, in place. Without it every consumer computes its own rows: the same numbers, slower."""
+    fusions: tuple[Fusion, ...] = ()
+    """What ``share`` installs: ``shared_sites``, each read once; adaLN's ``norm``, ``gelu`` and
+    ``concat`` in the kernels of the linear that reads them; ``qk_norm_rope``, norms of q and k (and
+    rotary embeddings, where there are any) in one pass; ``modulators`` of all blocks at once."""
 
     def sites(self, transformer: nn.Module) -> list[Site]:
         """The sites of ``transformer``, in the order of its blocks.

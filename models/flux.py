@@ -1,4 +1,7 @@
-"""FLUX.1 (dev, schnell, Fill, Kontext, finetunes): 19 double-stream, 38 single-stream blocks."""
+"""FLUX.1 (dev, schnell, Fill, Kontext, finetunes): 19 double-stream, 38 single-stream blocks.
+
+Fused (models/flux_fused.py): everything that a family can (``ModelFamily.fusions``).
+"""
 
 from torch import nn
 
@@ -51,4 +54,5 @@ FLUX = ModelFamily(
         "max_sequence_length": 512,
     },
     share=_share,
+    fusions=("shared_sites", "norm", "gelu", "concat", "qk_norm_rope", "modulators"),
 )

@@ -1,29 +1,30 @@
 """FLUX.1's blocks, fused: norms, GELU and concatenation are computed by the kernels of the linears
 that read them, q and k are normalized and rotated in one pass, residuals are added in one.
 
-A block runs so when it is as diffusers made it: its plain attention processor, no arguments for it,
-nothing that wraps its parts. Otherwise the block runs module by module (models/flux_sharing.py).
+Where it can't (models/fused_block.py) a block runs module by module (models/flux_sharing.py).
 
 Letters: B images, T tokens, D channels.
 """
 
-import types
 from typing import Any
 
-import torch
-from diffusers.models.transformers.transformer_flux import (
-    FluxAttnProcessor,
-    FluxSingleTransformerBlock,
-    FluxTransformerBlock,
-)
+from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
 from dirotq.kernels.attention import attention
 from dirotq.kernels.gated_residual import gated_residual
 from dirotq.kernels.qk_norm_rope import Part, qk_norm_rope
-from dirotq.kernels.source import concat_gelu, gelu, modulated_norm, plain
+from dirotq.kernels.source import concat_gelu, modulated_norm, plain
 
-from .runtime import Modulators, Shared, joined, read
+from .fused_block import (
+    feed_forward,
+    install,
+    may_fuse,
+    plain_feed_forward,
+    plain_norm,
+    untouched,
+)
+from .runtime import Modulators, clipped, joined, read
 
 Rope = tuple[Tensor, Tensor] | None
 
@@ -38,17 +39,8 @@ def fuse_blocks(transformer: Any) -> None:
     singles = [b for b in transformer.single_transformer_blocks if hasattr(b, "qkv_mlp")]
     linears = [m.linear for b in doubles for m in (b.norm1, b.norm1_context)]
     linears += [b.norm.linear for b in singles]
-    shared = Shared(modulators=Modulators([*doubles, *singles], linears))
-    transformer._dirotq_shared = shared
-    for blocks, forward, before in (
-        (doubles, _double_forward, FluxTransformerBlock.forward),
-        (singles, _single_forward, FluxSingleTransformerBlock.forward),
-    ):
-        for block in blocks:
-            # A method bound by hand, if sharing gave it one.
-            block._dirotq_unfused = getattr(block.__dict__.get("forward"), "__func__", before)
-            block._dirotq_shared = shared
-            block.forward = types.MethodType(forward, block)
+    modulators = Modulators([*doubles, *singles], linears)
+    install(transformer, [(doubles, _double_forward), (singles, _single_forward)], modulators)
 
 
 def _double_forward(
@@ -64,7 +56,7 @@ def _double_forward(
     hidden_states [B, T image, D], encoder_hidden_states [B, T text, D], temb [B, D]
     returns        the new encoder_hidden_states and hidden_states, same shapes
     """
-    if joint_attention_kwargs or not _fusable(self, hidden_states):
+    if joint_attention_kwargs or not _double_fusable(self, hidden_states):
         return self._dirotq_unfused(
             self, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
             joint_attention_kwargs,
@@ -90,16 +82,9 @@ def _double_forward(
     attended = attention(q, k, v, mode=shared.runtime.attention).flatten(2)
     x = gated_residual(x, gate, read(attn.to_out[0], plain(attended[:, tokens:])))
     text = gated_residual(text, text_gate, read(attn.to_add_out, plain(attended[:, :tokens])))
-    x = _feed_forward(self.ff, x, *of_x[3:], eps=self.norm2.eps)
-    text = _feed_forward(self.ff_context, text, *of_text[3:], eps=self.norm2_context.eps)
-    return text, x
-
-
-def _feed_forward(
-    ff: Any, x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor, *, eps: float
-) -> Tensor:
-    up = read(ff.net[0].proj, modulated_norm(x_BTD, scale_BD, shift_BD, eps=eps))
-    return gated_residual(x_BTD, gate_BD, read(ff.net[2], gelu(up)))
+    x = feed_forward(self.ff, x, *of_x[3:], eps=self.norm2.eps)
+    text = feed_forward(self.ff_context, text, *of_text[3:], eps=self.norm2_context.eps)
+    return clipped(text), x
 
 
 def _single_forward(
@@ -111,7 +96,7 @@ def _single_forward(
     joint_attention_kwargs: dict[str, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``FluxSingleTransformerBlock.forward``; arguments as in :func:`_double_forward`."""
-    if joint_attention_kwargs or not _fusable(self, hidden_states):
+    if joint_attention_kwargs or not _single_fusable(self, hidden_states):
         return self._dirotq_unfused(
             self, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
             joint_attention_kwargs,
@@ -129,7 +114,7 @@ def _single_forward(
     )
     attended = attention(q, k, v, mode=shared.runtime.attention).flatten(2)
     behind = wide[..., 3 * attn.inner_dim :]
-    x = gated_residual(x, gate, read(self.proj_out, concat_gelu(attended, behind)))
+    x = clipped(gated_residual(x, gate, read(self.proj_out, concat_gelu(attended, behind))))
     return x[:, :tokens], x[:, tokens:]
 
 
@@ -137,18 +122,34 @@ def _part(qkv_BTC: Tensor, norm_q: Any, norm_k: Any) -> Part:
     return Part(qkv_BTC=qkv_BTC, q_weight=norm_q.weight, k_weight=norm_k.weight)
 
 
-def _fusable(block: Any, x: Tensor) -> bool:
+def _double_fusable(block: Any, x: Tensor) -> bool:
     """Whether the block may run as one: nothing in it differs from what diffusers made."""
+    modulated = block.norm1, block.norm1_context
+    plain_norms = (*(m.norm for m in modulated), block.norm2, block.norm2_context)
+    return (
+        _fusable(block, x)
+        and untouched(*modulated)
+        and all(plain_norm(norm) for norm in plain_norms)
+        and plain_feed_forward(block.ff)
+        and plain_feed_forward(block.ff_context)
+    )
+
+
+def _single_fusable(block: Any, x: Tensor) -> bool:
+    return (
+        _fusable(block, x) and untouched(block.norm, block.act_mlp) and plain_norm(block.norm.norm)
+    )
+
+
+def _fusable(block: Any, x: Tensor) -> bool:
     attn = block.attn
     processor = attn.processor
     return (
-        block._dirotq_shared.runtime.fused
-        and not torch.compiler.is_compiling()
-        and not torch.is_grad_enabled()
+        may_fuse(block, x)
         and type(processor) is FluxAttnProcessor
         and processor._attention_backend is None
         and processor._parallel_config is None
         and attn.fused_projections
-        and "forward" not in attn.__dict__
+        and untouched(attn)
         and attn.norm_q.weight.device == x.device  # not so while offloaded part by part
     )

@@ -1,8 +1,22 @@
-"""PixArt-Sigma (and Alpha): 28 blocks of self-attention, cross-attention to the text and MLP."""
+"""PixArt-Sigma (and Alpha): 28 blocks of self-attention, cross-attention to the text and MLP.
+
+Fused (models/pixart_fused.py): q, k and v in one read, modulated norms, GELU. One modulation serves
+all blocks, so there are no modulators to join.
+"""
+
+from torch import nn
 
 from .family import ModelFamily, SiteRule
 
 BLOCK = "transformer_blocks.*"
+
+
+def _share(transformer: nn.Module) -> None:
+    # It imports diffusers, which reading the table must not.
+    from .pixart_fused import fuse_blocks
+
+    fuse_blocks(transformer)
+
 
 PIXART = ModelFamily(
     name="pixart",
@@ -35,4 +49,6 @@ PIXART = ModelFamily(
         "max_sequence_length": 300,
     },
     mask="encoder_attention_mask",
+    share=_share,
+    fusions=("shared_sites", "norm", "gelu"),
 )

@@ -94,6 +94,11 @@ def read(linear: Any, source: Source) -> Tensor:
     return linear(source if isinstance(linear, QuantLinear) else source.value())
 
 
+def clipped(x: Tensor) -> Tensor:
+    """x, its infinities the largest numbers in float16, as some of diffusers' blocks do."""
+    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+
+
 def joined(first_BTD: Tensor, second_BTD: Tensor) -> Tensor:
     """[B, T1 + T2, D]: no copy of what are neighbouring slices already, as a block before left
     them."""

@@ -1,8 +1,22 @@
-"""SANA: linear self-attention, cross-attention to the text, and an MLP of convolutions."""
+"""SANA: linear self-attention, cross-attention to the text, and an MLP of convolutions.
+
+Fused (models/sana_fused.py): q, k and v in one read, modulated norms. The gate of the MLP stands
+behind a depthwise convolution, which no linear's kernel computes.
+"""
+
+from torch import nn
 
 from .family import ModelFamily, SiteRule
 
 BLOCK = "transformer_blocks.*"
+
+
+def _share(transformer: nn.Module) -> None:
+    # It imports diffusers, which reading the table must not.
+    from .sana_fused import fuse_blocks
+
+    fuse_blocks(transformer)
+
 
 SANA = ModelFamily(
     name="sana",
@@ -40,4 +54,6 @@ SANA = ModelFamily(
         "max_sequence_length": 300,
     },
     mask="encoder_attention_mask",
+    share=_share,
+    fusions=("shared_sites", "norm"),
 )

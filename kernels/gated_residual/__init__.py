@@ -10,7 +10,7 @@ __all__ = ["gated_residual"]
 
 
 def gated_residual(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
-    """x + gate * y, [B, T, D] in x's dtype; fp16 is kept finite (:mod:`.reference`).
+    """x + gate * y, [B, T, D] in x's dtype (:mod:`.reference`).
 
     An NVIDIA GPU takes bf16 and fp16 in one pass, rounded once.
     """

@@ -9,7 +9,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..build import Build
-from .reference import LARGEST
 
 ROWS, COLUMNS = 4, 1024
 """Of one program."""
@@ -18,7 +17,7 @@ ROWS, COLUMNS = 4, 1024
 @triton.jit
 def gate_and_add(
     p_x, p_gate, p_y, p_out, T, D, blocks, image_x, stride_x, image_y, stride_y, stride_gate,
-    LIMIT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """BM tokens of an image, BD channels; out [B, T, D] lies row after row."""
     n_col = tl.cdiv(D, BD)
@@ -34,8 +33,6 @@ def gate_and_add(
     y = tl.load(p_y + image * image_y + t * stride_y + o_d[None, :], mask=mask).to(tl.float32)
     gate = tl.load(p_gate + image * stride_gate + o_d, mask=m_d).to(tl.float32)
     out = x + gate[None, :] * y
-    if LIMIT > 0:
-        out = tl.clamp(out, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     at = p_out + (image * T + t) * D + o_d[None, :]
     tl.store(at, out.to(p_out.dtype.element_ty), mask=mask)
 
@@ -50,23 +47,21 @@ def launch(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
         gate_and_add[(images * blocks * triton.cdiv(d, COLUMNS),)](
             x, gate, y, out, tokens, d, blocks, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
             gate.stride(0),
-            LIMIT=LARGEST if x.dtype == torch.float16 else 0, BM=ROWS, BD=COLUMNS, num_warps=4,
+            BM=ROWS, BD=COLUMNS, num_warps=4,
         )  # fmt: skip
     return out
 
 
 def builds() -> list[Build]:
-    """bf16, and fp16 with its limit."""
-    found = []
-    for dtype, limit in (("bf16", 0), ("fp16", LARGEST)):
-        constants = {"LIMIT": limit, "BM": ROWS, "BD": COLUMNS}
-        names = [n for n in gate_and_add.arg_names if n not in constants]
-        signature = {n: f"*{dtype}" if n.startswith("p_") else "i32" for n in names}
-        found.append(
-            Build(
-                name=f"gated_residual-{dtype}", kernel=gate_and_add, signature=signature,
-                constants=constants, warps=4, stages=1, tensor_core=False,
-                aligned=tuple(n for n in names if n not in ("T", "blocks")),
-            )
-        )  # fmt: skip
-    return found
+    """bf16 and fp16."""
+    constants = {"BM": ROWS, "BD": COLUMNS}
+    names = [n for n in gate_and_add.arg_names if n not in constants]
+    return [
+        Build(
+            name=f"gated_residual-{dtype}", kernel=gate_and_add, constants=constants,
+            signature={n: f"*{dtype}" if n.startswith("p_") else "i32" for n in names},
+            warps=4, stages=1, tensor_core=False,
+            aligned=tuple(n for n in names if n not in ("T", "blocks")),
+        )
+        for dtype in ("bf16", "fp16")
+    ]  # fmt: skip

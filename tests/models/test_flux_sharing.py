@@ -13,10 +13,11 @@ from diffusers.models.transformers.transformer_flux import (
     FluxIPAdapterAttnProcessor,
 )
 from safetensors.torch import load_file
+from tiny_fused import Wide
 from tiny_line import POOLED, TEXT, WIDTH, build_transformer
 from tiny_packed import packed
 from tiny_spec import tiny_spec
-from torch import Tensor, nn
+from torch import Tensor
 
 from dirotq.kernels.linear import SiteView
 from dirotq.models.flux import FLUX
@@ -24,24 +25,6 @@ from dirotq.models.swap import swap_sites
 
 QKV = [f"transformer_blocks.{i}.attn.{s}" for i in (0, 1) for s in ("qkv", "add_qkv")]
 QKV_MLP = [f"single_transformer_blocks.{i}.qkv_mlp" for i in (0, 1)]
-WHOLE = slice(None)
-
-
-class Wide(nn.Module):
-    """A site's linears stacked, unquantized; notes which rows each call asked for."""
-
-    def __init__(self, linears: list[Any]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.cat([linear.weight.detach() for linear in linears]))
-        self.bias = nn.Parameter(torch.cat([linear.bias.detach() for linear in linears]))
-        self.calls: list[tuple[int, int]] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rows(x, WHOLE)
-
-    def rows(self, x: Tensor, rows: slice) -> Tensor:
-        self.calls.append(rows.indices(len(self.weight))[:2])
-        return nn.functional.linear(x, self.weight[rows], self.bias[rows])
 
 
 def original() -> Any:

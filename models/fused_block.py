@@ -1,0 +1,126 @@
+"""What the fused blocks of all families share: how they are installed, when a block may run fused,
+and the parts that several families have.
+
+A block runs fused while it is as diffusers made it. Anything else (another attention processor,
+hooks on what is computed inside of kernels, gradients, autocast, ``torch.compile``) falls back to
+the forward that the block had before.
+
+Letters: B images, T tokens, S text tokens, D channels, C chunks of a modulation.
+"""
+
+import types
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.activations import GELU
+from diffusers.models.attention import FeedForward
+from torch import Tensor, nn
+
+from dirotq.kernels.gated_residual import gated_residual
+from dirotq.kernels.source import gelu, modulated_norm
+
+from .graph_watch import RUNTIME
+from .runtime import Modulators, Runtime, Shared, read
+
+
+def install(
+    transformer: Any,
+    fused: Iterable[tuple[Sequence[Any], Callable[..., Any]]],
+    modulators: Modulators | None = None,
+) -> None:
+    """Give blocks their fused forward, in place; a repeated installation takes in new sites.
+
+    fused       blocks of one class, and the forward that is bound to each of them. It finds what
+                it falls back to under ``_dirotq_unfused`` and the rest under ``_dirotq_shared``
+    modulators  of all these blocks, where each has its own
+    """
+    runtime = getattr(transformer, RUNTIME, None) or Runtime()
+    shared = Shared(runtime=runtime, modulators=modulators)
+    transformer._dirotq_shared = shared
+    for blocks, forward in fused:
+        for block in blocks:
+            state = vars(block)
+            # The class's, or a method bound by hand, if sharing gave it one; never a fused one.
+            before = getattr(state.get("forward"), "__func__", type(block).forward)
+            if before is not forward:
+                block._dirotq_unfused = before
+            block._dirotq_shared = shared
+            # The forward of this object and not a subclass: diffusers finds blocks by their class.
+            block.forward = types.MethodType(forward, block)
+
+
+def may_fuse(block: Any, x: Tensor) -> bool:
+    """Whether blocks may run fused at all just now."""
+    return (
+        not torch.compiler.is_compiling()
+        and block._dirotq_shared.runtime.fused
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled(x.device.type)
+    )
+
+
+def untouched(*modules: nn.Module) -> bool:
+    """Whether nobody replaced their forward (offloading, caches, layer skipping) or hooked it."""
+    return not any("forward" in vars(m) or _observed(m) for m in modules)
+
+
+def plain_norm(norm: Any) -> bool:
+    """Whether it is a LayerNorm without weights that nobody observes.
+
+    Its forward may be replaced: what brings weights in for a call has none to bring.
+    """
+    return type(norm) is nn.LayerNorm and norm.weight is None and not _observed(norm)
+
+
+def plain_feed_forward(ff: Any) -> bool:
+    """Whether it is diffusers' MLP with GELU (tanh) between two linears."""
+    if type(ff) is not FeedForward or len(ff.net) != 3 or not untouched(ff, ff.net[0]):
+        return False
+    up, dropout, _ = ff.net
+    return type(up) is GELU and up.approximate == "tanh" and inert(dropout)
+
+
+def inert(dropout: Any) -> bool:
+    """Whether a dropout drops nothing."""
+    return not (dropout.training and dropout.p)
+
+
+def plain_attention(attn: Any, processor: type) -> bool:
+    """Whether diffusers' ``Attention`` is what ``processor`` does to its projections.
+
+    Its norms of q and k are the caller's business.
+    """
+    around = attn.group_norm, attn.spatial_norm, attn.norm_cross
+    return (
+        type(attn.processor) is processor
+        and untouched(attn)
+        and inert(attn.to_out[1])
+        and all(norm is None for norm in around)
+        and not attn.residual_connection
+        and attn.rescale_output_factor == 1
+    )
+
+
+def heads_of(qkv_BTC: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of a shared site's outputs, views, [B, T, heads, D / heads] each."""
+    q, k, v = qkv_BTC.unflatten(-1, (3, heads, -1)).unbind(2)
+    return q, k, v
+
+
+def from_table(table_CD: Tensor, timestep_BC: Tensor) -> tuple[Tensor, ...]:
+    """A block's own table plus what the network makes of the time for all blocks, [B, D] each."""
+    chunks = len(table_CD)
+    return (table_CD[None] + timestep_BC.reshape(len(timestep_BC), chunks, -1)).unbind(1)
+
+
+def feed_forward(
+    ff: Any, x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor, *, eps: float
+) -> Tensor:
+    """x + gate * ff(norm(x) * (1 + scale) + shift), [B, T, D]."""
+    up = read(ff.net[0].proj, modulated_norm(x_BTD, scale_BD, shift_BD, eps=eps))
+    return gated_residual(x_BTD, gate_BD, read(ff.net[2], gelu(up)))
+
+
+def _observed(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
