@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import dirotq
 from dirotq.benchmarks import full_size
 from dirotq.benchmarks.bits import method
-from dirotq.benchmarks.flux_rows import FUSED, UNFUSED, W4A8
+from dirotq.benchmarks.flux_rows import ATTENTION, FUSED, UNFUSED, W4A8
 from dirotq.benchmarks.random_linear import random_linear
 from dirotq.benchmarks.rivals import Fp8Linear, by_torchao
 from dirotq.kernels.linear import QuantLinear
@@ -25,9 +25,10 @@ from dirotq.models.weights import Weights, empty_transformer, move_buffers
 from dirotq.quantizer import DirotqConfig, mark_packed
 
 RANK = 64
-HOW = {
+HOW: dict[str, dict[str, Any]] = {
     FUSED: {"fused": True, "graphs": True},
     W4A8: {"fused": True, "graphs": True},
+    ATTENTION: {"fused": True, "graphs": True, "attention": "fp8"},
     UNFUSED: {"fused": False, "graphs": False},
 }
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from dirotq.benchmarks.flux_inputs import Case
-from dirotq.benchmarks.flux_rows import COMPILED, EAGER, FLOOR, FP8, FUSED, UNFUSED, W4A8
+from dirotq.benchmarks.flux_rows import ATTENTION, COMPILED, EAGER, FLOOR, FP8, FUSED, UNFUSED, W4A8
 from dirotq.benchmarks.flux_session import MAIN, Session
 
 SIZES = (Case("flux", 1024, 2), Case("flux", 1024, 4), Case("flux", 512), Case("flux", 2048))
@@ -86,6 +86,12 @@ def w4a8(session: Session) -> None:
     session.forward(W4A8)
 
 
+def attention(session: Session) -> None:
+    """The option: 8-bit queries, keys, probabilities and values."""
+    session.forward(FUSED)
+    session.forward(ATTENTION)
+
+
 def quality(session: Session) -> None:
     from dirotq.benchmarks import flux_quality
 
@@ -98,13 +104,14 @@ MAINS = (str(MAIN),)
 JOBS: Mapping[str, Job] = {
     "forward": Job(forward, 45, MAINS, (FUSED, EAGER)),
     "unfused": Job(unfused, 25, MAINS, (UNFUSED,)),
-    "floor": Job(floor, 20, MAINS, (FLOOR,), "floor"),
     "compiled": Job(compiled, 75, MAINS, (COMPILED,)),
-    "fp8": Job(fp8, 120, MAINS, (FP8,)),
-    "sizes": Job(sizes, 60, tuple(map(str, SIZES)), (FUSED, EAGER)),
-    "quality": Job(quality, 60, ("tiny_flux",), (FUSED,), "quality"),
+    "quality": Job(quality, 45, ("tiny_flux",), (FUSED,), "quality"),
+    "floor": Job(floor, 20, MAINS, (FLOOR,), "floor"),
+    "sizes": Job(sizes, 50, tuple(map(str, SIZES)), (FUSED, EAGER)),
+    "fp8": Job(fp8, 90, MAINS, (FP8,)),
+    "attention": Job(attention, 30, MAINS, (ATTENTION,)),
     **{
-        model: Job(other(model), 150, (f"{model} 1024x1",), (FUSED, EAGER, COMPILED))
+        model: Job(other(model), 60, (f"{model} 1024x1",), (FUSED, EAGER, COMPILED))
         for model in OTHERS
     },
     "compiled_sizes": Job(compiled_sizes, 150, tuple(map(str, SIZES)), (COMPILED,)),

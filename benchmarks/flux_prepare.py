@@ -8,7 +8,7 @@ import dirotq
 from dirotq.benchmarks.compress import generated
 from dirotq.device import pick_device
 
-CALIBRATION = ("prompts.calibration.count=4", "capture.calls=32")
+CALIBRATION = ("prompts.calibration.count=2", "capture.calls=8")
 """Few calls: they decide what the numbers are, not how long a forward takes."""
 
 

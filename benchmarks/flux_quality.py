@@ -8,7 +8,7 @@ from torch import Tensor
 
 import dirotq
 from dirotq.benchmarks.flux_contestants import HOW, ours
-from dirotq.benchmarks.flux_rows import FOLDER, FUSED, Row
+from dirotq.benchmarks.flux_rows import ATTENTION, FOLDER, FUSED, UNFUSED, Row
 from dirotq.benchmarks.gpu_timing import summary
 from dirotq.fidelity import psnr
 from dirotq.models.source import DiffusersModel, generate
@@ -35,10 +35,12 @@ def compared(store: str, overrides: tuple[str, ...] = (), *, count: int = COUNT)
     def one_by_one() -> Tensor:
         return torch.cat([generate(pipe, [prompt], call) for prompt in prompts])
 
+    ours(pipe.transformer, **HOW[UNFUSED])
     want = one_by_one()
     yield row(BATCHED, generate(pipe, prompts, call), want)
-    pipe.transformer = ours(pipe.transformer, **HOW[FUSED])
-    yield row(FUSED, one_by_one(), want)
+    for who in (FUSED, ATTENTION):
+        ours(pipe.transformer, **HOW[who])
+        yield row(who, one_by_one(), want)
 
 
 def row(contestant: str, got: Tensor, want: Tensor) -> Row:

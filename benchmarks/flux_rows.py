@@ -10,11 +10,12 @@ NUMBERS = ("value", "p20", "p80", "first_s")
 FUSED = "ours, fused + CUDA graph"
 UNFUSED = "ours, unfused"
 W4A8 = "ours W4A8, fused + CUDA graph"
+ATTENTION = "ours, with 8-bit attention"
 EAGER = "bf16 eager"
 COMPILED = "bf16, blocks compiled"
 FP8 = "FP8 per row, blocks compiled"
 FLOOR = "floor"
-CONTESTANTS = (FUSED, UNFUSED, W4A8, EAGER, COMPILED, FP8)
+CONTESTANTS = (FUSED, UNFUSED, W4A8, ATTENTION, EAGER, COMPILED, FP8)
 
 FOLDER, SYNTHETIC = "folder", "synthetic"
 """Where our packed weights came from: the pipeline's folder, or random ones, which don't count."""

@@ -16,6 +16,7 @@ from dirotq.benchmarks import flux_contestants as made
 from dirotq.benchmarks import flux_prepare, flux_timing, kernel_categories
 from dirotq.benchmarks.flux_inputs import Case, inputs
 from dirotq.benchmarks.flux_rows import (
+    ATTENTION,
     COMPILED,
     EAGER,
     FOLDER,
@@ -29,7 +30,7 @@ from dirotq.benchmarks.flux_rows import (
 )
 
 MAIN = Case("flux", 1024)
-OURS = (FUSED, UNFUSED, W4A8)
+OURS = (FUSED, UNFUSED, W4A8, ATTENTION)
 PRESETS = {W4A8: "dirotq_w4a8"}
 COMPARED = ((FUSED, UNFUSED), (FUSED, EAGER), (UNFUSED, EAGER), (W4A8, EAGER), (FP8, EAGER),
             (COMPILED, EAGER))  # fmt: skip

@@ -352,22 +352,27 @@ def test_the_roofline_is_sane_and_marked():
     assert tables(rows).count("(predicted)") == len(roofline.PEAKS)
 
 
-def test_images_of_the_embedded_model_are_compared_in_three_ways(monkeypatch, tmp_path):
+def test_images_of_the_embedded_model_are_compared_in_four_ways(monkeypatch, tmp_path):
     calls = []
 
     def generate(pipe, prompts, call):
-        calls.append((pipe.transformer, len(prompts), call["height"]))
-        far = {("packed", 1): 0.0, ("packed", 2): 0.1, ("fused", 1): 0.01}
-        return torch.full((len(prompts), 3, 8, 8), 0.5 + far[pipe.transformer, len(prompts)])
+        calls.append((pipe.how, len(prompts), call["height"]))
+        far = {("plain", 1): 0.0, ("plain", 2): 0.1, ("fused", 1): 0.01, ("fp8", 1): 0.2}
+        return torch.full((len(prompts), 3, 8, 8), 0.5 + far[pipe.how, len(prompts)])
+
+    def ours(transformer, *, fused, graphs, attention="exact"):
+        pipe.how = "plain" if not (fused or graphs) else {"exact": "fused"}.get(attention, "fp8")
 
     made = {"pack": types.SimpleNamespace(data=tmp_path)}
-    pipe = types.SimpleNamespace(transformer="packed")
+    pipe = types.SimpleNamespace(transformer="packed", how="as loaded")
     monkeypatch.setattr(dirotq, "compress", lambda *overrides: made)
     monkeypatch.setattr(dirotq, "load", lambda folder, dtype: pipe)
     monkeypatch.setattr(flux_quality, "generate", generate)
-    monkeypatch.setattr(flux_quality, "ours", lambda transformer, **how: "fused")
-    batched, fused = flux_quality.compared("store", count=2)
+    monkeypatch.setattr(flux_quality, "ours", ours)
+    batched, fused, eight_bits = flux_quality.compared("store", count=2)
     assert batched.value == pytest.approx(20, abs=0.01)
     assert fused.value == pytest.approx(40, abs=0.01)
-    assert calls == [("packed", 1, 128)] * 2 + [("packed", 2, 128)] + [("fused", 1, 128)] * 2
+    assert eight_bits.value == pytest.approx(14, abs=0.03)
+    ways = [("plain", 1)] * 2 + [("plain", 2)] + [("fused", 1)] * 2 + [("fp8", 1)] * 2
+    assert calls == [(*way, 128) for way in ways]
     assert verdicts(batched, fused)["images: fused closer than batch 8 by"] == "reached"
