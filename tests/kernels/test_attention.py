@@ -1,6 +1,7 @@
 """Attention without a GPU: torch's against float64, and what the 8-bit specification promises."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -173,29 +174,40 @@ def test_hopper_asks_cudnn_first_and_goes_on_without_it(monkeypatch):
     q, k, v = qkv(T=20, S=30)
     asked, said = [], []
 
-    def choose(backends, set_priority):
-        asked.append((backends[0], set_priority))
+    def choose(backends):
+        asked.append(backends)
         return torch.nn.attention.sdpa_kernel([SDPBackend.MATH])
 
     def product(*args, **kwargs):
-        if asked[-1][0] == SDPBackend.CUDNN_ATTENTION:
+        if asked[-1] == SDPBackend.CUDNN_ATTENTION:
             raise RuntimeError("cuDNN Frontend error: no valid execution plans")
         return torch.nn.functional.scaled_dot_product_attention(*args, **kwargs)
 
-    monkeypatch.setattr(exact, "capability", lambda device: 90)
+    monkeypatch.setattr(exact, "_by_cudnn", lambda *_: True)
     monkeypatch.setattr(exact, "sdpa_kernel", choose)
     monkeypatch.setattr(exact, "scaled_dot_product_attention", product)
     monkeypatch.setattr(exact, "say_once", lambda message, level: said.append(message))
     assert error(attention(q, k, v), wanted(q, k, v)) < 1e-6
-    assert asked == [(SDPBackend.CUDNN_ATTENTION, True), (SDPBackend.FLASH_ATTENTION, True)]
+    assert asked == [SDPBackend.CUDNN_ATTENTION, exact.OTHERS]
     assert "no valid execution plans" in said[0]
+
+
+def test_the_order_of_backends_is_left_alone(monkeypatch):
+    """Others' attention in the process goes on as torch chooses."""
+    monkeypatch.setattr(exact, "_by_cudnn", lambda *_: True)
+    in_its_place = types.SimpleNamespace(CUDNN_ATTENTION=SDPBackend.MATH)  # what a CPU has
+    monkeypatch.setattr(exact, "SDPBackend", in_its_place)
+    q, k, v = qkv(T=4, S=4)
+    before = torch._C._get_sdp_priority_order(), torch.backends.cuda.flash_sdp_enabled()
+    attention(q, k, v)
+    assert (torch._C._get_sdp_priority_order(), torch.backends.cuda.flash_sdp_enabled()) == before
 
 
 def test_other_failures_are_the_callers(monkeypatch):
     def product(*args, **kwargs):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(exact, "capability", lambda device: 90)
+    monkeypatch.setattr(exact, "_by_cudnn", lambda *_: True)
     monkeypatch.setattr(exact, "scaled_dot_product_attention", product)
     with pytest.raises(RuntimeError, match="out of memory"):
         attention(*qkv(T=20, S=30))
