@@ -15,6 +15,7 @@ from ..planar import padded, planar_columns
 from ..source import Kind, Source, plain
 from ..spec import POW2_LEVELS, QuantSpec
 from ..tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
+from . import projection
 from . import sweeps as kernels
 from .limits import why_not
 from .reference import POW2_CLIP, TINY
@@ -61,7 +62,22 @@ DEFAULT: Mapping[Kind, Sweeps] = {
         round_rows=Sweep(bm=4, width=512),
     ),
 }
-"""By what the sweeps compute on the way in; measured on an H100 at FLUX's sizes."""
+"""On Hopper, by what the sweeps compute on the way in; measured on an H100 at FLUX's sizes."""
+
+_SMALL = Sweeps(
+    project=Sweep(bm=32, width=64, stages=3, per_sm=2),
+    rotate=Sweep(bm=32, stages=2, per_sm=2),
+    round_rows=Sweep(bm=4, width=512),
+)
+_SMALL_PLAIN = replace(DEFAULT["plain"], project=Sweep(bm=64, width=64, stages=4))
+
+
+def usual(kind: Kind, chip: int | None) -> Sweeps:
+    """The sweeps of a source on compute capability ``chip``: on others than Hopper, what their
+    registers hold."""
+    if chip in (None, 90) or (kind == "plain" and chip == 100):
+        return DEFAULT[kind]
+    return _SMALL_PLAIN if kind == "plain" else _SMALL
 
 
 def fits(spec: QuantSpec) -> bool:
@@ -90,7 +106,7 @@ def launch(
                one scale per row only
     returns    codes [M, padded(K)] in R1 order (``tail``: [M, columns_with_tail(K, R, bias)]),
                scale float32 [M, G], c [M, R] in x's dtype (None at rank 0 or with ``tail``)
-    sweeps     None: ``DEFAULT``
+    sweeps     None: those of the chip
     """
     source = x_MD if isinstance(x_MD, Source) else plain(x_MD[None])
     m, k, r = source.rows, spec.width, spec.rank
@@ -109,7 +125,7 @@ def launch(
         spread = new((_tiles(spec) * _tile(spec), _width_of_c(r))) if inside else z
         _project_and_rotate(
             source, p_DR if inside else None, spec, c, spread, z, amax,
-            sweeps or DEFAULT[source.kind],
+            sweeps or usual(source.kind, capability(source.x_BTD.device)),
         )  # fmt: skip
     _round_rows(z, c, amax, codes, scale, spec, tail, bias, last.round_rows)
     return codes, scale, None if tail or c is None else c[:, :r]
@@ -131,7 +147,7 @@ def _normalized(source: Source) -> Tensor:
     assert scale is not None and shift is not None
     y_1MD = x.new_empty((1, source.rows, x.shape[-1]))
     width = triton.next_power_of_2(x.shape[-1])
-    kernels.normalize[(source.rows,)](
+    projection.normalize[(source.rows,)](
         x, scale, shift, y_1MD, x.shape[1], x.shape[2], x.stride(0), x.stride(1), scale.stride(0),
         source.eps, BD=width, num_warps=min(16, max(1, width // 1024)),
     )  # fmt: skip
@@ -164,7 +180,7 @@ def _project_and_rotate(
         n_main = x.shape[0] * blocks
         parts, part = _parts(x, n_main, d, s)
         products = x.new_empty((parts, m, rp), dtype=torch.float32) if parts > 1 else c_MR
-        kernels.project[(n_main * parts + _tiles(spec),)](
+        projection.project[(n_main * parts + _tiles(spec),)](
             *_pointers(source), p_DR, products, spread_DR, amax_M,
             m, x.shape[1], d, *_strides(source), blocks, n_main, part,
             R=spec.rank, RP=rp, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, PARTS=parts,
@@ -172,7 +188,7 @@ def _project_and_rotate(
             num_warps=s.warps, num_stages=s.stages,
         )  # fmt: skip
         if parts > 1:
-            kernels.gather[(triton.cdiv(m, 16),)](
+            projection.gather[(triton.cdiv(m, 16),)](
                 products, c_MR, amax_M, m, RP=rp, PARTS=parts, BM=16, CHAIN=chain,
                 num_warps=4, launch_pdl=chain,
             )  # fmt: skip
@@ -202,7 +218,7 @@ def _strides(source: Source) -> tuple[int, ...]:
 def _parts(x: Tensor, programs: int, d: int, s: Sweep) -> tuple[int, int]:
     """Into how many parts of how many columns ``project`` is cut, so that it fills the chip."""
     steps = triton.cdiv(d, s.width)
-    wanted = processors(x.device) * s.per_sm // programs
+    wanted = processors(x.device) * s.per_sm // max(programs, 1)
     part = triton.cdiv(steps, max(1, min(wanted, steps // 3)))
     return triton.cdiv(steps, part), part * s.width
 
@@ -331,7 +347,7 @@ def builds() -> list[Build]:
             )
         )  # fmt: skip
 
-    for chips in ((80,), (86, 89, 120), (90, 100)):
+    for chips in ((80,), (86, 89, 120), (90,), (100,)):
         room = shared_bytes(chips[0])
         for b, rank, even in ((256, 64, True), (32, 64, False), (512, 64, True), (256, 128, True)):
             tile, rp = 128 if b == 512 else 64, _width_of_c(rank)
@@ -341,23 +357,25 @@ def builds() -> list[Build]:
             for kind in kinds if b == 256 and rank == 64 else kinds[:1]:
                 shared["KIND"] = kind
                 after = "" if kind == "plain" else f"-{kind}"
-                s = _project(DEFAULT[kind], rank, room)
+                s = _project(usual(kind, chips[0]), rank, room)
                 for parts in (1, 4):
                     constants = {**shared, "R": rank, "BM": s.bm, "BK": s.width, "PARTS": parts}
                     types = reads | ({"p_c": "*fp32"} if parts > 1 else {})
                     name = f"project-b{b}-r{rank}{after}-{parts}"
-                    add(name, kernels.project, constants, s, chips=chips, types=types)
+                    add(name, projection.project, constants, s, chips=chips, types=types)
                 for r in (rank, 0) if rank == 64 and kind == "plain" else (rank,):
-                    s = _rotate(DEFAULT[kind], b, r, room)
+                    s = _rotate(usual(kind, chips[0]), b, r, room)
                     constants = {**shared, "SUB": max(1, b // tile), "PROJECT": r > 0, "BM": s.bm}
                     name = f"rotate-b{b}-r{r}{after}"
                     add(name, kernels.rotate, constants, s, chips=chips, types=reads)
     plain_sweep = Sweep(bm=16)
     add(
-        "gather", kernels.gather, {"RP": 64, "PARTS": 4, "BM": 16, "CHAIN": False}, plain_sweep,
+        "gather", projection.gather, {"RP": 64, "PARTS": 4, "BM": 16, "CHAIN": False}, plain_sweep,
         types=reads, tensor_core=False,
     )  # fmt: skip
-    add("normalize", kernels.normalize, {"BD": 4096}, plain_sweep, types=reads, tensor_core=False)
+    add(
+        "normalize", projection.normalize, {"BD": 4096}, plain_sweep, types=reads, tensor_core=False
+    )
     s = DEFAULT["plain"].round_rows
     for scale, g, bits, fp8, tail in (
         ("pow2", 16, 4, True, True), ("pow2", 64, 4, True, True), ("token", 64, 4, True, True),

@@ -23,174 +23,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def _parity_sign(v):
-    """-1 where the number of set bits of v (< 512) is odd, else 1."""
-    v = v ^ (v >> 8)
-    v = v ^ (v >> 4)
-    v = v ^ (v >> 2)
-    v = (v ^ (v >> 1)) & 1
-    return 1.0 - 2.0 * v.to(tl.float32)
-
-
-@triton.jit
-def _turn(B: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """sqrt(b) blockdiag(H_b) [W, W] for b <= W: entries 0 and +-1, columns in R1 order."""
-    i = tl.arange(0, W)
-    planar = (i // 64) * 64 + (i % 32) * 2 + (i % 64) // 32
-    if TRANSPOSED:
-        row = i[None, :]
-        col = planar[:, None]
-    else:
-        row = i[:, None]
-        col = planar[None, :]
-    sign = _parity_sign((row % B) & (col % B))
-    return tl.where(row // B == col // B, sign, 0.0)
-
-
-@triton.jit
-def _gelu(v, FAST: tl.constexpr):
-    """GELU by its tanh approximation, float32. FAST: the hardware's tanh, right to 2^-11, far below
-    what rounding the result to bf16 costs a row."""
-    u = 0.7978845608028654 * (v + 0.044715 * v * v * v)
-    if FAST:
-        turn = tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        turn = 1 - 2 / (1 + tl.exp(2 * u))
-    return 0.5 * v * (1 + turn)
-
-
-@triton.jit
-def _read(
-    p_x, x_row, m_m, o_d, D,
-    GELU: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr,
-):  # fmt: skip
-    """Columns o_d of the rows that begin at x_row (int64 [BM]), in DOT; zeros outside."""
-    mask = m_m[:, None]
-    if not EVEN:
-        mask = mask & (o_d < D)[None, :]
-    v = tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0)
-    return _gelu(v.to(tl.float32), FAST).to(DOT) if GELU else v.to(DOT)
-
-
-@triton.jit
-def normalize(
-    p_x, p_scale, p_shift, p_y, T, D, image_x, stride_x, stride_scale, eps,
-    BD: tl.constexpr,
-):  # fmt: skip
-    """y [M, D]: one row of LayerNorm, times 1 + scale, plus shift; rounded once."""
-    row = tl.program_id(0).to(tl.int64)
-    image = row // T
-    o_d = tl.arange(0, BD)
-    m_d = o_d < D
-    x = tl.load(p_x + image * image_x + row % T * stride_x + o_d, mask=m_d, other=0.0)
-    x = x.to(tl.float32)
-    x = tl.where(m_d, x - tl.sum(x) / D, 0.0)
-    x *= tl.rsqrt(tl.sum(x * x) / D + eps)
-    scale = tl.load(p_scale + image * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
-    shift = tl.load(p_shift + image * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
-    y = x * (1 + scale) + shift
-    tl.store(p_y + row * D + o_d, y.to(p_y.dtype.element_ty), mask=m_d)
-
-
-@triton.jit
-def _times_basis(
-    acc, p_x, x_row, m_m, p_basis, first, last, D,
-    GELU: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, FAST: tl.constexpr,
-):  # fmt: skip
-    """acc [BM, RP] + columns ``first`` to ``last`` of x P."""
-    o_k = tl.arange(0, BK)
-    o_r = tl.arange(0, RP)
-    w = p_basis + (first + o_k)[:, None] * R + o_r[None, :]  # [BK, RP]
-    for k in range(first, last, BK):
-        b_x = _read(p_x, x_row, m_m, k + o_k, D, GELU, EVEN, FAST, DOT)
-        m_w = (o_r < R)[None, :]
-        if not EVEN:
-            m_w = m_w & (o_k + k < D)[:, None]
-        b_w = tl.load(w, mask=m_w, other=0.0)
-        acc = tl.dot(b_x, b_w.to(DOT), acc)
-        w += BK * R
-    return acc
-
-
-@triton.jit
-def project(
-    p_x, p_behind, p_basis, p_c, p_spread, p_amax, M, T, D,
-    image_x, stride_x, image_behind, stride_behind, split, blocks, n_main, part,
-    R: tl.constexpr, RP: tl.constexpr, B: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, CHAIN: tl.constexpr,
-    KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr,
-):  # fmt: skip
-    """c = x P, [M, RP]; amax = 0; and, in the last programs, the spread basis -P''.
-
-    Row t of image i begins at i * image_x + t * stride_x; ``blocks`` row blocks per image
-    split  first column that lies behind (``concat``), a multiple of BK
-    PARTS  the columns are cut into so many parts of ``part`` each, whose products go into a
-           float32 [PARTS, M, RP] that ``gather`` adds up: few rows alone don't fill the chip
-    """
-    pid = tl.program_id(0)
-    if CHAIN:
-        gdc_launch_dependents()
-    o_r = tl.arange(0, RP)
-    if pid < n_main * PARTS:
-        index = pid // PARTS
-        first = pid % PARTS * part
-        last = tl.minimum(first + part, D)
-        image = (index // blocks).to(tl.int64)
-        o_t = (index % blocks) * BM + tl.arange(0, BM)
-        m_m = o_t < T
-        o_m = image * T + o_t
-        x_row = image * image_x + o_t.to(tl.int64) * stride_x
-        acc = tl.zeros((BM, RP), dtype=tl.float32)
-        if KIND == "concat":
-            middle = tl.minimum(tl.maximum(split, first), last)
-            acc = _times_basis(
-                acc, p_x, x_row, m_m, p_basis, first, middle, D,
-                False, R, RP, EVEN, BK, DOT, FAST,
-            )  # fmt: skip
-            behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind - split
-            acc = _times_basis(
-                acc, p_behind, behind_row, m_m, p_basis, middle, last, D,
-                True, R, RP, EVEN, BK, DOT, FAST,
-            )  # fmt: skip
-        else:
-            acc = _times_basis(
-                acc, p_x, x_row, m_m, p_basis, first, last, D,
-                KIND == "gelu", R, RP, EVEN, BK, DOT, FAST,
-            )  # fmt: skip
-        o_c = (pid % PARTS * M + o_m)[:, None] * RP + o_r[None, :]
-        tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
-        if PARTS == 1:
-            tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
-    else:
-        o_d = (pid - n_main * PARTS) * W + tl.arange(0, W)
-        m_p = (o_d < D)[:, None] & (o_r < R)[None, :]
-        b_p = tl.load(p_basis + o_d[:, None] * R + o_r[None, :], mask=m_p, other=0.0)
-        spread = -tl.dot(_turn(B, W, True).to(DOT), b_p.to(DOT))
-        tl.store(p_spread + o_d[:, None] * RP + o_r[None, :], spread.to(p_spread.dtype.element_ty))
-
-
-@triton.jit
-def gather(
-    p_parts, p_c, p_amax, M,
-    RP: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, CHAIN: tl.constexpr,
-):  # fmt: skip
-    """c [M, RP] of its PARTS, always added in the same order; amax = 0."""
-    o_m = tl.program_id(0) * BM + tl.arange(0, BM)
-    m_m = o_m < M
-    if CHAIN:
-        gdc_launch_dependents()
-        gdc_wait()
-    o_c = o_m.to(tl.int64)[:, None] * RP + tl.arange(0, RP)[None, :]
-    acc = tl.zeros((BM, RP), dtype=tl.float32)
-    for part in tl.static_range(PARTS):
-        acc += tl.load(p_parts + part * M.to(tl.int64) * RP + o_c, mask=m_m[:, None], other=0.0)
-    tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
-    tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
+from .projection import read_columns, rotation
 
 
 @triton.jit
@@ -263,7 +96,7 @@ def _walk(
     CHAIN: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The columns of one program of ``rotate``, down the rows."""
-    turn = _turn(B, W, False).to(DOT)
+    turn = rotation(B, W, False).to(DOT)
     if CHAIN:
         gdc_launch_dependents()
         gdc_wait()
@@ -287,13 +120,13 @@ def _walk(
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(DOT)
         else:
             b_c = turn
-        x0 = _read(p_x, x_row, m_m, o_d, D, GELU, EVEN, FAST, DOT)
+        x0 = read_columns(p_x, x_row, m_m, o_d, D, GELU, EVEN, FAST, DOT)
         y0 = _tile(x0, b_c, basis0, turn, PROJECT)
-        x1 = _read(p_x, x_row, m_m, o_d + W, D, GELU, EVEN, FAST, DOT)
+        x1 = read_columns(p_x, x_row, m_m, o_d + W, D, GELU, EVEN, FAST, DOT)
         y1 = _tile(x1, b_c, basis1, turn, PROJECT)
-        x2 = _read(p_x, x_row, m_m, o_d + 2 * W, D, GELU, EVEN, FAST, DOT)
+        x2 = read_columns(p_x, x_row, m_m, o_d + 2 * W, D, GELU, EVEN, FAST, DOT)
         y2 = _tile(x2, b_c, basis2, turn, PROJECT)
-        x3 = _read(p_x, x_row, m_m, o_d + 3 * W, D, GELU, EVEN, FAST, DOT)
+        x3 = read_columns(p_x, x_row, m_m, o_d + 3 * W, D, GELU, EVEN, FAST, DOT)
         y3 = _tile(x3, b_c, basis3, turn, PROJECT)
         if SUB > 1:
             y0, y1 = y0 + y1, y0 - y1
