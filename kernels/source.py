@@ -55,21 +55,27 @@ class Source:
     def laid_out(self) -> "Source":
         """The same source as kernels read it: neighbouring channels, and one image of all rows
         where nothing depends on the image and the rows lie evenly."""
-        x, behind = _contiguous(self.x_BTD), _contiguous(self.behind_BTF)
+        x = _contiguous(self.x_BTD)
         if self.kind == "norm":
+            assert self.scale_BD is not None and self.shift_BD is not None
             scale, shift = _contiguous(self.scale_BD), _contiguous(self.shift_BD)
-            assert scale is not None and shift is not None
             if scale.stride(0) != shift.stride(0):
                 scale, shift = scale.contiguous(), shift.contiguous()
             return replace(self, x_BTD=x, scale_BD=scale, shift_BD=shift)
-        parts = [part for part in (x, behind) if part is not None]
-        if all(part.stride(0) == part.shape[1] * part.stride(1) for part in parts):
-            x, behind = (None if p is None else p.flatten(0, 1)[None] for p in (x, behind))
+        behind = None if self.behind_BTF is None else _contiguous(self.behind_BTF)
+        if _even(x) and (behind is None or _even(behind)):
+            x = x.flatten(0, 1)[None]
+            behind = None if behind is None else behind.flatten(0, 1)[None]
         return replace(self, x_BTD=x, behind_BTF=behind)
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+def _contiguous(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _even(x_BTD: Tensor) -> bool:
+    """Whether the rows of all images lie the same distance apart."""
+    return x_BTD.stride(0) == x_BTD.shape[1] * x_BTD.stride(1)
 
 
 def plain(x_BTD: Tensor) -> Source:
