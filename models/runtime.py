@@ -34,7 +34,8 @@ class Runtime:
     graphs: bool = True
     """Replay a whole forward as one CUDA graph, where weights stay where they are."""
     attention: Attention = "exact"
-    """``fp8`` multiplies 8-bit queries, keys and values: faster, another approximation."""
+    """``fp8`` multiplies 8-bit queries, keys and values: another approximation, and on Hopper not
+    faster than cuDNN yet."""
 
     def __post_init__(self) -> None:
         if self.attention not in get_args(Attention):
@@ -61,18 +62,18 @@ class Modulators:
         self.blocks, self.linears = tuple(blocks), tuple(linears)
         packed = all(isinstance(linear, QuantLinear) for linear in linears)
         self._together = Together(linears) if packed else None
-        self._temb: Tensor | None = None
-        self._made: dict[int, Tensor] = {}
+        self._last: tuple[Tensor, dict[int, Tensor]] | None = None
 
     def of(self, linear: Any, temb_BD: Tensor) -> Tensor:
         """linear(silu(temb)), [B, N]."""
         if self._together is None or not self._rest(temb_BD.device):
             return linear(nn.functional.silu(temb_BD))
-        if self._temb is not temb_BD:
+        last = self._last  # another thread may put its own there meanwhile
+        if last is None or last[0] is not temb_BD:
             made = self._together(nn.functional.silu(temb_BD))
-            self._made = {id(m): y for m, y in zip(self.linears, made, strict=True)}
-            self._temb = temb_BD
-        return self._made[id(linear)]
+            last = temb_BD, {id(m): y for m, y in zip(self.linears, made, strict=True)}
+            self._last = last
+        return last[1][id(linear)]
 
     def _rest(self, device: torch.device) -> bool:
         """Whether all weights lie on the device and nothing moves them block by block."""
