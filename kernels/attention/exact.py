@@ -1,8 +1,8 @@
 """Exact attention: torch's, by the backend that torch takes for the fastest on the chip.
 
 On Hopper that is cuDNN from torch 2.11 on, twice as fast as flash attention there. Asking for it is
-no business of ours: torch's switches are the whole process's, other threads' included, and its order
-of backends, once set, can't be put back to what torch would have chosen by itself.
+no business of ours: torch's switches are the whole process's, other threads' included, and its
+order of backends, once set, can't be put back to what torch would have chosen by itself.
 """
 
 from torch import Tensor
