@@ -8,6 +8,7 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from tiny_line import POOLED, TEXT, build_transformer
 from tiny_packed import packed
@@ -62,7 +63,10 @@ def test_flux_replays_what_it_computes(plain):
     assert (Again.captures, Again.replays) == (2, 4)
 
 
-def test_flux_processors_and_backends():
+def test_flux_processors_and_backends(monkeypatch):
+    # A network's backend is everyone's: put back what was.
+    active = _AttentionBackendRegistry._active_backend
+    monkeypatch.setattr(_AttentionBackendRegistry, "_active_backend", active)
     network = flux()
     graph_forward(network, recorder=Again)
     recorded(network, **arguments())
