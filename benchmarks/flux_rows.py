@@ -1,9 +1,10 @@
 """Rows of `make bench-flux`: one number each, appended to a CSV file as soon as it is known."""
 
-import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
+
+from dirotq.benchmarks.csv_rows import append_rows, read_rows
 
 NUMBERS = ("value", "p20", "p80", "first_s")
 
@@ -66,26 +67,12 @@ class Row:
 
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a CSV file, with its header if it is new; on disk when it returns."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for row in rows:
-            values = asdict(row)
-            writer.writerow(
-                {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in values.items()}
-            )
+    append_rows(path, Row, rows, digits=5)
 
 
 def read(path: Path) -> list[Row]:
     """Inverse of :func:`append`, up to five digits."""
-    with path.open(newline="") as file:
-        return [
-            Row(**{k: (float(v) if v else None) if k in NUMBERS else v for k, v in line.items()})
-            for line in csv.DictReader(file)
-        ]
+    return read_rows(path, Row, NUMBERS)
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

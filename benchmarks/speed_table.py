@@ -1,10 +1,11 @@
 """Rows of `make bench-kernels`: what was measured, as CSV and as the tables of docs/kernels.md."""
 
-import csv
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+
+from dirotq.benchmarks.csv_rows import append_rows, read_rows
 
 BEGIN, END = "<!-- begin: make bench-kernels -->", "<!-- end -->"
 
@@ -56,27 +57,13 @@ class Row:
 
 def append(path: Path, rows: Iterable[Row]) -> None:
     """Add rows to a CSV file, with its header if it is new."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)], lineterminator="\n")
-        if new:
-            writer.writeheader()
-        for row in rows:
-            values = asdict(row)
-            writer.writerow(
-                {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in values.items()}
-            )
+    append_rows(path, Row, rows, digits=4)
 
 
 def read(path: Path) -> list[Row]:
     """Inverse of :func:`append`, up to four digits."""
     numbers = ("us_p20", "us_p50", "us_p80", "ratio", "reach", "stretch")
-    with path.open(newline="") as file:
-        return [
-            Row(**{k: (float(v) if v else None) if k in numbers else v for k, v in line.items()})
-            for line in csv.DictReader(file)
-        ]
+    return read_rows(path, Row, numbers)
 
 
 def tables(rows: Sequence[Row]) -> str:

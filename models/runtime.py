@@ -66,10 +66,10 @@ class Modulators:
 
     def of(self, linear: Any, temb_BD: Tensor) -> Tensor:
         """linear(silu(temb)), [B, N]."""
-        if self._together is None or not self._rest(temb_BD.device):
-            return linear(nn.functional.silu(temb_BD))
         last = self._last  # another thread may put its own there meanwhile
         if last is None or last[0] is not temb_BD:
+            if self._together is None or not self._rest(temb_BD.device):
+                return linear(nn.functional.silu(temb_BD))
             made = self._together(nn.functional.silu(temb_BD))
             last = temb_BD, {id(m): y for m, y in zip(self.linears, made, strict=True)}
             self._last = last

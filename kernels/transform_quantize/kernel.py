@@ -134,11 +134,15 @@ def launch(
 def _computed(source: Source, p_DR: Tensor | None, spec: QuantSpec) -> Source:
     """The source as the sweeps read it: what they can't do on the way in is done here."""
     split = source.x_BTD.shape[-1]
-    beyond = p_DR is not None and spec.rank > (64 if spec.block == 512 else MAX_RANK)
     torn = source.kind == "concat" and split % (4 * _tile(spec))
     if source.kind == "norm":
         return plain(_normalized(source.laid_out()))
-    return plain(source.value()) if beyond or torn else source.laid_out()
+    return plain(source.value()) if _beyond(p_DR, spec) or torn else source.laid_out()
+
+
+def _beyond(p_DR: Tensor | None, spec: QuantSpec) -> bool:
+    """Whether there are more directions than ``rotate`` projects out."""
+    return p_DR is not None and spec.rank > (64 if spec.block == 512 else MAX_RANK)
 
 
 def _normalized(source: Source) -> Tensor:
@@ -268,7 +272,7 @@ def _project_outside(
     source: Source, p_DR: Tensor | None, spec: QuantSpec
 ) -> tuple[Source, Tensor | None]:
     """x - c Pᵀ and c by library products where the rank is too large for ``rotate``."""
-    if p_DR is None or spec.rank <= (64 if spec.block == 512 else MAX_RANK):
+    if p_DR is None or not _beyond(p_DR, spec):
         return source, None
     x_MD, p = source.x_BTD.flatten(0, 1), p_DR.to(source.x_BTD.dtype)
     c = x_MD @ p
