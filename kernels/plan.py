@@ -98,6 +98,9 @@ def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> P
     if why := why_not(spec, dtype):
         return Plan(engine="reference", container="none", why=why)
     candidates = {name_of(plan): plan for plan in candidates_for(chip, m, n, spec, dtype)}
+    if not candidates:
+        why = "activations in 8-bit floats need FP8 matrix units (compute capability 8.9)"
+        return Plan(engine="reference", container="none", why=why)
     kind = kind_of(spec)
     rows = [r for r in _table().get(str(chip), {}).get(kind, []) if r["plan"] in candidates]
     if rows:
@@ -112,7 +115,9 @@ def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> P
 
 
 def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> list[Plan]:
-    """Every plan that can run this linear on this chip."""
+    """Every plan that can run this linear on this chip; none for 8-bit floats before FP8."""
+    if spec.act_floats and chip < 89:
+        return []
     if spec.act_bits == 16:
         kinds = ["few", "many"] + (["wide"] if chip in w4a16.WIDE_CHIPS else [])
         if m <= 4:
@@ -120,7 +125,7 @@ def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtyp
         few = [t for kind in kinds for t in w4a16.TILES[kind] if m > 16 or t.bm <= 16]
         return [Plan(engine="w4a16", container="none", tile=tile) for tile in few]
     by_row = spec.act_scale != "group" and spec.weight_scale == "channel"
-    fp8 = chip >= 89 and spec.act_bits == 4
+    fp8 = chip >= 89 and (spec.act_bits == 4 or spec.act_floats)
     container: Literal["fp8", "int8"] = "fp8" if fp8 else "int8"
     found = []
     library = dtype == torch.bfloat16 and n % 16 == 0  # what torch._scaled_mm takes
@@ -155,7 +160,8 @@ def kind_of(spec: QuantSpec) -> str:
     if spec.act_bits == 16:
         return "w4a16"
     grouped = spec.act_scale == "group" or spec.weight_scale == "group"
-    return f"w4a{spec.act_bits}" + ("-grouped" if grouped else "")
+    bits = 4 if spec.act_floats else spec.act_bits  # the same products
+    return f"w4a{bits}" + ("-grouped" if grouped else "")
 
 
 def name_of(plan: Plan) -> str:

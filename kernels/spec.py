@@ -12,8 +12,11 @@ from .hadamard import Kind, hadamard_block
 POW2_LEVELS = 4
 """A group's scale is 2^0 ... 2^-4 of its row's: q 2^(e+4) is exact in INT8 and in FP8-E4M3."""
 
+FLOAT_LEVELS = 6
+"""8-bit floats end at 448 = 7 * 2^6: they have the units of seven steps of 2^6."""
+
 WeightScale = Literal["channel", "group", "nvfp4", "mxfp4"]
-ActScale = Literal["token", "pow2", "group", "nvfp4", "mxfp4"]
+ActScale = Literal["token", "pow2", "rms", "group", "nvfp4", "mxfp4"]
 Element = Literal["int4", "e2m1"]
 """What a 4-bit code is: an integer in [-7, 7], or a float in halves (kernels/fp4)."""
 
@@ -101,7 +104,7 @@ class QuantSpec:
         if self.act_bits == 8 and self.act_scale == "pow2":
             found.append(
                 "8-bit activations with power-of-two groups leave INT8: use scale 'token' or "
-                "'group'"
+                "'group', or 'rms' for 8-bit floats"
             )
         if self.width % 2:
             found.append(f"the main branch is {self.width} codes wide; two codes share a byte")
@@ -176,8 +179,26 @@ class QuantSpec:
         group = self._group("act")
         return self.width if group is None else group
 
+    @property
+    def act_floats(self) -> bool:
+        """Whether activations' codes are FP8-E4M3 numbers, and not integers."""
+        return self.act_bits == 8 and self.act_scale == "rms"
+
+    @property
+    def act_max(self) -> int:
+        """Largest code of an activation, in steps of the row's scale."""
+        return 7 if self.act_floats else 2 ** (self.act_bits - 1) - 1
+
+    @property
+    def act_levels(self) -> int:
+        """Powers of two that codes of activations carry below a step."""
+        if self.act_floats:
+            return FLOAT_LEVELS
+        return POW2_LEVELS if self.act_scale in ("pow2", "rms") else 0
+
     def _group(self, side: str) -> int | None:
         whole_row = getattr(self, f"{side}_scale") in ("channel", "token")
+        whole_row = whole_row or (side == "act" and self.act_floats)
         if whole_row or (side == "act" and self.act_bits == 16):
             return None
         return int(getattr(self, f"{side}_group"))
@@ -186,6 +207,7 @@ class QuantSpec:
     def since(self) -> int:
         """Oldest format of packed folders (dirotq/quantizer.py) whose readers know this spec."""
         new = self.weight_element == "e2m1" or self.transform == "regular"
+        new = new or self.act_scale == "rms"
         return 2 if new or self.to_dict().keys() & ADDED.keys() else 1
 
     @property

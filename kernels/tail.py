@@ -42,8 +42,8 @@ def with_tail(
 ) -> tuple[Tensor, Tensor]:
     """Codes of ``quantize_rows`` in FP8, in R1 order, with c behind them: what the kernel writes.
 
-    codes_MK    int8, [M, K], one scale per row (``token``: bits_below 0, ``pow2``: POW2_LEVELS,
-                the powers of two that the codes carry below a step)
+    codes_MK    int8 or float8_e4m3fn, [M, K], one scale per row
+    bits_below  the powers of two that the codes carry below a step (``QuantSpec.act_levels``)
     scale_M1    float32, [M, 1]
     c_MR        floating, [M, R], or None at rank 0
     returns     float8_e4m3fn [M, columns_with_tail(K, R, bias)] and their scale, float32 [M, 1],
@@ -68,7 +68,7 @@ def with_tail(
         v_Mr * (2 / out_scale_M1), (0, tail_part(rank, bias) - v_Mr.shape[1])
     )
     high, low = split_fp8(v_Mr)
-    main = (to_planar(codes_MK).float() * unit_M1).to(torch.float8_e4m3fn)
+    main = (to_planar(codes_MK.float()) * unit_M1).to(torch.float8_e4m3fn)
     columns = columns_with_tail(codes_MK.shape[1], rank, bias)
     out = torch.zeros(m, columns, dtype=torch.uint8, device=codes_MK.device)
     parts = torch.cat([t.view(torch.uint8) for t in (main, high, low, high)], 1)

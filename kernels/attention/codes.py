@@ -10,7 +10,7 @@ Letters: B batch, H heads, HD channels of a head rounded up to a power of two; D
 import triton
 import triton.language as tl
 
-from ..transform_quantize.sweeps import e4m3
+from ..transform_quantize.scales import e4m3
 from .reference import E4M3_MAX, INT8_MAX, K_BLOCK, TINY
 
 ROWS = tl.constexpr(K_BLOCK)

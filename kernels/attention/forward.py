@@ -17,7 +17,7 @@ Letters: T queries, S keys, H heads, HD channels of a head as stored; D: the tru
 import triton
 import triton.language as tl
 
-from ..transform_quantize.sweeps import e4m3
+from ..transform_quantize.scales import e4m3
 from .codes import ROWS
 from .reference import P_BITS
 

@@ -7,6 +7,9 @@ GROUPS = (16, 32, 64, 128, 256)
 
 MAX_BLOCK = 512
 
+MAX_RANK = 128
+"""Largest rank that ``rotate`` projects out; above it, plain matrix products do."""
+
 
 def why_not_method(spec: QuantSpec) -> str | None:
     """What of a method only the reference path computes; None if kernels exist."""
@@ -27,7 +30,8 @@ def why_not(spec: QuantSpec) -> str | None:
         return "16-bit activations are not quantized"
     if spec.block > MAX_BLOCK:
         return f"Hadamard block {spec.block} is larger than {MAX_BLOCK}"
-    if spec.act_scale != "token" and spec.act_group not in GROUPS:
+    grouped = spec.act_scale != "token" and not spec.act_floats
+    if grouped and spec.act_group not in GROUPS:
         allowed = f"{', '.join(map(str, GROUPS[:-1]))} and {GROUPS[-1]}"
         return f"activation groups of {spec.act_group} fit no kernel; {allowed} do"
     return None

@@ -36,14 +36,15 @@ def rotation(B: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr):
 def _gelu(v, FAST: tl.constexpr):
     """GELU by its tanh approximation, float32. FAST: the hardware's tanh, right to 2^-11, far below
     what rounding the result to bf16 costs a row."""
-    u = 0.7978845608028654 * (v + 0.044715 * v * v * v)
+    u = v * (0.7978845608028654 + 0.035677408136300125 * (v * v))
     if FAST:
         turn = tl.inline_asm_elementwise(
             "tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
         turn = 1 - 2 / (1 + tl.exp(2 * u))
-    return 0.5 * v * (1 + turn)
+    half = 0.5 * v
+    return half + half * turn
 
 
 @triton.jit
@@ -61,10 +62,13 @@ def read_columns(
 
 @triton.jit
 def normalize(
-    p_x, p_scale, p_shift, p_y, T, D, image_x, stride_x, stride_scale, eps,
-    BD: tl.constexpr,
+    p_x, p_scale, p_shift, p_y, p_squares, T, D, image_x, stride_x, stride_scale, eps,
+    SQUARES: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """y [M, D]: one row of LayerNorm, times 1 + scale, plus shift; rounded once."""
+    """y [M, D]: one row of LayerNorm, times 1 + scale, plus shift; rounded once.
+
+    SQUARES  and the sum of y's squares, float32 [M]
+    """
     row = tl.program_id(0).to(tl.int64)
     image = row // T
     o_d = tl.arange(0, BD)
@@ -75,17 +79,26 @@ def normalize(
     x *= tl.rsqrt(tl.sum(x * x) / D + eps)
     scale = tl.load(p_scale + image * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
     shift = tl.load(p_shift + image * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
-    y = x * (1 + scale) + shift
-    tl.store(p_y + row * D + o_d, y.to(p_y.dtype.element_ty), mask=m_d)
+    y = (x * (1 + scale) + shift).to(p_y.dtype.element_ty)
+    tl.store(p_y + row * D + o_d, y, mask=m_d)
+    if SQUARES:
+        y = tl.where(m_d, y.to(tl.float32), 0.0)
+        tl.store(p_squares + row, tl.sum(y * y))
 
 
 @triton.jit
 def _times_basis(
-    acc, p_x, x_row, m_m, p_basis, first, last, D,
+    acc, squares, p_x, x_row, m_m, p_basis, first, last, D,
     GELU: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr,
-    DOT: tl.constexpr, FAST: tl.constexpr,
+    DOT: tl.constexpr, FAST: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """acc [BM, RP] + columns ``first`` to ``last`` of x P."""
+    """acc [BM, RP] + columns ``first`` to ``last`` of x P, and squares [BM, 16] + x's, 16 times.
+
+    A product with ones adds squares up: a sum over columns would make the compiler compute x twice,
+    once as the products read it and once as the sum does.
+    """
+    SQUARE: tl.constexpr = tl.float32 if tl.float32 == DOT else tl.bfloat16  # fp16 ends at 65504
+    ones = tl.full((BK, 16), 1.0, dtype=SQUARE)
     o_k = tl.arange(0, BK)
     o_r = tl.arange(0, RP)
     w = p_basis + (first + o_k)[:, None] * R + o_r[None, :]  # [BK, RP]
@@ -96,24 +109,31 @@ def _times_basis(
             m_w = m_w & (o_k + k < D)[:, None]
         b_w = tl.load(w, mask=m_w, other=0.0)
         acc = tl.dot(b_x, b_w.to(DOT), acc)
+        if SQUARES:
+            v = b_x.to(tl.float32)
+            squares = tl.dot((v * v).to(SQUARE), ones, squares)
         w += BK * R
-    return acc
+    return acc, squares
 
 
 @triton.jit
 def project(
-    p_x, p_behind, p_basis, p_c, p_spread, p_amax, M, T, D,
+    p_x, p_behind, p_basis, p_c, p_spread, p_amax, p_squares, M, T, D,
     image_x, stride_x, image_behind, stride_behind, split, blocks, n_main, part,
     R: tl.constexpr, RP: tl.constexpr, B: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr,
     BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, CHAIN: tl.constexpr,
     KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr,
+    SQUARES: tl.constexpr, AMAX: tl.constexpr,
 ):  # fmt: skip
-    """c = x P, [M, RP]; amax = 0; and, in the last programs, the spread basis -P''.
+    """c = x P, [M, RP], and, in the last programs, the spread basis -P''.
 
     Row t of image i begins at i * image_x + t * stride_x; ``blocks`` row blocks per image
     split  first column that lies behind (``concat``), a multiple of BK
     PARTS  the columns are cut into so many parts of ``part`` each, whose products go into a
-           float32 [PARTS, M, RP] that ``gather`` adds up: few rows alone don't fill the chip
+           float32 [PARTS, M, RP] that ``gather`` or ``scale_rows`` adds up: few rows alone don't
+           fill the chip
+    SQUARES  and the sums of x's squares, float32 [PARTS, M]
+    AMAX   amax = 0, unless ``gather`` follows
     """
     pid = tl.program_id(0)
     if CHAIN:
@@ -129,25 +149,28 @@ def project(
         o_m = image * T + o_t
         x_row = image * image_x + o_t.to(tl.int64) * stride_x
         acc = tl.zeros((BM, RP), dtype=tl.float32)
+        squares = tl.zeros((BM, 16), dtype=tl.float32)
         if KIND == "concat":
             middle = tl.minimum(tl.maximum(split, first), last)
-            acc = _times_basis(
-                acc, p_x, x_row, m_m, p_basis, first, middle, D,
-                False, R, RP, EVEN, BK, DOT, FAST,
+            acc, squares = _times_basis(
+                acc, squares, p_x, x_row, m_m, p_basis, first, middle, D,
+                False, R, RP, EVEN, BK, DOT, FAST, SQUARES,
             )  # fmt: skip
             behind_row = image * image_behind + o_t.to(tl.int64) * stride_behind - split
-            acc = _times_basis(
-                acc, p_behind, behind_row, m_m, p_basis, middle, last, D,
-                True, R, RP, EVEN, BK, DOT, FAST,
+            acc, squares = _times_basis(
+                acc, squares, p_behind, behind_row, m_m, p_basis, middle, last, D,
+                True, R, RP, EVEN, BK, DOT, FAST, SQUARES,
             )  # fmt: skip
         else:
-            acc = _times_basis(
-                acc, p_x, x_row, m_m, p_basis, first, last, D,
-                KIND == "gelu", R, RP, EVEN, BK, DOT, FAST,
+            acc, squares = _times_basis(
+                acc, squares, p_x, x_row, m_m, p_basis, first, last, D,
+                KIND == "gelu", R, RP, EVEN, BK, DOT, FAST, SQUARES,
             )  # fmt: skip
         o_c = (pid % PARTS * M + o_m)[:, None] * RP + o_r[None, :]
         tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
-        if PARTS == 1:
+        if SQUARES:
+            tl.store(p_squares + pid % PARTS * M + o_m, tl.max(squares, 1), mask=m_m)
+        if AMAX and PARTS == 1:
             tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
     else:
         o_d = (pid - n_main * PARTS) * W + tl.arange(0, W)

@@ -8,11 +8,14 @@ from torch import Tensor
 
 from .. import fp4
 from ..hadamard import block_hadamard
-from ..spec import POW2_LEVELS, QuantSpec
+from ..spec import QuantSpec
 
 POW2_CLIP = 0.9
 """A group takes the smallest power of two >= 0.9 of its share of the row (docs/quality.md)."""
 
+RMS_TOP = 20.0
+"""What ``rms`` takes for a row's largest value, in times its root mean square. Larger ones are cut
+off; rotated rows have none. 1.25 times a power of two: with it Gaussian groups of 16 lose least."""
 
 TINY = 1e-30
 """Rows and groups no larger than this are zero: 7 / amax would overflow for denormals."""
@@ -57,26 +60,35 @@ def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
              ``group``  the same with one scale per ``act_group`` channels
              ``pow2``   q 2^(e+4) with 4-bit q and a power of two e in 0 ... -4 per group: the row
                         scale is amax/7 * 2^-4 and the codes stay exact in INT8 and FP8-E4M3
+             ``rms``    ``pow2`` with RMS_TOP times the row's root mean square for amax: known
+                        before z is, from x and c, because rotations keep lengths. With 8 bits, the
+                        codes are float8_e4m3fn, z over 1/448 of that
              ``nvfp4``, ``mxfp4``  E2M1 in halves, one scale per 16 or 32 channels: the float32 that
                         its byte means (``kernels.fp4.steps``), for NVFP4 under one global scale
                         per row, so that rows do not depend on the batch
     """
     if spec.act_scale in fp4.GROUPS:
         return _fp4_rows(z_MK.float(), spec)
-    qmax = 2 ** (spec.act_bits - 1) - 1
+    qmax, unit = spec.act_max, 2.0**spec.act_levels
     z_MK = z_MK.float()
-    if spec.act_scale == "pow2":
-        amax_M1 = z_MK.abs().amax(-1, keepdim=True)
+    if spec.act_scale in ("pow2", "rms"):
+        if spec.act_scale == "rms":
+            amax_M1 = RMS_TOP * z_MK.square().mean(-1, keepdim=True).sqrt()
+        else:
+            amax_M1 = z_MK.abs().amax(-1, keepdim=True)
+        inverse_M1 = _ratio(torch.full_like(amax_M1, qmax), amax_M1)
+        scale_M1 = amax_M1 / qmax / unit
+        if spec.act_floats:
+            codes = (z_MK * inverse_M1).clamp(-qmax, qmax) * unit
+            return codes.to(torch.float8_e4m3fn), scale_M1
         z_MGk = z_MK.unflatten(-1, (-1, spec.act_group_size))
         share_MG1 = _ratio(z_MGk.abs().amax(-1, keepdim=True), amax_M1.unsqueeze(-1)) * POW2_CLIP
         # Smallest e with 2^e >= share, read off the float's exponent: exact, as a kernel does it.
         mantissa, exponent = torch.frexp(share_MG1)
-        e_MG1 = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(-POW2_LEVELS, 0)
+        e_MG1 = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(-spec.act_levels, 0)
         power_MG1 = torch.ldexp(torch.ones_like(share_MG1), e_MG1)
-        inverse = _ratio(torch.full_like(amax_M1, qmax), amax_M1).unsqueeze(-1)
-        q = (z_MGk * (inverse / power_MG1)).round().clamp(-qmax, qmax)
-        codes = (q * power_MG1 * 2.0**POW2_LEVELS).flatten(-2)
-        return codes.to(torch.int8), amax_M1 / qmax * 2.0**-POW2_LEVELS
+        q = (z_MGk * (inverse_M1.unsqueeze(-1) / power_MG1)).round().clamp(-qmax, qmax)
+        return (q * power_MG1 * unit).flatten(-2).to(torch.int8), scale_M1
     z_MGk = z_MK.unflatten(-1, (-1, spec.act_group_size))
     amax_MG1 = z_MGk.abs().amax(-1, keepdim=True)
     q = (z_MGk * _ratio(torch.full_like(amax_MG1, qmax), amax_MG1)).round().clamp(-qmax, qmax)

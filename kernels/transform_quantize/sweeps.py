@@ -4,6 +4,12 @@
     rotate      z = (x - c Pᵀ) H in x's dtype, and the largest |z| of each row
     round_rows  codes and scales, and c as the GEMM wants it
 
+or, with scales of a row's root mean square, two and a short one:
+
+    project     the same, and the sums of x's squares
+    scale_rows  c of its parts, scales, and c as the GEMM wants it
+    rotate      codes of z, which is never written down
+
 H of blocks above W = 64 is H_W on the tensor cores, then a butterfly between neighbouring tiles of
 W columns in registers (Sylvester: H_ab = H_a (x) H_b); the projection goes into the same
 accumulator as -c P''ᵀ. Columns leave in R1 order because the columns of H_W are permuted that way
@@ -24,6 +30,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .projection import read_columns, rotation
+from .scales import e4m3, exponent, power, row_units, store_tail
 
 
 @triton.jit
@@ -55,13 +62,17 @@ def _nan_max(a, b):
 
 @triton.jit
 def rotate(
-    p_x, p_behind, p_c, p_spread, p_z, p_amax, M, T, D,
-    image_x, stride_x, image_behind, stride_behind, split, stride_z, n_col, blocks, n_row, root,
+    p_x, p_behind, p_c, p_spread, p_z, p_amax, p_row, M, T, D,
+    image_x, stride_x, image_behind, stride_behind, split, stride_z, columns, n_col, blocks, n_row,
+    root,
     B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
     PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
     CHAIN: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
+    G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
-    """z [M, stride_z] in R1 order, and amax [M] int32: the bits of each row's largest |z|.
+    """z [M, columns] in R1 order, and amax [M] int32: the bits of each row's largest |z|.
+
+    G  not 0: codes in place of z, in groups of so many, by what ``scale_rows`` left in p_row
 
     A program keeps four tiles of columns, with their basis, and walks down the rows. Bits of floats
     >= 0 order as they do, and NaN above all of them. root  1 / sqrt(b); the rest as in ``project``
@@ -71,29 +82,32 @@ def rotate(
     if KIND == "concat":
         if col < split:
             _walk(
-                p_x, p_c, p_spread, p_z, p_amax, T, D, image_x, stride_x, stride_z, n_col, blocks,
-                n_row, root, col, False, B, W, SUB, RP, PROJECT, EVEN, BM, DOT, CHAIN, FAST,
+                p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_x, stride_x, stride_z,
+                columns, n_col, blocks, n_row, root, col, False, B, W, SUB, RP, PROJECT, EVEN, BM,
+                DOT, CHAIN, FAST, G, QMAX, LEVELS, CLIP,
             )  # fmt: skip
         else:
             _walk(
-                p_behind - split, p_c, p_spread, p_z, p_amax, T, D, image_behind, stride_behind,
-                stride_z, n_col, blocks, n_row, root, col, True, B, W, SUB, RP, PROJECT, EVEN, BM,
-                DOT, CHAIN, FAST,
+                p_behind - split, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_behind,
+                stride_behind, stride_z, columns, n_col, blocks, n_row, root, col, True, B, W, SUB,
+                RP, PROJECT, EVEN, BM, DOT, CHAIN, FAST, G, QMAX, LEVELS, CLIP,
             )  # fmt: skip
     else:
         _walk(
-            p_x, p_c, p_spread, p_z, p_amax, T, D, image_x, stride_x, stride_z, n_col, blocks,
-            n_row, root, col, KIND == "gelu", B, W, SUB, RP, PROJECT, EVEN, BM, DOT, CHAIN, FAST,
+            p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_x, stride_x, stride_z, columns,
+            n_col, blocks, n_row, root, col, KIND == "gelu", B, W, SUB, RP, PROJECT, EVEN, BM, DOT,
+            CHAIN, FAST, G, QMAX, LEVELS, CLIP,
         )  # fmt: skip
 
 
 @triton.jit
 def _walk(
-    p_x, p_c, p_spread, p_z, p_amax, T, D, image_x, stride_x, stride_z, n_col, blocks, n_row, root,
-    col,
+    p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_x, stride_x, stride_z, columns, n_col,
+    blocks, n_row, root, col,
     GELU: tl.constexpr, B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
     PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
     CHAIN: tl.constexpr, FAST: tl.constexpr,
+    G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """The columns of one program of ``rotate``, down the rows."""
     turn = rotation(B, W, False).to(DOT)
@@ -134,14 +148,23 @@ def _walk(
         if SUB > 2:
             y0, y2 = y0 + y2, y0 - y2
             y1, y3 = y1 + y3, y1 - y3
-        largest = _nan_max(_nan_max(tl.abs(y0), tl.abs(y1)), _nan_max(tl.abs(y2), tl.abs(y3)))
-        row = tl.reduce(largest, 1, _nan_max) * root
-        tl.atomic_max(p_amax + o_m, row.to(tl.int32, bitcast=True), mask=m_m)
+        if G > 0:
+            factor = tl.load(p_row + o_m, mask=m_m, other=0.0) * root
+            unit = tl.load(p_row + M + o_m, mask=m_m, other=0.0)
+            y0 = _codes(y0, factor, unit, FAST, W, G, QMAX, LEVELS, CLIP)
+            y1 = _codes(y1, factor, unit, FAST, W, G, QMAX, LEVELS, CLIP)
+            y2 = _codes(y2, factor, unit, FAST, W, G, QMAX, LEVELS, CLIP)
+            y3 = _codes(y3, factor, unit, FAST, W, G, QMAX, LEVELS, CLIP)
+        else:
+            largest = _nan_max(_nan_max(tl.abs(y0), tl.abs(y1)), _nan_max(tl.abs(y2), tl.abs(y3)))
+            row = tl.reduce(largest, 1, _nan_max) * root
+            tl.atomic_max(p_amax + o_m, row.to(tl.int32, bitcast=True), mask=m_m)
+            y0, y1, y2, y3 = y0 * root, y1 * root, y2 * root, y3 * root
         z = p_z + o_m[:, None] * stride_z + col
-        _store(z, y0 * root, m_m, stride_z - col, W, EVEN)
-        _store(z + W, y1 * root, m_m, stride_z - col - W, W, EVEN)
-        _store(z + 2 * W, y2 * root, m_m, stride_z - col - 2 * W, W, EVEN)
-        _store(z + 3 * W, y3 * root, m_m, stride_z - col - 3 * W, W, EVEN)
+        _store(z, y0, m_m, columns - col, W, EVEN)
+        _store(z + W, y1, m_m, columns - col - W, W, EVEN)
+        _store(z + 2 * W, y2, m_m, columns - col - 2 * W, W, EVEN)
+        _store(z + 3 * W, y3, m_m, columns - col - 3 * W, W, EVEN)
 
 
 @triton.jit
@@ -154,47 +177,36 @@ def _store(p_z, value, m_m, room, W: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _exponent(v):
-    """Smallest e with 2^e >= v > 0, from the bits of the float."""
-    return ((v.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) - 127
+def _clamped(v, QMAX: tl.constexpr):
+    """v within +-QMAX; an FP8 code knows NaN."""
+    v = tl.maximum(v, -1.0 * QMAX, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(v, 1.0 * QMAX, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _power(e):
-    """2^e as float32, -126 <= e <= 127."""
-    return ((e + 127) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def e4m3(v):
-    """v rounded to float8_e4m3fn, half to even, as float32; |v| <= 448.
-
-    By hand: converting back from FP8 went wrong on sm_90 with triton 3.6.
-    """
-    bits = v.to(tl.int32, bitcast=True)
-    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & -1048576).to(tl.float32, bitcast=True)
-    small = (v + 24576.0) - 24576.0  # to multiples of 2^-9
-    return tl.where(tl.abs(v) < 0.015625, small, normal)
-
-
-@triton.jit
-def _row_units(
-    p_amax, peak, o_m, m_m, QMAX: tl.constexpr, UNIT: tl.constexpr, TINY: tl.constexpr,
-    TAIL: tl.constexpr,
+def _codes(
+    y, factor, unit, FAST: tl.constexpr, W: tl.constexpr,
+    G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
-    """Per row: codes per unit of z, what a step is in units of the codes, and the scale."""
-    amax = tl.load(p_amax + o_m, mask=m_m, other=0).to(tl.float32, bitcast=True)
-    some = (amax > TINY) | (amax != amax)
-    inverse = tl.where(some, QMAX / tl.where(some, amax, 1.0), 0.0)
-    scale = amax / QMAX
-    if TAIL:
-        # Codes q 2^(6 + e - k) against weights q 2^-9; k makes room for the row's largest
-        # coefficient, whose column 2 c / (scale 2^(k + 3)) must not pass FP8's 448.
-        scale = tl.where(some, scale, tl.maximum(peak, TINY) / 256)
-        k = tl.minimum(tl.maximum(_exponent(peak / (scale * 1792)), 0), 60)
-        return inverse, _power(6 - k), scale * _power(3 + k)
+    """Codes of y [BM, W] in units of the product; y times ``factor`` is z in steps.
+
+    G  channels that share a power of two; 1: each number has its own, it is an E4M3 float, which
+       the store rounds (right, if FAST: not so when interpreted)
+    """
+    if G == 1:
+        v = _clamped(y * factor[:, None], QMAX) * unit[:, None]
+        return v if FAST else e4m3(v)
     else:
-        return inverse, tl.full(amax.shape, UNIT, dtype=tl.float32), scale / UNIT
+        BM: tl.constexpr = y.shape[0]
+        MAGIC: tl.constexpr = 12582912.0  # as in ``round_rows``
+        # [BM, blocks, parity, groups, column]: R1 order splits a group in even and odd columns.
+        HALF: tl.constexpr = 2 if G < 64 else 1
+        v = tl.reshape(y * factor[:, None], (BM, W // 64, HALF, 64 // G, G // HALF))
+        amax = tl.max(tl.max(tl.abs(v), 4), 2)
+        e = tl.minimum(tl.maximum(exponent(amax * (CLIP / QMAX)), -LEVELS), 0)
+        q = tl.fma(v, _groups(power(-e)), MAGIC)
+        q = tl.minimum(tl.maximum(q, MAGIC - QMAX), MAGIC + QMAX)
+        return tl.reshape((q - MAGIC) * _groups(power(e) * unit[:, None, None]), (BM, W))
 
 
 @triton.jit
@@ -226,26 +238,17 @@ def round_rows(
     unit = inverse
     if SCALE != "group":
         peak = inverse + one
+        b_c = tl.zeros((BM, RP), dtype=tl.float32)
         if TAIL and R > 0:
             o_c = o_m.to(tl.int64)[:, None] * RP + tl.arange(0, RP)[None, :]
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(tl.float32)
             peak = tl.maximum(tl.max(tl.abs(b_c), 1), peak)
-        inverse, unit, scale = _row_units(p_amax, peak, o_m, m_m, QMAX, UNIT, TINY, TAIL)
+        amax = tl.load(p_amax + o_m, mask=m_m, other=0).to(tl.float32, bitcast=True)
+        inverse, unit, scale = row_units(amax, peak, QMAX, UNIT, TINY, TAIL)
         if pid % n_col == 0:
             tl.store(p_scale + o_m, scale, mask=m_m)
         if T > 0 and pid % n_col == n_col - 1:
-            o_t = tl.arange(0, T)
-            part = o_t // RT
-            o_r = o_t % RT
-            o_v = o_m.to(tl.int64)[:, None] * RP + o_r[None, :]
-            m_v = m_m[:, None] & ((o_r < R) & (part < 3))[None, :]
-            v = tl.load(p_c + o_v, mask=m_v, other=0.0).to(tl.float32)
-            v = tl.where(((o_r == R) & (part < 3))[None, :], one, v) * (2 / scale)[:, None]
-            high = e4m3(v)
-            v = tl.where((part == 1)[None, :], v - high, high)
-            m_t = m_m[:, None] & (tail + o_t < stride_codes)[None, :]
-            p_tail = p_codes + row_codes[:, None] + (tail + o_t)[None, :]
-            tl.store(p_tail, v.to(p_codes.dtype.element_ty), mask=m_t)
+            store_tail(p_codes, b_c, row_codes, m_m, scale, tail, stride_codes, one, R, RP, RT, T)
     col = (pid % n_col) * BW
     o_k = col + tl.arange(0, BW)
     m_k = m_m[:, None] & (o_k < tail)[None, :]
@@ -256,16 +259,19 @@ def round_rows(
     BLOCKS: tl.constexpr = BW // (G if G > 64 else 64)
     INNER: tl.constexpr = 64 // G if G < 64 else 1
     z = tl.reshape(z, (BM, BLOCKS, HALF, INNER, G // HALF))
-    if SCALE == "token":
+    if SCALE == "float":
+        q = _clamped(z * _rows(inverse), QMAX)
+        step = _rows(unit)
+    elif SCALE == "token":
         q = tl.fma(z, _rows(inverse), MAGIC)
         step = _rows(unit)
     else:
         if SCALE == "pow2":
             amax = tl.max(tl.max(tl.abs(z), 4), 2)  # [BM, BLOCKS, INNER]
             share = amax * (inverse * (CLIP / QMAX))[:, None, None]
-            e = tl.minimum(tl.maximum(_exponent(share), -LEVELS), 0)
-            factor = _power(-e) * inverse[:, None, None]
-            step = _groups(_power(e) * unit[:, None, None])
+            e = tl.minimum(tl.maximum(exponent(share), -LEVELS), 0)
+            factor = power(-e) * inverse[:, None, None]
+            step = _groups(power(e) * unit[:, None, None])
         else:
             # No row scale will carry a NaN on: a group's own must.
             amax = tl.reduce(tl.reduce(tl.abs(z), 4, _nan_max), 2, _nan_max)
@@ -277,8 +283,11 @@ def round_rows(
             o_s = o_m.to(tl.int64)[:, None] * stride_scale + o_g[None, :]
             tl.store(p_scale + o_s, tl.reshape(amax / QMAX, (BM, BLOCKS * INNER)), mask=m_g)
         q = tl.fma(z, _groups(factor), MAGIC)
-    q = tl.minimum(tl.maximum(q, MAGIC - QMAX), MAGIC + QMAX)
-    q = tl.reshape((q - MAGIC) * step, (BM, BW))
+    if SCALE != "float":
+        q = tl.minimum(tl.maximum(q, MAGIC - QMAX), MAGIC + QMAX) - MAGIC
+    q = tl.reshape(q * step, (BM, BW))
+    if SCALE == "float":
+        q = e4m3(q)
     o_q = row_codes[:, None] + o_k[None, :]
     tl.store(p_codes + o_q, q.to(p_codes.dtype.element_ty), mask=m_k)
 

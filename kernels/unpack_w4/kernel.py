@@ -11,7 +11,7 @@ from torch import Tensor
 from ..build import CHIPS, FP8_CHIPS, Build
 from ..planar import BLOCK, padded
 from ..tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
-from ..transform_quantize.sweeps import e4m3
+from ..transform_quantize.scales import e4m3
 
 WORDS = tl.constexpr(8)
 """int32 words of one 64-column block in layout L1."""

@@ -70,7 +70,17 @@ def plans(name: str) -> list[Plan]:
 
 ENGINES = [
     pytest.param(name, plan, id=f"{name}-{name_of(plan)}")
-    for name in ("pow2", "token", "groups", "w4a8", "w4a8-groups", "dense", "w4a16-protected")
+    for name in (
+        "pow2",
+        "rms",
+        "floats",
+        "token",
+        "groups",
+        "w4a8",
+        "w4a8-groups",
+        "dense",
+        "w4a16-protected",
+    )
     for plan in plans(name)
 ]
 ONE_OF_EACH = [
@@ -91,6 +101,8 @@ def test_every_plan(name, plan, empty_is):
 @pytest.mark.parametrize("name", FORMATS)
 def test_every_format(name, rows, empty_is):
     module, x = random_linear(spec_of(name, 2240, 1000)), inputs(max(rows, ROWS), 2240)
+    if name == "floats" and CHIP < 89:
+        pytest.skip("8-bit floats need FP8 matrix units")
     assert module.plan(rows).engine != "reference"
     with empty_is(255):
         got = in_calls_of(rows, module, x)
@@ -165,7 +177,9 @@ def test_zero_rows_give_the_bias_and_leave_the_others_alone(name, plan):
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["pow2", "token-r0", "groups-r0", "w4a8", "w4a8-groups", "w4a16"])
+@pytest.mark.parametrize(
+    "name", ["pow2", "rms", "floats", "token-r0", "groups-r0", "w4a8", "w4a8-groups", "w4a16"]
+)
 @pytest.mark.parametrize("rows", [16, 600])
 def test_bad_numbers_show_and_stay_in_their_row(name, rows, bad):
     module, x = random_linear(spec_of(name, 2240, 1008)), inputs(rows, 2240)

@@ -9,10 +9,12 @@ pytest.importorskip("triton")
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
-formats = pytest.mark.parametrize("name", ["pow2", "groups", "w4a8", "w4a16-protected"])
+formats = pytest.mark.parametrize(
+    "name", ["pow2", "rms", "floats", "groups", "w4a8", "w4a16-protected"]
+)
 
 
-@pytest.mark.parametrize("name", ["pow2", "groups", "w4a8", "w4a16"])
+@pytest.mark.parametrize("name", ["pow2", "rms", "floats", "groups", "w4a8", "w4a16"])
 @pytest.mark.parametrize("rows", [7, 600])
 def test_views_are_read_as_they_lie(name, rows):
     module = random_linear(spec_of(name, 2240, 1008))
@@ -31,7 +33,9 @@ def test_views_are_read_as_they_lie(name, rows):
 
 
 @pytest.mark.parametrize("rows", [7, 600])
-@pytest.mark.parametrize("name", ["pow2", "token-r0", "groups", "w4a8", "w4a16-protected"])
+@pytest.mark.parametrize(
+    "name", ["pow2", "rms", "floats", "token-r0", "groups", "w4a8", "w4a16-protected"]
+)
 def test_consumers_of_a_shared_site(name, rows):
     """Any slice of the outputs: its tensors start at odd addresses and have odd sizes."""
     module, x = random_linear(spec_of(name, 2240, 1008)), inputs(rows, 2240)

@@ -110,6 +110,21 @@ def test_dense_rotation(act_scale, weight_scale):
     assert got.norm() < 2 * plain.norm() + 2.0**-10 * want.norm()
 
 
+@pytest.mark.parametrize("act_bits", [4, 8])
+@pytest.mark.parametrize("name", ["scaled_mm", "packed", "unpacked"])
+def test_scales_of_the_root_mean_square(name, act_bits):
+    """4-bit codes, and 8-bit floats, which take the same products."""
+    spec = tiny_spec(dim=320, rows=(48,), rank=24, block=64, act_scale="rms", act_bits=act_bits)
+    module, x = random_linear(spec), inputs(64, 320, HALF)
+    found = candidates_for(90, 64, 48, spec, torch.bfloat16)
+    assert {plan.container for plan in found} == {"fp8"}
+    plan = next(plan for plan in found if plan.engine == name)
+    want = engine.reference(x.double(), *buffers(module), spec)
+    plain = engine.reference(x, *buffers(module), spec).double() - want
+    got = engine.run(plan, x, *buffers(module), spec).double() - want
+    assert got.norm() < 2 * plain.norm() + 2.0**-9 * want.norm()
+
+
 @pytest.mark.parametrize("name", ["scaled_mm", "packed", "unpacked"])
 def test_rank_beyond_the_kernels(name):
     spec = tiny_spec(dim=320, rows=(48,), rank=264, block=64, act_scale="pow2", act_group=64)

@@ -50,6 +50,9 @@ def variant_of(plan: Plan, spec: QuantSpec) -> str:
 
 def assert_runs(plan: Plan, chip: int, m: int, n: int, spec: QuantSpec, dtype) -> None:
     """The plan is one that this chip can run."""
+    if spec.act_floats and chip < 89:
+        assert plan.engine == "reference" and "FP8 matrix units" in plan.why
+        return
     assert plan.engine != "reference"
     if spec.act_bits == 16:
         assert plan.engine == "w4a16" and plan.container == "none" and plan.tile is not None
@@ -57,7 +60,7 @@ def assert_runs(plan: Plan, chip: int, m: int, n: int, spec: QuantSpec, dtype) -
         assert m <= 4 or plan.tile.kind == "dots"
         return
     fp8 = plan.container == "fp8"
-    assert fp8 == (chip >= 89 and spec.act_bits == 4)
+    assert fp8 == (chip >= 89 and (spec.act_bits == 4 or spec.act_floats))
     assert plan.dtype == (torch.float8_e4m3fn if fp8 else torch.int8)
     if plan.engine == "scaled_mm":
         assert fp8 and dtype == BF16 and n % 16 == 0
@@ -209,3 +212,11 @@ def test_a_plan_says_what_it_is():
     assert f"({plan.why})" in str(plan)
     reference = choose(None, 33, 1008, SPECS["pow2"], BF16)
     assert str(reference) == "reference (the kernels need an NVIDIA GPU)"
+
+
+def test_floats_need_fp8_matrix_units():
+    spec = tiny_spec(dim=1024, rank=64, act_scale="rms", act_bits=8)
+    assert choose(80, 4096, 1008, spec, BF16).engine == "reference"
+    assert "compute capability 8.9" in choose(86, 4096, 1008, spec, BF16).why
+    assert choose(90, 4096, 1008, spec, BF16).container == "fp8"
+    assert choose(80, 4096, 1008, tiny_spec(dim=1024, act_scale="rms"), BF16).container == "int8"

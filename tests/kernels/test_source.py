@@ -11,19 +11,29 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dirotq.kernels.planar import from_planar
+from dirotq.kernels.planar import from_planar, padded
 from dirotq.kernels.source import Source, concat_gelu, gelu, modulated_norm, plain
+from dirotq.kernels.tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
 from dirotq.kernels.transform_quantize import quantize_rows, transform
 from dirotq.kernels.transform_quantize.kernel import MAX_RANK, launch
 
 SPECS = {
     "even": tiny_spec(dim=512, block=128, rank=24, act_scale="pow2"),
     "ragged": tiny_spec(dim=352, block=32, rank=8, act_scale="pow2"),
+    "rms": tiny_spec(dim=512, block=256, rank=24, act_scale="rms"),
+    "rms-ragged": tiny_spec(dim=352, block=32, rank=8, act_scale="rms", act_group=32),
+    "rms-64": tiny_spec(dim=512, block=512, rank=24, act_scale="rms", act_group=64),
+    "rms-128": tiny_spec(dim=512, block=256, rank=24, act_scale="rms", act_group=128),
+    "rms-0": tiny_spec(dim=256, block=16, act_scale="rms"),
+    "floats": tiny_spec(dim=512, block=256, rank=24, act_bits=8, act_scale="rms"),
+    "floats-0": tiny_spec(dim=352, block=32, act_bits=8, act_scale="rms"),
     "w4a8": tiny_spec(dim=256, block=64, rank=16, act_bits=8),
     "rank-0": tiny_spec(dim=256, block=64, act_scale="pow2"),
     "rank-beyond": tiny_spec(dim=512, block=64, rank=MAX_RANK + 8),
 }
 BEHIND = {"even": 256, "ragged": 96, "w4a8": 128, "rank-0": 128, "rank-beyond": 256}
+BEHIND |= {"rms": 256, "rms-ragged": 96, "rms-64": 256, "rms-128": 256, "rms-0": 128}
+BEHIND |= {"floats": 256, "floats-0": 96}
 KINDS = ("plain", "norm", "gelu", "concat")
 
 
@@ -69,8 +79,10 @@ def test_codes_are_as_good_as_without_fusion(kind, name):
     z, c = transform(rows, None if p is None else p.double(), None, spec)
 
     def errors(x: Tensor | Source) -> tuple[float, float]:
-        codes, scale, got_c = launch(x, p, None, spec, container=torch.int8)
-        got = from_planar(codes, spec.width).double() * scale.double()
+        container = torch.float8_e4m3fn if spec.act_floats else torch.int8
+        codes, scale, got_c = launch(x, p, None, spec, container=container)
+        assert not codes.float().isnan().any()
+        got = from_planar(codes.float(), spec.width).double() * scale.double()
         off = 0.0 if c is None or got_c is None else (got_c.double() - c).norm() / c.norm()
         return float((got - z).norm() / z.norm()), float(off)
 
@@ -100,6 +112,49 @@ def test_rows_do_not_depend_on_their_neighbours(kind):
             # numpy, which interprets, may compute the last bit of exp by where a value lies.
             close = torch.isclose(got.float(), want, rtol=1e-3, atol=1e-6)
             assert close.double().mean() > (0.999999 if got.is_cuda else 0.995)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("name", ["rms", "rms-ragged", "rms-64", "rms-128", "rms-0", "floats"])
+def test_the_tail_behind_scales_of_the_root_mean_square(name, bias, empty_is):
+    """Codes, coefficients and the bias's direction: what the product makes of them is right."""
+    spec, source, p = SPECS[name], source_of("gelu", name), basis_of(name)
+    rows = double(source).value().reshape(source.rows, spec.dim)
+    z, c = transform(rows, None if p is None else p.double(), None, spec)
+    with empty_is(255):
+        codes, scale, none = launch(
+            source, p, None, spec, container=torch.float8_e4m3fn, tail=True, bias=bias
+        )
+    assert none is None
+    assert codes.shape[1] == columns_with_tail(spec.width, spec.rank, bias)
+    main, behind = padded(spec.width), tail_part(spec.rank, bias)
+    got = from_planar(codes.float()[:, :main], spec.width).double() * scale.double() / 512
+    want, step = quantize_rows(z, spec)
+    floor = (want.double() * step.double() - z).norm()
+    assert (got - z).norm() <= 1.05 * floor
+    high, low, again = codes.float()[:, main : main + 3 * behind].tensor_split(3, 1)
+    assert torch.equal(high, again)
+    assert not codes.float()[:, main + 3 * behind :].any()
+    directions = (high + low).double() * scale.double() / 2
+    if c is not None:
+        # Two E4M3 numbers hold a coefficient to 2^-8, or to 0.001 of 4 steps of the row's top.
+        off, rms = directions[:, : spec.rank] - c, z.square().mean().sqrt()
+        assert off.norm() <= 2**-7 * c.norm() + 0.015 * rms * c.numel() ** 0.5
+    if bias:
+        off = (directions[:, spec.rank] - BIAS_COEFFICIENT).abs()
+        assert (off <= 2**-6 + 0.015 * z.square().mean(1).sqrt()).all()
+
+
+def test_rows_in_the_protected_directions_alone():
+    """Nothing but rounding is left of x: scales are small, codes are not cut off."""
+    spec, p = SPECS["rms"], basis_of("rms")
+    assert p is not None
+    x = (torch.randn(7, spec.rank, device=DEVICE) @ p.float().mT).half()
+    codes, scale, c = launch(x, p, None, spec, container=torch.float8_e4m3fn)
+    assert c is not None
+    z, _ = transform(x.double(), p.double(), None, spec)
+    got = from_planar(codes.float(), spec.width).double() * scale.double()
+    assert (got - z).norm() < 0.02 * x.double().norm()
 
 
 def test_the_same_modulation_from_separate_tensors():

@@ -30,9 +30,12 @@ from dirotq.kernels.spec import QuantSpec
         ),
         (
             {"act_scale": "channel"},
-            "activation scale 'channel' is not 'token', 'pow2', 'group', 'n",
+            "activation scale 'channel' is not 'token', 'pow2', 'rms', 'gr",
         ),
-        ({"act_bits": 8, "act_scale": "pow2"}, "leave INT8: use scale 'token' or 'group'"),
+        (
+            {"act_bits": 8, "act_scale": "pow2"},
+            "leave INT8: use scale 'token' or 'group', or 'rms'",
+        ),
         ({"dim": 63}, "63 codes wide; two codes share a byte"),
         ({"weight_scale": "nvfp4"}, "'nvfp4' and activations in 'token' share no matrix unit: use"),
         (

@@ -74,6 +74,42 @@ def test_pow2_codes_are_four_bits_shifted_and_exact_in_fp8(seed):
     assert torch.equal(in_fp8, codes.float())
 
 
+@given(st.integers(0, 2**32 - 1))
+def test_rms_scales_are_those_of_any_rotation(seed):
+    """The row scale can be known before the rotation, as long as that keeps lengths."""
+    spec, z = tiny_spec(act_scale="rms"), rows(seed).double()
+    turned = z @ hadamard_matrix(64, torch.float64, z.device)
+    codes, scale = quantize_rows(z, spec)
+    torch.testing.assert_close(quantize_rows(turned, spec)[1], scale, rtol=1e-5, atol=0)
+    want = z.square().mean(1).sqrt() * 20 / 7 / 16
+    torch.testing.assert_close(scale[:, 0].double(), want, rtol=1e-5, atol=0)
+    assert codes.dtype == torch.int8
+    assert torch.equal(codes.float().to(torch.float8_e4m3fn).float(), codes.float())
+
+
+@pytest.mark.parametrize(("act_bits", "worst"), [(4, 1.01), (8, 0.25)])
+def test_rms_scales_lose_no_more_than_largest_values_do(act_bits, worst):
+    """Gaussian rows, as a rotation makes them: 4 bits like pow2, 8-bit floats far less."""
+    z = torch.randn(64, 3072, generator=torch.Generator().manual_seed(0))
+
+    def lost(spec) -> float:
+        return float((values(*quantize_rows(z, spec)) - z).norm())
+
+    pow2 = lost(tiny_spec(dim=3072, act_scale="pow2"))
+    assert lost(tiny_spec(dim=3072, act_scale="rms", act_bits=act_bits)) < worst * pow2
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_floats_keep_four_significant_bits(seed):
+    z = rows(seed)
+    codes, scale = quantize_rows(z, tiny_spec(act_scale="rms", act_bits=8))
+    assert codes.dtype == torch.float8_e4m3fn
+    assert scale.shape == (8, 1)
+    within = z.abs() <= 20 * z.square().mean(1, keepdim=True).sqrt()
+    error = (values(codes.float(), scale) - z.double()).abs()
+    assert (error <= 2.0**-4 * z.abs() + 2.0**-10 * scale)[within].all()
+
+
 @pytest.mark.parametrize(
     ("share", "shift"),
     [(1.0, 16), (0.56, 16), (0.55, 8), (0.28, 8), (0.27, 4), (0.13, 2), (0.06, 1), (1e-6, 1)],

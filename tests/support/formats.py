@@ -19,6 +19,8 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FORMATS: dict[str, dict[str, Any]] = {
     "pow2": {"rank": 64, "act_scale": "pow2"},
     "pow2-r24-b16": {"rank": 24, "block": 16, "act_scale": "pow2"},
+    "rms": {"rank": 64, "act_scale": "rms"},
+    "floats": {"rank": 64, "act_bits": 8, "act_scale": "rms"},
     "token": {"rank": 64},
     "token-r0": {},
     "token-rank-beyond-the-kernel": {"rank": 320},
@@ -42,7 +44,7 @@ def spec_of(name: str, dim: int, outputs: int) -> QuantSpec:
     group = hadamard_block(dim, 64)
     if group < 64 and changes.get("weight_scale") == "group":
         changes["weight_scale"] = "channel"
-    if group < 16 and changes.get("act_scale") == "pow2":
+    if group < 16 and changes.get("act_scale") in ("pow2", "rms") and "act_bits" not in changes:
         changes["act_scale"] = "token"
     return tiny_spec(dim=dim, rows=(outputs,), act_group=group, weight_group=group, **changes)
 

@@ -1,0 +1,115 @@
+"""Launch shapes of the sweeps (sweeps.py): rows, columns, warps and stages, by source and chip."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import triton
+from torch import Tensor
+
+from ..build import shared_bytes
+from ..chip import processors
+from ..source import Kind
+from ..spec import QuantSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweep:
+    """Launch shape: rows and columns per step, warps, pipeline stages, programs per SM."""
+
+    bm: int
+    width: int = 0
+    """Columns: of a step of ``project``, of a program of ``round_rows``. ``rotate``: four tiles."""
+    warps: int = 4
+    stages: int = 3
+    per_sm: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sweeps:
+    project: Sweep
+    rotate: Sweep
+    round_rows: Sweep
+
+
+DEFAULT: Mapping[Kind, Sweeps] = {
+    "plain": Sweeps(
+        project=Sweep(bm=64, width=128, stages=5),
+        rotate=Sweep(bm=32, stages=2, per_sm=3),
+        round_rows=Sweep(bm=4, width=512),
+    ),
+    "gelu": Sweeps(
+        project=Sweep(bm=64, width=64, stages=4, per_sm=3),
+        rotate=Sweep(bm=64, stages=2, per_sm=2),
+        round_rows=Sweep(bm=4, width=512),
+    ),
+    "concat": Sweeps(
+        project=Sweep(bm=64, width=64, stages=4, per_sm=3),
+        rotate=Sweep(bm=128, stages=2, warps=8),
+        round_rows=Sweep(bm=4, width=512),
+    ),
+}
+"""On Hopper, by what the sweeps compute on the way in; measured on an H100 at FLUX's sizes."""
+
+_SMALL = Sweeps(
+    project=Sweep(bm=32, width=64, stages=3, per_sm=2),
+    rotate=Sweep(bm=32, stages=2, per_sm=2),
+    round_rows=Sweep(bm=4, width=512),
+)
+_SMALL_PLAIN = replace(DEFAULT["plain"], project=Sweep(bm=64, width=64, stages=4))
+
+
+def usual(kind: Kind, chip: int | None) -> Sweeps:
+    """The sweeps of a source on compute capability ``chip``: on others than Hopper, what their
+    registers hold."""
+    if chip in (None, 90) or (kind == "plain" and chip == 100):
+        return DEFAULT[kind]
+    return _SMALL_PLAIN if kind == "plain" else _SMALL
+
+
+def parts(x_BTD: Tensor, d: int, s: Sweep) -> tuple[int, int]:
+    """Into how many parts of how many columns ``project`` is cut, so that it fills the chip."""
+    programs = x_BTD.shape[0] * triton.cdiv(x_BTD.shape[1], s.bm)
+    steps = triton.cdiv(d, s.width)
+    wanted = processors(x_BTD.device) * s.per_sm // max(programs, 1)
+    part = triton.cdiv(steps, max(1, min(wanted, steps // 3)))
+    return triton.cdiv(steps, part), part * s.width
+
+
+def tile(spec: QuantSpec) -> int:
+    """Columns of a tile of ``rotate``."""
+    return 128 if spec.block == 512 else 64
+
+
+def tiles(spec: QuantSpec) -> int:
+    """Tiles of the main branch."""
+    return triton.cdiv(spec.dim, tile(spec))
+
+
+def width_of_c(rank: int) -> int:
+    """Columns of c and of the basis in the kernels: a power of two."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def project_sweep(sweeps: Sweeps, rank: int, chip: int) -> Sweep:
+    """``project``'s, with as many stages as the chip's shared memory holds."""
+    s = sweeps.project
+    return _stages_within(s, 2 * s.width * (s.bm + width_of_c(rank)), 0, chip)
+
+
+def rotate_sweep(sweeps: Sweeps, block: int, rank: int, chip: int) -> Sweep:
+    """``rotate``'s, the same."""
+    s, w, rp = sweeps.rotate, 64, width_of_c(rank) if rank else 0
+    if block == 512:  # tiles are twice as wide: the same registers for twice the threads
+        s, w = replace(s, warps=2 * s.warps, per_sm=1), 128
+    return _stages_within(s, 2 * s.bm * (4 * w + rp), 2 * w * (4 * rp + w), chip)
+
+
+def _stages_within(s: Sweep, each: int, fixed: int, chip: int) -> Sweep:
+    """``s`` with as many of its stages (``each`` bytes) as fit beside ``fixed`` bytes."""
+    return replace(s, stages=max(1, min(s.stages, (shared_bytes(chip) - fixed) // each)))
+
+
+def programs(x: Tensor, n_row: int, n_col: int, sweep: Sweep) -> int:
+    """A multiple of the column blocks that fills the chip, at most one program per row block."""
+    slots = processors(x.device) * sweep.per_sm
+    return n_col * max(1, min(n_row, slots // n_col))
