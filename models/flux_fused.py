@@ -1,29 +1,32 @@
 """FLUX.1's blocks, fused: norms, GELU and concatenation are computed by the kernels of the linears
-that read them, q and k are normalized and rotated in one pass, residuals are added in one.
+that read them, q and k are normalized and rotated in one pass, residuals are added in one, with the
+next norm.
 
 Where it can't (models/fused_block.py) a block runs module by module (models/flux_sharing.py).
 
 Letters: B images, T tokens, D channels.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
 from torch import Tensor
 
 from dirotq.kernels.attention import attention
-from dirotq.kernels.gated_residual import gated_residual
+from dirotq.kernels.gated_residual import gated_residual_norm
 from dirotq.kernels.qk_norm_rope import Part, qk_norm_rope
-from dirotq.kernels.source import concat_gelu, modulated_norm, plain
+from dirotq.kernels.source import concat_gelu, plain
 
 from .fused_block import (
-    feed_forward,
+    fed_forward,
     install,
     may_fuse,
     plain_feed_forward,
     plain_norm,
     untouched,
 )
+from .look_ahead import last_residual, norm_ahead
 from .runtime import Modulators, clipped, joined, read
 
 Rope = tuple[Tensor, Tensor] | None
@@ -65,11 +68,10 @@ def _double_forward(
     x, text, tokens = hidden_states, encoder_hidden_states, encoder_hidden_states.shape[1]
     of_x = shared.modulators.of(self.norm1.linear, temb).chunk(6, dim=1)
     of_text = shared.modulators.of(self.norm1_context.linear, temb).chunk(6, dim=1)
-    shift, scale, gate = of_x[:3]
-    text_shift, text_scale, text_gate = of_text[:3]
-    eps = self.norm1.norm.eps
-    qkv = read(attn.qkv, modulated_norm(x, scale, shift, eps=eps))
-    text_qkv = read(attn.add_qkv, modulated_norm(text, text_scale, text_shift, eps=eps))
+    source = norm_ahead(shared, self.norm1, x, temb, of_x[1], of_x[0])
+    text_source = norm_ahead(shared, self.norm1_context, text, temb, of_text[1], of_text[0])
+    shared.ahead = ()
+    qkv, text_qkv = read(attn.qkv, source), read(attn.add_qkv, text_source)
     q, k, v = qk_norm_rope(
         [
             _part(text_qkv, attn.norm_added_q, attn.norm_added_k),
@@ -80,10 +82,21 @@ def _double_forward(
         eps=attn.norm_q.eps,
     )
     attended = attention(q, k, v, mode=shared.runtime.attention).flatten(2)
-    x = gated_residual(x, gate, read(attn.to_out[0], plain(attended[:, tokens:])))
-    text = gated_residual(text, text_gate, read(attn.to_add_out, plain(attended[:, :tokens])))
-    x = feed_forward(self.ff, x, *of_x[3:], eps=self.norm2.eps)
-    text = feed_forward(self.ff_context, text, *of_text[3:], eps=self.norm2_context.eps)
+    x, source = gated_residual_norm(
+        x, of_x[2], read(attn.to_out[0], plain(attended[:, tokens:])), of_x[4], of_x[3],
+        eps=self.norm2.eps,
+    )  # fmt: skip
+    text, text_source = gated_residual_norm(
+        text, of_text[2], read(attn.to_add_out, plain(attended[:, :tokens])), of_text[4],
+        of_text[3], eps=self.norm2_context.eps,
+    )  # fmt: skip
+    after = _after(self, x, _double_fusable)
+    norms = (None, None) if after is None else (after.norm1, after.norm1_context)
+    fed = fed_forward(self.ff, source)
+    x, ahead = last_residual(shared, norms[0], x, of_x[5], fed, temb)
+    fed = fed_forward(self.ff_context, text_source)
+    text, text_ahead = last_residual(shared, norms[1], text, of_text[5], fed, temb)
+    shared.ahead = (*ahead, *text_ahead)
     return clipped(text), x
 
 
@@ -105,7 +118,9 @@ def _single_forward(
     tokens = encoder_hidden_states.shape[1]
     x = joined(encoder_hidden_states, hidden_states)
     shift, scale, gate = shared.modulators.of(self.norm.linear, temb).chunk(3, dim=1)
-    wide = read(self.qkv_mlp, modulated_norm(x, scale, shift, eps=self.norm.norm.eps))
+    source = norm_ahead(shared, self.norm, x, temb, scale, shift)
+    shared.ahead = ()
+    wide = read(self.qkv_mlp, source)
     q, k, v = qk_norm_rope(
         [_part(wide, attn.norm_q, attn.norm_k)],
         image_rotary_emb,
@@ -114,8 +129,18 @@ def _single_forward(
     )
     attended = attention(q, k, v, mode=shared.runtime.attention).flatten(2)
     behind = wide[..., 3 * attn.inner_dim :]
-    x = clipped(gated_residual(x, gate, read(self.proj_out, concat_gelu(attended, behind))))
+    y = read(self.proj_out, concat_gelu(attended, behind))
+    after = _after(self, x, _single_fusable)
+    norm = None if after is None else after.norm
+    x, shared.ahead = last_residual(shared, norm, x, gate, y, temb)
+    x = clipped(x)
     return x[:, :tokens], x[:, tokens:]
+
+
+def _after(block: Any, x: Tensor, fusable: Callable[[Any, Tensor], bool]) -> Any | None:
+    """The block that follows, if it is of the same kind and will run fused too."""
+    after = block._dirotq_shared.modulators.after(block)
+    return after if type(after) is type(block) and fusable(after, x) else None
 
 
 def _part(qkv_BTC: Tensor, norm_q: Any, norm_k: Any) -> Part:

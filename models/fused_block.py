@@ -17,8 +17,7 @@ from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
 from torch import Tensor, nn
 
-from dirotq.kernels.gated_residual import gated_residual
-from dirotq.kernels.source import gelu, modulated_norm
+from dirotq.kernels.source import Source, gelu
 
 from .graph_watch import RUNTIME
 from .runtime import Modulators, Runtime, Shared, read
@@ -114,12 +113,9 @@ def from_table(table_CD: Tensor, timestep_BC: Tensor) -> tuple[Tensor, ...]:
     return (table_CD[None] + timestep_BC.reshape(len(timestep_BC), chunks, -1)).unbind(1)
 
 
-def feed_forward(
-    ff: Any, x_BTD: Tensor, shift_BD: Tensor, scale_BD: Tensor, gate_BD: Tensor, *, eps: float
-) -> Tensor:
-    """x + gate * ff(norm(x) * (1 + scale) + shift), [B, T, D]."""
-    up = read(ff.net[0].proj, modulated_norm(x_BTD, scale_BD, shift_BD, eps=eps))
-    return gated_residual(x_BTD, gate_BD, read(ff.net[2], gelu(up)))
+def fed_forward(ff: Any, source: Source) -> Tensor:
+    """ff(source), [B, T, D]."""
+    return read(ff.net[2], gelu(read(ff.net[0].proj, source)))
 
 
 def _observed(module: nn.Module) -> bool:

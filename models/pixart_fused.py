@@ -14,7 +14,7 @@ from dirotq.kernels.gated_residual import gated_residual
 from dirotq.kernels.source import modulated_norm, plain
 
 from .fused_block import (
-    feed_forward,
+    fed_forward,
     from_table,
     heads_of,
     install,
@@ -72,7 +72,9 @@ def _forward(
     attended = attention(*heads_of(qkv, attn.heads), mode=mode).flatten(2)
     x = gated_residual(x, gate, read(attn.to_out[0], plain(attended)))
     x = x + _cross_attention(self.attn2, x, text, mask)
-    return feed_forward(self.ff, x, *of_ff, eps=self.norm2.eps)
+    shift, scale, gate = of_ff
+    source = modulated_norm(x, scale, shift, eps=self.norm2.eps)
+    return gated_residual(x, gate, fed_forward(self.ff, source))
 
 
 def _cross_attention(attn: Any, x_BTD: Tensor, text_BSD: Tensor, mask: Tensor | None) -> Tensor:

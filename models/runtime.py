@@ -50,6 +50,8 @@ class Shared:
 
     runtime: Runtime = field(default_factory=Runtime)
     modulators: "Modulators | None" = None
+    ahead: Sequence[Any] = ()
+    """Norms computed for the block that comes next (models/look_ahead.py)."""
 
 
 class Modulators:
@@ -74,6 +76,16 @@ class Modulators:
             last = temb_BD, {id(m): y for m, y in zip(self.linears, made, strict=True)}
             self._last = last
         return last[1][id(linear)]
+
+    def known(self, linear: Any, temb_BD: Tensor) -> Tensor | None:
+        """:meth:`of`, if it was computed together with the others'."""
+        last = self._last
+        return None if last is None or last[0] is not temb_BD else last[1].get(id(linear))
+
+    def after(self, block: nn.Module) -> nn.Module | None:
+        """The block that follows; None after the last one."""
+        where = next((i for i, b in enumerate(self.blocks) if b is block), len(self.blocks))
+        return self.blocks[where + 1] if where + 1 < len(self.blocks) else None
 
     def _rest(self, device: torch.device) -> bool:
         """Whether all weights lie on the device and nothing moves them block by block."""

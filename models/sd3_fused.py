@@ -4,6 +4,7 @@ modulators of all blocks together, q and k normalized in one pass (3.5).
 Letters: B images, T tokens, S text tokens, D channels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,12 +19,12 @@ from diffusers.models.normalization import (
 from torch import Tensor
 
 from dirotq.kernels.attention import attention
-from dirotq.kernels.gated_residual import gated_residual
+from dirotq.kernels.gated_residual import gated_residual, gated_residual_norm
 from dirotq.kernels.qk_norm_rope import Part, qk_norm_rope
 from dirotq.kernels.source import modulated_norm, plain
 
 from .fused_block import (
-    feed_forward,
+    fed_forward,
     heads_of,
     install,
     may_fuse,
@@ -85,18 +86,28 @@ def _forward(
         q = q[:, :tokens]  # nobody reads what the text would attend to
     mode = self._dirotq_shared.runtime.attention
     attended = attention(q, k, v, mode=mode).flatten(2)
-    y = gated_residual(x, gate, read(attn.to_out[0], plain(attended[:, :tokens])))
+    y, out = x, read(attn.to_out[0], plain(attended[:, :tokens]))
     if self.use_dual_attention:
+        y = gated_residual(y, gate, out)
         of_ff, (shift, scale, gate) = of_ff[:3], of_ff[3:]
         again = read(self.attn2.qkv, modulated_norm(x, scale, shift, eps=eps))
         alone = attention(*_normed(self.attn2, again), mode=mode).flatten(2)
-        y = gated_residual(y, gate, read(self.attn2.to_out[0], plain(alone)))
-    y = feed_forward(self.ff, y, *of_ff, eps=self.norm2.eps)
+        out = read(self.attn2.to_out[0], plain(alone))
+    y = _residual_and_fed(self.ff, self.norm2, y, gate, out, of_ff)
     if self.context_pre_only:
         return None, y
-    text = gated_residual(text, text_gate, read(attn.to_add_out, plain(attended[:, tokens:])))
-    text = feed_forward(self.ff_context, text, *of_text_ff, eps=self.norm2_context.eps)
+    out = read(attn.to_add_out, plain(attended[:, tokens:]))
+    text = _residual_and_fed(self.ff_context, self.norm2_context, text, text_gate, out, of_text_ff)
     return text, y
+
+
+def _residual_and_fed(
+    ff: Any, norm: Any, x: Tensor, gate: Tensor, y: Tensor, of_ff: Sequence[Tensor]
+) -> Tensor:
+    """x + gate * y, and what the MLP behind ``norm`` adds to it; of_ff: its shift, scale, gate."""
+    shift, scale, ff_gate = of_ff
+    x, source = gated_residual_norm(x, gate, y, scale, shift, eps=norm.eps)
+    return gated_residual(x, ff_gate, fed_forward(ff, source))
 
 
 def _normed(attn: Any, qkv_BTC: Tensor, text_BSC: Tensor | None = None) -> Heads:

@@ -175,6 +175,8 @@ def _computed(source: Source, p_DR: Tensor | None, spec: QuantSpec) -> tuple[Sou
     for ``rms``, the sums of its squares, float32 [1, M], where they cost nothing."""
     split = source.x_BTD.shape[-1]
     torn = source.kind == "concat" and split % (4 * tile(spec))
+    if source.known is not None:
+        return plain(source.known[0]), source.known[1]
     if source.kind == "norm":
         return _normalized(source.laid_out(), spec.act_scale == "rms")
     beyond = p_DR is not None and _beyond(spec)

@@ -61,6 +61,17 @@ def read_columns(
 
 
 @triton.jit
+def modulated_row(x, p_scale, p_shift, o_d, D, eps):
+    """LayerNorm of a row [BD] of D channels, times 1 + scale, plus shift; float32."""
+    m_d = o_d < D
+    x = tl.where(m_d, x - tl.sum(x) / D, 0.0)
+    x *= tl.rsqrt(tl.sum(x * x) / D + eps)
+    scale = tl.load(p_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
+    shift = tl.load(p_shift + o_d, mask=m_d, other=0.0).to(tl.float32)
+    return x * (1 + scale) + shift
+
+
+@triton.jit
 def normalize(
     p_x, p_scale, p_shift, p_y, p_squares, T, D, image_x, stride_x, stride_scale, eps,
     SQUARES: tl.constexpr, BD: tl.constexpr,
@@ -74,12 +85,9 @@ def normalize(
     o_d = tl.arange(0, BD)
     m_d = o_d < D
     x = tl.load(p_x + image * image_x + row % T * stride_x + o_d, mask=m_d, other=0.0)
-    x = x.to(tl.float32)
-    x = tl.where(m_d, x - tl.sum(x) / D, 0.0)
-    x *= tl.rsqrt(tl.sum(x * x) / D + eps)
-    scale = tl.load(p_scale + image * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
-    shift = tl.load(p_shift + image * stride_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
-    y = (x * (1 + scale) + shift).to(p_y.dtype.element_ty)
+    at = image * stride_scale
+    y = modulated_row(x.to(tl.float32), p_scale + at, p_shift + at, o_d, D, eps)
+    y = y.to(p_y.dtype.element_ty)
     tl.store(p_y + row * D + o_d, y, mask=m_d)
     if SQUARES:
         y = tl.where(m_d, y.to(tl.float32), 0.0)

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dirotq import accelerate
 from dirotq.kernels.linear import QuantLinear
-from dirotq.models import fused_block, swap
+from dirotq.models import fused_block, look_ahead, swap
 from dirotq.models.families import FAMILIES
 from dirotq.models.swap import swap_sites
 
@@ -309,6 +309,7 @@ def test_a_family_fuses_what_its_table_says(table, monkeypatch):
         if hasattr(module, name):
             spy(module, name, key)
     spy(fused_block, "gelu", "gelu")
+    spy(look_ahead, "modulated_norm", "norm")
     variant = next(variant for variant, (key, _) in VARIANTS.items() if key == table.name)
     network = quantize(original(variant))
     shared = network._dirotq_shared
