@@ -26,6 +26,8 @@ G64 = (
     "method.weight_scale=group method.weight_clip=false method.act_scale=group method.act_group=64"
 )
 CHANNEL = "method.weight_scale=channel method.weight_clip=true"
+POW2 = "method.act_scale=pow2"
+"""The default until scales of the root mean square: what most rows vary."""
 RIVAL, OURS = "svdquant", "dirotq"
 
 METHODS = (
@@ -37,8 +39,9 @@ METHODS = (
     _row("svdquant", "svdquant, g64/g64", "method=svdquant", RIVAL),
     _row("dense_g64", "dirotq_dense, g64/g64", f"method=dirotq_dense {G64}", RIVAL),
     _row("dirotq_g64", "**dirotq, g64/g64**", f"method=dirotq {G64}", RIVAL),
-    _row("dense", "dirotq_dense, pow2/channel", "method=dirotq_dense", RIVAL),
-    _row("dirotq", "**dirotq, pow2/channel (default)**", "method=dirotq", RIVAL),
+    _row("dense", "dirotq_dense, pow2/channel", f"method=dirotq_dense {POW2}", RIVAL),
+    _row("dirotq", "dirotq, pow2/channel", f"method=dirotq {POW2}", RIVAL),
+    _row("dirotq_rms", "**dirotq, rms/channel (default)**", "method=dirotq", RIVAL),
     _row(
         "svdquant_token",
         "svdquant, token/channel",
@@ -51,9 +54,15 @@ METHODS = (
 FP4 = "method.weight_scale={0} method.act_scale={0} method.weight_group={1} method.act_group={1}"
 FORMATS = (
     *(
-        _row(f"pow2_{group}", f"dirotq, pow2 of {group}/channel", f"method.act_group={group}", OURS)
+        _row(
+            f"pow2_{group}",
+            f"dirotq, pow2 of {group}/channel",
+            f"{POW2} method.act_group={group}",
+            OURS,
+        )
         for group in (64, 32, 16)
     ),
+    _row("rms_16", "dirotq, rms of 16/channel (default)", "", "pow2_16"),
     _row(
         "g64_channel",
         "dirotq, g64/channel",
@@ -63,7 +72,7 @@ FORMATS = (
     _row(
         "pow2_g64",
         "dirotq, pow2/g64",
-        "method.weight_scale=group method.weight_clip=false",
+        f"{POW2} method.weight_scale=group method.weight_clip=false",
         OURS,
     ),
     _row(
@@ -72,7 +81,8 @@ FORMATS = (
         f"method=dirotq {G64.replace('64', '128')}",
         OURS,
     ),
-    _row("dirotq_w4a8", "dirotq W4A8, token/channel", "method=dirotq_w4a8", OURS),
+    _row("dirotq_w4a8", "dirotq W4A8, token/channel", "method=dirotq_w4a8_int8", OURS),
+    _row("dirotq_fp8", "dirotq W4A8, 8-bit floats/channel", "method=dirotq_w4a8", "pow2_16"),
     _row("svdquant_w4a8", "svdquant W4A8, g64/g64", "method=svdquant method.act_bits=8", OURS),
     _row("rtn_nvfp4", "rtn NVFP4", "method=rtn_nvfp4", OURS),
     _row("svdquant_nvfp4", "svdquant NVFP4", f"method=svdquant {FP4.format('nvfp4', 16)}", OURS),
@@ -83,57 +93,57 @@ FORMATS = (
 )
 
 RUNTIME = (
-    _row("dirotq_bf16", "dirotq, bf16, kernels", "method=dirotq dtype=bfloat16", OURS),
+    _row("dirotq_bf16", "dirotq, bf16, kernels", f"method=dirotq {POW2} dtype=bfloat16", OURS),
     _row("rtn_bf16", "rtn, bf16, kernels", "method=rtn dtype=bfloat16", OURS),
 )
 """Held against 16-bit images of their own precision."""
 
 BUDGET = "rank=budget rank.like=16 rank.batch=64"
 ALLOCATION = (
-    _row("budget", "budget of uniform r = 16, gated", f"{BUDGET} rank.gate=64", OURS),
-    _row("budget_ungated", "the same, no gate", f"{BUDGET} rank.gate=0", OURS),
+    _row("budget", "budget of uniform r = 16, gated", f"{POW2} {BUDGET} rank.gate=64", OURS),
+    _row("budget_ungated", "the same, no gate", f"{POW2} {BUDGET} rank.gate=0", OURS),
     _row(
         "budget_equal",
         "the same, no gate, equal sensitivities",
-        f"{BUDGET} rank.gate=0 rank.sensitivity=equal",
+        f"{POW2} {BUDGET} rank.gate=0 rank.sensitivity=equal",
         OURS,
     ),
-    _row("worst", "r = 16, worst 3 sites A8", "rank.worst={count:3,act_bits:8}", OURS),
+    _row("worst", "r = 16, worst 3 sites A8", POW2 + " rank.worst={count:3,act_bits:8}", OURS),
 )
 
 ABLATIONS = (
-    _row("r0", "r = 0", "method.protect=false", OURS),
-    _row("r8", "r = 8", "rank.r=8", OURS),
-    _row("r32", "r = 32", "rank.r=32", OURS),
-    _row("r64", "r = 64", "rank.r=64", OURS),
-    _row("block1", "no Hadamard", "method.block=1", OURS),
-    _row("nearest", "nearest rounding", "method.rounding=nearest", OURS),
+    _row("r0", "r = 0", f"{POW2} method.protect=false", OURS),
+    _row("r8", "r = 8", f"{POW2} rank.r=8", OURS),
+    _row("r32", "r = 32", f"{POW2} rank.r=32", OURS),
+    _row("r64", "r = 64", f"{POW2} rank.r=64", OURS),
+    _row("block1", "no Hadamard", f"{POW2} method.block=1", OURS),
+    _row("nearest", "nearest rounding", f"{POW2} method.rounding=nearest", OURS),
     _row("svdquant_hadamard", "svdquant with Hadamard", "method=svdquant method.block=256", RIVAL),
-    _row("inputs", "second moment of quantized inputs", "gptq.inputs=quantized", OURS),
-    _row("protected8", "8-bit protected branch", "method.protected_bits=8", OURS),
-    _row("leveled", "timesteps count alike", "capture.weighting=leveled", OURS),
-    _row("feedback", "error feedback into the branch", "gptq.feedback=true", OURS),
-    _row("calls32", "32 calls", "capture.calls=32", OURS),
-    _row("captions_first", "first 64 captions", "prompts.calibration.count=64", OURS),
+    _row("inputs", "second moment of quantized inputs", f"{POW2} gptq.inputs=quantized", OURS),
+    _row("protected8", "8-bit protected branch", f"{POW2} method.protected_bits=8", OURS),
+    _row("leveled", "timesteps count alike", f"{POW2} capture.weighting=leveled", OURS),
+    _row("feedback", "error feedback into the branch", f"{POW2} gptq.feedback=true", OURS),
+    _row("calls32", "32 calls", f"{POW2} capture.calls=32", OURS),
+    _row("captions_first", "first 64 captions", f"{POW2} prompts.calibration.count=64", OURS),
     _row(
         "captions_last",
         "last 64 captions",
-        "prompts.calibration.start=64 prompts.calibration.count=64",
+        f"{POW2} prompts.calibration.start=64 prompts.calibration.count=64",
         OURS,
     ),
-    _row("regular", "regular Hadamard blocks", "method.transform=regular", OURS),
+    _row("regular", "regular Hadamard blocks", f"{POW2} method.transform=regular", OURS),
     _row("svdquant_r32", "svdquant, r = 32", "method=svdquant rank.r=32", "svdquant"),
     _row("svdquant_r8", "svdquant, r = 8", "method=svdquant rank.r=8", "svdquant"),
     _row("dirotq_g64_r8", "dirotq g64/g64, r = 8", f"{G64} rank.r=8", "dirotq_g64"),
     _row("dirotq_g64_r32", "dirotq g64/g64, r = 32", f"{G64} rank.r=32", "dirotq_g64"),
-    _row("calls8", "8 calls", "capture.calls=8", OURS),
-    _row("calls128", "128 calls", "capture.calls=128", OURS),
-    _row("calls1024", "1024 calls", "capture.calls=1024", OURS),
-    _row("damping1", "damping 0.1", "gptq.damping=0.1", OURS),
-    _row("damping001", "damping 0.001", "gptq.damping=0.001", OURS),
-    _row("damping03", "damping 0.03", "gptq.damping=0.03", OURS),
-    _row("block16", "Hadamard blocks of 16", "method.block=16", OURS),
-    _row("block64", "Hadamard blocks of 64", "method.block=64", OURS),
+    _row("calls8", "8 calls", f"{POW2} capture.calls=8", OURS),
+    _row("calls128", "128 calls", f"{POW2} capture.calls=128", OURS),
+    _row("calls1024", "1024 calls", f"{POW2} capture.calls=1024", OURS),
+    _row("damping1", "damping 0.1", f"{POW2} gptq.damping=0.1", OURS),
+    _row("damping001", "damping 0.001", f"{POW2} gptq.damping=0.001", OURS),
+    _row("damping03", "damping 0.03", f"{POW2} gptq.damping=0.03", OURS),
+    _row("block16", "Hadamard blocks of 16", f"{POW2} method.block=16", OURS),
+    _row("block64", "Hadamard blocks of 64", f"{POW2} method.block=64", OURS),
     _row("absorb_feedback", "absorb with feedback", "method=absorb gptq.feedback=true", "absorb"),
     _row("absorb003", "absorb, λ = 0.003", "method=absorb basis.regularization=0.003", "absorb"),
     _row("absorb3", "absorb, λ = 0.3", "method=absorb basis.regularization=0.3", "absorb"),

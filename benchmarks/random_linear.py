@@ -15,7 +15,7 @@ from dirotq.kernels.pack_int4 import pack_int4
 from dirotq.kernels.spec import QuantSpec
 
 FORMATS: dict[str, dict[str, Any]] = {
-    "w4a4": {"act_bits": 4, "act_scale": "pow2", "weight_scale": "channel"},
+    "w4a4": {"act_bits": 4, "act_scale": "rms", "weight_scale": "channel"},
     "w4a8": {"act_bits": 8, "act_scale": "token", "weight_scale": "channel"},
     "w4a4-grouped": {"act_bits": 4, "act_scale": "group", "weight_scale": "group"},
     "w4a16": {"act_bits": 16, "act_scale": "token", "weight_scale": "group"},
@@ -43,7 +43,7 @@ def spec_for(kind: str, k: int, n: int, rank: int = 64) -> QuantSpec:
         block=1 if plain else hadamard_block(k, 256),
         weight_bits=4,
         weight_group=group,
-        act_group=16 if FORMATS[kind]["act_scale"] == "pow2" else group,
+        act_group=16 if FORMATS[kind]["act_scale"] == "rms" else group,
         **FORMATS[kind],
     )
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from dirotq.errors import ConfigError
 from dirotq.kernels.fp4 import GROUPS as FP4_GROUPS
 from dirotq.kernels.hadamard import hadamard_block
-from dirotq.kernels.spec import ActScale, QuantSpec, WeightScale
+from dirotq.kernels.spec import SHIFTED, ActScale, QuantSpec, WeightScale
 from dirotq.models.family import Site
 from dirotq.overrides import Override, override_of, parse_overrides
 
@@ -33,8 +33,8 @@ class Method:
     ``rounding``         ``gptq`` or ``nearest``
     ``weight_scale``     ``channel`` or ``group`` (of ``weight_group`` columns), ``nvfp4`` or
                          ``mxfp4``; ``weight_clip`` searches the scale
-    ``act_bits``         4, 8 or 16; ``act_scale`` is ``token``, ``pow2`` or ``group``, or the
-                         weights' FP4 format
+    ``act_bits``         4, 8 or 16; ``act_scale`` is ``token``, ``pow2``, ``rms`` or ``group``, or
+                         the weights' FP4 format
     ``modulator_group``  W4A16 group of linears that see one row per image; null keeps them 16 bit
     ``overrides``        exceptions by site (dirotq/overrides.py)
 
@@ -108,7 +108,8 @@ class Method:
             rank = rank if override.rank is None else override.rank
             if override.act_bits is not None:
                 act_bits = override.act_bits  # type: ignore[assignment]  # QuantSpec looks at it
-                act_scale = "token" if (act_bits, act_scale) == (8, "pow2") else act_scale
+                # Exceptions in 8 bits run on every chip: integers.
+                act_scale = "token" if act_bits == 8 and act_scale in SHIFTED else act_scale
         # A dense rotation fills its last group with zero columns, so any group fits it.
         whole = self.transform == "dense" or self.weight_scale in FP4_GROUPS
         whole = whole and not modulator

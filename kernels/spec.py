@@ -12,6 +12,9 @@ from .hadamard import Kind, hadamard_block
 POW2_LEVELS = 4
 """A group's scale is 2^0 ... 2^-4 of its row's: q 2^(e+4) is exact in INT8 and in FP8-E4M3."""
 
+SHIFTED = ("pow2", "rms")
+"""Activation scales of which 4-bit codes carry powers of two below the row's."""
+
 FLOAT_LEVELS = 6
 """8-bit floats end at 448 = 7 * 2^6: they have the units of seven steps of 2^6."""
 
@@ -194,7 +197,7 @@ class QuantSpec:
         """Powers of two that codes of activations carry below a step."""
         if self.act_floats:
             return FLOAT_LEVELS
-        return POW2_LEVELS if self.act_scale in ("pow2", "rms") else 0
+        return POW2_LEVELS if self.act_scale in SHIFTED else 0
 
     def _group(self, side: str) -> int | None:
         whole_row = getattr(self, f"{side}_scale") in ("channel", "token")

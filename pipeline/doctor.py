@@ -91,7 +91,7 @@ def _kernels() -> tuple[bool, str]:
                 dim=channels, rows=(outputs,), transform="hadamard", weight_bits=4,
                 rank=0 if modulator else 64, block=1 if modulator else 256,
                 weight_scale="group" if modulator else "channel", weight_group=64,
-                act_bits=16 if modulator else 4, act_scale="pow2", act_group=16,
+                act_bits=16 if modulator else 4, act_scale="rms", act_group=16,
             )  # fmt: skip
             plan = choose(chip, rows, outputs, spec, torch.bfloat16)
             plans.append(f"FLUX {name} {rows} x {channels} -> {outputs}: {plan}")

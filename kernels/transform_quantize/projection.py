@@ -199,9 +199,11 @@ def gather(
     if CHAIN:
         gdc_launch_dependents()
         gdc_wait()
-    o_c = o_m.to(tl.int64)[:, None] * RP + tl.arange(0, RP)[None, :]
+    row = o_m.to(tl.int64)
+    o_c = row[:, None] * RP + tl.arange(0, RP)[None, :]
     acc = tl.zeros((BM, RP), dtype=tl.float32)
     for part in tl.static_range(PARTS):
-        acc += tl.load(p_parts + part * M.to(tl.int64) * RP + o_c, mask=m_m[:, None], other=0.0)
+        o_p = (part * M + row)[:, None] * RP + tl.arange(0, RP)[None, :]
+        acc += tl.load(p_parts + o_p, mask=m_m[:, None], other=0.0)
     tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
     tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)

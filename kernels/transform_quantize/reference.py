@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import fp4
 from ..hadamard import block_hadamard
-from ..spec import QuantSpec
+from ..spec import SHIFTED, QuantSpec
 
 POW2_CLIP = 0.9
 """A group takes the smallest power of two >= 0.9 of its share of the row (docs/quality.md)."""
@@ -71,7 +71,7 @@ def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         return _fp4_rows(z_MK.float(), spec)
     qmax, unit = spec.act_max, 2.0**spec.act_levels
     z_MK = z_MK.float()
-    if spec.act_scale in ("pow2", "rms"):
+    if spec.act_scale in SHIFTED:
         if spec.act_scale == "rms":
             amax_M1 = RMS_TOP * z_MK.square().mean(-1, keepdim=True).sqrt()
         else:

@@ -68,13 +68,14 @@ def store_tail(
         tl.store(at + o_r, high, mask=m_r)
         tl.store(at + RT + o_r, low, mask=m_r)
         tl.store(at + 2 * RT + o_r, high, mask=m_r)
-    o_t = tl.arange(0, T)[None, :]
+    # Chosen among as bytes: ptxas 12.8 packs an FP8 number wrongly beside itself, as among zeros.
     high = e4m3(one * unit)
-    low = e4m3(one * unit - high)
-    # Zeros by multiplication: ptxas leaves garbage where it converts constant zeros to FP8.
-    is_bias = ((o_t % RT == R) & (o_t < 3 * RT)).to(tl.float32)
-    v = tl.where(o_t // RT == 1, low[:, None], high[:, None]) * is_bias
-    v = v.to(p_codes.dtype.element_ty)
+    low = e4m3(one * unit - high).to(p_codes.dtype.element_ty).to(tl.int8, bitcast=True)
+    high = high.to(p_codes.dtype.element_ty).to(tl.int8, bitcast=True)
+    o_t = tl.arange(0, T)[None, :]
+    v = tl.where(o_t // RT == 1, low[:, None], high[:, None])
+    v = tl.where((o_t % RT == R) & (o_t < 3 * RT), v, 0)
+    v = v.to(tl.int8).to(p_codes.dtype.element_ty, bitcast=True)
     rest = ((o_t % RT >= R) | (o_t >= 3 * RT)) & (tail + o_t < stride_codes)
     tl.store(at + o_t, v, mask=m_m[:, None] & rest)
 
@@ -102,7 +103,8 @@ def scale_rows(
     o_c = row[:, None] * RP + tl.arange(0, RP)[None, :]
     acc = tl.zeros((BM, RP), dtype=tl.float32)
     for part in tl.static_range(PARTS):
-        acc += tl.load(p_parts + part * M.to(tl.int64) * RP + o_c, mask=m_m[:, None], other=0.0)
+        o_p = (part * M + row)[:, None] * RP + tl.arange(0, RP)[None, :]
+        acc += tl.load(p_parts + o_p, mask=m_m[:, None], other=0.0)
     squares = tl.zeros((BM,), dtype=tl.float32)
     for part in tl.static_range(SQUARES):
         squares += tl.load(p_squares + part * M + o_m, mask=m_m, other=0.0)

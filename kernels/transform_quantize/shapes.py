@@ -33,7 +33,7 @@ class Sweeps:
 
 DEFAULT: Mapping[Kind, Sweeps] = {
     "plain": Sweeps(
-        project=Sweep(bm=64, width=128, stages=5),
+        project=Sweep(bm=64, width=64, stages=5, per_sm=2),
         rotate=Sweep(bm=32, stages=2, per_sm=3),
         round_rows=Sweep(bm=4, width=512),
     ),

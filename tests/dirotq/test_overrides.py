@@ -33,7 +33,7 @@ def test_a_modulator_can_be_kept_too_and_ignores_what_only_blocks_have():
 
 @pytest.mark.parametrize(
     ("name", "bits", "scale"),
-    [("dirotq", 8, "token"), ("dirotq", 16, "pow2"), ("groups", 8, "group"), ("rtn", 8, "group")],
+    [("dirotq", 8, "token"), ("dirotq", 16, "rms"), ("groups", 8, "group"), ("rtn", 8, "group")],
 )
 def test_finer_activations_take_the_scale_that_they_can_have(name, bits, scale):
     found = spec(QKV, {"sites": "*.qkv", "act_bits": bits}, name=name)

@@ -27,7 +27,7 @@ def test_plan_round_trip(name, tmp_path):
 def test_a_block_takes_the_method_and_the_largest_hadamard_block_that_fits():
     spec = method("dirotq", act_group=32).spec(BLOCK, 16)
     assert (spec.dim, spec.rows, spec.rank, spec.block) == (96, (8, 8, 16), 16, 32)
-    assert (spec.transform, spec.act_bits, spec.act_scale) == ("hadamard", 4, "pow2")
+    assert (spec.transform, spec.act_bits, spec.act_scale) == ("hadamard", 4, "rms")
 
 
 @pytest.mark.parametrize("name", METHODS)
