@@ -57,7 +57,8 @@ class Shared:
 class Modulators:
     """Every block's modulation of one time embedding, computed together when the first asks.
 
-    Remembers the last embedding by identity: a network makes a new one in each forward.
+    Remembers the last embedding by identity, until the last block has asked: a network makes a new
+    one in each forward.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], linears: Sequence[Any]) -> None:
@@ -75,6 +76,8 @@ class Modulators:
             made = self._together(nn.functional.silu(temb_BD))
             last = temb_BD, {id(m): y for m, y in zip(self.linears, made, strict=True)}
             self._last = last
+        if linear is self.linears[-1]:
+            self._last = None  # nobody else will ask: a CUDA graph's memory would be held for it
         return last[1][id(linear)]
 
     def known(self, linear: Any, temb_BD: Tensor) -> Tensor | None:
