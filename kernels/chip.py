@@ -29,6 +29,12 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def chained(x: torch.Tensor) -> bool:
+    """Whether a kernel may be launched while the one before ends (programmatic dependent launch):
+    such a kernel waits for it (``gdc_wait``) before it reads or writes."""
+    return (capability(x.device) or 0) >= 90
+
+
 @functools.lru_cache
 def why_reference(chip: int | None) -> str | None:
     """Why the kernels can't run on a chip at all; None if they can."""

@@ -10,8 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from ..build import Build
+from ..chip import chained
 from ..transform_quantize.projection import modulated_row
 
 ROWS, COLUMNS = 4, 1024
@@ -59,7 +61,8 @@ def launch(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
 @triton.jit
 def add_and_normalize(
     p_x, p_gate, p_y, p_out, p_scale, p_shift, p_normed, p_squares, T, D,
-    image_x, stride_x, image_y, stride_y, stride_gate, stride_scale, eps, BD: tl.constexpr,
+    image_x, stride_x, image_y, stride_y, stride_gate, stride_scale, eps,
+    BD: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """One row of x + gate * y, of its modulated LayerNorm, and the sum of that's squares.
 
@@ -69,6 +72,8 @@ def add_and_normalize(
     image, t = row // T, row % T
     o_d = tl.arange(0, BD)
     m_d = o_d < D
+    if CHAIN:
+        gdc_wait()
     x = tl.load(p_x + image * image_x + t * stride_x + o_d, mask=m_d, other=0.0).to(tl.float32)
     y = tl.load(p_y + image * image_y + t * stride_y + o_d, mask=m_d, other=0.0).to(tl.float32)
     gate = tl.load(p_gate + image * stride_gate + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -100,7 +105,7 @@ def launch_with_norm(
         add_and_normalize[(images * tokens,)](
             x, gate, y, out, scale, shift, normed, squares, tokens, d, x.stride(0), x.stride(1),
             y.stride(0), y.stride(1), gate.stride(0), scale.stride(0), eps,
-            BD=width, num_warps=_warps(width),
+            BD=width, CHAIN=chained(x), num_warps=_warps(width), launch_pdl=chained(x),
         )  # fmt: skip
     return out, normed, squares
 
@@ -116,12 +121,12 @@ def builds() -> list[Build]:
         for dtype in ("bf16", "fp16")
         for build in (
             _build(dtype, gate_and_add, {"BM": ROWS, "BD": COLUMNS}, 4),
-            _build(dtype, add_and_normalize, {"BD": 4096}, _warps(4096)),
+            _build(dtype, add_and_normalize, {"BD": 4096, "CHAIN": False}, _warps(4096)),
         )
     ]
 
 
-def _build(dtype: str, kernel: Any, constants: dict[str, int], warps: int) -> Build:
+def _build(dtype: str, kernel: Any, constants: dict[str, Any], warps: int) -> Build:
     names = [n for n in kernel.arg_names if n not in constants]
     types = {n: f"*{dtype}" if n.startswith("p_") else "i32" for n in names}
     types |= {n: t for n, t in (("p_squares", "*fp32"), ("eps", "fp32")) if n in names}

@@ -14,13 +14,15 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_wait
 
 from ..build import Build
+from ..chip import chained
 from .reference import Part, Rope, check, columns
 
-ELEMENTS = 2048
+ELEMENTS = 1024
 """Of a program's block [BT, DP]: two accesses of 16 bytes for each of its threads."""
-HEADS = 4
+HEADS = 2
 """Heads of a program: enough to share cos and sin, few enough for many programs."""
 WARPS = 4
 
@@ -54,14 +56,18 @@ def norm_rope(
     tokens_a, tokens_b, blocks_a, H, a_batch, a_row, b_batch, b_row, eps,
     D: tl.constexpr, DP: tl.constexpr, BT: tl.constexpr, BH: tl.constexpr,
     Q_WEIGHT: tl.constexpr, K_WEIGHT: tl.constexpr, ROPE: tl.constexpr, COPY: tl.constexpr,
+    CHAIN: tl.constexpr,
 ):  # fmt: skip
     """q, k and with COPY v of BT tokens and BH heads of one image.
 
     p_a, p_b        the parts, [B, tokens_*, C]: batches lie ``*_batch`` apart and rows ``*_row``
     p_a_q ... p_cos  [D] each, [tokens_a + tokens_b, D]; anything where Q_WEIGHT ... ROPE say so
     p_q, p_k, p_v   [B, tokens_a + tokens_b, H, D]
+    CHAIN           launched while the product that makes p_a still ends (sm_90+)
     blocks_a        programs of part a along the grid's first axis, before those of b
     """
+    if CHAIN:
+        gdc_wait()
     block = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
     if block < blocks_a:
@@ -136,7 +142,8 @@ def launch(
     with torch.cuda.device_of(x):
         norm_rope[grid](
             x, *weights[0], b.qkv_BTC, *weights[1], cos, sin, q, k, v if copy else q,
-            *tokens, blocks[0], heads, *strides, eps, **constants, num_warps=WARPS, num_stages=1,
+            *tokens, blocks[0], heads, *strides, eps, **constants, CHAIN=chained(x),
+            num_warps=WARPS, num_stages=1, launch_pdl=chained(x),
         )  # fmt: skip
     return q, k, v
 
@@ -166,7 +173,7 @@ def builds() -> list[Build]:
 
 
 def _build(name: str, kind: str, dim: int, options: dict[str, bool]) -> Build:
-    constants = _constants(dim, **options)
+    constants = _constants(dim, **options) | {"CHAIN": False}
     types = {"p_cos": "*fp32", "p_sin": "*fp32", "eps": "fp32"}
     signature = {
         n: types.get(n, f"*{kind}" if n.startswith("p_") else "i32")

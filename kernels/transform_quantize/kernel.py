@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..build import CHIPS
-from ..chip import capability
+from ..chip import capability, chained
 from ..planar import padded, planar_columns
 from ..source import Source, plain
 from ..spec import QuantSpec
@@ -116,7 +116,7 @@ def _by_root_mean_square(
     chosen = sweeps or usual(source.kind, capability(source.x_BTD.device))
     new, m, r = source.x_BTD.new_empty, source.rows, spec.rank
     cut = parts(source.x_BTD, source.channels, chosen.project)
-    rp, chain = width_of_c(r), _chained(source.x_BTD)
+    rp, chain = width_of_c(r), chained(source.x_BTD)
     products = new((cut[0], m, rp), dtype=torch.float32)
     known = squares is not None
     if squares is None:
@@ -161,7 +161,7 @@ def _rotated(
     products = new((cut[0], m, rp), dtype=torch.float32) if cut[0] > 1 else c
     _project(source, p_DR, spec, products, spread, amax, None, cut, chosen)
     if cut[0] > 1:
-        chain = _chained(z)
+        chain = chained(z)
         projection.gather[(triton.cdiv(m, 16),)](
             products, c, amax, m, RP=rp, PARTS=cut[0], BM=16, CHAIN=chain,
             num_warps=4, launch_pdl=chain,
@@ -221,7 +221,7 @@ def _project(
         source.rows, x.shape[1], d, *_strides(source), blocks, n_main, cut[1],
         R=spec.rank, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, PARTS=cut[0],
         SQUARES=squares is not None, AMAX=amax_M.dtype == torch.int32, **_constants(source, spec),
-        num_warps=s.warps, num_stages=s.stages,
+        num_warps=s.warps, num_stages=s.stages, launch_pdl=chained(x),
     )  # fmt: skip
 
 
@@ -250,7 +250,8 @@ def _rotate(
         SUB=max(1, spec.block // width), PROJECT=c_MR is not None, EVEN=d % (4 * width) == 0,
         BM=s.bm, G=0 if row_2M is None else group, QMAX=spec.act_max, LEVELS=spec.act_levels,
         CLIP=POW2_CLIP, **_constants(source, spec),
-        num_warps=s.warps, num_stages=s.stages, launch_pdl=_chained(x) and c_MR is not None,
+        num_warps=s.warps, num_stages=s.stages, maxnreg=s.registers,
+        launch_pdl=chained(x) and c_MR is not None,
     )  # fmt: skip
 
 
@@ -262,7 +263,7 @@ def _constants(source: Source, spec: QuantSpec) -> dict[str, Any]:
         "W": width,
         "RP": width_of_c(spec.rank),
         "DOT": tl.float32 if INTERPRETED else DOTS[x.dtype],
-        "CHAIN": _chained(x),
+        "CHAIN": chained(x),
         "KIND": source.kind,
         "FAST": not INTERPRETED,
     }
@@ -292,7 +293,7 @@ def _round_rows(
     m, k, r = len(z_MK), spec.width, spec.rank
     n_col = triton.cdiv(padded(k), s.width)
     behind = codes_MK.shape[1] - padded(k)
-    chain = _chained(z_MK) and spec.transform == "hadamard" and spec.act_scale != "rms"
+    chain = chained(z_MK) and spec.transform == "hadamard" and spec.act_scale != "rms"
     rounding = "pow2" if spec.act_scale == "rms" else spec.act_scale
     kernels.round_rows[(triton.cdiv(m, s.bm) * n_col,)](
         z_MK, z_MK if c_MR is None else c_MR, amax_M, codes_MK, scale_MG, m, k, z_MK.stride(0),
@@ -338,8 +339,3 @@ def _padded(c_MR: Tensor) -> Tensor:
 def _chip(x: Tensor) -> int:
     """Whose shared memory a program may use."""
     return capability(x.device) or CHIPS[-1]
-
-
-def _chained(x: Tensor) -> bool:
-    """Whether the sweeps may overlap at their ends (programmatic dependent launch)."""
-    return (capability(x.device) or 0) >= 90

@@ -146,6 +146,7 @@ def project(
     pid = tl.program_id(0)
     if CHAIN:
         gdc_launch_dependents()
+        gdc_wait()
     o_r = tl.arange(0, RP)
     if pid < n_main * PARTS:
         index = pid // PARTS

@@ -202,11 +202,15 @@ def _codes(
         # [BM, blocks, parity, groups, column]: R1 order splits a group in even and odd columns.
         HALF: tl.constexpr = 2 if G < 64 else 1
         v = tl.reshape(y * factor[:, None], (BM, W // 64, HALF, 64 // G, G // HALF))
-        amax = tl.max(tl.max(tl.abs(v), 4), 2)
-        e = tl.minimum(tl.maximum(exponent(amax * (CLIP / QMAX)), -LEVELS), 0)
-        q = tl.fma(v, _groups(power(-e)), MAGIC)
+        share = tl.max(tl.max(tl.abs(v), 4), 2) * (CLIP / QMAX)
+        # 2^e of ``exponent`` and its inverse without leaving the float's bits: this is the sweep
+        # that instructions bound.
+        up = ((share.to(tl.int32, bitcast=True) + 0x7FFFFF) & -8388608).to(tl.float32, bitcast=True)
+        up = tl.minimum(tl.maximum(up, 1.0 / (1 << LEVELS)), 1.0)
+        down = (0x7F000000 - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
+        q = tl.fma(v, _groups(down), MAGIC)
         q = tl.minimum(tl.maximum(q, MAGIC - QMAX), MAGIC + QMAX)
-        return tl.reshape((q - MAGIC) * _groups(power(e) * unit[:, None, None]), (BM, W))
+        return tl.reshape((q - MAGIC) * _groups(up * unit[:, None, None]), (BM, W))
 
 
 @triton.jit
