@@ -6,7 +6,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,8 @@ def provenance(started: float, overrides: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def versions() -> dict[str, str | None]:
+@functools.cache
+def versions() -> Mapping[str, str | None]:
     """Installed version of each library that can influence a result; None if absent."""
     found: dict[str, str | None] = dict.fromkeys(LIBRARIES)
     for name in LIBRARIES:

@@ -238,7 +238,11 @@ def _constants(
 
 def builds() -> list[Build]:
     """The usual tiles for every chip: group 64, fp16, one scale, masked steps; the others, which
-    only measurements choose, for the chips that they are measured on."""
+    only measurements choose, for the chips that they are measured on.
+
+    Rows of many linears are ``row`` behind a table of addresses: group 64 stands for all formats,
+    but on the chips that are measured.
+    """
     formats = (
         (torch.bfloat16, 3072, 48),
         (torch.float16, 3072, 48),
@@ -253,7 +257,8 @@ def builds() -> list[Build]:
             for dtype, width, groups in formats if tile is tiles[0] else formats[:1]:
                 found.append(_build(tile, dtype, width, groups, chips))
                 if tile is TILES["row"][0]:
-                    found.append(_build(tile, dtype, width, groups, chips, linears=76))
+                    some = chips if (dtype, width, groups) == formats[0] else WIDE_CHIPS
+                    found.append(_build(tile, dtype, width, groups, some, linears=76))
     return found
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
@@ -11,18 +12,20 @@ import pytest
 from dirotq.kernels.build import FP8_CHIPS
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = sorted(path.parent.name for path in (ROOT / "kernels").glob("*/kernel.py"))
+OPS = {path.parent.name for path in (ROOT / "kernels").glob("*/kernel.py")}
+LARGE = {"attention", "transform_quantize", "w4a16_linear", "w4a4_linear"}
+"""Ops with builds for a process of their own; the others share one."""
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one program may have, by compute capability."""
 FP8_ONLY = {"attention"}
 """Ops that only chips with FP8 matrix units have kernels for."""
 
 
-def rows(op: str, cache: Path) -> list[dict]:
+def rows(ops: Collection[str], cache: Path) -> list[dict]:
     """What tests/support/aot.py reports, one entry per build and chip."""
     environment = os.environ | {"TRITON_CACHE_DIR": str(cache)}
     environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, ROOT / "tests" / "support" / "aot.py", op]
+    command = [sys.executable, ROOT / "tests" / "support" / "aot.py", *ops]
     run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     return [json.loads(line) for line in run.stdout.splitlines()]
@@ -44,19 +47,20 @@ def problems(row: dict) -> list[str]:
 
 
 def test_every_op_with_a_kernel_is_here():
-    assert {"w4a16_linear", "w4a4_linear"} <= set(OPS)
+    assert LARGE < OPS
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("op", OPS)
-def test_every_build_compiles_for_its_chips(op, tmp_path):
+@pytest.mark.parametrize("ops", [*({op} for op in sorted(LARGE)), OPS - LARGE], ids="-".join)
+def test_every_build_compiles_for_its_chips(ops, tmp_path):
     pytest.importorskip("triton")
-    report = rows(op, tmp_path / "cache")
-    assert report
+    report = rows(sorted(ops), tmp_path / "cache")
     bad = {f"{r['build']} on sm_{r['chip']}": found for r in report if (found := problems(r))}
     assert bad == {}
-    assert {row["chip"] for row in report} == set(FP8_CHIPS if op in FP8_ONLY else SHARED)
+    for op in ops:
+        chips = {row["chip"] for row in report if row["op"] == op}
+        assert chips == set(FP8_CHIPS if op in FP8_ONLY else SHARED), op
 
 
 @pytest.mark.parametrize(
@@ -79,4 +83,4 @@ def test_problems(change, said):
 def test_the_compiler_is_really_asked(tmp_path):
     """An op without a kernel must not pass for one without builds."""
     with pytest.raises(AssertionError, match="hadamard"):
-        rows("hadamard", tmp_path / "cache")
+        rows(["hadamard"], tmp_path / "cache")

@@ -36,7 +36,8 @@ def choices(root):
 
 def pytest_generate_tests(metafunc):
     if "choice" in metafunc.fixturenames:
-        metafunc.parametrize("choice", list(choices(metafunc.config.rootpath)))
+        # Per module: the tests of one choice run in a row, on one process, and compose it once.
+        metafunc.parametrize("choice", list(choices(metafunc.config.rootpath)), scope="module")
 
 
 def targets(node, name=""):

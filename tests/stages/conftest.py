@@ -1,3 +1,13 @@
 """The tiny pipeline (tests/support/tiny_line.py), built once."""
 
+import pytest
 from tiny_fixtures import *  # noqa: F403
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reports' figures are plotted, but not typeset, which takes a third of a line's time.
+
+    test_validate.py, where reports are looked at, has them.
+    """
+    monkeypatch.setattr("dirotq.report._svg", lambda figure: "<svg></svg>")

@@ -1,5 +1,6 @@
 """All stages together, from the real config tree, on the tiny pipeline."""
 
+import json
 import math
 import os
 import signal
@@ -101,52 +102,64 @@ def test_compress_from_python(tiny_root, tmp_path):
     assert (artifacts["rank"].data / "plan.json").is_file()
 
 
+KILLS = {
+    "capture-between-shards": ("capture", "dirotq.stages.capture", "save_calls", 1),
+    "capture-between-blocks": ("capture", "dirotq.stages.capture", "write_rows", 10),
+    "gptq": ("gptq", "dirotq.stages.gptq", "save_site", 5),
+}
+"""Stage, and after how many calls of which function it is killed."""
 KILL = """
-import importlib, os, signal, sys
+import importlib, json, os, signal, sys
 os.fsync = lambda handle: None  # as in conftest.py
-module, name, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
-owner = importlib.import_module(module)
-for part in name.split(".")[:-1]:
-    owner = getattr(owner, part)
-leaf = name.split(".")[-1]
-right = getattr(owner, leaf)
-
-def kill_at(*args, **kwargs):
-    global count
-    count -= 1
-    if count < 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return right(*args, **kwargs)
-
-setattr(owner, leaf, kill_at)
 from tiny_line import run
 from dirotq.pipeline.config import build, compose_config
-run(build(compose_config(sys.argv[4:], "dirotq.conf")))
+
+def run_and_die(module, name, count, command):
+    owner = importlib.import_module(module)
+    right = getattr(owner, name)
+
+    def kill_at(*args, **kwargs):
+        nonlocal count
+        count -= 1
+        if count < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return right(*args, **kwargs)
+
+    setattr(owner, name, kill_at)
+    run(build(compose_config(command, "dirotq.conf")))
+
+# Forked, so that imports are paid for once; before anything ran, so that there are no threads.
+for kill in json.loads(sys.argv[1]):
+    child = os.fork()
+    if child == 0:
+        run_and_die(*kill)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
-@pytest.mark.parametrize(
-    ("stage", "module", "function", "calls"),
-    [
-        ("capture", "dirotq.stages.capture", "save_calls", 1),
-        ("capture", "dirotq.stages.capture", "write_rows", 10),
-        ("gptq", "dirotq.stages.gptq", "save_site", 5),
-    ],
-    ids=["capture-between-shards", "capture-between-blocks", "gptq"],
-)
-def test_kill_dash_nine_then_the_same_command(
-    tiny_root, finished, tmp_path, stage, module, function, calls
-):
-    store = tmp_path / "store"
-    command = overrides(tiny_root, store, "until=pack")
-    killed = subprocess.run(
-        [sys.executable, "-c", KILL, module, function, str(calls), *command],
+@pytest.fixture(scope="module")
+def killed(tiny_root, tmp_path_factory):
+    """{kill: store of a line that died of it}."""
+    stores = {name: tmp_path_factory.mktemp(name) for name in KILLS}
+    kills = [
+        (*KILLS[name][1:], overrides(tiny_root, store, "until=pack"))
+        for name, store in stores.items()
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", KILL, json.dumps(kills)],
         env=dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"),
         capture_output=True,
         text=True,
         check=False,
     )
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(kills), done.stderr
+    return stores
+
+
+@pytest.mark.parametrize("kill", KILLS)
+def test_kill_dash_nine_then_the_same_command(tiny_root, finished, killed, kill):
+    store, stage = killed[kill], KILLS[kill][0]
     (left,) = (store / stage).iterdir()
     assert left.suffix == ".partial"
     assert any((left / "data").rglob("*.safetensors"))

@@ -1,7 +1,10 @@
-"""Compile every build of an op for chips that are not here: ``python aot.py w4a16_linear``.
+"""Compile every build of some ops for chips that are not here: ``python aot.py w4a16_linear``.
 
 Prints one JSON line per build and chip: what ptxas made of it, or the error. Runs as a program of
 its own, because TRITON_INTERPRET (set in tests without a GPU) makes compiling impossible.
+
+Chips of a family get one PTX, which is most of the work; ptxas runs for each of them. That Triton
+writes the same PTX for all of them is looked at with the first build of every kernel.
 """
 
 import importlib
@@ -20,13 +23,15 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.backends.compiler import GPUTarget, Language
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction
 
 from dirotq.kernels.build import Build
 
 WORKERS = 2
+FAMILIES = ((80, 86, 89), (90,), (100,), (120,))
+"""Chips between which ptxas alone makes a difference."""
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = re.compile(r"\b(?:[HIQOB]G?MMA|UTC\w*MMA)\b")
 SPILL = re.compile(r"\b(?:LDL|STL)\b")
@@ -39,9 +44,7 @@ USAGE = re.compile(r"REG:(?P<registers>\d+) STACK:(?P<stack>\d+)")
 
 def compiled(build: Build, chip: int) -> Any:
     """``build`` for compute capability ``chip`` (90: 9.0), as ``triton.compile`` returns it."""
-    kernel = build.kernel
-    while not isinstance(kernel, JITFunction):  # under autotune or heuristics
-        kernel = kernel.fn
+    kernel = _function(build)
     names = kernel.arg_names
     unknown = {*build.signature, *build.constants, *build.aligned} ^ set(names)
     if unknown:
@@ -54,6 +57,29 @@ def compiled(build: Build, chip: int) -> Any:
     )
     options = {"num_warps": build.warps, "num_stages": build.stages, "maxnreg": build.registers}
     return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+
+
+def _function(build: Build) -> JITFunction:
+    kernel = build.kernel
+    while not isinstance(kernel, JITFunction):  # under autotune or heuristics
+        kernel = kernel.fn
+    return kernel
+
+
+def retargeted(ptx: str, chip: int) -> str:
+    """``ptx`` of one chip for another of its family."""
+    text, count = re.subn(r"(?m)^\.target sm_\d+", f".target sm_{chip}", ptx)
+    if count != 1:
+        raise RuntimeError(f"{count} targets in the PTX")
+    return text
+
+
+def assembled(ptx: str, chip: int) -> bytes:
+    """The machine code of ``ptx``, by Triton's own call of ptxas."""
+    backend = make_backend(GPUTarget("cuda", chip, 32))
+    stages: dict[str, Any] = {}
+    backend.add_stages(stages, backend.parse_options({}), Language.TRITON)
+    return stages["cubin"](ptx, {})
 
 
 def measured(cubin: bytes) -> dict[str, Any]:
@@ -103,21 +129,35 @@ def _tool(name: str, *arguments: str) -> str:
     return run.stdout
 
 
-def _rows(op: str, chip: int) -> list[dict[str, Any]]:
-    """What became of every build of ``op`` for one chip."""
-    found, cubins = [], {}
+def _rows(op: str, family: tuple[int, ...]) -> list[dict[str, Any]]:
+    """What became of every build of ``op`` for the chips of one family."""
+    found: list[dict[str, Any]] = []
+    cubins: dict[int, bytes] = {}
+    compared = set()
     for build in _builds(op):
-        if chip not in build.chips:
-            continue
-        row = {"build": build.name, "chip": chip, "tensor_core": build.tensor_core}
-        try:
-            binary = compiled(build, chip)
-            cubins[len(found)] = binary.asm["cubin"]
-            row |= {"shared": int(binary.metadata.shared), **measured(binary.asm["cubin"])}
-        except Exception as error:  # noqa: BLE001 - whatever the compiler raises is the finding
-            row["error"] = f"{type(error).__name__}: {error}"[:2000]
-        found.append(row)
-    disassembled = listings(list(cubins.values()), chip) if cubins else []
+        chips = [chip for chip in family if chip in build.chips]
+        compare = len(chips) > 1 and _function(build) not in compared
+        if compare:
+            compared.add(_function(build))
+        first = None
+        for chip in chips:
+            row = {"op": op, "build": build.name, "chip": chip, "tensor_core": build.tensor_core}
+            try:
+                if first is None or compare:
+                    binary = compiled(build, chip)
+                    first = first or binary
+                    cubin = binary.asm["cubin"]
+                    if retargeted(first.asm["ptx"], chip) != binary.asm["ptx"]:
+                        raise RuntimeError(f"not the PTX of the other chips of {family}")
+                else:
+                    cubin = assembled(retargeted(first.asm["ptx"], chip), chip)
+                row |= {"shared": int(first.metadata.shared), **measured(cubin)}
+                cubins[len(found)] = cubin
+            except Exception as error:  # noqa: BLE001 - whatever the compiler raises is the finding
+                row["error"] = f"{type(error).__name__}: {error}"[:2000]
+            found.append(row)
+    # The newest of the family knows the instructions of all.
+    disassembled = listings(list(cubins.values()), family[-1]) if cubins else []
     for i, listing in zip(cubins, disassembled):
         found[i]["spills"] = len(SPILL.findall(listing))
         found[i]["matrix"] = sorted(set(MATRIX.findall(listing)))
@@ -128,17 +168,18 @@ def _builds(op: str) -> list[Build]:
     return importlib.import_module(f"dirotq.kernels.{op}.kernel").builds()
 
 
-def main(op: str) -> None:
+def main(ops: Sequence[str]) -> None:
     if os.environ.get("TRITON_INTERPRET"):
         sys.exit("unset TRITON_INTERPRET: the interpreter replaces the compiler")
-    chips = sorted({chip for build in _builds(op) for chip in build.chips})
+    for op in ops:
+        _builds(op)
     # Forked: triton and torch are loaded once, and kernels (which can't be pickled) are there.
     fork = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(WORKERS, mp_context=fork) as pool:
-        for rows in pool.map(_rows, itertools.repeat(op), chips):
+        for rows in pool.map(_rows, *zip(*itertools.product(ops, FAMILIES))):
             for row in rows:
                 print(json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1:])
