@@ -107,7 +107,10 @@ def test_a_dense_rotation_takes_any_group():
             r"site a\.qkv, method dirotq: activation group 40 does not divide the 96",
         ),
         ({"weight_scale": "group", "weight_group": 40}, r"site a\.qkv.*weight group 40"),
-        ({"act_bits": 8, "act_scale": "pow2"}, r"site a\.qkv.*8-bit activations with power-of-two groups"),
+        (
+            {"act_bits": 8, "act_scale": "pow2"},
+            r"site a\.qkv.*8-bit activations with power-of-two groups",
+        ),
     ],
 )
 def test_formats_that_do_not_fit_name_the_site(changes, message):

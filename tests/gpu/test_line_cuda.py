@@ -13,6 +13,7 @@ import dirotq
 from dirotq.kernels import ops
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import Plan
+from dirotq.models.call import Call, load_calls
 from dirotq.models.family import Site
 from dirotq.models.source import generate
 from dirotq.pipeline.config import build, compose_config
@@ -88,9 +89,7 @@ def differences(got: Tensor, want: Tensor) -> tuple[float, float, float]:
 
 
 @torch.no_grad()
-def site_inputs(
-    transformer: nn.Module, sites: list[Site], probe: dict[str, Tensor]
-) -> dict[str, Tensor]:
+def site_inputs(transformer: nn.Module, sites: list[Site], probe: Call) -> dict[str, Tensor]:
     """What every site reads in one call with ``probe``, float64 on the CPU."""
     found: dict[str, Tensor] = {}
     hooks = [
@@ -100,9 +99,11 @@ def site_inputs(
         for site in sites
     ]
     first = next(transformer.parameters())
-    placed = {name: value.to(first.device) for name, value in probe.items()}
-    halves = {n: v.to(first.dtype) for n, v in placed.items() if v.is_floating_point()}
-    transformer(**placed | halves, return_dict=False)
+    call = probe.map(
+        lambda t: t.to(first.device, first.dtype if t.is_floating_point() else t.dtype)
+    )
+    with torch.no_grad():
+        transformer(*call.args, **call.kwargs | {"return_dict": False})
     for hook in hooks:
         hook.remove()
     return found
@@ -112,10 +113,10 @@ def test_one_call_of_the_sixteen_bit_network_agrees(line, finished, capsys):
     """Site by site, CUDA errs no more than twice what the CPU does in the same dtype."""
     model = stage(line(), "capture").model
     sites = model.sites()
-    probe = load_file(finished["capture"].file("probe.safetensors"))
+    probe, *_ = load_calls(finished["capture"].data, ["probe"])
 
     def run_on(device: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        return site_inputs(model.transformer(dtype, device), sites, probe)
+        return site_inputs(model.pipeline(dtype, torch.device(device)).transformer, sites, probe)
 
     want = run_on("cpu", torch.float64)
     runs = {
@@ -158,12 +159,13 @@ def test_packed_tensors_have_the_same_names_and_shapes(finished, on_cuda):
 @pytest.mark.parametrize("name", METHODS)
 def test_one_folder_means_the_same_on_both_devices(line, name):
     artifacts = run(line(f"method={name}"))
-    probe = load_file(artifacts["capture"].file("probe.safetensors"))
+    probe, *_ = load_calls(artifacts["capture"].data, ["probe"])
     outputs = []
     for device in ("cpu", "cuda"):
         pipe = dirotq.load(artifacts["pack"].path, device=device, dtype=torch.float32)
+        call = probe.on(torch.device(device), torch.float32)
         with torch.no_grad():
-            out = pipe.transformer(**{k: v.to(device) for k, v in probe.items()}, return_dict=False)
+            out = pipe.transformer(*call.args, **call.kwargs | {"return_dict": False})
         outputs.append(out[0].cpu())
     # A code at a tie may fall to the other side: a step of 4 bits, here and there.
     assert relative_error(outputs[1], outputs[0]) < 0.02
