@@ -108,7 +108,6 @@ JOBS: Mapping[str, Job] = {
     "quality": Job(quality, 45, ("tiny_flux",), (FUSED,), "quality"),
     "floor": Job(floor, 20, MAINS, (FLOOR,), "floor"),
     "sizes": Job(sizes, 50, tuple(map(str, SIZES)), (FUSED, EAGER)),
-    "fp8": Job(fp8, 90, MAINS, (FP8,)),
     "attention": Job(attention, 30, MAINS, (ATTENTION,)),
     **{
         model: Job(other(model), 60, (f"{model} 1024x1",), (FUSED, EAGER, COMPILED))
@@ -116,4 +115,6 @@ JOBS: Mapping[str, Job] = {
     },
     "compiled_sizes": Job(compiled_sizes, 150, tuple(map(str, SIZES)), (COMPILED,)),
     "w4a8": Job(w4a8, 180, MAINS, (W4A8,)),
+    # Last: it hung for minutes in a process that had measured the others, and nobody knows why yet.
+    "fp8": Job(fp8, 90, MAINS, (FP8,)),
 }

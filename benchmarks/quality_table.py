@@ -52,8 +52,6 @@ CLAIMS = (
           {"tiny_flux": -0.1, "tiny_pixart": -0.1}),
     Claim("dirotq over dirotq_dense, pow2/channel", "dirotq", "dense",
           {"tiny_flux": -0.1, "tiny_pixart": -0.1}),
-    Claim("dirotq rms/channel (default) to pow2/channel", "dirotq_rms", "dirotq",
-          {"tiny_flux": -0.1, "tiny_pixart": -0.1}),
     Claim("budget (ungated) over uniform r = 16, equal bits", "budget_ungated", "dirotq",
           {"tiny_flux": 0.0, "tiny_pixart": 0.0}),
 )  # fmt: skip

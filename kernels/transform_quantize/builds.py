@@ -59,7 +59,7 @@ def builds() -> list[Build]:
             s = project_sweep(usual(kind, chips[0]), rank, chips[0])
             constants = shared | {
                 "R": rank, "BM": s.bm, "BK": s.width, "PARTS": 4 if rms else 1,
-                "SQUARES": rms and kind != "plain", "AMAX": not rms,
+                "SQUARES": rms and b == 256, "AMAX": not rms,
             }  # fmt: skip
             name = f"b{b}-r{rank}-{kind}-{group}"
             if group != 1:
