@@ -54,16 +54,16 @@ DEFAULT: Mapping[Kind, Sweeps] = {
 
 _SMALL = Sweeps(
     project=Sweep(bm=32, width=64, stages=3, per_sm=2),
-    rotate=Sweep(bm=32, stages=2, per_sm=2),
+    rotate=Sweep(bm=32, stages=2, warps=8),
     round_rows=Sweep(bm=4, width=512),
 )
-_SMALL_PLAIN = replace(DEFAULT["plain"], project=Sweep(bm=64, width=64, stages=4))
+_SMALL_PLAIN = replace(DEFAULT["plain"], project=_SMALL.project)
 
 
 def usual(kind: Kind, chip: int | None) -> Sweeps:
     """The sweeps of a source on compute capability ``chip``: on others than Hopper, what their
     registers hold."""
-    if chip in (None, 90) or (kind == "plain" and chip == 100):
+    if chip in (None, 90):
         return DEFAULT[kind]
     return _SMALL_PLAIN if kind == "plain" else _SMALL
 
