@@ -9,7 +9,8 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
     # The first pattern found in the name counts; ours stand before those of libraries.
     ("attention", r"flash|fmha|sdpa|attention|softmax|^(forward|summarize|round_codes)$"),
     ("unpack", r"^unpack(?!ed)"),
-    ("transform, quantize", r"^_?(project|rotate|round_rows|scale_rows|gather)|quant|hadamard|e4m3|fp8_rows"),
+    ("transform, quantize",
+     r"^_?(project|rotate|round_rows|scale_rows|gather)|quant|hadamard|e4m3|fp8_rows"),
     ("rope", r"rope|rotary"),
     ("modulators", r"^(one_row|dots)|gemv|w4a16"),
     ("GEMM", r"gemm|nvjet|scaled_mm|cutlass|xmma|cublas|splitk|^(un)?packed_kernel|^tma_kernel"),

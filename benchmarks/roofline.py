@@ -1,7 +1,7 @@
 """Predicted times on chips that were not measured: arithmetic and bytes over published peaks.
 
-Efficiencies are those of one H200 (docs/kernels.md). Everything from here is a prediction, and is
-marked as one wherever it is printed. Letters: M rows, K channels, N outputs.
+Efficiencies are those of FLUX.1's forward on one H100 (docs/speed.md, profile). Everything from here
+is a prediction, and is marked as one wherever it is printed. Letters: M rows, K channels, N outputs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,26 +36,26 @@ PEAKS = (
 )  # fmt: skip
 
 EFFICIENCY: Mapping[str, float] = {
-    # cuBLAS bf16 of FLUX's linears: 59.5 TFLOP in 76 ms of 989 TFLOP/s.
-    "bf16": 0.79,
-    # _scaled_mm, 4608 x 3328 -> 9216 in 182.9 us ("product alone", docs/kernels.md).
-    "fp8": 0.78,
+    # cuBLAS: 59.5 TFLOP in 78.5 ms of 989 TFLOP/s.
+    "bf16": 0.766,
+    # _scaled_mm: 62.9 TFLOP in 42.8 ms of 1979 TFLOP/s.
+    "fp8": 0.743,
     # Triton INT8, 1.32x to 1.50x of bf16 (docs/kernels.md, "tried and lost").
     "int8": 0.57,
-    # cuDNN, 24 heads x 4608 x 128 in 411 us.
-    "attention": 0.64,
-    # copy at 4.25 of 4.8 TB/s.
-    "copy": 0.885,
-    # The three sweeps of transform_quantize: 51.1 us for 3 bytes per element at 4608 x 3072.
-    "transform": 0.173,
-    # unpack_w4: 15.8 us for 1.5 bytes per weight at 3072 -> 9216.
-    "unpack": 0.56,
+    # cuDNN: 14.9 TFLOP in 23.0 ms.
+    "attention": 0.653,
+    # copy at 2.94 of 3.35 TB/s.
+    "copy": 0.878,
+    # project, scale_rows and rotate: 15.3 GB, 3 bytes per element, in 16.65 ms.
+    "transform": 0.275,
+    # unpack_w4: 12.9 GB in 4.77 ms.
+    "unpack": 0.808,
 }
-HIDDEN = 0.55
-"""Part of the unpacking that runs beside the sweeps: 7.1 of 15.8 us remain (docs/kernels.md)."""
-ELEMENTWISE = {EAGER: 319e9, COMPILED: 140e9}
+HIDDEN = 0.3
+"""Part of the unpacking that runs beside the sweeps: 97.1 ms in place of 98.4 one by one."""
+ELEMENTWISE = {EAGER: 219e9, COMPILED: 84e9}
 """Bytes that everything but products and attention moves in bf16, per forward of FLUX.1 at 1024²:
-75 and 33 ms on the H200 at copy speed."""
+74 and 28 ms, as if at copy speed. An H200 takes as long, so faster memory is not all it needs."""
 
 
 def times(work: Work, peak: Peak) -> dict[str, dict[str, float]]:
@@ -86,18 +86,6 @@ def times(work: Work, peak: Peak) -> dict[str, dict[str, float]]:
 
 ELEMENTS_1024 = 57 * 4608 * 3072
 """Elements of FLUX.1's residual stream at 1024², over all blocks: what ELEMENTWISE counts for."""
-
-
-def linear_us(peak: Peak, m: int, k: int, n: int) -> float:
-    """Microseconds of one packed linear of rank 64, the sum that docs/kernels.md measured."""
-    work = Work.of_linear(m, k, n)
-    memory = peak.memory * 1e6
-    codes = "fp8" if peak.fp8 else "int8"
-    return (
-        work.packed_flops / (peak.eight * 1e6 * EFFICIENCY[codes])
-        + work.transform_bytes / (memory * EFFICIENCY["transform"])
-        + (1 - HIDDEN) * work.unpack_bytes / (memory * EFFICIENCY["unpack"])
-    )
 
 
 def rows(work: Work, case: str, peaks: Sequence[Peak] = PEAKS) -> list[Row]:
