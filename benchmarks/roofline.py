@@ -1,7 +1,8 @@
 """Predicted times on chips that were not measured: arithmetic and bytes over published peaks.
 
-Efficiencies are those of FLUX.1's forward on one H100 (docs/speed.md, profile). Everything from here
-is a prediction, and is marked as one wherever it is printed. Letters: M rows, K channels, N outputs.
+Efficiencies are those of FLUX.1's forward on one H100 (docs/speed.md, profile). Everything from
+here is a prediction, and is marked as one wherever it is printed. Letters: M rows, K channels, N
+outputs.
 """
 
 from collections.abc import Mapping, Sequence
