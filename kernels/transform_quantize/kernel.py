@@ -250,7 +250,7 @@ def _rotate(
         SUB=max(1, spec.block // width), PROJECT=c_MR is not None, EVEN=d % (4 * width) == 0,
         BM=s.bm, G=0 if row_2M is None else group, QMAX=spec.act_max, LEVELS=spec.act_levels,
         CLIP=POW2_CLIP, **_constants(source, spec),
-        num_warps=s.warps, num_stages=s.stages, maxnreg=s.registers,
+        num_warps=s.warps, num_stages=s.stages,
         launch_pdl=chained(x) and c_MR is not None,
     )  # fmt: skip
 

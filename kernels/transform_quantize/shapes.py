@@ -22,8 +22,6 @@ class Sweep:
     warps: int = 4
     stages: int = 3
     per_sm: int = 1
-    registers: int | None = None
-    """A thread's at most; None: the compiler's choice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
