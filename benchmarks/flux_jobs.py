@@ -115,6 +115,6 @@ JOBS: Mapping[str, Job] = {
     },
     "compiled_sizes": Job(compiled_sizes, 150, tuple(map(str, SIZES)), (COMPILED,)),
     "w4a8": Job(w4a8, 180, MAINS, (W4A8,)),
-    # Last: it hung for minutes in a process that had measured the others, and nobody knows why yet.
+    # Last: with torchao 0.18 its first call took more than six minutes.
     "fp8": Job(fp8, 90, MAINS, (FP8,)),
 }
