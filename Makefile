@@ -12,7 +12,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test check bench bench-bits bench-quality table bench-kernels bench-compress bench-flux tune versions clean
+.PHONY: help setup compress plan sweep test aot check bench bench-bits bench-quality table bench-kernels bench-compress bench-flux tune versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,7 +37,10 @@ sweep: $(STAMP) ## compress once per value: SWEEP="rank.r=8,16,32"
 	$(BIN)/dirotq compress --multirun "model=$(MODEL)" $(SWEEP) $(ARGS)
 
 test: $(STAMP) ## all tests that need no network, on JOBS=2 processes (GPU tests where there is a GPU)
-	$(BIN)/python -m pytest -m "not download" -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not download and not aot" -n $(JOBS) --dist worksteal $(ARGS)
+
+aot: $(STAMP) ## compile every kernel for every chip, without one
+	$(BIN)/python -m pytest -m aot $(ARGS)
 
 check: $(STAMP) .links ## formatting, lint, types, import contracts
 	$(BIN)/ruff check .

@@ -33,7 +33,7 @@ from dirotq.plan import site_from_dict
 
 METHOD = "dirotq"
 FORMAT = 2
-"""Newest format: 2 adds NVFP4 and MXFP4, smoothing, regular Hadamard matrices,
+"""Newest format: 2 adds NVFP4 and MXFP4, smoothing, regular Hadamard matrices, root mean squares,
 branches beside the input and 8-bit ones. Folders without them say 1, so that old readers go on."""
 STORED = torch.bfloat16
 """dtype on disk of floating tensors, but for those in EXACT."""

@@ -46,7 +46,7 @@ def test_config_round_trip(finished):
     entries = [(entry.site, entry.spec) for entry in plan]
     stored = json.loads(json.dumps(DirotqConfig.of(entries).to_dict()))
     assert stored["quant_method"] == "dirotq"
-    assert stored["format"] == 1  # nothing in it that the first readers don't know
+    assert stored["format"] == 2  # the first readers don't know scales of the root mean square
     assert DirotqConfig(**stored).entries() == entries
 
 

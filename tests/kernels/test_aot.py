@@ -50,7 +50,7 @@ def test_every_op_with_a_kernel_is_here():
     assert LARGE < OPS
 
 
-@pytest.mark.slow
+@pytest.mark.aot
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "ops", [*([op] for op in sorted(LARGE)), sorted(OPS - LARGE)], ids="-".join

@@ -58,7 +58,7 @@ def refused(said: Said, *parts: str) -> None:
             "method.act_group=48",
             ["transformer_blocks.0", "48 does not divide the 64", "use one of"],
         ),
-        ("method.act_bits=8", ["leave INT8", "'token' or 'group'"]),
+        ("method.act_bits=8 method.act_scale=pow2", ["leave INT8", "'token' or 'group'"]),
         ("method.rounding=up", ["'up'", "'gptq' or 'nearest'"]),
         ("gptq.damping=0", ["gptq.damping=0", "0 < damping <= 1"]),
         ("capture.batch=0", ["capture.batch=0", "at least 1"]),
@@ -73,7 +73,7 @@ def test_settings_are_refused_before_anything_runs(compress, store_root, verb, c
         assert said.status == 2
         assert all(part in said.err for part in parts)
     else:
-        refused(compress(change, verb=verb), *parts)
+        refused(compress(*change.split(), verb=verb), *parts)
     assert not published(store_root)
 
 

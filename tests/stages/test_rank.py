@@ -55,7 +55,7 @@ def test_check_refuses_a_rank_above_the_channels_and_names_the_site(rank):
             r"activation group 48 does not divide the 64 .*use one of \[16, 32, 64",
         ),
         ({"weight_scale": "group", "weight_group": 7}, "weight group 7 does not divide"),
-        ({"act_bits": 8}, "leave INT8"),
+        ({"act_bits": 8, "act_scale": "pow2"}, "leave INT8"),
     ],
 )
 def test_check_refuses_a_method_that_does_not_fit_and_names_the_site(rank, changes, message):
