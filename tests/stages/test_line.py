@@ -157,14 +157,15 @@ def killed(tiny_root, tmp_path_factory):
     return stores
 
 
-@pytest.mark.parametrize("kill", KILLS)
-def test_kill_dash_nine_then_the_same_command(tiny_root, finished, killed, kill):
-    store, stage = killed[kill], KILLS[kill][0]
-    (left,) = (store / stage).iterdir()
-    assert left.suffix == ".partial"
-    assert any((left / "data").rglob("*.safetensors"))
-    artifacts = run(configured(tiny_root, store, "until=pack"))
-    assert artifacts[stage].path.stem == left.stem
-    assert not left.exists()
-    for name, artifact in artifacts.items():
-        assert tree_bytes(artifact.data) == tree_bytes(finished[name].data), name
+def test_kill_dash_nine_then_the_same_command(tiny_root, finished, killed):
+    """One test: parametrized, each worker would start and kill all of them."""
+    for kill, store in killed.items():
+        stage = KILLS[kill][0]
+        (left,) = (store / stage).iterdir()
+        assert left.suffix == ".partial", kill
+        assert any((left / "data").rglob("*.safetensors")), kill
+        artifacts = run(configured(tiny_root, store, "until=pack"))
+        assert artifacts[stage].path.stem == left.stem, kill
+        assert not left.exists(), kill
+        for name, artifact in artifacts.items():
+            assert tree_bytes(artifact.data) == tree_bytes(finished[name].data), (kill, name)
