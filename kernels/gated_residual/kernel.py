@@ -15,6 +15,7 @@ from triton.language.extra.cuda import gdc_wait
 from ..build import Build
 from ..chip import chained
 from ..transform_quantize.projection import modulated_row
+from ..transform_quantize.shapes import warps_of_row
 
 ROWS, COLUMNS = 4, 1024
 """Of one program."""
@@ -105,13 +106,9 @@ def launch_with_norm(
         add_and_normalize[(images * tokens,)](
             x, gate, y, out, scale, shift, normed, squares, tokens, d, x.stride(0), x.stride(1),
             y.stride(0), y.stride(1), gate.stride(0), scale.stride(0), eps,
-            BD=width, CHAIN=chained(x), num_warps=_warps(width), launch_pdl=chained(x),
+            BD=width, CHAIN=chained(x), num_warps=warps_of_row(width), launch_pdl=chained(x),
         )  # fmt: skip
     return out, normed, squares
-
-
-def _warps(width: int) -> int:
-    return min(16, max(1, width // 1024))
 
 
 def builds() -> list[Build]:
@@ -121,7 +118,7 @@ def builds() -> list[Build]:
         for dtype in ("bf16", "fp16")
         for build in (
             _build(dtype, gate_and_add, {"BM": ROWS, "BD": COLUMNS}, 4),
-            _build(dtype, add_and_normalize, {"BD": 4096, "CHAIN": False}, _warps(4096)),
+            _build(dtype, add_and_normalize, {"BD": 4096, "CHAIN": False}, warps_of_row(4096)),
         )
     ]
 

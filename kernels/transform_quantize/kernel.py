@@ -33,6 +33,7 @@ from .shapes import (
     tile,
     tiles,
     usual,
+    warps_of_row,
     width_of_c,
 )
 
@@ -123,7 +124,7 @@ def _by_root_mean_square(
         squares = new((cut[0], m), dtype=torch.float32)
     c, row = new((m, rp)), new((2, m), dtype=torch.float32)
     spread = new((tiles(spec) * tile(spec), rp))
-    _project(source, p_DR, spec, products, spread, row, None if known else squares, cut, chosen)
+    _project(source, p_DR, spec, products, spread, None, None if known else squares, cut, chosen)
     behind = codes_MK.shape[1] - padded(spec.width)
     scales.scale_rows[(triton.cdiv(m, 16),)](
         products, squares, c, codes_MK, scale_M1, row, m, source.channels, codes_MK.stride(0),
@@ -133,7 +134,7 @@ def _by_root_mean_square(
         PARTS=cut[0], SQUARES=len(squares), QMAX=spec.act_max, UNIT=2.0**spec.act_levels,
         TOP=RMS_TOP, TINY=TINY, BM=16, CHAIN=chain, num_warps=4, launch_pdl=chain,
     )  # fmt: skip
-    _rotate(source, spec, c, spread, codes_MK, padded(spec.width), row, row, chosen)
+    _rotate(source, spec, c, spread, codes_MK, padded(spec.width), None, row, chosen)
     return c
 
 
@@ -193,7 +194,7 @@ def _normalized(source: Source, squared: bool) -> tuple[Source, Tensor | None]:
     projection.normalize[(source.rows,)](
         x, scale, shift, y_1MD, y_1MD if squares is None else squares, x.shape[1], x.shape[2],
         x.stride(0), x.stride(1), scale.stride(0), source.eps, SQUARES=squared, BD=width,
-        num_warps=min(16, max(1, width // 1024)),
+        num_warps=warps_of_row(width),
     )  # fmt: skip
     return plain(y_1MD), squares
 
@@ -204,23 +205,24 @@ def _project(
     spec: QuantSpec,
     products: Tensor,
     spread_DR: Tensor,
-    amax_M: Tensor,
+    amax_M: Tensor | None,
     squares: Tensor | None,
     cut: tuple[int, int],
     sweeps: Sweeps,
 ) -> None:
     """Fill c or its parts, cut = (how many, columns of one), the spread basis, and, if asked for,
-    the sums of x's squares by part; zero ``amax`` where c is whole (``projection.project``)."""
+    the sums of x's squares by part; zero ``amax``, if given, where c is whole
+    (``projection.project``)."""
     x, d = source.x_BTD, source.channels
     s = project_sweep(sweeps, spec.rank, _chip(x))
     blocks = triton.cdiv(x.shape[1], s.bm)
     n_main = x.shape[0] * blocks
     projection.project[(n_main * cut[0] + tiles(spec),)](
-        *_pointers(source), p_DR, products, spread_DR, amax_M,
-        amax_M if squares is None else squares,
+        *_pointers(source), p_DR, products, spread_DR, products if amax_M is None else amax_M,
+        products if squares is None else squares,
         source.rows, x.shape[1], d, *_strides(source), blocks, n_main, cut[1],
         R=spec.rank, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, PARTS=cut[0],
-        SQUARES=squares is not None, AMAX=amax_M.dtype == torch.int32, **_constants(source, spec),
+        SQUARES=squares is not None, AMAX=amax_M is not None, **_constants(source, spec),
         num_warps=s.warps, num_stages=s.stages, launch_pdl=chained(x),
     )  # fmt: skip
 
@@ -232,19 +234,20 @@ def _rotate(
     spread_DR: Tensor,
     out_MK: Tensor,
     columns: int,
-    amax_M: Tensor,
+    amax_M: Tensor | None,
     row_2M: Tensor | None,
     sweeps: Sweeps,
 ) -> None:
-    """Fill ``columns`` of z and raise ``amax`` or, with ``row``, of codes (``sweeps.rotate``)."""
+    """Fill ``columns`` of z and raise ``amax`` or, with ``row``, of codes (``sweeps.rotate``): one
+    of the two is None."""
     x, d, width = source.x_BTD, source.channels, tile(spec)
     s = rotate_sweep(sweeps, spec.block, 0 if c_MR is None else spec.rank, _chip(x))
     n_col, blocks = triton.cdiv(d, 4 * width), triton.cdiv(x.shape[1], s.bm)
     n_row = x.shape[0] * blocks
     group = 1 if spec.act_bits == 8 else spec.act_group
     kernels.rotate[(programs(x, n_row, n_col, s),)](
-        *_pointers(source), x if c_MR is None else c_MR, spread_DR, out_MK, amax_M,
-        amax_M if row_2M is None else row_2M,
+        *_pointers(source), x if c_MR is None else c_MR, spread_DR, out_MK,
+        row_2M if amax_M is None else amax_M, amax_M if row_2M is None else row_2M,
         source.rows, x.shape[1], d, *_strides(source), out_MK.stride(0), columns, n_col, blocks,
         n_row, spec.block**-0.5,
         SUB=max(1, spec.block // width), PROJECT=c_MR is not None, EVEN=d % (4 * width) == 0,

@@ -190,11 +190,21 @@ def project(
 
 
 @triton.jit
+def sum_of_parts(p_parts, M, row, m_m, RP: tl.constexpr, PARTS: tl.constexpr):
+    """Rows (int64 [BM]) of c, float32 [BM, RP], of its PARTS, always added in the same order."""
+    acc = tl.zeros((row.shape[0], RP), dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        o_p = (part * M + row)[:, None] * RP + tl.arange(0, RP)[None, :]
+        acc += tl.load(p_parts + o_p, mask=m_m[:, None], other=0.0)
+    return acc
+
+
+@triton.jit
 def gather(
     p_parts, p_c, p_amax, M,
     RP: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """c [M, RP] of its PARTS, always added in the same order; amax = 0."""
+    """c [M, RP] of its PARTS; amax = 0."""
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < M
     if CHAIN:
@@ -202,9 +212,6 @@ def gather(
         gdc_wait()
     row = o_m.to(tl.int64)
     o_c = row[:, None] * RP + tl.arange(0, RP)[None, :]
-    acc = tl.zeros((BM, RP), dtype=tl.float32)
-    for part in tl.static_range(PARTS):
-        o_p = (part * M + row)[:, None] * RP + tl.arange(0, RP)[None, :]
-        acc += tl.load(p_parts + o_p, mask=m_m[:, None], other=0.0)
+    acc = sum_of_parts(p_parts, M, row, m_m, RP, PARTS)
     tl.store(p_c + o_c, acc.to(p_c.dtype.element_ty), mask=m_m[:, None])
     tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)

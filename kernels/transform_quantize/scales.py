@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .projection import sum_of_parts
+
 
 @triton.jit
 def exponent(v):
@@ -101,10 +103,7 @@ def scale_rows(
         gdc_wait()
     row = o_m.to(tl.int64)
     o_c = row[:, None] * RP + tl.arange(0, RP)[None, :]
-    acc = tl.zeros((BM, RP), dtype=tl.float32)
-    for part in tl.static_range(PARTS):
-        o_p = (part * M + row)[:, None] * RP + tl.arange(0, RP)[None, :]
-        acc += tl.load(p_parts + o_p, mask=m_m[:, None], other=0.0)
+    acc = sum_of_parts(p_parts, M, row, m_m, RP, PARTS)
     squares = tl.zeros((BM,), dtype=tl.float32)
     for part in tl.static_range(SQUARES):
         squares += tl.load(p_squares + part * M + o_m, mask=m_m, other=0.0)

@@ -109,6 +109,11 @@ def _stages_within(s: Sweep, each: int, fixed: int, chip: int) -> Sweep:
     return replace(s, stages=max(1, min(s.stages, (shared_bytes(chip) - fixed) // each)))
 
 
+def warps_of_row(width: int) -> int:
+    """Of a program that holds one row of ``width`` channels, a power of two."""
+    return min(16, max(1, width // 1024))
+
+
 def programs(x: Tensor, n_row: int, n_col: int, sweep: Sweep) -> int:
     """A multiple of the column blocks that fills the chip, at most one program per row block."""
     slots = processors(x.device) * sweep.per_sm
