@@ -121,6 +121,7 @@ ABLATIONS = (
     _row("svdquant_hadamard", "svdquant with Hadamard", "method=svdquant method.block=256", RIVAL),
     _row("inputs", "second moment of quantized inputs", f"{POW2} gptq.inputs=quantized", OURS),
     _row("protected8", "8-bit protected branch", f"{POW2} method.protected_bits=8", OURS),
+    _row("modulators64", "modulators in groups of 64", "method.modulator_group=64", "rms_16"),
     _row("leveled", "timesteps count alike", f"{POW2} capture.weighting=leveled", OURS),
     _row("feedback", "error feedback into the branch", f"{POW2} gptq.feedback=true", OURS),
     _row("calls32", "32 calls", f"{POW2} capture.calls=32", OURS),
