@@ -29,7 +29,8 @@ class Tile:
     tma        the tensor memory accelerator reads the codes
     precise    sums over blocks of keys in float32, where the chip's own keep fewer bits
     registers  a thread's at most: few, so that more programs share a processor, or 255, so that
-               none spill to get there; None: the compiler's choice
+               none spill to get there; None: the compiler's choice. A ragged end's mask takes more
+               than few
     """
 
     bm: int
@@ -43,6 +44,7 @@ class Tile:
 
 TILES = {
     90: (
+        Tile(bm=64, bn=128, warps=4, stages=2, tma=True, registers=168),
         Tile(bm=128, bn=128, warps=8, stages=3, tma=True, precise=True),
         Tile(bm=128, bn=128, warps=8, stages=2, tma=True, precise=True),
         Tile(bm=128, bn=64, warps=8, stages=3, tma=True, precise=True),
@@ -50,7 +52,6 @@ TILES = {
         Tile(bm=128, bn=128, warps=8, stages=3, tma=True),
         Tile(bm=128, bn=64, warps=8, stages=3, tma=True, registers=128),
         Tile(bm=64, bn=128, warps=4, stages=2, tma=True),
-        Tile(bm=64, bn=128, warps=4, stages=2, tma=True, registers=168),
         Tile(bm=64, bn=64, warps=4, stages=3, tma=True),
         Tile(bm=64, bn=64, warps=4, stages=3, tma=True, registers=128),
     ),
@@ -144,7 +145,8 @@ def attend(stored: Stored, y_BTHd: Tensor, keys: int, tile: Tile) -> None:
         q, k, v, stored.q_scale_LT, stored.k_scale_LN, stored.v_scale_Ld, stored.v_mean_Ld, y_BTHd,
         t, keys, h, stored.q_LTd.shape[1] // K_BLOCK, filled // K_BLOCK, *y_BTHd.stride()[:3],
         D=d, EVEN=keys % tile.bn == 0, BY_HAND=INTERPRETED, **_constants(tile, hd),
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+        num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=tile.registers if keys % tile.bn == 0 else None,
     )  # fmt: skip
 
 
@@ -184,10 +186,11 @@ def builds() -> list[Build]:
                 name += "-precise" if tile.precise else ""
                 name += f"-r{tile.registers}" if tile.registers else ""
                 name += "" if even else "-masked"
+                registers = tile.registers if even else None
                 found.append(
                     _build(
                         name, forward, constants, tile.warps, tile.stages, chips,
-                        registers=tile.registers,
+                        registers=registers,
                     )
                 )  # fmt: skip
     return found
