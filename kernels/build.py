@@ -33,6 +33,8 @@ class Build:
     tensor_core: bool = True
     """Whether a matrix instruction must appear in the machine code."""
     aligned: tuple[str, ...] = field(default=())
+    spills: int = 0
+    """Instructions that may spill registers: few of many, where what needs none is slower."""
     registers: int | None = None
     """A thread's at most; None: the compiler's choice."""
 

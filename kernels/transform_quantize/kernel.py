@@ -222,7 +222,8 @@ def _project(
         products if squares is None else squares,
         source.rows, x.shape[1], d, *_strides(source), blocks, n_main, cut[1],
         R=spec.rank, EVEN=d % s.width == 0, BM=s.bm, BK=s.width, PARTS=cut[0],
-        SQUARES=squares is not None, AMAX=amax_M is not None, **_constants(source, spec),
+        SQUARES=squares is not None, AMAX=amax_M is not None, KIND=source.kind,
+        **_constants(x, spec),
         num_warps=s.warps, num_stages=s.stages, launch_pdl=chained(x),
     )  # fmt: skip
 
@@ -239,35 +240,42 @@ def _rotate(
     sweeps: Sweeps,
 ) -> None:
     """Fill ``columns`` of z and raise ``amax`` or, with ``row``, of codes (``sweeps.rotate``): one
-    of the two is None."""
-    x, d, width = source.x_BTD, source.channels, tile(spec)
-    s = rotate_sweep(sweeps, spec.block, 0 if c_MR is None else spec.rank, _chip(x))
-    n_col, blocks = triton.cdiv(d, 4 * width), triton.cdiv(x.shape[1], s.bm)
-    n_row = x.shape[0] * blocks
+    of the two is None. The parts of a concatenation are launches of their own: a kernel that can do
+    both has shared memory for both."""
+    first, width = source.x_BTD, tile(spec)
+    split = columns if source.behind_BTF is None else first.shape[-1]
+    s = rotate_sweep(sweeps, spec.block, 0 if c_MR is None else spec.rank, _chip(first))
     group = 1 if spec.act_bits == 8 else spec.act_group
-    kernels.rotate[(programs(x, n_row, n_col, s),)](
-        *_pointers(source), x if c_MR is None else c_MR, spread_DR, out_MK,
-        row_2M if amax_M is None else amax_M, amax_M if row_2M is None else row_2M,
-        source.rows, x.shape[1], d, *_strides(source), out_MK.stride(0), columns, n_col, blocks,
-        n_row, spec.block**-0.5,
-        SUB=max(1, spec.block // width), PROJECT=c_MR is not None, EVEN=d % (4 * width) == 0,
-        BM=s.bm, G=0 if row_2M is None else group, QMAX=spec.act_max, LEVELS=spec.act_levels,
-        CLIP=POW2_CLIP, **_constants(source, spec),
-        num_warps=s.warps, num_stages=s.stages,
-        launch_pdl=chained(x) and c_MR is not None,
-    )  # fmt: skip
+    for x, gelu, begin, end in (
+        (first, source.kind == "gelu", 0, split), (source.behind_BTF, True, split, columns),
+    ):  # fmt: skip
+        if x is None:
+            continue
+        d, blocks = x.shape[-1], triton.cdiv(x.shape[1], s.bm)
+        n_col, n_row = triton.cdiv(d, 4 * width), x.shape[0] * blocks
+        kernels.rotate[(programs(x, n_row, n_col, s),)](
+            x, x if c_MR is None else c_MR, spread_DR if c_MR is None else spread_DR[begin:],
+            out_MK[:, begin:], row_2M if amax_M is None else amax_M,
+            amax_M if row_2M is None else row_2M, source.rows, x.shape[1], d, x.stride(0),
+            x.stride(1), out_MK.stride(0), end - begin, n_col, blocks, n_row, spec.block**-0.5,
+            SUB=max(1, spec.block // width), PROJECT=c_MR is not None, EVEN=d % (4 * width) == 0,
+            BM=s.bm, GELU=gelu, STACKED=s.stacked,
+            G=0 if row_2M is None else group, QMAX=spec.act_max, LEVELS=spec.act_levels,
+            CLIP=POW2_CLIP, **_constants(x, spec),
+            num_warps=s.warps, num_stages=s.stages,
+            launch_pdl=chained(x) and c_MR is not None,
+        )  # fmt: skip
 
 
-def _constants(source: Source, spec: QuantSpec) -> dict[str, Any]:
+def _constants(x: Tensor, spec: QuantSpec) -> dict[str, Any]:
     """Of both big sweeps."""
-    width, x = tile(spec), source.x_BTD
+    width = tile(spec)
     return {
         "B": min(spec.block, width),
         "W": width,
         "RP": width_of_c(spec.rank),
         "DOT": tl.float32 if INTERPRETED else DOTS[x.dtype],
         "CHAIN": chained(x),
-        "KIND": source.kind,
         "FAST": not INTERPRETED,
     }
 

@@ -6,30 +6,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-
-@triton.jit
-def _parity_sign(v):
-    """-1 where the number of set bits of v (< 512) is odd, else 1."""
-    v = v ^ (v >> 8)
-    v = v ^ (v >> 4)
-    v = v ^ (v >> 2)
-    v = (v ^ (v >> 1)) & 1
-    return 1.0 - 2.0 * v.to(tl.float32)
-
-
-@triton.jit
-def rotation(B: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """sqrt(b) blockdiag(H_b) [W, W] for b <= W: entries 0 and +-1, columns in R1 order."""
-    i = tl.arange(0, W)
-    planar = (i // 64) * 64 + (i % 32) * 2 + (i % 64) // 32
-    if TRANSPOSED:
-        row = i[None, :]
-        col = planar[:, None]
-    else:
-        row = i[:, None]
-        col = planar[None, :]
-    sign = _parity_sign((row % B) & (col % B))
-    return tl.where(row // B == col // B, sign, 0.0)
+from .order import rotation
 
 
 @triton.jit
@@ -48,6 +25,44 @@ def _gelu(v, FAST: tl.constexpr):
 
 
 @triton.jit
+def _gelu_pairs(v):
+    """:func:`_gelu` of bf16, two at a time: h = v / 2 is exact in bf16, and all follows from it."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 h, k, p, q;
+        .reg .f32 a, b, c, d;
+        mov.b32 h, 0x3f003f00;
+        mov.b32 k, 0x80008000;
+        fma.rn.bf16x2 h, $1, h, k;
+        shl.b32 p, h, 16;
+        and.b32 q, h, 0xffff0000;
+        mov.b32 a, p;
+        mov.b32 b, q;
+        mul.f32 c, a, a;
+        mul.f32 d, b, b;
+        fma.rn.f32 c, c, 0f3E922279, 0f3FCC422A;
+        fma.rn.f32 d, d, 0f3E922279, 0f3FCC422A;
+        mul.f32 c, a, c;
+        mul.f32 d, b, d;
+        tanh.approx.f32 c, c;
+        tanh.approx.f32 d, d;
+        fma.rn.f32 a, a, c, a;
+        fma.rn.f32 b, b, d, b;
+        cvt.rn.bf16x2.f32 $0, b, a;
+        }""",
+        "=r,r", [v], dtype=v.dtype, is_pure=True, pack=2,
+    )  # fmt: skip
+
+
+@triton.jit
+def activated(v, GELU: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr):
+    """v or its GELU, in DOT."""
+    if GELU:
+        v = _gelu_pairs(v) if FAST and v.dtype == tl.bfloat16 else _gelu(v.to(tl.float32), FAST)
+    return v.to(DOT)
+
+
+@triton.jit
 def read_columns(
     p_x, x_row, m_m, o_d, D,
     GELU: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr,
@@ -57,7 +72,7 @@ def read_columns(
     if not EVEN:
         mask = mask & (o_d < D)[None, :]
     v = tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0)
-    return _gelu(v.to(tl.float32), FAST).to(DOT) if GELU else v.to(DOT)
+    return activated(v, GELU, FAST, DOT)
 
 
 @triton.jit

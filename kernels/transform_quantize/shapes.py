@@ -22,6 +22,8 @@ class Sweep:
     warps: int = 4
     stages: int = 3
     per_sm: int = 1
+    stacked: bool = False
+    """``rotate``: the four tiles of x are one product's rows (sweeps.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,36 +36,43 @@ class Sweeps:
 DEFAULT: Mapping[Kind, Sweeps] = {
     "plain": Sweeps(
         project=Sweep(bm=64, width=64, stages=5, per_sm=2),
-        rotate=Sweep(bm=32, stages=2, per_sm=3),
+        rotate=Sweep(bm=64, stages=2, per_sm=2, stacked=True),
         round_rows=Sweep(bm=4, width=512),
     ),
     "gelu": Sweeps(
         project=Sweep(bm=64, width=64, stages=4, per_sm=3),
-        rotate=Sweep(bm=64, stages=2, per_sm=2),
+        rotate=Sweep(bm=64, stages=2, per_sm=2, stacked=True),
         round_rows=Sweep(bm=4, width=512),
     ),
     "concat": Sweeps(
         project=Sweep(bm=64, width=64, stages=4, per_sm=3),
-        rotate=Sweep(bm=128, stages=2, warps=8),
+        rotate=Sweep(bm=64, stages=2, per_sm=2, stacked=True),
         round_rows=Sweep(bm=4, width=512),
     ),
 }
 """On Hopper, by what the sweeps compute on the way in; measured on an H100 at FLUX's sizes."""
 
-_SMALL = Sweeps(
-    project=Sweep(bm=32, width=64, stages=3, per_sm=2),
-    rotate=Sweep(bm=32, stages=2, warps=8),
+_WARPS = Sweeps(
+    project=Sweep(bm=64, width=64, stages=3, per_sm=2),
+    rotate=Sweep(bm=64, stages=1, per_sm=2),
     round_rows=Sweep(bm=4, width=512),
 )
-_SMALL_PLAIN = replace(DEFAULT["plain"], project=_SMALL.project)
+"""Where a product is a warp's: rows fill the warps, or each would compute GELU for all columns."""
+
+_BLACKWELL = replace(
+    _WARPS, project=replace(_WARPS.project, bm=32), rotate=Sweep(bm=64, stages=2)
+)
+_BLACKWELL_PLAIN = replace(_BLACKWELL, rotate=Sweep(bm=32, stages=2, per_sm=3))
 
 
 def usual(kind: Kind, chip: int | None) -> Sweeps:
-    """The sweeps of a source on compute capability ``chip``: on others than Hopper, what their
-    registers hold."""
+    """The sweeps of a source on compute capability ``chip``: on others than Hopper, by what their
+    machine code shows."""
     if chip in (None, 90):
         return DEFAULT[kind]
-    return _SMALL_PLAIN if kind == "plain" else _SMALL
+    if chip == 100:
+        return _BLACKWELL_PLAIN if kind == "plain" else _BLACKWELL
+    return _WARPS
 
 
 def parts(x_BTD: Tensor, d: int, s: Sweep) -> tuple[int, int]:
@@ -100,7 +109,7 @@ def rotate_sweep(sweeps: Sweeps, block: int, rank: int, chip: int) -> Sweep:
     """``rotate``'s, the same."""
     s, w, rp = sweeps.rotate, 64, width_of_c(rank) if rank else 0
     if block == 512:  # tiles are twice as wide: the same registers for twice the threads
-        s, w = replace(s, warps=2 * s.warps, per_sm=1), 128
+        s, w = replace(s, warps=2 * s.warps, per_sm=1, stacked=False), 128
     return _stages_within(s, 2 * s.bm * (4 * w + rp), 2 * w * (4 * rp + w), chip)
 
 

@@ -18,8 +18,8 @@ accumulator as -c P''ᵀ. Columns leave in R1 order because the columns of H_W a
 CHAIN: a sweep starts while the one before still runs (programmatic dependent launch, sm_90+) and
 waits before it reads what that one wrote.
 
-KIND: what happens to x on the way in (kernels/source.py), in float32 and rounded to 16 bits once,
-so that c and z are of the same x. LayerNorm alone takes a sweep of its own, ``normalize``.
+KIND, GELU: what happens to x on the way in (kernels/source.py), in float32 and rounded to 16 bits
+once, so that c and z are of the same x. LayerNorm alone takes a sweep of its own, ``normalize``.
 
 Letters: M rows (T of each image), D channels, K main-branch width, R protected directions (RP:
 padded to a power of two, RT: columns of one part of the tail, kernels/tail.py).
@@ -29,16 +29,19 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .projection import read_columns, rotation
+from .order import renamed, rotation, row_at
+from .projection import activated, read_columns
 from .scales import e4m3, exponent, power, row_units, store_tail
 
 
 @triton.jit
-def _spread_tile(
-    p_spread, col, D, RP: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, DOT: tl.constexpr
-):
-    """W rows of the spread basis, transposed: [RP, W]. In R1 order, they fill whole tiles."""
-    o_d = col + tl.arange(0, W)
+def _spread(
+    p_spread, col, D, RP: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS rows of the spread basis, transposed: [RP, COLUMNS]. In R1 order, they fill whole
+    tiles."""
+    o_d = col + tl.arange(0, COLUMNS)
     o_p = o_d[None, :] * RP + tl.arange(0, RP)[:, None]
     if EVEN:
         return tl.load(p_spread + o_p).to(DOT)
@@ -47,12 +50,49 @@ def _spread_tile(
 
 
 @triton.jit
-def _tile(b_x, c, basis, turn, PROJECT: tl.constexpr):
+def _tile(x, c, basis, turn, PROJECT: tl.constexpr):
     """W columns of (x - c Pᵀ) blockdiag(H_W) sqrt(W), before the butterfly: float32 [BM, W]."""
-    y = tl.dot(b_x, turn)
+    y = tl.dot(x, turn)
     if PROJECT:
         y = tl.dot(c, basis, y)
     return y
+
+
+@triton.jit
+def _stacked_tiles(
+    p_x, x_rows, m_x, o_d, D, c, basis, turn,
+    PROJECT: tl.constexpr, GELU: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
+    DOT: tl.constexpr,
+):  # fmt: skip
+    """Four tiles at once, each float32 [BM, W]: x_rows (int64 [4 BM]) are the rows of the first
+    tile, then those of the second, and so on; basis [RP, 4 W].
+
+    Hopper's products run beside their warps, which Triton makes wait for each: two products are two
+    waits, where tile by tile there are eight. Taking turns is only words: a thread's part of the
+    stacked product, [4 BM, W], is its part of the wide one, [BM, 4 W].
+    """
+    mask = m_x[:, None]
+    if not EVEN:
+        mask = mask & (o_d < D)
+    x = activated(tl.load(p_x + x_rows[:, None] + o_d, mask=mask, other=0.0), GELU, FAST, DOT)
+    if FAST and not GELU:
+        # Through registers: in shared memory, x has to stay until the product ends, in a third
+        # buffer, and a second program has no room. The xor is with 0, which ptxas learns late:
+        # where loads end in a product's registers it makes them wait for each other.
+        x = tl.inline_asm_elementwise(
+            "{ .reg .b32 t; mov.u32 t, %laneid; shr.u32 t, t, 5; xor.b32 $0, $1, t; }",
+            "=r,r", [x], dtype=x.dtype, is_pure=True, pack=2,
+        )  # fmt: skip
+    BM: tl.constexpr = x.shape[0] // 4
+    W: tl.constexpr = x.shape[1]
+    y = tl.permute(tl.reshape(tl.dot(x, turn), (4, BM, W)), (1, 0, 2))
+    y = tl.reshape(y, (BM, 4 * W))
+    if PROJECT:
+        y = tl.dot(c, basis, y)
+    y01, y23 = tl.split(tl.permute(tl.reshape(y, (BM, 2, 2, W)), (0, 3, 2, 1)))
+    y0, y1 = tl.split(y01)
+    y2, y3 = tl.split(y23)
+    return y0, y1, y2, y3
 
 
 @triton.jit
@@ -62,12 +102,11 @@ def _nan_max(a, b):
 
 @triton.jit
 def rotate(
-    p_x, p_behind, p_c, p_spread, p_z, p_amax, p_row, M, T, D,
-    image_x, stride_x, image_behind, stride_behind, split, stride_z, columns, n_col, blocks, n_row,
-    root,
+    p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D,
+    image_x, stride_x, stride_z, columns, n_col, blocks, n_row, root,
     B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
     PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
-    CHAIN: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr,
+    CHAIN: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, STACKED: tl.constexpr,
     G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
     """z [M, columns] in R1 order, and amax [M] int32: the bits of each row's largest |z|.
@@ -77,94 +116,80 @@ def rotate(
     A program keeps four tiles of columns, with their basis, and walks down the rows. Bits of floats
     >= 0 order as they do, and NaN above all of them. root  1 / sqrt(b); the rest as in ``project``
     """
-    pid = tl.program_id(0)
-    col = (pid % n_col) * (4 * W)
-    if KIND == "concat":
-        if col < split:
-            _walk(
-                p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_x, stride_x, stride_z,
-                columns, n_col, blocks, n_row, root, col, False, B, W, SUB, RP, PROJECT, EVEN, BM,
-                DOT, CHAIN, FAST, G, QMAX, LEVELS, CLIP,
-            )  # fmt: skip
-        else:
-            _walk(
-                p_behind - split, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_behind,
-                stride_behind, stride_z, columns, n_col, blocks, n_row, root, col, True, B, W, SUB,
-                RP, PROJECT, EVEN, BM, DOT, CHAIN, FAST, G, QMAX, LEVELS, CLIP,
-            )  # fmt: skip
-    else:
-        _walk(
-            p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_x, stride_x, stride_z, columns,
-            n_col, blocks, n_row, root, col, KIND == "gelu", B, W, SUB, RP, PROJECT, EVEN, BM, DOT,
-            CHAIN, FAST, G, QMAX, LEVELS, CLIP,
-        )  # fmt: skip
-
-
-@triton.jit
-def _walk(
-    p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D, image_x, stride_x, stride_z, columns, n_col,
-    blocks, n_row, root, col,
-    GELU: tl.constexpr, B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
-    PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
-    CHAIN: tl.constexpr, FAST: tl.constexpr,
-    G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
-):  # fmt: skip
-    """The columns of one program of ``rotate``, down the rows."""
+    col = (tl.program_id(0) % n_col) * (4 * W)
     turn = rotation(B, W, False).to(DOT)
     if CHAIN:
         gdc_launch_dependents()
         gdc_wait()
     basis0, basis1, basis2, basis3 = turn, turn, turn, turn
-    if PROJECT:
-        basis0 = _spread_tile(p_spread, col, D, RP, W, EVEN, DOT)
-        basis1 = _spread_tile(p_spread, col + W, D, RP, W, EVEN, DOT)
-        basis2 = _spread_tile(p_spread, col + 2 * W, D, RP, W, EVEN, DOT)
-        basis3 = _spread_tile(p_spread, col + 3 * W, D, RP, W, EVEN, DOT)
+    if PROJECT and STACKED:
+        basis0 = _spread(p_spread, col, D, RP, W, EVEN, 4 * W, DOT)
+    elif PROJECT:
+        basis0 = _spread(p_spread, col, D, RP, W, EVEN, W, DOT)
+        basis1 = _spread(p_spread, col + W, D, RP, W, EVEN, W, DOT)
+        basis2 = _spread(p_spread, col + 2 * W, D, RP, W, EVEN, W, DOT)
+        basis3 = _spread(p_spread, col + 3 * W, D, RP, W, EVEN, W, DOT)
     o_d = col + tl.arange(0, W)
     for block in range(tl.program_id(0) // n_col, n_row, tl.num_programs(0) // n_col):
         # Rows last to first: what ``project`` read last is still in L2.
         index = n_row - 1 - block
         image = (index // blocks).to(tl.int64)
-        o_t = (index % blocks) * BM + tl.arange(0, BM)
+        first = (index % blocks) * BM
+        o_t = first + tl.arange(0, BM)
         m_m = o_t < T
-        o_m = image * T + o_t
-        x_row = image * image_x + o_t.to(tl.int64) * stride_x
         if PROJECT:
-            o_c = o_m[:, None] * RP + tl.arange(0, RP)[None, :]
+            o_c = (image * T + o_t)[:, None] * RP + tl.arange(0, RP)[None, :]
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(DOT)
         else:
             b_c = turn
-        x0 = read_columns(p_x, x_row, m_m, o_d, D, GELU, EVEN, FAST, DOT)
-        y0 = _tile(x0, b_c, basis0, turn, PROJECT)
-        x1 = read_columns(p_x, x_row, m_m, o_d + W, D, GELU, EVEN, FAST, DOT)
-        y1 = _tile(x1, b_c, basis1, turn, PROJECT)
-        x2 = read_columns(p_x, x_row, m_m, o_d + 2 * W, D, GELU, EVEN, FAST, DOT)
-        y2 = _tile(x2, b_c, basis2, turn, PROJECT)
-        x3 = read_columns(p_x, x_row, m_m, o_d + 3 * W, D, GELU, EVEN, FAST, DOT)
-        y3 = _tile(x3, b_c, basis3, turn, PROJECT)
+        if STACKED:
+            o_x = tl.arange(0, 4 * BM)
+            o_t = first + o_x % BM
+            x_rows = image * image_x + o_t.to(tl.int64) * stride_x
+            y0, y1, y2, y3 = _stacked_tiles(
+                p_x, x_rows, o_t < T, (o_x // BM * W)[:, None] + o_d[None, :], D, b_c, basis0, turn,
+                PROJECT, GELU, EVEN, FAST, DOT,
+            )  # fmt: skip
+        else:
+            x_row = image * image_x + o_t.to(tl.int64) * stride_x
+            x0 = read_columns(p_x, x_row, m_m, o_d, D, GELU, EVEN, FAST, DOT)
+            y0 = _tile(x0, b_c, basis0, turn, PROJECT)
+            x1 = read_columns(p_x, x_row, m_m, o_d + W, D, GELU, EVEN, FAST, DOT)
+            y1 = _tile(x1, b_c, basis1, turn, PROJECT)
+            x2 = read_columns(p_x, x_row, m_m, o_d + 2 * W, D, GELU, EVEN, FAST, DOT)
+            y2 = _tile(x2, b_c, basis2, turn, PROJECT)
+            x3 = read_columns(p_x, x_row, m_m, o_d + 3 * W, D, GELU, EVEN, FAST, DOT)
+            y3 = _tile(x3, b_c, basis3, turn, PROJECT)
         if SUB > 1:
             y0, y1 = y0 + y1, y0 - y1
             y2, y3 = y2 + y3, y2 - y3
         if SUB > 2:
             y0, y2 = y0 + y2, y0 - y2
             y1, y3 = y1 + y3, y1 - y3
+        y0, y1, y2, y3 = renamed(y0), renamed(y1), renamed(y2), renamed(y3)
+        o_t = first + row_at(BM)
+        m_m = o_t < T
+        o_m = image * T + o_t
+        z = p_z + o_m[:, None] * stride_z + col
         if G > 0:
             factor = tl.load(p_row + o_m, mask=m_m, other=0.0) * root
             unit = tl.load(p_row + M + o_m, mask=m_m, other=0.0)
             y0 = _codes(y0, factor, unit, FAST, W, G, QMAX, LEVELS, CLIP)
+            _store(z, y0, m_m, columns - col, W, EVEN)
             y1 = _codes(y1, factor, unit, FAST, W, G, QMAX, LEVELS, CLIP)
+            _store(z + W, y1, m_m, columns - col - W, W, EVEN)
             y2 = _codes(y2, factor, unit, FAST, W, G, QMAX, LEVELS, CLIP)
+            _store(z + 2 * W, y2, m_m, columns - col - 2 * W, W, EVEN)
             y3 = _codes(y3, factor, unit, FAST, W, G, QMAX, LEVELS, CLIP)
+            _store(z + 3 * W, y3, m_m, columns - col - 3 * W, W, EVEN)
         else:
             largest = _nan_max(_nan_max(tl.abs(y0), tl.abs(y1)), _nan_max(tl.abs(y2), tl.abs(y3)))
             row = tl.reduce(largest, 1, _nan_max) * root
             tl.atomic_max(p_amax + o_m, row.to(tl.int32, bitcast=True), mask=m_m)
-            y0, y1, y2, y3 = y0 * root, y1 * root, y2 * root, y3 * root
-        z = p_z + o_m[:, None] * stride_z + col
-        _store(z, y0, m_m, columns - col, W, EVEN)
-        _store(z + W, y1, m_m, columns - col - W, W, EVEN)
-        _store(z + 2 * W, y2, m_m, columns - col - 2 * W, W, EVEN)
-        _store(z + 3 * W, y3, m_m, columns - col - 3 * W, W, EVEN)
+            _store(z, y0 * root, m_m, columns - col, W, EVEN)
+            _store(z + W, y1 * root, m_m, columns - col - W, W, EVEN)
+            _store(z + 2 * W, y2 * root, m_m, columns - col - 2 * W, W, EVEN)
+            _store(z + 3 * W, y3 * root, m_m, columns - col - 3 * W, W, EVEN)
 
 
 @triton.jit
@@ -201,16 +226,17 @@ def _codes(
         MAGIC: tl.constexpr = 12582912.0  # as in ``round_rows``
         # [BM, blocks, parity, groups, column]: R1 order splits a group in even and odd columns.
         HALF: tl.constexpr = 2 if G < 64 else 1
-        v = tl.reshape(y * factor[:, None], (BM, W // 64, HALF, 64 // G, G // HALF))
-        share = tl.max(tl.max(tl.abs(v), 4), 2) * (CLIP / QMAX)
+        y = tl.reshape(y, (BM, W // 64, HALF, 64 // G, G // HALF))
+        share = tl.max(tl.max(tl.abs(y), 4), 2) * (factor * (CLIP / QMAX))[:, None, None]
         # 2^e of ``exponent`` and its inverse without leaving the float's bits: this is the sweep
         # that instructions bound.
         up = ((share.to(tl.int32, bitcast=True) + 0x7FFFFF) & -8388608).to(tl.float32, bitcast=True)
         up = tl.minimum(tl.maximum(up, 1.0 / (1 << LEVELS)), 1.0)
         down = (0x7F000000 - up.to(tl.int32, bitcast=True)).to(tl.float32, bitcast=True)
-        q = tl.fma(v, _groups(down), MAGIC)
+        q = tl.fma(y, _groups(down * factor[:, None, None]), MAGIC)
         q = tl.minimum(tl.maximum(q, MAGIC - QMAX), MAGIC + QMAX)
-        return tl.reshape((q - MAGIC) * _groups(up * unit[:, None, None]), (BM, W))
+        step = up * unit[:, None, None]  # powers of two: nothing below is rounded
+        return tl.reshape(tl.fma(q, _groups(step), _groups(-MAGIC * step)), (BM, W))
 
 
 @triton.jit

@@ -141,7 +141,8 @@ def _rows(op: str, family: tuple[int, ...]) -> list[dict[str, Any]]:
             compared.add(_function(build))
         first = None
         for chip in chips:
-            row = {"op": op, "build": build.name, "chip": chip, "tensor_core": build.tensor_core}
+            row = {"op": op, "build": build.name, "chip": chip}
+            row |= {"tensor_core": build.tensor_core, "may_spill": build.spills}
             try:
                 if first is None or compare:
                     binary = compiled(build, chip)
