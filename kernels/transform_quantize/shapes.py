@@ -59,9 +59,7 @@ _WARPS = Sweeps(
 )
 """Where a product is a warp's: rows fill the warps, or each would compute GELU for all columns."""
 
-_BLACKWELL = replace(
-    _WARPS, project=replace(_WARPS.project, bm=32), rotate=Sweep(bm=64, stages=2)
-)
+_BLACKWELL = replace(_WARPS, project=replace(_WARPS.project, bm=32), rotate=Sweep(bm=64, stages=2))
 _BLACKWELL_PLAIN = replace(_BLACKWELL, rotate=Sweep(bm=32, stages=2, per_sm=3))
 
 
