@@ -7,7 +7,8 @@ from dirotq.benchmarks.flux_inputs import Case
 from dirotq.benchmarks.flux_rows import ATTENTION, COMPILED, EAGER, FLOOR, FP8, FUSED, UNFUSED, W4A8
 from dirotq.benchmarks.flux_session import MAIN, Session
 
-SIZES = (Case("flux", 1024, 2), Case("flux", 1024, 4), Case("flux", 512), Case("flux", 2048))
+LARGE = Case("flux", 2048)
+SIZES = (Case("flux", 1024, 2), Case("flux", 1024, 4), Case("flux", 512), LARGE)
 OTHERS = ("pixart_sigma", "sana")
 
 
@@ -88,8 +89,9 @@ def w4a8(session: Session) -> None:
 
 def attention(session: Session) -> None:
     """The option: 8-bit queries, keys, probabilities and values."""
-    session.forward(FUSED)
-    session.forward(ATTENTION)
+    for who in (FUSED, ATTENTION):
+        for case in (MAIN, LARGE):
+            session.forward(who, case)
 
 
 def quality(session: Session) -> None:
@@ -108,7 +110,7 @@ JOBS: Mapping[str, Job] = {
     "quality": Job(quality, 45, ("tiny_flux",), (FUSED,), "quality"),
     "floor": Job(floor, 20, MAINS, (FLOOR,), "floor"),
     "sizes": Job(sizes, 50, tuple(map(str, SIZES)), (FUSED, EAGER)),
-    "attention": Job(attention, 30, MAINS, (ATTENTION,)),
+    "attention": Job(attention, 45, (str(MAIN), str(LARGE)), (ATTENTION,)),
     **{
         model: Job(other(model), 60, (f"{model} 1024x1",), (FUSED, EAGER, COMPILED))
         for model in OTHERS
