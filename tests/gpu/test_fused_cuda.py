@@ -35,8 +35,26 @@ def test_as_exact_as_module_by_module(network, tokens, batch):
     assert error(True) <= 2 * unfused
 
 
+@pytest.mark.parametrize("use_stream", [False, True])
+@pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
+def test_group_offloading(kind, use_stream):
+    """Weights come from host memory in time, and results are those of a network that stays."""
+    twin = build("cpu")
+    dirotq.accelerate(twin)
+    twin.enable_group_offload(
+        onload_device=torch.device("cuda"), offload_device=torch.device("cpu"),
+        offload_type=kind, use_stream=use_stream,
+        num_blocks_per_group=1 if kind == "block_level" else None,
+    )  # fmt: skip
+    stays = dirotq.accelerate(build(), fused=False, graphs=False)
+    for seed in range(3):
+        call = arguments(seed)
+        assert torch.equal(run(twin, **call), run(stays, **call)), seed
+
+
+@pytest.mark.parametrize("scales", ["rms", "pow2"])
 @pytest.mark.parametrize("kind", ["plain", "norm", "gelu", "concat"])
-def test_sources_at_full_width(kind):
+def test_sources_at_full_width(kind, scales):
     """FLUX's sites: rows of 3072 to 15360 channels, more rows than programs."""
     from dirotq.kernels.source import concat_gelu, gelu, modulated_norm, plain
     from dirotq.kernels.transform_quantize.kernel import launch
@@ -51,7 +69,7 @@ def test_sources_at_full_width(kind):
         "gelu": lambda: gelu(x),
         "concat": lambda: concat_gelu(x, draw(2, 1153, 21504)[..., 9216:]),
     }[kind]()
-    spec = spec_of("pow2", source.channels, 64)
+    spec = spec_of(scales, source.channels, 64)
     basis = torch.linalg.qr(torch.randn(source.channels, spec.rank, device="cuda")).Q.bfloat16()
     rows = source.value().reshape(source.rows, source.channels)
     want, want_scale, want_c = launch(rows, basis, None, spec, container=torch.float8_e4m3fn)
