@@ -15,7 +15,7 @@ from dirotq.kernels.planar import from_planar, padded
 from dirotq.kernels.source import Source, concat_gelu, gelu, modulated_norm, plain
 from dirotq.kernels.tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
 from dirotq.kernels.transform_quantize import quantize_rows, transform
-from dirotq.kernels.transform_quantize.kernel import MAX_RANK, launch
+from dirotq.kernels.transform_quantize.kernel import MAX_RANK, launch, usual
 
 SPECS = {
     "even": tiny_spec(dim=512, block=128, rank=24, act_scale="pow2"),
@@ -92,6 +92,21 @@ def test_codes_are_as_good_as_without_fusion(kind, name):
     floor = float((exact_codes.double() * exact_scale.double() - z).norm() / z.norm())
     assert fused_z <= 1.05 * max(plain_z, floor)
     assert fused_c <= 2 * plain_c
+
+
+@pytest.mark.parametrize("chip", [80, 100])
+@pytest.mark.parametrize("name", ["rms", "rms-ragged", "even", "rank-0"])
+@pytest.mark.parametrize("kind", ["plain", "gelu", "concat"])
+def test_other_chips_take_other_ways_to_the_same_codes(kind, name, chip):
+    spec, source, p = SPECS[name], source_of(kind, name), basis_of(name)
+    sweeps = usual(kind, chip)
+    assert sweeps.rotate.stacked != usual(kind, 90).rotate.stacked
+    codes, scale, _ = launch(source, p, None, spec, container=torch.int8, sweeps=sweeps)
+    want, want_scale, _ = launch(source, p, None, spec, container=torch.int8)
+    assert torch.allclose(scale, want_scale, rtol=1e-3)
+    assert (codes == want).double().mean() > 0.99  # the rest lies near ties
+    apart = codes.float() * scale - want.float() * want_scale
+    assert apart.norm() < 0.03 * (want.float() * want_scale).norm()
 
 
 @pytest.mark.parametrize("kind", KINDS)
