@@ -237,13 +237,14 @@ def _constants(
 
 
 def builds() -> list[Build]:
-    """The usual tiles for every chip: group 64, fp16, one scale, masked steps; the others, which
-    only measurements choose, for the chips that they are measured on.
+    """The usual tiles for every chip: groups of 128 and 64, fp16, one scale, masked steps; the
+    others, which only measurements choose, for the chips that they are measured on.
 
-    Rows of many linears are ``row`` behind a table of addresses: group 64 stands for all formats,
-    but on the chips that are measured.
+    Rows of many linears are ``row`` behind a table of addresses: groups of 128 and 64 stand for all
+    formats, but on the chips that are measured.
     """
     formats = (
+        (torch.bfloat16, 3072, 24),
         (torch.bfloat16, 3072, 48),
         (torch.float16, 3072, 48),
         (torch.bfloat16, 3072, 1),
@@ -254,10 +255,10 @@ def builds() -> list[Build]:
         for tile in tiles:
             common = name != "wide" and tile is tiles[0]
             chips = CHIPS if common else WIDE_CHIPS
-            for dtype, width, groups in formats if tile is tiles[0] else formats[:1]:
+            for dtype, width, groups in formats if tile is tiles[0] else formats[:2]:
                 found.append(_build(tile, dtype, width, groups, chips))
                 if tile is TILES["row"][0]:
-                    some = chips if (dtype, width, groups) == formats[0] else WIDE_CHIPS
+                    some = chips if (dtype, width, groups) in formats[:2] else WIDE_CHIPS
                     found.append(_build(tile, dtype, width, groups, some, linears=76))
     return found
 
