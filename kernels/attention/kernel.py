@@ -29,8 +29,7 @@ class Tile:
     tma        the tensor memory accelerator reads the codes
     precise    sums over blocks of keys in float32, where the chip's own keep fewer bits
     registers  a thread's at most: few, so that more programs share a processor, or 255, so that
-               none spill to get there; None: the compiler's choice. A ragged end's mask takes more
-               than few
+               none spill to get there; None: the compiler's choice
     """
 
     bm: int
@@ -40,6 +39,10 @@ class Tile:
     tma: bool
     precise: bool = False
     registers: int | None = None
+
+    def most_registers(self, even: bool) -> int | None:
+        """``registers``, unless keys end within a block: the mask of a ragged end takes more."""
+        return self.registers if even else None
 
 
 TILES = {
@@ -141,12 +144,12 @@ def attend(stored: Stored, y_BTHd: Tensor, keys: int, tile: Tile) -> None:
         q = TensorDescriptor.from_tensor(q, [tile.bm, hd])
         k = TensorDescriptor.from_tensor(k, [tile.bn, hd])
         v = TensorDescriptor.from_tensor(v, [hd, tile.bn])
+    even = keys % tile.bn == 0
     forward[(triton.cdiv(t, tile.bm) * heads,)](
         q, k, v, stored.q_scale_LT, stored.k_scale_LN, stored.v_scale_Ld, stored.v_mean_Ld, y_BTHd,
         t, keys, h, stored.q_LTd.shape[1] // K_BLOCK, filled // K_BLOCK, *y_BTHd.stride()[:3],
-        D=d, EVEN=keys % tile.bn == 0, BY_HAND=INTERPRETED, **_constants(tile, hd),
-        num_warps=tile.warps, num_stages=tile.stages,
-        maxnreg=tile.registers if keys % tile.bn == 0 else None,
+        D=d, EVEN=even, BY_HAND=INTERPRETED, **_constants(tile, hd),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.most_registers(even),
     )  # fmt: skip
 
 
@@ -186,11 +189,10 @@ def builds() -> list[Build]:
                 name += "-precise" if tile.precise else ""
                 name += f"-r{tile.registers}" if tile.registers else ""
                 name += "" if even else "-masked"
-                registers = tile.registers if even else None
                 found.append(
                     _build(
                         name, forward, constants, tile.warps, tile.stages, chips,
-                        registers=registers,
+                        registers=tile.most_registers(even),
                     )
                 )  # fmt: skip
     return found
