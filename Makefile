@@ -12,7 +12,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test aot check bench bench-bits bench-quality table bench-kernels bench-compress bench-flux tune versions clean
+.PHONY: help setup compress plan sweep test aot check bench bench-bits bench-quality table bench-kernels bench-compress bench-flux tune torture versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -70,6 +70,9 @@ bench-flux: $(STAMP) ## whole forwards at full size against bf16 and FP8 (needs 
 
 tune: $(STAMP) ## choose plans for this GPU by measurement, into kernels/plans.json
 	$(BIN)/python benchmarks/tune.py $(ARGS)
+
+torture: $(STAMP) ## kill, cut the power, damage, fill the disk, race: ARGS="--kills 200" (all: about half an hour)
+	PYTHONPATH=tests/support $(BIN)/python -m torture $(ARGS)
 
 versions: $(STAMP) ## record the code of the stages after bumping a version
 	PYTHONPATH=tests/support $(BIN)/python -m stage_versions
