@@ -51,7 +51,7 @@ def delete(file: Path, random: Random) -> None:
 
 
 def swap(file: Path, random: Random) -> None:
-    """Exchange it with another file of its kind that has other bytes; flip a bit if there is none."""
+    """Exchange it with another file of its name; flip a bit if there is none."""
     alike = [
         p
         for p in file.parent.parent.rglob(f"*{file.suffix}")

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -31,9 +32,7 @@ def kills(world: World, count: int, random: Random) -> Counts:
             if random.random() < 0.5:
                 at = random.randint(1, operations)
                 told.append(f"file operation {at} of {operations}")
-                ended = world.compress(
-                    store, f"until={stage}", before=lambda at=at: _die_at(at, store)
-                )
+                ended = world.compress(store, f"until={stage}", before=partial(_die_at, at, store))
             else:
                 after = random.uniform(0.2, 1.1) * seconds
                 told.append(f"{after:.2f} of {seconds:.2f} s")

@@ -118,7 +118,7 @@ def retargeted_file(world: World, place: Path, random: Random) -> str | None:
 
 
 def file_times(world: World, place: Path, random: Random) -> str | None:
-    """Times of files are of 1970, or of tomorrow: nothing is done again, nothing is trusted more."""
+    """Times of files are of 1970, or of tomorrow: nothing is done again."""
     store = world.copy(place / "store")
     for path in store.rglob("*"):
         when = random.choice((0, time.time() + 86_400, time.time() - 10**8))

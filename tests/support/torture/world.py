@@ -28,7 +28,7 @@ TIMED = ("report.json", "report.html", "_seconds/")
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How a forked run ended: ``done``, ``refused`` (our error), ``foreign`` (any other), ``killed``.
+    """How a forked run ended: ``done``, ``refused`` (an error of ours), ``foreign``, ``killed``.
 
     ``said``  the error's text, or what the run returned
     """
