@@ -1,0 +1,23 @@
+"""A minute of `make torture`: a few attempts of every kind, none of which may go wrong."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+FEW = {"kills": 8, "power": 8, "damage": 16, "disk": 2, "races": 1, "places": 9}
+
+
+def test_a_few_of_every_kind():
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"
+    done = subprocess.run(
+        [sys.executable, "-m", "torture", *(f"--{kind}={count}" for kind, count in FEW.items())],
+        env=dict(os.environ, PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+    assert len(done.stdout.splitlines()) >= len(FEW)
