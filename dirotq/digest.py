@@ -6,103 +6,142 @@ import hashlib
 import json
 import os
 import re
-import tempfile
+import time
+import uuid
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from filelock import FileLock
 
+from dirotq.errors import ConfigError
+
 LARGE = 64 << 20
 """Bytes from which a digest is worth keeping from one run to the next."""
+TICK = 100_000_000
+"""Nanoseconds within which two changes of a file may bear the same time."""
+
+Stamp = tuple[int, int, int, int]
+"""Size, modification time, change time (ns) and inode: `cp -p` keeps the first two, no user can set
+the third."""
 
 
 def cache_root() -> Path:
-    """DiRotQ's folder for what can be made again: $DIROTQ_CACHE, or ~/.cache/dirotq."""
-    return Path(os.environ.get("DIROTQ_CACHE") or "~/.cache/dirotq").expanduser()
+    """DiRotQ's folder for what can be made again: $DIROTQ_CACHE, or ~/.cache/dirotq.
+
+    Raises ConfigError if this user has no home.
+    """
+    try:
+        return Path(os.environ.get("DIROTQ_CACHE") or "~/.cache/dirotq").expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"there is no folder for what can be made again ({error}); name one with the "
+            "environment variable DIROTQ_CACHE"
+        ) from error
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as hex; computed once per (path, size, modification time) and process.
+    """SHA-256 of a file, as hex; computed once per (path, :data:`Stamp`) and process.
 
     For what may have been damaged. Inputs that are only told apart: :func:`input_digests`.
     """
-    stat = path.stat()
-    return _digest(path, stat.st_size, stat.st_mtime_ns)
+    return content_digest(path, "sha256")
+
+
+def content_digest(path: Path, kind: str) -> str:
+    """``sha256`` of a file, or ``git``: the SHA-1 that names it in a git repository.
+
+    A file that changed a moment ago is read each time: the next change may not show in its times.
+    """
+    stamp = _stamp(path)
+    return _digest(path, kind, stamp) if _settled(stamp) else _hash(path, kind)
 
 
 def input_digests(paths: Iterable[Path]) -> dict[Path, str]:
     """SHA-256 of each file, as hex, hashed in threads where it is not known already.
 
-    Known are the files of a Hugging Face cache that are named by their SHA-256, and those above 64
-    MB whose path, size and modification time are those of an earlier run (digests.json in
-    :func:`cache_root`; a damaged one is started anew).
+    Known are those above 64 MB whose real path and :data:`Stamp` are those of an earlier run
+    (digests.json in :func:`cache_root`; a damaged one is started anew).
     """
     files = list(paths)
-    found = {path: digest for path in files if (digest := _blob_name(path)) is not None}
     memory = _Memory()
-    large = [path for path in files if path not in found and path.stat().st_size > LARGE]
-    found |= {path: digest for path in large if (digest := memory.recall(path)) is not None}
+    large = [path for path in files if path.stat().st_size > LARGE]
+    found = {path: digest for path in large if (digest := memory.recall(path)) is not None}
     missing = [path for path in files if path not in found]
+    stamps = {path: _stamp(path) for path in large if path in missing}  # before they are read
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         # hashlib lets the other threads run while it computes.
         found |= dict(zip(missing, pool.map(file_digest, missing), strict=True))
-    memory.remember({path: found[path] for path in large if path in missing})
+    memory.remember({p: (stamp, found[p]) for p, stamp in stamps.items() if _settled(stamp)})
     return found
 
 
+def _stamp(path: Path) -> Stamp:
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
+
+
+def _settled(stamp: Stamp) -> bool:
+    return time.time_ns() - max(stamp[1:3]) >= TICK
+
+
 @functools.lru_cache(maxsize=4096)
-def _digest(path: Path, size: int, mtime_ns: int) -> str:
+def _digest(path: Path, kind: str, stamp: Stamp) -> str:
+    return _hash(path, kind)
+
+
+def _hash(path: Path, kind: str) -> str:
     with path.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def _blob_name(path: Path) -> str | None:
-    """The name of the blob that a link in a Hugging Face cache leads to, if it is a SHA-256."""
-    if not path.is_symlink():
-        return None
-    blob = path.resolve()
-    named = blob.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", blob.name)
-    return blob.name if named else None
+        if kind == "sha256":
+            return hashlib.file_digest(f, "sha256").hexdigest()
+        head = hashlib.sha1(b"blob %d\0" % os.fstat(f.fileno()).st_size, usedforsecurity=False)
+        return hashlib.file_digest(f, lambda: head).hexdigest()
 
 
 class _Memory:
-    """digests.json: {real path: [size, modification time in ns, SHA-256]}."""
+    """digests.json: {real path: [*Stamp, SHA-256]}. Entries of another shape count for nothing.
 
-    def __init__(self) -> None:
-        self.file = cache_root() / "digests.json"
+    A folder that can't be read or written costs time, not results.
+    """
+
+    @functools.cached_property
+    def _known(self) -> dict[str, object]:
+        with contextlib.suppress(OSError, ConfigError):
+            return _remembered(cache_root() / "digests.json")
+        return {}
 
     def recall(self, path: Path) -> str | None:
-        entry = self._read().get(str(path.resolve()))
-        stat = path.stat()
-        match entry:
-            case [size, mtime_ns, str(digest)] if [size, mtime_ns] == [
-                stat.st_size,
-                stat.st_mtime_ns,
-            ]:
-                return digest if re.fullmatch("[0-9a-f]{64}", digest) else None
+        match self._known.get(str(path.resolve())):
+            case [*stamp, str(digest)] if stamp == list(_stamp(path)) and re.fullmatch(
+                "[0-9a-f]{64}", digest
+            ):
+                return digest
         return None
 
-    def remember(self, digests: dict[Path, str]) -> None:
-        """Keep digests for the next run. A folder that can't be written costs time, not results."""
+    def remember(self, digests: dict[Path, tuple[Stamp, str]]) -> None:
+        """Keep digests, with the stamps that the files had before they were read."""
         if not digests:
             return
-        with contextlib.suppress(OSError):
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{self.file}.lock"):
-                known = self._read()
-                for path, digest in digests.items():
-                    stat = path.stat()
-                    known[str(path.resolve())] = [stat.st_size, stat.st_mtime_ns, digest]
-                with tempfile.NamedTemporaryFile(
-                    "w", dir=self.file.parent, prefix=".digests-", delete=False
-                ) as f:
-                    json.dump(known, f)
-                Path(f.name).replace(self.file)
+        with contextlib.suppress(OSError, ConfigError):
+            file = cache_root() / "digests.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{file}.lock", timeout=10):
+                entries = {
+                    str(p.resolve()): [*stamp, digest] for p, (stamp, digest) in digests.items()
+                }
+                draft = file.with_name(f".digests-{uuid.uuid4().hex[:8]}")
+                try:
+                    draft.write_text(json.dumps(_remembered(file) | entries))
+                    draft.replace(file)
+                finally:
+                    draft.unlink(missing_ok=True)
 
-    def _read(self) -> dict[str, object]:
-        try:
-            known = json.loads(self.file.read_text())
-        except (OSError, ValueError):
-            return {}
-        return known if isinstance(known, dict) else {}
+
+def _remembered(file: Path) -> dict[str, object]:
+    if not file.is_file():  # a pipe would wait for its writer
+        return {}
+    try:
+        known = json.loads(file.read_text())
+    except (ValueError, RecursionError):
+        return {}
+    return known if isinstance(known, dict) else {}

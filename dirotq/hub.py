@@ -6,12 +6,13 @@ Everything that can go wrong there is a ConfigError that says what to do about i
 import functools
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dirotq.blobs import listing
 from dirotq.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -44,29 +45,33 @@ class HubPath:
     def url(self) -> str:
         return f"https://huggingface.co/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
 
-    def fetch(
-        self, patterns: Sequence[str], enough: Callable[[Path], bool] = lambda _: False
-    ) -> Path:
+    def fetch(self, patterns: Sequence[str]) -> Path:
         """The local folder of the commit, with the files that match ``patterns`` downloaded.
 
-        A pattern that matches nothing is passed over: the caller knows what must be there. A commit
-        never changes, so where ``enough`` accepts what is on disk, the hub is not asked. Raises
-        ConfigError, also when there is no network and the commit was never downloaded.
-        """
-        import huggingface_hub
+        A pattern that matches nothing is passed over: the caller knows what must be there. The hub
+        is asked unless the cache holds its list of the commit and all files of it that match: a
+        killed download leaves a folder that looks like any other. Without a network, and without a
+        list, the folder is taken as it is.
 
-        here = _home(_cache(), self.kind, self.id) / "snapshots" / self.commit
-        if here.is_dir() and enough(here):
+        Raises ConfigError, also when there is no network and the commit was never downloaded.
+        """
+        from huggingface_hub.utils import filter_repo_objects
+
+        here = self.snapshot
+        known = self.listing()
+        wanted = filter_repo_objects(known, allow_patterns=list(patterns))
+        if known and here.is_dir() and all((here / name).is_file() for name in wanted):
             return here
-        with explained(self, f"all files matching {', '.join(patterns)}"):
-            return Path(
-                huggingface_hub.snapshot_download(
-                    self.id,
-                    repo_type=self.kind,
-                    revision=self.commit,
-                    allow_patterns=list(patterns),
-                )
-            )
+        return _fetched(self, self.commit, tuple(patterns), _cache())
+
+    @property
+    def snapshot(self) -> Path:
+        """Where the cache keeps the commit, if it was downloaded. Raises ConfigError."""
+        return _home(_cache(), self.kind, self.id) / "snapshots" / self.commit
+
+    def listing(self) -> dict[str, str]:
+        """{file: id of its content} of the commit, as far as the cache knows it."""
+        return listing(_home(_cache(), self.kind, self.id), self.commit)
 
     def download(self, file: str) -> Path:
         """One file, from the hub unless it is here already. Raises ConfigError."""
@@ -110,6 +115,18 @@ def _home(cache: str, kind: Kind, repo: str) -> Path:
 
 
 @functools.lru_cache(maxsize=256)
+def _fetched(place: HubPath, commit: str, patterns: tuple[str, ...], cache: str) -> Path:
+    """Asked for once per process: a hub that does not answer takes its time."""
+    import huggingface_hub
+
+    with explained(place, f"all files matching {', '.join(patterns)}"):
+        folder = huggingface_hub.snapshot_download(
+            place.id, repo_type=place.kind, revision=commit, allow_patterns=list(patterns)
+        )
+    return Path(folder)
+
+
+@functools.lru_cache(maxsize=256)
 def _commit(repo: str, revision: str, kind: Kind, cache: str) -> str:
     if _COMMIT.fullmatch(revision):
         return revision
@@ -129,6 +146,8 @@ def _commit(repo: str, revision: str, kind: Kind, cache: str) -> str:
             if not noted.is_file():
                 raise
             commit = noted.read_text().strip()
+            if not _COMMIT.fullmatch(commit):
+                raise  # an empty file, as power loss leaves it
             log.warning(
                 "the hub can't be reached (%s): %s@%s is taken to be at commit %s, which was "
                 "downloaded before",
