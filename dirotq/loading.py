@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dirotq.device import compute_dtype, pick_device
+from dirotq.doors import refuse_doors
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.artifact import MANIFEST, Artifact
 
@@ -41,10 +42,12 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "Di
 
     On a GPU that can't hold all components at once they go there one at a time, as they are used.
 
-    Raises ArtifactError naming the weights file that is truncated or damaged.
+    Raises ArtifactError naming the weights file that is truncated or damaged; ConfigError or
+    UnsupportedError if the folder would run code or read elsewhere (dirotq/doors.py).
     """
     import diffusers
 
+    refuse_doors(folder)
     for file in sorted(folder.glob("*/*.safetensors")):
         # Before diffusers and transformers open it, each of which fails in a way of its own.
         check_weights(file)

@@ -4,10 +4,12 @@ A component of model_index.json and a shard of a weights index are names of thin
 that names them. ``../../x`` or ``/etc/x`` there would read, or write, somewhere else.
 """
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from dirotq.errors import ConfigError
+from dirotq.json_file import read_json
 
 FORBIDDEN = frozenset('/\\:*?[]"<>|')
 """What separates folders, or means something to globs, somewhere."""
@@ -37,25 +39,36 @@ def safe_name(name: object, where: str) -> str:
     )
 
 
+def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+    """{component: (library, class)} of a model_index.json, without those that are switched off.
+
+    Raises ConfigError if a component's name is no plain name.
+    """
+    found = {}
+    for name, value in index.items():
+        match value:
+            case [str(library), str(cls)] if not name.startswith("_"):
+                found[safe_name(name, "model_index.json")] = (library, cls)
+    return found
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """{tensor: file beside ``index``} of a ``*.safetensors.index.json``.
 
     Raises ConfigError if it is damaged, or names anything but plain ``*.safetensors`` files: what
     libraries load under another suffix is a pickle, which can run code.
     """
-    try:
-        found = json.loads(index.read_text())["weight_map"]
-        pairs = list(found.items())
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict):
         raise ConfigError(
-            f"{index} is damaged: it should be a JSON object with a weight_map of tensors and "
-            f"files ({type(error).__name__}: {error}); download the model again"
-        ) from error
-    for file in {str(file): file for _, file in pairs}.values():
+            f"{index} is damaged: it has no weight_map of tensors and files, but {found!r:.80}; "
+            "download the model again"
+        )
+    for file in {str(file): file for file in found.values()}.values():
         if not safe_name(file, str(index)).endswith(".safetensors"):
             raise ConfigError(
                 f"{index} names {file}: weights are read from .safetensors files only, any other "
                 "kind can run code when loaded. Convert it where you trust it: "
                 "pipeline.save_pretrained(new_folder, safe_serialization=True)"
             )
-    return dict(pairs)
+    return found

@@ -7,7 +7,7 @@ hash has to be found the same way; ``Path.rglob`` does not enter linked folders.
 import os
 import stat
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable
 from pathlib import Path
 
 from dirotq.errors import ConfigError
@@ -16,10 +16,16 @@ VISITS = 64
 """How often one folder may be reached: a few links to each other make millions of paths."""
 
 
-def walk(root: Path, *, skip: Collection[str] = ()) -> list[Path]:
+def walk(
+    root: Path,
+    *,
+    skip: Callable[[Path], bool] = lambda _: False,
+    check: Callable[[Path], None] = lambda _: None,
+) -> list[Path]:
     """Every file below ``root``, sorted by path, those in linked folders under the link's name.
 
-    skip  names directly below ``root`` that are passed over
+    skip   says of a path that it is passed over, with all below it
+    check  sees every link before it is followed, and may refuse it by a ConfigError
 
     Raises ConfigError for what can't be read to its end: a link that leads nowhere or back into a
     folder around it, a pipe, a socket, a device, a file or folder without permission. Below names
@@ -41,10 +47,12 @@ def walk(root: Path, *, skip: Collection[str] = ()) -> list[Path]:
                 "those that nobody needs"
             )
         for path in _entries(folder):
-            if folder == root and path.name in skip:
+            if skip(path):
                 continue
             secret = hidden or path.name[0] == "."
             try:
+                if path.is_symlink():
+                    check(path)
                 if _is_folder(path):
                     enter(path, (*around, real), secret)
                 else:

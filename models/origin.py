@@ -5,27 +5,35 @@ downloaded: configurations and tokenizers for a plan, safetensors when weights a
 """
 
 import functools
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import safe_open
 
+from dirotq.blobs import unproven
 from dirotq.digest import input_digests
+from dirotq.doors import refuse_doors
 from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.hub import HubPath, hub_path
+from dirotq.json_file import read_json
 from dirotq.loading import check_weights
+from dirotq.names import components
 from dirotq.prompts import resolve
 
 from .families import family_of
+from .folder import (
+    CALL_FILE,
+    INDEX,
+    SETTINGS,
+    STEMS,
+    carried_files,
+    missing_weights,
+    pipeline_files,
+    weight_names,
+)
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-IGNORED = ("README.md", "training.json", ".gitattributes")
-INDEX = "model_index.json"
-CALL_FILE = "generation.json"
-STEMS = ("diffusion_pytorch_model", "model")
-"""Standard names of weights. Others are variants (fp16, ema) or another program's files."""
 
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 """{tensor: (dtype as safetensors spells it, shape)}."""
@@ -37,8 +45,9 @@ def pipeline_folder(source: str, *, weights: bool, without: str = "") -> Path:
     weights  with the weights of its components; without, those of a repository may be missing
     without  a component whose weights are not needed
 
-    Raises ConfigError if there is no such pipeline, it is damaged or incomplete, or holds weights
-    only as pickles; UnsupportedError if its denoiser is no transformer or is quantized already.
+    Raises ConfigError if there is no such pipeline, it is damaged or incomplete, holds weights only
+    as pickles, or leads out of its folder (models/folder.py); UnsupportedError if its denoiser is
+    no transformer or is quantized already, or it needs code of its own.
     """
     place = _on_hub(source)
     if place is None:
@@ -49,9 +58,13 @@ def pipeline_folder(source: str, *, weights: bool, without: str = "") -> Path:
     else:
         root = _fetch(place, weights=False)
     index = read_json(root / INDEX)
+    refuse_doors(root)
     _refuse_foreign(root, index, source)
     if place is not None and weights:
         _fetch(place, weights=True, without=without)
+    pipeline_files(root, index)  # all can be read, no link leaves
+    if place is not None:
+        unproven(root, _used(root, index, without), place.listing())
     if weights:
         for part in _model_parts(root, index, without):
             _refuse_weights(part, source)
@@ -61,23 +74,36 @@ def pipeline_folder(source: str, *, weights: bool, without: str = "") -> Path:
 def pipeline_identity(source: str, *, without: str = "") -> dict[str, Any]:
     """What stands in a fingerprint: a repository's commit, or the digest of every file that counts.
 
+    A commit stands for its files as far as each is held against the id that the hub gives it
+    (dirotq/blobs.py). Files that have none, in a cache that was copied without its links or edited,
+    count by their digests, as those of a local folder do.
+
     without  a component whose weights don't count
 
-    Raises what :func:`pipeline_folder` raises.
+    Raises what :func:`pipeline_folder` raises. Cheap to call again: what did not change on disk is
+    not read again.
     """
-    if (place := _on_hub(source)) is not None:
-        return place.identity()
     root = pipeline_folder(source, weights=False, without=without)
-    files = [
-        p
-        for p in sorted(root.rglob("*"))
-        if p.is_file()
-        and p.name not in IGNORED
-        and p.suffix not in (".png", ".jpg")
-        and not (p.suffix == ".safetensors" and p.parent == root / without)
-    ]
+    index = read_json(root / INDEX)
+    if (place := _on_hub(source)) is None:
+        return {"files": _digests(root, pipeline_files(root, index, without=without))}
+    if not unproven(root, _used(root, index, without), place.listing()):
+        return place.identity()
+    # All of them, or a download would give another fingerprint to the same model.
+    pipeline_folder(source, weights=True, without=without)
+    unknown = unproven(root, _used(root, index, without), place.listing())
+    return place.identity() | {"files": _digests(root, unknown)}
+
+
+def _digests(root: Path, files: list[Path]) -> dict[str, str]:
     digests = input_digests(files)
-    return {"files": {str(p.relative_to(root)): digests[p] for p in files}}
+    return {str(path.relative_to(root)): digests[path] for path in files}
+
+
+def _used(root: Path, index: Mapping[str, Any], without: str) -> list[Path]:
+    """Files of a snapshot that are read, as far as they are here."""
+    files = carried_files(root, index)
+    return [p for p in files if not (p.suffix == ".safetensors" and p.parent.name == without)]
 
 
 def single_file(source: str) -> Path | None:
@@ -101,27 +127,6 @@ def single_file(source: str) -> Path | None:
     if not path.is_file():
         raise ConfigError(f"{source}: there is no such file; download it and give its path")
     return path
-
-
-def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """{component: (library, class)} of a model_index.json, without those that are switched off."""
-    found = {}
-    for name, value in index.items():
-        match value:
-            case [str(library), str(cls)]:
-                found[name] = (library, cls)
-    return found
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Raises ConfigError if it is no JSON object."""
-    try:
-        values = json.loads(file.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{file} is damaged ({error}); download the model again") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{file} is no JSON object; download the model again")
-    return values
 
 
 def read_header(file: Path) -> Header:
@@ -161,7 +166,7 @@ def _on_hub(source: str) -> HubPath | None:
 
 
 def _fetch(place: HubPath, *, weights: bool, without: str = "") -> Path:
-    root = place.fetch([INDEX, CALL_FILE], lambda here: (here / INDEX).is_file())
+    root = place.fetch([INDEX, CALL_FILE])
     if not (root / INDEX).is_file():
         raise ConfigError(
             f"{place.url} is no diffusers pipeline: it has no {INDEX}. Many models are offered "
@@ -169,22 +174,21 @@ def _fetch(place: HubPath, *, weights: bool, without: str = "") -> Path:
             "single .safetensors file can be downloaded and given as model=FILE"
         )
     index = read_json(root / INDEX)
-    parts = components(index)
-    wanted = [f"{part}/*.{suffix}" for part in parts for suffix in ("json", "txt", "model")]
-    here = place.fetch([INDEX, CALL_FILE, *wanted], lambda here: _has_settings(here, parts))
+    wanted = [f"{part}/*.{suffix}" for part in components(index) for suffix in SETTINGS]
+    here = place.fetch([INDEX, CALL_FILE, *wanted])
     if weights:
-        files = [
-            f"{part.name}/{stem}{number}.safetensors"
-            for part in _model_parts(here, index, without)
-            for stem in STEMS
-            for number in ("", "-?????-of-?????")
+        # Of most repositories the standard names; an index may have other ones.
+        named = [
+            f"{stem}{number}.safetensors" for stem in STEMS for number in ("", "-?????-of-?????")
         ]
-        place.fetch(files, lambda here: not any(map(_missing, _model_parts(here, index, without))))
+        place.fetch(
+            [
+                f"{part.name}/{name}"
+                for part in _model_parts(here, index, without)
+                for name in sorted({*named, *weight_names(part)})
+            ]
+        )
     return here
-
-
-def _has_settings(root: Path, parts: Mapping[str, Any]) -> bool:
-    return all((root / part).is_dir() and any((root / part).glob("*.json")) for part in parts)
 
 
 def _model_parts(root: Path, index: Mapping[str, Any], without: str) -> list[Path]:
@@ -196,17 +200,6 @@ def _model_parts(root: Path, index: Mapping[str, Any], without: str) -> list[Pat
         and (root / name / "config.json").is_file()
         and not (root / name / "tokenizer_config.json").is_file()
     ]
-
-
-def _missing(part: Path) -> list[str]:
-    """Weights files of a component that are not there, by their standard names."""
-    for stem in STEMS:
-        if (index := part / f"{stem}.safetensors.index.json").is_file():
-            shards = {str(name) for name in read_json(index).get("weight_map", {}).values()}
-            return sorted(name for name in shards if not (part / name).is_file())
-        if (part / f"{stem}.safetensors").is_file():
-            return []
-    return [" or ".join(f"{stem}.safetensors" for stem in STEMS)]
 
 
 def _refuse_no_pipeline(root: Path, source: str) -> None:
@@ -239,11 +232,6 @@ def _refuse_pickles(root: Path) -> None:
 def _refuse_foreign(root: Path, index: Mapping[str, Any], source: str) -> None:
     """Refuse a pipeline that is not one of diffusers around one 16-bit diffusion transformer."""
     parts = components(index)
-    if not isinstance(index.get("_class_name"), str):
-        raise UnsupportedError(
-            f"{source} needs code of its own ({INDEX} says _class_name "
-            f"{index.get('_class_name')!r}); only pipelines of diffusers itself are loaded"
-        )
     if "transformer" not in parts and "unet" in parts:
         raise UnsupportedError(
             f"{source} ({index['_class_name']}) denoises with a UNet ({parts['unet'][1]}), as "
@@ -276,7 +264,7 @@ def _refuse_foreign(root: Path, index: Mapping[str, Any], source: str) -> None:
 
 
 def _refuse_weights(part: Path, source: str) -> None:
-    if missing := _missing(part):
+    if missing := missing_weights(part):
         raise ConfigError(
             f"{source}: the component {part.name} lacks {', '.join(missing[:4])}. Files of other "
             "names (.bin, fp16 or ema variants) are not used; download the model again, or write "

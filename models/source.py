@@ -81,7 +81,7 @@ class DiffusersModel:
         root = pipeline_folder(self._base(), weights=weights, without=self._replaced())
         if not weights:
             return root
-        return variant_folder(root, file, self._loras(), self._parts(), self.path)
+        return variant_folder(root, file, self._loras(), self._parts, self.path)
 
     @property
     def family(self) -> ModelFamily:

@@ -7,22 +7,29 @@ import hashlib
 import json
 import logging
 import math
-import os
 import shutil
-import tempfile
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dirotq.digest import cache_root
+from dirotq.digest import cache_root, input_digests
+from dirotq.errors import ConfigError
+from dirotq.json_file import read_json
+from dirotq.pipeline.disk import is_disk_full, sync, sync_tree
+from dirotq.placing import place
 from dirotq.progress import track
+from dirotq.walk import walk
 
+from .folder import INDEX, carried_files
 from .lora import Lora, Update, add, read_lora
-from .origin import CALL_FILE, INDEX, components, read_header, read_json
+from .origin import read_header
 from .single_file import converted
 from .weights import INDEX as SHARDS
 from .weights import WHOLE, Weights
@@ -31,41 +38,59 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same parts would give another folder
 SHARD = 2 * 10**9  # bytes; writing takes twice that in memory
-SMALL = 1 << 20
+DIGESTS = ".digests.json"
+"""{file: SHA-256} of all others of the folder."""
 WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
 
 
 def variant_folder(
-    base: Path, file: Path | None, loras: Sequence[Lora], identity: Mapping[str, Any], source: str
+    base: Path,
+    file: Path | None,
+    loras: Sequence[Lora],
+    identity: Callable[[], Mapping[str, Any]],
+    source: str,
 ) -> Path:
     """The folder of ``base`` with the transformer of ``file`` (or its own) and ``loras`` added.
 
-    identity  what tells this variant from all others
+    identity  what tells this variant from all others, as the disk has it now
     source    its name in errors
 
-    No more than one shard of weights is in memory. Raises ConfigError, UnsupportedError or
-    NumericalError if the parts don't fit together.
+    No more than one shard of weights is in memory. A folder in which a byte changed is written
+    again. Raises ConfigError, UnsupportedError or NumericalError if the parts don't fit together;
+    ConfigError if they change meanwhile, or the cache can't be written.
     """
-    digest = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()
+    parts = identity()
+    digest = hashlib.sha256(json.dumps([FORMAT, parts], sort_keys=True).encode()).hexdigest()
     sources = cache_root() / "sources"
     folder = sources / digest[:32]
     if _intact(folder):
         return folder
-    sources.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if _intact(folder):  # another process was faster
-            return folder
-        for left in [folder, *sources.glob(f".{folder.name}-*")]:  # by a process that died
-            shutil.rmtree(left, ignore_errors=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=sources))
-        try:
-            log.info("%s is written to %s, once", source, folder)
-            _write_transformer(draft / "transformer", base, file, loras, source)
-            _link_rest(base, draft)
-            draft.chmod(0o755)
-            draft.replace(folder)
-        finally:
-            shutil.rmtree(draft, ignore_errors=True)
+    with _explained(sources, source):
+        sources.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if _intact(folder):  # another process was faster
+                return folder
+            if folder.exists():
+                log.warning("%s is not as it was written, and is written again", folder)
+            for left in [folder, *sources.glob(f".{folder.name}-*")]:  # by a process that died
+                shutil.rmtree(left, ignore_errors=True)
+            draft = sources / f".{folder.name}-{uuid.uuid4().hex[:8]}"
+            draft.mkdir()
+            try:
+                log.info("%s is written to %s, once", source, folder)
+                _write_transformer(draft / "transformer", base, file, loras, source)
+                _place_rest(base, draft)
+                (draft / DIGESTS).write_text(json.dumps(_digests(draft), indent=2) + "\n")
+                if identity() != parts:
+                    raise ConfigError(
+                        f"{source} changed while it was read; run this again once its files stay "
+                        "as they are"
+                    )
+                sync_tree(draft)
+                draft.replace(folder)
+                sync(sources)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
@@ -86,8 +111,41 @@ def shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
 
 
 def _intact(folder: Path) -> bool:
-    """It is there, and no link into another cache has lost its end."""
-    return folder.is_dir() and all(path.exists() for path in folder.rglob("*"))
+    """Every file that was written is there, no other one, and no byte of them changed.
+
+    Read once: what did not change on disk since is known (dirotq/digest.py).
+    """
+    try:
+        return bool(read_json(folder / DIGESTS) == _digests(folder))
+    except (ConfigError, OSError):
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = {path.relative_to(folder).as_posix(): path for path in walk(folder)}
+    files.pop(DIGESTS, None)
+    digests = input_digests(files.values())
+    return {name: digests[path] for name, path in files.items()}
+
+
+@contextmanager
+def _explained(sources: Path, source: str) -> Iterator[None]:
+    """A full or read-only cache as a ConfigError; what fails elsewhere stays as it is."""
+    remedy = "choose another place for it with the environment variable DIROTQ_CACHE"
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
+            raise ConfigError(
+                f"the disk is full: {source} could not be written to {sources}. Make room (what "
+                f"lies there can be made again), or {remedy}"
+            ) from error
+        if isinstance(error, OSError) and str(error.filename or "").startswith(str(cache_root())):
+            raise ConfigError(
+                f"{source} has to be written to {sources} once, which can't be done "
+                f"({error.strerror}: {error.filename}); {remedy}"
+            ) from error
+        raise
 
 
 def _write_transformer(
@@ -116,6 +174,7 @@ def _write_transformer(
         for key in inside:  # one after the other: the shard is never there twice
             part[key] = _added(key, part[key], updates).contiguous()
         save_file(part, target / name, metadata={"format": "pt"})
+        shutil.copymode(target / "config.json", target / name)  # safetensors leaves 0600
         del part
     if len(plan) > 1:
         where = {key: name for name, inside in plan.items() for key in inside}
@@ -139,30 +198,9 @@ def _added(
     return add(tensor, chosen, module) if chosen else tensor
 
 
-def _link_rest(base: Path, draft: Path) -> None:
-    """Everything but the transformer; weights as hard links where that is possible."""
-    for file in _rest(base):
+def _place_rest(base: Path, draft: Path) -> None:
+    """Everything but the transformer. What a user may write to shares nothing with the copy."""
+    for file in carried_files(base, read_json(base / INDEX), without="transformer"):
         target = draft / file.relative_to(base)
-        target.parent.mkdir(exist_ok=True)
-        real = file.resolve()
-        if real.stat().st_size < SMALL or not _linked(real, target):
-            shutil.copyfile(real, target)
-
-
-def _rest(base: Path) -> Iterator[Path]:
-    yield base / INDEX
-    if (base / CALL_FILE).is_file():
-        yield base / CALL_FILE
-    for name in components(read_json(base / INDEX)):
-        if name != "transformer" and (base / name).is_dir():
-            yield from (path for path in sorted((base / name).iterdir()) if path.is_file())
-
-
-def _linked(real: Path, target: Path) -> bool:
-    for link in (os.link, os.symlink):
-        try:
-            link(real, target)
-        except OSError:
-            continue  # another file system, or one without links
-        return True
-    return False
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place(file, target)

@@ -3,7 +3,6 @@
 Letters: D channels, N outputs of all consumers of a site.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from dirotq.errors import ArtifactError, NumericalError
 from dirotq.loading import check_weights
+from dirotq.names import weight_map
 
 from .family import Site
 from .host import HostArena
@@ -25,7 +25,8 @@ WHOLE = "diffusion_pytorch_model.safetensors"
 class Weights:
     """The tensors of a diffusers transformer folder.
 
-    Raises ArtifactError if the folder holds no safetensors, or a file is truncated.
+    Raises ArtifactError if the folder holds no safetensors, or a file is truncated; ConfigError if
+    its index is damaged, or names anything but safetensors files beside it.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -157,8 +158,7 @@ def _assign(module: nn.Module, name: str, tensor: Tensor) -> None:
 
 def _files(folder: Path) -> list[Path]:
     if (folder / INDEX).is_file():
-        index = json.loads((folder / INDEX).read_text())
-        return sorted({folder / name for name in index["weight_map"].values()})
+        return sorted({folder / name for name in weight_map(folder / INDEX).values()})
     if (folder / WHOLE).is_file():
         return [folder / WHOLE]
     files = sorted(folder.glob("*.safetensors"))

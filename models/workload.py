@@ -3,7 +3,6 @@
 Letters: T tokens of a site in one call for one prompt, D channels, N outputs, R protected.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,12 +12,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dirotq.cost import Machine
+from dirotq.json_file import read_json
 from dirotq.kernels.plan import why_not
 from dirotq.kernels.second_moment import TILE, tiles
 from dirotq.kernels.spec import QuantSpec
+from dirotq.names import components
 from dirotq.plan import Method
 
 from .family import Site
+from .folder import INDEX, missing_weights, weight_names
 from .source import DiffusersModel
 from .swap import footprint, put_packed
 
@@ -305,7 +307,8 @@ class Workload:
 
     def _folders(self) -> Iterator[Path]:
         root = self.model.folder(weights=False)
-        return (path for path in sorted(root.iterdir()) if path.is_dir())
+        parts = (root / name for name in sorted(components(read_json(root / INDEX))))
+        return (part for part in parts if part.is_dir())
 
     @cached_property
     def _joint(self) -> bool:
@@ -321,7 +324,7 @@ class Workload:
     @cached_property
     def _autoencoder(self) -> dict[str, Any]:
         file = self.model.folder(weights=False) / "vae" / "config.json"
-        return json.loads(file.read_text()) if file.is_file() else {}
+        return read_json(file) if file.is_file() else {}
 
     @property
     def _latent_frames(self) -> int:
@@ -367,9 +370,10 @@ def _reads_text(site: Site) -> bool:
 
 def _weights(folder: Path) -> int:
     """Bytes of a component's weights: of its files, or what its index says of them."""
-    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if files:
-        return files
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    sizes = (json.loads(i.read_text()).get("metadata", {}).get("total_size", 0) for i in indexes)
-    return max(sizes, default=0)
+    files = [folder / name for name in weight_names(folder)]
+    found = sum(file.stat().st_size for file in files if file.is_file())
+    if not missing_weights(folder):
+        return found
+    indexes = [read_json(i).get("metadata") for i in folder.glob("*.safetensors.index.json")]
+    sizes = [m.get("total_size") for m in indexes if isinstance(m, dict)]
+    return max([found, *(size for size in sizes if isinstance(size, int))])

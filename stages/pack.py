@@ -1,7 +1,6 @@
 """The folder people download: a standard diffusers pipeline whose transformer is packed."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,21 +14,21 @@ from torch import Tensor
 
 from dirotq.cost import Cost, Machine
 from dirotq.errors import ArtifactError
+from dirotq.json_file import read_json
 from dirotq.kernels.linear import buffer_shapes
-from dirotq.models.origin import CALL_FILE, IGNORED
+from dirotq.models.folder import CALL_FILE, carried_files
+from dirotq.models.folder import INDEX as INDEX_FILE
 from dirotq.models.source import DiffusersModel
 from dirotq.models.swap import footprint, put_packed
 from dirotq.models.weights import INDEX, WHOLE
 from dirotq.models.workload import Workload
 from dirotq.pipeline.artifact import Artifact
+from dirotq.placing import place
 from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
 from dirotq.quantizer import STORED, DirotqConfig, mark_packed, stored_dtype
 from dirotq.sizes import parse_bytes
 from dirotq.tensors import load_site, site_file
-
-UNPACKED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".msgpack", ".onnx", ".h5", ".gguf")
-"""Other formats of weights, which a packed folder does not carry along."""
 
 CODED = ("qweight", "wscale", "wglobal", "wp", "wpscale")
 """What `gptq` knows better than `fuse`: the codes and, after feedback, the protected branch."""
@@ -174,33 +173,19 @@ def write_index(folder: Path, shards: StateDictSplit) -> None:
 
 
 def _copy_pipeline(source: Path, target: Path) -> None:
-    """The source's components but its transformer, its licence and settings.
+    """The source's components but its transformer, its licence and settings; nothing else of it.
 
-    Weights become hard links where source and target share a file system: text encoders are larger
-    than the packed transformer.
+    Links are resolved; no file is one that the source's owner may write to (dirotq/placing.py).
     """
-    index = json.loads((source / "model_index.json").read_text())
-    parts = [source / name for name in index if name != "transformer" and name[0] != "_"]
-    inside = [path for part in parts if part.is_dir() for path in part.rglob("*")]
-    for path in sorted([*source.glob("*"), *inside]):
-        unwanted = path.name in IGNORED or path.name.startswith(".") or path.suffix in UNPACKED
-        loose = path.parent == source and path.suffix == ".safetensors"  # one-file checkpoints
-        if not path.is_file() or unwanted or loose:
-            continue
-        place = target / path.relative_to(source)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix != ".safetensors" or not _linked(path, place):
-            shutil.copyfile(path, place)
+    for path in carried_files(source, read_json(source / INDEX_FILE), without="transformer"):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            place(path, copy)
+        else:
+            shutil.copyfile(path, copy)
         if path.name == "config.json":
-            _neutral_dtype(place)
-
-
-def _linked(path: Path, place: Path) -> bool:
-    try:
-        os.link(path.resolve(), place)
-    except OSError:  # another file system, or one without links
-        return False
-    return True
+            _neutral_dtype(copy)
 
 
 def _neutral_dtype(config: Path) -> None:

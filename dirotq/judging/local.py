@@ -11,11 +11,13 @@ from PIL import Image
 
 from dirotq.device import compute_dtype, pick_device
 from dirotq.digest import input_digests
+from dirotq.doors import refuse_part
 from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.judging.backend import Compare, Correction, Pair, Reply
 from dirotq.judging.rubric import Rubric, Slot, Turn
 from dirotq.pipeline.stage import untracked
 from dirotq.png import picture
+from dirotq.walk import walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class LocalModel:
 
     def identity(self) -> dict[str, Any]:
         root = self._folder()
-        files = [p for p in sorted(root.rglob("*")) if p.is_file() and p.name[0] != "."]
+        files = [p for p in walk(root) if p.name[0] != "."]
         digests = input_digests(files)
         return {
             "class": f"{__name__}.LocalModel",
@@ -69,12 +71,12 @@ class LocalModel:
         import transformers
 
         folder, device = self._folder(), pick_device(self.device)
+        # Without trust_remote_code transformers asks at the terminal whether to run code.
+        local = {"local_files_only": True, "trust_remote_code": False}
         try:
-            processor: Any = transformers.AutoProcessor.from_pretrained(
-                folder, local_files_only=True
-            )
+            processor: Any = transformers.AutoProcessor.from_pretrained(folder, **local)
             model: Any = transformers.AutoModelForImageTextToText.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=compute_dtype(device)
+                folder, use_safetensors=True, dtype=compute_dtype(device), **local
             )
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise UnsupportedError(
@@ -112,6 +114,7 @@ class LocalModel:
                 f"judge.backend.path={self.path} holds no model (no config.json); give the local "
                 "folder of a vision-language model, as save_pretrained or `hf download` writes it"
             )
+        refuse_part(folder)
         return folder
 
 

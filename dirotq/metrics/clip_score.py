@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dirotq.doors import refuse_part
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.loading import check_weights, quiet
+from dirotq.walk import readable
 
 from .inception_fid import eight_bits
 from .weights import digests, local_folder
@@ -60,7 +62,9 @@ class ClipScore:
                 check_weights(file)
             except ArtifactError as error:
                 raise ConfigError(f"clip_score: {error}") from error
-        return [*weights, *sorted(folder.glob("*.json")), *sorted(folder.glob("*.txt"))]
+        refuse_part(folder)
+        settings = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.txt"))]
+        return [*weights, *map(readable, settings)]
 
 
 class _Meter:

@@ -15,6 +15,7 @@ from dirotq.distributions import frechet_distance
 from dirotq.errors import ConfigError
 from dirotq.pipeline.stage import fingerprint
 from dirotq.progress import track
+from dirotq.walk import walk
 
 from .weights import digests, local_file, local_folder
 
@@ -29,7 +30,7 @@ class InceptionFid:
     """Of a whole set, lower is closer: to the 16-bit images, or to a folder of real ones.
 
     ``path``          the TorchScript network
-    ``ground_truth``  folder of images (searched through), or None for the 16-bit images
+    ``ground_truth``  folder of images (searched through, links too), or None for the 16-bit images
     ``batch``         images per forward of the network
     """
 
@@ -72,7 +73,7 @@ class InceptionFid:
         if self.ground_truth is None:
             return []
         root = local_folder("fid", self.ground_truth, TRUTH)
-        files = sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES)
+        files = [path for path in walk(root) if path.suffix.lower() in SUFFIXES]
         if len(files) < 2:
             raise ConfigError(
                 f"fid: {self.ground_truth} holds {len(files)} images ({', '.join(SUFFIXES)}); "

@@ -37,8 +37,17 @@ def test_links_are_followed_and_keep_their_names(root, tmp_path):
     assert names(root) == [
         "a", "b/a", "b/z", "c/d/e", "f", "linked/deep/x", "linked/deep/y",
     ]  # fmt: skip
-    assert "linked/deep/x" not in names(root, skip={"linked"})
+    assert "linked/deep/x" not in names(root, skip=lambda path: path.name == "linked")
     assert names(root / "linked") == ["deep/x", "deep/y"]
+
+
+def test_every_link_is_shown_before_it_is_followed(root, tmp_path):
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "inner").symlink_to(root / "a")
+    (root / "linked").symlink_to(tmp_path / "outside")
+    seen = []
+    walk(root, check=seen.append)
+    assert seen == [root / "linked", root / "linked" / "inner"]
 
 
 @pytest.mark.parametrize("target", ["c", ".", "..", "/"])
