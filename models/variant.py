@@ -80,7 +80,7 @@ def variant_folder(
                 log.info("%s is written to %s, once", source, folder)
                 _write_transformer(draft / "transformer", base, file, loras, source)
                 _place_rest(base, draft)
-                (draft / DIGESTS).write_text(json.dumps(_digests(draft), indent=2) + "\n")
+                (draft / DIGESTS).write_text(json.dumps(_digests(draft), indent=2))
                 if identity() != parts:
                     raise ConfigError(
                         f"{source} changed while it was read; run this again once its files stay "

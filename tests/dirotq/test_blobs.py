@@ -89,6 +89,9 @@ def test_the_list_of_a_commit(home):
     files = {"a": small, "b/c": large | {"lfs_sha256": "2" * 64, "lfs_size": 99}}
     file.write_text(json.dumps({"format_version": 1, "files": files}))
     assert listing(home, COMMIT) == {"a": "0" * 40, "b/c": "2" * 64}
-    for damage in ("", "{", "[]", '{"files": 3}', '{"files": {"a": {}}}', '{"files": {"a": {"blob_id": 1}}}'):  # fmt: skip
+    for files in ("3", '{"a": {}}', '{"a": {"blob_id": 1}}', '{"a": 1}'):
+        file.write_text(f'{{"files": {files}}}')
+        assert listing(home, COMMIT) == {}, files
+    for damage in ("", "{", "[]"):
         file.write_text(damage)
         assert listing(home, COMMIT) == {}, damage

@@ -64,5 +64,7 @@ def test_a_shard_that_is_a_pickle(tmp_path, shard):
 def test_a_damaged_index(tmp_path, content):
     file = tmp_path / "model.safetensors.index.json"
     file.write_text(content)
-    with pytest.raises(ConfigError, match=r"index\.json is (damaged|no JSON object).*download the model"):
+    with pytest.raises(
+        ConfigError, match=r"index\.json is (damaged|no JSON object).*download the model"
+    ):
         weight_map(file)

@@ -1,13 +1,20 @@
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from tiny_line import tree_bytes
 from tiny_sources import *  # noqa: F403
 from tiny_sources import model, tensors_of
 
+import dirotq.digest
 import dirotq.models.variant
-from dirotq.models.variant import shards
+from dirotq.errors import ConfigError
+from dirotq.models.variant import DIGESTS, shards
 from dirotq.pipeline.stage import recipe
 
 
@@ -17,7 +24,7 @@ def test_the_folder_is_a_pipeline_made_once(folder, lora, cache, monkeypatch):
     assert made.parent == cache / "sources"
     monkeypatch.setattr(dirotq.models.variant, "_write_transformer", None)
     assert changed.folder() == made
-    assert sorted(p.name for p in made.iterdir()) == sorted(p.name for p in folder.iterdir())
+    assert {p.name for p in made.iterdir()} == {p.name for p in folder.iterdir()} | {DIGESTS}
     pipe = changed.pipeline(torch.float32, torch.device("cpu"))
     assert type(pipe).__name__ == "FluxPipeline"
     assert changed.call_arguments() == model(folder).call_arguments()
@@ -36,7 +43,7 @@ def test_a_failed_write_leaves_nothing_behind(folder, lora, cache, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dirotq.models.variant, "_link_rest", fails)
+        patch.setattr(dirotq.models.variant, "_place_rest", fails)
         with pytest.raises(OSError, match="no space"):
             model(folder, lora=str(lora())).folder()
     assert [p for p in (cache / "sources").iterdir() if p.is_dir()] == []
@@ -49,6 +56,162 @@ def test_a_lost_link_is_mended(folder, lora):
     (made / "vae" / "gone").symlink_to(made / "nowhere")
     assert changed.folder() == made
     assert not (made / "vae" / "gone").is_symlink()
+
+
+def flip(file, at=-1):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 1
+    stat = file.stat()
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["transformer/diffusion_pytorch_model.safetensors", "text_encoder_2/model.safetensors",
+     "vae/config.json", DIGESTS],
+)  # fmt: skip
+@pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "emptied"])
+def test_a_damaged_variant_is_written_again(variant, name, what, caplog):
+    changed, made = variant
+    before = tree_bytes(made)
+    file = made / name
+    if what == "flipped":
+        flip(file, 0)  # silent until it was held against its digest: no length changed
+    elif what == "missing":
+        file.unlink()
+    else:
+        file.write_bytes(file.read_bytes()[:-1] if what == "truncated" else b"")
+    assert changed.folder() == made
+    assert tree_bytes(made) == before
+    assert "is not as it was written" in caplog.text
+
+
+def test_a_file_that_was_added_is_no_part_of_it(variant):
+    changed, made = variant
+    (made / "text_encoder" / "adapter_config.json").write_text("{}")
+    changed.folder()
+    assert not (made / "text_encoder" / "adapter_config.json").exists()
+
+
+@pytest.fixture
+def variant(own_folder, lora):
+    changed = model(own_folder, lora=str(lora()))
+    return changed, changed.folder()
+
+
+def test_an_intact_variant_is_hashed_once(variant, monkeypatch):
+    changed, made = variant
+    changed.folder()
+    monkeypatch.setattr(dirotq.digest, "TICK", 0)
+    changed.folder()
+    monkeypatch.setattr(dirotq.digest, "_hash", None)
+    assert changed.folder() == made
+
+
+def test_nothing_of_it_is_the_users_to_write_to(variant, own_folder):
+    """Neither hard links nor links to what the variant was made of."""
+    _, made = variant
+    theirs = {p.stat().st_ino for p in own_folder.rglob("*")}
+    for path in made.rglob("*"):
+        assert not path.is_symlink()
+        assert path.stat().st_ino not in theirs, path
+
+
+def test_a_variant_of_another_base_after_an_edit(variant, own_folder):
+    changed, made = variant
+    flip(own_folder / "vae" / "diffusion_pytorch_model.safetensors")
+    assert changed.folder() != made
+    assert made.is_dir()
+
+
+def test_files_that_change_while_they_are_read(own_folder, lora, cache, monkeypatch):
+    """The folder would bear the name of what was there before."""
+    rest = dirotq.models.variant._place_rest
+
+    def slow(base, draft):
+        flip(own_folder / "transformer" / "diffusion_pytorch_model.safetensors")
+        rest(base, draft)
+
+    changed = model(own_folder, lora=str(lora()))
+    with monkeypatch.context() as patch:
+        patch.setattr(dirotq.models.variant, "_place_rest", slow)
+        with pytest.raises(ConfigError, match="changed while it was read"):
+            changed.folder()
+    assert [p for p in (cache / "sources").iterdir() if p.is_dir()] == []
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_modes_follow_the_umask(own_folder, lora, cache, umask, mode):
+    """safetensors writes 0600, tempfile 0700: another user of the cache could not read them."""
+    before = os.umask(umask)
+    try:
+        made = model(own_folder, lora=str(lora())).folder()
+    finally:
+        os.umask(before)
+    modes = {p.stat().st_mode & 0o777 for p in made.rglob("*") if p.is_file()}
+    assert modes == {mode}
+    folders = {p.stat().st_mode & 0o777 for p in [made, *made.rglob("*")] if p.is_dir()}
+    assert folders == {0o777 & ~umask}
+
+
+def test_it_is_on_the_disk_before_it_has_its_name(own_folder, lora, monkeypatch):
+    calls = []
+    monkeypatch.setattr(dirotq.models.variant, "sync_tree", lambda p: calls.append(p.name[0]))
+    monkeypatch.setattr(dirotq.models.variant, "sync", lambda p: calls.append(p.name))
+    model(own_folder, lora=str(lora())).folder()
+    assert calls == [".", "sources"]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (lambda place: OSError(errno.ENOSPC, "No space left on device"), "the disk is full.*room"),
+        (
+            lambda place: SafetensorError("Io: No space left on device (os error 28)"),
+            "disk is full",
+        ),
+        (lambda place: OSError(errno.EROFS, "Read-only file system", str(place)), "Read-only"),
+        (lambda place: PermissionError(errno.EACCES, "Permission denied", str(place)), "denied"),
+    ],
+)
+def test_a_cache_that_can_not_be_written(own_folder, lora, cache, monkeypatch, error, message):
+    def fails(target, *_):
+        raise error(target)
+
+    monkeypatch.setattr(dirotq.models.variant, "_write_transformer", fails)
+    with pytest.raises(ConfigError, match=rf"{message}.*DIROTQ_CACHE"):
+        model(own_folder, lora=str(lora())).folder()
+    assert [p for p in (cache / "sources").iterdir() if p.is_dir()] == []
+
+
+def test_an_error_elsewhere_is_not_the_caches(own_folder, lora, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, "Input/output error", "/mnt/model")
+
+    monkeypatch.setattr(dirotq.models.variant, "_write_transformer", fails)
+    with pytest.raises(OSError, match="Input/output"):
+        model(own_folder, lora=str(lora())).folder()
+
+
+def test_a_cache_below_a_file(own_folder, lora, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("DIROTQ_CACHE", str(tmp_path / "file" / "below"))
+    with pytest.raises(ConfigError, match=r"has to be written to .*DIROTQ_CACHE"):
+        model(own_folder, lora=str(lora())).folder()
+
+
+def test_what_is_there_already_needs_no_permission_to_write(variant, monkeypatch):
+    changed, made = variant
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("mkdir", "write_text", "replace"):
+        monkeypatch.setattr(Path, name, refuse)
+    monkeypatch.setattr(dirotq.models.variant, "FileLock", refuse)
+    monkeypatch.setattr(dirotq.digest, "FileLock", refuse)
+    assert changed.folder() == made
 
 
 def test_shards_are_small_and_in_order(folder, lora, monkeypatch):
