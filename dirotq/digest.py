@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -16,8 +17,12 @@ from filelock import FileLock
 
 from dirotq.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
 LARGE = 64 << 20
 """Bytes from which a digest is worth keeping from one run to the next."""
+PAUSE = 2 * 10**9
+"""Bytes whose hashing somebody will wait for."""
 TICK = 100_000_000
 """Nanoseconds within which two changes of a file may bear the same time."""
 
@@ -53,8 +58,8 @@ def content_digest(path: Path, kind: str) -> str:
 
     A file that changed a moment ago is read each time: the next change may not show in its times.
     """
-    stamp = _stamp(path)
-    return _digest(path, kind, stamp) if _settled(stamp) else _hash(path, kind)
+    now = stamp(path)
+    return _digest(path, kind, now) if _settled(now) else _hash(path, kind)
 
 
 def input_digests(paths: Iterable[Path]) -> dict[Path, str]:
@@ -68,25 +73,28 @@ def input_digests(paths: Iterable[Path]) -> dict[Path, str]:
     large = [path for path in files if path.stat().st_size > LARGE]
     found = {path: digest for path in large if (digest := memory.recall(path)) is not None}
     missing = [path for path in files if path not in found]
-    stamps = {path: _stamp(path) for path in large if path in missing}  # before they are read
+    stamps = {path: stamp(path) for path in large if path in missing}  # before they are read
+    if (size := sum(seen[0] for seen in stamps.values())) > PAUSE:
+        log.info("%.0f GB of %s and other files are read once, to know them", size / 1e9, large[0])
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         # hashlib lets the other threads run while it computes.
         found |= dict(zip(missing, pool.map(file_digest, missing), strict=True))
-    memory.remember({p: (stamp, found[p]) for p, stamp in stamps.items() if _settled(stamp)})
+    memory.remember({p: (old, found[p]) for p, old in stamps.items() if _settled(old)})
     return found
 
 
-def _stamp(path: Path) -> Stamp:
+def stamp(path: Path) -> Stamp:
+    """What changes with a file, as far as its file system tells."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
-def _settled(stamp: Stamp) -> bool:
-    return time.time_ns() - max(stamp[1:3]) >= TICK
+def _settled(seen: Stamp) -> bool:
+    return time.time_ns() - max(seen[1:3]) >= TICK
 
 
 @functools.lru_cache(maxsize=4096)
-def _digest(path: Path, kind: str, stamp: Stamp) -> str:
+def _digest(path: Path, kind: str, seen: Stamp) -> str:
     return _hash(path, kind)
 
 
@@ -112,7 +120,7 @@ class _Memory:
 
     def recall(self, path: Path) -> str | None:
         match self._known.get(str(path.resolve())):
-            case [*stamp, str(digest)] if stamp == list(_stamp(path)) and re.fullmatch(
+            case [*seen, str(digest)] if seen == list(stamp(path)) and re.fullmatch(
                 "[0-9a-f]{64}", digest
             ):
                 return digest
@@ -126,9 +134,7 @@ class _Memory:
             file = cache_root() / "digests.json"
             file.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{file}.lock", timeout=10):
-                entries = {
-                    str(p.resolve()): [*stamp, digest] for p, (stamp, digest) in digests.items()
-                }
+                entries = {str(p.resolve()): [*seen, d] for p, (seen, d) in digests.items()}
                 draft = file.with_name(f".digests-{uuid.uuid4().hex[:8]}")
                 try:
                     draft.write_text(json.dumps(_remembered(file) | entries))

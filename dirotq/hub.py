@@ -99,7 +99,7 @@ class HubPath:
 def hub_path(text: str, kind: Kind) -> HubPath | None:
     """``text`` as a place on the hub, or None if it can't be one."""
     match = _ID.fullmatch(text)
-    if match is None or match["id"].startswith("."):
+    if match is None or match["id"].startswith(".") or ".." in (match["file"] or "").split("/"):
         return None
     return HubPath(match["id"], match["file"], match["revision"] or "main", kind)
 

@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dirotq.blobs import unproven
-from dirotq.digest import input_digests
+from dirotq.digest import Stamp, input_digests, stamp
 from dirotq.doors import refuse_doors
 from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.hub import HubPath, hub_path
@@ -134,8 +134,7 @@ def read_header(file: Path) -> Header:
 
     Raises ArtifactError if it is truncated.
     """
-    stat = file.stat()
-    return _header(file, stat.st_size, stat.st_mtime_ns)
+    return _header(file, stamp(file))
 
 
 def refuse_quantized(header: Header, name: str) -> None:
@@ -150,7 +149,7 @@ def refuse_quantized(header: Header, name: str) -> None:
 
 
 @functools.lru_cache(maxsize=256)
-def _header(file: Path, size: int, mtime_ns: int) -> Header:
+def _header(file: Path, stamp: Stamp) -> Header:
     check_weights(file)
     with safe_open(file, framework="pt") as tensors:
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
@@ -270,5 +269,5 @@ def _refuse_weights(part: Path, source: str) -> None:
             "names (.bin, fp16 or ema variants) are not used; download the model again, or write "
             "one with pipeline.save_pretrained(folder, safe_serialization=True)"
         )
-    for file in sorted(part.glob("*.safetensors")):
-        refuse_quantized(read_header(file), f"{part.name}/{file.name} of {source}")
+    for name in sorted(weight_names(part)):
+        refuse_quantized(read_header(part / name), f"{part.name}/{name} of {source}")

@@ -31,7 +31,9 @@ def test_a_place_on_the_hub(text, parts):
     assert hub_path(text, "model") == HubPath(*parts, "model")
 
 
-@pytest.mark.parametrize("text", ["name", "./org/name", "../x/y", "/org/name", "~/x/y", "a b/c"])
+@pytest.mark.parametrize(
+    "text", ["name", "./org/name", "../x/y", "/org/name", "~/x/y", "a b/c", "a/b/../c"]
+)
 def test_a_path_is_no_place_on_the_hub(text):
     assert hub_path(text, "model") is None
 

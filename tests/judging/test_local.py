@@ -1,7 +1,9 @@
 """The transformers backend on a random LLaVA of a few thousand parameters."""
 
 import dataclasses
+import json
 import re
+import shutil
 import threading
 
 import pytest
@@ -95,6 +97,19 @@ def test_its_files_are_its_identity(judge, folder):
     assert "model.safetensors" in recipe(judge)["files"]
     assert str(folder) not in str(recipe(judge))
     assert judge.name == "tiny-llava"
+
+
+def test_weights_behind_a_link_and_pickles_behind_an_index(judge, folder, tmp_path):
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    (tmp_path / "templates").mkdir()
+    (tmp_path / "templates" / "x.jinja").write_text("x")
+    (mine / "additional_chat_templates").symlink_to(tmp_path / "templates")
+    linked = dataclasses.replace(judge, path=str(mine))
+    assert "additional_chat_templates/x.jinja" in linked.identity()["files"]
+    index = mine / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "pytorch_model.bin"}}))
+    with pytest.raises(ConfigError, match=r"names pytorch_model\.bin.*can run code"):
+        linked.check()
 
 
 def test_no_folder(judge, tmp_path):

@@ -1,6 +1,7 @@
 """Which files of a pipeline are read, copied, refused: links of every kind."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -70,6 +71,23 @@ def test_a_component_that_is_a_link_counts_file_by_file(folder, root, tmp_path):
     (root / "transformer").symlink_to(other)
     changed = identity(root)
     assert {n for n in changed if changed[n] != identity(folder)[n]} == {
+        "transformer/diffusion_pytorch_model.safetensors"
+    }
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_identity_sees_the_disk_when_it_is_asked_again(root, tmp_path, linked):
+    """`cp -p` of a finetune over the weights, while a run is on its way."""
+    place = move_out(root, "transformer", tmp_path) if linked else root / "transformer"
+    before = identity(root)
+    assert identity(root) == before
+    weights = place / "diffusion_pytorch_model.safetensors"
+    stat, content = weights.stat(), bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    os.utime(weights, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    changed = identity(root)
+    assert {n for n in changed if changed[n] != before[n]} == {
         "transformer/diffusion_pytorch_model.safetensors"
     }
 
@@ -223,8 +241,6 @@ def test_a_component_elsewhere(root, name):
 
 
 def test_a_pipe_among_the_settings_does_not_hang(root):
-    import os
-
     (root / "vae" / "config.json").unlink()
     os.mkfifo(root / "vae" / "config.json")
     with pytest.raises(ConfigError, match=r"config\.json is a pipe"):

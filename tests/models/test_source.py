@@ -8,7 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from dirotq.errors import ArtifactError, ConfigError, NumericalError, UnsupportedError
 from dirotq.images import ImageWriter, read_images, read_seconds
+from dirotq.loading import open_pipeline
 from dirotq.models.source import DiffusersModel, generate, generate_all
+from dirotq.models.weights import Weights
 from dirotq.pipeline.stage import fingerprint, recipe
 from dirotq.prompts import Prompt, PromptSet
 
@@ -76,6 +78,38 @@ def test_a_pickle_beside_safetensors_is_never_opened(own_folder):
     (own_folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"not a model")
     assert source(own_folder).weights().files
     assert source(own_folder).pipeline(torch.float32, torch.device("cpu")).transformer is not None
+
+
+def test_an_index_that_names_a_pickle_is_refused_before_it_is_loaded(own_folder, monkeypatch):
+    """transformers would hand it to torch.load."""
+    part = own_folder / "text_encoder"
+    (weights,) = part.glob("*.safetensors")
+    weights.rename(part / "pytorch_model.bin")
+    names = dict.fromkeys(load_file(part / "pytorch_model.bin"), "pytorch_model.bin")
+    index = part / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": names}))
+    # Where nothing else lies, the pickle itself is the first thing to say.
+    with pytest.raises(ConfigError, match="pickle"):
+        source(own_folder).identity()
+    save_file({}, part / "other.safetensors")
+    monkeypatch.setattr(torch, "load", None)
+    for look in (
+        source(own_folder).identity,
+        lambda: source(own_folder).pipeline(torch.float32, torch.device("cpu")),
+        lambda: open_pipeline(own_folder, torch.float32, torch.device("cpu")),
+    ):
+        with pytest.raises(ConfigError, match=r"names pytorch_model\.bin.*can run code"):
+            look()
+
+
+def test_shards_of_the_transformer_elsewhere(own_folder):
+    part = own_folder / "transformer"
+    index = part / "diffusion_pytorch_model.safetensors.index.json"
+    shutil.move(part / "diffusion_pytorch_model.safetensors", own_folder.parent / "x.safetensors")
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "../../x.safetensors"}}))
+    for look in (source(own_folder).identity, lambda: Weights(part)):
+        with pytest.raises(ConfigError, match=r"names '\.\./\.\./x\.safetensors'.*no plain name"):
+            look()
 
 
 def test_no_pipeline(tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -7,6 +8,8 @@ from safetensors.torch import load_file
 from tiny_line import CALL, CAPTIONS, run_stage, stage, tree_bytes
 
 import dirotq
+from dirotq.digest import file_digest
+from dirotq.errors import ConfigError
 from dirotq.models.swap import footprint
 from dirotq.plan import read_plan
 from dirotq.stages.pack import Pack
@@ -78,6 +81,71 @@ def test_hidden_files_and_the_old_card_stay_behind(pack, inputs, own_folder, tmp
     assert "16-bit model" not in card
     assert not (tmp_path / "model" / ".cache").exists()
     assert not (tmp_path / "model" / "training.json").exists()
+
+
+@pytest.fixture
+def packed_from(pack, inputs, tmp_path):
+    """The folder that is packed from another place of the same model."""
+
+    def run(path):
+        moved = dataclasses.replace(pack.model, path=str(path))
+        run_stage(dataclasses.replace(pack, model=moved), tmp_path / "out", **inputs)
+        return tmp_path / "out" / "model"
+
+    return run
+
+
+def test_what_is_no_part_of_a_component_stays_behind(packed_from, own_folder, model):
+    for name in (
+        "notes.txt", "samples.png", "flux.safetensors", "pipeline.py", ".git/config", "old/x.json",
+        "vae/model.onnx", "vae/modeling.py", "vae/x.bin", "vae/.hidden.json", "vae/sub/x.json",
+        "vae/diffusion_pytorch_model.fp16.safetensors",
+    ):  # fmt: skip
+        (own_folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (own_folder / name).write_text("{}")
+    (own_folder / "LICENSE.md").write_text("licence")
+    made = tree_bytes(packed_from(own_folder))
+    assert made.pop("LICENSE.md") == b"licence"
+    same = tree_bytes(model)
+    for tree in (made, same):
+        del tree["README.md"]  # says the model's name
+    assert made == same
+
+
+def test_nothing_finished_shares_an_inode_with_what_a_user_may_write(packed_from, own_folder):
+    """`cp better.safetensors SOURCE/vae/...` changed the packed model too."""
+    made = packed_from(own_folder)
+    theirs = {p.stat().st_ino for p in own_folder.rglob("*")}
+    assert not [p for p in made.rglob("*") if p.stat().st_ino in theirs or p.is_symlink()]
+    before = tree_bytes(made)
+    for path in own_folder.glob("*/*.safetensors"):
+        path.write_bytes(b"better")
+    assert tree_bytes(made) == before
+
+
+def test_linked_components_and_blobs_are_resolved(packed_from, own_folder, model, tmp_path):
+    home = tmp_path / "models--org--name"
+    snapshot = home / "snapshots" / ("a" * 40)
+    shutil.copytree(own_folder / "vae", snapshot / "vae")
+    weights = snapshot / "vae" / "diffusion_pytorch_model.safetensors"
+    blob = home / "blobs" / file_digest(weights)
+    blob.parent.mkdir()
+    weights.rename(blob)
+    weights.symlink_to(f"../../../blobs/{blob.name}")
+    shutil.rmtree(own_folder / "vae")
+    (own_folder / "vae").symlink_to(snapshot / "vae")
+    made = packed_from(own_folder)
+    assert not [p for p in made.rglob("*") if p.is_symlink()]
+    assert (made / "vae" / weights.name).stat().st_ino == blob.stat().st_ino
+    assert tree_bytes(made / "vae") == tree_bytes(model / "vae")
+
+
+def test_a_link_to_a_private_file_never_gets_there(packed_from, own_folder, tmp_path):
+    (tmp_path / "id.txt").write_text("BEGIN PRIVATE KEY")
+    (own_folder / "vae" / "notes.txt").symlink_to(tmp_path / "id.txt")
+    with pytest.raises(ConfigError, match=r"vae/notes\.txt is a link out of"):
+        packed_from(own_folder)
+    assert not (tmp_path / "out" / "model" / "vae").exists()
 
 
 def test_no_path_of_this_machine_is_written(model, folder, tiny_root):

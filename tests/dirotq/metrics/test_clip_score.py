@@ -1,6 +1,7 @@
 """A random CLIP of a few thousand parameters, built here and read from disk like a real one."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -75,6 +76,14 @@ def test_identity_is_every_file_that_decides(folder, tmp_path):
     config = json.loads((copy / "preprocessor_config.json").read_text())
     (copy / "preprocessor_config.json").write_text(json.dumps(config | {"do_center_crop": False}))
     assert ClipScore(path=str(copy)).identity() != ClipScore(path=str(folder)).identity()
+
+
+def test_an_index_that_names_a_pickle(folder, tmp_path):
+    mine = shutil.copytree(folder, tmp_path / "mine")
+    index = mine / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "pytorch_model.bin"}}))
+    with pytest.raises(ConfigError, match="can run code"):
+        ClipScore(path=str(mine)).check()
 
 
 def test_damaged_and_absent_weights(folder, tmp_path):

@@ -93,6 +93,24 @@ def test_identity_is_content(path, tmp_path):
     assert InceptionFid(path=path, ground_truth=None, batch=3).identity() != before
 
 
+def test_images_in_linked_folders_count(path, tmp_path):
+    """Three of six were found: rglob does not enter linked folders."""
+    root, outside = tmp_path / "truth", tmp_path / "outside"
+    for i in range(6):
+        place = (root, outside / "deep")[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(eight_bits(noise(1, i)[0])).save(place / f"{i}.png")
+    (root / "more").symlink_to(outside)
+    metric = InceptionFid(path=path, ground_truth=str(root), batch=3)
+    assert len(metric._truth()) == 6
+    before = metric.identity()
+    Image.fromarray(eight_bits(noise(1, 9)[0])).save(outside / "deep" / "1.png")
+    assert metric.identity() != before
+    (root / "loop").symlink_to(root)
+    with pytest.raises(ConfigError, match="loop is a link back"):
+        metric.check()
+
+
 def test_a_folder_without_images(path, tmp_path):
     with pytest.raises(ConfigError, match=r"holds 0 images \(\.png"):
         InceptionFid(path=path, ground_truth=str(tmp_path), batch=3).check()
