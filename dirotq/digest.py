@@ -75,7 +75,11 @@ def input_digests(paths: Iterable[Path]) -> dict[Path, str]:
     missing = [path for path in files if path not in found]
     stamps = {path: stamp(path) for path in large if path in missing}  # before they are read
     if (size := sum(seen[0] for seen in stamps.values())) > PAUSE:
-        log.info("%.0f GB of %s and other files are read once, to know them", size / 1e9, large[0])
+        log.info(
+            "%.0f GB of %s and other files are read once, to know them",
+            size / 1e9,
+            next(iter(stamps)),
+        )
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         # hashlib lets the other threads run while it computes.
         found |= dict(zip(missing, pool.map(file_digest, missing), strict=True))
