@@ -97,7 +97,7 @@ def _settled(seen: Stamp) -> bool:
     return time.time_ns() - max(seen[1:3]) >= TICK
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1 << 16)
 def _digest(path: Path, kind: str, seen: Stamp) -> str:
     return _hash(path, kind)
 

@@ -60,9 +60,8 @@ def variant_folder(
     ConfigError if they change meanwhile, or the cache can't be written.
     """
     parts = identity()
-    digest = hashlib.sha256(json.dumps([FORMAT, parts], sort_keys=True).encode()).hexdigest()
-    sources = cache_root() / "sources"
-    folder = sources / digest[:32]
+    folder = variant_place(parts)
+    sources = folder.parent
     if _intact(folder):
         return folder
     with _explained(sources, source):
@@ -92,6 +91,12 @@ def variant_folder(
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
     return folder
+
+
+def variant_place(identity: Mapping[str, Any]) -> Path:
+    """Where a variant lies, or will: in the cache, under the digest of what it is made of."""
+    digest = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()
+    return cache_root() / "sources" / digest[:32]
 
 
 def shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:

@@ -5,7 +5,9 @@ import os
 import shutil
 
 import pytest
+from tiny_pipelines import family_folder
 
+from dirotq.doors import refuse_doors
 from dirotq.errors import ConfigError
 from dirotq.models.folder import carried_files, component_files, missing_weights, pipeline_files
 from dirotq.models.origin import pipeline_folder, pipeline_identity
@@ -245,3 +247,11 @@ def test_a_pipe_among_the_settings_does_not_hang(root):
     os.mkfifo(root / "vae" / "config.json")
     with pytest.raises(ConfigError, match=r"config\.json is a pipe"):
         pipeline_folder(str(root), weights=False)
+
+
+@pytest.mark.parametrize("name", ["flux2", "qwen_image", "z_image", "wan"])
+def test_all_that_diffusers_writes_is_carried_and_let_through(name, tmp_path):
+    """Families whose text encoders are language models: templates of chats, processors."""
+    root = family_folder(tmp_path, name)
+    assert set(carried_files(root, index(root))) == {p for p in root.rglob("*") if p.is_file()}
+    refuse_doors(root)
