@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 log = logging.getLogger(__name__)
+
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")
+MADE_UP = re.compile("newly initialized|MISSING|MISMATCH|seem corrupted")
+"""What diffusers and transformers say when a model has parameters that no file gave it."""
 
 
 def load(
@@ -47,15 +52,25 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "Di
     """
     import diffusers
 
+    from dirotq.completeness import DENOISER, is_packed, refuse_incomplete
+
     refuse_doors(folder)
     for file in sorted(folder.glob("*/*.safetensors")):
         # Before diffusers and transformers open it, each of which fails in a way of its own.
         check_weights(file)
-
-    with quiet():
+    packed = is_packed(folder)  # then its quantizer holds the transformer against its config
+    refuse_incomplete(
+        folder,
+        str(folder),
+        without=DENOISER if packed else "",
+        prompts=not packed,
+        error=ArtifactError,
+    )
+    with quiet() as said:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True
         )
+    heed(said)
     pipe.set_progress_bar_config(disable=True)
     if device.type == "cuda" and component_bytes(pipe) > torch.cuda.mem_get_info(device)[0] * 0.8:
         log.info("the pipeline's components take turns on %s, which can't hold all of them", device)
@@ -87,23 +102,62 @@ def check_weights(file: str | Path) -> None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Keep diffusers' and transformers' loading bars and notices off the screen."""
+def quiet() -> Iterator[list[str]]:
+    """Keep diffusers' and transformers' bars and notices off the screen; their warnings, collected.
+
+    What they warn of while a model is loaded is for :func:`heed`.
+    """
     import diffusers
     import transformers
 
     libraries = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers")]
+    before = [
+        (library.get_verbosity(), library.is_progress_bar_enabled(), logger.handlers)
+        for library, logger in zip(libraries, loggers, strict=True)
+    ]
+    said = _Collected()
+    for library, logger in zip(libraries, loggers, strict=True):
+        library.set_verbosity_warning()
         library.disable_progress_bar()
+        logger.handlers = [said]
     try:
-        yield
+        yield said.messages
     finally:
-        for library, (level, bars) in zip(libraries, before, strict=True):
+        for library, logger, (level, bars, handlers) in zip(
+            libraries, loggers, before, strict=True
+        ):
             library.set_verbosity(level)
+            logger.handlers = handlers
             if bars:
                 library.enable_progress_bar()
+
+
+class _Collected(logging.Handler):
+    """A handler that keeps what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def heed(said: Iterable[str]) -> None:
+    """Go through the warnings of a load: ArtifactError if weights were made up, others are shown.
+
+    Files were held against their classes before (dirotq/completeness.py): this is the loaders' own
+    word on it.
+    """
+    for message in said:
+        plain = " ".join(ESCAPES.sub("", message).split())
+        if MADE_UP.search(plain):
+            raise ArtifactError(
+                f"weights are missing, and the loader made some up: {plain[:600]}. Download the "
+                "model again"
+            )
+        log.warning("%s", plain)
 
 
 def packed_folder(folder: str | Path) -> Path:

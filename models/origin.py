@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import safe_open
 
 from dirotq.blobs import unproven
+from dirotq.completeness import refuse_incomplete
 from dirotq.digest import Stamp, input_digests, stamp
 from dirotq.doors import refuse_doors
 from dirotq.errors import ConfigError, UnsupportedError
@@ -68,6 +69,7 @@ def pipeline_folder(source: str, *, weights: bool, without: str = "") -> Path:
     if weights:
         for part in _model_parts(root, index, without):
             _refuse_weights(part, source)
+    refuse_incomplete(root, source, weights=weights, without=without)
     return root
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dirotq.loading import quiet
+from dirotq.loading import heed, quiet
 from dirotq.prompts import Prompt
 
 from .call import Call
@@ -157,7 +157,7 @@ def _open(model: DiffusersModel, dtype: torch.dtype, device: torch.device) -> An
     """The pipeline on the CPU, its transformer without weights, on paper at home on ``device``."""
     import diffusers
 
-    with quiet():
+    with quiet() as said:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             model.folder(),
             # nn.Module's `to`: diffusers' own warns about what it would keep in float32.
@@ -166,6 +166,7 @@ def _open(model: DiffusersModel, dtype: torch.dtype, device: torch.device) -> An
             use_safetensors=True,
             local_files_only=True,
         )
+    heed(said)
     pipe.set_progress_bar_config(disable=True)
     # diffusers takes the first component's device for the pipeline's; ours come and go.
     here = property(lambda _: device)
