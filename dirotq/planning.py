@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dirotq.errors import ConfigError
+from dirotq.models.coverage import share_kept
 from dirotq.models.family import Site
 from dirotq.models.source import DiffusersModel
 from dirotq.models.swap import effective_bits
@@ -84,6 +85,7 @@ class Planned:
             "mean_rank": sum(ranks) / max(len(ranks), 1),
             "bits_per_parameter": self.bits(model),
             "sites_kept": len(self.kept),
+            "block_parameters_kept": share_kept(model.skeleton(), (s.site for s in self.lines)),
         }
 
 

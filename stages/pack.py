@@ -16,8 +16,13 @@ from dirotq.cost import Cost, Machine
 from dirotq.errors import ArtifactError
 from dirotq.json_file import read_json
 from dirotq.kernels.linear import buffer_shapes
+<<<<<<< HEAD
 from dirotq.models.folder import CALL_FILE, carried_files
 from dirotq.models.folder import INDEX as INDEX_FILE
+=======
+from dirotq.models.coverage import share_kept
+from dirotq.models.origin import CALL_FILE, IGNORED
+>>>>>>> 57ee2f3 (plan says how much of the blocks stays in 16 bits, and refuses a model of which less than half can be packed)
 from dirotq.models.source import DiffusersModel
 from dirotq.models.swap import footprint, put_packed
 from dirotq.models.weights import INDEX, WHOLE
@@ -71,6 +76,7 @@ class Pack:
         _copy_pipeline(self.model.folder(), folder)
         transformer = self.model.skeleton()
         parameters = sum(p.numel() for p in transformer.parameters())
+        kept_share = share_kept(transformer, (entry.site for entry in plan))
         put_packed(transformer, ((entry.site, entry.spec) for entry in plan))
         mark_packed(transformer, DirotqConfig.of((e.site, e.spec) for e in plan))
         (folder / "transformer").mkdir(parents=True)
@@ -105,6 +111,7 @@ class Pack:
             "transformer_megabytes": size / 1e6,
             "bits_per_parameter": 8 * size / parameters,
             "compression": 16 * parameters / (8 * size),
+            "block_parameters_kept": kept_share,
         }
 
     def cost(self, work: Workload, machine: Machine) -> Cost:

@@ -1,0 +1,56 @@
+"""How much of a transformer's blocks is in its sites: what is not stays in 16 bits."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from dirotq.errors import ConfigError, UnsupportedError
+
+from .family import Site
+
+
+def share_kept(transformer: nn.Module, sites: Iterable[Site]) -> float:
+    """Share of the parameters of repeated blocks that no site in ``sites`` holds.
+
+    transformer  not packed; shapes are enough (meta device)
+    """
+    whole = sum(p.numel() for p in _in_blocks(transformer).values())
+    # Sites outside of the repeated blocks are no part of either number.
+    held = sum(site.dim * sum(site.rows) for site in sites if site.block)
+    return max(1 - held / whole, 0.0) if whole else 0.0
+
+
+def told(share: float) -> str:
+    """The share as `plan` says it."""
+    return f"{100 * share:.2g} % of the block parameters stay in 16 bits"
+
+
+def refuse_few(transformer: nn.Module, sites: Iterable[Site], least: float) -> None:
+    """Raise UnsupportedError if sites hold less than ``least`` of the blocks' parameters.
+
+    Packing would be slower then, hardly smaller, and look as if it had worked. What a method or an
+    override leaves in 16 bits is a decision, and counts as held.
+    """
+    if not 0 <= least <= 1:
+        raise ConfigError(f"rank.least_packed={least} is no share: use 0 ... 1")
+    left = share_kept(transformer, sites)
+    if 1 - left < least:
+        largest = sorted(_outside(transformer, sites).items(), key=lambda item: -item[1])[:3]
+        raise UnsupportedError(
+            f"{told(left)}: of {type(transformer).__name__} only {1 - left:.1%} can be packed. The "
+            f"largest of the rest are {', '.join(name for name, _ in largest)}: DiRotQ packs "
+            f"linears and 1x1 convolutions that are called as modules. rank.least_packed={least} "
+            f"asks for more; rank.least_packed={int(100 * (1 - left)) / 100:g} goes on with it"
+        )
+
+
+def _in_blocks(transformer: nn.Module) -> dict[str, Any]:
+    lists = [n for n, m in transformer.named_modules() if isinstance(m, nn.ModuleList)]
+    inside = tuple(f"{name}." for name in lists)
+    return {n: p for n, p in transformer.named_parameters() if inside and n.startswith(inside)}
+
+
+def _outside(transformer: nn.Module, sites: Iterable[Site]) -> dict[str, int]:
+    held = {f"{consumer}.weight" for site in sites for consumer in site.consumers}
+    return {n: p.numel() for n, p in _in_blocks(transformer).items() if n not in held}
