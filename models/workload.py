@@ -19,6 +19,7 @@ from dirotq.kernels.spec import QuantSpec
 from dirotq.names import components
 from dirotq.plan import Method
 
+from .coverage import share_kept, told
 from .family import Site
 from .folder import INDEX, missing_weights, weight_names
 from .source import DiffusersModel
@@ -287,6 +288,11 @@ class Workload:
             if spec is not None:
                 found.append((site, spec))
         return found
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for `plan`."""
+        return [told(share_kept(self.transformer, (site for site, _ in self.planned)))]
 
     @cached_property
     def packed(self) -> dict[str, int]:

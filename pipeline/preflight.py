@@ -51,10 +51,14 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Preflight:
-    """Estimates of stages that would run; ``machine`` is None if none was asked for."""
+    """Estimates of stages that would run; ``machine`` is None if none was asked for.
+
+    ``notes``  what the workload has to say of the model, a sentence each
+    """
 
     machine: Machine | None = None
     estimates: dict[str, Estimate] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:
@@ -86,7 +90,7 @@ def examine(line: Line, cfg: DictConfig) -> Preflight:
         present = _size(partial) if getattr(step.stage, "resumable", False) else 0
         scaled = replace(cost, seconds=cost.seconds * scale)
         estimates[step.name] = Estimate(scaled, cost.seconds, present)
-    return Preflight(here, estimates)
+    return Preflight(here, estimates, tuple(getattr(workload, "notes", ())))
 
 
 def refuse(found: Preflight, root: Path) -> None:

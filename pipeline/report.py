@@ -54,6 +54,8 @@ def plan(line: Line, found: Preflight) -> None:
         table.add_row("in all", "", "", *(f"~{text}" if text else "" for text in _cells(total)))
     Console().print(table)
     print(f"\n{_outlook(missing, seconds, found, line.store.root)}")
+    for note in found.notes:
+        print(note)
 
 
 def _took(artifact: Artifact) -> Cost:

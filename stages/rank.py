@@ -9,6 +9,7 @@ from dirotq.cost import Cost, Machine
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError
 from dirotq.models.call import load_calls
+from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
 from dirotq.models.source import DiffusersModel
 from dirotq.models.workload import Workload
@@ -30,6 +31,8 @@ class ChooseRank:
     ``grid``      ranks are multiples of this (the kernels' granularity)
     ``worst``     {count: k, keep: 16} or {count: k, act_bits: 8}: what the k sites do whose
                   quantization alone, at these ranks, disturbs the denoiser most; or null
+    ``least_packed``  share of the blocks' parameters that sites must hold: a model of which less
+                could be packed is refused
 
     Exactly one of ``r``, ``fraction`` and ``energy`` is set. Writes ``plan.json``, and
     ``kept.json`` with the sites that stay in 16 bits. Ranks under a budget: stages/rank_budget.py.
@@ -47,6 +50,7 @@ class ChooseRank:
     energy: float | None
     grid: int
     worst: Mapping[str, Any] | None
+    least_packed: float = untracked()
     device: str = untracked()
 
     def __post_init__(self) -> None:
@@ -68,6 +72,7 @@ class ChooseRank:
     def check(self) -> None:
         """Everything about the plan that the shapes alone can refute."""
         sites = self.model.sites()
+        refuse_few(self.model.skeleton(), sites, self.least_packed)
         ranks = self.expected(sites)
         check_plan(self.method, sites, self.grid, lambda site: ranks[site.name])
         check_worst(self.worst, self.method, sites)

@@ -15,6 +15,7 @@ from dirotq.device import pick_device
 from dirotq.errors import ConfigError
 from dirotq.gate import gate_cost, plans_psnr
 from dirotq.models.call import load_calls
+from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
 from dirotq.models.source import DiffusersModel
 from dirotq.models.workload import Workload
@@ -46,6 +47,7 @@ class AllocateRank:
                      rank of the same budget; 0 leaves the comparison out
     ``prompts``      where they come from; ``batch`` of them per pipeline call
     ``worst``        as in stages/rank.py, measured at that uniform rank
+    ``least_packed`` as there
 
     Exactly one of ``bits``, ``like`` and ``overhead`` is set. Writes ``plan.json``, ``kept.json``
     and ``allocation.json`` (per site: rank, sensitivity, energy left, at both plans).
@@ -67,6 +69,7 @@ class AllocateRank:
     gate: int
     batch: int
     worst: Mapping[str, Any] | None
+    least_packed: float = untracked()
     device: str = untracked()
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class AllocateRank:
     def check(self) -> None:
         """Everything about the plan that shapes and prompts can refute."""
         sites = self.model.sites()
+        refuse_few(self.model.skeleton(), sites, self.least_packed)
         check_plan(self.method, sites, self.grid, lambda s: largest_rank(self.method, s, self.grid))
         check_worst(self.worst, self.method, sites)
         leading = self.method.leading
