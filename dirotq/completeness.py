@@ -114,6 +114,18 @@ def is_packed(folder: Path) -> bool:
     return config.is_file() and "quantization_config" in read_settings(config)
 
 
+def absent(folder: Path) -> dict[str, None]:
+    """Components that a pipeline goes on without, as from_pretrained wants to be told of them."""
+    index = read_settings(folder / INDEX)
+    names = [
+        part
+        for pipeline, parts in DISPENSABLE.items()
+        for part in parts
+        if str(index.get("_class_name")).startswith(pipeline)
+    ]
+    return {part: None for part in names if index.get(part) in (None, [None, None])}
+
+
 def dispensable(pipeline: Any, prompts: bool) -> set[str]:
     """Components that may be null; where texts are to be encoded, what does that may not."""
     spare = set(pipeline._optional_components) - {DENOISER}

@@ -52,7 +52,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "Di
     """
     import diffusers
 
-    from dirotq.completeness import DENOISER, is_packed, refuse_incomplete
+    from dirotq.completeness import DENOISER, absent, is_packed, refuse_incomplete
 
     refuse_doors(folder)
     for file in sorted(folder.glob("*/*.safetensors")):
@@ -68,7 +68,7 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "Di
     )
     with quiet() as said:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **absent(folder)
         )
     heed(said)
     pipe.set_progress_bar_config(disable=True)

@@ -27,12 +27,13 @@ def told(share: float) -> str:
 
 
 def refuse_few(transformer: nn.Module, sites: Iterable[Site], least: float) -> None:
-    """Raise UnsupportedError if sites hold less than ``least`` of the blocks' parameters.
+    """Raise UnsupportedError if sites hold less than ``least`` of the blocks' parameters, ConfigError
+    if that is no share.
 
     Packing would be slower then, hardly smaller, and look as if it had worked. What a method or an
     override leaves in 16 bits is a decision, and counts as held.
     """
-    if not 0 <= least <= 1:
+    if not isinstance(least, int | float) or not 0 <= least <= 1:
         raise ConfigError(f"rank.least_packed={least} is no share: use 0 ... 1")
     left = share_kept(transformer, sites)
     if 1 - left < least:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from dirotq.completeness import absent
 from dirotq.loading import heed, quiet
 from dirotq.prompts import Prompt
 
@@ -157,14 +158,16 @@ def _open(model: DiffusersModel, dtype: torch.dtype, device: torch.device) -> An
     """The pipeline on the CPU, its transformer without weights, on paper at home on ``device``."""
     import diffusers
 
+    folder = model.folder()
     with quiet() as said:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
-            model.folder(),
+            folder,
             # nn.Module's `to`: diffusers' own warns about what it would keep in float32.
             transformer=nn.Module.to(model.skeleton(), dtype),
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
+            **absent(folder),
         )
     heed(said)
     pipe.set_progress_bar_config(disable=True)
