@@ -52,7 +52,8 @@ def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "Di
     """
     import diffusers
 
-    from dirotq.completeness import DENOISER, absent, is_packed, refuse_incomplete
+    from dirotq.completeness import absent, is_packed, refuse_incomplete
+    from dirotq.components import DENOISER
 
     refuse_doors(folder)
     for file in sorted(folder.glob("*/*.safetensors")):

@@ -23,15 +23,15 @@ def share_kept(transformer: nn.Module, sites: Iterable[Site]) -> float:
 
 def told(share: float) -> str:
     """The share as `plan` says it."""
-    return f"{100 * share:.2g} % of the block parameters stay in 16 bits"
+    return f"{100 * share:.1f} % of the block parameters stay in 16 bits"
 
 
 def refuse_few(transformer: nn.Module, sites: Iterable[Site], least: float) -> None:
-    """Raise UnsupportedError if sites hold less than ``least`` of the blocks' parameters, ConfigError
-    if that is no share.
+    """Raise UnsupportedError if sites hold less than ``least`` of the blocks' parameters.
 
     Packing would be slower then, hardly smaller, and look as if it had worked. What a method or an
-    override leaves in 16 bits is a decision, and counts as held.
+    override leaves in 16 bits is a decision, and counts as held. Raises ConfigError for a ``least``
+    that is no share.
     """
     if not isinstance(least, int | float) or not 0 <= least <= 1:
         raise ConfigError(f"rank.least_packed={least} is no share: use 0 ... 1")
