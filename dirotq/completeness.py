@@ -73,7 +73,7 @@ def _all_problems(folder: Path, weights: bool, without: str, prompts: bool) -> I
         yield f"it {error}"
         return
     name = index.get("_class_name")
-    pipeline = getattr(diffusers, str(name), None)
+    pipeline: Any = getattr(diffusers, str(name), None)
     if not inspect.isclass(pipeline) or not hasattr(pipeline, "_optional_components"):
         yield f"{INDEX} names the pipeline {name!r}, which the installed diffusers does not have"
         return

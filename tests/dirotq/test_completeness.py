@@ -1,4 +1,4 @@
-"""Whole pipelines: null components, folders, what loading says. Kinds: test_components and others."""
+"""Whole pipelines: null components, folders, what loading says."""
 
 import shutil
 from pathlib import Path

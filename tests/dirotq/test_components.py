@@ -93,8 +93,15 @@ def test_a_lora_file_beside_a_component(own, caplog):
     refused(folder, "give pytorch_lora_weights.safetensors as model.lora")
 
 
-@pytest.mark.parametrize("entry", [["os", "system"], ["transformers", "AutoModel"],
-                                   ["transformers", "pipeline"], ["diffusers", "utils"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "entry",
+    [
+        ["os", "system"],
+        ["transformers", "AutoModel"],
+        ["transformers", "pipeline"],
+        ["diffusers", "utils"],
+    ],
+)
 def test_classes_that_are_no_components(own, entry):
     folder = own("flux")
     edit(folder / "model_index.json", text_encoder=entry)

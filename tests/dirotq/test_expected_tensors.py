@@ -182,10 +182,9 @@ def test_a_text_encoder_saved_as_a_whole_clip(own):
 
 def test_mistral_by_its_older_names(tmp_path):
     """FLUX.2's text encoder: names of transformers 4 are what is published."""
-    text = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
-            "intermediate_size": 32, "num_key_value_heads": 1, "vocab_size": 64}  # fmt: skip
-    vision = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-              "intermediate_size": 32, "image_size": 32, "patch_size": 16, "head_dim": 16}  # fmt: skip
+    common = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+    text = common | {"intermediate_size": 32, "num_key_value_heads": 1, "vocab_size": 64}
+    vision = common | {"intermediate_size": 32, "image_size": 32, "patch_size": 16}
     config = transformers.Mistral3Config(text_config=text, vision_config=vision)
     config.save_pretrained(tmp_path)
     cls = transformers.Mistral3ForConditionalGeneration
