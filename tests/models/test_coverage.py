@@ -37,7 +37,7 @@ def test_families_leave_little(name):
 def test_no_sites_leave_everything():
     model = TINY["flux"].build()
     assert share_kept(model, []) == 1
-    with pytest.raises(UnsupportedError, match="100.0 % of the block parameters stay in 16 bits"):
+    with pytest.raises(UnsupportedError, match=r"100\.0 % of the block parameters stay in 16 bits"):
         refuse_few(model, [], 0.5)
 
 

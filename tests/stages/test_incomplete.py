@@ -1,12 +1,15 @@
 """Models that lack something: ``plan`` says so, and nothing runs."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_line import overrides, run
+from tiny_line import configured, overrides, run
+from tiny_pipelines import PIPELINES, family_folder
 
+import dirotq
 from dirotq.pipeline.cli import main
 
 
@@ -80,3 +83,17 @@ def test_the_share_is_a_metric_and_no_part_of_the_recipe(finished, line):
     assert again["rank"].path == finished["rank"].path
     manifest = json.loads((finished["rank"].path / "manifest.json").read_text())
     assert "least_packed" not in json.dumps(manifest)
+
+
+def test_sd3_without_t5_is_packed_and_loaded(tiny_root, store_root, tmp_path):
+    folder = shutil.copytree(family_folder(tiny_root, "sd3"), tmp_path / "sd3")
+    index = json.loads((folder / "model_index.json").read_text())
+    for part in ("text_encoder_3", "tokenizer_3"):
+        shutil.rmtree(folder / part)
+        index[part] = [None, None]
+    (folder / "model_index.json").write_text(json.dumps(index))
+    artifacts = run(configured(tiny_root, store_root, f"model.path={folder}", "until=pack"))
+    pipe = dirotq.load(artifacts["pack"].path, device="cpu")
+    assert pipe.text_encoder_3 is None
+    image = pipe("dots", **PIPELINES["sd3"].call, output_type="pt").images
+    assert image.isfinite().all()
