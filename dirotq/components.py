@@ -2,12 +2,13 @@
 settings alone (schedulers, processors).
 """
 
+import contextlib
 import inspect
 import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,9 @@ def problems(part: Path, entry: list[str], partner: Any, *, weights: bool) -> It
 
 
 def class_named(library: str, name: str) -> Any:
-    """The class of a component as diffusers finds it, or None. No other library is imported."""
-    from diffusers import pipelines
+    """The class of a component as diffusers finds it, or None. Libraries: dirotq/doors.py."""
     from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 
-    if library not in ("diffusers", "transformers") and not hasattr(pipelines, library):
-        return None
     try:
         found = simple_get_class_obj(library, name)
     except Exception:  # noqa: BLE001  no such library, no such class, or its import fails
@@ -100,11 +98,12 @@ def _of_model(cls: Any, part: Path, weights: bool) -> Iterator[str]:
 
 
 def _beside(part: Path, files: list[Path]) -> Iterator[str]:
-    """Weights that nobody would read, or that would be added to the component's in silence."""
-    if (part / "adapter_config.json").is_file():
-        yield "has an adapter beside its weights (adapter_config.json): merge it, or remove it"
+    """Weights that nobody would read."""
     for file in sorted(set(part.glob("*.safetensors")) - set(files)):
-        if any(".lora_" in name or ".lora." in name for name in stored([file])):
+        names: Collection[str] = ()
+        with contextlib.suppress(DirotqError):  # whether it is whole is no matter
+            names = stored([file]).keys()
+        if any(".lora_" in name or ".lora." in name for name in names):
             yield f"has a LoRA beside its weights that is not read: give {file.name} as model.lora"
         elif not VARIANT.search(file.name):
             log.warning("%s is not read", file)

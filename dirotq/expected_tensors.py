@@ -19,6 +19,7 @@ from safetensors import safe_open
 
 from dirotq.errors import ArtifactError
 from dirotq.loading import check_weights
+from dirotq.names import weight_map
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -66,8 +67,8 @@ class Difference:
 def weight_files(part: Path, *, diffusers: bool) -> list[Path]:
     """The files that will be read of a component, by the rules of the library that reads them.
 
-    Raises ArtifactError if there are none, or the index names something else than safetensors that
-    lie beside it and hold what it says.
+    Raises ArtifactError if there are none, or they do not hold what their index says; ConfigError
+    if that is damaged or names something else than safetensors beside it.
     """
     stem = "diffusion_pytorch_model" if diffusers else "model"
     whole, index = part / f"{stem}.safetensors", part / f"{stem}.safetensors.index.json"
@@ -76,19 +77,10 @@ def weight_files(part: Path, *, diffusers: bool) -> list[Path]:
         return [whole]
     if not index.is_file():
         raise ArtifactError(f"has no {whole.name}")
-    try:
-        places = json.loads(index.read_text())["weight_map"]
-        by_file = collections.defaultdict(set)
-        for name, file in places.items():
-            by_file[str(file)].add(name)
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ArtifactError(f"has a damaged {index.name} ({error})") from error
+    by_file = collections.defaultdict(set)
+    for name, file in weight_map(index).items():
+        by_file[file].add(name)
     for file, names in by_file.items():
-        if not re.fullmatch(r"[^/\\]+\.safetensors", file):
-            raise ArtifactError(
-                f"has a {index.name} that names {file!r}; only .safetensors files beside it are "
-                "read"
-            )
         if not (part / file).is_file():
             raise ArtifactError(f"lacks {file}, which its {index.name} names")
         held = stored([part / file]).keys()

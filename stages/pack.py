@@ -16,13 +16,9 @@ from dirotq.cost import Cost, Machine
 from dirotq.errors import ArtifactError
 from dirotq.json_file import read_json
 from dirotq.kernels.linear import buffer_shapes
-<<<<<<< HEAD
+from dirotq.models.coverage import share_kept
 from dirotq.models.folder import CALL_FILE, carried_files
 from dirotq.models.folder import INDEX as INDEX_FILE
-=======
-from dirotq.models.coverage import share_kept
-from dirotq.models.origin import CALL_FILE, IGNORED
->>>>>>> 57ee2f3 (plan says how much of the blocks stays in 16 bits, and refuses a model of which less than half can be packed)
 from dirotq.models.source import DiffusersModel
 from dirotq.models.swap import footprint, put_packed
 from dirotq.models.weights import INDEX, WHOLE

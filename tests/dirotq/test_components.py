@@ -33,7 +33,6 @@ DAMAGE = [
     ("model_index.json", {"vae": "AutoencoderKL"}, "where [library, class] belongs"),
     ("model_index.json", {"vae": ["diffusers"]}, "where [library, class] belongs"),
     ("model_index.json", {"vae": ["diffusers", "Nope"]}, "is a class that diffusers does not have"),
-    ("model_index.json", {"vae": ["os", "system"]}, "is a class that os does not have"),
     ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "contradict each other"),
     ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "lacks"),
     ("model_index.json", {"_class_name": "FluxxPipeline"}, "'FluxxPipeline'"),
@@ -74,12 +73,6 @@ def test_schedulers_of_one_kind_read_each_other(own):
     refuse_incomplete(folder, "with the scheduler that someone put in its place")
 
 
-def test_adapters_beside_a_component(own):
-    folder = own("flux")
-    (folder / "text_encoder_2" / "adapter_config.json").write_text("{}")
-    refused(folder, "text_encoder_2 (T5EncoderModel) has an adapter beside its weights")
-
-
 def test_a_lora_file_beside_a_component(own, caplog):
     folder = own("flux")
     part = folder / "transformer"
@@ -96,7 +89,6 @@ def test_a_lora_file_beside_a_component(own, caplog):
 @pytest.mark.parametrize(
     "entry",
     [
-        ["os", "system"],
         ["transformers", "AutoModel"],
         ["transformers", "pipeline"],
         ["diffusers", "utils"],

@@ -233,7 +233,7 @@ def test_shards_variants_and_strangers_beside_them(own):
     refused(folder, "index.json that looks for the tensor", lost)
     for name in ("../../x.safetensors", "model.bin", "/etc/x.safetensors"):
         edit(index, weight_map=places | {lost: name})
-        refused(folder, f"names {name!r}", "only .safetensors files beside it")
+        refused(folder, "text_encoder_3 (T5EncoderModel)", name)
 
 
 def test_depth_is_held_against_the_number_of_tensors():
