@@ -5,7 +5,6 @@ scheduler and a processor can be made, and only what the pipeline can do without
 """
 
 import functools
-import inspect
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,7 +73,7 @@ def _all_problems(folder: Path, weights: bool, without: str, prompts: bool) -> I
         return
     name = index.get("_class_name")
     pipeline: Any = getattr(diffusers, str(name), None)
-    if not inspect.isclass(pipeline) or not hasattr(pipeline, "_optional_components"):
+    if not hasattr(pipeline, "_optional_components"):  # of another kind, or not there
         yield f"{INDEX} names the pipeline {name!r}, which the installed diffusers does not have"
         return
     required, optional = map(set, pipeline._get_signature_keys(pipeline))
