@@ -78,7 +78,7 @@ def buffers(linear: QuantLinear) -> tuple[Tensor | None, ...]:
 
 def read_bytes(linear: QuantLinear) -> int:
     """Bytes of a linear at rest, all of which one call reads."""
-    return sum(b.numel() * b.element_size() for b in linear.buffers())
+    return sum(t.numel() * t.element_size() for t in linear.parameters())
 
 
 class Checker:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dirotq.errors import ArtifactError, UnsupportedError
-from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.kernels.quantize_weight import tail_floor
 from dirotq.kernels.spec import QuantSpec
 from dirotq.loading import check_weights
@@ -131,7 +131,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         # From the file, not from `param_value`, which diffusers has already cast to torch_dtype.
         module, _, buffer = param_name.rpartition(".")
         packed = model.get_submodule(module)
-        packed._buffers[buffer] = state_dict[param_name].to(target_device)
+        setattr(packed, buffer, frozen(state_dict[param_name].to(target_device)))
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
@@ -215,7 +215,7 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
     Raises ArtifactError naming the first tensor with NaN or infinity, with a negative scale (or a
     global scale of zero), or with a channel scale below its floor (docs/method.md Eq. 9).
     """
-    tensors = {b: t for b, t in packed.named_buffers() if t.is_floating_point() and not t.is_meta}
+    tensors = {n: t for n, t in packed.named_parameters() if t.is_floating_point() and not t.is_meta}
     for buffer, tensor in tensors.items():
         low, high = tensor.aminmax()  # NaN comes out on top: one pass, and no mask in memory
         if not bool(low.isfinite() & high.isfinite()):

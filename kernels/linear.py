@@ -15,11 +15,18 @@ from .plan import Plan, choose
 from .source import Source
 from .spec import QuantSpec
 
+WHOLE = slice(None)
+"""Every consumer's outputs."""
+
 
 class QuantLinear(nn.Module):
     """All linears that read one site, as one wide packed linear (docs/method.md M1, M2).
 
-    Buffers (portable layout, the same on disk and in ``state_dict``; absent ones are None):
+    It is only ever read by a call, ``linear(x, rows=...)``: whatever brings its tensors in for a
+    call (accelerate, diffusers), or watches it, wraps the call.
+
+    Tensors (portable layout, the same on disk and in ``state_dict``; absent ones are None). They
+    are parameters without gradients, and not buffers, which offloading leaves where they are:
 
     qweight  uint8, [N, K // 2], layout L1; L2 in the FP4 formats
     wscale   bf16, [N, G]; in the FP4 formats uint8, E4M3 or E8M0
@@ -51,36 +58,33 @@ class QuantLinear(nn.Module):
         for name, shape in buffer_shapes(spec, bias=bias).items():
             dtype = buffer_dtype(spec, name)
             empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
-            self.register_buffer(name, empty)
+            self.register_parameter(name, None if empty is None else frozen(empty))
 
-    def forward(self, x: Tensor | Source) -> Tensor:
-        """x [..., D] -> [..., N], every consumer's outputs side by side.
+    def forward(self, x: Tensor | Source, rows: slice = WHOLE) -> Tensor:
+        """x [..., D] -> [..., N], every consumer's outputs side by side, or ``rows`` of them alone.
 
-        A source is computed by the kernels on the way in, or before where they can't.
+        A source is computed by the kernels on the way in, or before where they can't; of it all
+        outputs are.
+
+        Raises ValueError if x has another number of channels, is not floating point or lies on
+        another device than the packed tensors.
         """
-        if isinstance(x, Source):
-            return self._read(x)
-        return self.rows(x, slice(None))
+        return self._read(x) if isinstance(x, Source) else self._rows(x, rows)
 
     def _read(self, source: Source) -> Tensor:
         x = source.x_BTD
         if torch.compiler.is_compiling() or not x.is_cuda or not source.rows:
-            return self.rows(source.value(), slice(None))
+            return self._rows(source.value(), WHOLE)
         plan = choose(capability(x.device), source.rows, self.spec.outputs, self.spec, x.dtype)
         if plan.engine in ("reference", "w4a16"):
-            return self.rows(source.value(), slice(None))
+            return self._rows(source.value(), WHOLE)
         y_MN = engine.read(
             plan, source, self.qweight, self.wscale, self.basis, self.rotation, self.wp, self.bias,
             self.spec,
         )  # fmt: skip
         return y_MN.view(*x.shape[:2], -1)
 
-    def rows(self, x: Tensor, rows: slice) -> Tensor:
-        """The outputs ``rows`` of :meth:`forward`, computed alone.
-
-        Raises ValueError if x has another number of channels, is not floating point or lies on
-        another device than the packed tensors.
-        """
+    def _rows(self, x: Tensor, rows: slice) -> Tensor:
         self._check(x)
         wp = None if self.wp is None else self.wp[rows]
         bias = None if self.bias is None else self.bias[rows]
@@ -107,14 +111,13 @@ class QuantLinear(nn.Module):
                 "them"
             )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> "QuantLinear":
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # Moving a model to a compute dtype must not re-round scales and bases: only devices change.
-        for name, buffer in self._buffers.items():
-            if buffer is not None:
-                moved = fn(buffer)
-                cast = moved.dtype != buffer.dtype
-                self._buffers[name] = buffer.to(moved.device) if cast else moved
-        return self
+        def moved(tensor: Tensor) -> Tensor:
+            after: Tensor = fn(tensor)
+            return after if after.dtype == tensor.dtype else tensor.to(after.device)
+
+        return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
         s = self.spec
@@ -133,7 +136,7 @@ class SiteView(nn.Module):
         self.output_rows = rows
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.site.rows(x, self.output_rows)
+        return self.site(x, rows=self.output_rows)
 
     def extra_repr(self) -> str:
         return f"rows {self.output_rows.start}:{self.output_rows.stop} of the site"
@@ -156,8 +159,13 @@ class PointwiseView(nn.Module):
         return self.linear(x.movedim(1, -1)).movedim(-1, 1)
 
 
+def frozen(tensor: Tensor) -> nn.Parameter:
+    """A tensor as a packed linear holds it."""
+    return nn.Parameter(tensor, requires_grad=False)
+
+
 def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] | None]:
-    """Shape of every buffer of a packed linear; None for one it doesn't have."""
+    """Shape of every tensor of a packed linear; None for one it doesn't have."""
     n, k, r = spec.outputs, spec.width, spec.rank
     return {
         "qweight": (n, k // 2),
@@ -173,7 +181,7 @@ def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] |
 
 
 def buffer_dtype(spec: QuantSpec, name: str) -> torch.dtype:
-    """dtype of a packed linear's buffer, in memory and on disk."""
+    """dtype of a packed linear's tensor, in memory and on disk."""
     if name == "qweight" or (name == "wscale" and spec.weight_element == "e2m1"):
         return torch.uint8
     if name == "wp" and spec.protected_bits == 8:

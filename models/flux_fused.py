@@ -22,9 +22,9 @@ from .fused_block import (
     fed_forward,
     install,
     may_fuse,
+    plain_backend,
     plain_feed_forward,
     plain_norm,
-    untouched,
 )
 from .look_ahead import last_residual, norm_ahead
 from .runtime import Modulators, clipped, joined, read
@@ -153,7 +153,6 @@ def _double_fusable(block: Any, x: Tensor) -> bool:
     plain_norms = (*(m.norm for m in modulated), block.norm2, block.norm2_context)
     return (
         _fusable(block, x)
-        and untouched(*modulated)
         and all(plain_norm(norm) for norm in plain_norms)
         and plain_feed_forward(block.ff)
         and plain_feed_forward(block.ff_context)
@@ -161,9 +160,7 @@ def _double_fusable(block: Any, x: Tensor) -> bool:
 
 
 def _single_fusable(block: Any, x: Tensor) -> bool:
-    return (
-        _fusable(block, x) and untouched(block.norm, block.act_mlp) and plain_norm(block.norm.norm)
-    )
+    return _fusable(block, x) and plain_norm(block.norm.norm)
 
 
 def _fusable(block: Any, x: Tensor) -> bool:
@@ -172,9 +169,8 @@ def _fusable(block: Any, x: Tensor) -> bool:
     return (
         may_fuse(block, x)
         and type(processor) is FluxAttnProcessor
-        and processor._attention_backend is None
+        and plain_backend(processor)
         and processor._parallel_config is None
         and attn.fused_projections
-        and untouched(attn)
         and attn.norm_q.weight.device == x.device  # not so while offloaded part by part
     )

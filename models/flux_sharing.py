@@ -18,6 +18,13 @@ from diffusers.models.transformers.transformer_flux import (
 )
 from torch import Tensor, nn
 
+from dirotq.kernels.linear import SiteView
+
+from .as_made import untouched
+
+QKV = ("to_q", "to_k", "to_v")
+ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
+
 
 def share_sites(transformer: Any) -> None:
     """Let each block of a ``FluxTransformer2DModel`` run its shared wide linears once, in place.
@@ -38,54 +45,57 @@ def share_double(attn: Any) -> None:
     ``fused_projections`` (all of diffusers' for FLUX do; others go on reading the views)."""
     # Fused or not is one switch for both streams.
     if hasattr(attn, "qkv") and hasattr(attn, "add_qkv"):
-        attn.to_qkv = WholeSite(attn.qkv)
-        attn.to_added_qkv = WholeSite(attn.add_qkv)
+        attn.to_qkv = Joined(attn, QKV, attn.qkv)
+        attn.to_added_qkv = Joined(attn, ADDED_QKV, attn.add_qkv)
         attn.fused_projections = True
 
 
 def share_single(block: Any) -> None:
     """q, k, v and the MLP's input in one call, as long as the attention is diffusers' plain one."""
     if hasattr(block, "qkv_mlp"):
-        block.attn.to_qkv = GivenRows(block.qkv_mlp, slice(0, 3 * block.attn.inner_dim))
+        block.attn.to_qkv = Joined(block.attn, QKV, block.qkv_mlp, given=True)
         block.attn.fused_projections = True
         # The forward of this object and not a subclass: diffusers finds blocks by their class
         # (caches, `compile_repeated_blocks`, `_no_split_modules`). A deep copy binds its own.
         block.forward = types.MethodType(_single_forward, block)
 
 
-class WholeSite(nn.Module):
-    """All consumers of a site at once: its wide linear under another name, without own state."""
+class Joined(nn.Module):
+    """q, k, v of an attention side by side, where diffusers' fused path looks for them; without
+    own state.
 
-    site: Any
+    One call of the site while its consumers are plain views of it. Once one of them is hooked, or
+    another module stands in its place, each is called.
 
-    def __init__(self, site: nn.Module) -> None:
+    given  whether the caller may hand in q, k, v already, which are returned as they are
+    """
+
+    def __init__(
+        self, attn: nn.Module, names: tuple[str, ...], site: nn.Module, *, given: bool = False
+    ) -> None:
         super().__init__()
-        # Not a submodule: the site's tensors appear once in the state dict, under the site's name.
+        # Not submodules: the site's tensors appear once in the state dict, under the site's name.
+        object.__setattr__(self, "attn", attn)
         object.__setattr__(self, "site", site)
+        self.names, self.given = names, given
+        self.output_rows = slice(0, getattr(attn, names[-1]).output_rows.stop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., N], the outputs of every consumer side by side."""
-        return self.site(x)  # a call, not `rows`: hooks that bring offloaded weights have to run
-
-
-class GivenRows(nn.Module):
-    """q, k, v of a single block's attention: handed in by the block, or computed from the site."""
-
-    site: Any
-
-    def __init__(self, site: nn.Module, rows: slice) -> None:
-        super().__init__()
-        object.__setattr__(self, "site", site)  # not a submodule, as in WholeSite
-        self.output_rows = rows
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., 3D] is q, k, v already and returned as it is; x [..., D] -> [..., 3D]."""
-        if x.shape[-1] == self.output_rows.stop - self.output_rows.start:
+        """x [..., D] -> [..., N], the outputs of every consumer named."""
+        if self.given and x.shape[-1] == self.output_rows.stop:
             return x
-        return self.site.rows(x, self.output_rows)
+        consumers = [getattr(self.attn, name) for name in self.names]
+        if all(plain_view(consumer, self.site) for consumer in consumers):
+            return self.site(x, rows=self.output_rows)
+        return torch.cat([consumer(x) for consumer in consumers], dim=-1)
 
     def extra_repr(self) -> str:
-        return f"rows {self.output_rows.start}:{self.output_rows.stop} of the site"
+        return f"{', '.join(self.names)} of the site"
+
+
+def plain_view(consumer: nn.Module, site: nn.Module) -> bool:
+    """Whether a consumer is a view of the site whose calls nobody watches or replaces."""
+    return type(consumer) is SiteView and consumer.site is site and untouched(consumer)
 
 
 def _single_forward(
@@ -101,7 +111,7 @@ def _single_forward(
     hidden_states [B, T image, D], encoder_hidden_states [B, T text, D], temb [B, D]
     returns        the new encoder_hidden_states and hidden_states, same shapes
     """
-    if not _takes_qkv(self.attn):
+    if not _takes_qkv(self):
         return FluxSingleTransformerBlock.forward(
             self,
             hidden_states,
@@ -124,11 +134,18 @@ def _single_forward(
     return y[:, :text_tokens], y[:, text_tokens:]
 
 
-def _takes_qkv(attn: Any) -> bool:
-    """Whether the attention needs nothing of its input but q, k and v.
+def _takes_qkv(block: Any) -> bool:
+    """Whether the attention needs nothing of its input but q, k and v, and nobody else does.
 
     Another processor, or a hook around the attention (caches, layer skipping: they set ``forward``
     on the object), may read or return the input itself and has to get the real one.
     """
-    plain = type(attn.processor) is FluxAttnProcessor and "forward" not in attn.__dict__
-    return attn.fused_projections and plain
+    attn, site = block.attn, block.qkv_mlp
+    return (
+        attn.fused_projections
+        and type(attn.processor) is FluxAttnProcessor
+        and untouched(attn)
+        and type(attn.to_qkv) is Joined
+        and untouched(attn.to_qkv)
+        and all(plain_view(m, site) for m in (attn.to_q, attn.to_k, attn.to_v, block.proj_mlp))
+    )

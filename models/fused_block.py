@@ -2,8 +2,8 @@
 and the parts that several families have.
 
 A block runs fused while it is as diffusers made it. Anything else (another attention processor,
-hooks on what is computed inside of kernels, gradients, autocast, ``torch.compile``) falls back to
-the forward that the block had before.
+hooks on any module inside or another one in its place, gradients, autocast, ``torch.compile``)
+falls back to the forward that the block had before.
 
 Letters: B images, T tokens, S text tokens, D channels, C chunks of a modulation.
 """
@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from diffusers.models.activations import GELU
 from diffusers.models.attention import FeedForward
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 
 from dirotq.kernels.source import Source, gelu
 
+from .as_made import Made
 from .graph_watch import RUNTIME
 from .runtime import Modulators, Runtime, Shared, read
 
@@ -45,36 +47,31 @@ def install(
             if before is not forward:
                 block._dirotq_unfused = before
             block._dirotq_shared = shared
+            block._dirotq_made = Made.now(block)
             # The forward of this object and not a subclass: diffusers finds blocks by their class.
             block.forward = types.MethodType(forward, block)
 
 
 def may_fuse(block: Any, x: Tensor) -> bool:
-    """Whether blocks may run fused at all just now."""
+    """Whether the block may run as one just now: every module inside is as it was made, and
+    nobody waits for a call of it."""
     return (
         not torch.compiler.is_compiling()
         and block._dirotq_shared.runtime.fused
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled(x.device.type)
+        and block._dirotq_made.inside()
     )
 
 
-def untouched(*modules: nn.Module) -> bool:
-    """Whether nobody replaced their forward (offloading, caches, layer skipping) or hooked it."""
-    return not any("forward" in vars(m) or _observed(m) for m in modules)
-
-
 def plain_norm(norm: Any) -> bool:
-    """Whether it is a LayerNorm without weights that nobody observes.
-
-    Its forward may be replaced: what brings weights in for a call has none to bring.
-    """
-    return type(norm) is nn.LayerNorm and norm.weight is None and not _observed(norm)
+    """Whether it is a LayerNorm without weights."""
+    return type(norm) is nn.LayerNorm and norm.weight is None
 
 
 def plain_feed_forward(ff: Any) -> bool:
     """Whether it is diffusers' MLP with GELU (tanh) between two linears."""
-    if type(ff) is not FeedForward or len(ff.net) != 3 or not untouched(ff, ff.net[0]):
+    if type(ff) is not FeedForward or len(ff.net) != 3:
         return False
     up, dropout, _ = ff.net
     return type(up) is GELU and up.approximate == "tanh" and inert(dropout)
@@ -93,12 +90,18 @@ def plain_attention(attn: Any, processor: type) -> bool:
     around = attn.group_norm, attn.spatial_norm, attn.norm_cross
     return (
         type(attn.processor) is processor
-        and untouched(attn)
         and inert(attn.to_out[1])
         and all(norm is None for norm in around)
         and not attn.residual_connection
         and attn.rescale_output_factor == 1
     )
+
+
+def plain_backend(processor: Any) -> bool:
+    """Whether a processor that lets diffusers choose a backend gets torch's own attention: its own
+    setting wins, then what ``attention_backend`` and DIFFUSERS_ATTN_BACKEND set for everyone."""
+    own = processor._attention_backend
+    return (own or _AttentionBackendRegistry._active_backend) == AttentionBackendName.NATIVE
 
 
 def heads_of(qkv_BTC: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,7 +119,3 @@ def from_table(table_CD: Tensor, timestep_BC: Tensor) -> tuple[Tensor, ...]:
 def fed_forward(ff: Any, source: Source) -> Tensor:
     """ff(source), [B, T, D]."""
     return read(ff.net[2], gelu(read(ff.net[0].proj, source)))
-
-
-def _observed(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks)

@@ -12,12 +12,14 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dirotq.errors import ConfigError
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.source import Source
 from dirotq.kernels.w4a16_linear.together import Together
 
+from .as_made import untouched
 from .graph_watch import RUNTIME
 from .graphs import graph_forward, ungraph_forward
 
@@ -91,9 +93,13 @@ class Modulators:
         return self.blocks[where + 1] if where + 1 < len(self.blocks) else None
 
     def _rest(self, device: torch.device) -> bool:
-        """Whether all weights lie on the device and nothing moves them block by block."""
-        return all(linear.qweight.device == device for linear in self.linears) and not any(
-            hooked(block) for block in self.blocks
+        """Whether all weights lie on the device, and nothing brings them in block by block or
+        linear by linear, or watches their calls."""
+        return (
+            all(linear.qweight.device == device for linear in self.linears)
+            and all(type(m) is QuantLinear and untouched(m) for m in self.linears)
+            and not _has_any_global_hook()
+            and not any(hooked(block) for block in self.blocks)
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Modulators":
@@ -102,7 +108,9 @@ class Modulators:
 
 def hooked(module: nn.Module) -> bool:
     """Whether accelerate or diffusers wraps its calls: offloading, caches, layer skipping."""
-    return hasattr(module, "_hf_hook") or hasattr(module, "_diffusers_hook")
+    state = vars(module)
+    # diffusers leaves its registry behind when the last hook goes.
+    return "_hf_hook" in state or bool(getattr(state.get("_diffusers_hook"), "hooks", None))
 
 
 def read(linear: Any, source: Source) -> Tensor:

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from dirotq.kernels.gated_residual import gated_residual
 from dirotq.kernels.source import Source, modulated_norm, plain
 
-from .fused_block import from_table, install, may_fuse, plain_attention, plain_norm, untouched
+from .fused_block import from_table, install, may_fuse, plain_attention, plain_norm
 from .runtime import clipped, read
 
 
@@ -105,5 +105,4 @@ def _fusable(block: Any, x: Tensor, timestep: Any) -> bool:
         and type(ff) is GLUMBConv
         and ff.norm is None
         and not ff.residual_connection
-        and untouched(ff, ff.conv_inverted)
     )

@@ -31,7 +31,6 @@ from .fused_block import (
     plain_attention,
     plain_feed_forward,
     plain_norm,
-    untouched,
 )
 from .runtime import Modulators, read
 
@@ -148,7 +147,7 @@ def _fusable(block: Any, x: Tensor, text: Tensor, temb: Tensor) -> bool:
 def _plain_modulated(norm: Any, made: Any) -> bool:
     """Whether it is such a norm, modulated by the embedding that the block is given."""
     given = getattr(norm, "emb", None) is None
-    return type(norm) is made and given and untouched(norm) and plain_norm(norm.norm)
+    return type(norm) is made and given and plain_norm(norm.norm)
 
 
 def _plain(attn: Any, x: Tensor, *, added: bool) -> bool:
@@ -160,7 +159,6 @@ def _plain(attn: Any, x: Tensor, *, added: bool) -> bool:
         and norm.weight is not None
         and norm.bias is None
         and norm.eps == norms[0].eps
-        and untouched(norm)
         and (norm.weight.device, norm.weight.dtype) == (x.device, x.dtype)
         for norm in norms
     )

@@ -18,8 +18,9 @@ def swap_sites(
 
     The wide module stands at the site's path; where several linears share it, each of them becomes
     a :class:`SiteView` of its rows. A 1x1 convolution becomes a :class:`PointwiseView` of either.
-    ``build`` returns a module with ``forward(x)`` and ``rows(x, slice)``. A transformer whose
-    family can (``ModelFamily.share``) then runs each shared site once per call.
+    ``build`` returns a module that is called as ``wide(x)``, and for some of its outputs as
+    ``wide(x, rows=slice)``. A transformer whose family can (``ModelFamily.share``) then runs each
+    shared site once per call.
     """
     for site in sites:
         wide = build(site)
@@ -62,9 +63,9 @@ def footprint(transformer: nn.Module) -> dict[str, int]:
     packed = set()
     for name, module in transformer.named_modules():
         if isinstance(module, QuantLinear):
-            for buffer, tensor in module.named_buffers():
-                total[parts[buffer]] += tensor.numel() * tensor.element_size()
-                packed.add(f"{name}.{buffer}")
+            for part, tensor in module.named_parameters():
+                total[parts[part]] += tensor.numel() * tensor.element_size()
+                packed.add(f"{name}.{part}")
     for name, tensor in transformer.state_dict().items():
         if name not in packed:
             total["kept"] += 2 * tensor.numel()
@@ -74,7 +75,7 @@ def footprint(transformer: nn.Module) -> dict[str, int]:
 def packed_bits(site: Site, spec: QuantSpec) -> int:
     """Bits of one site's packed linear, everything counted."""
     packed = QuantLinear(spec, bias=site.bias, device="meta")
-    return 8 * sum(b.numel() * b.element_size() for b in packed.buffers())
+    return 8 * sum(t.numel() * t.element_size() for t in packed.parameters())
 
 
 def effective_bits(skeleton: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> float:

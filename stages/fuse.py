@@ -54,10 +54,7 @@ class FusedLinear(nn.Module):
         self.register_buffer("protected", protected)
         self.register_buffer("bias", bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.rows(x, slice(None))
-
-    def rows(self, x: Tensor, rows: slice) -> Tensor:
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         z, c = transform(x, self.basis, self.rotation, self.spec, self.smooth)
         y = z @ self.main[rows].to(x.dtype).mT
         if c is not None and self.protected is not None:

@@ -17,7 +17,7 @@ from .tiles import TILES, Tile
 MOST_ROWS = 4
 """More rows are faster on the tensor cores, one linear after the other."""
 
-BUFFERS = ("qweight", "wscale", "bias")
+TENSORS = ("qweight", "wscale", "bias")
 
 
 class Together:
@@ -58,7 +58,7 @@ class Together:
         return [y.view(*x.shape[:-1], n) for y, n in zip(many, outputs)]
 
     def _table_for(self, x: Tensor) -> Tensor | None:
-        """Where all buffers lie, if x can go through them in one launch."""
+        """Where all tensors lie, if x can go through them in one launch."""
         if self.why_not is not None or torch.compiler.is_compiling():
             return None
         if x.dtype not in (torch.bfloat16, torch.float16):
@@ -69,8 +69,8 @@ class Together:
         if why_reference(capability(x.device)) is not None:
             return None
         addresses = [
-            0 if (buffer := linear._buffers[name]) is None else buffer.data_ptr()
-            for name in BUFFERS
+            0 if (tensor := linear._parameters[name]) is None else tensor.data_ptr()
+            for name in TENSORS
             for linear in self.linears
         ]
         if addresses != self._addresses:
@@ -87,7 +87,7 @@ def _why_apart(linears: Sequence[QuantLinear]) -> str | None:
         return "there are no linears"
     kinds = set()
     for linear in linears:
-        if not isinstance(linear, QuantLinear):
+        if type(linear) is not QuantLinear:  # `parametrize` makes a class of its own
             return f"{type(linear).__name__} is no packed linear"
         s = linear.spec
         if s.act_bits != 16:
@@ -110,16 +110,16 @@ def _tile(linears: Sequence[QuantLinear], device: torch.device) -> Tile:
 
 
 def _table(linears: Sequence[QuantLinear], addresses: list[int], tile: Tile) -> Tensor | None:
-    """int64, [6, L], rows as ``row.FIELDS`` says, beside the buffers; None if a kernel can't read
+    """int64, [6, L], rows as ``row.FIELDS`` says, beside the tensors; None if a kernel can't read
     them there."""
     found = [
-        b for linear in linears for name in BUFFERS if (b := linear._buffers[name]) is not None
+        t for linear in linears for name in TENSORS if (t := linear._parameters[name]) is not None
     ]
     device = found[0].device
-    for buffer in found:
-        dtype = torch.uint8 if buffer.dtype == torch.uint8 else torch.bfloat16
-        whole = buffer.is_contiguous() and buffer.data_ptr() % 16 == 0
-        if not whole or buffer.dtype != dtype or buffer.device != device:
+    for tensor in found:
+        dtype = torch.uint8 if tensor.dtype == torch.uint8 else torch.bfloat16
+        whole = tensor.is_contiguous() and tensor.data_ptr() % 16 == 0
+        if not whole or tensor.dtype != dtype or tensor.device != device:
             return None
     programs, outputs = [0], [0]
     for linear in linears:

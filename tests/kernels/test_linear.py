@@ -52,7 +52,7 @@ def test_rows_are_slices_of_the_whole(spec):
     module, x = packed(spec), torch.randn(3, 7, 64)
     whole = module(x)
     for rows in (slice(0, 16), slice(16, 48), slice(5, 6)):
-        torch.testing.assert_close(module.rows(x, rows), whole[..., rows], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(module(x, rows=rows), whole[..., rows], rtol=1e-5, atol=1e-5)
 
 
 @every_spec
@@ -69,9 +69,9 @@ def test_shape_and_dtype_follow_the_input(spec, dtype):
 def test_buffers_have_the_declared_shapes(spec, bias):
     module = QuantLinear(spec, bias=bias, device="meta")
     declared = {n: s for n, s in buffer_shapes(spec, bias=bias).items() if s is not None}
-    assert {n: tuple(b.shape) for n, b in module.named_buffers()} == declared
+    assert {n: tuple(b.shape) for n, b in module.named_parameters()} == declared
     fp4 = spec.weight_element == "e2m1"
-    bytes_ = {n for n, b in module.named_buffers() if b.dtype == torch.uint8}
+    bytes_ = {n for n, b in module.named_parameters() if b.dtype == torch.uint8}
     assert bytes_ == ({"qweight", "wscale"} if fp4 else {"qweight"})
     assert ("wglobal" in declared) == (spec.weight_scale == "nvfp4")
     assert module.wglobal is None or module.wglobal.dtype == torch.float32
@@ -93,16 +93,16 @@ def test_buffers_have_the_declared_shapes(spec, bias):
 )
 def test_casting_a_model_leaves_packed_buffers_alone(cast):
     model = nn.Sequential(nn.Linear(64, 64), packed(SPECS["pow2-protected"]))
-    before = {n: b.clone() for n, b in model[1].named_buffers()}
+    before = {n: b.clone() for n, b in model[1].named_parameters()}
     cast(model)
-    for name, buffer in model[1].named_buffers():
+    for name, buffer in model[1].named_parameters():
         assert buffer.dtype == before[name].dtype
         assert torch.equal(buffer, before[name]), name
 
 
 def test_moving_a_model_moves_packed_buffers():
     module = packed(SPECS["pow2-protected"]).to("meta", torch.float16)
-    assert {b.device.type for b in module.buffers()} == {"meta"}
+    assert {b.device.type for b in module.parameters()} == {"meta"}
     assert module.basis.dtype == torch.bfloat16
 
 
@@ -157,7 +157,7 @@ def test_repr_says_what_it_is():
 )
 def test_wrong_inputs_are_refused(x, message):
     module = packed(SPECS["pow2-protected"])
-    for call in (module, lambda x: module.rows(x, slice(0, 16))):
+    for call in (module, lambda x: module(x, rows=slice(0, 16))):
         with pytest.raises(ValueError, match=message):
             call(x)
 
@@ -170,7 +170,7 @@ def test_memory_at_rest(dim, outputs, share):
     """Bytes of all buffers against the bf16 weight's, at 64 protected directions."""
     spec = tiny_spec(dim=dim, rows=(outputs,), rank=64, block=256)
     module = QuantLinear(spec, bias=True, device="meta")
-    held = sum(b.numel() * b.element_size() for b in module.buffers())
+    held = sum(b.numel() * b.element_size() for b in module.parameters())
     assert held <= share * 2 * dim * outputs
 
 

@@ -156,7 +156,7 @@ def test_the_plan_is_chosen_by_the_rows_of_the_call(monkeypatch):
     monkeypatch.setattr(ops, "plan_for", plan_for)
     module = packed(SPECS["pow2"])
     module(torch.randn(2, 7, 64))
-    module.rows(torch.randn(1, 64, dtype=torch.float16), slice(8, 40))
+    module(torch.randn(1, 64, dtype=torch.float16), rows=slice(8, 40))
     assert asked == [
         ((14, 64), torch.float32, 48, SPECS["pow2"]),
         ((1, 64), torch.float16, 32, SPECS["pow2"]),

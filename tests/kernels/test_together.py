@@ -9,7 +9,7 @@ from formats import DEVICE, random_linear
 from tiny_spec import tiny_spec
 from torch import Tensor
 
-from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.kernels.w4a16_linear import together as module
 from dirotq.kernels.w4a16_linear import w4a16_linear
 from dirotq.kernels.w4a16_linear.together import MOST_ROWS, Together
@@ -121,7 +121,7 @@ def test_a_buffer_that_moved_is_found(launches, monkeypatch):
     for name in ("qweight", "wscale", "bias"):
         old = getattr(linears[1], name)
         changed = old + 1 if name == "qweight" else old * 2
-        setattr(linears[1], name, changed)
+        setattr(linears[1], name, frozen(changed))
         old.fill_(0)
         assert_equal(together(x), linears, x)
     assert len(tables) == 4
@@ -138,7 +138,7 @@ def test_buffers_that_the_kernel_cannot_read_are_called(launches):
         linears[1].wscale.mT.contiguous().mT,
         torch.cat([linears[1].wscale.flatten()[:1], linears[1].wscale.flatten()])[1:].view(16, 2),
     ):
-        before, linears[1].wscale = linears[1].wscale, changed
+        before, linears[1].wscale = linears[1].wscale, frozen(changed)
         assert_called(together, linears, x)
         linears[1].wscale = before
     assert launches == []

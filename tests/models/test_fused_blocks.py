@@ -25,7 +25,7 @@ from tiny_fused import (
 from torch import Tensor
 
 from dirotq import accelerate
-from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.linear import WHOLE, QuantLinear
 from dirotq.models import fused_block, look_ahead, swap
 from dirotq.models.families import FAMILIES
 from dirotq.models.swap import swap_sites
@@ -316,14 +316,14 @@ def test_a_family_fuses_what_its_table_says(table, monkeypatch):
     if shared.modulators is not None:
         assert shared.modulators._together is not None
         spy(shared.modulators, "_together", "modulators")
-    rows, whole = QuantLinear.rows, slice(None)
+    forward = QuantLinear.forward
 
-    def read(self: Any, x: Tensor, part: slice) -> Tensor:
-        used["shared_sites" if len(self.spec.rows) > 1 and part == whole else "other"] += 1
-        assert part == whole
-        return rows(self, x, part)
+    def read(self: Any, x: Any, rows: slice = WHOLE) -> Tensor:
+        used["shared_sites" if len(self.spec.rows) > 1 and rows == WHOLE else "other"] += 1
+        assert rows == WHOLE
+        return forward(self, x, rows)
 
-    monkeypatch.setattr(QuantLinear, "rows", read)
+    monkeypatch.setattr(QuantLinear, "forward", read)
     call(network, variant, torch.float32)
     assert set(used) - {"other"} == set(table.fusions)
     if shared.modulators is not None:

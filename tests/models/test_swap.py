@@ -33,10 +33,7 @@ class Stacked(nn.Module):
         super().__init__()
         self.linears = linears
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.rows(x, slice(None))
-
-    def rows(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         return torch.cat([linear(x) for linear in self.linears], -1)[..., rows]
 
 

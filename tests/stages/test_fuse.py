@@ -59,7 +59,7 @@ def test_a_fused_linear_is_the_linear(finished, fuse):
     fused = FusedLinear(Rotation.cut({"vectors": vectors}, entry.spec), weight, bias)
     x = read_array(rows, FF).float()
     assert relative_error(fused(x), linear(x, weight, bias)) < 1e-5
-    torch.testing.assert_close(fused.rows(x, slice(3, 9)), fused(x)[:, 3:9], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused(x, rows=slice(3, 9)), fused(x)[:, 3:9], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("half", [0, 1], ids=["main", "protected"])

@@ -65,8 +65,8 @@ def random_linear(spec: QuantSpec, *, bias: bool = True) -> QuantLinear:
         "basis": vectors[:, : spec.rank],
         "rotation": torch.nn.functional.pad(rest, (0, spec.width - rest.shape[1])),
     }
-    for name, buffer in module.named_buffers():
-        buffer.copy_(content[name])
+    for name, tensor in module.named_parameters():
+        tensor.copy_(content[name])
     return module
 
 

@@ -28,6 +28,6 @@ def packed(spec: QuantSpec, *, bias: bool = True, seed: int = 0) -> QuantLinear:
             "wscale": torch.randint(118, 125, module.wscale.shape, generator=generator),
             "wglobal": torch.tensor([2.0**-10 / 3]),
         }
-    for name, buffer in module.named_buffers():
-        buffer.copy_(content[name])
+    for name, tensor in module.named_parameters():
+        tensor.copy_(content[name])
     return module
