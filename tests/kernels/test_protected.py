@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_spec import tiny_spec
 
-from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.kernels.plan import choose
 from dirotq.kernels.protected import dequantize_protected, quantize_protected, rounded_coefficients
 
@@ -40,7 +40,7 @@ def test_a_packed_linear_computes_with_its_eight_bit_branch():
     module.qweight.zero_()
     module.wscale.fill_(1)
     module.basis.copy_(torch.linalg.qr(torch.randn(64, 16)).Q)
-    module.wp, module.wpscale = quantize_protected(v)
+    module.wp, module.wpscale = map(frozen, quantize_protected(v))
     x = torch.randn(7, 64)
     c = rounded_coefficients(x @ module.basis.float())
     want = c @ dequantize_protected(module.wp, module.wpscale).T

@@ -1,0 +1,179 @@
+"""A tiny packed transformer of every family and of a class that none describes, and every way in
+which accelerate and diffusers bring a transformer's weights in for the time of a call.
+
+A CPU is where the weights lie and where they are computed with, so a hook that does not run would
+go unseen: what group offloading takes away is filled with bytes that spoil every result.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import torch
+from diffusers.hooks import apply_group_offloading, group_offloading
+from diffusers.hooks.group_offloading import ModuleGroup
+from tiny_families import HEADS, TINY, randomize
+from tiny_packed import packed
+from tiny_spec import tiny_spec
+from torch import Tensor, nn
+
+from dirotq.kernels.linear import QuantLinear
+from dirotq.models.discovery import discover
+from dirotq.models.families import known_family
+from dirotq.models.swap import swap_sites
+
+NETWORKS = (*TINY, "discovered")
+CPU = torch.device("cpu")
+
+
+def original(name: str) -> Any:
+    return _discovered() if name == "discovered" else TINY[name].build()
+
+
+def inputs(name: str) -> dict[str, Any]:
+    if name != "discovered":
+        return TINY[name].inputs()
+    draw = torch.Generator().manual_seed(0)
+    return {
+        "hidden_states": torch.randn(2, 12, 4, generator=draw),
+        "encoder_hidden_states": torch.randn(2, 5, 64, generator=draw),
+        "timestep": torch.tensor([300, 700]),
+        "encoder_attention_mask": torch.ones(2, 5),
+        "num_frames": 1,
+        "height": 3,
+        "width": 4,
+    }
+
+
+def network(name: str) -> Any:
+    """Every site packed, with random content; the last packed linear has a dense rotation."""
+    made = original(name)
+    family = known_family(type(made).__name__)
+    sites = family.sites(made) if family else discover(made, (), inputs(name)).sites
+
+    def build(site: Any) -> QuantLinear:
+        special = {"rank": 16, "transform": "dense"} if site is sites[-1] else {"rank": 8}
+        linear = packed(tiny_spec(dim=site.dim, rows=site.rows, **special), bias=site.bias)
+        linear.wscale.mul_(0.1)
+        return linear
+
+    swap_sites(made, sites, build)
+    return made
+
+
+def call(made: Any, name: str) -> Tensor:
+    """One forward in float32, without gradients; [..., values] of all samples in one tensor."""
+    with torch.no_grad():
+        result = made(**inputs(name), return_dict=False)[0]
+    return torch.stack(list(result)) if isinstance(result, list) else result
+
+
+def sequential(made: nn.Module, folder: Path) -> None:
+    """As ``DiffusionPipeline.enable_sequential_cpu_offload`` does it."""
+    accelerate.cpu_offload(made, CPU, offload_buffers=len(made._parameters) > 0)
+
+
+def parts(made: nn.Module) -> dict[str, str]:
+    """A device map that puts every other member of a list of blocks on the disk."""
+    places: dict[str, str] = {}
+    for name, child in made.named_children():
+        inner = child if isinstance(child, nn.ModuleList) else ()
+        places |= {f"{name}.{i}": ("disk", "cpu")[i % 2] for i, _ in enumerate(inner)}
+        if not inner:
+            places[name] = "cpu"
+    return places | {name: "cpu" for name in made._parameters} | dict.fromkeys(made._buffers, "cpu")
+
+
+def dispatched(device_map: Callable[[nn.Module], dict[str, str]]) -> Callable[..., None]:
+    def apply(made: nn.Module, folder: Path) -> None:
+        accelerate.dispatch_model(
+            made, device_map(made), offload_dir=folder, offload_buffers=True, force_hooks=True
+        )
+
+    return apply
+
+
+def group(kind: str, *, blocks: int | None = None, disk: bool = False) -> Callable[..., None]:
+    def apply(made: nn.Module, folder: Path) -> None:
+        apply_group_offloading(
+            made, CPU, CPU, kind, blocks, offload_to_disk_path=str(folder) if disk else None
+        )
+
+    return apply
+
+
+KINDS: dict[str, Callable[[nn.Module, Path], Any]] = {
+    "cpu_offload": lambda made, _: accelerate.cpu_offload(made, CPU),
+    "cpu_offload, buffers": lambda made, _: accelerate.cpu_offload(made, CPU, offload_buffers=True),
+    "sequential": sequential,
+    "disk_offload": lambda made, folder: accelerate.disk_offload(made, folder, CPU),
+    "disk_offload, buffers": lambda made, folder: accelerate.disk_offload(made, folder, CPU, True),
+    "model": lambda made, _: accelerate.cpu_offload_with_hook(made, CPU),
+    "dispatch, disk": dispatched(lambda _: {"": "disk"}),
+    "dispatch, cpu": dispatched(lambda _: {"": "cpu"}),
+    "dispatch, parts": dispatched(parts),
+    "blocks": group("block_level", blocks=1),
+    "pairs of blocks": group("block_level", blocks=2),
+    "blocks, disk": group("block_level", blocks=1, disk=True),
+    "leaves": group("leaf_level"),
+    "leaves, disk": group("leaf_level", disk=True),
+}
+ACCELERATE = tuple(kind for kind in KINDS if "blocks" not in kind and "leaves" not in kind)
+
+
+def remove(made: Any, kind: str) -> None:
+    """Take the hooks off, as each library does it."""
+    if kind in ACCELERATE:
+        accelerate.hooks.remove_hook_from_module(made, recurse=True)
+        return
+    for module in made.modules():
+        group = getattr(module, "_diffusers_hook", None)
+        hook = group and group.get_hook(group_offloading._GROUP_OFFLOADING)
+        if hook:
+            hook.group.onload_()
+            group.remove_hook(group_offloading._GROUP_OFFLOADING, recurse=False)
+
+
+def absent(monkeypatch: Any) -> None:
+    """Let nothing lie where group offloading has taken it away, though memory is one."""
+    kept: dict[Tensor, Tensor] = {}
+
+    def tensors(self: ModuleGroup) -> list[Tensor]:
+        inside = [t for m in self.modules for t in (*m.parameters(), *m.buffers())]
+        return [*inside, *self.parameters, *self.buffers]
+
+    def offload(self: ModuleGroup) -> None:
+        for tensor in tensors(self):
+            if tensor not in kept:
+                kept[tensor] = tensor.data
+                tensor.data = spoiled(tensor)
+
+    def onload(self: ModuleGroup) -> None:
+        for tensor in tensors(self):
+            tensor.data = kept.pop(tensor, tensor.data)
+
+    to_disk = ModuleGroup._offload_to_disk
+
+    def offload_to_disk(self: ModuleGroup) -> None:
+        to_disk(self)
+        for tensor in self.tensor_to_key:
+            tensor.data = spoiled(tensor)
+
+    monkeypatch.setattr(ModuleGroup, "_offload_to_memory", offload)
+    monkeypatch.setattr(ModuleGroup, "_onload_from_memory", onload)
+    monkeypatch.setattr(ModuleGroup, "_offload_to_disk", offload_to_disk)
+
+
+def spoiled(tensor: Tensor) -> Tensor:
+    value = float("nan") if tensor.is_floating_point() else 113
+    return torch.full_like(tensor.data, value)
+
+
+def _discovered() -> Any:
+    config = {"in_channels": 4, "out_channels": 4, "num_layers": 2, "caption_channels": 64}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        made = diffusers.LTXVideoTransformer3DModel(**config, **HEADS, cross_attention_dim=64)
+        return randomize(made)
