@@ -29,7 +29,8 @@ CPU = torch.device("cpu")
 
 
 def original(name: str) -> Any:
-    return _discovered() if name == "discovered" else TINY[name].build()
+    changes = {"guidance_embeds": True} if name == "flux" else {}
+    return _discovered() if name == "discovered" else TINY[name].build(**changes)
 
 
 def inputs(name: str) -> dict[str, Any]:
@@ -75,22 +76,16 @@ def sequential(made: nn.Module, folder: Path) -> None:
     accelerate.cpu_offload(made, CPU, offload_buffers=len(made._parameters) > 0)
 
 
-def parts(made: nn.Module) -> dict[str, str]:
-    """A device map that puts every other member of a list of blocks on the disk."""
-    places: dict[str, str] = {}
-    for name, child in made.named_children():
-        inner = child if isinstance(child, nn.ModuleList) else ()
-        places |= {f"{name}.{i}": ("disk", "cpu")[i % 2] for i, _ in enumerate(inner)}
-        if not inner:
-            places[name] = "cpu"
-    return places | {name: "cpu" for name in made._parameters} | dict.fromkeys(made._buffers, "cpu")
+def dispatched(*places: str) -> Callable[..., None]:
+    """By a device map that deals the places out to blocks and whatever else the network has."""
 
-
-def dispatched(device_map: Callable[[nn.Module], dict[str, str]]) -> Callable[..., None]:
     def apply(made: nn.Module, folder: Path) -> None:
-        accelerate.dispatch_model(
-            made, device_map(made), offload_dir=folder, offload_buffers=True, force_hooks=True
-        )
+        names = [*made._parameters, *made._buffers]
+        for name, child in made.named_children():
+            inner = len(child) if isinstance(child, nn.ModuleList) else 0
+            names += [f"{name}.{i}" for i in range(inner)] or [name]
+        device_map = {name: places[i % len(places)] for i, name in enumerate(names)}
+        accelerate.dispatch_model(made, device_map, offload_dir=folder, force_hooks=True)
 
     return apply
 
@@ -111,9 +106,9 @@ KINDS: dict[str, Callable[[nn.Module, Path], Any]] = {
     "disk_offload": lambda made, folder: accelerate.disk_offload(made, folder, CPU),
     "disk_offload, buffers": lambda made, folder: accelerate.disk_offload(made, folder, CPU, True),
     "model": lambda made, _: accelerate.cpu_offload_with_hook(made, CPU),
-    "dispatch, disk": dispatched(lambda _: {"": "disk"}),
-    "dispatch, cpu": dispatched(lambda _: {"": "cpu"}),
-    "dispatch, parts": dispatched(parts),
+    "dispatch, disk": dispatched("disk"),
+    "dispatch, cpu": dispatched("cpu"),
+    "dispatch, parts": dispatched("disk", "cpu"),
     "blocks": group("block_level", blocks=1),
     "pairs of blocks": group("block_level", blocks=2),
     "blocks, disk": group("block_level", blocks=1, disk=True),
