@@ -215,7 +215,9 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
     Raises ArtifactError naming the first tensor with NaN or infinity, with a negative scale (or a
     global scale of zero), or with a channel scale below its floor (docs/method.md Eq. 9).
     """
-    tensors = {n: t for n, t in packed.named_parameters() if t.is_floating_point() and not t.is_meta}
+    tensors = {
+        n: t for n, t in packed.named_parameters() if t.is_floating_point() and not t.is_meta
+    }
     for buffer, tensor in tensors.items():
         low, high = tensor.aminmax()  # NaN comes out on top: one pass, and no mask in memory
         if not bool(low.isfinite() & high.isfinite()):

@@ -15,12 +15,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 def untouched(module: nn.Module) -> bool:
     """Tell whether a call of the module is its class's forward and nothing else."""
-    state = vars(module)
-    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
-        return False
-    forward = state.get("forward")
-    # Who takes a hook off leaves the bound method on the object.
-    return forward is None or forward == MethodType(type(module).forward, module)
+    return not _has_any_global_hook() and _own(module)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,4 +41,13 @@ class Made:
         for module, children in zip(self.modules, self.children):
             if children and tuple(module._modules.values()) != children:
                 return False
-        return all(map(untouched, self.modules[1:]))
+        return all(map(_own, self.modules[1:]))
+
+
+def _own(module: nn.Module) -> bool:
+    state = vars(module)
+    if state["_forward_hooks"] or state["_forward_pre_hooks"]:
+        return False
+    forward = state.get("forward")
+    # Who takes a hook off leaves the bound method on the object.
+    return forward is None or forward == MethodType(type(module).forward, module)

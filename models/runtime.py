@@ -12,7 +12,6 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from dirotq.errors import ConfigError
 from dirotq.kernels.linear import QuantLinear
@@ -98,7 +97,6 @@ class Modulators:
         return (
             all(linear.qweight.device == device for linear in self.linears)
             and all(type(m) is QuantLinear and untouched(m) for m in self.linears)
-            and not _has_any_global_hook()
             and not any(hooked(block) for block in self.blocks)
         )
 
