@@ -70,6 +70,9 @@ class Joined(nn.Module):
     given  whether the caller may hand in q, k, v already, which are returned as they are
     """
 
+    attn: nn.Module
+    site: nn.Module
+
     def __init__(
         self, attn: nn.Module, names: tuple[str, ...], site: nn.Module, *, given: bool = False
     ) -> None:

@@ -271,6 +271,18 @@ def test_torchs_own_backend_is_what_fused_blocks_run(plain, backends):
     assert not backends
 
 
+@pytest.mark.parametrize("name", ["pixart", "sd3"])
+def test_sliced_attention_is_obeyed(plain, name):
+    """As by ``enable_attention_slicing``, which puts processors of its own in place."""
+    sliced = copy.deepcopy(plain(name)[0])
+    for module in sliced.modules():
+        if hasattr(module, "set_attention_slice") and module.added_kv_proj_dim is None:
+            module.set_attention_slice(1)
+    got = call(sliced, name)
+    accelerate(sliced, fused=False)
+    assert torch.equal(call(sliced, name), got)
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_layerwise_casting_leaves_packed_tensors_alone(plain, name):
     """What diffusers casts are the linears that stayed in 16 bits: as if rounded beforehand."""

@@ -20,6 +20,7 @@ from tiny_spec import tiny_spec
 from torch import Tensor, nn
 
 from dirotq.kernels.linear import QuantLinear
+from dirotq.models.call import Call
 from dirotq.models.discovery import discover
 from dirotq.models.families import known_family
 from dirotq.models.swap import swap_sites
@@ -64,10 +65,11 @@ def network(name: str) -> Any:
     return made
 
 
-def call(made: Any, name: str) -> Tensor:
-    """One forward in float32, without gradients; [..., values] of all samples in one tensor."""
+def call(made: Any, name: str, device: torch.device = CPU) -> Tensor:
+    """One forward in float32, without gradients; the results of all samples in one tensor."""
+    given = Call((), inputs(name)).map(lambda tensor: tensor.to(device)).kwargs
     with torch.no_grad():
-        result = made(**inputs(name), return_dict=False)[0]
+        result = made(**given, return_dict=False)[0]
     return torch.stack(list(result)) if isinstance(result, list) else result
 
 
@@ -149,16 +151,23 @@ def absent(monkeypatch: Any) -> None:
         for tensor in tensors(self):
             tensor.data = kept.pop(tensor, tensor.data)
 
-    to_disk = ModuleGroup._offload_to_disk
+    to_disk, from_disk = ModuleGroup._offload_to_disk, ModuleGroup._onload_from_disk
 
     def offload_to_disk(self: ModuleGroup) -> None:
         to_disk(self)
         for tensor in self.tensor_to_key:
             tensor.data = spoiled(tensor)
 
+    def onload_from_disk(self: ModuleGroup) -> None:
+        from_disk(self)
+        for tensor in self.tensor_to_key:
+            # A file's tensors begin anywhere, and by that a CPU's library chooses how it sums.
+            tensor.data = tensor.data.clone()
+
     monkeypatch.setattr(ModuleGroup, "_offload_to_memory", offload)
     monkeypatch.setattr(ModuleGroup, "_onload_from_memory", onload)
     monkeypatch.setattr(ModuleGroup, "_offload_to_disk", offload_to_disk)
+    monkeypatch.setattr(ModuleGroup, "_onload_from_disk", onload_from_disk)
 
 
 def spoiled(tensor: Tensor) -> Tensor:
