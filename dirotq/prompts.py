@@ -1,8 +1,11 @@
-"""Prompt sets: a local file or a dataset of the Hugging Face Hub, read through `datasets`."""
+"""Prompt sets: a file, or a whole dataset of the Hugging Face Hub, read through `datasets`."""
 
 import functools
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import re
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -11,11 +14,13 @@ from typing import Any
 from dirotq.digest import file_digest, input_digests
 from dirotq.errors import ConfigError
 from dirotq.hub import HubPath, explained, hub_path
+from dirotq.pictures import check_picture
+from dirotq.prompt_files import IMAGES, READERS, rows
 
-READERS = {".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
-WHOLE = (".json", ".yaml", ".yml")
-"""Read at once: a list of rows, or {id: row} or {id: text}, as benchmarks publish their prompts."""
-IMAGES = ("image", "mask_image")
+SEEDS = (-(2**63), 2**64 - 1)
+"""What torch.Generator.manual_seed takes, both included."""
+EXACT = 2**53
+"""Whole numbers below it are exact in a float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,19 @@ class PromptSet:
     subset: str | None = None
     split: str = "train"
 
+    def __post_init__(self) -> None:
+        for name in ("path", "column"):
+            if not isinstance(given := getattr(self, name), str):
+                raise ConfigError(f"prompts: {name}={given!r} is no text; write it in quotes")
+        for name in ("start", "count"):
+            given = getattr(self, name)
+            whole = isinstance(given, int) and not isinstance(given, bool)
+            if not whole or not 0 <= given <= sys.maxsize:
+                raise ConfigError(
+                    f"prompts: {name}={shortly(given)} for {self.path}; {name} is a whole number "
+                    "of rows, 0 or more"
+                )
+
     def identity(self) -> dict[str, Any]:
         """Bytes, not path: a moved or renamed file is the same prompt set. Of the hub, a commit."""
         chosen = {"column": self.column, "start": self.start, "count": self.count}
@@ -72,19 +90,24 @@ class PromptSet:
 
     def _on_hub(self) -> HubPath | None:
         """The dataset that ``path`` names, unless there is such a file here."""
-        if "://" in self.path or resolve(self.path).exists():
+        if "://" in self.path or os.path.lexists(resolve(self.path)):
             return None
         return hub_path(self.path, "dataset")
 
     def _file(self) -> Path:
         path = resolve(self.path)
-        if not path.is_file():
-            raise ConfigError(
-                f"prompt file {self.path} does not exist; give a JSONL file, one "
-                '{"prompt": "...", "seed": 1} per line, as prompts.calibration.path=FILE (or a '
-                ".csv, .parquet, .json or .txt file, or the id of a dataset on the hub)"
-            )
-        return path
+        try:
+            if path.is_file():  # not a folder, and not a pipe, which would never end
+                path.open("rb").close()
+                return path
+            problem = "is no regular file" if path.exists() else "does not exist"
+        except OSError as error:
+            problem = f"can't be read ({error.strerror})"
+        raise ConfigError(
+            f"prompt file {self.path:.300} {problem}; give a JSONL file, one "
+            '{"prompt": "...", "seed": 1} per line, as prompts.calibration.path=FILE (or a '
+            ".csv, .parquet, .json or .txt file, or the id of a dataset on the hub)"
+        )
 
 
 def refuse_shared(calibration: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
@@ -99,37 +122,55 @@ def refuse_shared(calibration: Sequence[Prompt], heldout: Sequence[Prompt]) -> N
 
 
 def resolve(path: str) -> Path:
-    """A path as the user sees it; ``assets://x`` is a file that ships with the package."""
+    """A path as the user sees it; ``assets://x`` is a file that ships with the package.
+
+    Raises ConfigError for the home of a user who has none.
+    """
     if path.startswith("assets://"):
         import dirotq.assets
 
         return Path(dirotq.assets.__path__[0]) / path.removeprefix("assets://")
-    return Path(path).expanduser()
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: there is no such home folder ({error}); write it out"
+        ) from error
+
+
+def shortly(value: Any) -> str:
+    """``value`` in a message: as Python writes it, cut where it is long or deep."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxlong, short.maxother = 2, 80, 40, 80
+    try:
+        return short.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} too long to show"
 
 
 @functools.lru_cache(maxsize=16)
 def _load(chosen: PromptSet, place: HubPath | None, stamp: str) -> tuple[Prompt, ...]:
     """``stamp`` tells the content: a plan asks for the same prompts several times."""
     if place is not None and not place.file:
-        folder, rows = None, _dataset_rows(chosen, place)
+        folder, found = None, _dataset_rows(chosen, place)
     else:
         file = chosen._file() if place is None else place.download(str(place.file))
-        folder, rows = file.parent if place is None else None, _file_rows(chosen, file)
+        folder, found = file.parent if place is None else None, _file_rows(chosen, file)
     try:
-        found = list(islice(rows, max(chosen.count, 0)))
+        chosen_rows = list(islice(found, chosen.count))
     except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(
-            f"{chosen.path} can't be read ({error}). A prompt set is a .jsonl file, one "
+            f"{chosen.path} can't be read ({error!s:.300}). A prompt set is a .jsonl file, one "
             '{"prompt": "...", "seed": 1} per line, or .json, .csv, .parquet, .yaml or .txt'
         ) from error
-    if len(found) < chosen.count or chosen.count < 1:
+    if len(chosen_rows) < chosen.count or chosen.count < 1:
         raise ConfigError(
-            f"{chosen.path} holds {len(found)} prompts from row {chosen.start} on, {chosen.count} "
-            "were asked for; set prompts.calibration.count or prompts.heldout.count to 1 ... "
-            "that many"
+            f"{chosen.path} holds {len(chosen_rows)} prompts from row {chosen.start} on, "
+            f"{chosen.count} were asked for; set prompts.calibration.count or "
+            "prompts.heldout.count to 1 ... that many"
         )
     return tuple(
-        _prompt(chosen, row, number, folder) for number, row in enumerate(found, chosen.start)
+        _prompt(chosen, row, number, folder) for number, row in enumerate(chosen_rows, chosen.start)
     )
 
 
@@ -160,65 +201,75 @@ def _dataset_rows(chosen: PromptSet, place: HubPath) -> Iterator[Mapping[str, An
 
 
 def _file_rows(chosen: PromptSet, file: Path) -> Iterator[Mapping[str, Any]]:
-    if file.suffix in WHOLE:
-        yield from islice(_whole_rows(chosen, file), chosen.start, None)
-        return
-    if file.suffix not in READERS:
+    if file.suffix.lower() not in READERS:
         raise ConfigError(
-            f"{chosen.path}: prompts are read from {', '.join((*READERS, *WHOLE))} files, not from "
+            f"{chosen.path}: prompts are read from {', '.join(READERS)} files, not from "
             f"{file.suffix or 'files without a suffix'}"
         )
-    import datasets
-
-    if not file.stat().st_size:
-        return  # datasets ends in a StopIteration
-    reader = READERS[file.suffix]
-    stream = datasets.load_dataset(reader, data_files=str(file), split="train", streaming=True)
-    for row in stream.skip(chosen.start):
-        yield {chosen.column: row["text"]} if reader == "text" else row
+    return rows(file, chosen.column, chosen.start)
 
 
-def _whole_rows(chosen: PromptSet, file: Path) -> Iterator[Mapping[str, Any]]:
-    if file.suffix == ".json":
-        content = json.loads(file.read_text())
-    else:
-        import yaml
-
-        try:
-            content = yaml.safe_load(file.read_text())
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from error
-    rows: Iterable[Any] = content.values() if isinstance(content, Mapping) else content or ()
-    if isinstance(rows, str) or not isinstance(rows, Iterable):
-        raise ValueError("it is neither a list nor a mapping of rows")
-    for row in rows:
-        yield row if isinstance(row, Mapping) else {chosen.column: row}
-
-
-def _prompt(chosen: PromptSet, row: Mapping[str, Any], number: int, folder: Path | None) -> Prompt:
+def _prompt(chosen: PromptSet, row: Mapping[Any, Any], number: int, folder: Path | None) -> Prompt:
     where = f"{chosen.path}, row {number + 1}"
     if chosen.column not in row:
         raise ConfigError(
-            f"{where}: there is no column {chosen.column!r}, there are {sorted(row)}; name the one "
-            "with the text: prompts.calibration.column=... (and prompts.heldout.column=...)"
+            f"{where}: there is no column {chosen.column!r}, there are "
+            f"{shortly(sorted(map(str, row)))}; name the one with the text: "
+            "prompts.calibration.column=... (and prompts.heldout.column=...)"
         )
-    text = row[chosen.column]
-    if isinstance(text, Sequence) and not isinstance(text, str) and text:
-        text = text[0]
+    text = _text(row[chosen.column], where, chosen.column)
+    seed = row.get("seed")
+    attributes = row.get("attributes")
+    return Prompt(
+        text,
+        number if seed is None else _seed(seed, where),
+        attributes if isinstance(attributes, Mapping) else None,
+        _pictures(row, where, folder) if folder else {},
+    )
+
+
+def _text(value: Any, where: str, column: str) -> str:
+    text = value[0] if isinstance(value, list) and value else value
     if not isinstance(text, str) or not text.strip():
         raise ConfigError(
-            f"{where}: no text under {chosen.column!r}, but {text!r}; remove the row, or choose "
+            f"{where}: no text under {column!r}, but {shortly(text)}; remove the row, or choose "
             "others with prompts.calibration.start (or prompts.heldout.start)"
         )
-    seed = row.get("seed")
-    if seed is not None and (not isinstance(seed, int | float) or seed != int(seed)):
-        raise ConfigError(f"{where}: the seed {seed!r} is no whole number; correct or remove it")
-    images = {name: row[name] for name in IMAGES if folder and isinstance(row.get(name), str)}
-    inputs = {name: str((folder or Path()) / Path(i).expanduser()) for name, i in images.items()}
-    for name, image in inputs.items():
-        if not Path(image).is_file():
-            raise ConfigError(f"{where}: the {name} {image} does not exist")
-    return Prompt(text, number if seed is None else int(seed), row.get("attributes"), inputs)
+    if strange := re.search("[\x00\ud800-\udfff]", text):
+        raise ConfigError(
+            f"{where}: the text holds {strange[0]!a}, which is no character of a text; save "
+            "the file as UTF-8, or remove the row"
+        )
+    return text
+
+
+def _seed(value: Any, where: str) -> int:
+    """The very number that the file says: PyTorch's seeds have 64 bits, a float holds 53."""
+    exact = isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(value, float):
+        exact = value.is_integer() and abs(value) < EXACT
+    if not exact or not SEEDS[0] <= value <= SEEDS[1]:
+        raise ConfigError(
+            f"{where}: the seed {shortly(value)} is no whole number from {SEEDS[0]} to {SEEDS[1]} "
+            f"(from {EXACT} on, without point or exponent); correct or remove it"
+        )
+    return int(value)
+
+
+def _pictures(row: Mapping[Any, Any], where: str, folder: Path) -> dict[str, str]:
+    """The paths of a row's pictures, relative ones from ``folder``; each can be decoded."""
+    found = {}
+    for name in IMAGES:
+        if isinstance(given := row.get(name), str):
+            picture = folder / resolve(given)
+            if not os.path.isfile(picture):  # noqa: PTH113 (Path's raises for odd names)
+                raise ConfigError(f"{where}: the {name} {picture!s:.300} does not exist")
+            try:
+                check_picture(picture)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: the {name} {error}") from error
+            found[name] = str(picture)
+    return found
 
 
 def _plain(prompt: Prompt) -> tuple[str, tuple[tuple[str, str], ...]]:

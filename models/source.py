@@ -13,6 +13,7 @@ from dirotq.digest import input_digests
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.images import ImageWriter
 from dirotq.loading import open_pipeline
+from dirotq.pictures import open_picture
 from dirotq.progress import track
 from dirotq.prompts import Prompt
 
@@ -198,8 +199,6 @@ def generate_all(
 
 def _images(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
     """What editing pipelines take beside prompts ("image", "mask_image"), read from disk."""
-    from PIL import Image
-
     names = sorted({name for prompt in prompts for name in prompt.inputs})
     for prompt in prompts:
         if missing := [name for name in names if name not in prompt.inputs]:
@@ -207,7 +206,7 @@ def _images(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
                 f"the prompt {prompt.text!r} has no {missing[0]}, others of its batch have one: "
                 "give every row of the prompt file the same columns"
             )
-    return {n: [Image.open(p.inputs[n]).convert("RGB") for p in prompts] for n in names}
+    return {n: [open_picture(p.inputs[n]) for p in prompts] for n in names}
 
 
 def _transformer_class(family: ModelFamily) -> Any:

@@ -5,6 +5,7 @@ import datasets
 import huggingface_hub
 import pytest
 from hydra.utils import instantiate
+from PIL import Image
 
 import dirotq.hub
 import dirotq.prompts
@@ -123,13 +124,13 @@ def test_damaged_files(tmp_path, name, content, message):
 
 
 def test_images_of_editing_pipelines(jsonl, tmp_path):
-    (tmp_path / "in.png").write_bytes(b"one")
+    Image.new("RGB", (2, 2), "red").save(tmp_path / "in.png")
     file = jsonl({"prompt": "a", "image": "in.png", "mask_image": str(tmp_path / "in.png")})
     one = prompts(file, count=1)
     image = str(tmp_path / "in.png")
     assert one.load() == [Prompt("a", 0, None, {"image": image, "mask_image": image})]
     before = recipe(one)
-    (tmp_path / "in.png").write_bytes(b"two")
+    Image.new("RGB", (2, 2), "blue").save(tmp_path / "in.png")
     assert recipe(one) != before
     with pytest.raises(ConfigError, match=r"row 1: the image .*gone\.png does not exist"):
         prompts(jsonl({"prompt": "a", "image": "gone.png"}), count=1).load()
