@@ -3,12 +3,8 @@
 Letters: K channels in, N out, R rank. A module's weight becomes W + weight * (alpha / R) * B A.
 """
 
-import inspect
-import json
-import logging
-import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +16,12 @@ from torch import Tensor
 from dirotq.digest import input_digests
 from dirotq.errors import ConfigError, NumericalError, UnsupportedError
 from dirotq.loading import check_weights
-from dirotq.prompts import resolve
+from dirotq.prompts import resolve, shortly
 
-from .origin import PICKLES, read_json
+from .lora_layouts import Pair, converted, pairs_in
+from .lora_settings import SETTINGS, Settings, number, read_settings
+from .origin import PICKLES
 
-METADATA = "lora_adapter_metadata"  # where diffusers notes alphas, in the header of the file
-SETTINGS = "adapter_config.json"  # where peft notes them, beside the file
 TEXT = ("text_encoder", "lora_te", "te.", "te1.", "te2.")
 OTHER_KINDS = {
     "dora_scale": "DoRA",
@@ -34,11 +30,7 @@ OTHER_KINDS = {
     "hada_": "LoHa",
     "oft_": "OFT",
 }
-_PART = re.compile(
-    r"(?:base_model\.model\.)?(?:transformer\.)?(?P<module>.+?)\."
-    r"(?:lora_(?P<peft>[AB])(?:\.\w+)?|lora[._](?P<old>down|up))\.weight"
-)
-_ALPHA = re.compile(r"(?:base_model\.model\.)?(?:transformer\.)?(?P<module>.+?)(?:\.lora)?\.alpha")
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +66,12 @@ class Lora:
         return path
 
     def identity(self) -> dict[str, Any]:
-        """Its bytes, the alphas noted beside it, and its strength."""
+        """Its bytes, the settings noted beside it, and its strength."""
         file = self.file
         beside = file.parent / SETTINGS
         files = [file, *([beside] if beside.is_file() else [])]
-        return {"files": list(input_digests(files).values()), "weight": self.weight}
+        made_by = {"patterns": 2} if _settings(file).patterns else {}  # 1: other rules than peft's
+        return {"files": list(input_digests(files).values()), "weight": self.weight} | made_by
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +94,22 @@ def parse_loras(given: Any) -> tuple[Lora, ...]:
         match entry:
             case str(path):
                 found.append(Lora(path))
-            case {"path": str(path), "weight": int() | float() as weight, **rest} if not rest:
+            case {"path": str(path), "weight": weight, **rest} if not rest and _strength(weight):
                 found.append(Lora(path, float(weight)))
             case {"path": str(path), **rest} if not rest:
                 found.append(Lora(path))
             case _:
                 raise ConfigError(
-                    f"model.lora: {entry!r} is no LoRA; write model.lora=FILE, or "
-                    "model.lora=[{path: FILE, weight: 0.8}]"
+                    f"model.lora: {shortly(entry)} is no LoRA; write model.lora=FILE, or "
+                    "model.lora=[{path: FILE, weight: 0.8}]; a weight is a finite number"
                 )
     return tuple(found)
+
+
+def _strength(weight: Any) -> bool:
+    if not isinstance(weight, int | float) or isinstance(weight, bool):
+        return False
+    return abs(weight) <= torch.finfo(torch.float32).max  # false for NaN
 
 
 def read_lora(
@@ -121,28 +120,47 @@ def read_lora(
     pipeline  class of diffusers that converts files of other programs (kohya, XLabs, ...)
 
     Raises UnsupportedError for text encoders and for kinds that are no low-rank sums; ConfigError
-    naming the first parts that fit no module.
+    naming the first parts that fit no module, and whatever would not be added as peft adds it.
     """
+    name = f"model.lora={lora.path}"
     file = lora.file
+    settings = _settings(file)
     with safe_open(file, framework="pt") as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-        noted = _noted_alphas(file, opened.metadata() or {})
-    _refuse_other_kinds(lora, tensors)
-    parts = _parts(tensors)
-    if parts is None or any(f"{module}.weight" not in shapes for module in parts):
-        converted = _converted(lora, tensors, pipeline)
-        _refuse_text(lora, converted)
-        parts, noted = (_parts(converted) if converted else None) or parts, {}
-    if not parts:
+    _refuse_other_kinds(name, tensors)
+    pairs, rest = pairs_in(tensors, name)
+    _refuse_odd_numbers(name, pairs)
+    scales = {module: _scale(pair, settings, name) for module, pair in pairs.items()}
+    foreign = {m: pair for m, pair in pairs.items() if f"{m}.weight" not in shapes}
+    why = ""
+    if foreign or rest:
+        made, why = converted(foreign, scales, rest, pipeline, name)
+        _refuse_text(name, made)
+        named, others = pairs_in(made, name)
+        rest = rest if why else others
+        if named:
+            own = {m: pair for m, pair in pairs.items() if m not in foreign}
+            if twice := sorted(own.keys() & named.keys()):
+                raise ConfigError(
+                    f"{name} holds {twice[0]} under two names, of two layouts; save a copy with "
+                    "only one of them"
+                )
+            pairs, scales = named | own, scales | dict.fromkeys(named, 1.0)
+    because = f" ({why})" if why else ""
+    if not pairs:
         raise ConfigError(
-            f"model.lora={lora.path} is no LoRA that is understood: among its {len(tensors)} "
-            f"tensors are {sorted(tensors)[:3]}, expected are pairs such as "
-            "transformer.<module>.lora_A.weight and .lora_B.weight, or a layout that diffusers "
-            f"converts for {pipeline}"
+            f"{name} is no LoRA that is understood: among its {len(tensors)} tensors are "
+            f"{sorted(tensors)[:3]}, expected are pairs such as transformer.<module>.lora_A.weight "
+            f"and .lora_B.weight, or a layout that diffusers converts for {pipeline}{because}"
         )
-    updates = {module: _update(part, noted, module) for module, part in parts.items()}
-    _refuse_misfits(lora, parts, updates, shapes)
-    return {module: update for module, update in updates.items() if update is not None}
+    if rest:
+        raise UnsupportedError(
+            f"{name} holds more than pairs of matrices: {len(rest)} tensors, such as "
+            f"{sorted(rest)[:3]}{because}. Without them the images would not be the LoRA's. Fuse "
+            "it with the program that trained it and compress the fused model"
+        )
+    _refuse_misfits(name, pairs, shapes, because)
+    return {m: _update(pair, scales[m], name, m) for m, pair in pairs.items()}
 
 
 def add(weight: Tensor, updates: Iterable[tuple[float, Update]], name: str) -> Tensor:
@@ -165,142 +183,107 @@ def add(weight: Tensor, updates: Iterable[tuple[float, Update]], name: str) -> T
     return result
 
 
-def _parts(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]] | None:
-    """{module: {down, up, alpha}}, or None if a tensor is neither."""
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        if match := _PART.fullmatch(key):
-            side = {"A": "down", "B": "up"}.get(match["peft"], match["old"])
-            found.setdefault(match["module"], {})[side] = tensor
-        elif match := _ALPHA.fullmatch(key):
-            found.setdefault(match["module"], {})["alpha"] = tensor
-        else:
-            return None
-    return found
+def _settings(file: Path) -> Settings:
+    with safe_open(file, framework="pt") as opened:
+        return read_settings(file, opened.metadata() or {})
 
 
-def _converted(lora: Lora, tensors: Mapping[str, Tensor], pipeline: str) -> dict[str, Tensor]:
-    """The same in diffusers' layout, by the pipeline's own converters; empty if they can't.
-
-    Raises ConfigError if a converter leaves tensors out, which diffusers only warns of.
-    """
-    import diffusers
-
-    convert = getattr(getattr(diffusers, pipeline, None), "lora_state_dict", None)
-    if convert is None:
-        return {}
-    alphas = "return_alphas" in inspect.signature(convert).parameters
-    try:
-        with _warnings() as said:
-            made = convert(dict(tensors), **({"return_alphas": True} if alphas else {}))
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return {}  # it was not written for such keys; the caller names them
-    if said:
+def _scale(pair: Pair, settings: Settings, name: str) -> float:
+    """alpha / rank, by the file's own tensor or by peft's settings. Raises ConfigError."""
+    if not pair.rank:
+        return 1.0  # a misfit
+    if pair.alpha is None:
+        return settings.scale(pair.trained_as, pair.rank)
+    alpha, key = pair.alpha.tensor, pair.alpha.key
+    if alpha.numel() != 1 or alpha.is_complex():
+        raise ConfigError(f"{name}: {key} is {alpha.dtype} {list(alpha.shape)}, not a number")
+    scale = number(alpha.item(), f"{name}: {key}") / pair.rank
+    noted = settings.scale(pair.trained_as, pair.rank)
+    if settings.values and not math.isclose(noted, scale):
         raise ConfigError(
-            f"model.lora={lora.path} is not understood as a whole by diffusers' converter for "
-            f"{pipeline}: {said[0][:300]}. Fuse it with the program that trained it and compress "
-            "the fused model, or save a copy without these tensors"
+            f"{name} holds {key}, which scales by {scale}, and {settings.where} says {noted}; "
+            "remove what does not belong to it"
         )
-    state, found = made if isinstance(made, tuple) else (made, None)
-    return {**state, **{key: torch.as_tensor(value) for key, value in (found or {}).items()}}
+    return scale
 
 
-@contextmanager
-def _warnings() -> Iterator[list[str]]:
-    """What diffusers' LoRA converters warn of, instead of on the screen."""
-    said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    loggers = [
-        logging.getLogger(f"diffusers.loaders.{name}")
-        for name in ("lora_conversion_utils", "lora_pipeline", "lora_base")
-    ]
-    before = [(logger.level, logger.propagate) for logger in loggers]
-    for logger in loggers:
-        logger.addHandler(handler)
-        logger.setLevel(logging.WARNING)
-        logger.propagate = False
-    try:
-        yield said
-    finally:
-        for logger, (level, propagate) in zip(loggers, before, strict=True):
-            logger.removeHandler(handler)
-            logger.setLevel(level)
-            logger.propagate = propagate
+def _update(pair: Pair, scale: float, name: str, module: str) -> Update:
+    assert pair.down and pair.up  # else a misfit
+    for half in (pair.down.tensor, pair.up.tensor):
+        if not bool(half.isfinite().all()):
+            raise NumericalError(
+                f"{name}: its part for {module} holds NaN or infinity; the file is damaged, or its "
+                "training diverged"
+            )
+    return Update(pair.down.tensor, pair.up.tensor, scale)
 
 
-def _update(part: Mapping[str, Tensor], noted: Mapping[str, Any], module: str) -> Update | None:
-    """None if a half is missing or the halves don't belong together."""
-    if not {"down", "up"} <= part.keys():
-        return None
-    down, up = part["down"], part["up"]
-    if min(down.ndim, up.ndim) < 2 or up.flatten(1).shape[1] != len(down):
-        return None
-    rank = len(down)
-    if "alpha" in part:
-        return Update(down, up, float(part["alpha"]) / rank)
-    patterns = noted.get("alpha_pattern") or {}
-    alpha = next(
-        (a for p, a in patterns.items() if module == p or module.endswith(f".{p}")),
-        noted.get("lora_alpha"),
-    )
-    if alpha is None:
-        return Update(down, up, 1.0)
-    return Update(down, up, float(alpha) / (rank**0.5 if noted.get("use_rslora") else rank))
+def _refuse_odd_numbers(name: str, pairs: Mapping[str, Pair]) -> None:
+    for pair in pairs.values():
+        for half in (pair.down, pair.up):
+            if half is not None and half.tensor.dtype not in FLOATS:
+                raise UnsupportedError(
+                    f"{name}: {half.key} is stored as {half.tensor.dtype}; LoRAs are read in "
+                    "float32, float16 and bfloat16. Save it in one of these"
+                )
 
 
-def _noted_alphas(file: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """peft's settings: in the file's header (diffusers), or beside it (peft)."""
-    if METADATA in metadata:
-        settings = json.loads(metadata[METADATA])
-        return {k.removeprefix("transformer."): v for k, v in settings.items()}
-    beside = file.parent / SETTINGS
-    return read_json(beside) if beside.is_file() else {}
-
-
-def _refuse_other_kinds(lora: Lora, tensors: Mapping[str, Tensor]) -> None:
+def _refuse_other_kinds(name: str, tensors: Mapping[str, Tensor]) -> None:
     for key in tensors:
         for mark, kind in OTHER_KINDS.items():
             if mark in key:
                 raise UnsupportedError(
-                    f"model.lora={lora.path} is a {kind} ({key}), not a LoRA: it is no plain sum "
-                    "of low-rank updates. Fuse it with the program that trained it and compress "
-                    "the fused model"
+                    f"{name} is a {kind} ({key}), not a LoRA: it is no plain sum of low-rank "
+                    "updates. Fuse it with the program that trained it and compress the fused model"
                 )
-    _refuse_text(lora, tensors)
+    _refuse_text(name, tensors)
 
 
-def _refuse_text(lora: Lora, keys: Iterable[str]) -> None:
+def _refuse_text(name: str, keys: Iterable[str]) -> None:
     if text := [key for key in keys if key.startswith(TEXT)]:
         raise UnsupportedError(
-            f"model.lora={lora.path} also changes text encoders ({len(text)} tensors, such as "
-            f"{text[0]}), which DiRotQ leaves as they are: the images would not be the LoRA's. "
-            "Save a copy without these tensors if the transformer's part is what you want"
+            f"{name} also changes text encoders ({len(text)} tensors, such as {text[0]}), which "
+            "DiRotQ leaves as they are: the images would not be the LoRA's. Save a copy without "
+            "these tensors if the transformer's part is what you want"
         )
 
 
 def _refuse_misfits(
-    lora: Lora,
-    parts: Mapping[str, Mapping[str, Tensor]],
-    updates: Mapping[str, Update | None],
-    shapes: Mapping[str, tuple[int, ...]],
+    name: str, pairs: Mapping[str, Pair], shapes: Mapping[str, tuple[int, ...]], because: str
 ) -> None:
     """Refuse a LoRA for another model, naming its first parts that fit nowhere."""
     misfits = []
-    for module, update in updates.items():
+    for module, pair in pairs.items():
         shape = shapes.get(f"{module}.weight")
         if shape is None:
             misfits.append(f"{module} (no such module)")
-        elif update is None:
-            found = {side: tuple(tensor.shape) for side, tensor in parts[module].items()}
-            misfits.append(f"{module} (its halves don't make a pair: {found})")
-        else:
-            inner = update.down[0].numel()
-            if (len(update.up), inner) != (shape[0], torch.Size(shape[1:]).numel()):
-                misfits.append(f"{module} (changes [{len(update.up)}, {inner}], is {list(shape)})")
+            continue
+        halves = {h.key.rpartition(".lora")[2]: tuple(h.tensor.shape) for h in pair.halves}
+        if (changed := _changed(pair)) is None:
+            misfits.append(f"{module} (its halves don't make a pair: {halves})")
+        elif changed != _without_ones(shape):
+            misfits.append(f"{module} (changes {list(changed)}, is {list(shape)})")
     if misfits:
         raise ConfigError(
-            f"model.lora={lora.path} is a LoRA for another model: {len(misfits)} of its "
-            f"{len(parts)} parts do not fit this transformer, first {'; '.join(misfits[:3])}. Give "
-            "the model that it was trained on"
+            f"{name} is a LoRA for another model: {len(misfits)} of its {len(pairs)} parts do not "
+            f"fit this transformer, first {'; '.join(misfits[:3])}. Give the model that it was "
+            f"trained on{because}"
         )
+
+
+def _changed(pair: Pair) -> tuple[int, ...] | None:
+    """Shape of the weight that up @ down belongs to, [N, K] or [N, K, h, w]; None if none."""
+    if pair.down is None or pair.up is None:
+        return None
+    down, up = tuple(pair.down.tensor.shape), _without_ones(pair.up.tensor.shape)
+    if len(down) < 2 or not down[0] or len(up) != 2 or up[1] != down[0]:
+        return None
+    return (up[0], *_without_ones(down)[1:])
+
+
+def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
+    """A linear is a 1x1 convolution: [N, K, 1, 1] becomes [N, K]."""
+    kept = list(shape)
+    while len(kept) > 2 and kept[-1] == 1:
+        kept.pop()
+    return tuple(kept)

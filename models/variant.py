@@ -36,7 +36,7 @@ from .weights import WHOLE, Weights
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1  # raise it when the same parts would give another folder
+FORMAT = 2  # raise it when the same parts would give another folder
 SHARD = 2 * 10**9  # bytes; writing takes twice that in memory
 DIGESTS = ".digests.json"
 """{file: SHA-256} of all others of the folder."""
