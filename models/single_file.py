@@ -5,6 +5,7 @@ It may have diffusers' names or those of the original code; the converters behin
 and what they make is held against the class, so that nothing is missing or left over.
 """
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,14 @@ from torch import Tensor
 from dirotq.errors import ConfigError
 
 from .origin import Header, read_header, read_json, refuse_quantized
+from .traced import left_out, plain, traced
 from .weights import empty_transformer
 
+log = logging.getLogger(__name__)
+
 PREFIX = "model.diffusion_model."  # of the transformer, in files that hold a whole pipeline
+# Tensors of the original code that its own forward does not read, or computes anew.
+NOT_READ = ("pos_embed", "y_embedder.y_embedding", "norm_final.weight", "rope.inv_freq")
 
 # Layouts of diffusers: tensors that tell them apart (the first that fits), what they belong to, and
 # the repository that has the rest of the pipeline. Of original layouts diffusers knows both.
@@ -109,19 +115,22 @@ def converted(file: Path, transformer: Path, source: str) -> dict[str, Tensor]:
         key: tuple(tensor.shape)
         for key, tensor in empty_transformer(config, getattr(diffusers, name)).state_dict().items()
     }
-    tensors = load_file(file)
-    if any(key.startswith(PREFIX) for key in tensors):
-        # The file of a whole pipeline: its other components come from the base.
-        tensors = {key: t for key, t in tensors.items() if key.startswith(PREFIX)}
+    tensors, unused = _transformer_of(file, source), list[str]()
     if not wanted.keys() <= tensors.keys():
-        tensors = _convert(tensors, config, name)
+        tensors, unused = _convert(tensors, config, name)
     wrong = [
         *(f"{key} is missing" for key in wanted if key not in tensors),
+        *(f"{key} is used nowhere" for key in unused),
         *(f"{key} is not part of it" for key in tensors if key not in wanted),
         *(
             f"{key} is {list(tensors[key].shape)} instead of {list(shape)}"
             for key, shape in wanted.items()
             if key in tensors and tuple(tensors[key].shape) != shape
+        ),
+        *(
+            f"{key} is stored as {tensor.dtype}"
+            for key, tensor in tensors.items()
+            if key in wanted and not tensor.is_floating_point()
         ),
     ]
     if wrong:
@@ -133,19 +142,52 @@ def converted(file: Path, transformer: Path, source: str) -> dict[str, Tensor]:
     return {key: tensors[key] for key in wanted}
 
 
-def _convert(tensors: dict[str, Tensor], config: Mapping[str, Any], name: str) -> dict[str, Tensor]:
-    """Original names to diffusers' names; as they are if diffusers can't."""
+def _transformer_of(file: Path, source: str) -> dict[str, Tensor]:
+    """The file's tensors without the prefix; of a whole pipeline those of its transformer.
+
+    Raises ConfigError if tensors are there with and without it.
+    """
+    tensors = load_file(file)
+    ours = {k.removeprefix(PREFIX): t for k, t in tensors.items() if k.startswith(PREFIX)}
+    if not ours:
+        return tensors
+    others = [key for key in tensors if not key.startswith(PREFIX)]
+    tops = {key.partition(".")[0] for key in ours}
+    if twice := [key for key in others if key.partition(".")[0] in tops]:
+        raise ConfigError(
+            f"{source} holds tensors with the prefix {PREFIX!r} and without it, such as "
+            f"{twice[0]}: two transformers, or the remains of one. Save a copy with only one of "
+            "them"
+        )
+    if others:
+        log.warning(
+            "%s holds a whole pipeline; %d of its tensors (%s) are not used: these components "
+            "come from the base pipeline",
+            source, len(others), ", ".join(sorted({key.partition(".")[0] for key in others})[:8]),
+        )  # fmt: skip
+    return ours
+
+
+def _convert(
+    tensors: dict[str, Tensor], config: Mapping[str, Any], name: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Original names to diffusers' names, and the tensors that diffusers passes over.
+
+    As they are if diffusers can't convert them.
+    """
     # Not from_single_file itself: it holds the whole model in memory and passes over tensors that
     # are missing.
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     convert = SINGLE_FILE_LOADABLE_CLASSES.get(name, {}).get("checkpoint_mapping_fn")
     if convert is None:
-        return tensors
+        return tensors, []
     try:
-        return dict(convert(checkpoint=dict(tensors), config=dict(config)))
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        return tensors  # made for another architecture; what does not fit is named by the caller
+        made = convert(checkpoint=traced(tensors), config=dict(config))
+        lost = [key for key in left_out(tensors, made) if key not in NOT_READ]
+        return plain(made), lost
+    except Exception:  # noqa: BLE001 - made for another architecture; the caller says what differs
+        return tensors, []
 
 
 def _original(header: Header) -> Looks | None:
@@ -155,10 +197,9 @@ def _original(header: Header) -> Looks | None:
     shapes = {name: SimpleNamespace(shape=shape) for name, (_, shape) in header.items()}
     try:
         kind = known.infer_diffusers_model_type(shapes)
-    except (LookupError, NameError, TypeError, ValueError):
+    except Exception:  # noqa: BLE001 - it was not written for such names
         return None
     if kind == "v1" and known.CHECKPOINT_KEY_NAMES["v1"] not in header:
         return None  # its answer to everything that it does not know
-    return Looks(
-        kind, known.DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-    )
+    place = known.DIFFUSERS_DEFAULT_PIPELINE_PATHS.get(kind, {})
+    return Looks(kind, place.get("pretrained_model_name_or_path", ""))

@@ -107,8 +107,11 @@ def original_sd3(transformer) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in made.items()}
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_single_file_with_the_original_names(sd3_base, tmp_path, prefix):
+PREFIX = "model.diffusion_model."
+
+
+@pytest.mark.parametrize("prefix", ["", PREFIX])
+def test_a_single_file_with_the_original_names(sd3_base, tmp_path, prefix, caplog):
     transformer = sd3()
     file = tmp_path / "original.safetensors"
     tensors = {prefix + name: tensor for name, tensor in original_sd3(transformer).items()}
@@ -118,6 +121,45 @@ def test_a_single_file_with_the_original_names(sd3_base, tmp_path, prefix):
     state = transformer.state_dict()
     assert after.keys() == state.keys()
     assert all(torch.equal(after[name], state[name]) for name in state)
+    said = "1 of its tensors (first_stage_model) are not used"
+    assert (said in caplog.text) == bool(prefix)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        "joint_blocks.0.x_block.attn2.proj.weight",
+        "joint_blocks.0.x_block.mlp.fc1.scale_weight",
+        "joint_blocks.9.x_block.mlp.fc1.lora_A.weight",
+        "controlnet.x",
+    ],
+)
+def test_what_the_converter_passes_over_is_refused(sd3_base, tmp_path, extra):
+    file = tmp_path / "more.safetensors"
+    save_file(original_sd3(sd3()) | {extra: torch.ones(2)}, file)
+    with pytest.raises(ConfigError, match=r"1 differences, first .* is used nowhere|is missing"):
+        model(file, base=str(sd3_base)).folder()
+
+
+@pytest.mark.parametrize("diffusers_names", [True, False])
+def test_tensors_with_and_without_the_prefix(sd3_base, tmp_path, diffusers_names):
+    made = dict(sd3().state_dict()) if diffusers_names else original_sd3(sd3())
+    file = tmp_path / "both.safetensors"
+    prefixed = {PREFIX + name: tensor for name, tensor in made.items()}
+    save_file(prefixed, file)
+    assert model(file, base=str(sd3_base)).folder().is_dir()
+    name = next(name for name in made if "blocks.1" in name)
+    save_file(prefixed | {name: made[name] * 2}, file)
+    with pytest.raises(ConfigError, match=r"with the prefix .* and without it, such as \w*blocks"):
+        model(file, base=str(sd3_base)).folder()
+
+
+def test_a_single_file_of_whole_numbers(folder, finetune, tmp_path):
+    name = f"{Q}.weight"
+    tensors = load_file(finetune)
+    save_file(tensors | {name: torch.ones(64, 64, dtype=torch.int32)}, finetune)
+    with pytest.raises(ConfigError, match=rf"{name} is stored as torch\.int32"):
+        model(finetune, base=str(folder)).folder()
 
 
 def test_a_single_file_of_another_architecture(folder, sd3_base, finetune):
