@@ -6,13 +6,15 @@ MODEL ?= tiny_flux
 ARGS ?=
 SWEEP ?= rank.r=8,16,32
 JOBS ?= 2
+SECONDS ?= 600
+READERS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test aot check bench bench-bits bench-quality table bench-kernels bench-compress bench-flux tune torture versions clean
+.PHONY: help setup compress plan sweep test aot check bench bench-bits bench-quality table bench-kernels bench-compress bench-flux tune torture fuzz versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -73,6 +75,10 @@ tune: $(STAMP) ## choose plans for this GPU by measurement, into kernels/plans.j
 
 torture: $(STAMP) ## kill, cut the power, damage, fill the disk, race: ARGS="--kills 200" (all: about half an hour)
 	PYTHONPATH=tests/support $(BIN)/python -m torture $(ARGS)
+
+fuzz: $(STAMP) ## random and damaged input, each reader for SECONDS=600: READERS="lora manifest" (all)
+	PYTHONPATH=tests/support TRITON_INTERPRET=1 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m fuzz --seconds $(SECONDS) --readers $(READERS)
 
 versions: $(STAMP) ## record the code of the stages after bumping a version
 	PYTHONPATH=tests/support $(BIN)/python -m stage_versions
