@@ -50,12 +50,22 @@ class AttributeJudge:
         return total_accuracy(counts)
 
     def refuse_silent(self, prompts: Sequence[Prompt]) -> None:
-        """Raise ConfigError if a prompt says nothing about its attributes."""
+        """Raise ConfigError if a prompt says nothing about its attributes, or what is unknown."""
         if silent := sum(p.attributes is None for p in prompts):
             raise ConfigError(
                 f"{silent} of {len(prompts)} held-out prompts carry no 'attributes', which the "
                 "attribute reader needs; set prompts.reader=null"
             )
+        network = _load(resolve(self.path), *self.identity().values())
+        for prompt in prompts:
+            try:
+                network.targets([prompt.attributes or {}])
+            except (AttributeError, LookupError, TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"the attributes of the held-out prompt {prompt.text!r:.80} are not those that "
+                    f"the attribute reader in {self.path} knows ({type(error).__name__} "
+                    f"{error!s:.80}); set prompts.reader=null"
+                ) from error
 
     def _network(self, images: Tensor) -> AttributeReader:
         """Where the images are."""

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,8 @@ def pairs_in(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Pair],
                 f"{name} holds two tensors for one place, {other.key} and {key} (two adapters, or "
                 "two layouts, in one file); save a copy with only one of them"
             )
-        found[module] = replace(pair, **{side: Half(key, tensor)})
+        filled: dict[str, Any] = {side: Half(key, tensor)}
+        found[module] = replace(pair, **filled)
     return found, rest
 
 

@@ -30,6 +30,22 @@ def test_prompts_without_attributes(tmp_path):
         AttributeJudge(path=str(tmp_path)).counts(torch.zeros(2, 3, 8, 8), prompts)
 
 
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {},
+        {"objects": 5, "background": {"kind": "plain", "colors": ["red"]}},
+        {"objects": [], "background": {"kind": "plain", "colors": []}},
+        {"objects": [], "background": {"kind": "plaid", "colors": ["red"]}},
+        {"objects": [{"position": "top"}], "background": None},
+    ],
+)
+def test_attributes_of_another_kind(attributes):
+    judge = AttributeJudge(path="assets://attribute-reader")
+    with pytest.raises(ConfigError, match=r"'a star' are not those .*prompts\.reader=null"):
+        judge.refuse_silent([Prompt("a star", 1, attributes)])
+
+
 def test_batches_add_up_to_the_whole():
     judge = AttributeJudge(path="assets://attribute-reader")
     prompts = PromptSet(path="assets://prompts/tiny_heldout.jsonl", start=0, count=6).load()
