@@ -20,7 +20,7 @@ from dirotq.prompts import resolve, shortly
 
 from .lora_layouts import Pair, converted, pairs_in
 from .lora_settings import SETTINGS, Settings, number, read_settings
-from .origin import PICKLES
+from .origin import PICKLES, read_header
 
 TEXT = ("text_encoder", "lora_te", "te.", "te1.", "te2.")
 OTHER_KINDS = {
@@ -70,8 +70,8 @@ class Lora:
         file = self.file
         beside = file.parent / SETTINGS
         files = [file, *([beside] if beside.is_file() else [])]
-        made_by = {"patterns": 2} if _settings(file).patterns else {}  # 1: other rules than peft's
-        return {"files": list(input_digests(files).values()), "weight": self.weight} | made_by
+        rules = {"rules": 2} if _other_before(file) else {}
+        return {"files": list(input_digests(files).values()), "weight": self.weight} | rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +186,12 @@ def add(weight: Tensor, updates: Iterable[tuple[float, Update]], name: str) -> T
 def _settings(file: Path) -> Settings:
     with safe_open(file, framework="pt") as opened:
         return read_settings(file, opened.metadata() or {})
+
+
+def _other_before(file: Path) -> bool:
+    """Did the first rules add it otherwise, silently: peft's patterns, alphas of the last layer?"""
+    alphas = [key for key in read_header(file) if key.endswith(".alpha")]
+    return _settings(file).patterns or any("final_layer" in key for key in alphas)
 
 
 def _scale(pair: Pair, settings: Settings, name: str) -> float:

@@ -137,7 +137,7 @@ def test_settings_and_alphas_of_two_loras(folder, lora, tmp_path):
         model(folder, lora=str(file)).folder()
 
 
-def test_only_patterns_give_a_lora_another_fingerprint(folder, lora, tmp_path):
+def test_what_was_added_otherwise_has_another_fingerprint(folder, lora, tmp_path):
     """The rules for them changed; what was compressed with plain alphas stays right."""
     (tmp_path / "adapter_config.json").write_text(json.dumps(SETTINGS))
     plain = model(folder, lora=str(lora())).identity()["lora"]
@@ -145,7 +145,11 @@ def test_only_patterns_give_a_lora_another_fingerprint(folder, lora, tmp_path):
     (tmp_path / "adapter_config.json").write_text(
         json.dumps(SETTINGS | {"alpha_pattern": {"to_q": 6}})
     )
-    assert model(folder, lora=str(lora())).identity()["lora"][0]["patterns"] == 2
+    assert model(folder, lora=str(lora())).identity()["lora"][0]["rules"] == 2
+    (tmp_path / "adapter_config.json").unlink()
+    save_file(kohya("lora_unet_final_layer_linear", 64, 16), tmp_path / "last.safetensors")
+    last = model(folder, lora=str(tmp_path / "last.safetensors")).identity()["lora"]
+    assert last[0]["rules"] == 2
 
 
 def test_two_loras_are_rounded_once(folder, lora):
