@@ -1,8 +1,10 @@
 """One finished stage result, and how its bytes are held against its manifest."""
 
+import contextlib
 import functools
-import json
-from collections.abc import Iterable
+import os
+import stat
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,11 +12,19 @@ from typing import Any
 
 from dirotq.digest import file_digest
 from dirotq.errors import ArtifactError
+from dirotq.pipeline import locks
+from dirotq.pipeline.disk import denied, kind, printable
+from dirotq.pipeline.manifest import (
+    MANIFEST,
+    SCHEMA,
+    DamagedError,
+    is_file,
+    names_below,
+    read_json,
+    read_manifest,
+)
 
-__all__ = ["MANIFEST", "SCHEMA", "Artifact", "inventory", "read_json", "refuse_newer"]
-
-SCHEMA = 1  # of manifest.json and of the store's marker; newer ones are refused
-MANIFEST = "manifest.json"
+__all__ = ["MANIFEST", "SCHEMA", "Artifact", "DamagedError"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +32,7 @@ class Artifact:
     """An immutable folder ``<store>/<stage>/<fingerprint>``; its manifest says it is complete.
 
     Nothing is read past its digest: ``file`` and ``tree`` compare what they return with the sha256
-    in the manifest, once per process (again only if its size or modification time changed).
+    in the manifest, once per process (again only if its size, times or inode changed).
     """
 
     stage: str
@@ -34,15 +44,24 @@ class Artifact:
 
     @property
     def data(self) -> Path:
-        """The folder of the result files, unchecked. Prefer ``file`` and ``tree``."""
+        """The folder of the result files, unchecked: read through ``file`` and ``tree``."""
         return self.path / "data"
 
     @functools.cached_property
     def manifest(self) -> dict[str, Any]:
-        """schema, stage, fingerprint, recipe, files {path: {sha256, bytes}}, metrics."""
-        manifest = read_json(self.path / MANIFEST)
-        refuse_newer(manifest, self.path / MANIFEST)
-        return manifest
+        """schema, stage, fingerprint, recipe, files {path: {sha256, bytes}}, metrics.
+
+        Raises DamagedError for one of another shape (:func:`manifest.read_manifest`).
+        """
+        try:
+            return read_manifest(self.path / MANIFEST)
+        except DamagedError as error:
+            raise self._damaged(self._misplaced() or str(error)) from error
+
+    @property
+    def published(self) -> bool:
+        """Whether there is such an artifact. Raises ArtifactError if that may not be seen."""
+        return is_file(self.path / MANIFEST)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -51,13 +70,26 @@ class Artifact:
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Who made it, when, where, with what; never part of its identity."""
-        return read_json(self.path / "provenance.json")
+        """Who made it, when, where, with what; empty if that is lost. Nothing may depend on it."""
+        try:
+            return read_json(self.path / "provenance.json")
+        except ArtifactError:
+            return {}
 
     @property
     def bytes(self) -> int:
         """Size of all result files."""
         return sum(entry["bytes"] for entry in self.manifest["files"].values())
+
+    @contextlib.contextmanager
+    def held(self, *, wait: bool = True) -> Iterator[bool]:
+        """Keep other processes from replacing or removing it until the block ends.
+
+        yields  whether it is there
+        wait    for a process that is making or replacing it; without it InUseError is raised
+        """
+        with locks.shared(self.path, wait=wait):
+            yield self.published
 
     def file(self, name: str) -> Path:
         """The result file ``name`` (relative to data/), its digest checked.
@@ -88,73 +120,70 @@ class Artifact:
         self._check(self.manifest["files"])
         self._refuse_strangers(self.data, self.manifest["files"])
 
+    def recheck(self) -> None:
+        """Check what ``file`` and ``tree`` handed out once more, as lazy readers read it since.
+
+        Costs no more than looking at the files' times. Raises ArtifactError like ``file``.
+        """
+        self._check(list(self._seen))
+
+    @functools.cached_property
+    def _seen(self) -> dict[str, tuple[int, ...]]:
+        """{file: what told it from any other when its digest was right}."""
+        return {}
+
     def _check(self, names: Iterable[str]) -> None:
+        seen = self._seen
+
         def problem(name: str) -> str | None:
             path, want = self.data / name, self.manifest["files"][name]
             try:
-                size = path.stat().st_size
+                found = path.lstat()
+                if not stat.S_ISREG(found.st_mode):
+                    return f"{name} is {kind(found.st_mode)}, not a file"
+                if found.st_size != want["bytes"]:
+                    return f"{name} has {found.st_size} bytes instead of {want['bytes']}"
+                times = (found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
+                if seen.get(name) != times and file_digest(path) != want["sha256"]:
+                    return f"{name} changed after it was written (its sha256 differs)"
             except FileNotFoundError:
                 return f"{name} is missing"
-            if size != want["bytes"]:
-                return f"{name} has {size} bytes instead of {want['bytes']}"
-            if file_digest(path) != want["sha256"]:
-                return f"{name} changed after it was written (its sha256 differs)"
+            except PermissionError as error:
+                raise ArtifactError(denied(path)) from error
+            except OSError as error:
+                return f"{name} can't be read: {error.strerror}"
+            seen[name] = times
             return None
 
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL; a Zarr tree is many files
             self._raise_damaged(next(filter(None, pool.map(problem, names)), None))
 
     def _refuse_strangers(self, folder: Path, names: Iterable[str]) -> None:
-        strangers = set(_names(folder, self.data)) - set(names)
+        try:
+            strangers = set(names_below(folder, self.data)) - set(names)
+        except PermissionError as error:
+            raise ArtifactError(denied(Path(error.filename))) from error
         self._raise_damaged(f"{min(strangers)} was not written by the stage" if strangers else None)
 
     def _raise_damaged(self, problem: str | None) -> None:
         if problem:
-            raise ArtifactError(
-                f"artifact {self} is damaged: {problem}. Remove it with `dirotq verify --remove "
-                f"{self}`, or recompute it with force=[{self.stage}]. Its folder is {self.path}"
-            )
+            raise self._damaged(problem)
+
+    def _damaged(self, problem: str) -> DamagedError:
+        return DamagedError(
+            f"artifact {self} is damaged: {printable(problem)}. Remove it with `dirotq verify "
+            f"--remove {self}`, or recompute it with force=[{self.stage}]. Its folder is "
+            f"{self.path}"
+        )
+
+    def _misplaced(self) -> str | None:
+        """What is wrong with the folder itself, where there is no manifest to be read in it."""
+        if self.path.is_dir():
+            return None
+        if self.path.is_symlink():
+            return f"it is a link to {self.path.readlink()}, where there is no folder"
+        return "it is no folder" if os.path.lexists(self.path) else "it was removed meanwhile"
 
     def _listing(self) -> str:
         tops = sorted({name.split("/")[0] for name in self.manifest["files"]})
         return ", ".join(tops) or "no files at all"
-
-
-def inventory(data: Path) -> dict[str, dict[str, Any]]:
-    """{relative path: {sha256, bytes}} of every file under ``data``."""
-
-    def entry(name: str) -> dict[str, Any]:
-        path = data / name
-        return {"sha256": file_digest(path), "bytes": path.stat().st_size}
-
-    names = _names(data, data)
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(names, pool.map(entry, names), strict=True))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in ``path``. Raises ArtifactError if it is absent or no JSON object."""
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise ArtifactError(f"{path} does not exist; the artifact was removed meanwhile") from error
-    except ValueError as error:
-        raise ArtifactError(f"{path} is damaged: no valid JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{path} is damaged: expected a JSON object, found {value!r:.40}")
-    return value
-
-
-def refuse_newer(content: dict[str, Any], path: Path) -> None:
-    """Raise ArtifactError if ``content`` states a schema that this version cannot read."""
-    schema = content.get("schema")
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise ArtifactError(
-            f"{path} has schema {schema}, and this DiRotQ reads up to {SCHEMA}: a newer version "
-            "wrote it. Upgrade DiRotQ, or use another store (store=FOLDER, or the environment "
-            "variable DIROTQ_STORE)"
-        )
-
-
-def _names(folder: Path, data: Path) -> list[str]:
-    return sorted(p.relative_to(data).as_posix() for p in folder.rglob("*") if not p.is_dir())

@@ -1,15 +1,18 @@
 """The graph of steps: every fingerprint is known before anything runs; then run what is missing."""
 
+import contextlib
+import functools
 import graphlib
 import inspect
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from concurrent.futures import Executor
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
 
-from dirotq.errors import ConfigError
+from dirotq.errors import ArtifactError, ConfigError, DirotqError
+from dirotq.pipeline.differences import differences
 from dirotq.pipeline.stage import Stage, fingerprint, recipe
 from dirotq.pipeline.store import Artifact, ArtifactStore
 
@@ -108,23 +111,53 @@ def run(
 ) -> dict[str, Outcome]:
     """Run, in order, every step whose artifact is not in the store.
 
+    Until the last step ends, no other process can replace or remove an artifact of an earlier one.
+
     force      names of stages to recompute although their artifact exists
     estimates  {stage: what it was expected to take}, for provenance.json
 
-    Raises KeyboardInterrupt with the step's name as its argument.
+    Raises KeyboardInterrupt with the step's name as its argument, and ArtifactError if what a step
+    reads is no longer what its recipe says.
     """
     done: dict[str, Outcome] = {}
     estimates = estimates or {}
-    for step in steps:
-        inputs = {slot: done[need].artifact for slot, need in step.needs.items()}
-        forced = step.name in force
-        try:
+    with contextlib.ExitStack() as held:
+        for step in steps:
+            inputs = {slot: done[need].artifact for slot, need in step.needs.items()}
+            forced = step.name in force
             notes = {"estimate": estimates[step.name]} if step.name in estimates else {}
-            job = executor.submit(_produce, step, store, inputs, forced, overrides, notes)
-            done[step.name] = job.result()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(step.name) from None
+            start = functools.partial(
+                executor.submit, _produce, step, store, inputs, forced, overrides, notes
+            )
+            try:
+                done[step.name] = _obtain(step, store, held, start, forced)
+            except KeyboardInterrupt:
+                raise KeyboardInterrupt(step.name) from None
     return done
+
+
+def _obtain(
+    step: Step,
+    store: ArtifactStore,
+    held: contextlib.ExitStack,
+    start: Callable[[], Future[float | None]],
+    force: bool,
+) -> Outcome:
+    """The step's artifact, started where it is missing; ``held`` keeps it from other processes.
+
+    Between its publication and that, nobody holds it: if it is gone by then, it is made again.
+    """
+    started, seconds = False, None
+    while True:
+        with contextlib.ExitStack() as attempt:
+            if started or not force:
+                artifact = attempt.enter_context(store.reading(step.name, step.fingerprint))
+                if artifact and artifact.manifest:  # damage shows now, not when all has run
+                    held.enter_context(attempt.pop_all())
+                    if not started:
+                        log.info("%-8s cached  %s", step.name, step)
+                    return Outcome(artifact, seconds)
+        started, seconds = True, start().result()
 
 
 def _produce(
@@ -134,22 +167,62 @@ def _produce(
     force: bool,
     overrides: Sequence[str],
     notes: Mapping[str, Any],
-) -> Outcome:
-    if not force and (found := store.get(step.name, step.fingerprint)):
-        log.info("%-8s cached  %s", step.name, step)
-        return Outcome(found, None)
+) -> float | None:
+    """Run the step and publish what it makes; its seconds, or None if another process did."""
     resume = bool(getattr(step.stage, "resumable", False))
     with store.create(
         step.name, step.recipe, resume=resume, force=force, overrides=overrides, notes=notes
     ) as draft:
+        if draft.artifact:
+            log.info("%-8s taken from another process: %s", step.name, step)
+            return None
         began = time.monotonic()
-        if computed := draft.artifact is None:
-            log.info("%-8s running %s", step.name, step)
+        log.info("%-8s running %s", step.name, step)
+        with _unmixed(step, inputs, lambda: store.discard(draft.data.parent)):
             draft.metrics.update(step.stage.run(draft.data, **inputs))
-    assert draft.artifact is not None
-    if not computed:
-        log.info("%-8s taken from another process: %s", step.name, step)
-        return Outcome(draft.artifact, None)
     seconds = time.monotonic() - began
     log.info("%-8s done in %.1f s", step.name, seconds)
-    return Outcome(draft.artifact, seconds)
+    return seconds
+
+
+@contextlib.contextmanager
+def _unmixed(
+    step: Step, inputs: Mapping[str, Artifact], discard: Callable[[], None]
+) -> Iterator[None]:
+    """Let the block run, and keep what it made, only if all it reads is what the recipe says.
+
+    A run of hours reads its model and its prompts long after they were fingerprinted. Both looks
+    cost no more than the files' times where nothing changed.
+    """
+    if changed := _changed(step, inputs):
+        raise ArtifactError(
+            f"{step} was not run: what it reads changed since this run was planned: {changed}. "
+            "The same command plans anew"
+        )
+    try:
+        yield
+    except BaseException:
+        if changed := _changed(step, inputs):
+            log.warning("%s: what it reads changed: %s; its work is dropped", step, changed)
+            discard()
+        raise
+    if changed := _changed(step, inputs):
+        discard()
+        raise ArtifactError(
+            f"{step}: what it reads changed while it ran: {changed}. Nothing was published, and "
+            "what was made of mixed inputs was removed. Leave models, prompts and the store alone "
+            "while they are read; the same command plans anew"
+        )
+
+
+def _changed(step: Step, inputs: Mapping[str, Artifact]) -> str:
+    """What a step reads otherwise than its recipe says; empty if nothing."""
+    try:
+        now = recipe(step.stage)
+        for artifact in inputs.values():
+            artifact.recheck()
+    except (DirotqError, OSError) as error:
+        return str(error)
+    found = differences({"stage": step.recipe["stage"]}, {"stage": now})
+    told = [f"{name} ({old:.12} -> {new:.12})" for name, (old, new) in found.items()]
+    return ", ".join(told[:4]) + (f" and {len(told) - 4} more" if told[4:] else "")

@@ -1,31 +1,95 @@
-"""What reaches the disk, and how to know that it is full."""
+"""What reaches the disk, who may read it, and how to know that it is full."""
 
+import contextlib
 import errno
 import json
 import os
-from collections.abc import Mapping
+import stat
+import uuid
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["is_disk_full", "sync", "sync_tree", "write_json"]
+__all__ = [
+    "denied",
+    "files_below",
+    "is_disk_full",
+    "kind",
+    "open_modes",
+    "printable",
+    "scratch_of",
+    "size_of",
+    "sync",
+    "sync_tree",
+    "writable",
+    "write_json",
+]
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether a full disk or quota is at the root of ``error``, however a library wrapped it."""
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno in FULL:
             return True
-        if any(os.strerror(code) in str(error) for code in (errno.ENOSPC, errno.EDQUOT)):
+        if any(os.strerror(code) in str(error) for code in FULL):
             return True  # safetensors reports its I/O errors as text
         error = error.__cause__ or error.__context__
     return False
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write atomically: a reader finds the old content or the new, never half."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
-    scratch.replace(path)
+    """Write atomically and durably: after a crash too a reader finds the old content or the new.
+
+    The scratch file beside ``path`` is called as :func:`scratch_of` says; ``gc`` may take one for a
+    dead process's and remove it, so it is written again if it vanished.
+    """
+    text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
+    while True:
+        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}")
+        try:
+            with scratch.open("x", encoding="utf-8") as f:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+            scratch.replace(path)
+        except FileNotFoundError:
+            if not path.parent.is_dir():
+                raise
+            continue
+        except BaseException:
+            with contextlib.suppress(OSError):
+                scratch.unlink()
+            raise
+        sync(path.parent)
+        return
+
+
+def scratch_of(folder: Path, name: str) -> Iterator[Path]:
+    """What processes that died while they wrote ``folder/name`` with :func:`write_json` left."""
+    return folder.glob(f".{name}.*")
+
+
+def open_modes(folder: Path) -> None:
+    """Give all in ``folder`` the modes that the umask allows: 0666 for files, 0777 for folders.
+
+    Some libraries write files as 0600, whatever the umask says; who shares the store could not read
+    them. Modes are only widened. Links, files with several names (one may be in somebody's model
+    folder) and files of other users stay as they are.
+    """
+    mask = _umask()
+    for path in (folder, *folder.rglob("*")):
+        found = path.lstat()
+        if stat.S_ISDIR(found.st_mode):
+            wanted = 0o777 & ~mask
+        elif stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
+            wanted = 0o666 & ~mask
+        else:
+            continue
+        if wanted & ~found.st_mode:
+            with contextlib.suppress(PermissionError):
+                path.chmod(stat.S_IMODE(found.st_mode) | wanted)
 
 
 def sync_tree(folder: Path) -> None:
@@ -42,3 +106,91 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Everything under ``folder`` that is no folder, links included; no link is followed.
+
+    A ``folder`` that is not there has nothing. Raises OSError for one that can't be listed.
+    """
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from files_below(Path(entry.path))
+            else:
+                yield Path(entry.path)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of all files below a folder, as far as they are there and can be seen."""
+    total = 0
+    with contextlib.suppress(OSError):
+        total = 0 if path.is_dir() else path.lstat().st_size
+        for file in files_below(path) if path.is_dir() else ():
+            with contextlib.suppress(OSError):  # another process removed it meanwhile
+                total += file.lstat().st_size
+    return total
+
+
+def kind(mode: int) -> str:
+    """What a ``st_mode`` says a path is, in words."""
+    tests = {
+        "a file": stat.S_ISREG,
+        "a folder": stat.S_ISDIR,
+        "a symbolic link": stat.S_ISLNK,
+        "a named pipe": stat.S_ISFIFO,
+        "a socket": stat.S_ISSOCK,
+    }
+    return next((name for name, test in tests.items() if test(mode)), "a device")
+
+
+def writable(folder: Path) -> bool:
+    """Whether this user can make files in ``folder``, or make it where it is missing."""
+    for place in (folder, *folder.parents):
+        if os.path.lexists(place):
+            return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
+    return False
+
+
+def denied(path: Path, to: str = "read") -> str:
+    """A paragraph about a path that this user may not ``to`` (read or write): whose it is."""
+    # What is in the way may be a folder above.
+    blocking = next((p for p in reversed(path.parents) if not os.access(p, os.X_OK)), path)
+    try:
+        found = blocking.stat()
+    except OSError:
+        whose = ""
+    else:
+        whose = f" It belongs to {_owner(found.st_uid)} and has the mode {found.st_mode & 0o7777:o}"
+        whose += f"; you are {_owner(os.geteuid())}."
+    letters = "rX" if to == "read" else "rwX"
+    return (
+        f"no permission to {to} {printable(path)}"
+        + (f", because of {printable(blocking)}." if blocking != path else ".")
+        + f"{whose} Its owner can allow it with `chmod -R a+{letters}`, or use another store "
+        "(store=FOLDER, or the environment variable DIROTQ_STORE)"
+    )
+
+
+def printable(text: object) -> str:
+    """``text`` for a terminal: what is no valid UTF-8 in a file's name becomes an escape."""
+    return str(text).encode("utf-8", "backslashreplace").decode()
+
+
+def _owner(uid: int) -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"the user {uid}"
+
+
+def _umask() -> int:
+    """This process's umask. Asking os.umask for it would change it for a moment, in all threads."""
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

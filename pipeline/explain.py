@@ -1,16 +1,16 @@
 """Why a stage would run: what its recipe differs in from the closest artifact there is."""
 
-from collections.abc import Iterator, Mapping
+import contextlib
+from collections.abc import Mapping
 from typing import Any
 
-from dirotq.errors import ConfigError
+from dirotq.errors import ArtifactError, ConfigError
 from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.differences import differences
 from dirotq.pipeline.housekeeping import split_store
 from dirotq.pipeline.store import Artifact, ArtifactStore
 
-__all__ = ["command", "differences", "reason"]
-
-_SHORT = {"stage": "recipe", "inputs": "input"}  # what people read for the two halves of a recipe
+__all__ = ["command", "reason"]
 
 
 def command(args: list[str], config: str) -> int:
@@ -32,22 +32,17 @@ def command(args: list[str], config: str) -> int:
 def reason(stage: str, recipe: Mapping[str, Any], store: ArtifactStore) -> str:
     """What differs between ``recipe`` and the most similar artifact of the stage."""
     known = [artifact for artifact in store.list() if artifact.stage == stage]
-    if not known:
+    candidates = []
+    for artifact in known:
+        with contextlib.suppress(ArtifactError):  # damaged, or removed meanwhile: `verify` tells
+            candidates.append((differences(_recipe(artifact), recipe), artifact))
+    if not candidates:
         return "the store has no artifact of this stage"
-    candidates = [(differences(_recipe(artifact), recipe), artifact) for artifact in known]
     # Of equally many differences, own settings say more than changed inputs do; then the newest.
     changed, closest = min(
         reversed(candidates), key=lambda pair: (len(pair[0]), sum(map(_is_input, pair[0])))
     )
     return f"{_text(changed)} (against {closest})"
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """{dotted name: (old, new)} of every leaf in which two recipes differ."""
-    before, after = dict(_leaves(old)), dict(_leaves(new))
-    names = [*before, *(name for name in after if name not in before)]
-    pairs = {name: (before.get(name, "(absent)"), after.get(name, "(absent)")) for name in names}
-    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _compare(args: list[str]) -> int:
@@ -76,16 +71,3 @@ def _text(changed: Mapping[str, tuple[str, str]]) -> str:
 
 def _is_input(name: str) -> bool:
     return name.startswith("input.")
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves of nested recipes; a stage's own fields are called recipe.<field>."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            path = f"{name}.{key}" if name else _SHORT.get(str(key), str(key))
-            yield from _leaves(inner, path)
-    elif isinstance(value, list):
-        for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{name}[{index}]")
-    else:
-        yield name, str(value)

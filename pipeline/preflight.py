@@ -5,9 +5,10 @@ shapes. Where a run of like size is in the store, made on this machine, the form
 scaled by what that run took.
 """
 
+import math
 import platform
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dirotq.cost import Cost, Machine
+from dirotq.digest import cache_root
 from dirotq.errors import ConfigError
 from dirotq.pipeline import machine
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line
 from dirotq.pipeline.dag import Step
+from dirotq.pipeline.disk import size_of
 
 __all__ = ["Estimate", "Preflight", "examine", "free_disk", "refuse"]
 
@@ -54,11 +57,13 @@ class Preflight:
     """Estimates of stages that would run; ``machine`` is None if none was asked for.
 
     ``notes``  what the workload has to say of the model, a sentence each
+    ``cache``  bytes that the model itself will take in DiRotQ's cache (single files, LoRAs)
     """
 
     machine: Machine | None = None
     estimates: dict[str, Estimate] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    cache: int = 0
 
     @property
     def records(self) -> dict[str, dict[str, Any]]:
@@ -87,17 +92,20 @@ def examine(line: Line, cfg: DictConfig) -> Preflight:
         cost = tell(workload, here)
         scale = _scale([a for a in past if a.stage == step.name], cost.seconds, here)
         partial = line.store.root / step.name / f"{step.fingerprint}.partial"
-        present = _size(partial) if getattr(step.stage, "resumable", False) else 0
+        present = size_of(partial) if getattr(step.stage, "resumable", False) else 0
         scaled = replace(cost, seconds=cost.seconds * scale)
         estimates[step.name] = Estimate(scaled, cost.seconds, present)
-    return Preflight(here, estimates, tuple(getattr(workload, "notes", ())))
+    notes = tuple(getattr(workload, "notes", ()))
+    return Preflight(here, estimates, notes, getattr(workload, "cache_bytes", 0))
 
 
 def refuse(found: Preflight, root: Path) -> None:
-    """Raise ConfigError if the machine or the disk of the store ``root`` can't hold the run."""
+    """Raise ConfigError if the machine, or the disk of the store ``root`` or of the cache, can't
+    hold the run.
+    """
     if found.machine is None:
         return
-    problems = [*_memory(found.machine, found.estimates), *_disk(found.estimates, root)]
+    problems = [*_memory(found.machine, found.estimates), *_disk(found, root)]
     if problems:
         raise ConfigError(
             "this run does not fit: " + "; ".join(problems) + ". These are estimates; "
@@ -107,8 +115,7 @@ def refuse(found: Preflight, root: Path) -> None:
 
 def free_disk(root: Path) -> int:
     """Bytes free where the folder ``root`` is, or will be."""
-    place = next(path for path in (root, *root.parents) if path.exists())
-    return shutil.disk_usage(place).free
+    return shutil.disk_usage(_place(root)).free
 
 
 def _memory(here: Machine, estimates: dict[str, Estimate]) -> list[str]:
@@ -128,17 +135,33 @@ def _memory(here: Machine, estimates: dict[str, Estimate]) -> list[str]:
     return problems
 
 
-def _disk(estimates: dict[str, Estimate], root: Path) -> list[str]:
-    needed = {name: max(e.cost.disk - e.present, 0) for name, e in estimates.items()}
+def _disk(found: Preflight, root: Path) -> Iterator[str]:
+    needed = {name: max(e.cost.disk - e.present, 0) for name, e in found.estimates.items()}
+    cache, elsewhere = cache_root(), 0
+    if found.cache and _place(cache).stat().st_dev == _place(root).stat().st_dev:
+        needed["the model in the cache"] = found.cache
+    else:
+        elsewhere = found.cache
     total, free = MARGIN * sum(needed.values()), free_disk(root)
-    if total <= free:
-        return []
-    most = sorted(needed, key=lambda name: -needed[name])[:2]
-    parts = ", ".join(f"{name} {_gb(needed[name])}" for name in most)
-    return [
-        f"it writes about {_gb(total)} ({parts}) and the disk of the store {root} has {_gb(free)} "
-        "free; give a store elsewhere (store=FOLDER) or make room (`dirotq gc` lists what may go)"
-    ]
+    if total > free:
+        most = sorted(needed, key=lambda name: -needed[name])[:2]
+        parts = ", ".join(f"{name} {_gb(needed[name])}" for name in most)
+        yield (
+            f"it writes about {_gb(total)} ({parts}) and the disk of the store {root} has "
+            f"{_gb(free)} free; give a store elsewhere (store=FOLDER) or make room (`dirotq gc` "
+            "lists what may go)"
+        )
+    if elsewhere and MARGIN * elsewhere > (free := free_disk(cache)):
+        yield (
+            f"the model takes about {_gb(elsewhere)} in the cache {cache}, whose disk has "
+            f"{_gb(free)} free; give a cache elsewhere (DIROTQ_CACHE=FOLDER) or make room (`dirotq "
+            "gc --cache` lists what may go)"
+        )
+
+
+def _place(folder: Path) -> Path:
+    """The folder, or the innermost one above it that exists."""
+    return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 
 def _cached(line: Line, step: Step) -> bool:
@@ -146,22 +169,25 @@ def _cached(line: Line, step: Step) -> bool:
 
 
 def _scale(past: Sequence[Artifact], formula: float, here: Machine) -> float:
-    """What the latest run of like size took here, as a multiple of its formula; 1 without one."""
+    """What the latest run of like size took here, as a multiple of its formula; 1 without one.
+
+    Provenance may be damaged or anybody's: what is no sane record is passed over.
+    """
     for artifact in reversed(past):
-        made = artifact.provenance
-        then = made.get("estimate") or {}
-        if (
-            made.get("host") == platform.node()
-            and then.get("machine") == here.name
-            and not then["resumed"]
-            and 1 / ALIKE <= then["formula"] / max(formula, 1e-9) <= ALIKE
-        ):
-            return float(made["seconds"]) / float(then["formula"])
+        match artifact.provenance:
+            case {
+                "host": host,
+                "seconds": int() | float() as seconds,
+                "estimate": {
+                    "machine": here.name,
+                    "resumed": False,
+                    "formula": int() | float() as then,
+                },
+            } if host == platform.node():
+                alike = then > 0 and 1 / ALIKE <= then / max(formula, 1e-9) <= ALIKE
+                if alike and 0 <= (scale := seconds / then) < math.inf:
+                    return scale
     return 1.0
-
-
-def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
 
 
 def _gb(count: float) -> str:

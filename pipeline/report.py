@@ -1,13 +1,17 @@
 """What ``plan`` and ``compress`` print on stdout: one short table each."""
 
+import contextlib
 import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from dirotq.cost import Cost
+from dirotq.digest import cache_root
+from dirotq.errors import ArtifactError
 from dirotq.pipeline.config import Line
 from dirotq.pipeline.dag import Outcome
 from dirotq.pipeline.preflight import Preflight, free_disk
@@ -32,13 +36,14 @@ def plan(line: Line, found: Preflight) -> None:
         cached = None if step.name in line.force else line.store.get(step.name, step.fingerprint)
         known = cached or latest.get(step.name)
         cells = ["-"] * 4
-        if not cached:
+        if cached:
+            cached.manifest  # noqa: B018 - a damaged one is no plan
+        else:
             missing.append(step.name)
         if estimate := found.estimates.get(step.name):
             seconds[step.name] = estimate.cost.seconds
             cells = [f"~{text}" if text else "" for text in _cells(estimate.cost)]
-        elif known:
-            took = _took(known)
+        elif known and (took := _took(known)):
             cells = _cells(took)
             if not cached:
                 seconds[step.name] = took.seconds
@@ -58,14 +63,16 @@ def plan(line: Line, found: Preflight) -> None:
         print(note)
 
 
-def _took(artifact: Artifact) -> Cost:
-    past = artifact.provenance
-    return Cost(
-        seconds=past["seconds"],
-        vram=past.get("peak_vram_bytes", 0),
-        ram=past["peak_rss_bytes"],
-        disk=artifact.bytes,
-    )
+def _took(artifact: Artifact) -> Cost | None:
+    """What its provenance tells; None if that is lost, damaged or nonsense."""
+    match artifact.provenance:
+        case {"seconds": int() | float() as seconds, "peak_rss_bytes": int() as ram, **more}:
+            vram: Any = more.get("peak_vram_bytes", 0)
+            sane = 0 <= seconds < math.inf and isinstance(vram, int) and min(ram, vram) >= 0
+            with contextlib.suppress(ArtifactError):  # another recipe's, removed or damaged
+                if sane:
+                    return Cost(seconds=seconds, vram=vram, ram=ram, disk=artifact.bytes)
+    return None
 
 
 def _cells(cost: Cost) -> list[str]:
@@ -82,6 +89,8 @@ def _outlook(missing: list[str], seconds: Mapping[str, float], found: Preflight,
     if found.machine:
         parts.append(f"about {duration_text(sum(seconds.values()))} on {found.machine.name}")
         parts.append(f"{bytes_text(free_disk(root))} of disk free")
+        if found.cache:
+            parts.append(f"{bytes_text(found.cache)} more for the model in {cache_root()}")
     elif seconds:
         parts.append(f"about {seconds_text(sum(seconds.values()))} s, going by the last time")
     if new:

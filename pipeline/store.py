@@ -21,11 +21,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
-from dirotq.errors import ArtifactError
-from dirotq.pipeline.artifact import MANIFEST, SCHEMA, Artifact, inventory, read_json, refuse_newer
-from dirotq.pipeline.disk import is_disk_full, sync, sync_tree, write_json
+from dirotq.errors import ArtifactError, ConfigError
+from dirotq.pipeline import locks
+from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.disk import (
+    denied,
+    is_disk_full,
+    open_modes,
+    scratch_of,
+    sync,
+    sync_tree,
+    write_json,
+)
+from dirotq.pipeline.manifest import (
+    MANIFEST,
+    SCHEMA,
+    DamagedError,
+    inventory,
+    read_json,
+    refuse_newer,
+)
 from dirotq.pipeline.peaks import reset_peaks
 from dirotq.pipeline.provenance import provenance
 from dirotq.pipeline.stage import fingerprint
@@ -64,13 +79,12 @@ class ArtifactStore:
         if "://" in str(root):
             raise ArtifactError(f"store {root} is a URL; only local folders work as a store so far")
         self.root = Path(root).absolute()
-        if (marker := self.root / MARKER).exists():
-            refuse_newer(read_json(marker), marker)
+        self._marked()
 
     def get(self, stage: str, key: str) -> Artifact | None:
         """The published artifact of this stage and fingerprint, or None."""
-        path = self.root / stage / key
-        return Artifact(stage, key, path) if (path / MANIFEST).is_file() else None
+        artifact = Artifact(stage, key, self.root / stage / key)
+        return artifact if artifact.published else None
 
     def find(self, name: str) -> Artifact:
         """The artifact called ``stage/fingerprint``; either part, or a beginning, may be enough.
@@ -80,7 +94,7 @@ class ArtifactStore:
         stage, _, key = name.rpartition("/")
         found = [
             artifact
-            for artifact in self.list()
+            for artifact in self.everything()
             if (artifact.fingerprint.startswith(key) and stage in ("", artifact.stage))
             or artifact.stage == name
         ]
@@ -92,11 +106,25 @@ class ArtifactStore:
 
     def list(self) -> list[Artifact]:
         """Every published artifact, by stage and time of publication."""
-        paths = [
-            p.parent for p in self.root.glob(f"*/*/{MANIFEST}") if _KEY.fullmatch(p.parent.name)
-        ]
-        paths.sort(key=lambda path: (path.parent.name, path.stat().st_mtime))
+        return [artifact for artifact in self.everything() if artifact.published]
+
+    def everything(self) -> Sequence[Artifact]:
+        """All that is named like an artifact, published or damaged, in the order of ``list``."""
+        paths = [path for path in self._entries() if _KEY.fullmatch(path.name)]
+        paths.sort(key=lambda path: (path.parent.name, _time(path)))
         return [Artifact(path.parent.name, path.name, path) for path in paths]
+
+    @contextlib.contextmanager
+    def reading(self, stage: str, key: str) -> Iterator[Artifact | None]:
+        """The published artifact, or None, and nobody replaces or removes it while the block runs.
+
+        Waits for a process that is making it.
+        """
+        with contextlib.suppress(OSError):  # a store that can only be read
+            (self.root / locks.FOLDER).mkdir(exist_ok=True)
+        artifact = Artifact(stage, key, self.root / stage / key)
+        with artifact.held() as there:
+            yield artifact if there else None
 
     @contextlib.contextmanager
     def create(
@@ -112,7 +140,7 @@ class ArtifactStore:
         """Yield a draft and publish it, whole and on disk, when the block ends without an error.
 
         resume      keep what an interrupted run left in the draft's folder
-        force       recompute and replace an artifact that exists
+        force       recompute and replace an artifact that exists, once nobody reads it any more
         overrides   the command line's, for provenance.json
         notes       more entries of provenance.json
 
@@ -121,15 +149,14 @@ class ArtifactStore:
         """
         key = fingerprint(recipe)
         final, partial = self.root / stage / key, self.root / stage / f"{key}.partial"
-        with self._lock(stage, key), self._disk_full_explained(stage, key):
+        with self._disk_full_explained(stage, key), self._making(final):
             draft = Draft(partial / "data")
             if not force and (published := self.get(stage, key)):
                 draft.artifact = published
                 yield draft
                 return
-            if not resume:
-                self.discard(partial)
-            draft.data.mkdir(parents=True, exist_ok=True)
+            with self._unwritable_explained():
+                self._prepare(partial, resume)
             started = time.time()
             reset_peaks()
             yield draft
@@ -144,66 +171,123 @@ class ArtifactStore:
             made = provenance(started, overrides) | dict(notes or {})
             write_json(partial / "provenance.json", made)
             write_json(partial / MANIFEST, manifest)
+            open_modes(partial)
             sync_tree(partial)
-            self.discard(final)  # there only under force
+            self.discard(final)  # there only under force, or damaged
             partial.replace(final)
-            sync(final.parent)
+            for folder in (final.parent, self.root):
+                sync(folder)
             draft.artifact = Artifact(stage, key, final)
 
     def verify(self, artifact: Artifact) -> None:
         """Hold an artifact against its name and its manifest.
 
-        Raises ArtifactError if the recipe does not hash to the folder's name, or a file differs.
+        Raises DamagedError if it is not what its name says, or a file differs; another
+        ArtifactError if that can't be told.
         """
-        if fingerprint(artifact.manifest["recipe"]) != artifact.fingerprint:
-            raise ArtifactError(
+        manifest = artifact.manifest
+        try:
+            told = manifest["stage"], fingerprint(manifest["recipe"])
+        except ConfigError:  # numbers that no recipe has
+            told = manifest["stage"], None
+        if told != (artifact.stage, artifact.fingerprint):
+            raise DamagedError(
                 f"artifact {artifact} is damaged: its recipe does not hash to its folder's name. "
                 f"Remove it with `dirotq verify --remove {artifact}`"
             )
         artifact.check()
 
+    def remove(self, path: Path) -> None:
+        """Discard an artifact, or what dead processes left.
+
+        Raises InUseError if a living process reads it or works on it, ArtifactError if it can't be
+        removed.
+        """
+        try:
+            with contextlib.suppress(OSError):
+                (self.root / locks.FOLDER).mkdir(exist_ok=True)
+            keyed = _KEY.fullmatch(path.name.split(".")[0])
+            lock = locks.alone(path, wait=False, remove=True) if keyed else contextlib.nullcontext()
+            with lock:
+                self.discard(path)
+        except OSError as error:
+            raise ArtifactError(f"{path} can't be removed: {_reason(error)}") from error
+
     def discard(self, path: Path) -> None:
-        """Remove a folder of the store so that no reader ever sees half of it."""
-        if path.exists():
+        """Remove a folder of the store so that no reader ever sees half of it.
+
+        Of a link only the link goes: what it leads to may be anybody's.
+        """
+        if path.is_symlink():
+            log.warning("%s is a link to %s: the link goes, its end stays", path, path.readlink())
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        elif path.is_dir():
             trash = path.with_name(f"{path.name}.trash-{uuid.uuid4().hex[:8]}")
             path.replace(trash)
             shutil.rmtree(trash)
+        elif os.path.lexists(path):  # a pipe, a socket
+            path.unlink()
 
     def leftovers(self) -> Iterator[Path]:
-        """Partial and half-removed folders that no living process works on."""
-        for path in sorted(self.root.glob("*/*.*")):
-            key = path.name.split(".")[0]
-            if path.is_dir() and path.parent.name[0] != "." and _KEY.fullmatch(key):
-                with (
-                    contextlib.suppress(Timeout),
-                    self._file_lock(path.parent.name, key).acquire(0),
-                ):
-                    yield path
+        """What dead processes left: partial and half-removed folders, half-written small files."""
+        for path in sorted(self._entries()):
+            key, dot, _ = path.name.partition(".")
+            if dot and _KEY.fullmatch(key) and not locks.is_held(path):
+                yield path
+        yield from sorted(scratch_of(self.root, MARKER))
+
+    def _entries(self) -> Iterator[Path]:
+        """What lies in the folders of the stages."""
+        for stage in _inside(self.root):
+            if stage.is_dir() and not stage.name.startswith("."):
+                yield from _inside(stage)
+
+    def _marked(self) -> bool:
+        """Whether the marker is there and whole. Raises ArtifactError for a newer store."""
+        marker = self.root / MARKER
+        if not os.path.lexists(marker):
+            return False
+        try:
+            content = read_json(marker)
+        except DamagedError as error:  # as a power cut leaves it: every manifest has a schema too
+            log.warning("%s; it will be written anew", error)
+            return False
+        refuse_newer(content, marker)
+        return type(content.get("schema")) is int
+
+    def _prepare(self, partial: Path, resume: bool) -> None:
+        """The draft's folder, with nothing but ``data`` in it, and that only to ``resume``."""
+        if not resume:
+            self.discard(partial)
+        for path in _inside(partial):
+            if path.name != "data":
+                self.discard(path)
+        (partial / "data").mkdir(parents=True, exist_ok=True)
 
     @contextlib.contextmanager
-    def _lock(self, stage: str, key: str) -> Iterator[None]:
-        try:
-            (self.root / stage).mkdir(parents=True, exist_ok=True)
-            (self.root / ".locks").mkdir(exist_ok=True)
-            if not (marker := self.root / MARKER).exists():
-                write_json(marker, {"schema": SCHEMA})
-            lock = self._file_lock(stage, key)
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.info("waiting for another process that is computing %s/%s", stage, key)
-            lock.acquire()
-        except OSError as error:
-            raise ArtifactError(
-                f"the store {self.root} cannot be written: {error}. Choose another one with "
-                "store=FOLDER or the environment variable DIROTQ_STORE"
-            ) from error
+    def _making(self, final: Path) -> Iterator[None]:
+        """Hold an artifact's lock alone, in a store that exists."""
+        with contextlib.ExitStack() as held:
+            with self._unwritable_explained():
+                for folder in (final.parent, self.root / locks.FOLDER):
+                    folder.mkdir(parents=True, exist_ok=True)
+                if not self._marked():
+                    write_json(self.root / MARKER, {"schema": SCHEMA})
+                held.enter_context(locks.alone(final))
+            yield
+
+    @contextlib.contextmanager
+    def _unwritable_explained(self) -> Iterator[None]:
         try:
             yield
-        finally:
-            lock.release()
-
-    def _file_lock(self, stage: str, key: str) -> FileLock:
-        return FileLock(self.root / ".locks" / f"{stage}-{key}.lock")
+        except OSError as error:
+            if is_disk_full(error):
+                raise
+            raise ArtifactError(
+                f"the store {self.root} cannot be written: {_reason(error)}. Choose another one "
+                "with store=FOLDER or the environment variable DIROTQ_STORE"
+            ) from error
 
     @contextlib.contextmanager
     def _disk_full_explained(self, stage: str, key: str) -> Iterator[None]:
@@ -228,3 +312,27 @@ def default_root() -> str:
 def _jsonable(value: float) -> float | str:
     number = float(value)
     return number if abs(number) < float("inf") else str(number)
+
+
+def _inside(folder: Path) -> list[Path]:
+    """What is in a folder; nothing if it is none, and a warning if it may not be seen."""
+    try:
+        return list(folder.iterdir())
+    except PermissionError:
+        log.warning("%s", denied(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    return []
+
+
+def _time(path: Path) -> float:
+    try:
+        return path.lstat().st_mtime
+    except OSError:  # another process removed it meanwhile
+        return 0.0
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, PermissionError) and error.filename:
+        return denied(Path(error.filename), "write")
+    return str(error)
