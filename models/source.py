@@ -31,7 +31,7 @@ from .origin import (
     single_file,
 )
 from .single_file import default_base
-from .variant import variant_folder
+from .variant import variant_folder, variant_place
 from .weights import Weights, empty_transformer
 
 if TYPE_CHECKING:
@@ -83,6 +83,14 @@ class DiffusersModel:
         if not weights:
             return root
         return variant_folder(root, file, self._loras(), self._parts, self.path)
+
+    def assembled(self) -> Path | None:
+        """Where in DiRotQ's cache :meth:`folder` puts a file or LoRAs together; None if it needn't.
+
+        It may lie there already. Raises what :meth:`identity` raises.
+        """
+        plain = self._file() is None and not self._loras()
+        return None if plain else variant_place(self._parts())
 
     @property
     def family(self) -> ModelFamily:

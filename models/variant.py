@@ -3,6 +3,7 @@
 They lie in $DIROTQ_CACHE/sources under the digest of what they are made of.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -63,6 +64,8 @@ def variant_folder(
     folder = variant_place(parts)
     sources = folder.parent
     if _intact(folder):
+        with contextlib.suppress(OSError):
+            os.utime(folder)  # when it was last used, for `dirotq gc --cache`
         return folder
     with _explained(sources, source):
         sources.mkdir(parents=True, exist_ok=True)

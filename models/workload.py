@@ -306,6 +306,21 @@ class Workload:
         """Bytes of the pipeline's other weights (encoders, decoder), as far as they are known."""
         return sum(_weights(f) for f in self._folders() if f.name != "transformer")
 
+    @cached_property
+    def cache_bytes(self) -> int:
+        """What a model of a single file, or with LoRAs, is going to take in DiRotQ's cache.
+
+        Components of a Hugging Face cache, which are links, become links to the same files.
+        """
+        place = self.model.assembled()
+        if place is None or place.is_dir():
+            return 0
+        root = self.model.folder(weights=False)
+        beside = [f for f in root.glob("*/*.safetensors") if f.parent.name != "transformer"]
+        file = Path(self.model.path).expanduser()
+        whole = file.stat().st_size if file.is_file() else _weights(root / "transformer")
+        return whole + sum(f.stat().st_size for f in beside if not f.is_symlink())
+
     @property
     def encoders(self) -> int:
         """Bytes of the text encoders among them."""

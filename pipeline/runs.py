@@ -5,14 +5,18 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from os import getuid
 from pathlib import Path
 
+from omegaconf import OmegaConf
+
+from dirotq.digest import cache_root
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.disk import writable, write_json
 from dirotq.pipeline.manifest import DamagedError, read_json
 from dirotq.pipeline.store import ArtifactStore
 
-__all__ = ["Needed", "leftovers", "needed", "new_folder", "record"]
+__all__ = ["Needed", "folder_of", "leftovers", "needed", "new_folder", "record"]
 
 log = logging.getLogger(__name__)
 
@@ -39,36 +43,45 @@ class Needed:
         return name in self.artifacts or (bool(self.doubtful) and name not in self.forgotten)
 
 
-def new_folder(store: ArtifactStore) -> Path:
-    """A fresh folder under ``<store>/runs``, named for the time like Hydra's.
+def folder_of(root: str | Path) -> Path:
+    """Where the runs on the store ``root`` keep their folders: ``<root>/runs``.
 
-    It is not made yet. For a store that can only be read it is one elsewhere, and a line in the log
-    says where.
+    For a store that can only be read it is in the cache, or where the system keeps such things.
     """
+    places = [
+        Path(root).absolute(),
+        cache_root(),
+        Path(tempfile.gettempdir(), f"dirotq-{getuid()}"),
+    ]
+    return next((p for p in places if writable(p / "runs")), places[0]) / "runs"
+
+
+OmegaConf.register_new_resolver("runs_folder", lambda root: str(folder_of(root)), replace=True)
+"""conf/config.yaml puts Hydra's folders there."""
+
+
+def new_folder(store: ArtifactStore) -> Path:
+    """A fresh folder in :func:`folder_of`, named for the time like Hydra's; not made yet."""
     now = time.time()
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(now))
-    name = f"{stamp}_{int(now % 1 * 1e6):06d}"
-    if writable(store.root / "runs"):
-        return store.root / "runs" / name
-    elsewhere = Path(tempfile.mkdtemp(prefix="dirotq-run-")) / name
-    log.warning("the store %s can only be read: this run's folder is %s", store.root, elsewhere)
-    return elsewhere
+    return folder_of(store.root) / f"{stamp}_{int(now % 1 * 1e6):06d}"
 
 
 def record(folder: Path, store: ArtifactStore, artifacts: Mapping[str, str]) -> None:
     """Write down which artifacts a run refers to: {stage: "stage/fingerprint"}.
 
     Written before the run does anything, so that ``gc`` spares what an interrupted run made. A run
-    folder outside of the store (hydra.run.dir=...) gets a second record inside of it, if it can be
-    written (where it can't, nobody collects in it either).
+    folder outside of the store (hydra.run.dir=...) gets a second record inside of it, unless it can
+    only be read (nobody collects in it then).
     """
     runs = store.root / "runs"
-    folders = [folder]
-    if not folder.is_relative_to(runs) and writable(runs):
-        folders.append(new_folder(store))
+    folders = [folder] if folder.is_relative_to(runs) else [folder, new_folder(store)]
+    if not writable(runs):
+        log.info("the store %s can only be read: this run's folder is %s", store.root, folder)
+        folders = [folder]
     for path in folders:
         path.mkdir(parents=True, exist_ok=True)
-        write_json(path / RECORD, artifacts)
+        write_json(path / RECORD, artifacts, durable=True)
 
 
 def needed(store: ArtifactStore, count: int) -> Needed:

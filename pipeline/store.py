@@ -105,8 +105,12 @@ class ArtifactStore:
         raise ArtifactError(f"{what} {name!r} in {self.root}: it is one of {known}")
 
     def list(self) -> list[Artifact]:
-        """Every published artifact, by stage and time of publication."""
-        return [artifact for artifact in self.everything() if artifact.published]
+        """Every published artifact that may be read, by stage and time of publication."""
+        found = []
+        for artifact in self.everything():
+            with contextlib.suppress(ArtifactError):
+                found += [artifact] if artifact.published else []
+        return found
 
     def everything(self) -> Sequence[Artifact]:
         """All that is named like an artifact, published or damaged, in the order of ``list``."""
@@ -273,7 +277,7 @@ class ArtifactStore:
                 for folder in (final.parent, self.root / locks.FOLDER):
                     folder.mkdir(parents=True, exist_ok=True)
                 if not self._marked():
-                    write_json(self.root / MARKER, {"schema": SCHEMA})
+                    write_json(self.root / MARKER, {"schema": SCHEMA}, durable=True)
                 held.enter_context(locks.alone(final))
             yield
 
