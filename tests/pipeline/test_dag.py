@@ -1,13 +1,22 @@
-from dataclasses import dataclass
+import json
+import multiprocessing
+import shutil
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from toyline.stages import Numbers, Squares, Total, ToyModel
 
-from dirotq.errors import ConfigError
+from dirotq.digest import input_digests
+from dirotq.errors import ArtifactError, ConfigError
 from dirotq.pipeline import dag
 from dirotq.pipeline.executor import LocalExecutor
+from dirotq.pipeline.locks import InUseError
+from dirotq.pipeline.stage import untracked
+from dirotq.pipeline.store import ArtifactStore
 
 WIRING = {
     "total": {"numbers": "numbers", "squares": "squares"},
@@ -127,3 +136,197 @@ def test_a_field_without_identity():
 
     with pytest.raises(ConfigError, match="cannot fingerprint a object"):
         dag.plan({"odd": Odd()}, {"odd": {}})
+
+
+@dataclass(frozen=True)
+class FileModel:
+    """A model on disk, known by its bytes."""
+
+    path: str
+
+    def identity(self) -> dict[str, str]:
+        return {"weights": input_digests([Path(self.path)])[Path(self.path)]}
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Writes two files, one after the other, and lets something happen between them."""
+
+    version: ClassVar[str] = "1"
+    resumable: ClassVar[bool] = True
+    model: FileModel
+    meanwhile: Callable[[], None] = untracked()
+
+    def run(self, out: Path, **inputs) -> Mapping[str, float]:
+        weights = Path(self.model.path)
+        for number, name in enumerate(("a", "b")):
+            if number == 1:
+                self.meanwhile()
+            if not (out / name).exists():
+                (out / name).write_text(weights.read_text() if weights.exists() else "zeros")
+        return {}
+
+
+@dataclass(frozen=True)
+class ReadingInput(Reading):
+    """The same of an artifact's files, which it reads lazily, as Zarr does: a missing one is 0."""
+
+    def run(self, out: Path, *, first) -> Mapping[str, float]:
+        tree = first.tree("parts")
+        for number in range(4):
+            if number == 2:
+                self.meanwhile()
+            part = tree / f"{number}.json"
+            (out / f"{number}").write_text(part.read_text() if part.exists() else "0")
+        return {}
+
+
+@pytest.fixture
+def weights(tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_text("right")
+    return path
+
+
+def reading_line(weights, meanwhile=lambda: None):
+    return dag.plan({"reading": Reading(FileModel(str(weights)), meanwhile)}, {"reading": {}})
+
+
+def go(line, store, executor=None, **options):
+    return dag.run(line, store, executor or LocalExecutor(), **options)
+
+
+def test_weights_that_change_while_a_stage_reads_them(store, weights):
+    line = reading_line(weights, lambda: weights.write_text("WRONG"))
+    with pytest.raises(ArtifactError, match="changed while it ran: recipe.model.weights") as caught:
+        go(line, store)
+    assert "Nothing was published" in str(caught.value)
+    assert list(store.root.glob("reading/*")) == []  # what is half right is no start for a resume
+    weights.write_text("right")
+    artifact = go(reading_line(weights), store)["reading"].artifact
+    assert [artifact.file(name).read_text() for name in "ab"] == ["right", "right"]
+
+
+def test_weights_that_changed_before_a_stage_began(store, weights):
+    line = reading_line(weights)
+    weights.write_text("WRONG")
+    with pytest.raises(ArtifactError, match="was not run: what it reads changed since"):
+        go(line, store)
+    assert store.list() == []
+    weights.unlink()
+    with pytest.raises(ArtifactError, match="No such file"):
+        go(line, store)
+
+
+def test_an_interrupted_stage_of_changed_weights_leaves_nothing_to_resume(store, weights, caplog):
+    def trouble():
+        weights.write_text("WRONG")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        go(reading_line(weights, trouble), store)
+    assert "its work is dropped" in caplog.text
+    assert list(store.root.glob("reading/*")) == []
+
+
+def test_touched_but_equal_weights_are_no_change(store, weights):
+    def touch():
+        weights.rename(weights.with_suffix(".old"))
+        weights.write_text("right")
+
+    go(reading_line(weights, touch), store)
+    assert len(store.list()) == 1
+
+
+def input_line(weights, meanwhile=lambda: None):
+    numbers = Numbers(
+        model=ToyModel(path="", offset=1), count=4, trouble=None, ledger=None, pause=0
+    )
+    stages = {"numbers": numbers, "reading": ReadingInput(FileModel(str(weights)), meanwhile)}
+    return dag.plan(stages, {"numbers": {}, "reading": {"first": "numbers"}})
+
+
+@pytest.mark.parametrize("how", [Path.unlink, lambda path: path.write_text("7")])
+def test_a_file_that_vanishes_or_changes_while_it_is_read_lazily(store, weights, how):
+    def harm():
+        how(next(store.root.glob("numbers/*/data/parts/3.json")))
+
+    with pytest.raises(ArtifactError, match=r"changed while it ran: .*parts/3\.json (is|changed)"):
+        go(input_line(weights, harm), store)
+    assert [artifact.stage for artifact in store.list()] == ["numbers"]
+    assert list(store.root.glob("reading/*")) == []
+
+
+def test_what_a_run_reads_stays_until_it_ends(store, weights):
+    """No other process may remove or replace it; afterwards it may."""
+    tried = []
+
+    def harm():
+        for artifact in ArtifactStore(store.root).list():
+            with pytest.raises(InUseError):
+                ArtifactStore(store.root).remove(artifact.path)
+            tried.append(artifact.stage)
+
+    go(input_line(weights, harm), store)
+    assert tried == ["numbers"]
+    for artifact in store.list():
+        store.remove(artifact.path)
+
+
+def test_what_vanishes_between_publication_and_reading_is_made_again(store, weights, monkeypatch):
+    """As by the gc of another process, in the moment when nobody holds it."""
+    reading, taken = ArtifactStore.reading, []
+
+    def late(self, stage, key):
+        if stage == "numbers" and self.get(stage, key) and not taken:
+            taken.append(key)
+            self.remove(self.root / stage / key)
+        return reading(self, stage, key)
+
+    monkeypatch.setattr(ArtifactStore, "reading", late)
+    done = go(input_line(weights), store)
+    assert taken
+    assert done["reading"].artifact.file("3").read_text() == "4"
+
+
+def test_a_damaged_manifest_shows_before_anything_runs(store, weights):
+    first = go(input_line(weights), store)["numbers"].artifact
+    (first.path / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match=f"artifact {first} is damaged"):
+        go(input_line(weights), store, force=["reading"])
+
+
+@dataclass(frozen=True)
+class Elsewhere(ReadingInput):
+    """Spoils the model in the process that runs it."""
+
+    meanwhile: None = untracked(default=None)
+    harm: str = field(default="", metadata={"tracked": False})
+
+    def run(self, out: Path, *, first) -> Mapping[str, float]:
+        first.tree("parts")
+        (out / "one").write_text(json.dumps(first.metrics))
+        if self.harm:
+            Path(self.harm).write_text("WRONG")
+        return {}
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_lock_and_look_again_too(store, weights, method):
+    numbers = Numbers(
+        model=ToyModel(path="", offset=1), count=4, trouble=None, ledger=None, pause=0
+    )
+
+    def line(harm):
+        stages = {"numbers": numbers, "else": Elsewhere(FileModel(str(weights)), harm=harm)}
+        return dag.plan(stages, {"numbers": {}, "else": {"first": "numbers"}})
+
+    context = multiprocessing.get_context(method)
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        with pytest.raises(ArtifactError, match="changed while it ran"):
+            go(line(str(weights)), store, pool)
+        weights.write_text("right")
+        done = go(line(""), store, pool)
+        assert done["numbers"].seconds is None
+        assert done["else"].artifact.file("one")
+    shutil.rmtree(store.root)
