@@ -61,9 +61,7 @@ def test_who_waits_gets_it_when_the_last_reader_leaves(artifact, caplog):
         order.append("read")
     maker.join(10)
     assert order == ["read", "made"]
-    assert caplog.messages == [
-        f"waiting for another process that computes or reads toy-{KEY}"
-    ]
+    assert caplog.messages == [f"waiting for another process that computes or reads toy-{KEY}"]
 
 
 def _die_with_the_lock(artifact):

@@ -1,8 +1,10 @@
 import dataclasses
+import json
+import platform
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import pytest
 from omegaconf import OmegaConf
@@ -116,6 +118,77 @@ def test_the_bytes_an_interrupted_run_left_are_counted(store):
     found = preflight.examine(built, CFG)
     assert found.estimates["telling"].present == 1000
     assert found.records["telling"]["resumed"] is True
+
+
+HERE = {"host": platform.node(), "seconds": 20.0}
+SANE = {"machine": machine.find("cpu").name, "resumed": False, "formula": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("made", "scale"),
+    [
+        (HERE | {"estimate": SANE}, 10),
+        ({}, 1),
+        ([], 1),
+        (HERE, 1),
+        (HERE | {"estimate": {}}, 1),
+        (HERE | {"estimate": []}, 1),
+        (HERE | {"estimate": "x"}, 1),
+        (HERE | {"estimate": SANE | {"formula": "2"}}, 1),
+        (HERE | {"estimate": SANE | {"formula": 0}}, 1),
+        (HERE | {"estimate": SANE | {"formula": -1}}, 1),
+        (HERE | {"estimate": {"machine": SANE["machine"], "formula": 2.0}}, 1),
+        (HERE | {"estimate": SANE, "seconds": "20"}, 1),
+        (HERE | {"estimate": SANE, "seconds": None}, 1),
+        (HERE | {"estimate": SANE, "seconds": -20.0}, 1),
+        (HERE | {"estimate": SANE | {"resumed": True}}, 1),
+    ],
+)
+def test_only_a_sane_record_scales(store, made, scale):
+    run(line(store))
+    (store.list()[0].path / "provenance.json").write_text(json.dumps(made))
+    found = preflight.examine(line(store, number=2), CFG)
+    assert found.estimates["telling"].cost.seconds == pytest.approx(2.0 * scale)
+
+
+class Assembling(dict):
+    """A workload whose model has to be put together first."""
+
+    cache_bytes = 3 * 10**9
+
+
+def test_what_the_model_takes_in_the_cache_is_counted(store, tmp_path, monkeypatch, capsys):
+    work = {"workload": {"_target_": f"{__name__}.Assembling", "seconds": 2.0}}
+    found = preflight.examine(line(store), OmegaConf.merge(CFG, work))
+    assert found.cache == 3 * 10**9
+    monkeypatch.setenv("DIROTQ_CACHE", str(tmp_path / "cache"))
+    report.plan(line(store), found)
+    assert f"3.0 GB more for the model in {tmp_path / 'cache'}" in " ".join(
+        capsys.readouterr().out.split()
+    )
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_cache_that_is_too_full_is_refused(tmp_path, monkeypatch, elsewhere):
+    monkeypatch.setenv("DIROTQ_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir()
+    free = {str(tmp_path): 100, str(tmp_path / "cache"): 60}
+
+    class Usage(NamedTuple):
+        free: int
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: Usage(free[str(place)]))
+    if elsewhere:
+        other = type("Stat", (), {"st_dev": -1})
+        stat = Path.stat
+        monkeypatch.setattr(
+            Path, "stat", lambda p, **o: other if p.name == "cache" else stat(p, **o)
+        )
+    estimates = fits(disk=90).estimates
+    preflight.refuse(Preflight(CARD, estimates, 50 if elsewhere else 4), tmp_path)
+    says = r"takes about .* in the cache .*DIROTQ_CACHE=FOLDER" if elsewhere else "in the cache"
+    with pytest.raises(ConfigError, match=says):
+        preflight.refuse(Preflight(CARD, estimates, 60), tmp_path)
 
 
 def test_the_table(store, capsys):

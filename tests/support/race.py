@@ -1,4 +1,4 @@
-"""Many processes on one store: the toy line run, forced, verified and collected at the same time."""
+"""Many processes on one store: the toy line run, forced, verified and collected all at once."""
 
 import contextlib
 import io
@@ -25,7 +25,9 @@ WIRING = {
 STAGES = list(WIRING)
 
 
-def race(root: Path, *, processes: int, rounds: int, seed: int = 0, limit: float = 600) -> list[str]:
+def race(
+    root: Path, *, processes: int, rounds: int, seed: int = 0, limit: float = 600
+) -> list[str]:
     """Let ``processes`` do ``rounds`` of random things each to the store ``root``.
 
     returns  what went wrong: tracebacks, wrong totals, damage, a process that did not end within
@@ -48,7 +50,7 @@ def race(root: Path, *, processes: int, rounds: int, seed: int = 0, limit: float
             problems.append(f"process {number} hangs")
             worker.kill()
     store = ArtifactStore(root)
-    _run(store, 2, ())
+    run(store)
     for artifact in store.everything():
         store.verify(artifact)
     problems += [f"left: {path}" for path in store.leftovers()]
@@ -71,7 +73,7 @@ def _work(root: Path, rounds: int, seed: int, told: "multiprocessing.Queue[list[
 
 def _one(store: ArtifactStore, what: str, power: int, force: Sequence[str]) -> None:
     if what == "run":
-        total = _run(store, power, force)
+        total = run(store, power, force)
         assert total == {2: 14, 3: 36}[power], f"the total of powers {power} is {total}"
         return
     with contextlib.redirect_stdout(io.StringIO()) as out:
@@ -87,7 +89,8 @@ def _one(store: ArtifactStore, what: str, power: int, force: Sequence[str]) -> N
     assert status == 0, out.getvalue()
 
 
-def _run(store: ArtifactStore, power: int, force: Sequence[str]) -> float:
+def run(store: ArtifactStore, power: int = 2, force: Sequence[str] = ()) -> float:
+    """The toy line, as its command runs it, without Hydra; its total."""
     pause = random.choice((0, 0.002))  # within each number
     stages = {
         "numbers": Numbers(
