@@ -4,6 +4,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -101,6 +102,11 @@ class Judge:
             self._hold(self._rival(self.against), prompts)
 
     def run(self, out: Path, *, reference: Artifact, validate: Artifact) -> Mapping[str, float]:
+        # The run keeps its own artifacts from other processes; the rival is not one of them.
+        with self._rival(self.against).held() if self.against else nullcontext():
+            return self._judge(out, reference, validate)
+
+    def _judge(self, out: Path, reference: Artifact, validate: Artifact) -> Mapping[str, float]:
         prompts = self._prompts()
         self._hold(validate, prompts)
         comparisons = self._comparisons(reference, validate)
