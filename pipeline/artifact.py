@@ -123,14 +123,23 @@ class Artifact:
     def recheck(self) -> None:
         """Check what ``file`` and ``tree`` handed out once more, as lazy readers read it since.
 
-        Costs no more than looking at the files' times. Raises ArtifactError like ``file``.
+        It costs a look at the files' times where nothing changed. Raises what ``file`` raises.
         """
-        self._check(list(self._seen))
+        self._check([name for name, stamp in self._seen.items() if stamp != self._stamp(name)])
 
     @functools.cached_property
     def _seen(self) -> dict[str, tuple[int, ...]]:
         """{file: what told it from any other when its digest was right}."""
         return {}
+
+    def _stamp(self, name: str) -> tuple[int, ...] | None:
+        """What tells a file from any other that was ever there; None if there is no file."""
+        try:
+            found = (self.data / name).lstat()
+        except FileNotFoundError:
+            return None
+        times = (found.st_mtime_ns, found.st_ctime_ns)
+        return found.st_mode, found.st_size, *times, found.st_ino, found.st_dev
 
     def _check(self, names: Iterable[str]) -> None:
         seen = self._seen
@@ -138,13 +147,14 @@ class Artifact:
         def problem(name: str) -> str | None:
             path, want = self.data / name, self.manifest["files"][name]
             try:
-                found = path.lstat()
-                if not stat.S_ISREG(found.st_mode):
-                    return f"{name} is {kind(found.st_mode)}, not a file"
-                if found.st_size != want["bytes"]:
-                    return f"{name} has {found.st_size} bytes instead of {want['bytes']}"
-                times = (found.st_mtime_ns, found.st_ctime_ns, found.st_ino, found.st_dev)
-                if seen.get(name) != times and file_digest(path) != want["sha256"]:
+                if (stamp := self._stamp(name)) is None:
+                    return f"{name} is missing"
+                mode, size, *_ = stamp
+                if not stat.S_ISREG(mode):
+                    return f"{name} is {kind(mode)}, not a file"
+                if size != want["bytes"]:
+                    return f"{name} has {size} bytes instead of {want['bytes']}"
+                if seen.get(name) != stamp and file_digest(path) != want["sha256"]:
                     return f"{name} changed after it was written (its sha256 differs)"
             except FileNotFoundError:
                 return f"{name} is missing"
@@ -152,7 +162,7 @@ class Artifact:
                 raise ArtifactError(denied(path)) from error
             except OSError as error:
                 return f"{name} can't be read: {error.strerror}"
-            seen[name] = times
+            seen[name] = stamp
             return None
 
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL; a Zarr tree is many files

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from safetensors import SafetensorError
 from tiny_line import tree_bytes
 from tiny_sources import *  # noqa: F403
@@ -15,6 +16,7 @@ import dirotq.digest
 import dirotq.models.variant
 from dirotq.errors import ConfigError
 from dirotq.models.variant import DIGESTS, shards
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.stage import recipe
 
 
@@ -36,6 +38,27 @@ def test_a_plan_writes_nothing(folder, lora, cache):
     recipe(changed)
     assert changed.sites() == model(folder).sites()
     assert not (cache / "sources").exists()
+
+
+def test_what_it_takes_in_the_cache_is_known_beforehand(folder, lora, cache):
+    def work(*more):
+        cfg = compose_config([f"model={folder}", *more], "dirotq.conf")
+        return instantiate(cfg.workload, _convert_="all")
+
+    changed = f"model.lora={lora()}"
+    expected = work(changed).cache_bytes
+    made = work(changed).model.folder()
+    assert expected == pytest.approx(
+        sum(f.stat().st_size for f in made.rglob("*.safetensors")), rel=0.1
+    )
+    assert work(changed).cache_bytes == work().cache_bytes == 0
+
+
+def test_using_it_shows_in_its_time(folder, lora):
+    """For `dirotq gc --cache`."""
+    changed = model(folder, lora=str(lora()))
+    os.utime(changed.folder(), (0, 0))
+    assert changed.folder().stat().st_mtime > 0
 
 
 def test_a_failed_write_leaves_nothing_behind(folder, lora, cache, monkeypatch):
