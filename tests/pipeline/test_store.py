@@ -2,36 +2,16 @@ import errno
 import json
 import math
 import os
-import shutil
-import tempfile
 import threading
 from pathlib import Path
 
 import pytest
+from toy_artifact import RECIPE, publish, rewrite
 
 from dirotq.errors import ArtifactError
 from dirotq.pipeline import locks
 from dirotq.pipeline.artifact import SCHEMA
-from dirotq.pipeline.disk import write_json
-from dirotq.pipeline.locks import InUseError
-from dirotq.pipeline.manifest import DamagedError
-from dirotq.pipeline.store import Artifact, ArtifactStore
-
-RECIPE = {"stage": {"class": "toy", "scale": 1}, "inputs": {}}
-
-
-def publish(store: ArtifactStore, recipe=RECIPE, **options) -> Artifact:
-    with store.create("toy", recipe, **options) as draft:
-        if draft.artifact is None:
-            (draft.data / "tree" / "deep").mkdir(parents=True)
-            (draft.data / "one.txt").write_text("one")
-            (draft.data / "tree" / "deep" / "two.txt").write_text("two")
-            draft.metrics["psnr"] = math.inf
-    return draft.artifact
-
-
-def rewrite(path: Path, **changes) -> None:
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+from dirotq.pipeline.store import ArtifactStore
 
 
 def test_publish_and_read(store):
@@ -258,32 +238,6 @@ def test_leftovers_spare_the_living(store):
     assert list(store.leftovers()) == [draft.data.parent]
 
 
-@pytest.fixture
-def umask(request):
-    before = os.umask(request.param)
-    yield request.param
-    os.umask(before)
-
-
-@pytest.mark.parametrize("umask", [0o002, 0o022, 0o027, 0o077], indirect=True)
-def test_modes_follow_the_umask(store, umask):
-    with store.create("toy", RECIPE) as draft:
-        inside = Path(tempfile.mkdtemp(dir=draft.data))  # 0700, whatever the umask
-        (inside / "weights").write_text("1")
-        (inside / "weights").chmod(0o600)  # as safetensors writes
-    for path in (store.root, *store.root.rglob("*")):
-        whole = 0o777 if path.is_dir() else 0o666
-        assert path.stat().st_mode & 0o777 == whole & ~umask, path
-
-
-def test_a_file_with_several_names_keeps_its_mode(store, tmp_path):
-    (tmp_path / "mine").write_text("1")
-    (tmp_path / "mine").chmod(0o600)
-    with store.create("toy", RECIPE) as draft:
-        os.link(tmp_path / "mine", draft.data / "linked")
-    assert (tmp_path / "mine").stat().st_mode & 0o777 == 0o600
-
-
 @pytest.mark.parametrize("content", ["", '{"sch', "null", "{}", '{"schema": "1"}'])
 def test_a_torn_marker_is_written_anew(store, content, caplog):
     publish(store)
@@ -295,50 +249,6 @@ def test_a_torn_marker_is_written_anew(store, content, caplog):
     assert json.loads(marker.read_text()) == {"schema": SCHEMA}
 
 
-def test_marker_and_manifest_survive_a_power_cut(store, monkeypatch):
-    """Every name that is there was given to a file whose content was on the disk."""
-    synced, replace = set(), Path.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
-
-    def watched(self, target):
-        durable = self.name.startswith(".dirotq-store") or self.is_dir()
-        assert not durable or self.stat().st_ino in synced, f"{self} would be empty"
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", watched)
-    publish(store)
-    assert store.root.stat().st_ino in synced
-
-
-def test_a_scratch_file_that_gc_took_is_written_again(tmp_path, monkeypatch):
-    replace, taken = Path.replace, []
-
-    def vanishing(self, target):
-        if not taken:
-            taken.append(self)
-            self.unlink()
-        return replace(self, target)
-
-    monkeypatch.setattr(Path, "replace", vanishing)
-    write_json(tmp_path / "x.json", {"a": 1})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
-def test_a_full_disk_leaves_the_old_content_and_no_scratch(tmp_path, monkeypatch):
-    write_json(tmp_path / "x.json", {"a": 1})
-
-    def full(self, *args, **options):
-        self.touch()
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="No space"):
-        write_json(tmp_path / "x.json", {"a": 2})
-    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 1}
-    assert [path.name for path in tmp_path.iterdir()] == ["x.json"]
-
-
 def test_a_killed_publication_leaves_no_scratch_in_the_artifact(store):
     with pytest.raises(KeyboardInterrupt), store.create("toy", RECIPE, resume=True) as draft:
         (draft.data.parent / ".manifest.json.4711").write_text("half")
@@ -347,90 +257,11 @@ def test_a_killed_publication_leaves_no_scratch_in_the_artifact(store):
     assert {p.name for p in artifact.path.iterdir()} == {"manifest.json", "provenance.json", "data"}
 
 
-def move_away(path: Path) -> Path:
-    """Put a folder on another disk, so to say, and a link in its place."""
-    target = path.parents[2] / f"other-{path.name}"
-    path.rename(target)
-    path.symlink_to(target)
-    return target
-
-
-def test_an_artifact_on_another_disk(store, caplog):
-    artifact = publish(store)
-    target = move_away(artifact.path)
-    store.verify(artifact)
-    assert artifact.file("one.txt").read_text() == "one"
-    store.remove(artifact.path)
-    assert f"is a link to {target}" in caplog.text
-    assert store.list() == []
-    assert (target / "manifest.json").exists()
-
-
-def test_force_replaces_a_link(store):
-    target = move_away(publish(store).path)
-    artifact = publish(store, force=True)
-    assert not artifact.path.is_symlink()
-    assert (target / "manifest.json").exists()
-
-
-def test_a_stage_on_another_disk(store):
-    artifact = publish(store)
-    move_away(artifact.path.parent)
-    store.verify(artifact)
-    publish(store, force=True)
-    store.remove(artifact.path)
-    assert store.list() == []
-
-
 def test_a_folder_without_manifest_is_made_anew(store):
     artifact = publish(store)
     (artifact.path / "manifest.json").unlink()
     assert store.get("toy", artifact.fingerprint) is None
     store.verify(publish(store))
-
-
-def test_a_link_in_data_is_a_stranger(store, tmp_path):
-    artifact = publish(store)
-    (artifact.data / "tree" / "more").symlink_to(tmp_path)
-    with pytest.raises(DamagedError, match="tree/more was not written by the stage"):
-        artifact.tree("tree")
-    assert artifact.file("one.txt")
-    (artifact.data / "one.txt").rename(tmp_path / "one.txt")
-    (artifact.data / "one.txt").symlink_to(tmp_path / "one.txt")
-    with pytest.raises(DamagedError, match=r"one\.txt is a symbolic link, not a file"):
-        artifact.file("one.txt")
-
-
-def test_a_pipe_in_data_hangs_nobody(store):
-    artifact = publish(store)
-    (artifact.data / "one.txt").unlink()
-    os.mkfifo(artifact.data / "one.txt")
-    with pytest.raises(DamagedError, match=r"one\.txt is a named pipe, not a file"):
-        store.verify(artifact)
-
-
-def test_recheck_sees_what_changed_since_it_was_read(store):
-    artifact = publish(store)
-    artifact.tree("tree")
-    (artifact.data / "one.txt").unlink()  # which nobody read
-    artifact.recheck()
-    path = artifact.data / "tree" / "deep" / "two.txt"
-    path.rename(path.with_suffix(".bak"))
-    with pytest.raises(DamagedError, match=r"two\.txt is missing"):
-        artifact.recheck()
-    path.write_text("two")  # another file of the same content
-    artifact.recheck()
-
-
-def test_nobody_takes_an_artifact_from_its_reader(store):
-    artifact = publish(store)
-    with artifact.held() as there:
-        assert there
-        with pytest.raises(InUseError):
-            store.remove(artifact.path)
-    store.remove(artifact.path)
-    with artifact.held() as there:
-        assert not there
 
 
 def test_removing_needs_no_room_on_the_disk(store, monkeypatch):
@@ -444,19 +275,3 @@ def test_removing_needs_no_room_on_the_disk(store, monkeypatch):
 
 def full_disk(*args):
     raise OSError(errno.ENOSPC, "No space left on device")
-
-
-def test_an_artifact_under_another_name_is_damaged(store):
-    artifact = publish(store)
-    other = artifact.path.parents[1] / "other" / artifact.fingerprint
-    shutil.copytree(artifact.path, other)
-    with pytest.raises(DamagedError, match="does not hash to its folder's name"):
-        store.verify(store.get("other", artifact.fingerprint))
-
-
-def test_provenance_is_advice(store):
-    artifact = publish(store)
-    for spoil in (lambda path: path.write_text("["), Path.unlink, os.mkfifo):
-        spoil(artifact.path / "provenance.json")
-        assert artifact.provenance == {}
-        store.verify(artifact)
