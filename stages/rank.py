@@ -96,6 +96,8 @@ class ChooseRank:
 
         planned = make_plan(self.method, sites, choose)
         if worst := parse_worst(self.worst, self.method.act_bits):
+            for suffix in ("safetensors", "json"):
+                capture.file(f"probe.{suffix}")
             probes = load_calls(capture.data, ["probe"])
             device = pick_device(self.device)
             errors = site_errors(self.model, planned.blocks, basis, probes, device)

@@ -1,12 +1,15 @@
 import dataclasses
 import json
+import re
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from tiny_line import METHODS, method, run, run_stage, stage, with_spectra
 
-from dirotq.errors import ConfigError
+from dirotq.errors import ArtifactError, ConfigError
 from dirotq.loading import load
 from dirotq.models.flux import FLUX
 from dirotq.models.swap import effective_bits
@@ -198,6 +201,22 @@ def test_a_packed_model_keeps_and_refines_what_overrides_say(line):
     assert type(kept) is torch.nn.Linear
     bits = {name: artifacts[name].metrics["bits_per_parameter"] for name in ("rank", "pack")}
     assert bits["rank"] == bits["pack"]
+
+
+@pytest.mark.parametrize("file", ["probe.safetensors", "probe.json"])
+def test_no_probe_is_read_past_its_digest(rank, finished, tmp_path, file):
+    capture = copied(finished["capture"], tmp_path)
+    content = bytearray((capture.data / file).read_bytes())
+    content[-20] ^= 1
+    (capture.data / file).write_bytes(content)
+    chosen = dataclasses.replace(rank, worst={"count": 1, "act_bits": 8})
+    with pytest.raises(ArtifactError, match=rf"{re.escape(file)} changed after it was written"):
+        run_stage(chosen, tmp_path / "out", capture=capture, basis=finished["basis"])
+
+
+def copied(artifact, tmp_path):
+    path = tmp_path / "store" / artifact.stage / artifact.fingerprint
+    return dataclasses.replace(artifact, path=Path(shutil.copytree(artifact.path, path)))
 
 
 def test_the_worst_site_takes_finer_activations(rank, finished, tmp_path):
