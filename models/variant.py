@@ -3,15 +3,15 @@
 They lie in $DIROTQ_CACHE/sources under the digest of what they are made of.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import math
+import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch import Tensor
 from dirotq.digest import cache_root, input_digests
 from dirotq.errors import ConfigError
 from dirotq.json_file import read_json
-from dirotq.pipeline.disk import is_disk_full, sync, sync_tree
+from dirotq.pipeline.disk import is_disk_full, open_modes, sync, sync_tree
 from dirotq.placing import place
 from dirotq.progress import track
 from dirotq.walk import walk
@@ -64,7 +64,7 @@ def variant_folder(
     folder = variant_place(parts)
     sources = folder.parent
     if _intact(folder):
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.utime(folder)  # when it was last used, for `dirotq gc --cache`
         return folder
     with _explained(sources, source):
@@ -88,6 +88,7 @@ def variant_folder(
                         f"{source} changed while it was read; run this again once its files stay "
                         "as they are"
                     )
+                open_modes(draft)
                 sync_tree(draft)
                 draft.replace(folder)
                 sync(sources)

@@ -54,6 +54,16 @@ def test_what_it_takes_in_the_cache_is_known_beforehand(folder, lora, cache):
     assert work(changed).cache_bytes == work().cache_bytes == 0
 
 
+def test_others_may_read_it_if_the_umask_says_so(folder, lora):
+    before = os.umask(0o022)
+    try:
+        made = model(folder, lora=str(lora())).folder()
+    finally:
+        os.umask(before)
+    for path in (made, *made.rglob("*")):
+        assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644), path
+
+
 def test_using_it_shows_in_its_time(folder, lora):
     """For `dirotq gc --cache`."""
     changed = model(folder, lora=str(lora()))
