@@ -1,10 +1,10 @@
-"""The cache of models that were put together (single files, LoRAs): what of it may go.
+"""What of DiRotQ's cache may go. It lies in :func:`dirotq.digest.cache_root`.
 
-It lies in :func:`dirotq.digest.cache_root` and can be made again at any time:
-
-    sources/<digest>/            a diffusers folder; its modification time is when it was last used
-    sources/<digest>.lock        held by the process that makes it
-    sources/.<digest>-<random>/  what a process that died while making it left
+sources/<digest>/            a model of a single file or with LoRAs, which can be made again; its
+                             modification time is when it was last used
+sources/<digest>.lock        held by the process that makes it
+sources/.<digest>-<random>/  what a process that died while making it left
+runs/<time>/                 configuration and log of a run on a store that can only be read
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -28,21 +29,22 @@ _DAY = 24 * 60 * 60
 
 
 def unused(days: int) -> Iterator[tuple[Path, str]]:
-    """(folder, why) of models that were not used for ``days`` days, and of dead processes' drafts.
+    """(folder, why) of models and runs that were not used for ``days`` days, and of drafts.
 
-    A model that is being made is passed over.
+    What is being made is passed over.
     """
     found = []
-    for path in (cache_root() / "sources").glob("*"):
+    for path in (*(cache_root() / "sources").glob("*"), *(cache_root() / "runs").glob("*")):
         with contextlib.suppress(OSError):
-            if _NAME.fullmatch(path.name) and path.is_dir():
-                found.append((path.lstat().st_mtime, path))
-    for used, path in sorted(found):
-        age = (time.time() - used) / _DAY
-        if path.name.startswith("."):
+            if path.is_dir():
+                found.append(((time.time() - path.lstat().st_mtime) / _DAY, path))
+    for age, path in sorted(found, reverse=True):
+        if path.parent.name == "runs" and age >= days:
+            yield path, f"a run on a store that can only be read, {age:.0f} days ago"
+        elif (named := _NAME.fullmatch(path.name)) and named["draft"]:
             with contextlib.suppress(Timeout, OSError), _lock(path):
                 yield path, "left by a process that died"
-        elif age >= days:
+        elif named and age >= days:
             yield path, f"a model in the cache, last used {age:.0f} days ago"
 
 
@@ -61,7 +63,8 @@ def remove(path: Path) -> None:
         raise ArtifactError(f"{path} can't be removed: {error}") from error
 
 
-def _lock(path: Path) -> FileLock:
+def _lock(path: Path) -> contextlib.AbstractContextManager[Any]:
     named = _NAME.fullmatch(path.name)
-    assert named is not None
+    if named is None:  # a run's folder
+        return contextlib.nullcontext()
     return FileLock(path.with_name(f"{named['digest']}.lock"), timeout=0)

@@ -265,7 +265,7 @@ class ArtifactStore:
         if not resume:
             self.discard(partial)
         for path in _inside(partial):
-            if path.name != "data":
+            if path.name != "data" or path.is_symlink() or not path.is_dir():
                 self.discard(path)
         (partial / "data").mkdir(parents=True, exist_ok=True)
 

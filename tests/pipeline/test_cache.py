@@ -53,6 +53,17 @@ def test_what_is_being_made_stays(sources):
     assert not model.exists()
 
 
+def test_runs_on_stores_that_can_only_be_read(sources):
+    run = sources.parent / "runs" / "2026-01-02_03-04-05_000006"
+    run.mkdir(parents=True)
+    (run / "dirotq.log").write_text("done")
+    assert run not in dict(cache.unused(1))
+    os.utime(run, (0, 0))
+    assert "a run on a store" in dict(cache.unused(1))[run]
+    cache.remove(run)
+    assert not run.exists()
+
+
 def test_no_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("DIROTQ_CACHE", str(tmp_path / "nowhere"))
     assert list(cache.unused(0)) == []
