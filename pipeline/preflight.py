@@ -96,7 +96,7 @@ def examine(line: Line, cfg: DictConfig) -> Preflight:
         scaled = replace(cost, seconds=cost.seconds * scale)
         estimates[step.name] = Estimate(scaled, cost.seconds, present)
     notes = tuple(getattr(workload, "notes", ()))
-    return Preflight(here, estimates, notes, getattr(workload, "cache_bytes", 0))
+    return Preflight(here, estimates, notes, cache=getattr(workload, "cache_bytes", 0))
 
 
 def refuse(found: Preflight, root: Path) -> None:

@@ -185,10 +185,10 @@ def test_a_cache_that_is_too_full_is_refused(tmp_path, monkeypatch, elsewhere):
             Path, "stat", lambda p, **o: other if p.name == "cache" else stat(p, **o)
         )
     estimates = fits(disk=90).estimates
-    preflight.refuse(Preflight(CARD, estimates, 50 if elsewhere else 4), tmp_path)
+    preflight.refuse(Preflight(CARD, estimates, cache=50 if elsewhere else 4), tmp_path)
     says = r"takes about .* in the cache .*DIROTQ_CACHE=FOLDER" if elsewhere else "in the cache"
     with pytest.raises(ConfigError, match=says):
-        preflight.refuse(Preflight(CARD, estimates, 60), tmp_path)
+        preflight.refuse(Preflight(CARD, estimates, cache=60), tmp_path)
 
 
 def test_the_table(store, capsys):
