@@ -190,10 +190,9 @@ class ArtifactStore:
         ArtifactError if that can't be told.
         """
         manifest = artifact.manifest
-        try:
+        told: tuple[str, str | None] = manifest["stage"], None
+        with contextlib.suppress(ConfigError):  # numbers that no recipe has
             told = manifest["stage"], fingerprint(manifest["recipe"])
-        except ConfigError:  # numbers that no recipe has
-            told = manifest["stage"], None
         if told != (artifact.stage, artifact.fingerprint):
             raise DamagedError(
                 f"artifact {artifact} is damaged: its recipe does not hash to its folder's name. "
