@@ -1,23 +1,25 @@
 """``dirotq.load``: a packed folder as a working diffusers pipeline."""
 
-import json
 import logging
 import re
+import traceback
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from dirotq.device import compute_dtype, pick_device
 from dirotq.doors import refuse_doors
-from dirotq.errors import ArtifactError
-from dirotq.pipeline.artifact import MANIFEST, Artifact
+from dirotq.errors import ArtifactError, ConfigError, DirotqError, UnsupportedError
+from dirotq.packed_folder import check_weights, packed_folder, refuse_sizes, variant_of
+from dirotq.sums import unchecked
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+__all__ = ["check_weights", "component_bytes", "heed", "load", "open_pipeline", "quiet"]
 
 log = logging.getLogger(__name__)
 
@@ -27,51 +29,79 @@ MADE_UP = re.compile("newly initialized|MISSING|MISMATCH|seem corrupted")
 
 
 def load(
-    folder: str | Path, *, device: str = "auto", dtype: torch.dtype | None = None
+    folder: str | Path,
+    *,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    verify: bool = True,
 ) -> "DiffusionPipeline":
     """Load what ``pack`` wrote: a packed folder, or the ``pack`` artifact that holds one.
 
-    device  ``auto``, ``cpu``, ``cuda``, ``cuda:N``
-    dtype   of the parts that stay in 16 bits; float32 on a CPU and bfloat16 on a GPU by default
+    device   ``auto``, ``cpu``, ``cuda``, ``cuda:N``
+    dtype    of the parts that stay in 16 bits; float32 on a CPU and bfloat16 on a GPU by default
+    variant  of the files, as ``save_pretrained(variant=...)`` named them; the only one by default
+    verify   hold every file that is read against the digests in the folder (SHA256SUMS) first:
+             once per process, in threads; False for a folder that was changed on purpose
 
-    Raises ArtifactError if the folder holds no packed pipeline, a file is truncated, or a tensor is
-    missing, extra, misshapen, not finite or out of its range; UnsupportedError if it was packed by
-    a newer format.
+    Raises ConfigError for arguments of another kind; ArtifactError if the folder holds no packed
+    pipeline, a file of it changed, is missing or damaged, or a tensor is missing, extra, misshapen,
+    not finite or out of its range; UnsupportedError if it was packed by a newer format, or needs
+    code or packages that are not here. Running out of memory is told by Python's and torch's own
+    errors.
     """
-    target = pick_device(device)
-    return open_pipeline(packed_folder(folder), dtype or compute_dtype(target), target)
+    target = pick_device(str(device))
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"dtype={dtype!r:.60}; use torch.bfloat16, torch.float16 or torch.float32")
+    with explained(folder):
+        root = packed_folder(folder, verify=verify)
+        with nullcontext() if verify else unchecked():
+            return open_pipeline(
+                root, dtype or compute_dtype(target), target, variant=variant_of(root, variant)
+            )
 
 
-def open_pipeline(folder: Path, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
+def open_pipeline(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, variant: str | None = None
+) -> "DiffusionPipeline":
     """A local diffusers folder, packed or not, from safetensors only.
 
     On a GPU that can't hold all components at once they go there one at a time, as they are used.
 
-    Raises ArtifactError naming the weights file that is truncated or damaged; ConfigError or
-    UnsupportedError if the folder would run code or read elsewhere (dirotq/doors.py).
+    variant  of the files, where a component has it
+
+    Raises ArtifactError naming the file or component that is damaged or incomplete; ConfigError or
+    UnsupportedError if the folder would run code or read elsewhere (dirotq/doors.py), or needs
+    packages that are not here.
     """
     import diffusers
 
     from dirotq.completeness import absent, is_packed, refuse_incomplete
     from dirotq.components import DENOISER
 
-    refuse_doors(folder)
-    for file in sorted(folder.glob("*/*.safetensors")):
-        # Before diffusers and transformers open it, each of which fails in a way of its own.
-        check_weights(file)
-    packed = is_packed(folder)  # then its quantizer holds the transformer against its config
-    refuse_incomplete(
-        folder,
-        str(folder),
-        without=DENOISER if packed else "",
-        prompts=not packed,
-        error=ArtifactError,
-    )
-    with quiet() as said:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True, **absent(folder)
+    with explained(folder):
+        refuse_doors(folder)
+        # Before diffusers and transformers open a file, each of which fails in a way of its own.
+        refuse_sizes(folder)
+        packed = is_packed(folder)  # then its quantizer holds the transformer against its config
+        refuse_incomplete(
+            folder,
+            str(folder),
+            weights=variant is None,  # of a variant, what is missing is told by `heed`
+            without=DENOISER if packed else "",
+            prompts=not packed,
+            error=ArtifactError,
         )
-    heed(said)
+        with quiet() as said:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                variant=variant,
+                **absent(folder),
+            )
+        heed(said)
     pipe.set_progress_bar_config(disable=True)
     if device.type == "cuda" and component_bytes(pipe) > torch.cuda.mem_get_info(device)[0] * 0.8:
         log.info("the pipeline's components take turns on %s, which can't hold all of them", device)
@@ -87,18 +117,32 @@ def component_bytes(pipe: "DiffusionPipeline") -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def check_weights(file: str | Path) -> None:
-    """Read a safetensors file's header, which says where the file has to end.
+@contextmanager
+def explained(folder: str | Path) -> Iterator[None]:
+    """Turn whatever libraries raise while they read a folder into an error of this project.
 
-    Raises ArtifactError if the header can't be read or the file isn't as long as it says.
+    Out of memory stays what it is, with a note on what to do.
     """
     try:
-        with safe_open(file, framework="pt"):
-            pass
-    except SafetensorError as error:
+        yield
+    except DirotqError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        error.add_note(
+            f"while loading {folder}: use device='cpu', another GPU, or dtype=torch.bfloat16"
+        )
+        raise
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{_place(folder, error)} needs a package that is not installed here: {_first(error)}"
+        ) from error
+    except (GeneratorExit, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers' panics are no Exceptions
         raise ArtifactError(
-            f"{file} is damaged or was not written to its end ({error}); download it again, or "
-            "make it again with `dirotq compress`"
+            f"{_place(folder, error)} can't be loaded ({type(error).__name__}: {_first(error)}): a "
+            "file is missing or damaged, or was written for another version of diffusers or "
+            "transformers. Download the folder again, or make it again with `dirotq compress`"
         ) from error
 
 
@@ -161,25 +205,17 @@ def heed(said: Iterable[str]) -> None:
         log.warning("%s", plain)
 
 
-def packed_folder(folder: str | Path) -> Path:
-    """The diffusers folder itself, checked to hold a transformer packed by DiRotQ.
+def _place(folder: str | Path, error: BaseException) -> str:
+    """The component that diffusers was loading, if it was, and the folder."""
+    names: list[Any] = [
+        frame.f_locals.get("name")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "load_sub_model"
+    ]
+    return f"the component {names[-1]} of {folder}" if names else str(folder)
 
-    An artifact of ``pack`` is also held against its digests.
-    """
-    root = Path(folder).expanduser()
-    if (root / MANIFEST).is_file():
-        root = Artifact(root.parent.name, root.name, root).tree("model")
-    config = root / "transformer" / "config.json"
-    if not config.is_file() or not (root / "model_index.json").is_file():
-        raise ArtifactError(
-            f"{folder} holds no packed pipeline (no model_index.json with a "
-            "transformer/config.json below it); give the folder that `dirotq compress` printed"
-        )
-    packing = json.loads(config.read_text()).get("quantization_config", {})
-    if packing.get("quant_method") != "dirotq":
-        raise ArtifactError(
-            f"{folder} is a diffusers pipeline, but its transformer is not packed by DiRotQ "
-            f"(quant_method {packing.get('quant_method')!r}); pack it with "
-            f"`dirotq compress model={folder}`"
-        )
-    return root
+
+def _first(error: BaseException) -> str:
+    """The first line of an error that says something, cut."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0]:.300}" if lines else "no message"

@@ -8,9 +8,10 @@ diffusers reads before it asks the quantizer: if truncated, the error is diffuse
 """
 
 import enum
-import types
+import functools
 from collections.abc import Iterable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.guards import guard
+from dirotq.half import Lost
 from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.kernels.quantize_weight import tail_floor
 from dirotq.kernels.spec import QuantSpec
@@ -29,12 +32,10 @@ from dirotq.loading import check_weights
 from dirotq.models.family import Site
 from dirotq.models.runtime import accelerate
 from dirotq.models.swap import put_packed
-from dirotq.plan import site_from_dict
+from dirotq.packing import FORMAT, check_places, read_packing
+from dirotq.sums import check_part
 
 METHOD = "dirotq"
-FORMAT = 2
-"""Newest format: 2 adds NVFP4 and MXFP4, smoothing, regular Hadamard matrices, root mean squares,
-branches beside the input and 8-bit ones. Folders without them say 1, so that old readers go on."""
 STORED = torch.bfloat16
 """dtype on disk of floating tensors, but for those in EXACT."""
 EXACT = ("wglobal",)
@@ -49,17 +50,17 @@ class _Method(enum.StrEnum):
 
 
 class DirotqConfig(QuantizationConfigMixin):
-    """``quantization_config`` of a packed transformer: one entry per site, in network order."""
+    """``quantization_config`` of a packed transformer: one entry per site, in network order.
 
-    def __init__(self, *, sites: list[dict[str, Any]], format: int = FORMAT, **_: Any) -> None:
-        if format > FORMAT:
-            raise UnsupportedError(
-                f"this model is packed in format {format}; this DiRotQ reads up to {FORMAT}. "
-                "Upgrade: pip install -U dirotq"
-            )
+    Raises UnsupportedError for a newer format, ArtifactError for what no DiRotQ wrote
+    (dirotq/packing.py).
+    """
+
+    def __init__(self, *, sites: Any = None, format: Any = FORMAT, **_: Any) -> None:
+        self._entries = read_packing(sites, format)
         self.quant_method = _Method.DIROTQ
-        self.format = format
-        self.sites = sites
+        self.format: int = format
+        self.sites: list[dict[str, Any]] = sites
 
     @classmethod
     def of(cls, sites: Iterable[tuple[Site, QuantSpec]]) -> "DirotqConfig":
@@ -68,10 +69,7 @@ class DirotqConfig(QuantizationConfigMixin):
         return cls(sites=plain, format=max((spec.since for _, spec in entries), default=1))
 
     def entries(self) -> list[tuple[Site, QuantSpec]]:
-        return [
-            (site_from_dict(entry["site"]), QuantSpec.from_dict(entry["spec"]))
-            for entry in self.sites
-        ]
+        return list(self._entries)
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "format": self.format, "sites": self.sites}
@@ -89,22 +87,37 @@ class DirotqQuantizer(DiffusersQuantizer):
     def __init__(self, quantization_config: DirotqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._found: dict[str, Signature] | None = None
+        self._dtype: torch.dtype | None = None
+        self._lost: dict[str, Lost] = {}
+
+    def update_torch_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
+        self._dtype = torch_dtype
+        return torch_dtype
 
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str]
     ) -> list[str]:
         found = {}
+        for folder in {Path(file).parent for file in checkpoint_files}:
+            check_part(folder)
+        packed = {site.name for site, _ in self.quantization_config.entries()}
         for file in checkpoint_files:
             check_weights(file)
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     tensor = tensors.get_slice(name)
                     found[name] = Signature(tuple(tensor.get_shape()), tensor.get_dtype())
+                    kept = name.rpartition(".")[0] not in packed
+                    if self._dtype is torch.float16 and kept and tensor.get_dtype() == "BF16":
+                        if (lost := Lost.of(tensors.get_tensor(name))) is not None:
+                            self._lost[name] = lost
         self._found = found
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
-        put_packed(model, self.quantization_config.entries())
+        entries = self.quantization_config.entries()
+        check_places(model, entries)
+        put_packed(model, entries)
         if self._found is not None:
             _compare({n: Signature.of(n, t) for n, t in model.state_dict().items()}, self._found)
 
@@ -138,14 +151,25 @@ class DirotqQuantizer(DiffusersQuantizer):
             if isinstance(module, QuantLinear):
                 check_numbers(name, module)
         accelerate(model, graphs=True)
-        model.to_json_string = types.MethodType(_config_without_path, model)
+        model.to_json_string = functools.partial(_config_without_path, model)
+        guard(model)
         return model
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Back to the stored dtype, so that load and save in any compute dtype changes no byte."""
-        return {n: t.to(stored_dtype(n, t)) for n, t in state_dict.items()}, {}
+        """Back to the stored dtype, so that load and save in any compute dtype changes no byte.
+
+        Raises UnsupportedError for pickles, which no loader of packed folders opens.
+        """
+        if not safe_serialization:
+            raise UnsupportedError(
+                "a packed transformer is saved as safetensors only: a pickle can run code when "
+                "loaded, and dirotq opens none. Leave out safe_serialization=False"
+            )
+        stored = {n: t.to(stored_dtype(n, t)) for n, t in state_dict.items()}
+        changed = {n: lost.put_back(state_dict[n]) for n, lost in self._lost.items() if n in stored}
+        return stored | changed, {}
 
     @property
     def is_serializable(self) -> bool:
@@ -164,7 +188,7 @@ def mark_packed(transformer: Any, config: DirotqConfig) -> None:
     """Make ``save_pretrained`` of a freshly packed transformer write what the loader reads."""
     transformer.hf_quantizer = DirotqQuantizer(config, pre_quantized=True)
     transformer.register_to_config(quantization_config=config)
-    transformer.to_json_string = types.MethodType(_config_without_path, transformer)
+    transformer.to_json_string = functools.partial(_config_without_path, transformer)
 
 
 def stored_dtype(name: str, tensor: Tensor) -> torch.dtype:

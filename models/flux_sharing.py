@@ -8,7 +8,7 @@ plain code; nothing is remembered between calls.
 Letters: B images, T tokens, D channels, F channels of the MLP.
 """
 
-import types
+import functools
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ def share_single(block: Any) -> None:
         block.attn.fused_projections = True
         # The forward of this object and not a subclass: diffusers finds blocks by their class
         # (caches, `compile_repeated_blocks`, `_no_split_modules`). A deep copy binds its own.
-        block.forward = types.MethodType(_single_forward, block)
+        block.forward = functools.partial(_single_forward, block)
 
 
 class Joined(nn.Module):

@@ -8,7 +8,7 @@ falls back to the forward that the block had before.
 Letters: B images, T tokens, S text tokens, D channels, C chunks of a modulation.
 """
 
-import types
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -42,14 +42,15 @@ def install(
     for blocks, forward in fused:
         for block in blocks:
             state = vars(block)
-            # The class's, or a method bound by hand, if sharing gave it one; never a fused one.
-            before = getattr(state.get("forward"), "__func__", type(block).forward)
+            # The class's, or a function bound by hand, if sharing gave it one; never a fused one.
+            before = getattr(state.get("forward"), "func", type(block).forward)
             if before is not forward:
                 block._dirotq_unfused = before
             block._dirotq_shared = shared
             block._dirotq_made = Made.now(block)
             # The forward of this object and not a subclass: diffusers finds blocks by their class.
-            block.forward = types.MethodType(forward, block)
+            # A method bound by hand would not pickle: it is looked up by its name in the class.
+            block.forward = functools.partial(forward, block)
 
 
 def may_fuse(block: Any, x: Tensor) -> bool:

@@ -155,6 +155,18 @@ class GraphedForward:
         original = copy.deepcopy(self.original, memo)
         return GraphedForward(transformer, original, self.limit, self.recorder_type)
 
+    def __getstate__(self) -> tuple[Any, ...]:
+        # Graphs, locks and streams are this process's. The class's own forward is not looked up by
+        # name when this is read back: there this object would stand.
+        own = self.original == MethodType(type(self.transformer).forward, self.transformer)
+        original = None if own else self.original
+        return self.transformer, original, self.limit, self.recorder_type
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        transformer, original, limit, recorder = state
+        own = MethodType(type(transformer).forward, transformer)
+        GraphedForward.__init__(self, transformer, original or own, limit, recorder)
+
     def clear(self) -> None:
         """Drop all graphs; those of later calls are recorded anew.
 

@@ -100,6 +100,9 @@ class Modulators:
             and not any(hooked(block) for block in self.blocks)
         )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_last": None}  # keyed by what is where in this process
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "Modulators":
         return Modulators(deepcopy(self.blocks, memo), deepcopy(self.linears, memo))
 

@@ -29,6 +29,7 @@ from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
 from dirotq.quantizer import STORED, DirotqConfig, mark_packed, stored_dtype
 from dirotq.sizes import parse_bytes
+from dirotq.sums import write_sums
 from dirotq.tensors import load_site, site_file
 
 CODED = ("qweight", "wscale", "wglobal", "wp", "wpscale")
@@ -44,6 +45,7 @@ image = pipe("...", **{call}).images[0]
 
 {parameters:.2f} M transformer parameters in {megabytes:.2f} MB: {bits:.2f} bits per parameter,
 everything counted (codes, scales, bases, protected columns, all layers kept in 16 bits).
+`dirotq.load` holds every file against SHA256SUMS; so does `sha256sum -c SHA256SUMS`.
 """
 
 
@@ -56,7 +58,7 @@ class Pack:
     ``shard``  largest weights file ("5GB")
     """
 
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
 
     model: DiffusersModel
     shard: str
@@ -103,6 +105,7 @@ class Pack:
             bits=8 * size / parameters,
         )
         (folder / "README.md").write_text(card)
+        write_sums(folder)  # last: it speaks of every file that is read
         return {
             "transformer_megabytes": size / 1e6,
             "bits_per_parameter": 8 * size / parameters,

@@ -5,6 +5,7 @@ keep the memory busy from the first to the last. Letters: M rows, N outputs, K i
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ class Together:
         self._addresses: list[int] = []
         self._tile = TILES["row"][0]
         self._table_FL: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_addresses": [], "_table_FL": None}  # this process's
 
     def __call__(self, x: Tensor) -> list[Tensor]:
         """x [..., K] -> [..., N] of every linear, each contiguous, in x's dtype."""

@@ -1,0 +1,37 @@
+"""What float16 can't hold of a bfloat16 tensor: kept, so that saving writes the stored bytes again.
+
+float16 ends at 65504 and at 2^-24. Of trained weights it is one in thousands.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Lost(NamedTuple):
+    """The numbers of one tensor that float16 rounds.
+
+    places  int64, [n], in the flattened tensor
+    values  bfloat16, [n], as stored
+    """
+
+    places: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, stored: Tensor) -> "Lost | None":
+        """Of a bfloat16 tensor; None if float16 holds every number of it."""
+        flat = stored.flatten()
+        places = (flat.half().bfloat16() != flat).nonzero().flatten()
+        return cls(places, flat[places]) if len(places) else None
+
+    def put_back(self, tensor: Tensor) -> Tensor:
+        """``tensor`` in bfloat16, with the stored values where it still holds what float16 made of
+        them. A number that was changed since then stays as it is."""
+        flat = tensor.flatten()
+        places, values = self.places.to(flat.device), self.values.to(flat.device)
+        back = flat.bfloat16()
+        same = flat[places].half() == values.half()
+        back[places] = torch.where(same, values, back[places])
+        return back.view(tensor.shape)

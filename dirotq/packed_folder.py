@@ -1,0 +1,240 @@
+"""What a packed folder has to be like before diffusers and transformers open anything in it.
+
+Their own errors for odd folders are of many kinds, some odd folders cost minutes or gigabytes
+before there is one, and a name in a file can lead out of the folder.
+"""
+
+import json
+import logging
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
+from dirotq.pipeline.artifact import MANIFEST, Artifact
+from dirotq.sums import SUMS, check_sums
+
+log = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+WEIGHTS = "diffusion_pytorch_model"
+AGAIN = "download it again, or make it again with `dirotq compress`"
+COUNTS = re.compile("layers|blocks|depth|levels")
+"""In the names of settings that say how often something is built."""
+MOST_STEPS = 1_000_000
+"""Largest number in a scheduler's settings: some of them make tables so long."""
+
+
+def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
+    """The diffusers folder itself, checked to hold a transformer packed by DiRotQ.
+
+    folder  it, or the artifact of ``pack`` around it
+    verify  hold every file that will be read against the digests that lie in it (SHA256SUMS) and
+            in the manifest of its artifact
+
+    Raises ArtifactError if the folder holds no packed pipeline, or a file differs.
+    """
+    root = _path(folder)
+    if (root / MANIFEST).is_file() and not (root / INDEX).is_file():
+        root = root / "data" / "model"
+    artifact = _artifact_around(root)
+    if verify and artifact is not None:
+        artifact.tree(root.name)
+    config = root / "transformer" / "config.json"
+    if not config.is_file() or not (root / INDEX).is_file():
+        raise ArtifactError(
+            f"{folder} holds no packed pipeline (no {INDEX} with a transformer/config.json below "
+            "it); give the folder that `dirotq compress` printed"
+        )
+    if verify and not check_sums(root) and artifact is None:
+        log.warning(
+            "%s has no %s, so its bytes can't be checked: an older DiRotQ packed it, or "
+            "save_pretrained wrote it (`python -c \"from dirotq.sums import write_sums; "
+            "write_sums('%s')\"` makes one)",
+            root, SUMS, root,
+        )  # fmt: skip
+    packing = read_object(config).get("quantization_config")
+    method = packing.get("quant_method") if isinstance(packing, dict) else None
+    if method != "dirotq":
+        raise ArtifactError(
+            f"{folder} is a diffusers pipeline, but its transformer is not packed by DiRotQ "
+            f"(quant_method {method!r:.60}); pack it with `dirotq compress model={folder}`"
+        )
+    return root
+
+
+def refuse_odd(root: Path) -> None:
+    """Look at the names and settings of a diffusers folder, packed or not, and at its headers.
+
+    Raises ArtifactError naming a file that is damaged, a setting that can't be right, or a name
+    that leads out of the folder; UnsupportedError for a pipeline that needs code of its own.
+    """
+    for name, cls in _components(root, read_object(root / INDEX)).items():
+        part = root / name
+        tensors = sum(count_tensors(file) for file in sorted(part.glob("*.safetensors")))
+        for file in sorted(part.glob("*.json")):
+            if ".index." in file.name:  # also of a variant
+                _check_weight_map(file)
+            elif file.name.endswith("config.json"):
+                settings = read_object(file)
+                _check_counts(file, settings, tensors)
+                if "auto_map" in settings and cls.startswith("Auto"):
+                    raise UnsupportedError(
+                        f"{file} asks for code of its own (auto_map), which is never run"
+                    )
+
+
+def variant_of(root: Path, wanted: str | None) -> str | None:
+    """Which files of the transformer to read: None for the plain names, else such as ``fp16``.
+
+    wanted  the variant asked for; None takes the only one there is
+
+    Raises ArtifactError naming those that there are.
+    """
+    names = [file.name for file in (root / "transformer").glob(f"{WEIGHTS}.*")]
+    whole = re.compile(rf"{WEIGHTS}\.(?:([\w-]+?)(?:-\d{{5}}-of-\d{{5}})?\.)?safetensors")
+    found = sorted({match[1] or "" for name in names if (match := whole.fullmatch(name))})
+    if list((root / "transformer").glob(f"{WEIGHTS}-*-of-*.safetensors")):
+        found.insert(0, "")
+    if wanted is None and (not found or found[0] == ""):
+        return None
+    if wanted in found:
+        return wanted
+    if wanted is None and len(found) == 1:
+        return found[0]
+    raise ArtifactError(
+        f"{root / 'transformer'} holds the weights of "
+        f"{', '.join(f'variant={name!r}' if name else 'no variant' for name in found) or 'none'}, "
+        f"not of variant={wanted!r:.60}; name one that is there, dirotq.load(folder, variant=...)"
+    )
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON object. Raises ArtifactError if it is anything else, or can't be read."""
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} is damaged ({error}); {AGAIN}") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(f"{file} is damaged: {value!r:.60} is no JSON object; {AGAIN}")
+    return value
+
+
+def check_weights(file: str | Path) -> None:
+    """Read a safetensors file's header, which says where the file has to end.
+
+    Raises ArtifactError if the header can't be read or the file isn't as long as it says.
+    """
+    count_tensors(file)
+
+
+def count_tensors(file: str | Path) -> int:
+    """Number of tensors in a safetensors file; raises as :func:`check_weights`."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            return len(tensors.keys())
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"{file} is damaged or was not written to its end ({error}); {AGAIN}"
+        ) from error
+    except OSError as error:
+        raise ArtifactError(f"{file} can't be read: {error}") from error
+
+
+def _path(folder: str | Path) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except (TypeError, RuntimeError) as error:  # ~nobody
+        raise ConfigError(f"{folder!r:.200} is no path of a folder: {error}") from error
+
+
+def _artifact_around(root: Path) -> Artifact | None:
+    """The artifact of ``pack`` whose data/model this is, also through a link."""
+    place = root.resolve()
+    around = place.parent.parent
+    if place.parent.name != "data" or not (around / MANIFEST).is_file():
+        return None
+    artifact = Artifact(around.parent.name, around.name, around)
+    try:
+        manifest = read_object(around / MANIFEST)
+    except ArtifactError:
+        manifest = {}
+    # Other people's files have this name too; a damaged one of ours is told by its place.
+    return artifact if manifest.get("stage", around.parent.name) == "pack" else None
+
+
+def _components(root: Path, index: Mapping[str, Any]) -> dict[str, str]:
+    """{component: class} of a model_index.json, without those that are switched off."""
+    from diffusers import pipelines
+
+    file = root / INDEX
+    if not isinstance(index.get("_class_name"), str):
+        raise UnsupportedError(
+            f"{file} says _class_name {index.get('_class_name')!r:.60}: only pipelines of "
+            "diffusers itself are loaded, code that comes with a model is never run"
+        )
+    found = {}
+    for name, value in index.items():
+        if name.startswith("_") or not isinstance(value, list | dict):
+            continue
+        match value:
+            case [None, None]:
+                continue
+            case [str(library), str(cls)] if name.isidentifier() and cls.isidentifier():
+                if library not in ("diffusers", "transformers") and not (
+                    library.isidentifier() and hasattr(pipelines, library)
+                ):
+                    raise UnsupportedError(
+                        f"{file}: the component {name} is a {cls} of {library!r:.60}; only classes "
+                        "of diffusers and transformers are loaded"
+                    )
+                found[name] = cls
+            case _:
+                raise ArtifactError(
+                    f"{file} is damaged: {name!r:.60} is {value!r:.60}, not the plain name of a "
+                    f"component with its library and class; {AGAIN}"
+                )
+    return found
+
+
+def _check_weight_map(file: Path) -> None:
+    weights = read_object(file).get("weight_map")
+    if not isinstance(weights, dict) or not weights:
+        raise ArtifactError(f"{file} is damaged: it has no weight_map of tensors; {AGAIN}")
+    for shard in {str(name): name for name in weights.values()}.values():
+        plain = isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", shard)
+        if not plain or not (file.parent / shard).is_file():
+            raise ArtifactError(
+                f"{file} names {shard!r:.90}, which is no .safetensors file beside it; {AGAIN}"
+            )
+
+
+def _check_counts(file: Path, settings: Mapping[str, Any], tensors: int) -> None:
+    """Refuse what would be built more often than there are tensors for, before it is built."""
+    scheduler = file.name == "scheduler_config.json"
+    for name, value in _settings(settings):
+        counted = tensors > 0 and COUNTS.search(name) is not None
+        most = MOST_STEPS if scheduler else tensors if counted else None
+        if most is not None and isinstance(value, int) and value > most:
+            raise ArtifactError(
+                f"{file} says {name} = {value}, more than "
+                f"{'a scheduler can have' if scheduler else f'the {most} tensors beside it'}: the "
+                f"file is damaged or of another model; {AGAIN}"
+            )
+
+
+def _settings(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every number of nested settings with its nearest name; a list's length counts as one."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key != "quantization_config":
+                yield from _settings(inner, str(key))
+    elif isinstance(value, list):
+        yield name, len(value)
+        for inner in value:
+            yield from _settings(inner, name)
+    else:
+        yield name, value
