@@ -21,7 +21,7 @@ PACKED = (QuantLinear, SiteView, PointwiseView)
 
 
 def guard(transformer: Any) -> None:
-    """Make a packed transformer that was just loaded behave where diffusers knows of none, in place.
+    """Prepare a packed transformer that was just loaded for what diffusers does to any, in place.
 
     It may be cast (``from_pipe``), refuses 16-bit weights, takes ``fuse_qkv_projections`` as said
     already, and is refused by diffusers' ``from_transformer``, which would copy nothing of it.
@@ -73,9 +73,10 @@ def _guard_copies(module: ModuleType) -> None:
     looking (``strict=False``), and what they make of a packed transformer is random."""
     for cls in vars(module).values():
         made = vars(cls).get("from_transformer") if isinstance(cls, type) else None
-        if isinstance(made, classmethod) and not hasattr(made.__func__, "__wrapped__"):
-            if "load_weights_from_transformer" in inspect.signature(made.__func__).parameters:
-                setattr(cls, "from_transformer", classmethod(_refusing(made.__func__)))
+        if not isinstance(made, classmethod) or hasattr(made.__func__, "__wrapped__"):
+            continue
+        if "load_weights_from_transformer" in inspect.signature(made.__func__).parameters:
+            cls.from_transformer = classmethod(_refusing(made.__func__))
 
 
 def _refusing(make: Callable[..., Any]) -> Callable[..., Any]:

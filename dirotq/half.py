@@ -20,11 +20,11 @@ class Lost(NamedTuple):
     values: Tensor
 
     @classmethod
-    def of(cls, stored: Tensor) -> "Lost | None":
-        """Of a bfloat16 tensor; None if float16 holds every number of it."""
+    def of(cls, stored: Tensor) -> "Lost":
+        """Of a bfloat16 tensor."""
         flat = stored.flatten()
         places = (flat.half().bfloat16() != flat).nonzero().flatten()
-        return cls(places, flat[places]) if len(places) else None
+        return cls(places, flat[places])
 
     def put_back(self, tensor: Tensor) -> Tensor:
         """``tensor`` in bfloat16, with the stored values where it still holds what float16 made of

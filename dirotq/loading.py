@@ -52,7 +52,7 @@ def load(
     """
     target = pick_device(str(device))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConfigError(f"dtype={dtype!r:.60}; use torch.bfloat16, torch.float16 or torch.float32")
+        raise ConfigError(f"dtype={dtype!r:.60}; use torch.bfloat16, float16 or float32")
     with explained(folder):
         root = packed_folder(folder, verify=verify)
         with nullcontext() if verify else unchecked():

@@ -26,6 +26,9 @@ COUNTS = re.compile("layers|blocks|depth|levels")
 """In the names of settings that say how often something is built."""
 MOST_STEPS = 1_000_000
 """Largest number in a scheduler's settings: some of them make tables so long."""
+TABLES = re.compile("sample_size|pos_embed_max_size")
+WIDEST_TABLE = 1024
+"""Largest side of a transformer's table of positions, whose area is computed at construction."""
 
 
 def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
@@ -42,7 +45,7 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
         root = root / "data" / "model"
     artifact = _artifact_around(root)
     if verify and artifact is not None:
-        artifact.tree(root.name)
+        artifact.tree("model")
     config = root / "transformer" / "config.json"
     if not config.is_file() or not (root / INDEX).is_file():
         raise ArtifactError(
@@ -66,18 +69,22 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
     return root
 
 
-def refuse_odd(root: Path) -> None:
+def refuse_odd(root: Path, variant: str | None = None) -> None:
     """Look at the names and settings of a diffusers folder, packed or not, and at its headers.
+
+    variant  of the weights that will be read, where a component has it
 
     Raises ArtifactError naming a file that is damaged, a setting that can't be right, or a name
     that leads out of the folder; UnsupportedError for a pipeline that needs code of its own.
     """
     for name, cls in _components(root, read_object(root / INDEX)).items():
         part = root / name
+        plain = variant is None or not list(part.glob(f"*.{variant}*.safetensors"))
         tensors = sum(count_tensors(file) for file in sorted(part.glob("*.safetensors")))
         for file in sorted(part.glob("*.json")):
-            if ".index." in file.name:  # also of a variant
-                _check_weight_map(file)
+            if ".index." in file.name:
+                if file.name.endswith(".index.json" if plain else f".index.{variant}.json"):
+                    _check_weight_map(file)
             elif file.name.endswith("config.json"):
                 settings = read_object(file)
                 _check_counts(file, settings, tensors)
@@ -155,7 +162,7 @@ def _artifact_around(root: Path) -> Artifact | None:
     """The artifact of ``pack`` whose data/model this is, also through a link."""
     place = root.resolve()
     around = place.parent.parent
-    if place.parent.name != "data" or not (around / MANIFEST).is_file():
+    if place.parts[-2:] != ("data", "model") or not (around / MANIFEST).is_file():
         return None
     artifact = Artifact(around.parent.name, around.name, around)
     try:
@@ -214,15 +221,18 @@ def _check_weight_map(file: Path) -> None:
 
 def _check_counts(file: Path, settings: Mapping[str, Any], tensors: int) -> None:
     """Refuse what would be built more often than there are tensors for, before it is built."""
-    scheduler = file.name == "scheduler_config.json"
     for name, value in _settings(settings):
-        counted = tensors > 0 and COUNTS.search(name) is not None
-        most = MOST_STEPS if scheduler else tensors if counted else None
+        most, why = None, ""
+        if file.name == "scheduler_config.json":
+            most, why = MOST_STEPS, "a scheduler's steps"
+        elif tensors and COUNTS.search(name):
+            most, why = tensors, "the tensors beside it"
+        elif file.parent.name.startswith("transformer") and TABLES.search(name):
+            most, why = WIDEST_TABLE, "any transformer's table of positions"
         if most is not None and isinstance(value, int) and value > most:
             raise ArtifactError(
-                f"{file} says {name} = {value}, more than "
-                f"{'a scheduler can have' if scheduler else f'the {most} tensors beside it'}: the "
-                f"file is damaged or of another model; {AGAIN}"
+                f"{file} says {name} = {value}, more than {why} can be ({most}): the file is "
+                f"damaged or of another model; {AGAIN}"
             )
 
 

@@ -109,8 +109,7 @@ class DirotqQuantizer(DiffusersQuantizer):
                     found[name] = Signature(tuple(tensor.get_shape()), tensor.get_dtype())
                     kept = name.rpartition(".")[0] not in packed
                     if self._dtype is torch.float16 and kept and tensor.get_dtype() == "BF16":
-                        if (lost := Lost.of(tensors.get_tensor(name))) is not None:
-                            self._lost[name] = lost
+                        self._lost[name] = Lost.of(tensors.get_tensor(name))
         self._found = found
         return loaded_keys
 

@@ -163,7 +163,8 @@ def _read_names(folder: Path) -> set[str]:
     index = folder / "model_index.json"
     try:
         values = json.loads(index.read_text(encoding="utf-8"))
-        parts = [name for name, value in values.items() if isinstance(value, list)]
+        # [null, null] is a component that is switched off.
+        parts = [n for n, value in values.items() if isinstance(value, list) and any(value)]
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ArtifactError(
             f"{index} is missing or damaged ({error}); download the folder again, or make it again "
@@ -198,5 +199,5 @@ def _what_to_do(folder: Path) -> str:
     return (
         "Download the folder again, or pack it again with `dirotq compress`. If you changed it on "
         'purpose, dirotq.load(folder, verify=False) takes it as it is, and `python -c "from '
-        f"dirotq.sums import write_sums; write_sums({str(folder)!r})\"` renews the list"
+        f'dirotq.sums import write_sums; write_sums({str(folder)!r})"` renews the list'
     )

@@ -15,8 +15,10 @@ import dirotq
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.kernels.linear import QuantLinear, SiteView
 from dirotq.kernels.quantize_weight import scale_floor
+from dirotq.packing import FORMAT
 from dirotq.plan import read_plan
-from dirotq.quantizer import FLOOR_GRACE, FORMAT, DirotqConfig, check_numbers
+from dirotq.quantizer import FLOOR_GRACE, DirotqConfig, check_numbers
+from dirotq.sums import SUMS, write_sums
 
 SITE = "single_transformer_blocks.0.qkv_mlp"
 CODES, SCALES = f"{SITE}.qweight", f"{SITE}.wscale"
@@ -32,6 +34,7 @@ def rewrite(folder: Path, change) -> None:
     tensors: dict[str, Tensor] = load_file(weights(folder))
     change(tensors)
     save_file(tensors, weights(folder), metadata={"format": "pt"})
+    write_sums(folder)  # what is tried here is what lies behind the digests
 
 
 def edit_packing(folder: Path, **changes) -> None:
@@ -39,6 +42,7 @@ def edit_packing(folder: Path, **changes) -> None:
     config = json.loads(file.read_text())
     config["quantization_config"] |= changes
     file.write_text(json.dumps(config))
+    write_sums(folder)
 
 
 def test_config_round_trip(finished):
@@ -207,6 +211,7 @@ def test_offloaded_tensors_are_passed_over():
 def test_a_truncated_shard_is_named(packed_folder):
     model = load_alone(packed_folder)
     weights(packed_folder).unlink()
+    (packed_folder / SUMS).unlink()
     model.save_pretrained(packed_folder / "transformer", max_shard_size="100KB")
     load_alone(packed_folder)
     shard = sorted((packed_folder / "transformer").glob("*.safetensors"))[1]
@@ -224,7 +229,7 @@ def fp4_folder(request, line, tmp_path) -> Path:
 def test_fp4_folders_say_so_to_readers_that_do_not_know_it(fp4_folder, monkeypatch):
     config = json.loads((fp4_folder / "transformer" / "config.json").read_text())
     assert config["quantization_config"]["format"] == 2 == FORMAT
-    monkeypatch.setattr("dirotq.quantizer.FORMAT", 1)
+    monkeypatch.setattr("dirotq.packing.FORMAT", 1)
     with pytest.raises(UnsupportedError, match=r"packed in format 2; .* up to 1\. Upgrade: pip"):
         dirotq.load(fp4_folder)
 

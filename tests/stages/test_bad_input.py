@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from tiny_line import overrides
 
 from dirotq.pipeline.cli import main
+from dirotq.sums import SUMS, write_sums
 
 
 class Said(NamedTuple):
@@ -170,6 +171,8 @@ def generate(capsys):
 def test_a_truncated_packed_model(generate, packed_folder):
     (weights,) = (packed_folder / "transformer").glob("*.safetensors")
     weights.write_bytes(weights.read_bytes()[:-100])
+    refused(generate(packed_folder), weights.name, "changed", "Download", "dirotq compress")
+    (packed_folder / SUMS).unlink()
     refused(generate(packed_folder), weights.name, "not written to its end", "dirotq compress")
 
 
@@ -178,4 +181,5 @@ def test_a_packed_model_whose_scales_are_not_finite(generate, packed_folder):
     tensors, name = load_file(weights), "transformer_blocks.0.ff.net.2.wscale"
     tensors[name][0] = float("nan")
     save_file(tensors, weights, metadata={"format": "pt"})
+    write_sums(packed_folder)
     refused(generate(packed_folder), name, "NaN or infinity", "dirotq compress")

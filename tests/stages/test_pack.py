@@ -13,6 +13,7 @@ from dirotq.errors import ConfigError
 from dirotq.models.swap import footprint
 from dirotq.plan import read_plan
 from dirotq.stages.pack import Pack
+from dirotq.sums import SUMS
 from dirotq.tensors import load_site, site_file
 
 
@@ -66,7 +67,7 @@ def test_everything_else_of_the_pipeline_is_copied(model, folder):
             assert json.loads(packed[name]) == noted, name
         elif not name.startswith("transformer/") and name != "generation.json":
             assert packed[name] == content, name
-    assert set(packed) - set(source) == {"README.md"}
+    assert set(packed) - set(source) == {"README.md", SUMS}
     assert json.loads(packed["generation.json"]) == CALL
 
 
@@ -164,7 +165,7 @@ def test_metrics_weigh_what_lies_on_disk(finished, model, stored, folder):
     assert sum(footprint(dirotq.load(model, device="cpu").transformer).values()) == size
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shard", ["5GB", "100KB"])
 def test_load_then_save_changes_no_byte(pack, inputs, tmp_path, dtype, shard):
     run_stage(dataclasses.replace(pack, shard=shard), tmp_path / "first", **inputs)

@@ -1,7 +1,7 @@
 """Packed folders with odd settings: what anybody may send, with digests that fit.
 
-``odd_settings(folder)`` is a strategy of changed JSON files, ``load_odd`` loads a folder with one of
-them. Only DiRotQ's own errors may leave, and soon.
+``odd_settings(folder)`` is a strategy of changed JSON files, ``load_odd`` loads a folder with one
+of them. Only DiRotQ's own errors may leave, and soon.
 """
 
 import copy
@@ -76,7 +76,7 @@ def load_odd(folder: Path, odd: Odd) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch) / "packed"
         shutil.copytree(folder, root, copy_function=_link)
-        (root / SUMS).unlink()
+        (root / SUMS).unlink(missing_ok=True)
         (root / odd.file).unlink()
         (root / odd.file).write_text(odd.text)
         start = time.monotonic()
