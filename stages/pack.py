@@ -55,7 +55,7 @@ class Pack:
 
     The weights are written shard by shard: no more than one is in memory.
 
-    ``shard``  largest weights file ("5GB")
+    ``shard``  largest weights file ("2GB": a file is one thread's work when it is checked)
     """
 
     version: ClassVar[str] = "4"
