@@ -23,7 +23,9 @@ INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model"
 AGAIN = "download it again, or make it again with `dirotq compress`"
 COUNTS = re.compile("layers|blocks|depth|levels")
-"""In the names of settings that say how often something is built."""
+"""In the names of settings that say how often something is built, mostly."""
+MANY = 512
+"""Of anything, which costs a second at most; more of it needs as many tensors."""
 MOST_STEPS = 1_000_000
 """Largest number in a scheduler's settings: some of them make tables so long."""
 TABLES = re.compile("sample_size|pos_embed_max_size")
@@ -226,7 +228,7 @@ def _check_counts(file: Path, settings: Mapping[str, Any], tensors: int) -> None
         if file.name == "scheduler_config.json":
             most, why = MOST_STEPS, "a scheduler's steps"
         elif tensors and COUNTS.search(name):
-            most, why = tensors, "the tensors beside it"
+            most, why = max(tensors, MANY), "what has its tensors beside it"
         elif file.parent.name.startswith("transformer") and TABLES.search(name):
             most, why = WIDEST_TABLE, "any transformer's table of positions"
         if most is not None and isinstance(value, int) and value > most:

@@ -178,7 +178,7 @@ def test_a_million_blocks_are_refused_at_once(packed_folder):
     file.write_text(json.dumps(config | {"num_single_layers": 1_000_000}))
     write_sums(packed_folder)
     start = time.monotonic()
-    with pytest.raises(ArtifactError, match=r"num_single_layers = 1000000, more than the tensors"):
+    with pytest.raises(ArtifactError, match=r"num_single_layers = 1000000, more than what has"):
         dirotq.load(packed_folder, device="cpu")
     assert time.monotonic() - start < 1
     assert FluxTransformer2DModel.load_config(packed_folder, subfolder="transformer")
