@@ -39,6 +39,9 @@ class Runtime:
     faster than cuDNN yet. Another backend that diffusers was told to use wins over either."""
 
     def __post_init__(self) -> None:
+        for name in ("fused", "graphs"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} is {getattr(self, name)!r:.60}; use True or False")
         if self.attention not in get_args(Attention):
             raise ConfigError(
                 f"attention {self.attention!r} is unknown; use 'exact' (16 bits) or 'fp8'"
@@ -157,9 +160,14 @@ def accelerate(model: Any, **changes: Any) -> Any:
     model    a pipeline with a packed transformer, or that transformer
     changes  fields of :class:`Runtime`: ``fused``, ``graphs``, ``attention``
 
-    Raises ConfigError for a field or value that does not exist.
+    Raises ConfigError for a field or value that does not exist, or a model without a transformer.
     """
-    transformer = model if isinstance(model, nn.Module) else model.transformer
+    transformer = model if isinstance(model, nn.Module) else getattr(model, "transformer", None)
+    if not isinstance(transformer, nn.Module):
+        raise ConfigError(
+            f"a {type(model).__name__} has no transformer to accelerate; give a pipeline that has "
+            "one, or the transformer itself"
+        )
     known = [f.name for f in fields(Runtime)]
     if unknown := set(changes) - set(known):
         raise ConfigError(

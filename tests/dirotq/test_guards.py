@@ -4,6 +4,7 @@ import copy
 import io
 import multiprocessing
 import pickle
+from concurrent.futures import ProcessPoolExecutor
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from diffusers import (
 from tiny_line import CALL, CAPTIONS, tree_bytes
 
 import dirotq
-from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
 from dirotq.models.graphs import GraphedForward
 from dirotq.models.runtime import runtime_of
 
@@ -81,8 +82,9 @@ def _rows(transformer) -> list[float]:
 
 
 def test_a_spawned_process_takes_one(pipe):
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        assert pool.apply(_rows, (pipe.transformer,)) == _rows(pipe.transformer)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        assert pool.submit(_rows, pipe.transformer).result() == _rows(pipe.transformer)
 
 
 def test_pickles_are_not_written(pipe, tmp_path):
@@ -165,6 +167,22 @@ def test_sixteen_bit_weights_are_not_mixed_in(pipe, folder, strict):
         pipe.transformer.load_state_dict(plain.state_dict(), strict=strict)
     own = pipe.transformer.state_dict()
     assert not any(pipe.transformer.load_state_dict(own))
+
+
+@pytest.mark.parametrize(
+    ("model", "changes", "message"),
+    [
+        (None, {"fused": False}, "NoneType has no transformer"),
+        (object(), {"fused": False}, "object has no transformer"),
+        (torch.nn.Linear(1, 1), {"fused": "no"}, "fused is 'no'; use True or False"),
+        (torch.nn.Linear(1, 1), {"graphs": 1}, "graphs is 1"),
+        (torch.nn.Linear(1, 1), {"attention": ["fp8"]}, "unknown"),
+        (torch.nn.Linear(1, 1), {"speed": 2}, "no speed"),
+    ],
+)
+def test_accelerate_says_what_it_takes(model, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        dirotq.accelerate(model, **changes)
 
 
 def test_qkv_are_fused_already(pipe):
