@@ -1,10 +1,8 @@
 """What a packed folder has to be like before diffusers and transformers open anything in it.
 
-Their own errors for odd folders are of many kinds, some odd folders cost minutes or gigabytes
-before there is one, and a name in a file can lead out of the folder.
+Some odd folders cost minutes or gigabytes before there is an error.
 """
 
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -13,7 +11,9 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
+from dirotq.errors import ArtifactError, ConfigError
+from dirotq.json_file import read_json
+from dirotq.names import components
 from dirotq.pipeline.artifact import MANIFEST, Artifact
 from dirotq.sums import SUMS, check_sums
 
@@ -61,7 +61,7 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
             "write_sums('%s')\"` makes one)",
             root, SUMS, root,
         )  # fmt: skip
-    packing = read_object(config).get("quantization_config")
+    packing = read_json(config).get("quantization_config")
     method = packing.get("quant_method") if isinstance(packing, dict) else None
     if method != "dirotq":
         raise ArtifactError(
@@ -71,29 +71,18 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
     return root
 
 
-def refuse_odd(root: Path, variant: str | None = None) -> None:
-    """Look at the names and settings of a diffusers folder, packed or not, and at its headers.
+def refuse_sizes(root: Path) -> None:
+    """Look at the headers of a diffusers folder, packed or not, and at how often its settings say
+    that something is built.
 
-    variant  of the weights that will be read, where a component has it
-
-    Raises ArtifactError naming a file that is damaged, a setting that can't be right, or a name
-    that leads out of the folder; UnsupportedError for a pipeline that needs code of its own.
+    Raises ArtifactError naming a weights file that is damaged, or a setting that can't be right;
+    ConfigError for settings that are no JSON object.
     """
-    for name, cls in _components(root, read_object(root / INDEX)).items():
+    for name in components(read_json(root / INDEX)):
         part = root / name
-        plain = variant is None or not list(part.glob(f"*.{variant}*.safetensors"))
         tensors = sum(count_tensors(file) for file in sorted(part.glob("*.safetensors")))
-        for file in sorted(part.glob("*.json")):
-            if ".index." in file.name:
-                if file.name.endswith(".index.json" if plain else f".index.{variant}.json"):
-                    _check_weight_map(file)
-            elif file.name.endswith("config.json"):
-                settings = read_object(file)
-                _check_counts(file, settings, tensors)
-                if "auto_map" in settings and cls.startswith("Auto"):
-                    raise UnsupportedError(
-                        f"{file} asks for code of its own (auto_map), which is never run"
-                    )
+        for file in sorted(part.glob("*config.json")):
+            _check_counts(file, read_json(file), tensors)
 
 
 def variant_of(root: Path, wanted: str | None) -> str | None:
@@ -119,17 +108,6 @@ def variant_of(root: Path, wanted: str | None) -> str | None:
         f"{', '.join(f'variant={name!r}' if name else 'no variant' for name in found) or 'none'}, "
         f"not of variant={wanted!r:.60}; name one that is there, dirotq.load(folder, variant=...)"
     )
-
-
-def read_object(file: Path) -> dict[str, Any]:
-    """A JSON object. Raises ArtifactError if it is anything else, or can't be read."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} is damaged ({error}); {AGAIN}") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(f"{file} is damaged: {value!r:.60} is no JSON object; {AGAIN}")
-    return value
 
 
 def check_weights(file: str | Path) -> None:
@@ -168,57 +146,11 @@ def _artifact_around(root: Path) -> Artifact | None:
         return None
     artifact = Artifact(around.parent.name, around.name, around)
     try:
-        manifest = read_object(around / MANIFEST)
-    except ArtifactError:
+        manifest = read_json(around / MANIFEST)
+    except ConfigError:
         manifest = {}
     # Other people's files have this name too; a damaged one of ours is told by its place.
     return artifact if manifest.get("stage", around.parent.name) == "pack" else None
-
-
-def _components(root: Path, index: Mapping[str, Any]) -> dict[str, str]:
-    """{component: class} of a model_index.json, without those that are switched off."""
-    from diffusers import pipelines
-
-    file = root / INDEX
-    if not isinstance(index.get("_class_name"), str):
-        raise UnsupportedError(
-            f"{file} says _class_name {index.get('_class_name')!r:.60}: only pipelines of "
-            "diffusers itself are loaded, code that comes with a model is never run"
-        )
-    found = {}
-    for name, value in index.items():
-        if name.startswith("_") or not isinstance(value, list | dict):
-            continue
-        match value:
-            case [None, None]:
-                continue
-            case [str(library), str(cls)] if name.isidentifier() and cls.isidentifier():
-                if library not in ("diffusers", "transformers") and not (
-                    library.isidentifier() and hasattr(pipelines, library)
-                ):
-                    raise UnsupportedError(
-                        f"{file}: the component {name} is a {cls} of {library!r:.60}; only classes "
-                        "of diffusers and transformers are loaded"
-                    )
-                found[name] = cls
-            case _:
-                raise ArtifactError(
-                    f"{file} is damaged: {name!r:.60} is {value!r:.60}, not the plain name of a "
-                    f"component with its library and class; {AGAIN}"
-                )
-    return found
-
-
-def _check_weight_map(file: Path) -> None:
-    weights = read_object(file).get("weight_map")
-    if not isinstance(weights, dict) or not weights:
-        raise ArtifactError(f"{file} is damaged: it has no weight_map of tensors; {AGAIN}")
-    for shard in {str(name): name for name in weights.values()}.values():
-        plain = isinstance(shard, str) and re.fullmatch(r"\w[\w.-]*\.safetensors", shard)
-        if not plain or not (file.parent / shard).is_file():
-            raise ArtifactError(
-                f"{file} names {shard!r:.90}, which is no .safetensors file beside it; {AGAIN}"
-            )
 
 
 def _check_counts(file: Path, settings: Mapping[str, Any], tensors: int) -> None:

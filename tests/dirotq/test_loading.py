@@ -79,7 +79,7 @@ def test_loading_needs_no_pickle(packed_folder):
     for weights in packed_folder.glob("vae/*.safetensors"):
         weights.rename(weights.with_suffix(".bin"))
     write_sums(packed_folder)
-    with pytest.raises(ArtifactError, match=r"component vae .*safetensors"):
+    with pytest.raises(ArtifactError, match=r"vae \(AutoencoderKL\) has no .*safetensors"):
         dirotq.load(packed_folder)
 
 

@@ -38,21 +38,23 @@ def test_settings_that_are_no_object(packed_folder, file, text):
     with pytest.raises(ArtifactError, match=rf"{file} changed.*verify=False"):
         dirotq.load(packed_folder)
     (packed_folder / SUMS).unlink()
-    with pytest.raises(ArtifactError, match=rf"{file} is damaged .*|{file} is damaged: .* object"):
+    with pytest.raises(ConfigError, match=rf"{file} is damaged .*|{file} is no JSON object"):
         dirotq.load(packed_folder)
 
 
-@pytest.mark.parametrize("name", ["../../leak", "/etc", "a/b", "", "..", "te xt", "x\0"], ids=repr)
+@pytest.mark.parametrize("name", ["../../leak", "/etc", "a/b", "", "..", "x\0"], ids=repr)
 def test_components_have_plain_names(packed_folder, name):
     edit(packed_folder, "model_index.json", **{name: ["diffusers", "AutoencoderKL"]})
-    with pytest.raises(ArtifactError, match="not the plain name of a component"):
+    with pytest.raises(ConfigError, match="which is no plain name"):
         dirotq.load(packed_folder)
 
 
 @pytest.mark.parametrize("value", [[], ["diffusers"], [1, 2], ["diffusers", None], {"a": 1}])
 def test_components_have_a_library_and_a_class(packed_folder, value):
     edit(packed_folder, "model_index.json", vae=value)
-    with pytest.raises(ArtifactError, match="'vae' is "):
+    with pytest.raises(
+        ArtifactError, match=r"says .* of the vae, where \[library, class\] belongs"
+    ):
         dirotq.load(packed_folder)
 
 
@@ -62,26 +64,27 @@ def test_no_other_library_is_imported(packed_folder, library, monkeypatch):
     monkeypatch.setattr(
         diffusers.DiffusionPipeline, "from_pretrained", lambda *_, **__: pytest.fail("opened")
     )
-    with pytest.raises(UnsupportedError, match="only classes of diffusers and transformers"):
+    with pytest.raises(UnsupportedError, match="only components of diffusers and transformers"):
         dirotq.load(packed_folder)
 
 
 @pytest.mark.parametrize("cls", [["code", "Pipe"], None, 3])
 def test_no_pipeline_brings_code(packed_folder, cls):
     edit(packed_folder, "model_index.json", _class_name=cls)
-    with pytest.raises(UnsupportedError, match="is never run"):
+    with pytest.raises(UnsupportedError, match="only pipelines of diffusers itself"):
         dirotq.load(packed_folder)
 
 
 def test_no_component_brings_code(packed_folder):
     edit(packed_folder, "model_index.json", tokenizer=["transformers", "AutoTokenizer"])
     edit(packed_folder, "tokenizer/tokenizer_config.json", auto_map={"AutoTokenizer": ["a.B", ""]})
-    with pytest.raises(UnsupportedError, match="auto_map"):
+    with pytest.raises(ConfigError, match="auto_map"):
         dirotq.load(packed_folder)
 
 
-@pytest.mark.parametrize("shard", ["../vae/diffusion_pytorch_model.safetensors", "/etc/x", "x.bin",
-                                   "missing.safetensors", 7, None])  # fmt: skip
+@pytest.mark.parametrize(
+    "shard", ["../vae/diffusion_pytorch_model.safetensors", "/etc/x", "x.bin", 7, None]
+)
 @pytest.mark.parametrize("part", ["transformer", "text_encoder_2"])
 def test_shards_lie_beside_their_index(packed_folder, part, shard):
     stem = "diffusion_pytorch_model" if part == "transformer" else "model"
@@ -89,7 +92,7 @@ def test_shards_lie_beside_their_index(packed_folder, part, shard):
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": shard}}))
     (packed_folder / part / "x.bin").write_bytes(pickle.dumps({}))
     write_sums(packed_folder)
-    with pytest.raises(ArtifactError, match=r"index.json names .* no .safetensors file beside it"):
+    with pytest.raises(ConfigError, match=r"index.json names .*(no plain name|safetensors files)"):
         dirotq.load(packed_folder)
 
 
@@ -117,9 +120,11 @@ def test_numbers_up_to_the_tensors_are_let_through(packed_folder):
     dirotq.load(packed_folder, device="cpu")
 
 
-def test_a_class_that_is_not_there_names_the_component(packed_folder):
-    edit(packed_folder, "model_index.json", vae=["diffusers", "AutoencoderXY"])
-    with pytest.raises(ArtifactError, match=r"the component vae of .* can't be loaded"):
+def test_a_libraries_error_names_the_component(packed_folder):
+    index = packed_folder / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "missing.safetensors"}}))
+    write_sums(packed_folder)
+    with pytest.raises(ArtifactError, match=r"the component transformer of .* can't be loaded"):
         dirotq.load(packed_folder)
 
 

@@ -2,11 +2,12 @@ import json
 import os
 import shutil
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tiny_line import tree_bytes
 
@@ -56,7 +57,10 @@ def test_a_flipped_bit_in_any_file_that_is_read_is_found(finished, tmp_path, dat
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(finished["pack"].data / "model", copy)
     name = data.draw(st.sampled_from([*read_sums(copy), SUMS]))
+    listed = read_sums(copy)
     flip(copy / name, bit)
+    with suppress(ArtifactError):
+        assume(name != SUMS or read_sums(copy) != listed)  # a capital letter, say
     with pytest.raises(ArtifactError, match=r"changed|damaged|missing|not list"):
         checked(copy)
 
@@ -226,6 +230,8 @@ def test_a_list_written_elsewhere_is_understood(small):
 
 
 def test_files_are_hashed_once_per_process(small, monkeypatch):
+    check_sums(small)
+    monkeypatch.setattr("dirotq.digest._settled", lambda _: True)  # as a second after writing
     check_sums(small)
     monkeypatch.setattr("hashlib.file_digest", lambda *_: pytest.fail("hashed again"))
     assert check_sums(small)
