@@ -7,6 +7,7 @@ import pickle
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import tiny_offload
 import torch
 from diffusers import (
     FluxControlNetModel,
@@ -17,9 +18,11 @@ from diffusers import (
     SD3ControlNetModel,
 )
 from tiny_line import CALL, CAPTIONS, tree_bytes
+from tiny_offload import NETWORKS
 
 import dirotq
 from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
+from dirotq.guards import guard
 from dirotq.models.graphs import GraphedForward
 from dirotq.models.runtime import runtime_of
 
@@ -67,6 +70,15 @@ def test_a_packed_transformer_goes_through_pickle(pipe, finished, tmp_path, way,
     assert tree_bytes(tmp_path) == tree_bytes(finished["pack"].data / "model" / "transformer")
     dirotq.accelerate(back, graphs=not graphs, fused=False)
     assert runtime_of(back).graphs != graphs
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_family_goes_through_pickle(name):
+    network = tiny_offload.network(name)
+    dirotq.accelerate(network, graphs=True)
+    guard(network)
+    want = tiny_offload.call(network, name)
+    assert torch.equal(tiny_offload.call(by_pickle(network), name), want)
 
 
 def test_a_whole_pipeline_and_a_forward_go_through_pickle(pipe):

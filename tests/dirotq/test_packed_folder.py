@@ -52,9 +52,7 @@ def test_components_have_plain_names(packed_folder, name):
 @pytest.mark.parametrize("value", [[], ["diffusers"], [1, 2], ["diffusers", None], {"a": 1}])
 def test_components_have_a_library_and_a_class(packed_folder, value):
     edit(packed_folder, "model_index.json", vae=value)
-    with pytest.raises(
-        ArtifactError, match=r"says .* of the vae, where \[library, class\] belongs"
-    ):
+    with pytest.raises(ArtifactError, match=r"of the vae, where \[library, class\] belongs"):
         dirotq.load(packed_folder)
 
 
