@@ -13,7 +13,7 @@ import torch
 from dirotq.device import compute_dtype, pick_device
 from dirotq.doors import refuse_doors
 from dirotq.errors import ArtifactError, ConfigError, DirotqError, UnsupportedError
-from dirotq.packed_folder import check_weights, packed_folder, refuse_sizes, variant_of
+from dirotq.packed_folder import check_weights, held, packed_folder, refuse_sizes, variant_of
 from dirotq.sums import unchecked
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def load(
     target = pick_device(str(device))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype={dtype!r:.60}; use torch.bfloat16, float16 or float32")
-    with explained(folder):
+    with explained(folder), held(folder):
         root = packed_folder(folder, verify=verify)
         with unchecked():  # done, or not wanted
             return open_pipeline(

@@ -6,6 +6,7 @@ Some odd folders cost minutes or gigabytes before there is an error.
 import logging
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dirotq.errors import ArtifactError, ConfigError
 from dirotq.json_file import read_json
 from dirotq.names import components
 from dirotq.pipeline.artifact import MANIFEST, Artifact
+from dirotq.pipeline.store import MARKER
 from dirotq.sums import SUMS, check_sums
 
 log = logging.getLogger(__name__)
@@ -42,9 +44,7 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
 
     Raises ArtifactError if the folder holds no packed pipeline, or a file differs.
     """
-    root = _path(folder)
-    if (root / MANIFEST).is_file() and not (root / INDEX).is_file():
-        root = root / "data" / "model"
+    root = _place(folder)
     artifact = _artifact_around(root)
     if verify and artifact is not None:
         artifact.tree("model")
@@ -69,6 +69,13 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
             f"(quant_method {method!r:.60}); pack it with `dirotq compress model={folder}`"
         )
     return root
+
+
+def held(folder: str | Path) -> AbstractContextManager[Any]:
+    """Keep a folder of a store from being replaced or removed while it is read."""
+    artifact = _artifact_around(_place(folder))
+    in_store = artifact is not None and (artifact.path.parent.parent / MARKER).is_file()
+    return artifact.held() if artifact is not None and in_store else nullcontext()
 
 
 def refuse_sizes(root: Path) -> None:
@@ -131,11 +138,14 @@ def count_tensors(file: str | Path) -> int:
         raise ArtifactError(f"{file} can't be read: {error}") from error
 
 
-def _path(folder: str | Path) -> Path:
+def _place(folder: str | Path) -> Path:
+    """The diffusers folder that is meant: this one, or the one in an artifact."""
     try:
-        return Path(folder).expanduser()
+        root = Path(folder).expanduser()
+        inside = (root / MANIFEST).is_file() and not (root / INDEX).is_file()
     except (TypeError, RuntimeError) as error:  # ~nobody
         raise ConfigError(f"{folder!r:.200} is no path of a folder: {error}") from error
+    return root / "data" / "model" if inside else root
 
 
 def _artifact_around(root: Path) -> Artifact | None:

@@ -14,6 +14,7 @@ from tiny_line import tree_bytes
 import dirotq
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.packed_folder import packed_folder as checked
+from dirotq.pipeline.locks import is_held
 from dirotq.sums import SUMS, check_part, check_sums, read_sums, unchecked, write_sums
 
 HEX = "0" * 64
@@ -75,6 +76,15 @@ def test_in_a_store_the_manifest_counts_too(finished, tmp_path, by):
     with pytest.raises(ArtifactError, match=f"model/{SUMS} is missing"):
         checked(where[by])
     checked(where[by], verify=False)
+
+
+def test_a_folder_of_a_store_is_not_taken_away_while_it_is_read(finished, monkeypatch):
+    path, seen = finished["pack"].path, []
+    monkeypatch.setattr("dirotq.loading.open_pipeline", lambda *_, **__: seen.append(is_held(path)))
+    dirotq.load(path)
+    dirotq.load(path / "data" / "model")
+    assert seen == [True, True]
+    assert not is_held(path)
 
 
 def test_an_old_store_is_held_against_its_manifest(finished, tmp_path, caplog):

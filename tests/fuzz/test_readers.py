@@ -11,7 +11,7 @@ from dirotq.errors import ConfigError
 
 EXAMPLES = 25
 SLOW = {"store": 8, "command_line": 20}
-WAITING = ("manifest", "packed_config", "store", "command_line")
+WAITING = ("manifest", "store", "command_line")
 """Readers that raise foreign errors still."""
 
 
