@@ -1,5 +1,6 @@
 """manifest.json: what an artifact says of itself, and whether it can be taken at its word."""
 
+import hashlib
 import json
 import re
 import stat
@@ -21,6 +22,7 @@ __all__ = [
     "read_json",
     "read_manifest",
     "refuse_newer",
+    "sealed",
 ]
 
 SCHEMA = 1  # of manifest.json and of the store's marker; newer ones are refused
@@ -60,16 +62,24 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """The content of a manifest, of the shape that ``ArtifactStore.create`` writes.
 
-    schema, stage, fingerprint, recipe, files {path below data/: {sha256, bytes}}, metrics
+    schema, stage, fingerprint, recipe, files {path below data/: {sha256, bytes}}, metrics, and the
+    digest of all these (which manifests of older versions lack)
 
-    Raises DamagedError if it is of another shape, or names a file outside of data/; ArtifactError
-    if a newer DiRotQ wrote it, or it may not be read.
+    Raises DamagedError if it is of another shape, names a file outside of data/ or is not what its
+    digest says; ArtifactError if a newer DiRotQ wrote it, or it may not be read.
     """
     content = read_json(path)
     refuse_newer(content, path)
     if problem := _problem(content):
         raise DamagedError(f"{printable(path)} is damaged: {printable(problem)}")
     return content
+
+
+def sealed(content: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the digest of all that it says: nothing else covers its metrics."""
+    plain = {key: value for key, value in content.items() if key != "digest"}
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
+    return plain | {"digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def refuse_newer(content: dict[str, Any], path: Path) -> None:
@@ -134,6 +144,10 @@ def _problem(content: dict[str, Any]) -> str | None:
     for name, value in content["metrics"].items():
         if not _is_number(value):
             return f"its metric {name!r:.40} is {value!r:.40}, not a number"
+    if strange := sorted(content.keys() - _SHAPE.keys() - {"schema", "digest"}):
+        return f"it says {strange[0]!r:.40}, which no manifest does"
+    if "digest" in content and content != sealed(content):
+        return "it was changed after it was written (its digest differs)"
     return None
 
 

@@ -40,6 +40,7 @@ from dirotq.pipeline.manifest import (
     inventory,
     read_json,
     refuse_newer,
+    sealed,
 )
 from dirotq.pipeline.peaks import reset_peaks
 from dirotq.pipeline.provenance import provenance
@@ -174,7 +175,7 @@ class ArtifactStore:
             }
             made = provenance(started, overrides) | dict(notes or {})
             write_json(partial / "provenance.json", made)
-            write_json(partial / MANIFEST, manifest)
+            write_json(partial / MANIFEST, sealed(manifest))
             open_modes(partial)
             sync_tree(partial)
             self.discard(final)  # there only under force, or damaged

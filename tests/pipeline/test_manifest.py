@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import json
 import os
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dirotq.errors import ArtifactError
-from dirotq.pipeline.manifest import DamagedError, inventory, read_json, read_manifest
+from dirotq.pipeline.manifest import DamagedError, inventory, read_json, read_manifest, sealed
 
 GOOD = {
     "schema": 1,
@@ -150,3 +151,38 @@ def test_only_files_are_published(tmp_path, make):
     make(tmp_path / "sub" / "two")
     with pytest.raises(ArtifactError, match=r"two is a .*only files can be published"):
         inventory(tmp_path)
+
+
+def test_a_manifest_of_an_older_version_has_no_digest_and_is_read(tmp_path):
+    assert "digest" not in GOOD
+    assert read_manifest(written(tmp_path, GOOD)) == GOOD
+
+
+@pytest.mark.parametrize("key", ["recipe", "files", "metrics", "stage"])
+def test_what_a_sealed_manifest_says_can_not_be_changed(tmp_path, key):
+    content = sealed(GOOD)
+    assert read_manifest(written(tmp_path, content)) == content
+    other = content[key] + "x" if isinstance(content[key], str) else {}
+    with pytest.raises(DamagedError, match="its digest differs"):
+        read_manifest(written(tmp_path, content | {key: other}))
+
+
+def test_a_digest_under_another_name_is_noticed(tmp_path):
+    content = sealed(GOOD)
+    content["dhgest"] = content.pop("digest")
+    with pytest.raises(DamagedError, match="dhgest"):
+        read_manifest(written(tmp_path, content))
+
+
+def test_every_flipped_bit_of_a_published_manifest_is_noticed_or_changes_nothing(store):
+    with store.create("numbers", {"stage": {"x": 1}}) as draft:
+        (draft.data / "a").write_text("1")
+        draft.metrics.update(loss=0.25)
+    file = draft.artifact.path / "manifest.json"
+    written_bytes, want = file.read_bytes(), read_manifest(file)
+    for place in range(len(written_bytes)):
+        changed = bytearray(written_bytes)
+        changed[place] ^= 1 << (place % 8)
+        file.write_bytes(changed)
+        with contextlib.suppress(DamagedError):
+            assert read_manifest(file) == want
