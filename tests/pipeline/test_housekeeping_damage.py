@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import race
 
+from dirotq.pipeline.manifest import sealed
 from dirotq.pipeline.store import ArtifactStore
 
 KEY = "0123456789abcdef"
@@ -28,7 +29,8 @@ def manifest(store, stage):
 
 
 def rewrite(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change a manifest, its digest too: what is tried is what lies behind that."""
+    path.write_text(json.dumps(sealed(json.loads(path.read_text()) | changes)))
 
 
 def bound(path):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.manifest import sealed
 from dirotq.pipeline.store import ArtifactStore
 
 __all__ = ["RECIPE", "publish", "rewrite"]
@@ -25,5 +26,6 @@ def publish(store: ArtifactStore, recipe: Any = RECIPE, **options: Any) -> Artif
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Change entries of a JSON file."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Change entries of a JSON file, and the digest of a manifest with them."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(sealed(content) if "digest" in content else content))
