@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dirotq.components import DENOISER, INDEX, is_entry, problems, read_settings
+from dirotq.digest import Stamp, stamp
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.loading import quiet
 
@@ -39,7 +40,7 @@ def refuse_incomplete(
 
     Files that are as they were at the last call are not looked at again.
     """
-    found = _problems(folder.resolve(), weights, without, prompts, _stamp(folder))
+    found = _problems(folder.resolve(), weights, without, prompts, _stamps(folder))
     if found:
         more = f" ({len(found) - 3} more)" if len(found) > 3 else ""
         raise error(
@@ -48,11 +49,10 @@ def refuse_incomplete(
         )
 
 
-def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+def _stamps(folder: Path) -> tuple[tuple[str, Stamp], ...]:
     """What changes when a file does."""
     files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
-    stats = ((file, file.stat()) for file in files)
-    return tuple((str(f.relative_to(folder)), s.st_size, s.st_mtime_ns) for f, s in stats)
+    return tuple((str(file.relative_to(folder)), stamp(file)) for file in files)
 
 
 @functools.lru_cache(maxsize=32)

@@ -4,6 +4,7 @@ import functools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dirotq.digest import Stamp, stamp
 from dirotq.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -29,14 +30,14 @@ def open_picture(path: str | Path) -> "Image":
 
 
 def check_picture(path: str | Path) -> None:
-    """Raise what :func:`open_picture` raises; decoded once per size and modification time."""
+    """Raise what :func:`open_picture` raises; decoded again only if the file changed."""
     try:
-        stat = Path(path).stat()
+        seen = stamp(Path(path))
     except OSError as error:
         raise ConfigError(f"{path} can't be read ({error.strerror})") from error
-    _check(str(path), stat.st_size, stat.st_mtime_ns)
+    _check(str(path), seen)
 
 
 @functools.lru_cache(maxsize=4096)
-def _check(path: str, size: int, mtime_ns: int) -> None:
+def _check(path: str, _: Stamp) -> None:
     open_picture(path)
