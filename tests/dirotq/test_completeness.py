@@ -91,14 +91,14 @@ def image(pipe: Any) -> Tensor:
 def test_load_refuses_what_a_packed_folder_lacks(packed_folder, part, change, said):
     rewrite(packed_folder / part, change)
     with pytest.raises(ArtifactError) as caught:
-        dirotq.load(packed_folder)
+        dirotq.load(packed_folder, verify=False)  # what lies behind the digests
     assert said in str(caught.value)
 
 
 def test_load_refuses_a_lost_vocabulary(packed_folder):
     (packed_folder / "tokenizer" / "tokenizer.json").unlink()
     with pytest.raises(ArtifactError, match=r"tokenizer \(CLIPTokenizer\) has no tokenizer.json"):
-        dirotq.load(packed_folder)
+        dirotq.load(packed_folder, verify=False)
 
 
 def test_two_loads_give_one_image(packed_folder):
