@@ -1,7 +1,8 @@
-"""``dirotq <verb> ...``: verbs, Hydra, and what becomes of errors.
+"""``dirotq <verb> ...``: verbs and Hydra. Errors leave through pipeline/faults.py.
 
-Exit status: 0 done; 2 something the user can mend (one paragraph on stderr; the traceback too with
-DIROTQ_DEBUG=1 or HYDRA_FULL_ERROR=1); 1 a bug of ours, with its traceback.
+Exit status: 0 done; 2 something the user can mend, told in one paragraph on stderr; 1 a fault of
+ours or of a library, told likewise. ``--debug``, DIROTQ_DEBUG=1 or HYDRA_FULL_ERROR=1 add the
+traceback.
 """
 
 import difflib
@@ -10,20 +11,23 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from dirotq.errors import ConfigError, DirotqError
+from dirotq.errors import ConfigError
 from dirotq.pipeline import dag, doctor, explain, generate, housekeeping, preflight, report, runs
-from dirotq.pipeline.config import Line, build, compose_config, with_model_folder
-from dirotq.pipeline.disk import is_disk_full
-from dirotq.pipeline.store import Artifact, ArtifactStore, default_root
+from dirotq.pipeline.config import Line, build, compose_config, hydra_words, with_model_folder
+from dirotq.pipeline.faults import explained
+from dirotq.pipeline.secrecy import refuse_secrets
+from dirotq.pipeline.store import Artifact
+from dirotq.pipeline.sweeps import variants
 
 __all__ = ["compress", "main"]
 
@@ -42,6 +46,8 @@ usage: dirotq <verb> [...]
   generate MODEL --prompt ... one image from a packed model
   doctor                      what this machine has and what would run on it
 
+--debug, with any verb, shows the traceback of an error. --version
+
 OVERRIDES are Hydra's: model=tiny_flux (or a diffusers folder), rank.r=32, until=gptq,
 force=[rank], store=FOLDER. `dirotq compress --help` lists the groups; -m sweeps over commas.
 """
@@ -52,24 +58,34 @@ def main(argv: Sequence[str] | None = None, *, config: str = CONFIG) -> None:
     # Calls that wait between blocks change their tensors' sizes on the way: without this, torch
     # holds on to the memory of both. Read when CUDA is first used.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
-    debug = any(os.environ.get(name) == "1" for name in ("DIROTQ_DEBUG", "HYDRA_FULL_ERROR"))
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words or any(
+        os.environ.get(name) == "1" for name in ("DIROTQ_DEBUG", "HYDRA_FULL_ERROR")
+    )
+    logging.raiseExceptions = debug  # a log file that can't be written is no reason for tracebacks
+    _print_anything()
     try:
+        verb, *rest = [word for word in words if word != "--debug"] or ["--help"]
         status = _dispatch(verb, rest, config)
-    except BaseException as error:
-        if isinstance(error, SystemExit) or (message := _explained(error)) is None:
-            raise
-        if debug:
-            traceback.print_exception(error)
-        print(f"dirotq: {message}", file=sys.stderr)
-        status = 2
+        if sys.stdout is not None:
+            sys.stdout.flush()  # here, where an error can still be told
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001 - the boundary: nothing but SystemExit leaves
+        message, status = explained(error)
+        with suppress(OSError, ValueError):  # nobody may be listening any more
+            if debug:
+                traceback.print_exception(error)
+            print(f"dirotq: {message}", file=sys.stderr)
+        if isinstance(error, BrokenPipeError):
+            _discard_output()
     sys.exit(status)
 
 
 def compress(*overrides: str) -> dict[str, Artifact]:
     """Run the line from Python: ``compress("model=tiny_flux", "rank.r=32")["pack"].path``.
 
-    returns {stage: artifact}. Raises DirotqError, or what Hydra says about a wrong override.
+    returns {stage: artifact}. Raises DirotqError.
     """
     cfg = compose_config(overrides, CONFIG)
     line = build(cfg)
@@ -95,6 +111,9 @@ def _dispatch(verb: str, rest: list[str], config: str) -> int:
     if verb in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
+    if verb in ("-V", "--version", "version"):
+        print(f"dirotq {metadata.version('dirotq')}")
+        return 0
     if verb in with_config:
         if verb != "compress" and {"-h", "--help"} & set(rest):
             print(USAGE, end="")
@@ -109,12 +128,27 @@ def _dispatch(verb: str, rest: list[str], config: str) -> int:
 
 
 def _compress(args: list[str], config: str) -> int:
-    stores = [arg.partition("=")[2] for arg in args if arg.startswith("store=")]
-    ArtifactStore(stores[-1] if stores else default_root())  # before Hydra puts a folder into it
+    refuse_secrets(args)  # before anything prints or writes them
+    options = get_args_parser().parse_args(args)
+    if not any((options.help, options.hydra_help, options.info, options.cfg)):
+        _try_out(options, config)
     hydra_main = hydra.main(version_base="1.3", config_path=f"pkg://{config}", config_name="config")
     with _hydra_process(with_model_folder(args, config)):
         hydra_main(_job)()
     return 0
+
+
+def _try_out(options: Any, config: str) -> None:
+    """Build the line, of a sweep each value's, before Hydra puts a folder into the store."""
+    if options.config_name or options.config_path:
+        raise ConfigError(
+            "--config-name and --config-path are not for this command: its settings are conf/config"
+            ".yaml's. Files of your own: --config-dir FOLDER adds a folder with groups such as "
+            "experiment/mine.yaml"
+        )
+    added = [f"hydra.searchpath=[file://{Path(options.config_dir).absolute()}]"] if options.config_dir else []
+    for overrides in variants(options.overrides, sweep=options.multirun):
+        build(compose_config([*added, *overrides], config))
 
 
 def _job(cfg: DictConfig) -> None:
@@ -122,7 +156,9 @@ def _job(cfg: DictConfig) -> None:
     line = build(cfg)
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir).absolute()
-    outcomes = _run(line, cfg, folder, list(context.overrides.task))
+    # As typed: what an interpolation takes from the environment stays there.
+    overrides: Any = OmegaConf.to_container(context.overrides.task, resolve=False)
+    outcomes = _run(line, cfg, folder, overrides)
     report.summary(outcomes, folder)
 
 
@@ -167,19 +203,14 @@ def _hydra_process(args: list[str]) -> Iterator[None]:
             os.environ["HYDRA_FULL_ERROR"] = full
 
 
-def _explained(error: BaseException) -> str | None:
-    """One paragraph for an error that the user can mend; None for anything else."""
-    if isinstance(error, DirotqError):
-        return str(error)
-    if isinstance(error, HydraException | OmegaConfBaseException):
-        # Hydra keeps its best sentence (the suggestion) in the message, the reason in the cause.
-        parts = [str(error), str(error.__cause__ or "")]
-        return "\n".join(part.strip() for part in dict.fromkeys(parts) if part.strip())
-    if isinstance(error, KeyboardInterrupt):
-        where = f" in {error.args[0]}" if error.args else ""
-        return f"interrupted{where}; finished work is kept; run the same command to resume"
-    if is_disk_full(error):
-        return f"the disk is full: {error}. Make room, then run the same command to resume"
-    if isinstance(error, PermissionError):
-        return f"{error}. Choose a writable store with store=FOLDER or DIROTQ_STORE"
-    return None
+def _print_anything() -> None:
+    """Let a terminal or file whose encoding lacks a letter show it escaped, instead of failing."""
+    for stream in (sys.stdout, sys.stderr):
+        if callable(reconfigure := getattr(stream, "reconfigure", None)):
+            reconfigure(errors="backslashreplace")
+
+
+def _discard_output() -> None:
+    """Keep the interpreter from complaining about the broken pipe once more when it ends."""
+    with suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,26 +1,44 @@
 """From overrides to a line that can be planned or run. Nothing behind it sees a DictConfig."""
 
+import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from dirotq.errors import ConfigError, DirotqError
+from dirotq.errors import ConfigError
 from dirotq.pipeline import dag
+from dirotq.pipeline.machine import refuse_device
+from dirotq.pipeline.quoting import parsed, quote, quoted, setting
+from dirotq.pipeline.secrecy import refuse_secret_settings, refuse_secrets
+from dirotq.pipeline.settings import TARGET, fields_of, make, no_such_setting, refuse_misfit
 from dirotq.pipeline.store import ArtifactStore
+from dirotq.pipeline.wording import reworded
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@\s,]+)?")
+PLAIN: Mapping[str, Any] = {
+    "until": str | None,
+    "force": str | list[str],
+    "store": str,
+    "weights": str,
+    "device": str,
+    "dtype": str,
+    "preflight": bool,
+    "pipeline": Mapping[str, Mapping[str, str]],
+}
+"""Types of the settings that belong to no class."""
 
-__all__ = ["Line", "build", "compose_config", "with_model_folder"]
+__all__ = ["Line", "build", "compose_config", "hydra_words", "with_model_folder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,60 +50,91 @@ class Line:
     executor: Executor
     force: frozenset[str]
 
+    def cached(self, step: dag.Step) -> bool:
+        """Whether the step's artifact is there, and nobody asked to make it again."""
+        there = self.store.get(step.name, step.fingerprint) is not None
+        return there and step.name not in self.force
+
 
 def build(cfg: DictConfig) -> Line:
     """Instantiate the stages that ``cfg.pipeline`` wires, up to ``cfg.until``.
 
-    Raises ConfigError for a wrong wiring, an unknown name in ``until`` or ``force``, or whatever a
-    stage's own checks refuse.
+    What a cached step would check before it runs was checked when it ran.
+
+    Raises ConfigError for a setting of the wrong type, a wrong wiring, an unknown name in ``until``
+    or ``force``, a device that isn't there, or whatever the checks of a stage to run refuse.
     """
-    for key in sorted(OmegaConf.missing_keys(cfg)):
-        raise ConfigError(f"{key} has no value; set it with {key}=...")
-    wiring: Any = OmegaConf.to_container(cfg.pipeline, resolve=True)
-    force = [cfg.force] if isinstance(cfg.force, str) else list(cfg.force)
-    for name in wiring:
-        if name not in cfg:
-            raise ConfigError(f"conf/pipeline names the stage {name!r}, which has no configuration")
-    for name in force:
-        if name not in wiring:
-            raise ConfigError(f"force={name}: no such stage; this pipeline has {', '.join(wiring)}")
-    stages = {name: _instantiate(cfg[name]) for name in dag.order(wiring, cfg.until)}
-    for stage in stages.values():
-        if callable(check := getattr(stage, "check", None)):
-            check()
-    return Line(
+    with hydra_words():
+        refuse_secret_settings(cfg)
+        for key in sorted(OmegaConf.missing_keys(cfg)):
+            raise ConfigError(f"{key} has no value; set it with {key}=...")
+        _refuse_plain_misfits(cfg)
+        wiring: Any = OmegaConf.to_container(cfg.pipeline, resolve=True)
+        for name in wiring:
+            if name not in cfg:
+                raise ConfigError(
+                    f"conf/pipeline names the stage {name!r}, which has no configuration"
+                )
+        force = [cfg.force] if isinstance(cfg.force, str) else list(cfg.force)
+        for name in force:
+            if name not in wiring:
+                raise ConfigError(
+                    f"force={name}: no such stage; this pipeline has {', '.join(wiring)}"
+                )
+        stages = {name: make(cfg[name], name) for name in dag.order(wiring, cfg.until)}
+        executor = make(cfg.executor, "executor")
+    for name, stage in stages.items():
+        if isinstance(device := getattr(stage, "device", None), str):
+            refuse_device(device, "device" if device == cfg.get("device") else f"{name}.device")
+    line = Line(
         steps=dag.plan(stages, wiring),
         store=ArtifactStore(cfg.store),
-        executor=_instantiate(cfg.executor),
+        executor=executor,
         force=frozenset(force),
     )
+    for step in line.steps:
+        if callable(check := getattr(step.stage, "check", None)) and not line.cached(step):
+            check()
+    return line
 
 
 def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
-    """The configuration that ``overrides`` make of the config tree in the package ``module``."""
+    """The configuration that ``overrides`` make of the config tree in the package ``module``.
+
+    Raises ConfigError for an override that can't be read, that names no setting, or that holds
+    what looks like a key or a password.
+    """
+    refuse_secrets(overrides)
+    words = with_model_folder(overrides, module)
+    _refuse_unreadable(words)
     with _hydra(module):
-        return compose("config", overrides=with_model_folder(overrides, module))
+        try:
+            cfg = compose("config", overrides=words)
+        except Exception as error:  # Hydra stumbles over some values without a word of its own
+            raise ConfigError(reworded(error, lambda: compose("config"))) from error
+        _refuse_unknown(cfg, words, module)
+    return cfg
 
 
 def with_model_folder(overrides: Sequence[str], module: str) -> list[str]:
-    """``model=<folder>`` becomes ``model=local model.path=<folder>``; the rest stays as it is.
+    """``model=<folder>`` becomes ``model=local model.path=<folder>``; the rest stays as it is, but
+    for the quotes that Hydra wants (pipeline/quoting.py).
 
     So do a file and a hub id (``org/name[@revision]``). A config name wins over a folder of the
     same name, and a folder over a hub id. Raises ConfigError if the value is nothing of these.
     """
     result = []
-    for override in overrides:
+    for override, words in zip(overrides, quoted(overrides), strict=True):
         group, _, value = override.partition("=")
         if group != "model" or not value:
-            result.append(override)
+            result.append(words)
             continue
         with _hydra(module):
             known = GlobalHydra.instance().config_loader().get_group_options("model")
         if set(value.split(",")) <= set(known):  # a comma: a sweep over several models
             result.append(override)
         elif (path := _model_path(value)) is not None:
-            quoted = path.replace("\\", "\\\\").replace("'", "\\'")
-            result += ["model=local", f"model.path='{quoted}'"]
+            result += ["model=local", f"model.path={quote(path)}"]
         else:
             raise ConfigError(
                 f"model={value}: no such model. Known models are {', '.join(known)}; the path of "
@@ -95,12 +144,36 @@ def with_model_folder(overrides: Sequence[str], module: str) -> list[str]:
     return result
 
 
+@contextmanager
+def hydra_words() -> Iterator[None]:
+    """What Hydra and OmegaConf raise in the block, as ConfigError (pipeline/wording.py)."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(reworded(error)) from error
+
+
 def _model_path(value: str) -> str | None:
     """An existing folder or file, absolute; a hub id as it is; else None."""
-    local = Path(value).expanduser()
+    local = Path(os.path.expanduser(value))  # noqa: PTH111 (Path's raises where HOME is unknown)
     if local.exists() or local.suffix == ".safetensors":  # a missing file has a message of its own
         return str(local.absolute())
     return value if HUB_ID.fullmatch(value) else None
+
+
+def _refuse_unreadable(words: Sequence[str]) -> None:
+    for word in words:
+        if word.startswith("-"):
+            raise ConfigError(
+                f"{word} is an option of `dirotq compress` alone; here are only settings, such as "
+                "rank.r=32"
+            )
+        if parsed(word) is None or not setting(word)[1]:
+            raise ConfigError(
+                f"{word} is no setting that can be read: write NAME=VALUE, such as rank.r=32; a "
+                "list in [ ], a mapping in { }, and text with commas or brackets in quotes of its "
+                "own: \"NAME='some, text'\""
+            )
 
 
 @contextmanager
@@ -113,13 +186,50 @@ def _hydra(module: str) -> Iterator[None]:
             yield
 
 
-def _instantiate(node: DictConfig) -> Any:
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        cause: BaseException | None = error
-        while cause is not None and not isinstance(cause, DirotqError):
-            cause = cause.__cause__
-        if cause is None:
-            raise
-        raise cause from None
+def _refuse_plain_misfits(cfg: DictConfig) -> None:
+    for name, kind in PLAIN.items():
+        if name in cfg:
+            value = cfg[name]
+            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            refuse_misfit(plain, kind, name)
+
+
+def _refuse_unknown(cfg: DictConfig, words: Sequence[str], module: str) -> None:
+    """Refuse settings that nothing reads: ``+`` appends anything, and so may a file of a user's."""
+    known = _roots(module)
+    for key in cfg:
+        if str(key) not in known:
+            raise no_such_setting("", str(key), known)
+    for word in words:
+        mark, key, _ = setting(word)
+        parts = key.split(".")
+        if mark in ("+", "++") and not {"@", "/"} & set(key) and parts[0] not in ("hydra", "pipeline"):
+            _refuse_appended(cfg, parts)
+
+
+def _roots(module: str) -> list[str]:
+    """What the tree's config.yaml holds: settings, and the groups in its list of defaults."""
+    tree: Any = OmegaConf.load(str(files(module).joinpath("config.yaml")))
+    groups = [str(name) for entry in tree.defaults if OmegaConf.is_config(entry) for name in entry]
+    names = [*(str(key) for key in tree if key not in ("defaults", "hydra")), *groups]
+    return [name for name in names if "/" not in name]
+
+
+def _refuse_appended(cfg: DictConfig, parts: Sequence[str]) -> None:
+    """Refuse what was appended elsewhere than to a mapping that a class takes whole (model.call)."""
+    node: Any = cfg
+    of_class = False
+    for depth, part in enumerate(parts):
+        above = ".".join(parts[:depth])
+        if isinstance(node, DictConfig) and TARGET in node:
+            fields = fields_of(node, above)
+            if fields is None:
+                return
+            if part not in fields:
+                raise no_such_setting(above, part, fields)
+            of_class = True
+        elif of_class:
+            return
+        elif depth and depth == len(parts) - 1:
+            raise no_such_setting(above, part, [str(key) for key in node if key != part])
+        node = node.get(part)

@@ -133,6 +133,9 @@ def run(
                 done[step.name] = _obtain(step, store, held, start, forced)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(step.name) from None
+            except Exception as error:
+                error.add_note(f"in stage {step.name}")  # pipeline/faults.py tells it
+                raise
     return done
 
 

@@ -4,14 +4,17 @@ Rates of a chip that was not measured are published peaks times the efficiency m
 """
 
 import os
+import re
+import shutil
 import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from dirotq.cost import Machine
+from dirotq.errors import ConfigError
 from dirotq.pipeline.provenance import versions
 
-__all__ = ["CHIPS", "Chip", "cpu", "find", "graphics"]
+__all__ = ["CHIPS", "Chip", "cpu", "find", "graphics", "refuse_device"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +76,10 @@ CORE = Machine(
 """Measured on one core of a 2.8 GHz Xeon; rates of arithmetic grow with the cores."""
 
 
+DRIVER = Path("/proc/driver/nvidia/version")
+"""Is there where the kernel has NVIDIA's driver."""
+
+
 def find(device: str) -> Machine:
     """The machine behind ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``)."""
     found = graphics() if device != "cpu" else []
@@ -81,6 +88,33 @@ def find(device: str) -> Machine:
         return cpu(os.cpu_count() or 1, _ram())
     name, memory = found[min(index, len(found) - 1)]
     return gpu(name, memory, _ram())
+
+
+def refuse_device(device: str, setting: str) -> None:
+    """Raise ConfigError for a device that has no such name, or that this machine does not have.
+
+    setting  under which it was given
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ConfigError(f"{setting}={device} is unknown; use auto, cpu, cuda or cuda:N")
+    if not device.startswith("cuda"):
+        return
+    advice = f"use {setting}=cpu or {setting}=auto"
+    torch = versions()["torch"] or ""
+    if torch.endswith("+cpu"):
+        raise ConfigError(
+            f"{setting}={device}, and the torch that is installed ({torch}) is built without CUDA; "
+            f"{advice}, or install a build with CUDA"
+        )
+    found = graphics()
+    if not found and shutil.which("nvidia-smi") is None and DRIVER.exists():
+        return  # a container without NVIDIA's tools: torch will tell
+    index = int(device.partition(":")[2] or 0)
+    if index >= len(found):
+        there = f"{len(found)} GPU{'s' * (len(found) > 1)}" if found else "no usable GPU"
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        within = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
+        raise ConfigError(f"{setting}={device}, but nvidia-smi finds {there} here{within}; {advice}")
 
 
 def gpu(name: str, memory: int, ram: int) -> Machine:

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dirotq.cost import Cost, Machine
@@ -24,6 +23,7 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line
 from dirotq.pipeline.dag import Step
 from dirotq.pipeline.disk import size_of
+from dirotq.pipeline.settings import make
 
 __all__ = ["Estimate", "Preflight", "examine", "free_disk", "refuse"]
 
@@ -78,14 +78,14 @@ def examine(line: Line, cfg: DictConfig) -> Preflight:
     Touches no GPU. Raises ConfigError for a setting that contradicts the machine, and what the
     workload raises for a model that can't be read.
     """
-    todo = [s for s in line.steps if s.name in line.force or not _cached(line, s)]
+    todo = [step for step in line.steps if not line.cached(step)]
     telling: list[tuple[Step, Callable[[Any, Machine], Cost]]] = [
         (step, step.stage.cost) for step in todo if hasattr(step.stage, "cost")
     ]
     if not telling or not cfg.get("preflight") or "workload" not in cfg:
         return Preflight()
     here = machine.find(str(cfg.device))
-    workload = instantiate(cfg.workload, _convert_="all")
+    workload = make(cfg.workload, "workload")
     past = line.store.list()
     estimates = {}
     for step, tell in telling:
@@ -162,10 +162,6 @@ def _disk(found: Preflight, root: Path) -> Iterator[str]:
 def _place(folder: Path) -> Path:
     """The folder, or the innermost one above it that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
-
-
-def _cached(line: Line, step: Step) -> bool:
-    return line.store.get(step.name, step.fingerprint) is not None
 
 
 def _scale(past: Sequence[Artifact], formula: float, here: Machine) -> float:

@@ -43,6 +43,7 @@ from dirotq.pipeline.manifest import (
     sealed,
 )
 from dirotq.pipeline.peaks import reset_peaks
+from dirotq.pipeline.place import store_place
 from dirotq.pipeline.provenance import provenance
 from dirotq.pipeline.stage import fingerprint
 
@@ -79,7 +80,7 @@ class ArtifactStore:
         """
         if "://" in str(root):
             raise ArtifactError(f"store {root} is a URL; only local folders work as a store so far")
-        self.root = Path(root).absolute()
+        self.root = store_place(root)
         self._marked()
 
     def get(self, stage: str, key: str) -> Artifact | None:

@@ -1,0 +1,99 @@
+"""Hydra's and OmegaConf's errors in the words of this project: what was wrong, what is allowed."""
+
+import re
+from collections.abc import Callable
+
+from omegaconf import DictConfig
+
+from dirotq.pipeline.settings import close_to, no_such_setting
+
+__all__ = ["reworded"]
+
+EXTRAS = {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
+"""Launchers, and the extras of this package that install them."""
+NOISE = re.compile(r"full_key:|object_type=|reference_type=|See https://|Config search path|provider=")
+
+
+def reworded(error: BaseException, tree: Callable[[], DictConfig] | None = None) -> str:
+    """One paragraph for whatever Hydra or OmegaConf say about overrides.
+
+    tree  makes the configuration without overrides, to look for names that are meant
+    """
+    text = str(error)
+    for pattern, words in _WORDS:
+        if found := re.search(pattern, text, re.DOTALL):
+            return words(*found.groups())
+    if found := re.search(r"Could not override '([^']*)'", text):
+        return _unknown(found[1], tree)
+    parts = [*text.splitlines(), *str(error.__cause__ or "").splitlines()]
+    said = [part.strip() for part in parts if part.strip() and not NOISE.search(part)]
+    key = re.search(r"full_key: (\S+)", text)
+    prefix = f"{key[1]}: " if key else ""
+    return prefix + ("; ".join(dict.fromkeys(said)) or type(error).__name__)
+
+
+def _no_choice(group: str, name: str, options: str) -> str:
+    known = options.split()
+    hint = close_to(name, known)
+    if name in EXTRAS:
+        hint = f" it comes with an extra: pip install 'dirotq[{EXTRAS[name]}]';"
+    return f"{group}={name}: there is no such choice;{hint} {group} has {', '.join(known)}"
+
+
+def _not_loaded(group: str, name: str) -> str:
+    return f"{group}={name}: there is no such choice; `dirotq compress --help` lists them"
+
+
+def _there_already(name: str) -> str:
+    return f"+{name}=...: {name} is there already; write {name}=... without the +"
+
+
+def _chosen_twice(group: str) -> str:
+    return f"+{group}=...: {group} is chosen already; write {group}=... without the +"
+
+
+def _nothing_to_delete(name: str) -> str:
+    return f"~{name}: there is nothing called {name} to leave out"
+
+
+def _ambiguous(override: str) -> str:
+    name, _, value = override.partition("=")
+    return (
+        f"{override}: commas are for sweeps, `dirotq compress -m {override}`; a list is written "
+        f"{name}=[{value}], and text with commas in quotes: \"{name}='{value}'\""
+    )
+
+
+def _not_a_choice(kind: str) -> str:
+    chosen = "null" if kind == "NoneType" else f"a {kind}"
+    return (
+        f"a group of the configuration can't be {chosen}: choose one of its names "
+        "(`dirotq compress --help` lists them), or leave a group out with ~GROUP"
+    )
+
+
+_WORDS: tuple[tuple[str, Callable[..., str]], ...] = (
+    (r"Could not find '(.+?)/([^/']*)'.*Available options in '[^']*':(.*?)Config search", _no_choice),
+    (r"Could not (?:find|load) '(.+?)/([^/']*)'", _not_loaded),
+    (r"An item is already at '([^']*)'", _there_already),
+    (r"^(\S+) appears more than once in the final defaults list", _chosen_twice),
+    (r"Could not delete from config\. '([^']*)' does not exist", _nothing_to_delete),
+    (r"Ambiguous value for argument '(.*?)'\n", _ambiguous),
+    (r"Config group override must be a string or a list\. Got (\w+)", _not_a_choice),
+)
+
+
+def _unknown(name: str, tree: Callable[[], DictConfig] | None) -> str:
+    if name.startswith("hydra.") or tree is None:
+        return f"{name}: there is no such setting; `dirotq compress --cfg all` prints those there are"
+    node: object = tree()
+    parts = name.split(".")
+    for depth, part in enumerate(parts):
+        above = ".".join(parts[:depth])
+        if not isinstance(node, DictConfig):
+            return f"{name}: there is no such setting; {above} is a value and has no parts"
+        if part not in node:
+            known = [str(key) for key in node if not str(key).startswith("_")]
+            return str(no_such_setting(above, part, known))
+        node = node.get(part)
+    return f"{name}: it can't be set here"
