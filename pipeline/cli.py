@@ -25,6 +25,7 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import dag, doctor, explain, generate, housekeeping, preflight, report, runs
 from dirotq.pipeline.config import Line, build, compose_config, hydra_words, with_model_folder
 from dirotq.pipeline.faults import explained
+from dirotq.pipeline.quoting import is_multirun
 from dirotq.pipeline.secrecy import refuse_secrets
 from dirotq.pipeline.store import Artifact
 from dirotq.pipeline.sweeps import variants
@@ -111,7 +112,7 @@ def _dispatch(verb: str, rest: list[str], config: str) -> int:
     if verb in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
-    if verb in ("-V", "--version", "version"):
+    if verb in ("-V", "--version", "version") or "--version" in rest:
         print(f"dirotq {metadata.version('dirotq')}")
         return 0
     if verb in with_config:
@@ -129,7 +130,11 @@ def _dispatch(verb: str, rest: list[str], config: str) -> int:
 
 def _compress(args: list[str], config: str) -> int:
     refuse_secrets(args)  # before anything prints or writes them
-    options = get_args_parser().parse_args(args)
+    if is_multirun(args):  # Hydra wants it before or after all overrides
+        args = ["--multirun", *(arg for arg in args if not is_multirun([arg]))]
+    parser = get_args_parser()
+    parser.prog = "dirotq compress"
+    options = parser.parse_args(args)
     if not any((options.help, options.hydra_help, options.info, options.cfg)):
         _try_out(options, config)
     hydra_main = hydra.main(version_base="1.3", config_path=f"pkg://{config}", config_name="config")

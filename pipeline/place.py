@@ -32,7 +32,7 @@ def store_place(root: str | Path) -> Path:
     if not above.is_dir():
         what = "a link to nothing" if above.is_symlink() and not above.exists() else "no folder"
         raise ArtifactError(
-            f"the store {place} can't be there: {above} is {what}. Give a folder with store=FOLDER "
-            "or the environment variable DIROTQ_STORE"
+            f"the store {place} cannot be written: {above} is {what}. Choose another one with "
+            "store=FOLDER or the environment variable DIROTQ_STORE"
         )
     return place

@@ -52,7 +52,7 @@ def make(node: Any, name: str) -> Any:
         if hints is not None:
             refuse_misfit(value, hints[entry], names[entry])
     try:
-        inspect.signature(called).bind(**made)
+        _signature(called).bind(**made)
     except TypeError as error:
         raise ConfigError(
             f"{name} can't be made from its settings: {error}; conf/ holds a value for each, so "
@@ -141,6 +141,14 @@ def _target(node: DictConfig, name: str) -> Any:
     if not callable(found):
         raise ConfigError(f"{name}.{TARGET}={path} is no class")
     return found
+
+
+def _signature(called: Any) -> inspect.Signature:
+    try:
+        return inspect.signature(called)
+    except ValueError:  # a builtin that has none
+        anything = inspect.Parameter("settings", inspect.Parameter.VAR_KEYWORD)
+        return inspect.Signature([anything])
 
 
 def _name(node: DictConfig, key: Any, parent: str) -> str:

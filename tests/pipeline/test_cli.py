@@ -67,13 +67,13 @@ def test_plan_touches_nothing_and_knows_the_past(dirotq, store):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["compress", "squares.powr=3"], "To append to your config use +squares.powr=3"),
-        (["plan", "squares.powr=3"], "Key 'powr' is not in struct"),
-        (["compress", "squares=nix"], "Available options in 'squares':"),
+        (["compress", "squares.powr=3"], "no such setting; did you mean `squares.power`? squares has"),
+        (["plan", "squares.powr=3"], "squares.powr: there is no such setting"),
+        (["compress", "squares=nix"], "squares=nix: there is no such choice; squares has default"),
         (["compress", "model=nix"], "Known models are large, local, small"),
         (["compress", "model=local"], "model.path has no value; set it with model.path="),
         (["compress", "squares.power=5"], "squares.power=5: allowed are 2 and 3"),
-        (["compress", "squares.power=[1"], "no viable alternative"),
+        (["compress", "squares.power=[1"], "squares.power=[1 is no setting that can be read"),
         (["compress", "until=nix"], "'nix' is no stage"),
         (["compress", "numbers.trouble=numbers"], "site blocks.3.ff: activations hold 7"),
         (["compress", "numbers.trouble=disk"], "the disk is full: writing numbers/"),
@@ -108,9 +108,15 @@ def test_traceback_on_demand(dirotq, monkeypatch):
     assert "HYDRA_FULL_ERROR" not in os.environ
 
 
-def test_a_bug_keeps_its_traceback(dirotq):
-    with pytest.raises(RuntimeError, match="boom"):
-        dirotq("compress", "numbers.trouble=bug")
+def test_a_bug_is_one_paragraph_with_its_stage_and_status_1(dirotq):
+    found = dirotq("compress", "numbers.trouble=bug")
+    assert found.status == 1
+    assert "a fault of DiRotQ or of a library that it uses: RuntimeError: boom (in stage numb" in (
+        found.err
+    )
+    assert "Traceback" not in found.err
+    shown = dirotq("compress", "--debug", "numbers.trouble=bug")
+    assert (shown.status, "Traceback" in shown.err) == (1, True)
 
 
 def test_trouble_costs_nothing_that_was_done(dirotq, tmp_path):

@@ -3,6 +3,7 @@ import json
 import pytest
 
 SWEEP = ["compress", "-m", "squares.power=2,3"]
+TROUBLE = ["numbers.trouble=numbers", "numbers.count=2,4"]  # at the third number
 
 
 def check(store):
@@ -30,10 +31,10 @@ def test_joblib_launcher(spawn, store):
 
 def test_a_failing_job_under_joblib_is_as_clear(spawn, store):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    process = spawn("compress", "-m", "squares.power=2,5", "hydra/launcher=joblib")
+    process = spawn("compress", "-m", *TROUBLE, "hydra/launcher=joblib")
     _, err = process.communicate(timeout=120)
     assert process.returncode == 2
-    assert "dirotq: squares.power=5: allowed are 2 and 3" in err
+    assert "dirotq: site blocks.3.ff: activations hold 7" in err
     assert "Traceback" not in err
     assert len(store.list()) == 3  # the other job's work
 
@@ -41,3 +42,10 @@ def test_a_failing_job_under_joblib_is_as_clear(spawn, store):
 def test_sweep_over_models(dirotq, store):
     assert dirotq("compress", "-m", "model=small,large", "until=numbers").status == 0
     assert len(store.list()) == 2
+
+
+def test_a_wrong_value_of_a_sweep_is_refused_before_its_first_job(dirotq, store):
+    found = dirotq("compress", "-m", "squares.power=2,3,5", "numbers.count=3,4")
+    assert found.status == 2
+    assert "squares.power=5: allowed are 2 and 3" in found.err
+    assert not store.root.exists()
