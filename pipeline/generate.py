@@ -3,6 +3,7 @@
 import argparse
 import os
 from collections.abc import Mapping
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -141,34 +142,39 @@ def _refuse_model(folder: Path, settings: Mapping[str, Any], images: Mapping[str
 
 def _refuse_place(out: Path, *, moving: bool) -> None:
     """Raise ConfigError unless an image of that name can be written; makes its folder."""
-    formats = _formats(moving=moving)
-    if out.suffix.lower() not in formats:
-        found = f"the suffix {out.suffix}" if out.suffix else "no suffix"
-        what = "a video is written as an animated image" if moving else "the format follows from it"
-        video = (
-            "; for .mp4, call the pipeline in Python: dirotq.load(FOLDER), then diffusers.utils."
-            "export_to_video(pipe(...).frames[0], 'video.mp4')"
-        )
-        raise ConfigError(
-            f"--out {out} has {found}, and {what}: use {', '.join(formats)}{video * moving}"
-        )
     if out.is_dir():
         raise ConfigError(f"--out {out} is a folder; give the name of a file in it")
+    if not _savable(out.suffix, moving=moving):
+        found = f"the suffix {out.suffix}" if out.suffix else "no suffix"
+        if moving:
+            raise ConfigError(
+                f"--out {out} has {found}, and a video is written as an animated image: use .webp, "
+                ".gif or .png; for .mp4 call the pipeline in Python: dirotq.load(FOLDER), then "
+                "diffusers.utils.export_to_video(pipe(...).frames[0], 'video.mp4')"
+            )
+        raise ConfigError(
+            f"--out {out} has {found}, and the format of the image follows from it: use .png, "
+            ".jpg, .webp or another that Pillow can write"
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ConfigError(f"--out {out}: permission denied; give a file in a folder of yours")
 
 
-def _formats(*, moving: bool) -> list[str]:
-    """Suffixes of image files that can be written here, the usual ones first."""
-    known = Image.registered_extensions()
-    savable = Image.SAVE_ALL if moving else Image.SAVE
-    there = [suffix for suffix, name in known.items() if name in savable]
-    animated = (".webp", ".gif", ".png", ".apng", ".avif")
-    usual = animated if moving else (".png", ".jpg", ".webp")
-    return [s for s in usual if s in there] + sorted(
-        s for s in there if s not in usual and not moving and s != ".pdf"
-    )
+def _savable(suffix: str, *, moving: bool) -> bool:
+    """Whether Pillow can write colours, several images of them if ``moving``, in this format here.
+
+    Tried out: some formats take black and white only, others a library that isn't there.
+    """
+    form = Image.registered_extensions().get(suffix.lower())
+    if form is None or form not in (Image.SAVE_ALL if moving else Image.SAVE) or form == "PDF":
+        return False
+    sample = Image.new("RGB", (16, 16))
+    try:
+        sample.save(BytesIO(), form, **({"save_all": True, "append_images": [sample]} if moving else {}))
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
 
 
 def _write(made: Any, out: Path, fps: int) -> Path:
@@ -177,7 +183,7 @@ def _write(made: Any, out: Path, fps: int) -> Path:
         made.images[0].save(out)
         return out
     first, *others = made.frames[0]
-    if out.suffix.lower() not in _formats(moving=True):
+    if not _savable(out.suffix, moving=True):
         out = out.with_suffix(Path(MOVING).suffix)
     first.save(out, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
     return out
