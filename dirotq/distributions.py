@@ -7,7 +7,6 @@ it is read against the same distance between two runs of the 16-bit model, never
 import torch
 from torch import Tensor
 from torch.nn import Identity
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 def frechet_distance(features_NF: Tensor, others_MF: Tensor) -> float:
@@ -15,6 +14,8 @@ def frechet_distance(features_NF: Tensor, others_MF: Tensor) -> float:
 
     Raises ValueError for fewer than two images in a set: there is no covariance.
     """
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
     _refuse_few(features_NF, others_MF)
     network = Identity()
     network.num_features = features_NF.shape[1]  # type: ignore[assignment]

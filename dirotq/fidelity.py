@@ -1,12 +1,10 @@
-"""How close an image is to the 16-bit model's image of the same prompt and noise."""
+"""How close an image is to the 16-bit model's image of the same prompt and noise.
+
+torchmetrics is imported where it is used: it takes a second, and a cached run needs none of it.
+"""
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Weights of MS-SSIM's five scales (Wang, Simoncelli and Bovik 2003)."""
@@ -33,6 +31,8 @@ def fidelity(got: Tensor, want: Tensor) -> dict[str, list[float]]:
 
 def psnr(got: Tensor, want: Tensor) -> Tensor:
     """In dB for range 1, [B], at most ``PSNR_LIMIT``: closer than that, storage can't tell."""
+    from torchmetrics.functional.image import peak_signal_noise_ratio
+
     whole = tuple(range(1, got.dim()))
     ratio_B = peak_signal_noise_ratio(got, want, data_range=1.0, reduction="none", dim=whole)
     return ratio_B.clamp_max(PSNR_LIMIT)
@@ -40,6 +40,8 @@ def psnr(got: Tensor, want: Tensor) -> Tensor:
 
 def ssim(got: Tensor, want: Tensor) -> Tensor:
     """SSIM of images [B, 3, H, W] in [0, 1], [B]: Gaussian window of 11 (Wang et al. 2004)."""
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     each_B = structural_similarity_index_measure(got, want, data_range=1.0, reduction="none")
     # Float32 rounding may leave a trifle above one.
     return each_B.reshape(-1).clamp_max(1.0)
@@ -52,6 +54,8 @@ def ms_ssim(got: Tensor, want: Tensor) -> Tensor:
     four) and 44 for three. The weights of the scales that are left are divided by their sum, so
     that the exponents add up to 1 as all five do; scores of different scale counts don't compare.
     """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     if scales(min(got.shape[-2:])) == 1:
         return ssim(got, want)
     betas = torch.tensor(BETAS[: scales(min(got.shape[-2:]))], dtype=torch.float64)

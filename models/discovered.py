@@ -5,8 +5,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from .discovery import denoiser_call, discover
 from .family import Site
 from .weights import empty_transformer
@@ -24,6 +22,8 @@ def discovered_sites(
 
     Raises UnsupportedError with the reason if the forward can't be traced (models/discovery.py).
     """
+    import diffusers  # takes seconds, and most models have a table
+
     args, kwargs = denoiser_call(folder, **dict(call))
     cls = getattr(diffusers, transformer_class)
     skeleton = empty_transformer(cls.load_config(folder / "transformer"), cls)

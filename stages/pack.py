@@ -27,7 +27,6 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.placing import place
 from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
-from dirotq.quantizer import STORED, DirotqConfig, mark_packed, stored_dtype
 from dirotq.sizes import parse_bytes
 from dirotq.sums import write_sums
 from dirotq.tensors import load_site, site_file
@@ -69,6 +68,8 @@ class Pack:
     def run(
         self, out: Path, *, rank: Artifact, gptq: Artifact, fuse: Artifact
     ) -> Mapping[str, float]:
+        from dirotq.quantizer import STORED, DirotqConfig, mark_packed  # imports diffusers: slow
+
         plan = read_plan(rank.file("plan.json"))
         folder = out / "model"
         _copy_pipeline(self.model.folder(), folder)
@@ -160,6 +161,8 @@ def plan_shards(tensors: Mapping[str, Tensor], limit: str) -> StateDictSplit:
 
     tensors  shapes are enough (meta device); floating ones are stored in 16 bits
     """
+    from dirotq.quantizer import stored_dtype
+
     stored = {
         name: torch.empty_like(t, dtype=stored_dtype(name, t), device="meta")
         for name, t in tensors.items()
