@@ -20,7 +20,10 @@ def pipeline_class(index: Mapping[str, Any]) -> Any:
     """The class of diffusers that a model_index.json names; None if it names none."""
     import diffusers
 
-    return getattr(diffusers, str(index.get("_class_name")), None)
+    from dirotq.loading import quiet
+
+    with quiet():
+        return getattr(diffusers, str(index.get("_class_name")), None)
 
 
 def arguments(cls: Any) -> Mapping[str, inspect.Parameter]:

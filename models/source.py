@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from dirotq.calls import pipeline_class, refuse_call
 from dirotq.digest import input_digests
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.images import ImageWriter
@@ -23,6 +24,7 @@ from .family import ModelFamily, Site
 from .lora import Lora, parse_loras
 from .origin import (
     CALL_FILE,
+    INDEX,
     pipeline_folder,
     pipeline_identity,
     read_header,
@@ -54,7 +56,7 @@ class DiffusersModel:
     """
 
     path: str
-    call: Mapping[str, float | int | None]
+    call: Mapping[str, bool | float | list[float] | None]
     base: str | None = None
     lora: str | Sequence[str | Mapping[str, Any]] | None = None
 
@@ -103,6 +105,19 @@ class DiffusersModel:
         stored = read_json(file) if file.is_file() else {}
         chosen = {**self.family.call, **stored, **self.call}
         return {name: value for name, value in chosen.items() if value is not None}
+
+    def check_call(self) -> None:
+        """Hold :meth:`call_arguments` against what the pipeline's call takes (dirotq/calls.py).
+
+        Raises ConfigError naming the argument.
+        """
+        folder = self.folder(weights=False)
+        if (cls := pipeline_class(read_json(folder / INDEX))) is None:
+            return  # pipelines of other libraries are refused where they are opened
+        if (file := folder / CALL_FILE).is_file():
+            stored = read_json(file)
+            refuse_call(cls, {n: v for n, v in stored.items() if n not in self.call}, str(file))
+        refuse_call(cls, self.call, "model.call")
 
     def _config(self) -> dict[str, Any]:
         return read_json(self.folder(weights=False) / "transformer" / "config.json")

@@ -12,7 +12,7 @@ import pkgutil
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Union
 
 from omegaconf import DictConfig, ListConfig
@@ -23,6 +23,7 @@ __all__ = ["close_to", "fields_of", "fits", "make", "no_such_setting", "refuse_m
 
 TARGET = "_target_"
 IGNORED = ("_convert_", "_recursive_")  # what configurations for Hydra's own `instantiate` say
+UNIONS = (Union, types.UnionType)
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
@@ -92,6 +93,8 @@ def refuse_misfit(value: Any, hint: Any, name: str) -> None:
     """Raise ConfigError if ``value`` is not of the annotated type."""
     if fits(value, hint):
         return
+    for inner, kind, where in _parts(value, hint):
+        refuse_misfit(inner, kind, f"{name}{where}")
     number = isinstance(value, int | float)
     quotes = f"; as text it is written \"{name}='{value}'\"" if number and fits("", hint) else ""
     raise ConfigError(
@@ -105,7 +108,7 @@ def fits(value: Any, hint: Any) -> bool:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or isinstance(hint, typing.TypeVar):
         return True
-    if origin in (Union, types.UnionType):
+    if origin in UNIONS:
         return any(fits(value, option) for option in args)
     if origin is Literal:
         return any(type(value) is type(option) and value == option for option in args)
@@ -126,6 +129,18 @@ def fits(value: Any, hint: Any) -> bool:
     if getattr(kind, "_is_protocol", False):
         return not isinstance(value, str | bool | int | float | list | dict | None)
     return isinstance(value, kind)
+
+
+def _parts(value: Any, hint: Any) -> Iterator[tuple[Any, Any, str]]:
+    """What a mapping or list holds, each with its annotation and its place."""
+    for option in typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,):
+        kind, args = typing.get_origin(option), typing.get_args(option)
+        if not isinstance(kind, type) or not args:
+            continue
+        if isinstance(value, dict) and issubclass(kind, Mapping):
+            yield from ((inner, args[1], f".{key}") for key, inner in value.items())
+        elif isinstance(value, list) and issubclass(kind, Sequence):
+            yield from ((inner, args[0], f"[{index}]") for index, inner in enumerate(value))
 
 
 def _target(node: DictConfig, name: str) -> Any:
@@ -186,7 +201,7 @@ def _kind(value: Any) -> str:
 def _allowed(hint: Any) -> str:
     """The annotation for people."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (Union, types.UnionType):
+    if origin in UNIONS:
         return " or ".join(dict.fromkeys(_allowed(option) for option in args))
     if origin is Literal:
         return " or ".join(map(str, args))

@@ -74,7 +74,7 @@ class Capture:
     calls: int
     rows: int
     weighting: Literal["pooled", "leveled"]
-    vram: str | None = untracked()
+    vram: str | int | None = untracked()
     device: str = untracked()
 
     def __post_init__(self) -> None:
@@ -89,6 +89,10 @@ class Capture:
             )
         if self.vram is not None:
             parse_bytes(self.vram)
+
+    def check(self) -> None:
+        """Raise ConfigError, before anything runs, for an argument that the pipeline won't take."""
+        self.model.check_call()
 
     def run(self, out: Path) -> Mapping[str, float]:
         device = pick_device(self.device)

@@ -60,7 +60,7 @@ class Pack:
     version: ClassVar[str] = "4"
 
     model: DiffusersModel
-    shard: str
+    shard: str | int
 
     def __post_init__(self) -> None:
         parse_bytes(self.shard)

@@ -16,7 +16,28 @@ from dirotq.judging.backend import Compare
 from dirotq.judging.chat import Chat
 from dirotq.judging.pacing import Pacer
 from dirotq.judging.rubric import Rubric
+from dirotq.pipeline.settings import close_to
 from dirotq.pipeline.stage import untracked
+
+FIELDS = frozenset(
+    # OpenAI's and hosted servers'; then vLLM's, SGLang's and Ollama's.
+    """
+    frequency_penalty logit_bias logprobs max_completion_tokens metadata modalities n prediction
+    presence_penalty prompt_cache_retention reasoning reasoning_effort response_format
+    safety_identifier seed service_tier stop store thinking thinking_budget top_logprobs top_p user
+    verbosity enable_thinking models plugins provider route transforms safety_settings
+
+    add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template
+    chat_template_kwargs continue_final_message custom_params echo ebnf format guided_choice
+    guided_decoding_backend guided_grammar guided_json guided_regex ignore_eos
+    include_stop_str_in_output json_schema keep_alive length_penalty lora_path min_p min_tokens
+    mm_processor_kwargs no_stop_trim options priority regex repetition_penalty request_id
+    separate_reasoning skip_special_tokens spaces_between_special_tokens stop_token_ids
+    stream_reasoning structured_outputs think top_k truncate_prompt_tokens vllm_xargs
+    """.split()
+)
+"""Fields of a request that servers know, beside those that DiRotQ sets. Others are refused: they
+are a mistake or a key, and stand in the recipe of an artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +47,7 @@ class OpenAIServer:
     ``model``        the name under which the server knows it; the judge's identity
     ``temperature``  and ``max_tokens`` are left out of requests where null
     ``structured``   send the answer's JSON schema as ``response_format``
-    ``extra``        more fields of the request
+    ``extra``        more fields of the request, of those in ``FIELDS``
     ``api_key_env``  the environment variable that holds the key, or null. The key itself is sent
                      as a bearer token and stands in no file, log line or message
     ``concurrency``  requests under way at a time; ``requests_per_minute`` that start, or null
@@ -61,6 +82,12 @@ class OpenAIServer:
         for name in ("timeout", "requests_per_minute"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ConfigError(f"judge.backend.{name}={value}: use more than 0")
+        if unknown := sorted(map(str, self.extra.keys() - FIELDS)):
+            raise ConfigError(
+                f"judge.backend.extra.{unknown[0]}: no server is known to take such a field;"
+                f"{close_to(unknown[0], FIELDS)} known are {', '.join(sorted(FIELDS))}. A key "
+                "belongs into an environment variable, named in judge.backend.api_key_env"
+            )
         self._check_url()
         if self.api_key_env is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.api_key_env):
             # Not repeated here: somebody may have put the key itself there.
@@ -89,17 +116,21 @@ class OpenAIServer:
     def _key(self) -> str | None:
         if self.api_key_env is None:
             return None
+        plain = re.search(r"_(KEY|TOKEN)$", self.api_key_env)  # else it may be the key itself
+        said = f"={self.api_key_env}" if plain else " names a variable"
         if not (key := os.environ.get(self.api_key_env, "").strip()):
             raise ConfigError(
-                f"judge.backend.api_key_env={self.api_key_env}, and that environment variable is "
-                "not set; export it, or use judge.backend.api_key_env=null for a server without a "
-                "key"
+                f"judge.backend.api_key_env{said}, and that environment variable is not set; export "
+                "it, or use judge.backend.api_key_env=null for a server without a key"
             )
         return key
 
     def _check_url(self) -> None:
-        parts = urlsplit(self.base_url)
-        if parts.username or parts.password or parts.query:
+        try:
+            parts = urlsplit(self.base_url)
+        except ValueError:  # [ in the host
+            parts = urlsplit("")
+        if parts.username or parts.password or parts.query or parts.fragment:
             raise ConfigError(
                 "judge.backend.base_url carries a user name, password or query, which logs would "
                 "show; put the key into an environment variable and name it in "
@@ -107,6 +138,6 @@ class OpenAIServer:
             )
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise ConfigError(
-                f"judge.backend.base_url={self.base_url} is no address; give the server's, such as "
+                "judge.backend.base_url is no address; give the server's, such as "
                 "http://127.0.0.1:8000/v1"
             )
