@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None, *, config: str = CONFIG) -> None:
     logging.raiseExceptions = debug  # a log file that can't be written is no reason for tracebacks
     _print_anything()
     try:
+        Path.cwd()  # said here: some libraries end the process where that is gone
         verb, *rest = [word for word in words if word != "--debug"] or ["--help"]
         status = _dispatch(verb, rest, config)
         if sys.stdout is not None:

@@ -38,6 +38,12 @@ PLAIN: Mapping[str, Any] = {
 }
 """Types of the settings that belong to no class."""
 
+STUMBLES = (
+    HydraException, OmegaConfBaseException,
+    ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError,
+)  # fmt: skip
+"""What composing raises: Hydra has no word of its own for some values."""
+
 __all__ = ["Line", "build", "compose_config", "hydra_words", "with_model_folder"]
 
 
@@ -110,7 +116,7 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
     with _hydra(module):
         try:
             cfg = compose("config", overrides=words)
-        except Exception as error:  # Hydra stumbles over some values without a word of its own
+        except STUMBLES as error:
             raise ConfigError(reworded(error, lambda: compose("config"))) from error
         _refuse_unknown(cfg, words, module)
     return cfg

@@ -5,8 +5,9 @@ import os
 import platform
 import shutil
 from importlib import import_module
-from pathlib import Path
 
+from dirotq.errors import DirotqError
+from dirotq.pipeline.place import store_place
 from dirotq.pipeline.provenance import LIBRARIES, gpu, versions
 from dirotq.pipeline.report import bytes_text
 from dirotq.pipeline.store import default_root
@@ -44,9 +45,7 @@ def findings() -> dict[str, str]:
     found["gpu"] = "; ".join(gpu()) or "none that nvidia-smi knows"
     usable, found["cuda"] = _cuda()
     fast, found["kernels"] = _kernels()
-    store = Path(default_root()).absolute()
-    place = next(path for path in (store, *store.parents) if path.exists())
-    found["store"] = f"{store}, {bytes_text(shutil.disk_usage(place).free)} free"
+    found["store"] = _store()
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     found["hub"] = "offline (HF_HUB_OFFLINE=1)" if offline else "not used: models are local folders"
     found["would run"] = (
@@ -54,6 +53,15 @@ def findings() -> dict[str, str]:
         f"packed models on {'the Triton kernels' if fast else 'the torch reference path'}"
     )
     return found
+
+
+def _store() -> str:
+    try:
+        store = store_place(default_root())
+        place = next(path for path in (store, *store.parents) if path.exists())
+        return f"{store}, {bytes_text(shutil.disk_usage(place).free)} free"
+    except (DirotqError, OSError) as error:
+        return f"unusable: {error}"
 
 
 def _cuda() -> tuple[bool, str]:

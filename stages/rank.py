@@ -58,6 +58,8 @@ class ChooseRank:
         if sum(value is not None for value in rules.values()) != 1:
             said = ", ".join(f"rank.{name}={value}" for name, value in rules.items())
             raise ConfigError(f"{said}: set exactly one of them and leave the others null")
+        if self.grid < 1:
+            raise ConfigError(f"rank.grid={self.grid}: use at least 1; the kernels want 8")
         if self.r is not None and (self.r < 0 or self.r % self.grid):
             raise ConfigError(
                 f"rank.r={self.r} is not on the grid: use a multiple of {self.grid}, such as "

@@ -77,6 +77,8 @@ class AllocateRank:
         if sum(value is not None for value in budgets.values()) != 1:
             said = ", ".join(f"rank.{name}={value}" for name, value in budgets.items())
             raise ConfigError(f"{said}: set exactly one of them and leave the others null")
+        if self.grid < 1:
+            raise ConfigError(f"rank.grid={self.grid}: use at least 1; the kernels want 8")
         if self.like is not None and (self.like < 0 or self.like % self.grid):
             raise ConfigError(
                 f"rank.like={self.like} is not on the grid: use a multiple of {self.grid}"
