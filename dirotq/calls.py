@@ -1,4 +1,4 @@
-"""What a diffusers pipeline takes when it is called, held against what somebody wants to give it."""
+"""What the call of a diffusers pipeline takes, held against what somebody wants to give it."""
 
 import inspect
 import typing

@@ -106,7 +106,7 @@ class Machine:
         return 2 * tokens * channels**2 / _rate(self.moments, channels, self.moments_half)
 
 
-def budget(machine: Machine, vram: str | None) -> int:
+def budget(machine: Machine, vram: str | int | None) -> int:
     """Bytes of GPU memory to stay within: the setting ``vram`` ("24GB"), or all there is.
 
     Raises ConfigError for a setting above what the GPU has.

@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from dirotq.errors import ConfigError
 from dirotq.pipeline import dag, doctor, explain, generate, housekeeping, preflight, report, runs
-from dirotq.pipeline.config import Line, build, compose_config, hydra_words, with_model_folder
+from dirotq.pipeline.config import Line, build, compose_config, search_path, with_model_folder
 from dirotq.pipeline.faults import explained
 from dirotq.pipeline.quoting import is_multirun
 from dirotq.pipeline.secrecy import refuse_secrets
@@ -110,6 +110,8 @@ def _dispatch(verb: str, rest: list[str], config: str) -> int:
         "generate": generate.command,
         "doctor": doctor.command,
     }
+    shown = _without_prompt(rest) if verb == "generate" else rest
+    refuse_secrets([verb, *shown])  # before anything prints or writes them
     if verb in ("-h", "--help", "help"):
         print(USAGE, end="")
         return 0
@@ -130,7 +132,6 @@ def _dispatch(verb: str, rest: list[str], config: str) -> int:
 
 
 def _compress(args: list[str], config: str) -> int:
-    refuse_secrets(args)  # before anything prints or writes them
     if is_multirun(args):  # Hydra wants it before or after all overrides
         args = ["--multirun", *(arg for arg in args if not is_multirun([arg]))]
     parser = get_args_parser()
@@ -152,7 +153,7 @@ def _try_out(options: Any, config: str) -> None:
             ".yaml's. Files of your own: --config-dir FOLDER adds a folder with groups such as "
             "experiment/mine.yaml"
         )
-    added = [f"hydra.searchpath=[file://{Path(options.config_dir).absolute()}]"] if options.config_dir else []
+    added = [search_path(config, options.config_dir)] if options.config_dir else []
     for overrides in variants(options.overrides, sweep=options.multirun):
         build(compose_config([*added, *overrides], config))
 
@@ -207,6 +208,16 @@ def _hydra_process(args: list[str]) -> Iterator[None]:
             del os.environ["HYDRA_FULL_ERROR"]
         else:
             os.environ["HYDRA_FULL_ERROR"] = full
+
+
+def _without_prompt(words: Sequence[str]) -> list[str]:
+    """A prompt may say what it likes."""
+    before = ["", *words]
+    return [
+        word
+        for last, word in zip(before, words)
+        if last != "--prompt" and not word.startswith("--prompt=")
+    ]
 
 
 def _print_anything() -> None:

@@ -44,7 +44,7 @@ STUMBLES = (
 )  # fmt: skip
 """What composing raises: Hydra has no word of its own for some values."""
 
-__all__ = ["Line", "build", "compose_config", "hydra_words", "with_model_folder"]
+__all__ = ["Line", "build", "compose_config", "hydra_words", "search_path", "with_model_folder"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,20 +209,35 @@ def _refuse_unknown(cfg: DictConfig, words: Sequence[str], module: str) -> None:
     for word in words:
         mark, key, _ = setting(word)
         parts = key.split(".")
-        if mark in ("+", "++") and not {"@", "/"} & set(key) and parts[0] not in ("hydra", "pipeline"):
+        if (
+            mark in ("+", "++")
+            and not {"@", "/"} & set(key)
+            and parts[0] not in ("hydra", "pipeline")
+        ):
             _refuse_appended(cfg, parts)
+
+
+def search_path(module: str, folder: str) -> str:
+    """The override that adds a folder of the user's to where the tree's groups are looked up."""
+    there = _primary(module).get("hydra", {}).get("searchpath", [])
+    added = quote(f"file://{Path(folder).absolute()}")
+    return f"hydra.searchpath=[{','.join([*there, added])}]"
+
+
+def _primary(module: str) -> Any:
+    return OmegaConf.load(str(files(module).joinpath("config.yaml")))
 
 
 def _roots(module: str) -> list[str]:
     """What the tree's config.yaml holds: settings, and the groups in its list of defaults."""
-    tree: Any = OmegaConf.load(str(files(module).joinpath("config.yaml")))
+    tree = _primary(module)
     groups = [str(name) for entry in tree.defaults if OmegaConf.is_config(entry) for name in entry]
     names = [*(str(key) for key in tree if key not in ("defaults", "hydra")), *groups]
     return [name for name in names if "/" not in name]
 
 
 def _refuse_appended(cfg: DictConfig, parts: Sequence[str]) -> None:
-    """Refuse what was appended elsewhere than to a mapping that a class takes whole (model.call)."""
+    """Refuse what was appended to anything but a mapping that a class takes (model.call)."""
     node: Any = cfg
     of_class = False
     for depth, part in enumerate(parts):

@@ -15,7 +15,7 @@ __all__ = ["command", "reason"]
 
 def command(args: list[str], config: str) -> int:
     """``explain A B`` compares two artifacts, ``explain [overrides]`` looks at what would run."""
-    names = [arg for arg in args if "=" not in arg and arg[0] not in "~-+"]
+    names = [arg for arg in args if "=" not in arg and not arg.startswith(("~", "-", "+"))]
     if names:
         return _compare(args)
     line = build(compose_config(args, config))

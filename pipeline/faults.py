@@ -24,6 +24,7 @@ from dirotq.pipeline.wording import reworded
 __all__ = ["explained"]
 
 SHARED = Path("/dev/shm")
+ELSEWHERE = "Choose a writable store with store=FOLDER or DIROTQ_STORE"
 RESUME = "finished work is kept; the same command resumes"
 OUT_OF_MEMORY = re.compile(
     r"CUDA out of memory|CUDA error: out of memory|can't allocate memory|not enough memory"
@@ -59,9 +60,9 @@ def explained(error: BaseException) -> tuple[str, int]:
             return said, 2
     return (
         f"this is a fault of DiRotQ or of a library that it uses: {_type(error)}: "
-        f"{_line(error)}{_where(error)}. Finished work is kept. Please report it in DiRotQ's issues, "
-        "with the command, what it prints with --debug (or DIROTQ_DEBUG=1), and what `dirotq doctor` "
-        "says"
+        f"{_line(error)}{_where(error)}. Finished work is kept. Please report it in DiRotQ's "
+        "issues, with the command, what it prints with --debug (or DIROTQ_DEBUG=1), and what "
+        "`dirotq doctor` says"
     ), 1
 
 
@@ -98,7 +99,10 @@ def _system(error: BaseException) -> str | None:
                 f"Remove what is left there, or give it more (docker run --shm-size=8g); {RESUME}"
             )
     if is_disk_full(error):
-        return f"the disk is full{where}: {_line(error)}. Make room (`dirotq gc` lists what may go); {RESUME}"
+        return (
+            f"the disk is full{where}: {_line(error)}. Make room (`dirotq gc` lists what may go); "
+            f"{RESUME}"
+        )
     if _has(error, errno.EFBIG):
         return (
             f"a file became larger than the file size limit of this shell allows (`ulimit -f`)"
@@ -110,7 +114,7 @@ def _system(error: BaseException) -> str | None:
             f"with `ulimit -n 4096`; {RESUME}"
         )
     if _has(error, errno.EROFS):
-        return f"{_line(error)}{where}: that place can only be read. Choose a store with store=FOLDER or DIROTQ_STORE"
+        return f"{_line(error)}{where}: that place can only be read. {ELSEWHERE}"
     if found is None:
         if isinstance(error, RuntimeError) and BROKEN_GPU.search(str(error)):
             return (
@@ -130,8 +134,8 @@ def _system(error: BaseException) -> str | None:
     what = REASONS.get(found.errno or 0, found.strerror or _line(found))
     name = os.fsdecode(found.filename) if isinstance(found.filename, str | bytes) else "the system"
     return (
-        f"{name}: {what}{where}. Check the path, or give another place (store=FOLDER, DIROTQ_STORE, "
-        f"DIROTQ_CACHE, HF_HOME, --out); {RESUME}"
+        f"{name}: {what}{where}. Check the path, or give another place (store=FOLDER, "
+        f"DIROTQ_STORE, DIROTQ_CACHE, HF_HOME, --out); {RESUME}"
     )
 
 
@@ -148,7 +152,7 @@ def _home(error: BaseException) -> str | None:
 def _denied(error: PermissionError, where: str) -> str:
     """The path, whose it is and who may what, and what to do."""
     if error.filename is None:
-        return f"permission denied{where}: {_line(error)}. Choose a writable store with store=FOLDER or DIROTQ_STORE"
+        return f"permission denied{where}: {_line(error)}. {ELSEWHERE}"
     path = Path(os.fsdecode(error.filename))
     there = next((p for p in (path, *path.absolute().parents) if _stat(p)), None)
     whose = ""
@@ -183,7 +187,7 @@ def _cwd() -> bool:
 
 
 def _has(error: BaseException, code: int) -> bool:
-    """Whether the system's error ``code`` is at the root, as a number or, of safetensors, as text."""
+    """Whether the system's error ``code`` is at the root, as a number or as text (safetensors)."""
     return any(
         (isinstance(e, OSError) and e.errno == code) or f"os error {code})" in str(e)
         for e in _chain(error)

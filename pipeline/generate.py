@@ -1,4 +1,4 @@
-"""``dirotq generate``: one image or video from a packed model, through the loader everybody uses."""
+"""``dirotq generate``: an image or video from a packed model, by the loader everybody uses."""
 
 import argparse
 import os
@@ -171,7 +171,8 @@ def _savable(suffix: str, *, moving: bool) -> bool:
         return False
     sample = Image.new("RGB", (16, 16))
     try:
-        sample.save(BytesIO(), form, **({"save_all": True, "append_images": [sample]} if moving else {}))
+        more: dict[str, Any] = {"save_all": True, "append_images": [sample]} if moving else {}
+        sample.save(BytesIO(), form, **more)
     except (OSError, ValueError, KeyError):
         return False
     return True

@@ -114,7 +114,9 @@ def refuse_device(device: str, setting: str) -> None:
         there = f"{len(found)} GPU{'s' * (len(found) > 1)}" if found else "no usable GPU"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         within = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
-        raise ConfigError(f"{setting}={device}, but nvidia-smi finds {there} here{within}; {advice}")
+        raise ConfigError(
+            f"{setting}={device}, but nvidia-smi finds {there} here{within}; {advice}"
+        )
 
 
 def gpu(name: str, memory: int, ram: int) -> Machine:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dirotq.pipeline.peaks import peaks
+from dirotq.pipeline.secrecy import without_secrets
 
 __all__ = ["LIBRARIES", "gpu", "provenance", "versions"]
 
@@ -30,7 +31,7 @@ def provenance(started: float, overrides: Sequence[str]) -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
         "seconds": round(time.time() - started, 3),
         **peaks(),
-        "argv": sys.argv,
+        "argv": without_secrets(sys.argv),
         "overrides": list(overrides),
         "git": git_revision(),
         "host": platform.node(),

@@ -67,8 +67,8 @@ def _quoted(arg: str, sweep: bool) -> str:
         arg.encode()
     except UnicodeEncodeError as error:
         raise ConfigError(
-            f"{ascii(arg)} is no valid UTF-8 text: rename the file or folder, give a link to it that "
-            "has a plain name, or use a UTF-8 locale (LC_ALL=C.UTF-8)"
+            f"{arg!a} is no valid UTF-8 text: rename the file or folder, give a link to it with "
+            "a plain name, or use a UTF-8 locale (LC_ALL=C.UTF-8)"
         ) from error
     if "\0" in arg:
         raise ConfigError(f"{arg!r} holds a NUL character, which no path and no setting can have")

@@ -1,7 +1,8 @@
 """Keys and passwords among the settings: refused before anything is written, never repeated.
 
-Overrides stand in every record of a run (``runs/*/.hydra``, provenance.json, the log), and requests'
-fields in the recipe of an artifact that people pass on. A key belongs into an environment variable.
+Overrides stand in every record of a run (``runs/*/.hydra``, provenance.json, the log), and fields
+of requests in the recipe of an artifact that people pass on. A key belongs into an environment
+variable.
 """
 
 import re
@@ -23,9 +24,9 @@ _WORD = (
     r"|credentials?|authorization|bearer|auth|[a-z_-]*token|cookie)"
 )
 _NAME = re.compile(rf"(?:.*[_-])?{_WORD}", re.IGNORECASE)
-"""A name that calls for a secret: api_key, HF_TOKEN, OPENAI_API_KEY; not max_tokens, api_key_env."""
+"""A name that calls for a secret: api_key, HF_TOKEN; not max_tokens, api_key_env."""
 _INSIDE = re.compile(rf"(?:^|[\W_]){_WORD}['\"]?\s*[:=]\s*['\"]?[^\s'\",}}]", re.IGNORECASE)
-"""Such a name with a value, within a value: {{api_key: ...}}, ?token=..."""
+"""Such a name with a value, within a value: {api_key: ...}, ?token=..."""
 _VALUE = re.compile(
     r"\w://[^/\s?#]*@"  # a name or password before a host
     r"|://\S*[?&](?:key|sig|signature|code)="  # (others are found by their names)
@@ -66,7 +67,7 @@ def without_secrets(args: Sequence[str]) -> list[str]:
         secret = expected or _is_secret(name, value)
         named = name and not _VALUE.search(name)
         shown.append(arg if not secret else f"{name}={HIDDEN}" if named else HIDDEN)
-        expected = not value and arg.startswith("-") and bool(_NAME.fullmatch(arg.lstrip("-")))
+        expected = arg.startswith("-") and bool(_NAME.fullmatch(arg.lstrip("-")))  # no value yet
     return shown
 
 
@@ -90,7 +91,7 @@ def _is_secret(name: str, value: str) -> bool:
 def _leaves(node: Any, name: str) -> Iterator[tuple[str, str]]:
     if isinstance(node, DictConfig):
         for key in node:
-            yield from _entry(node, key, f"{name}.{key}" if name else str(key))
+            yield from _entry(node, key, ".".join(filter(None, (name, str(key)))))
     elif isinstance(node, ListConfig):
         for index in range(len(node)):
             yield from _entry(node, index, f"{name}[{index}]")

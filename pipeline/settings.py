@@ -169,7 +169,7 @@ def _signature(called: Any) -> inspect.Signature:
 def _name(node: DictConfig, key: Any, parent: str) -> str:
     """How people set this entry: ``model: ${model}`` is set as ``model``, wherever it stands."""
     raw = node._get_node(key)
-    said = raw._value() if raw is not None and raw._is_interpolation() else ""  # type: ignore[union-attr]
+    said = raw._value() if raw is not None and raw._is_interpolation() else ""
     reference = _REFERENCE.fullmatch(str(said))
     return reference[1] if reference else f"{parent}.{key}"
 

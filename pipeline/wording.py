@@ -11,7 +11,9 @@ __all__ = ["reworded"]
 
 EXTRAS = {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
 """Launchers, and the extras of this package that install them."""
-NOISE = re.compile(r"full_key:|object_type=|reference_type=|See https://|Config search path|provider=")
+NOISE = re.compile(
+    r"full_key:|object_type=|reference_type=|See https://|Config search path|provider="
+)
 
 
 def reworded(error: BaseException, tree: Callable[[], DictConfig] | None = None) -> str:
@@ -73,7 +75,10 @@ def _not_a_choice(kind: str) -> str:
 
 
 _WORDS: tuple[tuple[str, Callable[..., str]], ...] = (
-    (r"Could not find '(.+?)/([^/']*)'.*Available options in '[^']*':(.*?)Config search", _no_choice),
+    (
+        r"Could not find '(.+?)/([^/']*)'.*Available options in '[^']*':(.*?)Config search",
+        _no_choice,
+    ),
     (r"Could not (?:find|load) '(.+?)/([^/']*)'", _not_loaded),
     (r"An item is already at '([^']*)'", _there_already),
     (r"^(\S+) appears more than once in the final defaults list", _chosen_twice),
@@ -85,7 +90,7 @@ _WORDS: tuple[tuple[str, Callable[..., str]], ...] = (
 
 def _unknown(name: str, tree: Callable[[], DictConfig] | None) -> str:
     if name.startswith("hydra.") or tree is None:
-        return f"{name}: there is no such setting; `dirotq compress --cfg all` prints those there are"
+        return f"{name}: there is no such setting; `dirotq compress --cfg all` prints them all"
     node: object = tree()
     parts = name.split(".")
     for depth, part in enumerate(parts):

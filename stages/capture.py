@@ -341,7 +341,7 @@ def chosen_calls(shard: int, shards: int, made: int, wanted: int) -> list[int]:
 
 
 def _sweep_size(
-    walk: Walk, calls: Sequence[Call], vram: str | None, device: torch.device
+    walk: Walk, calls: Sequence[Call], vram: str | int | None, device: torch.device
 ) -> tuple[int, bool]:
     """How many calls to keep on their way at a time, and whether to park them in host memory."""
     each, host = max(walk.state_bytes(calls[0]), 1), int(HOST_SHARE * free_host_memory())

@@ -156,7 +156,7 @@ class _Packed:
         return found
 
 
-def plan_shards(tensors: Mapping[str, Tensor], limit: str) -> StateDictSplit:
+def plan_shards(tensors: Mapping[str, Tensor], limit: str | int) -> StateDictSplit:
     """Which tensors go into which file, as ``save_pretrained`` divides them.
 
     tensors  shapes are enough (meta device); floating ones are stored in 16 bits

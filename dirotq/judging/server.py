@@ -15,29 +15,10 @@ from dirotq.errors import ConfigError
 from dirotq.judging.backend import Compare
 from dirotq.judging.chat import Chat
 from dirotq.judging.pacing import Pacer
+from dirotq.judging.request_fields import FIELDS
 from dirotq.judging.rubric import Rubric
 from dirotq.pipeline.settings import close_to
 from dirotq.pipeline.stage import untracked
-
-FIELDS = frozenset(
-    # OpenAI's and hosted servers'; then vLLM's, SGLang's and Ollama's.
-    """
-    frequency_penalty logit_bias logprobs max_completion_tokens metadata modalities n prediction
-    presence_penalty prompt_cache_retention reasoning reasoning_effort response_format
-    safety_identifier seed service_tier stop store thinking thinking_budget top_logprobs top_p user
-    verbosity enable_thinking models plugins provider route transforms safety_settings
-
-    add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template
-    chat_template_kwargs continue_final_message custom_params echo ebnf format guided_choice
-    guided_decoding_backend guided_grammar guided_json guided_regex ignore_eos
-    include_stop_str_in_output json_schema keep_alive length_penalty lora_path min_p min_tokens
-    mm_processor_kwargs no_stop_trim options priority regex repetition_penalty request_id
-    separate_reasoning skip_special_tokens spaces_between_special_tokens stop_token_ids
-    stream_reasoning structured_outputs think top_k truncate_prompt_tokens vllm_xargs
-    """.split()
-)
-"""Fields of a request that servers know, beside those that DiRotQ sets. Others are refused: they
-are a mistake or a key, and stand in the recipe of an artifact."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +101,8 @@ class OpenAIServer:
         said = f"={self.api_key_env}" if plain else " names a variable"
         if not (key := os.environ.get(self.api_key_env, "").strip()):
             raise ConfigError(
-                f"judge.backend.api_key_env{said}, and that environment variable is not set; export "
-                "it, or use judge.backend.api_key_env=null for a server without a key"
+                f"judge.backend.api_key_env{said}, and that environment variable is not set; "
+                "export it, or use judge.backend.api_key_env=null for a server without a key"
             )
         return key
 

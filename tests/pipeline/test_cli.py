@@ -67,7 +67,10 @@ def test_plan_touches_nothing_and_knows_the_past(dirotq, store):
 @pytest.mark.parametrize(
     ("args", "says"),
     [
-        (["compress", "squares.powr=3"], "no such setting; did you mean `squares.power`? squares has"),
+        (
+            ["compress", "squares.powr=3"],
+            "no such setting; did you mean `squares.power`? squares has",
+        ),
         (["plan", "squares.powr=3"], "squares.powr: there is no such setting"),
         (["compress", "squares=nix"], "squares=nix: there is no such choice; squares has default"),
         (["compress", "model=nix"], "Known models are large, local, small"),
