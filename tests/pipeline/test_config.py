@@ -87,3 +87,24 @@ def test_other_overrides_and_sweeps_stay():
 def test_unknown_model(value):
     with pytest.raises(ConfigError, match=r"no such model.*large, local, small.*diffusers folder"):
         compose_config([f"model={value}"], TOY)
+
+
+def test_what_is_cached_is_not_checked_again(dirotq, monkeypatch):
+    """Its checks passed when it ran, and need libraries and files that may be gone."""
+    assert dirotq("compress").status == 0
+
+    def check(self):
+        raise ConfigError(f"squares.power={self.power} is checked")
+
+    monkeypatch.setattr(Squares, "check", check, raising=False)
+    assert dirotq("compress").status == 0
+    assert "squares.power=2 is checked" in dirotq("plan", "force=squares").err
+    assert "squares.power=3 is checked" in dirotq("plan", "squares.power=3").err
+
+
+def test_another_folders_groups(dirotq, tmp_path):
+    (tmp_path / "é (1)" / "squares").mkdir(parents=True)
+    mine = "_target_: toyline.stages.Squares\npower: 3\nfail: false\n"
+    (tmp_path / "é (1)" / "squares" / "mine.yaml").write_text(mine)
+    result = dirotq("compress", "--config-dir", str(tmp_path / "é (1)"), "squares=mine")
+    assert (result.status, "largest=27" in result.out) == (0, True), result

@@ -169,7 +169,11 @@ def test_python_gets_errors_of_the_project(monkeypatch, store):
 
 
 def test_debug_stands_anywhere_and_version_too(dirotq):
-    for args in (["--debug", "plan", "x=1"], ["plan", "--debug", "x=1"], ["plan", "x=1", "--debug"]):
+    for args in (
+        ["--debug", "plan", "x=1"],
+        ["plan", "--debug", "x=1"],
+        ["plan", "x=1", "--debug"],
+    ):
         assert "Traceback" in dirotq(*args).err
     for args in (["--version"], ["plan", "--version"], ["compress", "--version"]):
         result = dirotq(*args)

@@ -2,6 +2,7 @@ import subprocess
 
 import pytest
 
+from dirotq.errors import ConfigError
 from dirotq.pipeline import machine
 
 TWO = "NVIDIA H200, 143771\nNVIDIA GeForce RTX 4090, 24564\n"
@@ -60,3 +61,38 @@ def test_an_unknown_chip_is_named_as_such():
 def test_cores():
     assert machine.cpu(4, 1).float64 == 4 * machine.cpu(1, 1).float64
     assert machine.cpu(4, 1).write == machine.cpu(1, 1).write
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "says"),
+    [
+        ("cuda", [], "nvidia-smi finds no usable GPU"),
+        ("cuda:1", ["H200"], "nvidia-smi finds 1 GPU here"),
+        ("cuda:x", ["H200"], "cuda:x is unknown"),
+        ("gpu", ["H200"], "gpu is unknown; use auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_a_device_that_is_not_there(monkeypatch, device, gpus, says):
+    monkeypatch.setattr(machine, "versions", lambda: {"torch": "2.11.0"})
+    monkeypatch.setattr(machine, "graphics", lambda: [(name, 1) for name in gpus])
+    monkeypatch.setattr(machine.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    with pytest.raises(ConfigError, match=says):
+        machine.refuse_device(device, "device")
+
+
+@pytest.mark.parametrize("device", ["auto", "cpu", "cuda", "cuda:0", "cuda:1"])
+def test_a_device_that_is(monkeypatch, device):
+    monkeypatch.setattr(machine, "versions", lambda: {"torch": "2.11.0"})
+    monkeypatch.setattr(machine, "graphics", lambda: [("H200", 1), ("H200", 1)])
+    machine.refuse_device(device, "device")
+
+
+def test_a_build_without_cuda_and_a_container_without_tools(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "versions", lambda: {"torch": "2.11.0+cpu"})
+    with pytest.raises(ConfigError, match="built without CUDA; use gptq.device=cpu"):
+        machine.refuse_device("cuda", "gptq.device")
+    monkeypatch.setattr(machine, "versions", lambda: {"torch": "2.11.0"})
+    monkeypatch.setattr(machine, "graphics", list)
+    monkeypatch.setattr(machine.shutil, "which", lambda name: None)
+    monkeypatch.setattr(machine, "DRIVER", tmp_path)
+    machine.refuse_device("cuda", "device")  # torch will tell

@@ -55,8 +55,14 @@ def test_the_place_inside_of_a_mapping_is_named():
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("rank.r=abc", r"rank\.r='abc' does not fit: it is text, allowed is a whole number or null"),
-        ("validate.pairs=1.5", r"validate\.pairs=1\.5 does not fit: it is a number with a fraction"),
+        (
+            "rank.r=abc",
+            r"rank\.r='abc' does not fit: it is text, allowed is a whole number or null",
+        ),
+        (
+            "validate.pairs=1.5",
+            r"validate\.pairs=1\.5 does not fit: it is a number with a fraction",
+        ),
         ("capture.calls=1.5", r"capture\.calls=1\.5 does not fit"),
         ("capture.rows=true", r"capture\.rows=true does not fit: it is a truth value"),
         ("gptq.damping=nan", r"gptq\.damping=nan does not fit: it is no finite number"),

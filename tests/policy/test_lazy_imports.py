@@ -25,5 +25,7 @@ def test_stages_are_made_without_the_slow_libraries():
 
 def test_the_command_line_itself_loads_no_torch():
     script = "import sys, dirotq.pipeline.cli; print('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
     assert done.stdout.strip() == "False"
