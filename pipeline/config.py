@@ -198,6 +198,8 @@ def _refuse_plain_misfits(cfg: DictConfig) -> None:
             value = cfg[name]
             plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
             refuse_misfit(plain, kind, name)
+    if not str(cfg.get("weights", "weights")).strip():  # ${weights}/x would be /x
+        raise ConfigError("weights is empty; give a folder, or unset DIROTQ_WEIGHTS")
 
 
 def _refuse_unknown(cfg: DictConfig, words: Sequence[str], module: str) -> None:

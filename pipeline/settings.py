@@ -204,7 +204,7 @@ def _allowed(hint: Any) -> str:
     if origin in UNIONS:
         return " or ".join(dict.fromkeys(_allowed(option) for option in args))
     if origin is Literal:
-        return " or ".join(map(str, args))
+        return " or ".join(map(repr, args))
     plain = {
         int: "a whole number",
         float: "a number",

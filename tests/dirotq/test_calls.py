@@ -21,9 +21,15 @@ class Pipeline:
 
 @pytest.mark.parametrize(
     "call",
-    [{}, {"num_inference_steps": 1}, {"guidance_scale": 4}, {"sigmas": [1.0, 0.5]}, {"clean": False},
-     {"guidance_scale": None}],
-)  # fmt: skip
+    [
+        {},
+        {"num_inference_steps": 1},
+        {"guidance_scale": 4},
+        {"sigmas": [1.0, 0.5]},
+        {"clean": False},
+        {"guidance_scale": None},
+    ],
+)
 def test_what_fits_passes(call):
     refuse_call(Pipeline, call, "model.call")
 

@@ -89,7 +89,7 @@ def test_a_device_that_is(monkeypatch, device):
 
 def test_a_build_without_cuda_and_a_container_without_tools(monkeypatch, tmp_path):
     monkeypatch.setattr(machine, "versions", lambda: {"torch": "2.11.0+cpu"})
-    with pytest.raises(ConfigError, match="built without CUDA; use gptq.device=cpu"):
+    with pytest.raises(ConfigError, match=r"built without CUDA; use gptq\.device=cpu"):
         machine.refuse_device("cuda", "gptq.device")
     monkeypatch.setattr(machine, "versions", lambda: {"torch": "2.11.0"})
     monkeypatch.setattr(machine, "graphics", list)

@@ -22,8 +22,9 @@ def test_quoted_text_comes_back_whole_whatever_is_in_it(text):
 
 
 PATHS = [
-    "é", "a (1)", "a [b]", "[b]", "it's", 'say "x"', "a=b", "a,b", "a b", " a", "a ", "a#b", "a&b", "$x",
-    "{a: b}", "a\\b", "a\\", "a\nb", "123", "1e3", "true", "x:y", "a@b", "%20", "!x", "a;b", "🙂", "~x~",
+    "é", "a (1)", "a [b]", "[b]", "it's", 'say "x"', "a=b", "a,b", "a b", " a", "a ", "a#b", "a&b",
+    "$x", "{a: b}", "a\\b", "a\\", "a\nb", "123", "1e3", "true", "x:y", "a@b", "%20", "!x", "a;b",
+    "🙂", "~x~",
 ]  # fmt: skip
 
 
