@@ -40,11 +40,15 @@ Header = Mapping[str, tuple[str, tuple[int, ...]]]
 """{tensor: (dtype as safetensors spells it, shape)}."""
 
 
-def pipeline_folder(source: str, *, weights: bool, without: str = "") -> Path:
+def pipeline_folder(
+    source: str, *, weights: bool, without: str = "", complete: bool = True
+) -> Path:
     """The checked diffusers folder behind a path or hub id.
 
-    weights  with the weights of its components; without, those of a repository may be missing
-    without  a component whose weights are not needed
+    weights   with the weights of its components; without, those of a repository may be missing
+    without   a component whose weights are not needed
+    complete  hold each component against its class, too, which takes seconds of imports: left out
+              where only names and digests are asked for, as for a run that is all cached
 
     Raises ConfigError if there is no such pipeline, it is damaged or incomplete, holds weights only
     as pickles, or leads out of its folder (models/folder.py); UnsupportedError if its denoiser is
@@ -69,7 +73,8 @@ def pipeline_folder(source: str, *, weights: bool, without: str = "") -> Path:
     if weights:
         for part in _model_parts(root, index, without):
             _refuse_weights(part, source)
-    refuse_incomplete(root, source, weights=weights, without=without)
+    if complete:
+        refuse_incomplete(root, source, weights=weights, without=without)
     return root
 
 
@@ -82,17 +87,17 @@ def pipeline_identity(source: str, *, without: str = "") -> dict[str, Any]:
 
     without  a component whose weights don't count
 
-    Raises what :func:`pipeline_folder` raises. Cheap to call again: what did not change on disk is
-    not read again.
+    Raises what :func:`pipeline_folder` raises, but for what is incomplete: whoever reads the folder
+    finds that. Cheap to call again: what did not change on disk is not read again.
     """
-    root = pipeline_folder(source, weights=False, without=without)
+    root = pipeline_folder(source, weights=False, without=without, complete=False)
     index = read_json(root / INDEX)
     if (place := _on_hub(source)) is None:
         return {"files": _digests(root, pipeline_files(root, index, without=without))}
     if not unproven(root, _used(root, index, without), place.listing()):
         return place.identity()
     # All of them, or a download would give another fingerprint to the same model.
-    pipeline_folder(source, weights=True, without=without)
+    pipeline_folder(source, weights=True, without=without, complete=False)
     unknown = unproven(root, _used(root, index, without), place.listing())
     return place.identity() | {"files": _digests(root, unknown)}
 

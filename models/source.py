@@ -66,22 +66,26 @@ class DiffusersModel:
     def identity(self) -> dict[str, Any]:
         """Every byte that can change a result; places on disk can't. Of a repository, its commit.
 
-        Raises what :meth:`folder` raises, as far as that shows without weights.
+        Raises what :meth:`folder` raises, as far as that shows without weights and classes.
         """
         return {**self._parts(), "call": dict(self.call_arguments())}
 
-    def folder(self, *, weights: bool = True) -> Path:
+    def folder(self, *, weights: bool = True, complete: bool = True) -> Path:
         """The checked folder, downloaded and put together where that is needed.
 
-        weights  also the weights; without them only configurations, which is quick
+        weights   also the weights; without them only configurations
+        complete  hold every component against its class, too; False is quick, and is for questions
+                  that a cached run asks
 
         Raises ConfigError, UnsupportedError or ArtifactError for what is no 16-bit diffusers
         pipeline around a transformer (models/origin.py), or a file or LoRA that does not fit it.
         """
         file = self._file()
         if file is None and not self._loras():
-            return pipeline_folder(self.path, weights=weights)
-        root = pipeline_folder(self._base(), weights=weights, without=self._replaced())
+            return pipeline_folder(self.path, weights=weights, complete=complete)
+        root = pipeline_folder(
+            self._base(), weights=weights, without=self._replaced(), complete=complete
+        )
         if not weights:
             return root
         return variant_folder(root, file, self._loras(), self._parts, self.path)
@@ -101,15 +105,16 @@ class DiffusersModel:
 
     def call_arguments(self) -> dict[str, float | int]:
         """Pipeline call arguments: of the family, of the folder's generation.json, of ``call``."""
-        file = self.folder(weights=False) / CALL_FILE
+        file = self.folder(weights=False, complete=False) / CALL_FILE
         stored = read_json(file) if file.is_file() else {}
         chosen = {**self.family.call, **stored, **self.call}
         return {name: value for name, value in chosen.items() if value is not None}
 
-    def check_call(self) -> None:
-        """Hold :meth:`call_arguments` against what the pipeline's call takes (dirotq/calls.py).
+    def check(self) -> None:
+        """What can be told before a run: the folder is complete, and its pipeline takes the
+        arguments it will be given (dirotq/calls.py).
 
-        Raises ConfigError naming the argument.
+        Raises what :meth:`folder` raises, and ConfigError naming the argument.
         """
         folder = self.folder(weights=False)
         if (cls := pipeline_class(read_json(folder / INDEX))) is None:
@@ -120,7 +125,8 @@ class DiffusersModel:
         refuse_call(cls, self.call, "model.call")
 
     def _config(self) -> dict[str, Any]:
-        return read_json(self.folder(weights=False) / "transformer" / "config.json")
+        folder = self.folder(weights=False, complete=False)
+        return read_json(folder / "transformer" / "config.json")
 
     def _loras(self) -> tuple[Lora, ...]:
         return parse_loras(self.lora)

@@ -137,8 +137,7 @@ def _compress(args: list[str], config: str) -> int:
     parser = get_args_parser()
     parser.prog = "dirotq compress"
     options = parser.parse_args(args)
-    if not any((options.help, options.hydra_help, options.info, options.cfg)):
-        _try_out(options, config)
+    _try_out(options, config)
     hydra_main = hydra.main(version_base="1.3", config_path=f"pkg://{config}", config_name="config")
     with _hydra_process(with_model_folder(args, config)):
         hydra_main(_job)()
@@ -146,7 +145,10 @@ def _compress(args: list[str], config: str) -> int:
 
 
 def _try_out(options: Any, config: str) -> None:
-    """Build the line, of a sweep each value's, before Hydra puts a folder into the store."""
+    """Build the line, of a sweep each value's, before Hydra puts a folder into the store.
+
+    Where Hydra will only print something, the configuration alone has to be right.
+    """
     if options.config_name or options.config_path:
         raise ConfigError(
             "--config-name and --config-path are not for this command: its settings are conf/config"
@@ -154,8 +156,11 @@ def _try_out(options: Any, config: str) -> None:
             "experiment/mine.yaml"
         )
     added = [search_path(config, options.config_dir)] if options.config_dir else []
+    prints = any((options.help, options.hydra_help, options.info, options.cfg))
     for overrides in variants(options.overrides, sweep=options.multirun):
-        build(compose_config([*added, *overrides], config))
+        cfg = compose_config([*added, *overrides], config)
+        if not prints:
+            build(cfg)
 
 
 def _job(cfg: DictConfig) -> None:

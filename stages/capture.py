@@ -91,8 +91,8 @@ class Capture:
             parse_bytes(self.vram)
 
     def check(self) -> None:
-        """Raise ConfigError, before anything runs, for an argument that the pipeline won't take."""
-        self.model.check_call()
+        """Refuse, before anything runs, an incomplete model, or an argument it won't take."""
+        self.model.check()
 
     def run(self, out: Path) -> Mapping[str, float]:
         device = pick_device(self.device)

@@ -47,6 +47,10 @@ class Reference:
         if self.batch < 1:
             raise ConfigError(f"reference.batch={self.batch}: use at least 1")
 
+    def check(self) -> None:
+        """Refuse, before anything runs, an incomplete model, or an argument it won't take."""
+        self.model.check()
+
     def run(self, out: Path) -> Mapping[str, float]:
         device = pick_device(self.device)
         dtype = choose_dtype(self.dtype, device)
