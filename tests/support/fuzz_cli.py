@@ -64,12 +64,24 @@ FLAGS = st.sampled_from(
      "-1", "99", "--remove", "--prompt", "--seed", str(2**64), "--steps", "0", "--out", "--store",
      "--store=", "--nope", "--info", "--config-dir", "--config-name=x", "~squares", "+", "=", "~"]
 )  # fmt: skip
-WORDS = st.one_of(OVERRIDES, OVERRIDES, FLAGS, PATHS, SECRETS)
-COMMAND_LINES = st.builds(
-    lambda verb, words: [verb, *words],
-    st.one_of(st.sampled_from(VERBS), st.sampled_from(VERBS), NASTY),
-    st.lists(WORDS, max_size=5),
+SANE = st.sampled_from(
+    ["squares.power=3", "numbers.count=3", "model=large", "until=squares", "force=[numbers]",
+     "numbers.trouble=numbers", "numbers.trouble=bug", "numbers.trouble=disk", "store=a b"]
+)  # fmt: skip
+"""What can be read, so that one odd word among them gets far."""
+CONFIGURED = st.builds(
+    lambda verb, sane, odd, place: [verb, *sane[:place], odd, *sane[place:]],
+    st.sampled_from(["compress", "compress", "plan", "explain"]),
+    st.lists(SANE, max_size=3, unique_by=lambda word: word.partition("=")[0]),
+    st.one_of(OVERRIDES, OVERRIDES, FLAGS),
+    st.integers(0, 3),
 )
+ANY = st.builds(
+    lambda verb, words: [verb, *words],
+    st.one_of(st.sampled_from(VERBS), NASTY),
+    st.lists(st.one_of(OVERRIDES, FLAGS, PATHS, SECRETS), max_size=4),
+)
+COMMAND_LINES = st.one_of(CONFIGURED, CONFIGURED, ANY)
 
 
 def check_command_line(words: Sequence[str]) -> None:
