@@ -12,9 +12,9 @@ from PIL import Image, UnidentifiedImageError
 import dirotq
 from dirotq.calls import arguments, pipeline_class, refuse_call
 from dirotq.errors import ArtifactError, ConfigError
-from dirotq.pipeline.artifact import read_json
 from dirotq.pipeline.housekeeping import store_option
 from dirotq.pipeline.machine import refuse_device
+from dirotq.pipeline.manifest import read_json
 from dirotq.pipeline.store import ArtifactStore
 
 __all__ = ["command", "model_folder"]
