@@ -4,7 +4,7 @@
 equal before, which takes 0.7 dB off a score of 48 dB. 1/65535 leaves the limit at 104 dB.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from dirotq.errors import ArtifactError
+from dirotq.pipeline.units import Units
 
 STEPS = 65535
 """A stored integer is a brightness times this."""
@@ -25,17 +26,25 @@ class ImageWriter:
 
     A missing chunk reads as zeros without an error, so an image counts as written once the seconds
     that it took are on disk, after it: they are NaN until then. A writer opened on what a killed
-    run left goes on there.
+    run left goes on there, with the images whose units are intact (``units`` has removed others).
 
     ``device``, ``dtype``  what makes the images and in which precision, kept beside their times
+    ``units``  of the stage's folder, which notes each image; None: for trees that nobody resumes
 
     Raises ArtifactError if images of that name were begun in another precision.
     """
 
     def __init__(
-        self, tree: Path, name: str, count: int, *, device: str = "", dtype: str = ""
+        self,
+        tree: Path,
+        name: str,
+        count: int,
+        *,
+        device: str = "",
+        dtype: str = "",
+        units: Units | None = None,
     ) -> None:
-        self.name, self.count = name, count
+        self.tree, self.name, self.count, self.units = tree, name, count, units
         self.group = zarr.open_group(tree, mode="a")
         if _seconds(name) not in self.group:
             self.group.create_array(
@@ -50,10 +59,11 @@ class ImageWriter:
             )
         if device not in attributes["devices"]:
             attributes["devices"] = [*attributes["devices"], device]
+            self._note(i for i, is_done in enumerate(self._done()) if is_done)
 
     def missing(self, batch: int) -> list[range]:
         """The batches of up to ``batch`` images, in order, that are not wholly written."""
-        done = ~np.isnan(_array(self.group, _seconds(self.name))[...])
+        done = self._done()
         starts = range(0, self.count, batch)
         batches = [range(start, min(start + batch, self.count)) for start in starts]
         return [batch for batch in batches if not done[batch.start : batch.stop].all()]
@@ -79,6 +89,20 @@ class ImageWriter:
         stored = (images.double() * STEPS).round().cpu().numpy().astype(np.uint16)
         array[start : start + len(images)] = stored
         _array(self.group, _seconds(self.name))[start : start + len(images)] = seconds
+        self._note(range(start, start + len(images)))
+
+    def _done(self) -> np.ndarray:
+        return ~np.isnan(_array(self.group, _seconds(self.name))[...])
+
+    def _note(self, indices: Iterable[int]) -> None:
+        """One unit per image: its pixels, its seconds, and what describes both arrays."""
+        if self.units is None:
+            return
+        arrays = (self.name, _seconds(self.name))
+        for index in indices:
+            chunks = [self.tree / _chunk(_array(self.group, name), index) for name in arrays]
+            about = [self.tree / name / "zarr.json" for name in arrays]
+            self.units.finish(f"{self.name} {index}", [*chunks, *about])
 
     def _create(self, shape: tuple[int, ...]) -> None:
         self.group.create_array(
@@ -94,7 +118,8 @@ def read_images(tree: Path, name: str, indices: Sequence[int] | slice = slice(No
 
     Videos come as [B, F, 3, H, W].
 
-    Raises ArtifactError if there are no images of that name, or one was never finished.
+    Raises ArtifactError if there are no images of that name, or one was never finished, is gone
+    (Zarr would read a black one), or does not match its checksum.
     """
     group = zarr.open_group(tree, mode="r")
     array, seconds = _find(group, tree, name), read_seconds(tree, name)
@@ -106,17 +131,27 @@ def read_images(tree: Path, name: str, indices: Sequence[int] | slice = slice(No
         )
     images = np.empty((len(wanted), *array.shape[1:]), np.float32)
     for place, index in enumerate(wanted):
-        images[place] = np.asarray(array[index])
+        try:
+            images[place] = np.asarray(array[index])
+        except (ValueError, RuntimeError) as error:
+            raise ArtifactError(
+                f"{tree}: image {index} of {name!r} is damaged ({error})"
+            ) from error
+        if not (tree / _chunk(array, index)).exists():
+            raise ArtifactError(f"{tree}: image {index} of {name!r} is gone; somebody removed it")
     return torch.from_numpy(images).div_(STEPS)
 
 
 def read_seconds(tree: Path, name: str) -> Tensor:
     """Seconds that each image of ``name`` took: float64 [N], NaN for one that is not written.
 
-    Raises ArtifactError if there are no images of that name.
+    Raises ArtifactError if there are no images of that name, or the file of one is damaged.
     """
     found = _find(zarr.open_group(tree, mode="r"), tree, _seconds(name))
-    return torch.from_numpy(np.asarray(found[...]))
+    try:
+        return torch.from_numpy(np.asarray(found[...]))
+    except (ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{tree}: a time of {name!r} is damaged ({error})") from error
 
 
 def typical_seconds(tree: Path, name: str) -> float:
@@ -145,6 +180,12 @@ def _attributes(tree: Path, name: str) -> dict[str, Any]:
 
 def _seconds(name: str) -> str:
     return f"{name}_seconds"
+
+
+def _chunk(array: zarr.Array, index: int) -> str:
+    """The file of one image, or of its seconds, in the tree."""
+    place = (index, *(0 for _ in array.shape[1:]))
+    return f"{array.path}/{array.metadata.encode_chunk_key(place)}"
 
 
 def _find(group: zarr.Group, tree: Path, name: str) -> zarr.Array:

@@ -7,10 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import zarr
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dirotq.errors import ArtifactError, UnsupportedError
+
 BYTES_PER_CHUNK = 16 << 20
+AGAIN = "run the same command again: it makes that part anew"
 
 
 def create_array(
@@ -46,35 +50,64 @@ def write_rows(group: zarr.Group, name: str, start: int, rows: Tensor) -> None:
 
 
 def read_array(group: zarr.Group, name: str) -> Tensor:
-    """The whole array as a tensor of the dtype it was written in."""
+    """The whole array as a tensor of the dtype it was written in.
+
+    Raises ArtifactError if it is not there, damaged, or lacks a chunk (Zarr would read zeros).
+    """
     array = _array(group, name)
-    tensor, dtype = torch.from_numpy(array[...]), _dtype(array)
+    try:
+        tensor, dtype = torch.from_numpy(array[...]), _dtype(array)
+    except (ValueError, KeyError, AttributeError, FileNotFoundError) as error:
+        raise ArtifactError(f"{_place(group, name)} is damaged ({error}); {AGAIN}") from error
+    # Counted after reading: a chunk that went missing meanwhile is missing now.
+    if (found := array.nchunks_initialized) != array.nchunks:
+        raise ArtifactError(
+            f"{_place(group, name)} has {found} of its {array.nchunks} chunks: the others were "
+            f"removed; {AGAIN}"
+        )
     return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
 
 
 def save_site(folder: Path, site: str, tensors: Mapping[str, Tensor]) -> None:
     """Write ``folder/<site>.safetensors``, whole or not at all (a kill leaves no half file)."""
+    target = folder / site_file(site)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{site}.partial"
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial)
-    partial.replace(folder / site_file(site))
+    partial.replace(target)
 
 
 def load_site(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """What :func:`save_site` wrote, on ``device``."""
-    return load_file(path, device=str(device))
+    """What :func:`save_site` wrote, on ``device``.
+
+    Raises ArtifactError if the file is gone or no whole safetensors file.
+    """
+    try:
+        return load_file(path, device=str(device))
+    except (SafetensorError, FileNotFoundError) as error:
+        raise ArtifactError(f"{path} is damaged ({error}); {AGAIN}") from error
 
 
 def site_file(site: str) -> str:
+    """The name of a site's file. Raises UnsupportedError for a site that names a folder too."""
+    if "/" in site:
+        raise UnsupportedError(f"site {site}: a module with '/' in its name has no file of its own")
     return f"{site}.safetensors"
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
-    array = group[name]
+    try:
+        array = group[name]
+    except (KeyError, ValueError, FileNotFoundError) as error:
+        raise ArtifactError(f"{_place(group, name)} is gone or damaged; {AGAIN}") from error
     assert isinstance(array, zarr.Array)
     # A missing chunk reads as zeros without an error, so every chunk is written. The setting is not
     # stored with the array: it has to be made wherever one is opened.
     return array.with_config({"write_empty_chunks": True})
+
+
+def _place(group: zarr.Group, name: str) -> str:
+    return f"{group.store_path}/{name}"
 
 
 def _dtype(array: zarr.Array) -> torch.dtype:

@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from dirotq.errors import UnsupportedError
+from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.pipeline.artifact import Artifact
 
 PLAIN = (bool, int, float, str, type(None))
 
+PROBE = "probe"
 PROBES = 4
 """Calls that `capture` keeps whole, from all over prompts and timesteps: `fuse` proves the network
 on the first, `rank` measures on all of them."""
@@ -52,27 +55,55 @@ class Call:
 
 
 def save_calls(folder: Path, name: str, calls: Sequence[Call]) -> None:
-    """Write ``<name>.safetensors`` and then ``<name>.json``, which says that both are complete.
+    """Write the files that :func:`call_files` names.
 
     Raises UnsupportedError for an argument that is neither tensor nor plain value.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
     trees = [{"args": _pack(c.args, tensors), "kwargs": _pack(c.kwargs, tensors)} for c in calls]
-    save_file(tensors, folder / f"{name}.safetensors")
-    partial = folder / f"{name}.partial"
-    partial.write_text(json.dumps(trees))
-    partial.replace(folder / f"{name}.json")
+    tensor_file, tree_file = call_files(folder, name)
+    save_file(tensors, tensor_file)
+    tree_file.write_text(json.dumps(trees))
+
+
+def call_files(folder: Path, name: str) -> tuple[Path, Path]:
+    """``<name>.safetensors``, the tensors, and ``<name>.json``, the arguments that hold them."""
+    return folder / f"{name}.safetensors", folder / f"{name}.json"
 
 
 def load_calls(folder: Path, names: Iterable[str]) -> list[Call]:
-    """The calls of :func:`save_calls`, in order, on the CPU."""
+    """The calls of :func:`save_calls`, in order, on the CPU.
+
+    Raises ArtifactError for files that are gone or not what was written.
+    """
     calls = []
     for name in names:
-        tensors = load_file(folder / f"{name}.safetensors")
-        for tree in json.loads((folder / f"{name}.json").read_text()):
-            calls.append(Call(_unpack(tree["args"], tensors), _unpack(tree["kwargs"], tensors)))
+        tensor_file, tree_file = call_files(folder, name)
+        try:
+            tensors = load_file(tensor_file)
+            for tree in json.loads(tree_file.read_text()):
+                calls.append(Call(_unpack(tree["args"], tensors), _unpack(tree["kwargs"], tensors)))
+        except (
+            SafetensorError,
+            FileNotFoundError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+        ) as error:
+            raise ArtifactError(
+                f"the recorded calls {tensor_file} are damaged ({error!r}); run the same command "
+                "again: it records them anew"
+            ) from error
     return calls
+
+
+def load_probe(capture: Artifact) -> list[Call]:
+    """The probe calls of a capture, their files held against its manifest."""
+    for file in call_files(Path(), PROBE):
+        capture.file(file.name)
+    return load_calls(capture.data, [PROBE])
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:

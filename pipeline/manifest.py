@@ -11,6 +11,7 @@ from typing import Any
 from dirotq.digest import file_digest
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.disk import denied, files_below, kind, printable
+from dirotq.pipeline.units import JOURNAL
 
 __all__ = [
     "MANIFEST",
@@ -94,7 +95,7 @@ def refuse_newer(content: dict[str, Any], path: Path) -> None:
 
 
 def inventory(data: Path) -> dict[str, dict[str, Any]]:
-    """{relative path: {sha256, bytes}} of every file under ``data``.
+    """{relative path: {sha256, bytes}} of every file under ``data`` but the journal of units.
 
     Raises ArtifactError for a link, a pipe, ...: an artifact is files.
     """
@@ -106,7 +107,7 @@ def inventory(data: Path) -> dict[str, dict[str, Any]]:
             raise ArtifactError(f"{printable(path)} is {found}; only files can be published")
         return {"sha256": file_digest(path), "bytes": path.stat().st_size}
 
-    names = names_below(data, data)
+    names = [name for name in names_below(data, data) if not name.startswith(f"{JOURNAL}/")]
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL; a Zarr tree is many files
         return dict(zip(names, pool.map(entry, names), strict=True))
 

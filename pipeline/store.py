@@ -46,6 +46,7 @@ from dirotq.pipeline.peaks import reset_peaks
 from dirotq.pipeline.place import store_place
 from dirotq.pipeline.provenance import provenance
 from dirotq.pipeline.stage import fingerprint
+from dirotq.pipeline.units import retire
 
 __all__ = ["Artifact", "ArtifactStore", "Draft", "default_root"]
 
@@ -179,6 +180,7 @@ class ArtifactStore:
             write_json(partial / MANIFEST, sealed(manifest))
             open_modes(partial)
             sync_tree(partial)
+            retire(draft.data)  # last: killed before, the run finds its units again
             self.discard(final)  # there only under force, or damaged
             partial.replace(final)
             for folder in (final.parent, self.root):

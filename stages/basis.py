@@ -17,6 +17,7 @@ from dirotq.models.workload import Workload
 from dirotq.moments import moment, read_stored
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
+from dirotq.pipeline.units import Units
 from dirotq.plan import Method
 from dirotq.progress import track
 from dirotq.spectrum import DENSE, MARGIN, eigen_seconds, principal_basis
@@ -59,9 +60,12 @@ class FitBasis:
         device = pick_device(self.device)
         moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
         sites = [site for site in self.model.sites() if site.kind == "block"]
-        todo = [s for s in sites if not (out / "sites" / site_file(s.name)).exists()]
-        for site, stored in track(
-            ahead(lambda site: read_stored(moments, site.name), todo), "basis", total=len(todo)
+        units = Units(out)
+        todo = units.todo(sites, lambda site: site.name, "basis")
+        loaded = ahead(lambda site: read_stored(moments, site.name), todo)
+        for site, stored in units.finishing(
+            track(loaded, "basis", total=len(todo)),
+            lambda item: (item[0].name, out / "sites" / site_file(item[0].name)),
         ):
             s_DD = moment(stored, device)
             try:

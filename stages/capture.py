@@ -6,7 +6,6 @@ through the transformer block by block (models/replay.py), so that one block's w
 are in memory at a time, however large the model.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from dirotq.cost import Cost, Machine, budget
 from dirotq.device import compute_dtype, free_host_memory, pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels import second_moment
-from dirotq.models.call import PROBES, Call, load_calls, save_calls
+from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls
 from dirotq.models.family import Site
 from dirotq.models.recorder import Recorder, Seen, refuse_empty_or_damaged
 from dirotq.models.replay import Walk
@@ -33,6 +32,7 @@ from dirotq.models.trajectory import Trajectories
 from dirotq.models.workload import FRAGMENTS, HOST_SHARE, STATE_SHARE, Workload, calls_at_once
 from dirotq.moments import read_stored, write_moment
 from dirotq.pipeline.stage import untracked
+from dirotq.pipeline.units import Units
 from dirotq.progress import track
 from dirotq.prompts import PromptSet
 from dirotq.sizes import parse_bytes
@@ -41,8 +41,8 @@ from dirotq.tensors import create_array, read_array, write_rows
 log = logging.getLogger(__name__)
 
 GOLDEN = 0.6180339887498949
-SINGLE = "single-sweep"
-"""Marks a replay in which one sweep takes all calls."""
+REPLAY = "replay "
+"""Before a block's name, the name of its unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +95,12 @@ class Capture:
         self.model.check()
 
     def run(self, out: Path) -> Mapping[str, float]:
-        device = pick_device(self.device)
-        calls, prompts = self._record(out, device)
-        save_calls(out, "probe", [calls[i * len(calls) // PROBES] for i in range(PROBES)])
+        device, units = pick_device(self.device), Units(out)
+        calls, prompts = self._record(out, units, device)
         sites = self.model.sites()
-        tokens = self._replay(out, device, sites, calls)
-        for folder in ("calls", "replayed"):
-            shutil.rmtree(out / folder)
+        tokens = self._replay(out, units, device, sites, calls)
+        save_calls(out, PROBE, [calls[i * len(calls) // PROBES] for i in range(PROBES)])
+        shutil.rmtree(out / "calls")
         return {
             "prompts": prompts,
             "calls": len(calls) * self.batch,
@@ -146,14 +145,12 @@ class Capture:
             **machine.memory(max(recording, replaying), host),
         )  # fmt: skip
 
-    def _record(self, out: Path, device: torch.device) -> tuple[list[Call], int]:
+    def _record(self, out: Path, units: Units, device: torch.device) -> tuple[list[Call], int]:
         """The calls to replay, from the shards that are on disk and those that are not yet."""
         prompts = self.prompts.load()
         shards = [prompts[i : i + self.batch] for i in range(0, len(prompts), self.batch)]
         names = [f"{index:05d}" for index in range(len(shards))]
-        todo = [i for i, name in enumerate(names) if not (out / "calls" / f"{name}.json").exists()]
-        if len(todo) < len(shards):
-            log.info("capture resumes after %d of %d shards", len(shards) - len(todo), len(shards))
+        todo = units.todo(range(len(shards)), lambda i: f"calls {names[i]}", "capture: record")
         if todo:
             budget = None if self.vram is None else parse_bytes(self.vram)
             source = Trajectories(self.model, compute_dtype(device), device, budget)
@@ -168,6 +165,7 @@ class Capture:
                     self._name_the_site(out / "diagnosis", device, source.made)
                     raise
                 save_calls(out / "calls", names[index], recorded)
+                units.finish(f"calls {names[index]}", call_files(out / "calls", names[index]))
             del source
             if device.type == "cuda":
                 torch.cuda.empty_cache()
@@ -179,12 +177,17 @@ class Capture:
         calls = [c for c in calls if all(bool(t.isfinite().all()) for t in c.tensors())]
         out.mkdir()
         try:
-            self._replay(out, device, self.model.sites(), calls)
+            self._replay(out, Units(out), device, self.model.sites(), calls)
         finally:
             shutil.rmtree(out)
 
     def _replay(
-        self, out: Path, device: torch.device, sites: list[Site], calls: list[Call]
+        self,
+        out: Path,
+        units: Units,
+        device: torch.device,
+        sites: list[Site],
+        calls: list[Call],
     ) -> dict[str, int]:
         """Moments and rows of all sites on disk; tokens seen by each."""
         transformer = self.model.skeleton()
@@ -195,10 +198,10 @@ class Capture:
         sweeps = [range(i, min(i + at_once, len(calls))) for i in range(0, len(calls), at_once)]
         if len(sweeps) > 1:
             log.info("capture: %d sweeps of up to %d calls each", len(sweeps), at_once)
-        ledger = _Ledger(out, sites, self.rows, len(calls), at_once)
+        ledger = _Ledger(out, units, sites, self.rows, len(calls), at_once)
         steps = iter(track(range(len(sweeps) * len(blocks)), "capture: replay"))
         for number, sweep in enumerate(sweeps):
-            if not all(ledger.has(number, block) for block in ["", *blocks]):
+            if not all(map(ledger.has, ["", *blocks])):
                 self._sweep(number, sweep, calls, walk, ledger, steps)
         next(steps, None)
         return ledger.tokens()
@@ -229,32 +232,26 @@ class Capture:
 
 
 class _Ledger:
-    """What the replay has put on disk: one marker per finished (sweep, block).
+    """What the replay has put on disk: one unit per finished block.
 
     Several sweeps add to what is there, and how many calls one takes depends on free memory: an
     interrupted replay goes on only where a single sweep took all calls, and starts over elsewhere.
     """
 
     def __init__(
-        self, out: Path, sites: Sequence[Site], rows: int, calls: int, at_once: int
+        self, out: Path, units: Units, sites: Sequence[Site], rows: int, calls: int, at_once: int
     ) -> None:
-        self.sites, self.rows, self.calls = sites, rows, calls
-        self.done = out / "replayed"
-        if at_once < calls or not (self.done / SINGLE).exists():
-            shutil.rmtree(self.done, ignore_errors=True)
-        fresh = not self.done.exists()
-        self.moments = zarr.open_group(out / "moments.zarr", mode="w" if fresh else "r+")
-        self.samples = zarr.open_group(out / "rows.zarr", mode="w" if fresh else "r+")
-        self.peaks = zarr.open_group(out / "peaks.zarr", mode="w" if fresh else "r+")
-        if fresh:
-            for site in sites:
-                create_array(self.samples, site.name, (rows, site.dim), torch.bfloat16)
-            self.done.mkdir()
-            if at_once >= calls:
-                (self.done / SINGLE).touch()
+        self.sites, self.rows, self.calls, self.units = sites, rows, calls, units
+        self.single = at_once >= calls
+        if not self.single:
+            units.forget(REPLAY)
+        self.trees = [out / f"{name}.zarr" for name in ("moments", "rows", "peaks")]
+        self.moments, self.samples, self.peaks = (
+            zarr.open_group(tree, mode="a") for tree in self.trees
+        )
 
-    def has(self, sweep: int, block: str) -> bool:
-        return self._marker(sweep, block).exists()
+    def has(self, block: str) -> bool:
+        return self.units.done(f"{REPLAY}{block}")
 
     def tokens(self) -> dict[str, int]:
         return {site.name: int(str(self.moments[site.name].attrs["tokens"])) for site in self.sites}
@@ -269,8 +266,8 @@ class _Ledger:
         walk: Walk,
         watch: Callable[..., Recorder],
     ) -> Iterator[None]:
-        """Record the block's sites, unless that was done before; then write them and the marker."""
-        if self.has(sweep, block):
+        """Record the block's sites, unless that was done before; then write them."""
+        if self.has(block):
             yield
             return
         sites = [site for site in self.sites if site.block == block]
@@ -281,7 +278,9 @@ class _Ledger:
         refuse_empty_or_damaged(sites, recorder.seen)
         for site in sites:
             self._write(site, recorder.seen[site.name], sweep, start, stop)
-        self._marker(sweep, block).write_text(json.dumps({"sites": len(sites)}))
+        if self.single:
+            folders = [tree / site.name for tree in self.trees for site in sites]
+            self.units.finish(f"{REPLAY}{block}", folders)
 
     def _write(self, site: Site, seen: Seen, sweep: int, start: int, stop: int) -> None:
         total, rows, tokens = seen.total, seen.whole, seen.tokens
@@ -295,13 +294,12 @@ class _Ledger:
             peak = torch.maximum(peak, read_array(self.peaks, site.name))
         create_array(self.peaks, site.name, (site.dim,), torch.float32)
         write_rows(self.peaks, site.name, 0, peak)
+        if not sweep:
+            create_array(self.samples, site.name, (self.rows, site.dim), torch.bfloat16)
         if stop > start:
             sample = torch.cat(seen.sample)
             repeats = -(-(stop - start) // len(sample))
             write_rows(self.samples, site.name, start, sample.repeat(repeats, 1)[: stop - start])
-
-    def _marker(self, sweep: int, block: str) -> Path:
-        return self.done / f"{sweep:03d}-{block or 'outside'}.json"
 
 
 def _merged(

@@ -19,7 +19,7 @@ from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.full_float32 import full_float32
 from dirotq.kernels.spec import QuantSpec
 from dirotq.kernels.transform_quantize import transform
-from dirotq.models.call import load_calls
+from dirotq.models.call import load_probe
 from dirotq.models.replay import Walk
 from dirotq.models.source import DiffusersModel
 from dirotq.models.swap import swap_sites
@@ -94,9 +94,7 @@ class Fuse:
         device = pick_device(self.device)
         plan = read_plan(rank.file("plan.json"))
         rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
-        for suffix in ("safetensors", "json"):
-            capture.file(f"probe.{suffix}")
-        probe, *_ = load_calls(capture.data, ["probe"])
+        probe, *_ = load_probe(capture)
         worst = {"layer_error": 0.0, "wp_rounding": 0.0}
 
         def fuse(entry: SitePlan) -> FusedLinear:

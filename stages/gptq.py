@@ -1,6 +1,5 @@
 """4-bit codes and scales of every weight, in its site's rotated coordinates."""
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,12 +30,11 @@ from dirotq.models.workload import Workload
 from dirotq.moments import moment, read_stored
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
+from dirotq.pipeline.units import Units
 from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
 from dirotq.rotation import Rotation, site_rotation
 from dirotq.tensors import load_site, read_array, save_site, site_file
-
-log = logging.getLogger(__name__)
 
 ROUNDING = (2.0**-22, 2.0**-18, 2.0**-14)
 """Shares of a site's energy below which its second moment is taken to say nothing: float32's share,
@@ -90,11 +88,13 @@ class QuantizeWeights:
         moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
         rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
         weights = self.model.weights()
-        todo = [e for e in plan if not (out / "sites" / site_file(e.site.name)).exists()]
-        if len(todo) < len(plan):
-            log.info("gptq resumes after %d of %d sites", len(plan) - len(todo), len(plan))
+        units = Units(out)
+        todo = units.todo(plan, lambda entry: entry.site.name, "gptq")
         stored = ahead(lambda entry: read_stored(moments, entry.site.name), todo)
-        for entry, second_moment in track(stored, "gptq", total=len(todo)):
+        for entry, second_moment in units.finishing(
+            track(stored, "gptq", total=len(todo)),
+            lambda item: (item[0].site.name, out / "sites" / site_file(item[0].site.name)),
+        ):
             rotation = site_rotation(entry, basis, device)
             weight, bias = weights.stacked(entry.site, device)
             w_z, protected = rotation.weights(weight)

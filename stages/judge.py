@@ -24,11 +24,13 @@ from dirotq.judging.statistics import summarize
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.store import ArtifactStore
+from dirotq.pipeline.units import Units
 from dirotq.prompts import Prompt, PromptSet
 from dirotq.scoring import FLOOR, ORIGINAL, PACKED, stills
 
 log = logging.getLogger(__name__)
 
+ANSWERS = "answers.jsonl"
 VALIDATED = re.compile(r"validate/[0-9a-f]{16}")
 
 
@@ -119,12 +121,13 @@ class Judge:
             images = (comparison.image(side, index) for side in (question.first, second))
             return Pair(prompts[index], *images)
 
+        Units(out, apart=[ANSWERS])  # nothing but the answers outlives an interrupted run
         rows = ask_all(
             self.backend,
             self.rubric,
             asked,
             pair_of,
-            AnswerFile(out / "answers.jsonl"),
+            AnswerFile(out / ANSWERS),
             attempts=self.attempts,
             failures=self.failures,
         )

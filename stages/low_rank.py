@@ -23,6 +23,7 @@ from dirotq.models.workload import Workload
 from dirotq.moments import moment, read_stored
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
+from dirotq.pipeline.units import Units
 from dirotq.plan import Method
 from dirotq.progress import track
 from dirotq.rotation import Rotation
@@ -103,9 +104,13 @@ class FitLowRank:
         rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
         weights = self.model.weights()
         sites = [site for site in self.model.sites() if site.kind == "block"]
-        todo = [s for s in sites if not (out / "sites" / site_file(s.name)).exists()]
+        units = Units(out)
+        todo = units.todo(sites, lambda site: site.name, "basis")
         stored = ahead(lambda site: read_stored(moments, site.name), todo)
-        for site, second_moment in track(stored, "basis", total=len(todo)):
+        for site, second_moment in units.finishing(
+            track(stored, "basis", total=len(todo)),
+            lambda item: (item[0].name, out / "sites" / site_file(item[0].name)),
+        ):
             weight, _ = weights.stacked(site, device)
             peak_D = read_array(peaks, site.name).to(device)
             x_TD = read_array(rows, site.name).to(device, torch.float32)

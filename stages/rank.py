@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from dirotq.cost import Cost, Machine
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError
-from dirotq.models.call import load_calls
+from dirotq.models.call import load_probe
 from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
 from dirotq.models.source import DiffusersModel
@@ -98,9 +98,7 @@ class ChooseRank:
 
         planned = make_plan(self.method, sites, choose)
         if worst := parse_worst(self.worst, self.method.act_bits):
-            for suffix in ("safetensors", "json"):
-                capture.file(f"probe.{suffix}")
-            probes = load_calls(capture.data, ["probe"])
+            probes = load_probe(capture)
             device = pick_device(self.device)
             errors = site_errors(self.model, planned.blocks, basis, probes, device)
             overrides = [*self.method.overrides, *worst.overrides(errors)]

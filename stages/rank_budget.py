@@ -14,7 +14,7 @@ from dirotq.cost import Cost, Machine
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError
 from dirotq.gate import gate_cost, plans_psnr
-from dirotq.models.call import load_calls
+from dirotq.models.call import load_probe
 from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
 from dirotq.models.source import DiffusersModel
@@ -125,7 +125,7 @@ class AllocateRank:
     def run(self, out: Path, *, capture: Artifact, basis: Artifact) -> Mapping[str, float]:
         device, method, sites = pick_device(self.device), self.method, self.model.sites()
         spectra = {s.name: read_spectrum(basis, s) for s in sites if s.kind == "block"}
-        probes = load_calls(capture.data, ["probe"])
+        probes = load_probe(capture)
 
         def errors_of(plan: Planned, names: set[str]) -> dict[str, float]:
             lines = [line for line in plan.blocks if line.site.name in names]

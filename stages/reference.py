@@ -16,6 +16,7 @@ from dirotq.images import ImageWriter, typical_seconds
 from dirotq.models.source import DiffusersModel, generate_all
 from dirotq.models.workload import Workload
 from dirotq.pipeline.stage import untracked
+from dirotq.pipeline.units import Units
 from dirotq.prompts import PromptSet
 
 
@@ -57,7 +58,11 @@ class Reference:
         prompts, call = self.prompts.load(), self.model.call_arguments()
         tree = out / "images.zarr"
         about = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
-        writers = {name: ImageWriter(tree, name, len(prompts), **about) for name in self.batches}
+        units = Units(out)
+        writers = {
+            name: ImageWriter(tree, name, len(prompts), units=units, **about)
+            for name in self.batches
+        }
         pipe = None
         for name, batch in self.batches.items():
             if not writers[name].missing(batch):

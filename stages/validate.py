@@ -31,6 +31,7 @@ from dirotq.models.swap import footprint
 from dirotq.models.workload import Workload
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
+from dirotq.pipeline.units import Units
 from dirotq.plan import SitePlan, read_plan
 from dirotq.prompts import PromptSet, refuse_shared
 from dirotq.report import write_pairs, write_report
@@ -103,7 +104,7 @@ class Validate:
         tree, theirs = out / "images.zarr", reference.tree("images.zarr")
 
         pipe = self._pipeline(pack, device, theirs)
-        self._generate(pipe, tree, device)
+        self._generate(pipe, tree, Units(out), device)
         sites = self._sites(pipe.transformer, plan, capture, device)
         size = footprint(pipe.transformer)
         parameters = sum(p.numel() for p in self.model.skeleton().parameters())
@@ -186,11 +187,11 @@ class Validate:
             )
         return load(pack.tree("model"), device=str(device), dtype=dtype)
 
-    def _generate(self, pipe: Any, tree: Path, device: torch.device) -> None:
+    def _generate(self, pipe: Any, tree: Path, units: Units, device: torch.device) -> None:
         prompts, call = self.prompts.load(), self.model.call_arguments()
         name = "CPU, reference path" if device.type == "cpu" else device_name(device)
         dtype = _plain(choose_dtype(self.dtype, device))
-        writer = ImageWriter(tree, PACKED, len(prompts), device=name, dtype=dtype)
+        writer = ImageWriter(tree, PACKED, len(prompts), device=name, dtype=dtype, units=units)
         generate_all(writer, pipe, prompts, call, self.batch, "packed images")
 
     def _sites(

@@ -1,56 +1,69 @@
 """answers.jsonl: every answer that was paid for, on disk before the next one counts."""
 
+import hashlib
 import json
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from dirotq.errors import ArtifactError
+log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
 
 class AnswerFile:
-    """An append-only JSONL file. A line counts once its newline is on disk."""
+    """An append-only JSONL file. A line counts once it is whole on disk, with its own SHA-256."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> list[Row]:
-        """Every whole line, in order. A torn last one, as a killed run leaves it, is cut off.
+        """Every intact row, in order.
 
-        Raises ArtifactError for a damaged line before the last.
+        Torn and damaged lines are cut out of the file, so that their questions are asked again.
         """
         if not self.path.exists():
             return []
-        data = self.path.read_bytes()
-        lines = data.split(b"\n")
-        torn = len(lines.pop())
-        rows: list[Row] = []
-        for number, line in enumerate(lines, 1):
-            try:
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ValueError("no JSON object")
-            except ValueError as error:
-                if number < len(lines):
-                    raise ArtifactError(
-                        f"{self.path}, line {number}: damaged ({error}); only the last line can be "
-                        "torn. Remove the file to ask everything again"
-                    ) from error
-                torn += len(line) + 1
-            else:
-                rows.append(row)
-        if torn:
-            with self.path.open("r+b") as file:
-                file.truncate(len(data) - torn)
-                os.fsync(file.fileno())
-        return rows
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        rows = [_row(line) for line in lines]
+        if lost := rows.count(None):
+            log.warning("%s: %d damaged answers will be asked for again", self.path, lost)
+            kept = [line for line, row in zip(lines, rows, strict=True) if row is not None]
+            self._replace(b"".join(kept))
+        return [row for row in rows if row is not None]
 
     def append(self, row: Row) -> None:
         """Write one line and force it to the disk."""
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+        line = _text(row | {"sha256": _digest(row)}) + "\n"
         with self.path.open("ab") as file:
             file.write(line.encode())
             file.flush()
             os.fsync(file.fileno())
+
+    def _replace(self, content: bytes) -> None:
+        scratch = self.path.with_name(f"{self.path.name}.partial")
+        with scratch.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(self.path)
+
+
+def _row(line: bytes) -> Row | None:
+    """What one line holds; None if a byte of it is not as it was written."""
+    try:
+        row = json.loads(line)
+        digest = row.pop("sha256")
+        whole = digest == _digest(row) and line == (_text(row | {"sha256": digest}) + "\n").encode()
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+    return row if whole else None
+
+
+def _digest(row: Row) -> str:
+    return hashlib.sha256(_text(row).encode()).hexdigest()
+
+
+def _text(row: Row) -> str:
+    return json.dumps(row, ensure_ascii=False, allow_nan=False)

@@ -119,8 +119,25 @@ def test_a_flipped_bit_is_found(tmp_path):
     data = bytearray(chunk.read_bytes())
     data[len(data) // 2] ^= 1
     chunk.write_bytes(bytes(data))
-    with pytest.raises(ValueError):
+    with pytest.raises(ArtifactError, match=r"image 0 of 'packed' is damaged.*checksum"):
         read_images(tmp_path, "packed")
+
+
+@pytest.mark.parametrize("chosen", [[1], slice(None)])
+def test_a_chunk_that_is_gone_is_an_error_not_black(tmp_path, chosen):
+    ImageWriter(tmp_path, "packed", 2).write(0, _images(2, 3, 4, 4), 1.0)
+    (tmp_path / "packed" / "c" / "1" / "0" / "0" / "0").unlink()
+    assert read_images(tmp_path, "packed", [0]).any()
+    with pytest.raises(ArtifactError, match="image 1 of 'packed' is gone"):
+        read_images(tmp_path, "packed", chosen)
+
+
+@pytest.mark.parametrize("content", [b"", b"half"])
+def test_a_torn_time_is_an_error_with_its_name(tmp_path, content):
+    ImageWriter(tmp_path, "packed", 1).write(0, _images(1, 3, 4, 4), 1.0)
+    (tmp_path / "packed_seconds" / "c" / "0").write_bytes(content)
+    with pytest.raises(ArtifactError, match="a time of 'packed' is damaged"):
+        read_seconds(tmp_path, "packed")
 
 
 @pytest.mark.parametrize("value", [-0.01, 1.01, float("nan")])

@@ -1,9 +1,12 @@
+import shutil
+
 import pytest
 import torch
 import zarr
 
 from dirotq import tensors
-from dirotq.tensors import create_array, load_site, read_array, save_site, write_rows
+from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.tensors import create_array, load_site, read_array, save_site, site_file, write_rows
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.int8])
@@ -69,3 +72,43 @@ def test_an_interrupted_write_leaves_no_site(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_site(tmp_path, "site", {"x": torch.zeros(2)})
     assert not (tmp_path / "site.safetensors").exists()
+
+
+@pytest.fixture
+def chunked(tmp_path, monkeypatch):
+    """A group with an array of four chunks, open."""
+    monkeypatch.setattr(tensors, "BYTES_PER_CHUNK", 24)
+    group = zarr.open_group(tmp_path / "x.zarr", mode="w")
+    create_array(group, "a.b", (8, 3), torch.float32)
+    write_rows(group, "a.b", 0, torch.ones(8, 3))
+    return group
+
+
+@pytest.mark.parametrize("lost", range(4))
+def test_a_missing_chunk_is_an_error_not_zeros(chunked, tmp_path, lost):
+    (tmp_path / "x.zarr" / "a.b" / "c" / str(lost) / "0").unlink()
+    (tmp_path / "x.zarr" / "a.b" / "c" / str(lost) / "0.half.partial").touch()
+    with pytest.raises(ArtifactError, match=r"x\.zarr/a\.b has 3 of its 4 chunks.*same command"):
+        read_array(chunked, "a.b")
+
+
+@pytest.mark.parametrize("file", ["c/2/0", "zarr.json"])
+@pytest.mark.parametrize("content", [b"", b"{"])
+def test_a_torn_file_of_an_array_is_an_error_with_its_name(chunked, tmp_path, file, content):
+    (tmp_path / "x.zarr" / "a.b" / file).write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"x\.zarr/a\.b is .*damaged.*same command"):
+        read_array(chunked, "a.b")
+
+
+def test_an_array_that_was_removed_while_its_group_is_open(chunked, tmp_path):
+    shutil.rmtree(tmp_path / "x.zarr")
+    with pytest.raises(ArtifactError, match=r"x\.zarr/a\.b is gone"):
+        read_array(chunked, "a.b")
+
+
+@pytest.mark.parametrize("site", ["a/b", "../x", "/x"])
+def test_a_site_cannot_name_a_folder(tmp_path, site):
+    with pytest.raises(UnsupportedError, match=f"site {site}"):
+        save_site(tmp_path, site, {"x": torch.zeros(2)})
+    with pytest.raises(UnsupportedError):
+        site_file(site)

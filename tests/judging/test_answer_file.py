@@ -2,8 +2,9 @@ import json
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from dirotq.errors import ArtifactError
 from dirotq.judging.answer_file import AnswerFile
 
 ROWS = [{"n": 0, "text": "zwei\nZeilen ✓"}, {"n": 1, "text": "x"}]
@@ -21,9 +22,11 @@ def test_nothing_yet(tmp_path):
     assert AnswerFile(tmp_path / "answers.jsonl").read() == []
 
 
-def test_one_line_a_row(file):
+def test_one_line_a_row_with_its_digest(file):
     assert file.read() == ROWS
-    assert [json.loads(line) for line in file.path.read_text().splitlines()] == ROWS
+    lines = [json.loads(line) for line in file.path.read_text().splitlines()]
+    assert all(len(line.pop("sha256")) == 64 for line in lines)
+    assert lines == ROWS
 
 
 def test_each_row_is_forced_to_the_disk(file, monkeypatch):
@@ -51,8 +54,32 @@ def test_a_last_line_of_zeros_is_torn_too(file):
     assert file.read() == [*ROWS, {"n": 2}]
 
 
-def test_a_damaged_line_before_the_last_is_an_error(file):
+def test_a_damaged_line_is_cut_out_and_said(file, caplog):
     first, second = file.path.read_bytes().splitlines(keepends=True)
     file.path.write_bytes(first[:5] + b"\n" + second)
-    with pytest.raises(ArtifactError, match="line 1: damaged"):
-        file.read()
+    assert file.read() == ROWS[1:]
+    assert file.path.read_bytes() == second
+    assert "1 damaged answers will be asked for again" in caplog.text
+    file.append(ROWS[0])
+    assert file.read() == ROWS[::-1]
+    assert [p.name for p in file.path.parent.iterdir() if p.is_file()] == [file.path.name]
+
+
+@pytest.mark.parametrize("line", ["", "5", "[]", '{"n": 0}', '{"n": 0, "sha256": 5}', "[" * 10_000])
+def test_a_line_without_its_digest_is_none(file, line):
+    """As versions before 0.4 wrote them, and worse."""
+    file.path.write_text(f"{line}\n")
+    assert file.read() == []
+
+
+@given(st.data())
+def test_no_flipped_bit_becomes_another_answer(tmp_path_factory, data):
+    file = AnswerFile(tmp_path_factory.getbasetemp() / "flipped.jsonl")
+    file.path.unlink(missing_ok=True)
+    for row in ROWS:
+        file.append(row)
+    content = bytearray(file.path.read_bytes())
+    bit = data.draw(st.integers(0, 8 * len(content) - 1))
+    content[bit // 8] ^= 1 << bit % 8
+    file.path.write_bytes(content)
+    assert file.read() in ([], ROWS[:1], ROWS[1:])

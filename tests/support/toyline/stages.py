@@ -11,6 +11,7 @@ from typing import ClassVar
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.store import Artifact
+from dirotq.pipeline.units import Units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +42,9 @@ class Numbers:
     pause: float = untracked()
 
     def run(self, out: Path) -> Mapping[str, float]:
-        for i in range(self.count):
+        units = Units(out)
+        for i in units.todo(range(self.count), str, "numbers"):
             part = out / "parts" / f"{i}.json"
-            if part.exists():
-                continue
             part.parent.mkdir(exist_ok=True)
             if i == 2 and self.trouble:
                 raise TROUBLE[self.trouble]
@@ -55,6 +55,7 @@ class Numbers:
             scratch = out / "scratch"
             scratch.write_text(json.dumps(i + self.model.offset))
             scratch.replace(part)
+            units.finish(str(i), [part])
         return {"count": self.count}
 
 

@@ -1,0 +1,178 @@
+"""Finished units of a stage's work, with the digest of every file, for a run that goes on later.
+
+A unit is what is done again as a whole when it is lost: a site, a shard of calls, an image. Each
+has one small file in ``<out>/.units``, written after the unit's own files. No order of writes is
+asked of the disk: whatever a power cut leaves empty, torn or stale does not match its digest.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dirotq.digest import file_digest
+from dirotq.errors import UnsupportedError
+from dirotq.pipeline.disk import files_below, sync, write_json
+
+__all__ = ["JOURNAL", "Units", "retire"]
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+JOURNAL = ".units"
+
+
+class Units:
+    """What is finished in a stage's output folder ``out``, which belongs to the stage alone.
+
+    Opening it reads what an earlier run left: a unit counts if its entry is whole and each of its
+    files has the size and SHA-256 that stand there. Every other file is removed, so that nothing
+    half done is read, or published. Units may share files (the metadata of a Zarr array).
+
+    ``apart``  files in ``out``, by their names, that look after themselves
+    """
+
+    def __init__(self, out: Path, apart: Collection[str] = ()) -> None:
+        self.out, self.apart = out, frozenset(apart)
+        self._journal = out / JOURNAL
+        self._keep_only(self._intact())
+
+    def done(self, name: str) -> bool:
+        """Whether the unit was finished, by this run or by one before it."""
+        return name in self._files
+
+    def todo(self, items: Iterable[T], name: Callable[[T], str], what: str) -> list[T]:
+        """The items, in order, whose unit ``name(item)`` is not finished; ``what`` names them."""
+        given = list(items)
+        left = [item for item in given if not self.done(name(item))]
+        if len(left) < len(given):
+            log.info("%s: %d of %d were finished before", what, len(given) - len(left), len(given))
+        return left
+
+    def finish(self, name: str, parts: Iterable[Path]) -> None:
+        """Note that the unit is finished: ``parts`` are its files and folders, written and closed.
+
+        They are hashed now, in threads, while they are in the page cache.
+
+        Raises UnsupportedError if the disk took a file for one of another unit.
+        """
+        files = {file for part in parts for file in _files(part)}
+        found = self._hashed(files)
+        if lost := files - {self.out / file for file in found}:
+            raise FileNotFoundError(f"{min(lost)} of the unit {name!r} can't be read")
+        for file in found:
+            other = self._spelled.setdefault(file.casefold(), file)
+            if other != file and (self.out / other).samefile(self.out / file):
+                raise UnsupportedError(
+                    f"{other} and {file} are one file on this disk, which does not tell upper from "
+                    "lower case: choose a store on one that does (store=FOLDER)"
+                )
+        self._journal.mkdir(exist_ok=True)
+        write_json(self._journal / _entry_name(name), {"unit": name, "files": found})
+        self._files[name] = frozenset(found)
+
+    def finishing(self, items: Iterable[T], unit: Callable[[T], tuple[str, Path]]) -> Iterator[T]:
+        """Yield the items; as soon as the next is asked for, finish the unit of the last in a
+        thread, so that one is hashed while the next is computed.
+
+        unit  name of an item's unit, and its file or folder
+        """
+        with ThreadPoolExecutor(1) as pool:  # an error elsewhere waits for what is being hashed
+            last: Future[None] | None = None
+            for item in items:
+                yield item
+                if last is not None:
+                    last.result()
+                name, part = unit(item)
+                last = pool.submit(self.finish, name, [part])
+            if last is not None:
+                last.result()
+
+    def forget(self, prefix: str) -> None:
+        """Remove the units whose names begin with ``prefix``, and whatever no unit owns."""
+        kept = {name: files for name, files in self._files.items() if not name.startswith(prefix)}
+        self._keep_only(kept)
+
+    def _intact(self) -> dict[str, frozenset[str]]:
+        """{unit: its files, relative to ``out``} of every unit that is as it was finished."""
+        present = _files(self.out) if self.out.is_dir() else []
+        entries = [found for f in present if f.parent == self._journal and (found := _read(f))]
+        named = {file for _, files in entries for file in files}
+        have = self._hashed(file for file in present if self._relative(file) in named)
+        return {
+            name: frozenset(files)
+            for name, files in entries
+            if all(file in have and have[file] == entry for file, entry in files.items())
+        }
+
+    def _hashed(self, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
+        """What the journal says of files, in order of their names; unreadable ones are left out."""
+        ordered = sorted(set(files))
+        with ThreadPoolExecutor() as pool:  # hashing releases the GIL
+            found = zip(map(self._relative, ordered), pool.map(_entry, ordered), strict=True)
+            return {name: entry for name, entry in found if entry is not None}
+
+    def _keep_only(self, units: dict[str, frozenset[str]]) -> None:
+        """Remove what none of these units owns, and folders that are empty then."""
+        self._files = units
+        self._spelled = {file.casefold(): file for files in units.values() for file in files}
+        owned = frozenset[str]().union(*self._files.values(), self.apart)
+        owned |= {f"{JOURNAL}/{_entry_name(name)}" for name in self._files}
+        for folder, folders, files in os.walk(self.out, topdown=False):
+            for name in files:
+                if self._relative(path := Path(folder, name)) not in owned:
+                    path.unlink()
+            for name in folders:
+                if (path := Path(folder, name)).is_symlink():
+                    path.unlink()
+                else:
+                    with contextlib.suppress(OSError):  # it holds something
+                        path.rmdir()
+
+    def _relative(self, path: Path) -> str:
+        return path.relative_to(self.out).as_posix()
+
+
+def retire(out: Path) -> None:
+    """Remove the journal from a folder that is about to be published, for good."""
+    if (journal := out / JOURNAL).exists():
+        shutil.rmtree(journal)
+        sync(out)
+
+
+def _entry(file: Path) -> dict[str, Any] | None:
+    """What the journal says of a file; None for one that can't be read."""
+    try:
+        return {"sha256": file_digest(file), "bytes": file.stat().st_size}
+    except OSError:
+        return None
+
+
+def _entry_name(unit: str) -> str:
+    """Of the journal's file; a digest, since any name can be a unit's."""
+    return f"{hashlib.sha256(unit.encode()).hexdigest()[:32]}.json"
+
+
+def _read(entry: Path) -> tuple[str, dict[str, Any]] | None:
+    """Unit and files of one entry of the journal; None if it is damaged in whatever way."""
+    try:
+        match json.loads(entry.read_text()):
+            case {"unit": str(name), "files": dict(files)} if entry.name == _entry_name(name):
+                return name, files
+    except (OSError, ValueError, RecursionError):
+        pass
+    return None
+
+
+def _files(part: Path) -> list[Path]:
+    """``part``, or every regular file below it; links are none, wherever they lead."""
+    if not part.is_dir():
+        return [part]
+    return [path for path in files_below(part) if path.is_file() and not path.is_symlink()]
