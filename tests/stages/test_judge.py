@@ -233,6 +233,22 @@ def test_killed_half_way_it_goes_on(go, judge, calls):
     assert len(calls) == COUNT * 2 * 2  # cached
 
 
+def test_damaged_answers_alone_are_asked_again_and_strangers_go(go, judge, calls, store_root):
+    with pytest.raises(RuntimeError, match="power"):
+        go(judge(backend=Brighter(least=5)))
+    [partial] = (store_root / "judge").glob("*.partial")
+    file = partial / "data" / "answers.jsonl"
+    lines = file.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 5
+    lines[1] = lines[1].replace(b"prompt ", b"prompT ", 1)
+    lines[4] = lines[4][: len(lines[4]) // 2]
+    file.write_bytes(b"".join(lines))
+    (partial / "data" / "judge.html.partial").write_text("half")
+    done = go(judge())["judge"]
+    assert len(calls) == COUNT * 2 * 2 + 2
+    assert sorted(done.manifest["files"]) == ["answers.jsonl", "judge.html", "judge.json"]
+
+
 def test_what_counts_for_its_identity(configured):
     def with_backend(**changes):
         backend = dataclasses.replace(configured.backend, **changes)
