@@ -11,14 +11,16 @@ import json
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from dirotq.digest import file_digest
-from dirotq.errors import UnsupportedError
+from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.pipeline.disk import files_below, sync, write_json
+from dirotq.pipeline.stage import recipe
 
 __all__ = ["JOURNAL", "Units", "retire"]
 
@@ -27,6 +29,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 JOURNAL = ".units"
+LOOK = 5.0
+"""Seconds between two looks at a stage's inputs: one costs some milliseconds."""
 
 
 class Units:
@@ -36,13 +40,18 @@ class Units:
     files has the size and SHA-256 that stand there. Every other file is removed, so that nothing
     half done is read, or published. Units may share files (the metadata of a Zarr array).
 
+    ``of``     the stage that makes them. An entry is written once the stage's model and prompts
+               were seen to be what they were when it began: units of other inputs never count, not
+               even if the run is killed and the inputs come back
     ``apart``  files in ``out``, by their names, that look after themselves
     """
 
-    def __init__(self, out: Path, apart: Collection[str] = ()) -> None:
+    def __init__(self, out: Path, of: Any = None, apart: Collection[str] = ()) -> None:
         self.out, self.apart = out, frozenset(apart)
         self._journal = out / JOURNAL
         self._keep_only(self._intact())
+        self._of, self._recipe, self._looked = of, recipe(of), time.monotonic()
+        self._waiting: dict[Path, dict[str, Any]] = {}
 
     def done(self, name: str) -> bool:
         """Whether the unit was finished, by this run or by one before it."""
@@ -61,7 +70,8 @@ class Units:
 
         They are hashed now, in threads, while they are in the page cache.
 
-        Raises UnsupportedError if the disk took a file for one of another unit.
+        Raises UnsupportedError if the disk took a file for one of another unit, ArtifactError if
+        the stage's inputs changed.
         """
         files = {file for part in parts for file in _files(part)}
         found = self._hashed(files)
@@ -74,9 +84,10 @@ class Units:
                     f"{other} and {file} are one file on this disk, which does not tell upper from "
                     "lower case: choose a store on one that does (store=FOLDER)"
                 )
-        self._journal.mkdir(exist_ok=True)
-        write_json(self._journal / _entry_name(name), {"unit": name, "files": found})
         self._files[name] = frozenset(found)
+        self._waiting[self._journal / _entry_name(name)] = {"unit": name, "files": found}
+        if self._of is None or time.monotonic() - self._looked >= LOOK:
+            self._write_waiting()
 
     def finishing(self, items: Iterable[T], unit: Callable[[T], tuple[str, Path]]) -> Iterator[T]:
         """Yield the items; as soon as the next is asked for, finish the unit of the last in a
@@ -99,6 +110,17 @@ class Units:
         """Remove the units whose names begin with ``prefix``, and whatever no unit owns."""
         kept = {name: files for name, files in self._files.items() if not name.startswith(prefix)}
         self._keep_only(kept)
+
+    def _write_waiting(self) -> None:
+        if recipe(self._of) != self._recipe:
+            raise ArtifactError(
+                "the model or the prompts changed while they were read. Leave them alone until the "
+                "run ends; the same command plans anew"
+            )
+        self._journal.mkdir(exist_ok=True)
+        for file, entry in self._waiting.items():
+            write_json(file, entry)
+        self._waiting, self._looked = {}, time.monotonic()
 
     def _intact(self) -> dict[str, frozenset[str]]:
         """{unit: its files, relative to ``out``} of every unit that is as it was finished."""

@@ -60,7 +60,7 @@ class FitBasis:
         device = pick_device(self.device)
         moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
         sites = [site for site in self.model.sites() if site.kind == "block"]
-        units = Units(out)
+        units = Units(out, self)
         todo = units.todo(sites, lambda site: site.name, "basis")
         loaded = ahead(lambda site: read_stored(moments, site.name), todo)
         for site, stored in units.finishing(

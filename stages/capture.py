@@ -95,7 +95,7 @@ class Capture:
         self.model.check()
 
     def run(self, out: Path) -> Mapping[str, float]:
-        device, units = pick_device(self.device), Units(out)
+        device, units = pick_device(self.device), Units(out, self)
         calls, prompts = self._record(out, units, device)
         sites = self.model.sites()
         tokens = self._replay(out, units, device, sites, calls)
@@ -177,7 +177,7 @@ class Capture:
         calls = [c for c in calls if all(bool(t.isfinite().all()) for t in c.tensors())]
         out.mkdir()
         try:
-            self._replay(out, Units(out), device, self.model.sites(), calls)
+            self._replay(out, Units(out, self), device, self.model.sites(), calls)
         finally:
             shutil.rmtree(out)
 

@@ -88,7 +88,7 @@ class QuantizeWeights:
         moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
         rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
         weights = self.model.weights()
-        units = Units(out)
+        units = Units(out, self)
         todo = units.todo(plan, lambda entry: entry.site.name, "gptq")
         stored = ahead(lambda entry: read_stored(moments, entry.site.name), todo)
         for entry, second_moment in units.finishing(

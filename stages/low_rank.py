@@ -104,7 +104,7 @@ class FitLowRank:
         rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
         weights = self.model.weights()
         sites = [site for site in self.model.sites() if site.kind == "block"]
-        units = Units(out)
+        units = Units(out, self)
         todo = units.todo(sites, lambda site: site.name, "basis")
         stored = ahead(lambda site: read_stored(moments, site.name), todo)
         for site, second_moment in units.finishing(

@@ -58,7 +58,7 @@ class Reference:
         prompts, call = self.prompts.load(), self.model.call_arguments()
         tree = out / "images.zarr"
         about = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
-        units = Units(out)
+        units = Units(out, self)
         writers = {
             name: ImageWriter(tree, name, len(prompts), units=units, **about)
             for name in self.batches

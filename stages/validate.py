@@ -104,7 +104,7 @@ class Validate:
         tree, theirs = out / "images.zarr", reference.tree("images.zarr")
 
         pipe = self._pipeline(pack, device, theirs)
-        self._generate(pipe, tree, Units(out), device)
+        self._generate(pipe, tree, Units(out, self), device)
         sites = self._sites(pipe.transformer, plan, capture, device)
         size = footprint(pipe.transformer)
         parameters = sum(p.numel() for p in self.model.skeleton().parameters())

@@ -3,12 +3,15 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dirotq.errors import UnsupportedError
+from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.pipeline import units as module
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.pipeline.units import JOURNAL, Units, retire
@@ -343,3 +346,39 @@ def test_killed_while_it_is_published_a_run_finds_its_units(store_root, monkeypa
 def test_retiring_a_folder_without_a_journal(tmp_path):
     retire(tmp_path)
     assert tmp_path.exists()
+
+
+@dataclass(frozen=True)
+class Reads:
+    """A stage that reads one file."""
+
+    file: Path
+
+    def identity(self) -> dict[str, str]:
+        return {"text": self.file.read_text()}
+
+
+def test_units_of_inputs_that_changed_never_count_even_if_those_come_back(tmp_path, monkeypatch):
+    """As a kill would leave it: an entry waits until the inputs were looked at after its unit."""
+    read, out = tmp_path / "weights", tmp_path / "out"
+    read.write_text("right")
+    out.mkdir()
+    clock = iter(range(0, 10_000, 2))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    units = Units(out, Reads(read))
+    for name in "abcdefgh":  # 2 s each: a look every 5 s
+        if name == "f":
+            read.write_text("other")
+        (out / name).write_text(read.read_text())
+        try:
+            units.finish(name, [out / name])
+        except ArtifactError as error:
+            assert "changed while they were read" in str(error)
+            break
+    else:
+        raise AssertionError("nobody noticed")
+    read.write_text("right")
+    again = Units(out, Reads(read))
+    kept = [name for name in "abcdefgh" if again.done(name)]
+    assert 0 < len(kept) < 6
+    assert all((out / name).read_text() == "right" for name in kept)
