@@ -264,7 +264,12 @@ class ArtifactStore:
         return type(content.get("schema")) is int
 
     def _prepare(self, partial: Path, resume: bool) -> None:
-        """The draft's folder, with nothing but ``data`` in it, and that only to ``resume``."""
+        """The draft's folder, with nothing but ``data`` in it, and that only to ``resume``.
+
+        What a process that was killed while it removed something left of this key goes too.
+        """
+        for trash in partial.parent.glob(f"{partial.stem}.*trash-*"):
+            shutil.rmtree(trash)
         if not resume:
             self.discard(partial)
         for path in _inside(partial):

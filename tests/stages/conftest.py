@@ -11,3 +11,11 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     test_validate.py, where reports are looked at, has them.
     """
     monkeypatch.setattr("dirotq.report._svg", lambda figure: "<svg></svg>")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def looks_every_time():
+    """Units take milliseconds here: each one's entry is written at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dirotq.pipeline.units.LOOK", 0.0)
+        yield

@@ -96,7 +96,7 @@ def test_a_transformer_without_a_table_is_discovered(line, monkeypatch):
     assert artifacts["validate"].metrics["sqnr_db"] > 10
 
 
-def test_what_cannot_be_traced_is_refused_with_the_reason(line, monkeypatch):
+def test_what_cannot_be_traced_is_refused_with_the_reason(line, monkeypatch, tmp_path):
     def untraceable(*_, **__):
         raise RuntimeError("how many tokens? ask the data")
 
@@ -104,4 +104,4 @@ def test_what_cannot_be_traced_is_refused_with_the_reason(line, monkeypatch):
     monkeypatch.setattr("diffusers.FluxTransformer2DModel.forward", untraceable)
     discovered_sites.cache_clear()
     with pytest.raises(UnsupportedError, match=r"ask the data[\s\S]*CONTRIBUTING"):
-        line("flux")
+        line("flux", f"store={tmp_path}")

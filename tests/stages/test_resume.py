@@ -23,14 +23,6 @@ from dirotq.stages import basis, capture, gptq, low_rank
 from dirotq.tensors import load_site, save_site
 
 
-@pytest.fixture(scope="module", autouse=True)
-def looks_every_time():
-    """Units take milliseconds here: each one's entry is written at once."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dirotq.pipeline.units.LOOK", 0.0)
-        yield
-
-
 @dataclasses.dataclass(frozen=True)
 class Case:
     """A stage and how to stop it.

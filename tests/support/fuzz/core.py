@@ -1,9 +1,11 @@
 """What the core reads back: manifests, records, digests, recipes, and the command line itself."""
 
+import atexit
 import functools
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import chdir, contextmanager
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any
 from unittest import mock
 
 import torch
+from fuzz_cli import check_command_line
+from fuzz_packed import Odd, load_odd, odd_settings
 from hypothesis import strategies as st
-from tiny_line import build_transformer
+from tiny_line import build_transformer, configured, run
 from tiny_spec import tiny_spec
 
 from dirotq.digest import file_digest, input_digests
@@ -24,7 +28,7 @@ from dirotq.pipeline.cli import main
 from dirotq.pipeline.stage import fingerprint, recipe
 from dirotq.quantizer import DirotqConfig
 
-from .values import SCALARS, TEXTS, VALUES, as_json, damaged, edited
+from .values import SCALARS, VALUES, as_json, damaged, edited
 
 DATA = {"a.json": b"1", "tree/x/0": b"chunk"}
 
@@ -111,27 +115,6 @@ def read_recipe(folder: Path, value: Any) -> None:
     assert fingerprint(recipe(value)) == fingerprint(recipe(value))
 
 
-OVERRIDES = (
-    "model=small", "squares.power=3", "squares.power=4", "numbers.count=3", "until=squares",
-    "force=[numbers]", "force=x", "+x=1", "~total", "-m",
-    "squares.power=2,3", "store=here", "store=", "=", "--help", "--version", "--keep", "--yes", "0",
-    "--remove", "squares/x", "numbers.trouble=numbers", "model=", "model=[", "model=a/b",
-    "numbers@x=default", "total.x.y=1", "numbers.pause=null", "until=null", "--cfg", "job", "-x",
-    "--prompt", "--steps", "--seed", "--out", "here.png", str(2**64), "--package", "...",
-)  # fmt: skip
-VERBS = ("compress", "plan", "explain", "verify", "gc", "generate", "help", "nix", "--version", "")
-NAMES = ("squares.power", "until", "force", "model", "model.offset", "store", "x")
-ARGUMENTS = st.tuples(
-    st.sampled_from(VERBS),
-    st.lists(
-        st.sampled_from(OVERRIDES)
-        | st.builds("{}={}".format, st.sampled_from(NAMES), TEXTS).filter(lambda t: "/" not in t)
-        | TEXTS.filter(lambda text: "/" not in text and not text.startswith("-")),
-        max_size=3,
-    ),
-)
-
-
 def _left(argv: list[str]) -> None:
     """One command on the toy line, in this process; it ends with status 0 or 2."""
     from hydra.core.global_hydra import GlobalHydra
@@ -143,9 +126,22 @@ def _left(argv: list[str]) -> None:
         assert left.code in (0, 2, None), f"status {left.code}"
 
 
-def read_arguments(folder: Path, example: tuple[str, list[str]]) -> None:
-    with _inside(folder):
-        _left([example[0], *example[1]])
+def read_arguments(folder: Path, words: list[str]) -> None:
+    with mock.patch("tempfile.tempdir", str(folder)):
+        check_command_line(words)
+
+
+def read_packed_folder(folder: Path, odd: Odd) -> None:
+    with mock.patch("tempfile.tempdir", str(folder)):
+        load_odd(packed_model(), odd)
+
+
+@functools.cache
+def packed_model() -> Path:
+    """A packed tiny model, made once and removed with the process."""
+    root = Path(tempfile.mkdtemp(prefix="fuzz-packed-", dir="/tmp"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return run(configured(root, root / "store", "until=pack"))["pack"].data / "model"
 
 
 STORED = ("numbers/*/manifest.json", "numbers/*/provenance.json", "runs/*/artifacts.json",
@@ -210,3 +206,4 @@ RECIPES = st.recursive(
 MANIFESTS = st.tuples(_texts(MANIFEST), _texts(PROVENANCE))
 DIGESTS = _texts({"FILE": [100, 1, "0" * 64], "other": [1, 2, "x"]})
 PACKED = st.deferred(lambda: _texts(_packed()[0]))
+FOLDERS = st.deferred(lambda: odd_settings(packed_model()))

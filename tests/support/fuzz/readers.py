@@ -7,6 +7,7 @@ raise a DirotqError; anything else is a finding (fuzz/attempt.py).
 from collections.abc import Mapping
 from typing import Any
 
+from fuzz_cli import COMMAND_LINES
 from hypothesis import strategies as st
 
 from . import core, weights
@@ -23,5 +24,6 @@ READERS: Mapping[str, tuple[st.SearchStrategy[Any], Read]] = {
     "packed_config": (core.PACKED, core.read_packed),
     "recipe": (core.RECIPES, core.read_recipe),
     "store": (core.DAMAGE, core.read_store),
-    "command_line": (core.ARGUMENTS, core.read_arguments),
+    "packed_folder": (core.FOLDERS, core.read_packed_folder),
+    "command_line": (COMMAND_LINES, core.read_arguments),
 }
