@@ -155,7 +155,9 @@ def _problem(content: dict[str, Any]) -> str | None:
 def _is_inside(name: str) -> bool:
     path = PurePosixPath(name)
     plain = path.parts and not path.is_absolute() and ".." not in path.parts and "\0" not in name
-    return bool(plain) and path.as_posix() == name
+    # A lone surrogate can be written in JSON, but in no file name.
+    whole = not any("\ud800" <= letter <= "\udfff" for letter in name)
+    return bool(plain) and whole and path.as_posix() == name
 
 
 def _is_number(value: Any) -> bool:

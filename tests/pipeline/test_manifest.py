@@ -60,6 +60,7 @@ def files(name, **entry):
         (files(""), "not a path below data/"),
         (files("."), "not a path below data/"),
         (files("a//b"), "not a path below data/"),
+        (files("\ud800"), "not a path below data/"),
         (files("ok", bytes="3"), "not a sha256 and bytes"),
         (files("ok", bytes=-1), "not a sha256 and bytes"),
         (files("ok", bytes=True), "not a sha256 and bytes"),
