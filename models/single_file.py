@@ -127,11 +127,6 @@ def converted(file: Path, transformer: Path, source: str) -> dict[str, Tensor]:
             for key, shape in wanted.items()
             if key in tensors and tuple(tensors[key].shape) != shape
         ),
-        *(
-            f"{key} is stored as {tensor.dtype}"
-            for key, tensor in tensors.items()
-            if key in wanted and not tensor.is_floating_point()
-        ),
     ]
     if wrong:
         raise ConfigError(

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from dirotq.errors import ArtifactError, ConfigError, NumericalError, UnsupportedError
 from dirotq.images import ImageWriter, read_images, read_seconds
 from dirotq.loading import open_pipeline
+from dirotq.models.origin import refuse_quantized
 from dirotq.models.source import DiffusersModel, generate, generate_all
 from dirotq.models.weights import Weights
 from dirotq.pipeline.stage import fingerprint, recipe
@@ -268,3 +269,26 @@ def test_each_batch_is_on_disk_before_the_next(tmp_path):
     generate_all(writer, pipe, prompts, {"value": 0.5}, 2, "images")
     assert not writer.missing(2)
     generate_all(writer, None, prompts, {}, 2, "images")  # nothing is left to make
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "refused"),
+    [
+        ("conv.weight", "I32", True),
+        ("conv.bias", "U16", True),
+        ("mask.weight", "BOOL", True),
+        ("conv.weight", "I8", True),
+        ("scale", "F8_E4M3", True),
+        ("conv.weight", "BF16", False),
+        ("conv.weight", "F16", False),
+        ("position_ids", "I64", False),
+        ("norm.num_batches_tracked", "I64", False),
+    ],
+)
+def test_weights_are_numbers_of_at_least_16_bits(name, dtype, refused):
+    header = {name: (dtype, (1,))}
+    if refused:
+        with pytest.raises(UnsupportedError, match=f"{name} is stored as {dtype}"):
+            refuse_quantized(header, "a file")
+    else:
+        refuse_quantized(header, "a file")
