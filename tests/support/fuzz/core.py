@@ -23,6 +23,7 @@ from dirotq.digest import file_digest, input_digests
 from dirotq.models.flux import FLUX
 from dirotq.models.swap import put_packed
 from dirotq.models.weights import empty_transformer
+from dirotq.packing import check_places
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.cli import main
 from dirotq.pipeline.stage import fingerprint, recipe
@@ -108,7 +109,9 @@ def read_packed(folder: Path, content: bytes) -> None:
         return  # diffusers reads the file
     if isinstance(values, dict):
         config = DirotqConfig.from_dict({k: v for k, v in values.items() if k != "quant_method"})
-        put_packed(empty_transformer(_packed()[1], FluxTransformer2DModel), config.entries())
+        transformer = empty_transformer(_packed()[1], FluxTransformer2DModel)
+        check_places(transformer, config.entries())  # as the quantizer does, in this order
+        put_packed(transformer, config.entries())
 
 
 def read_recipe(folder: Path, value: Any) -> None:
