@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.pipeline.stage import untracked
@@ -37,7 +37,7 @@ class Numbers:
     resumable: ClassVar[bool] = True
     model: ToyModel
     count: int
-    trouble: str | None = untracked()
+    trouble: Literal["bug", "disk", "wrapped", "interrupt", "numbers"] | None = untracked()
     ledger: str | None = untracked()
     pause: float = untracked()
 
