@@ -22,6 +22,7 @@ __all__ = [
     "size_of",
     "sync",
     "sync_tree",
+    "user_name",
     "writable",
     "write_json",
 ]
@@ -167,8 +168,8 @@ def denied(path: Path, to: Literal["read", "write"] = "read") -> str:
         found = barred.stat()
         which = "it" if barred == path else printable(barred)
         text += (
-            f": {which} belongs to {_user(found.st_uid)} with the mode {found.st_mode & 0o7777:o}, "
-            f"and this process runs as {_user(os.geteuid())}"
+            f": {which} belongs to {user_name(found.st_uid)} with the mode "
+            f"{found.st_mode & 0o7777:o}, and this process runs as {user_name(os.geteuid())}"
         )
     return f"{text}. The owner can allow it (chmod {'a+rX' if to == 'read' else 'g+w'})"
 
@@ -178,7 +179,8 @@ def printable(text: object) -> str:
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
-def _user(uid: int) -> str:
+def user_name(uid: int) -> str:
+    """What a user is called here; the number if nobody knows it."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:

@@ -6,7 +6,6 @@ is shown on demand only, with ``--debug`` or DIROTQ_DEBUG=1.
 
 import errno
 import os
-import pwd
 import re
 import shutil
 import stat
@@ -18,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from dirotq.errors import DirotqError
-from dirotq.pipeline.disk import is_disk_full
+from dirotq.pipeline.disk import is_disk_full, user_name
 from dirotq.pipeline.wording import reworded
 
 __all__ = ["explained"]
@@ -158,11 +157,13 @@ def _denied(error: PermissionError, where: str) -> str:
     whose = ""
     if there is not None and (found := _stat(there)) is not None:
         which = "it" if there == path else str(there)
-        whose = f" ({which} belongs to {_user(found.st_uid)}, mode {stat.filemode(found.st_mode)})"
+        whose = (
+            f" ({which} belongs to {user_name(found.st_uid)}, mode {stat.filemode(found.st_mode)})"
+        )
     return (
-        f"permission denied for {path}{whose}{where}: this process runs as {_user(os.geteuid())}. "
-        "Let that user read and write there (chmod, chown), or choose a writable store with "
-        "store=FOLDER or DIROTQ_STORE"
+        f"permission denied for {path}{whose}{where}: this process runs as "
+        f"{user_name(os.geteuid())}. Let that user read and write there (chmod, chown), or choose "
+        "a writable store with store=FOLDER or DIROTQ_STORE"
     )
 
 
@@ -170,13 +171,6 @@ def _stat(path: Path) -> os.stat_result | None:
     with suppress(OSError, ValueError):
         return path.stat()
     return None
-
-
-def _user(uid: int) -> str:
-    try:
-        return pwd.getpwuid(uid).pw_name
-    except KeyError:
-        return f"user {uid}"
 
 
 def _cwd() -> bool:

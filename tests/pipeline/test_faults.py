@@ -12,7 +12,7 @@ import pytest
 
 import dirotq as front_door
 from dirotq.errors import ConfigError
-from dirotq.pipeline import cli, faults
+from dirotq.pipeline import cli, disk
 from dirotq.pipeline.faults import explained
 
 
@@ -70,7 +70,7 @@ def test_permission_says_whose_it_is_and_who_asks(tmp_path):
     file = tmp_path / "private"
     file.touch(mode=0o600)
     text, status = explained(PermissionError(errno.EACCES, "Permission denied", str(file)))
-    me = faults._user(os.geteuid())
+    me = disk.user_name(os.geteuid())
     assert status == 2
     assert f"permission denied for {file} (it belongs to {me}, mode -rw-------)" in text
     assert f"runs as {me}" in text
