@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from dirotq.models.attribute_reader import AttributeReader, caption_accuracy
+from dirotq.evaluate.attribute_reader import AttributeReader, caption_accuracy
 
 _COLUMNS, _ROWS = 6, 4
 _MARGIN, _CAPTION = 6, 60  # pixels around an image, and below it for its caption

@@ -24,7 +24,7 @@ from dirotq.assets.scenes import (
 )
 from dirotq.assets.schedule import set_rate, timed_steps
 from dirotq.assets.train_autoencoder import from_bytes, pool_scenes, to_bytes
-from dirotq.models.attribute_reader import ABSENT, AttributeReader, ReaderConfig, caption_accuracy
+from dirotq.evaluate.attribute_reader import ABSENT, AttributeReader, ReaderConfig, caption_accuracy
 
 _PEAK_RATE = 2e-3
 

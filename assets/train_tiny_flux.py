@@ -26,7 +26,7 @@ from dirotq.assets.train_autoencoder import encode_pool, to_bytes, train_autoenc
 from dirotq.assets.train_diffusion import train_diffusion
 from dirotq.assets.train_reader import train_reader
 from dirotq.assets.training_pool import build_pool, captions_in_background, load_tokenizers
-from dirotq.models.attribute_reader import AttributeReader
+from dirotq.evaluate.attribute_reader import AttributeReader
 
 _SHIFTS = (1.0, 1.5, 2.0, 3.0)
 

@@ -25,7 +25,7 @@ from dirotq.assets.tiny_pixart import build_transformer, save_pipeline, write_ge
 from dirotq.assets.train_autoencoder import encode_pool, to_bytes
 from dirotq.assets.train_diffusion import train_diffusion
 from dirotq.assets.training_pool import build_pool, captions_in_background
-from dirotq.models.attribute_reader import AttributeReader
+from dirotq.evaluate.attribute_reader import AttributeReader
 
 _HOME = Path(__file__).parent
 _FLUX = _HOME / "tiny-flux"

@@ -11,9 +11,9 @@ from hydra.utils import instantiate
 
 from dirotq.kernels.spec import QuantSpec
 from dirotq.models.flux import FLUX
-from dirotq.models.swap import effective_bits
+from dirotq.packed.swap import effective_bits
 from dirotq.pipeline.config import compose_config
-from dirotq.plan import Method
+from dirotq.quantize.plan import Method
 
 
 def main() -> None:

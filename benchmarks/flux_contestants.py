@@ -17,12 +17,13 @@ from dirotq.benchmarks.random_linear import random_linear
 from dirotq.benchmarks.rivals import Fp8Linear, by_torchao
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.spec import QuantSpec
-from dirotq.loading import quiet
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
-from dirotq.models.swap import swap_sites
-from dirotq.models.weights import Weights, empty_transformer, move_buffers
+from dirotq.models.skeleton import empty_transformer, move_buffers
+from dirotq.packed.swap import swap_sites
 from dirotq.quantizer import DirotqConfig, mark_packed
+from dirotq.quiet import quiet
+from dirotq.sources.weights import Weights
 
 RANK = 64
 HOW: dict[str, dict[str, Any]] = {

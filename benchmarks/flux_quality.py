@@ -10,9 +10,10 @@ import dirotq
 from dirotq.benchmarks.flux_contestants import HOW, ours
 from dirotq.benchmarks.flux_rows import ATTENTION, FOLDER, FUSED, UNFUSED, Row
 from dirotq.benchmarks.gpu_timing import summary
-from dirotq.fidelity import psnr
-from dirotq.models.source import DiffusersModel, generate
-from dirotq.prompts import PromptSet
+from dirotq.evaluate.fidelity import psnr
+from dirotq.sources.generation import generate
+from dirotq.sources.model import DiffusersModel
+from dirotq.sources.prompts import PromptSet
 
 CAPTIONS = "assets://prompts/tiny_heldout.jsonl"
 BATCHED = "ours, unfused, batch 8"

@@ -11,7 +11,7 @@ import diffusers
 from dirotq.benchmarks.full_size import FLUX as CONFIG
 from dirotq.models.family import Site
 from dirotq.models.flux import FLUX
-from dirotq.models.weights import empty_transformer
+from dirotq.models.skeleton import empty_transformer
 
 TEXT = 512
 TAIL, STEP = 3, 128

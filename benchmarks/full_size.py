@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dirotq.assets import tiny_flux
-from dirotq.models.weights import empty_transformer
-from dirotq.prompts import resolve
+from dirotq.models.skeleton import empty_transformer
+from dirotq.sources.prompts import resolve
 from dirotq.stages.pack import plan_shards, write_index
 
 STREAM = 8

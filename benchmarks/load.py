@@ -15,10 +15,10 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from dirotq.digest import file_digest
+from dirotq.files.digest import file_digest
+from dirotq.files.sums import check_sums, write_sums
 from dirotq.pipeline.config import compose_config
-from dirotq.sizes import parse_bytes
-from dirotq.sums import check_sums, write_sums
+from dirotq.pipeline.sizes import parse_bytes
 
 BLOCK = 16 << 20
 FOLDER = 16.6e9

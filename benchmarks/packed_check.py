@@ -10,14 +10,14 @@ from torch.nn.functional import linear
 import dirotq  # noqa: F401 (diffusers has to know the format)
 from dirotq.device import compute_dtype
 from dirotq.kernels.linear import QuantLinear
-from dirotq.loading import quiet
 from dirotq.models.call import load_calls
-from dirotq.models.source import DiffusersModel
-from dirotq.models.weights import move_buffers
+from dirotq.models.skeleton import move_buffers
 from dirotq.pipeline.artifact import Artifact
-from dirotq.plan import read_plan
+from dirotq.quantize.plan import read_plan
+from dirotq.quantize.tensors import read_array
+from dirotq.quiet import quiet
+from dirotq.sources.model import DiffusersModel
 from dirotq.stages.fuse import relative_error
-from dirotq.tensors import read_array
 
 SAMPLED = 8
 

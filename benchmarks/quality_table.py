@@ -21,7 +21,7 @@ from dirotq.benchmarks.quality_rows import (
     Row,
     rows,
 )
-from dirotq.statistics import Interval, difference_interval
+from dirotq.evaluate.statistics import Interval, difference_interval
 
 OTHER = 20.0
 """dB below which a packed model has drawn another image than the 16-bit one."""

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dirotq.kernels import engine
-from dirotq.kernels.hadamard import hadamard_block
+from dirotq.kernels.formats.hadamard import hadamard_block
+from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.pack_int4 import pack_int4
 from dirotq.kernels.spec import QuantSpec
 
 FORMATS: dict[str, dict[str, Any]] = {

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dirotq.cli import compress
     from dirotq.loading import load
-    from dirotq.models.runtime import accelerate
-    from dirotq.pipeline.cli import compress
+    from dirotq.runtime.accelerate import accelerate
 
 __all__ = ["__version__", "accelerate", "compress", "load"]
 __version__ = "0.1.0"
@@ -27,8 +27,8 @@ if (_CHECKOUT / "pyproject.toml").is_file():
 
 _LAZY = {
     "load": "dirotq.loading",
-    "compress": "dirotq.pipeline.cli",
-    "accelerate": "dirotq.models.runtime",
+    "compress": "dirotq.cli",
+    "accelerate": "dirotq.runtime.accelerate",
 }
 
 

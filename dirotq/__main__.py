@@ -1,6 +1,6 @@
 """``python -m dirotq``: the same as the console script ``dirotq``."""
 
-from dirotq.pipeline.cli import main
+from dirotq.cli import main
 
 if __name__ == "__main__":
     main()

@@ -23,17 +23,17 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dirotq.errors import ArtifactError, UnsupportedError
-from dirotq.guards import guard
-from dirotq.half import Lost
+from dirotq.files.sums import check_part
+from dirotq.kernels.formats.quantize_weight import tail_floor
 from dirotq.kernels.linear import QuantLinear, frozen
-from dirotq.kernels.quantize_weight import tail_floor
 from dirotq.kernels.spec import QuantSpec
-from dirotq.loading import check_weights
 from dirotq.models.family import Site
-from dirotq.models.runtime import accelerate
-from dirotq.models.swap import put_packed
-from dirotq.packing import FORMAT, check_places, read_packing
-from dirotq.sums import check_part
+from dirotq.packed.config import FORMAT, check_places, read_packing
+from dirotq.packed.guards import guard
+from dirotq.packed.half import Lost
+from dirotq.packed.swap import put_packed
+from dirotq.runtime.accelerate import accelerate
+from dirotq.sources.weights_file import check_weights
 
 METHOD = "dirotq"
 STORED = torch.bfloat16
@@ -53,7 +53,7 @@ class DirotqConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed transformer: one entry per site, in network order.
 
     Raises UnsupportedError for a newer format, ArtifactError for what no DiRotQ wrote
-    (dirotq/packing.py).
+    (dirotq/packed/config.py).
     """
 
     def __init__(self, *, sites: Any = None, format: Any = FORMAT, **_: Any) -> None:

@@ -6,9 +6,9 @@ Letters: M rows, D channels, N outputs, R protected directions, G groups.
 import torch
 from torch import Tensor
 
+from .formats.protected import dequantize_protected, rounded_coefficients
 from .lane import beside, fork
 from .plan import Plan
-from .protected import dequantize_protected, rounded_coefficients
 from .source import Source
 from .spec import QuantSpec
 from .transform_quantize import quantize_rows, transform

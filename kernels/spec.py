@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .fp4 import GROUPS as FP4_GROUPS
-from .hadamard import Kind, hadamard_block
+from .formats.fp4 import GROUPS as FP4_GROUPS
+from .formats.hadamard import Kind, hadamard_block
 
 POW2_LEVELS = 4
 """A group's scale is 2^0 ... 2^-4 of its row's: q 2^(e+4) is exact in INT8 and in FP8-E4M3."""
@@ -21,7 +21,7 @@ FLOAT_LEVELS = 6
 WeightScale = Literal["channel", "group", "nvfp4", "mxfp4"]
 ActScale = Literal["token", "pow2", "rms", "group", "nvfp4", "mxfp4"]
 Element = Literal["int4", "e2m1"]
-"""What a 4-bit code is: an integer in [-7, 7], or a float in halves (kernels/fp4)."""
+"""What a 4-bit code is: an integer in [-7, 7], or a float in halves (kernels/formats/fp4.py)."""
 
 
 ADDED = {"branch": "project", "smooth": False, "protected_bits": 16}

@@ -7,7 +7,7 @@ from typing import Any
 
 from .discovery import denoiser_call, discover
 from .family import Site
-from .weights import empty_transformer
+from .skeleton import empty_transformer
 
 log = logging.getLogger(__name__)
 

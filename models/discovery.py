@@ -22,11 +22,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from dirotq.errors import UnsupportedError
-from dirotq.loading import quiet
+from dirotq.quiet import quiet
 
 from .call import Call
 from .family import Kind, Site, is_linear, is_pointwise
-from .weights import empty_transformer
+from .skeleton import empty_transformer
 
 SIZE, FRAMES = 256, 25
 """Pixels and frames of a small call: patches divide them (frames but for the first)."""

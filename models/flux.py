@@ -1,6 +1,6 @@
 """FLUX.1 (dev, schnell, Fill, Kontext, finetunes): 19 double-stream, 38 single-stream blocks.
 
-Fused (models/flux_fused.py): everything that a family can (``ModelFamily.fusions``).
+Fused (dirotq/runtime/flux_fused.py): everything that a family can (``ModelFamily.fusions``).
 """
 
 from torch import nn
@@ -13,8 +13,8 @@ ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 def _share(transformer: nn.Module) -> None:
     # They import diffusers, which reading the table must not.
-    from .flux_fused import fuse_blocks
-    from .flux_sharing import share_sites
+    from dirotq.runtime.flux_fused import fuse_blocks
+    from dirotq.runtime.flux_sharing import share_sites
 
     share_sites(transformer)
     fuse_blocks(transformer)

@@ -1,7 +1,7 @@
 """PixArt-Sigma (and Alpha): 28 blocks of self-attention, cross-attention to the text and MLP.
 
-Fused (models/pixart_fused.py): q, k and v in one read, modulated norms, GELU. One modulation serves
-all blocks, so there are no modulators to join.
+Fused (dirotq/runtime/pixart_fused.py): q, k and v in one read, modulated norms, GELU. One
+modulation serves all blocks, so there are no modulators to join.
 """
 
 from torch import nn
@@ -13,7 +13,7 @@ BLOCK = "transformer_blocks.*"
 
 def _share(transformer: nn.Module) -> None:
     # It imports diffusers, which reading the table must not.
-    from .pixart_fused import fuse_blocks
+    from dirotq.runtime.pixart_fused import fuse_blocks
 
     fuse_blocks(transformer)
 

@@ -1,7 +1,7 @@
 """SANA: linear self-attention, cross-attention to the text, and an MLP of convolutions.
 
-Fused (models/sana_fused.py): q, k and v in one read, modulated norms. The gate of the MLP stands
-behind a depthwise convolution, which no linear's kernel computes.
+Fused (dirotq/runtime/sana_fused.py): q, k and v in one read, modulated norms. The gate of the MLP
+stands behind a depthwise convolution, which no linear's kernel computes.
 """
 
 from torch import nn
@@ -13,7 +13,7 @@ BLOCK = "transformer_blocks.*"
 
 def _share(transformer: nn.Module) -> None:
     # It imports diffusers, which reading the table must not.
-    from .sana_fused import fuse_blocks
+    from dirotq.runtime.sana_fused import fuse_blocks
 
     fuse_blocks(transformer)
 

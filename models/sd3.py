@@ -3,8 +3,8 @@
 Some blocks of 3.5 medium attend to the image a second time (``attn2``); the last block's text
 stream ends at its attention, so it has no ``to_add_out`` and no ``ff_context``.
 
-Fused (models/sd3_fused.py): q, k and v of a stream in one read, modulated norms, GELU, norms of q
-and k (3.5) in one pass, modulators of all blocks at once.
+Fused (dirotq/runtime/sd3_fused.py): q, k and v of a stream in one read, modulated norms, GELU,
+norms of q and k (3.5) in one pass, modulators of all blocks at once.
 """
 
 from torch import nn
@@ -17,7 +17,7 @@ ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 def _share(transformer: nn.Module) -> None:
     # It imports diffusers, which reading the table must not.
-    from .sd3_fused import fuse_blocks
+    from dirotq.runtime.sd3_fused import fuse_blocks
 
     fuse_blocks(transformer)
 

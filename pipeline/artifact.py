@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dirotq.digest import file_digest
 from dirotq.errors import ArtifactError
+from dirotq.files.digest import file_digest
 from dirotq.pipeline import locks
 from dirotq.pipeline.disk import denied, kind, printable
 from dirotq.pipeline.manifest import (

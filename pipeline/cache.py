@@ -1,4 +1,4 @@
-"""What of DiRotQ's cache may go. It lies in :func:`dirotq.digest.cache_root`.
+"""What of DiRotQ's cache may go. It lies in :func:`dirotq.files.digest.cache_root`.
 
 sources/<digest>/            a model of a single file or with LoRAs, which can be made again; its
                              modification time is when it was last used
@@ -17,8 +17,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from dirotq.digest import cache_root
 from dirotq.errors import ArtifactError
+from dirotq.files.digest import cache_root
 from dirotq.pipeline.disk import denied
 from dirotq.pipeline.locks import InUseError
 

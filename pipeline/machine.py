@@ -10,8 +10,8 @@ import subprocess
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from dirotq.cost import Machine
 from dirotq.errors import ConfigError
+from dirotq.pipeline.cost import Machine
 from dirotq.pipeline.provenance import versions
 
 __all__ = ["CHIPS", "Chip", "cpu", "find", "graphics", "refuse_device"]

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dirotq.digest import file_digest
 from dirotq.errors import ArtifactError
+from dirotq.files.digest import file_digest
 from dirotq.pipeline.disk import denied, files_below, kind, printable
 from dirotq.pipeline.units import JOURNAL
 

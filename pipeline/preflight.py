@@ -15,12 +15,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from dirotq.cost import Cost, Machine
-from dirotq.digest import cache_root
 from dirotq.errors import ConfigError
+from dirotq.files.digest import cache_root
 from dirotq.pipeline import machine
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line
+from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.dag import Step
 from dirotq.pipeline.disk import size_of
 from dirotq.pipeline.settings import make

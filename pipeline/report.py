@@ -9,10 +9,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dirotq.cost import Cost
-from dirotq.digest import cache_root
 from dirotq.errors import ArtifactError
+from dirotq.files.digest import cache_root
 from dirotq.pipeline.config import Line
+from dirotq.pipeline.cost import Cost
 from dirotq.pipeline.dag import Outcome
 from dirotq.pipeline.preflight import Preflight, free_disk
 from dirotq.pipeline.store import Artifact

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from dirotq.digest import cache_root
 from dirotq.errors import ArtifactError
+from dirotq.files.digest import cache_root
 from dirotq.pipeline.disk import writable, write_json
 from dirotq.pipeline.manifest import DamagedError, read_json
 from dirotq.pipeline.store import ArtifactStore

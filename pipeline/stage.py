@@ -42,7 +42,8 @@ def recipe(obj: Any) -> Any:
 
     An object with a method ``identity()`` is identified by what that returns (the content digest of
     a model folder, the sha256 of a prompt file) instead of by its fields; any other dataclass by
-    its class, its version if it has one, and its tracked fields.
+    its class, its version if it has one, and its tracked fields. A class that has moved since it
+    was first recorded says in ``recorded_as`` what it was called then.
 
     Raises ConfigError for anything that has no stable identity.
     """
@@ -84,7 +85,7 @@ def fingerprint(value: Any) -> str:
 
 def _dataclass_recipe(obj: Any) -> dict[str, Any]:
     cls = type(obj)
-    head = {"class": f"{cls.__module__}.{cls.__qualname__}"}
+    head = {"class": getattr(cls, "recorded_as", f"{cls.__module__}.{cls.__qualname__}")}
     if hasattr(cls, "version"):
         head["version"] = cls.version
     tracked = [field for field in dataclasses.fields(obj) if field.metadata.get("tracked", True)]

@@ -17,8 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from dirotq.digest import file_digest
 from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.files.digest import file_digest
 from dirotq.pipeline.disk import files_below, sync, write_json
 from dirotq.pipeline.stage import recipe
 

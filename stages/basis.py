@@ -7,21 +7,21 @@ from typing import ClassVar
 
 import zarr
 
-from dirotq.ahead import ahead
-from dirotq.cost import Cost, Machine
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
-from dirotq.models.source import DiffusersModel
-from dirotq.models.workload import Workload
-from dirotq.moments import moment, read_stored
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
-from dirotq.plan import Method
 from dirotq.progress import track
-from dirotq.spectrum import DENSE, MARGIN, eigen_seconds, principal_basis
-from dirotq.tensors import load_site, save_site, site_file
+from dirotq.quantize.moments import moment, read_stored
+from dirotq.quantize.plan import Method
+from dirotq.quantize.prefetch import ahead
+from dirotq.quantize.spectrum import DENSE, MARGIN, eigen_seconds, principal_basis
+from dirotq.quantize.tensors import load_site, save_site, site_file
+from dirotq.quantize.workload import Workload
+from dirotq.sources.model import DiffusersModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,8 +2,8 @@
 
 In two parts, each resumable. *Record*: the pipeline generates latents for the calibration prompts,
 and a plan picks calls of the denoiser out of all prompts and timesteps. *Replay*: these calls pass
-through the transformer block by block (models/replay.py), so that one block's weights and moments
-are in memory at a time, however large the model.
+through the transformer block by block (dirotq/calibrate/replay.py), so that one block's weights and
+moments are in memory at a time, however large the model.
 """
 
 import logging
@@ -19,24 +19,24 @@ import torch
 import zarr
 from torch import Tensor, nn
 
-from dirotq.cost import Cost, Machine, budget
+from dirotq.calibrate.recorder import Recorder, Seen, refuse_empty_or_damaged
+from dirotq.calibrate.replay import Walk
+from dirotq.calibrate.trajectory import Trajectories
 from dirotq.device import compute_dtype, free_host_memory, pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels import second_moment
 from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls
 from dirotq.models.family import Site
-from dirotq.models.recorder import Recorder, Seen, refuse_empty_or_damaged
-from dirotq.models.replay import Walk
-from dirotq.models.source import DiffusersModel
-from dirotq.models.trajectory import Trajectories
-from dirotq.models.workload import FRAGMENTS, HOST_SHARE, STATE_SHARE, Workload, calls_at_once
-from dirotq.moments import read_stored, write_moment
+from dirotq.pipeline.cost import Cost, Machine, budget
+from dirotq.pipeline.sizes import parse_bytes
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.progress import track
-from dirotq.prompts import PromptSet
-from dirotq.sizes import parse_bytes
-from dirotq.tensors import create_array, read_array, write_rows
+from dirotq.quantize.moments import read_stored, write_moment
+from dirotq.quantize.tensors import create_array, read_array, write_rows
+from dirotq.quantize.workload import FRAGMENTS, HOST_SHARE, STATE_SHARE, Workload, calls_at_once
+from dirotq.sources.model import DiffusersModel
+from dirotq.sources.prompts import PromptSet
 
 log = logging.getLogger(__name__)
 
@@ -59,8 +59,8 @@ class Capture:
     ``vram``    GPU memory to stay within ("24GB"), or None for what is free
 
     Writes ``moments.zarr`` (per site the block triangle of S in float32, or its rows where they are
-    fewer; dirotq/moments.py), ``rows.zarr`` (bfloat16 [rows, D]), ``peaks.zarr`` (float32 [D], the
-    largest magnitude of each channel) and ``probe.*`` (PROBES calls).
+    fewer; dirotq/quantize/moments.py), ``rows.zarr`` (bfloat16 [rows, D]), ``peaks.zarr`` (float32
+    [D], the largest magnitude of each channel) and ``probe.*`` (PROBES calls).
 
     Raises NumericalError naming the site whose activations are not finite or that saw no token.
     """

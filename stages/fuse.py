@@ -13,24 +13,24 @@ import torch
 import zarr
 from torch import Tensor, nn
 
-from dirotq.cost import Cost, Machine
+from dirotq.calibrate.replay import Walk
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.full_float32 import full_float32
 from dirotq.kernels.spec import QuantSpec
 from dirotq.kernels.transform_quantize import transform
 from dirotq.models.call import load_probe
-from dirotq.models.replay import Walk
-from dirotq.models.source import DiffusersModel
-from dirotq.models.swap import swap_sites
-from dirotq.models.weights import Weights
-from dirotq.models.workload import Workload
+from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
-from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
-from dirotq.rotation import Rotation, site_rotation
-from dirotq.tensors import read_array, save_site
+from dirotq.quantize.plan import SitePlan, read_plan
+from dirotq.quantize.rotation import Rotation, site_rotation
+from dirotq.quantize.tensors import read_array, save_site
+from dirotq.quantize.workload import Workload
+from dirotq.sources.model import DiffusersModel
+from dirotq.sources.weights import Weights
 
 
 class FusedLinear(nn.Module):
@@ -71,8 +71,8 @@ class Fuse:
 
     Writes ``sites/<site>.safetensors`` with ``basis``, ``rotation``, ``smooth``, ``wp``, ``bias``
     (bfloat16, those that exist; 8-bit ``wp`` as codes with ``wpscale``). The network passes block
-    by block (models/replay.py), so that one block is in memory at a time. Needs no codes: a change
-    of ``gptq`` leaves the proof as it stands.
+    by block (dirotq/calibrate/replay.py), so that one block is in memory at a time. Needs no codes:
+    a change of ``gptq`` leaves the proof as it stands.
 
     Raises NumericalError naming the site, or the network, whose error exceeds its tolerance.
     """

@@ -9,13 +9,9 @@ import torch
 import zarr
 from torch import Tensor
 
-from dirotq.ahead import ahead
-from dirotq.cost import Cost, Machine
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.feedback import feedback
-from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
-from dirotq.kernels.quantize_weight import (
+from dirotq.kernels.formats.quantize_weight import (
     codes_on_grid,
     dequantize_weight,
     pack_codes,
@@ -24,17 +20,21 @@ from dirotq.kernels.quantize_weight import (
     unpack_weight,
     weight_steps,
 )
+from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
 from dirotq.kernels.transform_quantize import dequantize_rows, quantize_rows, transform
-from dirotq.models.source import DiffusersModel
-from dirotq.models.workload import Workload
-from dirotq.moments import moment, read_stored
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
-from dirotq.plan import SitePlan, read_plan
 from dirotq.progress import track
-from dirotq.rotation import Rotation, site_rotation
-from dirotq.tensors import load_site, read_array, save_site, site_file
+from dirotq.quantize.feedback import feedback
+from dirotq.quantize.moments import moment, read_stored
+from dirotq.quantize.plan import SitePlan, read_plan
+from dirotq.quantize.prefetch import ahead
+from dirotq.quantize.rotation import Rotation, site_rotation
+from dirotq.quantize.tensors import load_site, read_array, save_site, site_file
+from dirotq.quantize.workload import Workload
+from dirotq.sources.model import DiffusersModel
 
 ROUNDING = (2.0**-22, 2.0**-18, 2.0**-14)
 """Shares of a site's energy below which its second moment is taken to say nothing: float32's share,
@@ -54,7 +54,8 @@ class QuantizeWeights:
     ``damping``  share of the mean diagonal that is added to the second moment before factoring it
     ``inputs``   ``exact``: the second moment of z; ``quantized``: plus the noise that z's 4-bit
                  codes add to each channel, measured on the sampled rows
-    ``feedback`` let the protected branch make up for what the codes got wrong (dirotq/feedback.py)
+    ``feedback`` let the protected branch make up for what the codes got wrong
+                 (dirotq/quantize/feedback.py)
 
     Writes ``sites/<site>.safetensors`` with ``qweight`` (uint8 [N, K/2], layout L1 or L2),
     ``wscale`` (bfloat16 or uint8 [N, G]), NVFP4's ``wglobal`` (float32 [1]) and, after feedback,

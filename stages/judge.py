@@ -12,21 +12,22 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from dirotq.errors import ConfigError
-from dirotq.images import has_images, read_images
-from dirotq.judging.answer import CRITERIA
-from dirotq.judging.answer_file import AnswerFile
-from dirotq.judging.asking import ask_all
-from dirotq.judging.backend import Backend, Pair
-from dirotq.judging.page import write_page
-from dirotq.judging.questions import Question, Side, questions
-from dirotq.judging.rubric import Rubric
-from dirotq.judging.statistics import summarize
+from dirotq.evaluate.images import has_images, read_images
+from dirotq.evaluate.judging.answer import CRITERIA
+from dirotq.evaluate.judging.answer_file import AnswerFile
+from dirotq.evaluate.judging.asking import ask_all
+from dirotq.evaluate.judging.backend import Backend
+from dirotq.evaluate.judging.page import write_page
+from dirotq.evaluate.judging.pair import Pair
+from dirotq.evaluate.judging.questions import Question, Side, questions
+from dirotq.evaluate.judging.rubric import Rubric
+from dirotq.evaluate.judging.statistics import summarize
+from dirotq.evaluate.scoring import FLOOR, ORIGINAL, PACKED, stills
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.pipeline.units import Units
-from dirotq.prompts import Prompt, PromptSet
-from dirotq.scoring import FLOOR, ORIGINAL, PACKED, stills
+from dirotq.sources.prompts import Prompt, PromptSet
 
 log = logging.getLogger(__name__)
 

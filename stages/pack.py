@@ -12,24 +12,24 @@ from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dirotq.cost import Cost, Machine
 from dirotq.errors import ArtifactError
-from dirotq.json_file import read_json
+from dirotq.files.json_file import read_json
+from dirotq.files.sums import write_sums
 from dirotq.kernels.linear import buffer_shapes
 from dirotq.models.coverage import share_kept
-from dirotq.models.folder import CALL_FILE, carried_files
-from dirotq.models.folder import INDEX as INDEX_FILE
-from dirotq.models.source import DiffusersModel
-from dirotq.models.swap import footprint, put_packed
-from dirotq.models.weights import INDEX, WHOLE
-from dirotq.models.workload import Workload
+from dirotq.packed.swap import footprint, put_packed
 from dirotq.pipeline.artifact import Artifact
-from dirotq.placing import place
-from dirotq.plan import SitePlan, read_plan
+from dirotq.pipeline.cost import Cost, Machine
+from dirotq.pipeline.sizes import parse_bytes
 from dirotq.progress import track
-from dirotq.sizes import parse_bytes
-from dirotq.sums import write_sums
-from dirotq.tensors import load_site, site_file
+from dirotq.quantize.plan import SitePlan, read_plan
+from dirotq.quantize.tensors import load_site, site_file
+from dirotq.quantize.workload import Workload
+from dirotq.sources.folder import CALL_FILE, carried_files
+from dirotq.sources.folder import INDEX as INDEX_FILE
+from dirotq.sources.model import DiffusersModel
+from dirotq.sources.placing import place
+from dirotq.sources.weights import INDEX, WHOLE
 
 CODED = ("qweight", "wscale", "wglobal", "wp", "wpscale")
 """What `gptq` knows better than `fuse`: the codes and, after feedback, the protected branch."""
@@ -184,7 +184,8 @@ def write_index(folder: Path, shards: StateDictSplit) -> None:
 def _copy_pipeline(source: Path, target: Path) -> None:
     """The source's components but its transformer, its licence and settings; nothing else of it.
 
-    Links are resolved; no file is one that the source's owner may write to (dirotq/placing.py).
+    Links are resolved; no file is one that the source's owner may write to
+    (dirotq/sources/placing.py).
     """
     for path in carried_files(source, read_json(source / INDEX_FILE), without="transformer"):
         copy = target / path.relative_to(source)

@@ -5,20 +5,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
-from dirotq.cost import Cost, Machine
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError
 from dirotq.models.call import load_probe
 from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
-from dirotq.models.source import DiffusersModel
-from dirotq.models.workload import Workload
-from dirotq.overrides import check_worst, parse_worst
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
-from dirotq.plan import Method
-from dirotq.planning import check_plan, make_plan, read_spectrum
-from dirotq.sensitivity import measuring_cost, site_errors
+from dirotq.quantize.overrides import check_worst, parse_worst
+from dirotq.quantize.plan import Method
+from dirotq.quantize.planning import check_plan, make_plan, read_spectrum
+from dirotq.quantize.sensitivity import measuring_cost, site_errors
+from dirotq.quantize.workload import Workload
+from dirotq.sources.model import DiffusersModel
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,25 +9,32 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from dirotq.allocation import water_fill
-from dirotq.cost import Cost, Machine
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError
-from dirotq.gate import gate_cost, plans_psnr
+from dirotq.evaluate.statistics import difference_interval
 from dirotq.models.call import load_probe
 from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
-from dirotq.models.source import DiffusersModel
-from dirotq.models.workload import Workload
-from dirotq.overrides import check_worst, parse_worst
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
-from dirotq.plan import Method
-from dirotq.planning import Planned, Spectrum, check_plan, largest_rank, make_plan, read_spectrum
-from dirotq.prices import Prices, in_bits, in_forwards, refuse_unpriced
-from dirotq.prompts import PromptSet
-from dirotq.sensitivity import measuring_cost, site_errors
-from dirotq.statistics import difference_interval
+from dirotq.quantize.allocation import water_fill
+from dirotq.quantize.gate import gate_cost, plans_psnr
+from dirotq.quantize.overrides import check_worst, parse_worst
+from dirotq.quantize.plan import Method
+from dirotq.quantize.planning import (
+    Planned,
+    Spectrum,
+    check_plan,
+    largest_rank,
+    make_plan,
+    read_spectrum,
+)
+from dirotq.quantize.prices import Prices, in_bits, in_forwards, refuse_unpriced
+from dirotq.quantize.sensitivity import measuring_cost, site_errors
+from dirotq.quantize.workload import Workload
+from dirotq.sources.model import DiffusersModel
+from dirotq.sources.prompts import PromptSet
 
 log = logging.getLogger(__name__)
 

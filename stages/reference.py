@@ -9,15 +9,16 @@ from typing import ClassVar
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dirotq.cost import Cost, Machine
 from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
 from dirotq.errors import ConfigError
-from dirotq.images import ImageWriter, typical_seconds
-from dirotq.models.source import DiffusersModel, generate_all
-from dirotq.models.workload import Workload
+from dirotq.evaluate.generation import generate_all
+from dirotq.evaluate.images import ImageWriter, typical_seconds
+from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
-from dirotq.prompts import PromptSet
+from dirotq.quantize.workload import Workload
+from dirotq.sources.model import DiffusersModel
+from dirotq.sources.prompts import PromptSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +29,9 @@ class Reference:
     ``floor``   make every image twice, see :func:`floor_batch` and :func:`other_attention`
     ``dtype``   ``float32``, ``bfloat16``, or ``auto``: what the device computes in
 
-    Writes ``images.zarr`` (dirotq/images.py) with ``original`` and, if asked for, ``floor``: the
-    same prompts and noise through other kernels, as another machine would run them. No method can
-    be expected to be closer to ``original`` than ``floor`` is.
+    Writes ``images.zarr`` (dirotq/evaluate/images.py) with ``original`` and, if asked for,
+    ``floor``: the same prompts and noise through other kernels, as another machine would run them.
+    No method can be expected to be closer to ``original`` than ``floor`` is.
     """
 
     version: ClassVar[str] = "1"

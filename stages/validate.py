@@ -11,10 +11,11 @@ import zarr
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from dirotq.cost import Cost, Machine
 from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
 from dirotq.errors import ArtifactError, ConfigError
-from dirotq.images import (
+from dirotq.evaluate.attribute_judge import AttributeJudge
+from dirotq.evaluate.generation import generate_all
+from dirotq.evaluate.images import (
     ImageWriter,
     has_images,
     made_in,
@@ -23,20 +24,20 @@ from dirotq.images import (
     read_seconds,
     typical_seconds,
 )
+from dirotq.evaluate.metrics import Metric
+from dirotq.evaluate.report import write_pairs, write_report
+from dirotq.evaluate.scoring import FLOOR, ORIGINAL, PACKED, ImageSets, Scores, score, stills
 from dirotq.loading import load
-from dirotq.metrics import Metric
-from dirotq.models.attribute_judge import AttributeJudge
-from dirotq.models.source import DiffusersModel, generate_all
-from dirotq.models.swap import footprint
-from dirotq.models.workload import Workload
+from dirotq.packed.swap import footprint
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
-from dirotq.plan import SitePlan, read_plan
-from dirotq.prompts import PromptSet, refuse_shared
-from dirotq.report import write_pairs, write_report
-from dirotq.scoring import FLOOR, ORIGINAL, PACKED, ImageSets, Scores, score, stills
-from dirotq.tensors import load_site, read_array, site_file
+from dirotq.quantize.plan import SitePlan, read_plan
+from dirotq.quantize.tensors import load_site, read_array, site_file
+from dirotq.quantize.workload import Workload
+from dirotq.sources.model import DiffusersModel
+from dirotq.sources.prompts import PromptSet, refuse_shared
 
 SCORE_SECONDS = 1e-6
 """Seconds per pixel to read three sets of images and compare them, on a CPU."""
@@ -54,8 +55,9 @@ class Validate:
     ``pairs``    image pairs shown in the report
     ``dtype``    of everything that isn't packed; has to be that of the reference images
 
-    Writes ``images.zarr`` with the array ``packed`` (dirotq/images.py), ``report.json`` (every
-    number, per image and per site), ``report.html`` (one file, nothing to fetch) and ``pairs.png``.
+    Writes ``images.zarr`` with the array ``packed`` (dirotq/evaluate/images.py), ``report.json``
+    (every number, per image and per site), ``report.html`` (one file, nothing to fetch) and
+    ``pairs.png``.
     """
 
     version: ClassVar[str] = "3"

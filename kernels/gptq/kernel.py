@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..build import Build
-from ..quantize_weight import QMAX
+from ..formats.quantize_weight import QMAX
 
 LIMIT = tl.constexpr(float(QMAX))
 ROUNDER = tl.constexpr(1.5 * 2**23)

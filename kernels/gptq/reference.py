@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from ..formats.quantize_weight import codes_on_grid, dequantize_weight, nearest_codes
 from ..full_float32 import full_float32
-from ..quantize_weight import codes_on_grid, dequantize_weight, nearest_codes
 from ..spec import Element
 
 BLOCK = 128
@@ -54,7 +54,7 @@ def sweep(
     target_NB  float, [N, B]: the weights and what the blocks before have left to them
     step_NB    float, [N, B] or [N, 1]: distance of two codes; 0 gives code 0
     f_BB       float, [B, B], upper triangular with unit diagonal
-    element    what a code is: ``int4`` in [-7, 7], or ``e2m1`` in halves (kernels/fp4)
+    element    what a code is: ``int4`` in [-7, 7], or ``e2m1`` in halves (kernels/formats/fp4.py)
     returns    codes, int8 [N, B], and errors w - code * step, like ``w_NB``
     """
     codes_NB = torch.empty_like(w_NB, dtype=torch.int8)
@@ -85,7 +85,7 @@ def gptq(
               bf16 scales for ``int4``, float32 (:func:`weight_steps`) for ``e2m1``
     damping   multiple of S's mean diagonal that is added to it; a direction that S does not see
               keeps its weight and is rounded like any other ("dead columns" are not zeroed)
-    element   what a code is: ``int4`` or ``e2m1`` (kernels/fp4)
+    element   what a code is: ``int4`` or ``e2m1`` (kernels/formats/fp4.py)
     sweep     what rounds the columns of a block; for ``e2m1`` one that takes ``element``
     returns   int8 codes [N, K], and counts: ``escalations`` of the damping, and
               ``nearest`` rows that kept round-to-nearest because it was no worse in the metric S

@@ -6,8 +6,8 @@ Letters: M rows (tokens), D channels, R protected directions, K main-branch widt
 import torch
 from torch import Tensor
 
-from .. import fp4
-from ..hadamard import block_hadamard
+from ..formats import fp4
+from ..formats.hadamard import block_hadamard
 from ..spec import SHIFTED, QuantSpec
 
 POW2_CLIP = 0.9

@@ -6,7 +6,7 @@ Letters: N outputs, K main-branch inputs, R protected directions.
 import torch
 from torch import Tensor
 
-from ..pack_int4 import unpack_int4
+from ..formats.pack_int4 import unpack_int4
 from ..planar import to_planar
 from ..tail import BIAS_COEFFICIENT, columns_with_tail, split_fp8, tail_part
 

@@ -5,7 +5,7 @@ Letters: M rows, N outputs, K inputs, G groups.
 
 from torch import Tensor
 
-from ..quantize_weight import dequantize_weight, unpack_weight
+from ..formats.quantize_weight import dequantize_weight, unpack_weight
 
 
 def w4a16_linear(

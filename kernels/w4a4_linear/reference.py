@@ -5,7 +5,7 @@ Letters: M rows, N outputs, K main-branch width, R protected directions, G group
 
 from torch import Tensor
 
-from ..quantize_weight import dequantize_weight, unpack_weight
+from ..formats.quantize_weight import dequantize_weight, unpack_weight
 from ..transform_quantize.reference import dequantize_rows
 
 

@@ -22,7 +22,7 @@ from dirotq.assets.tiny_flux import (
     train_tokenizers,
 )
 from dirotq.assets.training_pool import tokenize
-from dirotq.models.attribute_reader import AttributeReader, caption_accuracy
+from dirotq.evaluate.attribute_reader import AttributeReader, caption_accuracy
 
 HOME = Path(dirotq.assets.__file__).parent
 SHIPPED = HOME / "tiny-flux"

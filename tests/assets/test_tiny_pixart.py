@@ -19,8 +19,8 @@ from dirotq.assets.tiny_flux import T5_LENGTH
 from dirotq.assets.tiny_pixart import GENERATION, TIMESTEPS, build_transformer, save_pipeline
 from dirotq.assets.train_tiny_pixart import choose_guidance, load_autoencoder
 from dirotq.assets.training_pool import Pool
-from dirotq.models.attribute_reader import AttributeReader, caption_accuracy
-from dirotq.models.source import DiffusersModel
+from dirotq.evaluate.attribute_reader import AttributeReader, caption_accuracy
+from dirotq.sources.model import DiffusersModel
 
 HOME = Path(dirotq.assets.__file__).parent
 FLUX, SHIPPED = HOME / "tiny-flux", HOME / "tiny-pixart"

@@ -9,7 +9,7 @@ import dirotq.assets
 from dirotq.assets.captions import attributes_of
 from dirotq.assets.scenes import render, sample_side
 from dirotq.assets.train_reader import build_reader, reader_targets
-from dirotq.models.attribute_reader import AttributeReader, caption_accuracy
+from dirotq.evaluate.attribute_reader import AttributeReader, caption_accuracy
 
 HOME = Path(dirotq.assets.__file__).parent / "attribute-reader"
 

@@ -1,3 +1,4 @@
-"""The tiny pipeline (tests/support/tiny_line.py), built once."""
+"""The tiny pipeline, built once, and the command line on the toy line (tests/support)."""
 
 from tiny_fixtures import *  # noqa: F403
+from toy_fixtures import *  # noqa: F403

@@ -21,7 +21,7 @@ def test_importing_dirotq_loads_nothing_heavy():
 
 
 def test_the_command_line_starts_without_torch():
-    loaded = fresh("import sys, dirotq.pipeline.cli\nprint('torch' in sys.modules)")
+    loaded = fresh("import sys, dirotq.cli\nprint('torch' in sys.modules)")
     assert loaded.strip() == "False"
 
 

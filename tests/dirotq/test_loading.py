@@ -9,9 +9,9 @@ from tiny_line import CALL, CAPTIONS
 
 import dirotq
 from dirotq.errors import ArtifactError
+from dirotq.files.sums import SUMS, write_sums
 from dirotq.kernels.linear import QuantLinear
-from dirotq.loading import component_bytes, open_pipeline
-from dirotq.sums import SUMS, write_sums
+from dirotq.sources.opening import component_bytes, open_pipeline
 
 
 def image(pipe) -> torch.Tensor:

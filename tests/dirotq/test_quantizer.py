@@ -13,12 +13,12 @@ from torch import Tensor
 
 import dirotq
 from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.files.sums import SUMS, write_sums
+from dirotq.kernels.formats.quantize_weight import scale_floor
 from dirotq.kernels.linear import QuantLinear, SiteView
-from dirotq.kernels.quantize_weight import scale_floor
-from dirotq.packing import FORMAT
-from dirotq.plan import read_plan
+from dirotq.packed.config import FORMAT
+from dirotq.quantize.plan import read_plan
 from dirotq.quantizer import FLOOR_GRACE, DirotqConfig, check_numbers
-from dirotq.sums import SUMS, write_sums
 
 SITE = "single_transformer_blocks.0.qkv_mlp"
 CODES, SCALES = f"{SITE}.qweight", f"{SITE}.wscale"
@@ -229,7 +229,7 @@ def fp4_folder(request, line, tmp_path) -> Path:
 def test_fp4_folders_say_so_to_readers_that_do_not_know_it(fp4_folder, monkeypatch):
     config = json.loads((fp4_folder / "transformer" / "config.json").read_text())
     assert config["quantization_config"]["format"] == 2 == FORMAT
-    monkeypatch.setattr("dirotq.packing.FORMAT", 1)
+    monkeypatch.setattr("dirotq.packed.config.FORMAT", 1)
     with pytest.raises(UnsupportedError, match=r"packed in format 2; .* up to 1\. Upgrade: pip"):
         dirotq.load(fp4_folder)
 

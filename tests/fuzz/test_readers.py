@@ -12,7 +12,7 @@ from dirotq.errors import ConfigError
 EXAMPLES = 25
 SLOW = {"store": 8}
 ELSEWHERE = ("command_line", "packed_folder")
-"""Readers that tests/pipeline/test_fuzz_cli.py and tests/dirotq/test_packed_folder.py try."""
+"""Readers that tests/dirotq/test_fuzz_cli.py and tests/dirotq/packed/test_folder.py try."""
 
 
 @pytest.mark.parametrize("name", [name for name in READERS if name not in ELSEWHERE])

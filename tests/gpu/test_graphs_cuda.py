@@ -9,8 +9,8 @@ import torch
 from packed_flux import arguments, build, run
 from torch import Tensor
 
-from dirotq.models import flux_fused
-from dirotq.models.graphs import graph_forward, ungraph_forward
+from dirotq.runtime import flux_fused
+from dirotq.runtime.graphs import graph_forward, ungraph_forward
 
 pytest.importorskip("triton")
 

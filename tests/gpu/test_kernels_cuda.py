@@ -18,8 +18,8 @@ pytest.importorskip("triton")
 
 from dirotq.kernels import engine
 from dirotq.kernels.chip import capability
+from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.pack_int4 import pack_int4
 from dirotq.kernels.plan import Plan, candidates_for, name_of
 from dirotq.kernels.transform_quantize.kernel import MAX_RANK
 from dirotq.kernels.unpack_w4 import unpack_w4

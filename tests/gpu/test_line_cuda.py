@@ -15,11 +15,11 @@ from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import Plan
 from dirotq.models.call import Call, load_calls
 from dirotq.models.family import Site
-from dirotq.models.source import generate
 from dirotq.pipeline.config import build, compose_config
-from dirotq.plan import read_plan
+from dirotq.quantize.plan import read_plan
+from dirotq.quantize.tensors import load_site, read_array, site_file
+from dirotq.sources.generation import generate
 from dirotq.stages.fuse import relative_error
-from dirotq.tensors import load_site, read_array, site_file
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("full_float32")]
 

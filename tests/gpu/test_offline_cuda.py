@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from dirotq.kernels import gptq as op
 from dirotq.kernels import second_moment
 from dirotq.kernels.chip import capability
+from dirotq.kernels.formats.quantize_weight import weight_scales
 from dirotq.kernels.gptq import gptq, reference
-from dirotq.kernels.quantize_weight import weight_scales
 from dirotq.kernels.second_moment.kernel import CONFIGS, launch
 
 pytestmark = [

@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error, reference
-from dirotq.kernels.quantize_weight import (
+from dirotq.kernels.formats.quantize_weight import (
     codes_on_grid,
     dequantize_weight,
     fp4_weight_scales,
@@ -16,6 +15,7 @@ from dirotq.kernels.quantize_weight import (
     weight_scales,
     weight_steps,
 )
+from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error, reference
 
 N, K = 6, 32
 DAMPING = 0.01

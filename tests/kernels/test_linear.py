@@ -6,8 +6,8 @@ from tiny_packed import packed
 from tiny_spec import FP4, tiny_spec
 from torch import nn
 
+from dirotq.kernels.formats.quantize_weight import dequantize_weight, unpack_weight
 from dirotq.kernels.linear import QuantLinear, SiteView, buffer_shapes
-from dirotq.kernels.quantize_weight import dequantize_weight, unpack_weight
 from dirotq.kernels.transform_quantize import quantize_rows, transform
 
 SPECS = {

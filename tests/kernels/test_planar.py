@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dirotq.kernels.pack_int4 import pack_int4
+from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.planar import from_planar, padded, planar_columns, to_planar
 
 CPU = torch.device("cpu")

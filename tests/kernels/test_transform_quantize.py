@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from tiny_spec import tiny_spec
 from torch import Tensor
 
-from dirotq.kernels.hadamard import hadamard_matrix
+from dirotq.kernels.formats.hadamard import hadamard_matrix
 from dirotq.kernels.transform_quantize import quantize_rows, transform, transform_quantize
 
 FORMATS = {

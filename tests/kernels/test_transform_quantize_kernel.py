@@ -18,7 +18,7 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dirotq.kernels.hadamard import block_hadamard
+from dirotq.kernels.formats.hadamard import block_hadamard
 from dirotq.kernels.planar import from_planar, padded
 from dirotq.kernels.spec import POW2_LEVELS, QuantSpec
 from dirotq.kernels.tail import columns_with_tail, with_tail

@@ -10,7 +10,7 @@ from formats import DEVICE
 
 pytest.importorskip("triton")
 
-from dirotq.kernels.pack_int4 import pack_int4, unpack_int4
+from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.planar import from_planar, padded
 from dirotq.kernels.tail import columns_with_tail, tail_part
 from dirotq.kernels.unpack_w4 import unpack_w4

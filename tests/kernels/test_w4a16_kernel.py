@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dirotq.kernels.pack_int4 import pack_int4, unpack_int4
+from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.w4a16_linear import w4a16_linear
 from dirotq.kernels.w4a16_linear.kernel import HALVES, TILES, Tile, builds, fits, launch, usual
 

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from dirotq.kernels.pack_int4 import pack_int4
-from dirotq.kernels.quantize_weight import dequantize_weight
+from dirotq.kernels.formats.pack_int4 import pack_int4
+from dirotq.kernels.formats.quantize_weight import dequantize_weight
 from dirotq.kernels.w4a16_linear import w4a16_linear
 
 

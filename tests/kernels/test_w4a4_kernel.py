@@ -10,7 +10,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from dirotq.kernels.build import FP8_CHIPS
-from dirotq.kernels.pack_int4 import pack_int4, unpack_int4
+from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.planar import padded, to_planar
 from dirotq.kernels.w4a4_linear import kernel as engine
 from dirotq.kernels.w4a4_linear import w4a4_linear

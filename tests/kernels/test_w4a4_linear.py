@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dirotq.kernels.pack_int4 import pack_int4
-from dirotq.kernels.quantize_weight import dequantize_weight
+from dirotq.kernels.formats.pack_int4 import pack_int4
+from dirotq.kernels.formats.quantize_weight import dequantize_weight
 from dirotq.kernels.w4a4_linear import w4a4_linear
 
 M, N, K, R = 5, 6, 32, 4

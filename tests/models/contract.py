@@ -10,15 +10,15 @@ from tiny_spec import tiny_spec
 from torch import Tensor, nn
 
 from dirotq.errors import UnsupportedError
-from dirotq.kernels.hadamard import hadamard_block
+from dirotq.kernels.formats.hadamard import hadamard_block
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.spec import QuantSpec
 from dirotq.models.call import Call
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site, is_linear, is_pointwise
-from dirotq.models.runtime import accelerate
-from dirotq.models.swap import footprint, put_packed, swap_sites
-from dirotq.rotation import Rotation
+from dirotq.packed.swap import footprint, put_packed, swap_sites
+from dirotq.quantize.rotation import Rotation
+from dirotq.runtime.accelerate import accelerate
 from dirotq.stages.fuse import FusedLinear
 
 

@@ -18,8 +18,8 @@ from dirotq.models.call import Call
 from dirotq.models.discovery import Discovered, denoiser_call, discover
 from dirotq.models.family import Site
 from dirotq.models.flux import FLUX
-from dirotq.models.swap import swap_sites
-from dirotq.models.weights import empty_transformer
+from dirotq.models.skeleton import empty_transformer
+from dirotq.packed.swap import swap_sites
 
 from .contract import fused
 

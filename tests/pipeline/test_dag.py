@@ -10,8 +10,8 @@ from typing import ClassVar
 import pytest
 from toyline.stages import Numbers, Squares, Total, ToyModel
 
-from dirotq.digest import input_digests
 from dirotq.errors import ArtifactError, ConfigError
+from dirotq.files.digest import input_digests
 from dirotq.pipeline import dag
 from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.locks import InUseError

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 import dirotq as front_door
+from dirotq import cli
 from dirotq.errors import ConfigError
-from dirotq.pipeline import cli, disk
+from dirotq.pipeline import disk
 from dirotq.pipeline.faults import explained
 
 

@@ -9,10 +9,10 @@ from typing import ClassVar, NamedTuple
 import pytest
 from omegaconf import OmegaConf
 
-from dirotq.cost import Cost
 from dirotq.errors import ConfigError
 from dirotq.pipeline import dag, machine, preflight, report
 from dirotq.pipeline.config import Line
+from dirotq.pipeline.cost import Cost
 from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.preflight import Estimate, Preflight
 

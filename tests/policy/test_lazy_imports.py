@@ -6,7 +6,8 @@ import sys
 SLOW = ("diffusers", "transformers", "datasets", "pandas", "torchmetrics", "matplotlib", "sympy")
 SCRIPT = f"""
 import sys
-from dirotq.pipeline import cli, config
+from dirotq import cli
+from dirotq.pipeline import config
 from dirotq.pipeline.settings import make
 cfg = config.compose_config(["model=tiny_flux"], "dirotq.conf")
 for name in cfg.pipeline:
@@ -24,7 +25,7 @@ def test_stages_are_made_without_the_slow_libraries():
 
 
 def test_the_command_line_itself_loads_no_torch():
-    script = "import sys, dirotq.pipeline.cli; print('torch' in sys.modules)"
+    script = "import sys, dirotq.cli; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )

@@ -95,9 +95,9 @@ def test_wheel_holds_everything(root, tool, folders, tmp_path):
     site = tmp_path / "site"
     shutil.rmtree(source)
     code = (
-        "import dirotq, dirotq.pipeline.cli as c, dirotq.kernels.pack_int4 as k; print(c.__file__)"
+        "import dirotq, dirotq.cli as c, dirotq.kernels.formats.pack_int4 as k; print(c.__file__)"
     )
-    assert run(code, cwd=tmp_path, path=[site]) == str(site / "dirotq" / "pipeline" / "cli.py")
+    assert run(code, cwd=tmp_path, path=[site]) == str(site / "dirotq" / "cli.py")
     top = {path.name for path in site.iterdir()}
     assert {name for name in top if not name.endswith(".dist-info")} == {"dirotq"}
     compose = (

@@ -5,7 +5,7 @@ import shlex
 
 import pytest
 
-from dirotq.pipeline import cli
+from dirotq import cli
 from dirotq.pipeline.config import compose_config
 
 DOCUMENTS = [

@@ -56,10 +56,10 @@ def test_digest_sees_code_and_nothing_else():
 @pytest.mark.parametrize(
     ("file", "line", "changed"),
     [
-        ("dirotq/moments.py", "total / tokens", "total / (tokens + 1)"),
-        ("dirotq/fidelity.py", "PSNR_LIMIT = ", "PSNR_LIMIT = 50 or "),
-        ("dirotq/statistics.py", "level: float = 0.95", "level: float = 0.9"),
-        ("dirotq/metrics/clip_score.py", "(100 * ", "(101 * "),
+        ("dirotq/quantize/moments.py", "total / tokens", "total / (tokens + 1)"),
+        ("dirotq/evaluate/fidelity.py", "PSNR_LIMIT = ", "PSNR_LIMIT = 50 or "),
+        ("dirotq/evaluate/statistics.py", "level: float = 0.95", "level: float = 0.9"),
+        ("dirotq/evaluate/metrics/clip_score.py", "(100 * ", "(101 * "),
         ("kernels/gptq/reference.py", "+ damping * 10", "+ damping * 11"),
     ],
 )

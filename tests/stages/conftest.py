@@ -10,7 +10,7 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
 
     test_validate.py, where reports are looked at, has them.
     """
-    monkeypatch.setattr("dirotq.report._svg", lambda figure: "<svg></svg>")
+    monkeypatch.setattr("dirotq.evaluate.report._svg", lambda figure: "<svg></svg>")
 
 
 @pytest.fixture(scope="session", autouse=True)

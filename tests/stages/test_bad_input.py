@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_line import overrides
 
-from dirotq.pipeline.cli import main
-from dirotq.sums import SUMS, write_sums
+from dirotq.cli import main
+from dirotq.files.sums import SUMS, write_sums
 
 
 class Said(NamedTuple):

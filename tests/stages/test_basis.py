@@ -3,11 +3,11 @@ import torch
 import zarr
 from tiny_line import run_stage, stage, with_moment
 
-from dirotq import spectrum as module
 from dirotq.errors import NumericalError
-from dirotq.moments import read_moment
-from dirotq.spectrum import leading_basis, principal_basis
-from dirotq.tensors import load_site
+from dirotq.quantize import spectrum as module
+from dirotq.quantize.moments import read_moment
+from dirotq.quantize.spectrum import leading_basis, principal_basis
+from dirotq.quantize.tensors import load_site
 
 
 def moment(rows: int, dim: int = 12) -> torch.Tensor:

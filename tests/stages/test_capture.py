@@ -13,10 +13,11 @@ from torch import Tensor
 
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.call import load_calls
-from dirotq.models.source import DiffusersModel, generate
-from dirotq.moments import read_moment
+from dirotq.quantize.moments import read_moment
+from dirotq.quantize.tensors import read_array
+from dirotq.sources.generation import generate
+from dirotq.sources.model import DiffusersModel
 from dirotq.stages import capture as module
-from dirotq.tensors import read_array
 
 ROWS = 64
 

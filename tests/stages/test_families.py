@@ -12,13 +12,13 @@ from tiny_line import LINE, run
 from tiny_pipelines import LONG_CAPTION, family_folder
 
 from dirotq.errors import UnsupportedError
-from dirotq.loading import open_pipeline
 from dirotq.models import families
 from dirotq.models.discovered import discovered_sites
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line, build, compose_config
-from dirotq.plan import read_plan
+from dirotq.quantize.plan import read_plan
+from dirotq.sources.opening import open_pipeline
 
 STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate"]
 SHAPES = ("circle", "star", "square", "line", "cross", "ring", "dot", "arc")

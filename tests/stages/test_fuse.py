@@ -9,11 +9,11 @@ from torch.nn.functional import linear
 
 from dirotq.errors import ArtifactError, ConfigError, NumericalError
 from dirotq.pipeline.artifact import Artifact
-from dirotq.plan import read_plan
-from dirotq.rotation import Rotation
+from dirotq.quantize.plan import read_plan
+from dirotq.quantize.rotation import Rotation
+from dirotq.quantize.tensors import load_site, read_array, save_site, site_file
 from dirotq.stages import fuse as module
 from dirotq.stages.fuse import Fuse, FusedLinear, relative_error
-from dirotq.tensors import load_site, read_array, save_site, site_file
 
 FF = "transformer_blocks.0.ff.net.0.proj"
 

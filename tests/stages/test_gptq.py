@@ -7,13 +7,13 @@ from tiny_line import run, run_stage, stage, tree_bytes, with_moment
 from tiny_spec import FP4
 
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.kernels.pack_int4 import unpack_int4
-from dirotq.kernels.quantize_weight import dequantize_weight, scale_floor, unpack_weight
-from dirotq.models.source import DiffusersModel
-from dirotq.plan import read_plan
+from dirotq.kernels.formats.pack_int4 import unpack_int4
+from dirotq.kernels.formats.quantize_weight import dequantize_weight, scale_floor, unpack_weight
+from dirotq.quantize.plan import read_plan
+from dirotq.quantize.tensors import load_site, save_site, site_file
+from dirotq.sources.model import DiffusersModel
 from dirotq.stages import gptq as module
 from dirotq.stages.gptq import QuantizeWeights
-from dirotq.tensors import load_site, save_site, site_file
 
 STORED = ("qweight", "wscale", "wglobal")
 

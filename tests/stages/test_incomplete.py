@@ -10,7 +10,7 @@ from tiny_line import configured, overrides, run
 from tiny_pipelines import PIPELINES, family_folder
 
 import dirotq
-from dirotq.pipeline.cli import main
+from dirotq.cli import main
 
 
 @pytest.fixture

@@ -15,14 +15,14 @@ from chat_server import answer, completion, serving
 from hydra.utils import instantiate
 
 from dirotq.errors import ConfigError
-from dirotq.images import ImageWriter
-from dirotq.judging.backend import Reply
+from dirotq.evaluate.images import ImageWriter
+from dirotq.evaluate.judging.backend import Reply
 from dirotq.pipeline import dag
 from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.stage import recipe
 from dirotq.pipeline.store import ArtifactStore
-from dirotq.prompts import PromptSet
+from dirotq.sources.prompts import PromptSet
 
 COUNT = 4
 BRIGHTNESS = {"original": 0.5, "floor": 0.5, "packed": 0.4}

@@ -12,7 +12,7 @@ import pytest
 from tiny_line import METHODS, configured, overrides, run, tree_bytes
 
 import dirotq
-from dirotq.plan import read_plan
+from dirotq.quantize.plan import read_plan
 
 STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate"]
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,9 +6,9 @@ from tiny_line import run, run_stage, stage
 from torch import Tensor
 
 from dirotq.errors import ConfigError
-from dirotq.plan import read_plan
+from dirotq.quantize.plan import read_plan
+from dirotq.quantize.tensors import load_site, site_file
 from dirotq.stages.low_rank import FitLowRank
-from dirotq.tensors import load_site, site_file
 
 
 @pytest.fixture(scope="module")

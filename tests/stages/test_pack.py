@@ -8,13 +8,13 @@ from safetensors.torch import load_file
 from tiny_line import CALL, CAPTIONS, run_stage, stage, tree_bytes
 
 import dirotq
-from dirotq.digest import file_digest
 from dirotq.errors import ConfigError
-from dirotq.models.swap import footprint
-from dirotq.plan import read_plan
+from dirotq.files.digest import file_digest
+from dirotq.files.sums import SUMS
+from dirotq.packed.swap import footprint
+from dirotq.quantize.plan import read_plan
+from dirotq.quantize.tensors import load_site, site_file
 from dirotq.stages.pack import Pack
-from dirotq.sums import SUMS
-from dirotq.tensors import load_site, site_file
 
 
 @pytest.fixture(scope="session")

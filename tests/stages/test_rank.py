@@ -12,8 +12,8 @@ from tiny_line import METHODS, method, run, run_stage, stage, with_spectra
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.loading import load
 from dirotq.models.flux import FLUX
-from dirotq.models.swap import effective_bits
-from dirotq.plan import SitePlan, read_plan
+from dirotq.packed.swap import effective_bits
+from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.stages.rank import ChooseRank
 
 

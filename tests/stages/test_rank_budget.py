@@ -8,9 +8,9 @@ from hydra.utils import instantiate
 from tiny_line import method, overrides, run, run_stage, with_spectra
 
 from dirotq.errors import ConfigError
-from dirotq.models.swap import effective_bits
+from dirotq.packed.swap import effective_bits
 from dirotq.pipeline.config import compose_config
-from dirotq.plan import read_plan
+from dirotq.quantize.plan import read_plan
 from dirotq.stages import rank_budget
 from dirotq.stages.rank_budget import AllocateRank
 

@@ -5,9 +5,9 @@ import torch
 from tiny_line import run_stage, stage
 
 from dirotq.errors import ConfigError
-from dirotq.images import made_in, made_on, read_images, read_seconds
-from dirotq.models import source
-from dirotq.models.source import generate
+from dirotq.evaluate.images import made_in, made_on, read_images, read_seconds
+from dirotq.sources import model as source
+from dirotq.sources.generation import generate
 from dirotq.stages.reference import Reference, floor_batch, other_attention
 
 CPU = torch.device("cpu")

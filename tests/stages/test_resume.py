@@ -14,13 +14,13 @@ import pytest
 import torch
 from tiny_line import run_stage, stage, tree_bytes
 
+from dirotq.calibrate.trajectory import Trajectories
 from dirotq.errors import ArtifactError
-from dirotq.images import ImageWriter, read_images
-from dirotq.models import source
-from dirotq.models.trajectory import Trajectories
+from dirotq.evaluate.images import ImageWriter, read_images
 from dirotq.pipeline.units import JOURNAL, Units
+from dirotq.quantize.tensors import load_site, save_site
+from dirotq.sources import model as source
 from dirotq.stages import basis, capture, gptq, low_rank
-from dirotq.tensors import load_site, save_site
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,7 +239,7 @@ def test_a_unit_that_was_half_written_is_done_again(cases, prepared, tmp_path, m
         raise error
 
     with monkeypatch.context() as patch:
-        patch.setattr("dirotq.tensors.save_file", half)
+        patch.setattr("dirotq.quantize.tensors.save_file", half)
         with pytest.raises(type(error)):
             run_stage(case.stage, out, **case.inputs)
     assert list(out.rglob("*.partial"))

@@ -11,9 +11,9 @@ from tiny_line import publish, run_stage, stage
 
 import dirotq
 from dirotq.errors import ArtifactError, ConfigError
-from dirotq.images import read_images
-from dirotq.models import source
-from dirotq.models.source import generate
+from dirotq.evaluate.images import read_images
+from dirotq.sources import model as source
+from dirotq.sources.generation import generate
 from dirotq.stages.validate import Validate
 
 

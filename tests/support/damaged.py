@@ -11,8 +11,8 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import PIPELINES, family_folder
 from torch import Tensor
 
-from dirotq.completeness import refuse_incomplete
 from dirotq.errors import ConfigError
+from dirotq.sources.completeness import refuse_incomplete
 
 __all__ = ["own"]
 

@@ -4,7 +4,7 @@ import torch
 from formats import DEVICE
 from torch import Tensor
 
-from dirotq.kernels.hadamard import hadamard_matrix
+from dirotq.kernels.formats.hadamard import hadamard_matrix
 from dirotq.kernels.spec import QuantSpec
 
 

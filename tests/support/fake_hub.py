@@ -14,7 +14,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants, errors
 
-import dirotq.hub
+import dirotq.sources.hub
 
 __all__ = ["COMMIT", "HOME", "REAL_DOWNLOAD", "blob_id", "hub", "pulled_plug", "snapshot"]
 
@@ -102,8 +102,8 @@ def pulled_plug(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def fresh_process() -> None:
-    dirotq.hub._commit.cache_clear()
-    dirotq.hub._fetched.cache_clear()
+    dirotq.sources.hub._commit.cache_clear()
+    dirotq.sources.hub._fetched.cache_clear()
 
 
 def _real_download(*args, **kwargs):

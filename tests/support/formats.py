@@ -7,9 +7,9 @@ from tiny_spec import tiny_spec
 from torch import Tensor
 
 from dirotq.benchmarks.random_linear import buffers
-from dirotq.kernels.hadamard import hadamard_block
+from dirotq.kernels.formats.hadamard import hadamard_block
+from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.pack_int4 import pack_int4
 from dirotq.kernels.spec import QuantSpec
 
 __all__ = ["DEVICE", "FORMATS", "buffers", "inputs", "random_linear", "spec_of"]

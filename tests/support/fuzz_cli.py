@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from dirotq.pipeline.cli import main
+from dirotq.cli import main
 
 CONFIG = "toyline.conf"
 SECRET = "sk-proj-Zq81XyWvuTsrQponM26"

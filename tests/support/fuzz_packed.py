@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import dirotq
 from dirotq.errors import DirotqError
-from dirotq.sums import SUMS
+from dirotq.files.sums import SUMS
 
 SLOW = 5.0
 """Seconds after which a user would think that it hangs."""

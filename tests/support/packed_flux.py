@@ -9,7 +9,7 @@ from tiny_packed import packed
 from torch import Tensor
 
 from dirotq.models.flux import FLUX
-from dirotq.models.swap import swap_sites
+from dirotq.packed.swap import swap_sites
 
 
 def build(device: str = "cuda") -> Any:

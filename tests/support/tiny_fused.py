@@ -12,7 +12,7 @@ from dirotq.kernels.linear import QuantLinear
 from dirotq.models.call import Call
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily
-from dirotq.models.swap import swap_sites
+from dirotq.packed.swap import swap_sites
 
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "flux": ("flux", {"guidance_embeds": True}),

@@ -21,13 +21,13 @@ from torch import Tensor, nn
 
 from dirotq.assets import tiny_flux
 from dirotq.kernels import second_moment
-from dirotq.moments import read_moment, write_moment
 from dirotq.pipeline import dag
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line, build, compose_config
 from dirotq.pipeline.store import ArtifactStore
-from dirotq.plan import Method
-from dirotq.tensors import save_site
+from dirotq.quantize.moments import read_moment, write_moment
+from dirotq.quantize.plan import Method
+from dirotq.quantize.tensors import save_site
 
 CAPTIONS = ("a large red circle at the top left", "two small blue stars", "a green square", "dots")
 WIDTH = 64

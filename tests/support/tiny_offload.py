@@ -23,7 +23,7 @@ from dirotq.kernels.linear import QuantLinear
 from dirotq.models.call import Call
 from dirotq.models.discovery import discover
 from dirotq.models.families import known_family
-from dirotq.models.swap import swap_sites
+from dirotq.packed.swap import swap_sites
 
 NETWORKS = (*TINY, "discovered")
 CPU = torch.device("cpu")

@@ -2,8 +2,8 @@
 
 import torch
 
+from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.pack_int4 import pack_int4
 from dirotq.kernels.spec import QuantSpec
 
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import dirotq.hub
-from dirotq.models.source import DiffusersModel
+import dirotq.sources.hub
+from dirotq.sources.model import DiffusersModel
 
 __all__ = ["cache", "finetune", "lora"]
 
@@ -36,7 +36,7 @@ def noise(*shape: int) -> torch.Tensor:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """DiRotQ's cache folder of this test."""
     monkeypatch.setenv("DIROTQ_CACHE", str(tmp_path / "cache"))
-    dirotq.hub._commit.cache_clear()
+    dirotq.sources.hub._commit.cache_clear()
     return tmp_path / "cache"
 
 

@@ -10,7 +10,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from dirotq.kernels.chip import say_once
-from dirotq.models.graphs import graph_forward
+from dirotq.runtime.graphs import graph_forward
 
 
 class Again:

@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from tiny_line import build_transformer, configured, run
 from tiny_spec import tiny_spec
 
-from dirotq.digest import file_digest, input_digests
+from dirotq.cli import main
+from dirotq.files.digest import file_digest, input_digests
 from dirotq.models.flux import FLUX
-from dirotq.models.swap import put_packed
-from dirotq.models.weights import empty_transformer
-from dirotq.packing import check_places
+from dirotq.models.skeleton import empty_transformer
+from dirotq.packed.config import check_places
+from dirotq.packed.swap import put_packed
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cli import main
 from dirotq.pipeline.stage import fingerprint, recipe
 from dirotq.quantizer import DirotqConfig
 
@@ -85,7 +85,7 @@ def read_digests(folder: Path, content: bytes) -> None:
     file = folder / "weights"
     file.write_bytes(b"x" * 100)
     with (
-        mock.patch("dirotq.digest.LARGE", 10),
+        mock.patch("dirotq.files.digest.LARGE", 10),
         mock.patch.dict("os.environ", {"DIROTQ_CACHE": str(folder)}),
     ):
         _write(folder / "digests.json", content.replace(b"FILE", str(file).encode()))

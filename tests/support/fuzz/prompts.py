@@ -12,7 +12,7 @@ import pyarrow.parquet
 from hypothesis import strategies as st
 from PIL import Image
 
-from dirotq.prompts import PromptSet
+from dirotq.sources.prompts import PromptSet
 
 from .values import TEXTS, VALUES, as_json, damaged, edited
 

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from tiny_line import build_transformer
 
-from dirotq.models.lora import add, parse_loras, read_lora
-from dirotq.models.origin import read_header, refuse_quantized
-from dirotq.models.single_file import converted, default_base, looks
+from dirotq.sources.lora import add, parse_loras, read_lora
+from dirotq.sources.origin import read_header, refuse_quantized
+from dirotq.sources.single_file import converted, default_base, looks
 
 from .values import ODD_NUMBERS, VALUES, as_json, damaged, edited
 

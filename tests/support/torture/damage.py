@@ -175,7 +175,7 @@ def _load(folder: Path) -> str:
 def _same_list(world: World, model: Path) -> bool:
     """Whether the list of digests says the same as ever, and all files are as it says."""
     from dirotq.errors import ArtifactError
-    from dirotq.sums import check_sums, read_sums
+    from dirotq.files.sums import check_sums, read_sums
 
     (undisturbed,) = (p for p in (world.store / "pack").iterdir() if p.is_dir())
     try:

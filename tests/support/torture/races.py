@@ -66,8 +66,8 @@ ACTS: tuple[Callable[[World, Path, Random], None], ...] = (run, run, force, gc, 
 
 
 def _command(*args: str) -> None:
+    from dirotq.cli import main
     from dirotq.errors import ArtifactError
-    from dirotq.pipeline.cli import main
 
     status: object = 0
     try:

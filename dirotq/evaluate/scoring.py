@@ -1,0 +1,186 @@
+"""Every score of a packed model's images, beside the 16-bit model's own scores and its noise floor.
+
+Images come from disk a batch at a time. Three sets of the same prompts and noise: ``packed``,
+``original`` (the 16-bit model) and, where the reference stage made it, ``floor`` (the 16-bit model
+again, through other kernels).  B images of a batch, N of a set, F features.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from dirotq.evaluate.distributions import frechet_distance, kernel_distance
+from dirotq.evaluate.fidelity import fidelity
+from dirotq.evaluate.images import read_images
+from dirotq.evaluate.metrics import Metric
+from dirotq.evaluate.statistics import difference_interval, mean_interval
+from dirotq.kernels.full_float32 import full_float32
+from dirotq.progress import track
+from dirotq.sources.prompts import Prompt
+
+PACKED, FLOOR, ORIGINAL = "packed", "floor", "original"
+
+
+class Reader(Protocol):
+    """A network that reads captioned attributes off an image (evaluate/attribute_judge.py)."""
+
+    def features(self, images: Tensor) -> Tensor: ...
+
+    def counts(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]: ...
+
+    def totals(self, counts: Mapping[str, Tensor]) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """``images``: {metric: {set: N values}}; ``sets``: {metric: {set: value}}; ``attributes``:
+    {set: {kind: share of captioned attributes shown}}, empty without a reader.
+    """
+
+    images: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    sets: dict[str, dict[str, float]] = field(default_factory=dict)
+    attributes: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def rows(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
+        """One per image: prompt, seed, the packed image's scores, those of other sets inside."""
+        rows: list[dict[str, Any]] = [{"prompt": p.text, "seed": p.seed} for p in prompts]
+        for metric, sets in self.images.items():
+            for name, values in sets.items():
+                for row, value in zip(rows, values, strict=True):
+                    place = row if name == PACKED else row.setdefault(name, {})
+                    place[metric] = value
+        return rows
+
+    def table(self) -> dict[str, dict[str, dict[str, float]]]:
+        """{metric: {set: {mean, low, high}}}, 95 % intervals where there is a score per image.
+
+        Where the 16-bit images have scores of their own, ``difference`` is packed - original,
+        paired. Of a whole set there is a ``mean`` alone.
+        """
+        table: dict[str, dict[str, dict[str, float]]] = {}
+        for metric, sets in self.images.items():
+            line = {name: mean_interval(values).as_dict() for name, values in sets.items()}
+            if ORIGINAL in sets:
+                apart = difference_interval(sets[PACKED], sets[ORIGINAL])
+                line["difference"] = apart.as_dict()
+            table[metric] = line
+        for metric, values in self.sets.items():
+            table[metric] = {name: {"mean": value} for name, value in values.items()}
+        return table
+
+    def headline(self) -> dict[str, float]:
+        """The means, named ``metric`` for the packed images, ``metric_floor``, ..."""
+        return {
+            metric if name == PACKED else f"{metric}_{name}": numbers["mean"]
+            for metric, line in self.table().items()
+            for name, numbers in line.items()
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class ImageSets:
+    """Where the images of each set are: {set: (Zarr tree, name in it)}, N of each."""
+
+    places: Mapping[str, tuple[Path, str]]
+    count: int
+    batch: int
+
+    def __len__(self) -> int:
+        return math.ceil(self.count / self.batch)
+
+    def __iter__(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
+        """Batches: which images, and {set: [B, 3, H, W] or [B, F, 3, H, W]}."""
+        for start in range(0, self.count, self.batch):
+            span = slice(start, min(start + self.batch, self.count))
+            yield span, {name: read_images(*at, span) for name, at in self.places.items()}
+
+
+@full_float32()  # a GPU's convolutions would take ten bits of each number
+def score(
+    sets: ImageSets,
+    prompts: Sequence[Prompt],
+    reader: Reader | None,
+    learned: Mapping[str, Metric],
+    device: torch.device,
+) -> Scores:
+    """Everything, in one pass over the images and one more per learned metric.
+
+    PSNR, SSIM and MS-SSIM to the original; with a reader, ``captioned`` (the share of its captioned
+    attributes that an image shows), FID and KID of its features to the original's, from two images
+    on.
+    """
+    found = Scores()
+    features_BF: dict[str, list[Tensor]] = {name: [] for name in sets.places}
+    counts: dict[str, list[dict[str, Tensor]]] = {name: [] for name in sets.places}
+    for span, stored in track(sets, "scores"):
+        images = {name: batch.to(device) for name, batch in stored.items()}
+        for name in [name for name in images if name != ORIGINAL]:
+            for kind, values in fidelity(images[name], images[ORIGINAL]).items():
+                found.images.setdefault(kind, {}).setdefault(name, []).extend(values)
+        if reader is not None:
+            for name, shown in images.items():
+                features_BF[name].append(reader.features(stills(shown)))
+                counts[name].append(reader.counts(stills(shown), prompts[span]))
+    if reader is not None:
+        _judge(found, reader, features_BF, counts)
+    for name, metric in learned.items():
+        _measure(found, name, metric, sets, prompts, device)
+    return found
+
+
+def stills(images: Tensor) -> Tensor:
+    """[B, 3, H, W]: the images, or each video's middle frame."""
+    return images[:, images.shape[1] // 2] if images.dim() == 5 else images
+
+
+def _judge(
+    found: Scores,
+    reader: Reader,
+    features_BF: Mapping[str, list[Tensor]],
+    counts: Mapping[str, list[dict[str, Tensor]]],
+) -> None:
+    """The attribute reader's part of the scores."""
+    for name in (ORIGINAL, FLOOR, PACKED):
+        if name not in counts:
+            continue
+        whole = {kind: torch.cat([c[kind] for c in counts[name]]) for kind in counts[name][0]}
+        found.attributes[name] = reader.totals(whole)
+        shown_N, promised_N = sum(whole.values()).unbind(1)  # type: ignore[union-attr]
+        found.images.setdefault("captioned", {})[name] = (shown_N / promised_N).tolist()
+    features_NF = {name: torch.cat(parts) for name, parts in features_BF.items()}
+    if len(features_NF[ORIGINAL]) < 2:
+        return
+    for metric, distance in (("fid", frechet_distance), ("kid", kernel_distance)):
+        found.sets[metric] = {
+            name: distance(features, features_NF[ORIGINAL])
+            for name, features in features_NF.items()
+            if name != ORIGINAL
+        }
+
+
+def _measure(
+    found: Scores,
+    name: str,
+    metric: Metric,
+    sets: ImageSets,
+    prompts: Sequence[Prompt],
+    device: torch.device,
+) -> None:
+    """One learned metric over every set that it can score."""
+    meter = metric.open(device)
+    for chosen in sets.places:
+        if metric.paired and chosen == ORIGINAL:
+            continue
+        for span, images in track(sets, f"{name}, {chosen} images"):
+            texts = [prompt.text for prompt in prompts[span]]
+            meter.update(stills(images[chosen]), texts, stills(images[ORIGINAL]))
+        value = meter.compute()
+        if isinstance(value, list):
+            found.images.setdefault(name, {})[chosen] = value
+        else:
+            found.sets.setdefault(name, {})[chosen] = value

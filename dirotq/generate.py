@@ -1,0 +1,192 @@
+"""``dirotq generate``: an image or video from a packed model, by the loader everybody uses."""
+
+import argparse
+import os
+from collections.abc import Mapping
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from dirotq.errors import ArtifactError, ConfigError
+from dirotq.pipeline.housekeeping import store_option
+from dirotq.pipeline.machine import refuse_device
+from dirotq.pipeline.manifest import read_json
+from dirotq.pipeline.store import ArtifactStore
+from dirotq.sources.calls import arguments, pipeline_class, refuse_call
+
+__all__ = ["command", "model_folder"]
+
+STILL, MOVING = "image.png", "video.webp"
+"""Where a result goes unless told otherwise."""
+SEEDS = 1 << 64
+"""torch takes seeds below this one."""
+
+
+def command(args: list[str]) -> int:
+    """Load a packed model and write one image, or one video as an animated image."""
+    parser = argparse.ArgumentParser(prog="dirotq generate", description=command.__doc__)
+    parser.add_argument("model", help="a packed folder, or an artifact such as pack/1f3a")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"default: {STILL}, or {MOVING}")
+    parser.add_argument("--steps", type=int, help="default: generation.json of the model")
+    parser.add_argument("--image", metavar="FILE", help="what an editing model starts from")
+    parser.add_argument("--mask", metavar="FILE", help="white where a filling model paints")
+    parser.add_argument("--fps", type=int, default=16, help="of a video (default: %(default)s)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
+    store_option(parser)
+    options = parser.parse_args([f"--{a}" if a.startswith("store=") else a for a in args])
+    _refuse_options(options)
+    folder = model_folder(options.model, options.store)
+    settings = _settings(folder)
+    if options.steps is not None:
+        settings["num_inference_steps"] = options.steps
+    images = _images(options)
+    moving = _refuse_model(folder, settings, images)
+    out = options.out or Path(MOVING if moving else STILL)
+    _refuse_place(out, moving=moving)
+
+    # With torch, which takes seconds: not before the options are right.
+    import torch
+
+    from dirotq.loading import load
+
+    pipeline = load(folder, device=options.device)
+    # The noise comes from the CPU's generator, so a seed means the same image on every device.
+    noise = torch.Generator("cpu").manual_seed(options.seed)
+    if moving:
+        settings["output_type"] = "pil"
+    try:
+        made = pipeline(options.prompt, generator=noise, **images, **settings)
+    except (ValueError, TypeError) as error:  # how pipelines refuse their arguments
+        raise ConfigError(
+            f"{type(pipeline).__name__} refuses this call: {error}. Its arguments are those of "
+            f"{folder / 'generation.json'}, --prompt, --steps, --image and --mask"
+        ) from error
+    print(_write(made, out, options.fps))
+    return 0
+
+
+def model_folder(name: str, store: str) -> Path:
+    """The diffusers folder called ``name``: a path, or an artifact of the store that holds one.
+
+    Raises ConfigError for a folder that holds no pipeline, ArtifactError for an unknown artifact.
+    """
+    if (folder := Path(name)).is_dir():
+        for inside in (folder, folder / "data" / "model"):  # an artifact's own folder is as good
+            if (inside / "model_index.json").is_file():
+                return inside
+        raise ConfigError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+    artifact = ArtifactStore(store).find(name)
+    held = [file for file in artifact.manifest["files"] if file.endswith("model_index.json")]
+    if not held:
+        raise ArtifactError(f"{artifact} holds no model_index.json; name an artifact of pack")
+    artifact.check()
+    return artifact.data / Path(min(held, key=len)).parent
+
+
+def _refuse_options(options: argparse.Namespace) -> None:
+    """Raise ConfigError for what no model can do, before one is loaded."""
+    if not options.prompt.strip():
+        raise ConfigError("--prompt is empty; say what the image shows")
+    if not 0 <= options.seed < SEEDS:
+        raise ConfigError(f"--seed {options.seed}: use a whole number from 0 to {SEEDS - 1}")
+    for name in ("steps", "fps"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: use a whole number from 1 on")
+    refuse_device(options.device, "--device")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    """The call's defaults that the model brings with it; none if it brings none."""
+    path = folder / "generation.json"
+    return dict(read_json(path)) if path.is_file() else {}
+
+
+def _images(options: argparse.Namespace) -> dict[str, Any]:
+    """What an editing pipeline starts from, by the names of its arguments."""
+    found = {}
+    for name, option in (("image", "image"), ("mask_image", "mask")):
+        if (file := getattr(options, option)) is None:
+            continue
+        try:
+            with Image.open(file) as opened:
+                found[name] = opened.convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise ConfigError(f"--{option} {file} can't be read as an image: {error}") from error
+    return found
+
+
+def _refuse_model(folder: Path, settings: Mapping[str, Any], images: Mapping[str, Any]) -> bool:
+    """Hold the call against the model's pipeline class; whether it makes videos.
+
+    Raises ConfigError.
+    """
+    cls = pipeline_class(read_json(folder / "model_index.json"))
+    if cls is None:
+        return False  # the loader says what is wrong with it
+    refuse_call(cls, settings, str(folder / "generation.json"))
+    known = arguments(cls)
+    options = {"image": "--image FILE", "mask_image": "--mask FILE"}
+    for name, option in options.items():
+        if name in images and name not in known:
+            raise ConfigError(f"{option}: {cls.__name__} starts from no {name}; leave it out")
+        required = "mask_image" in known or "Img2Img" in cls.__name__
+        if name in known and required and name not in images:
+            raise ConfigError(
+                f"{cls.__name__} paints into an image that it is given: {option} is missing (it "
+                f"takes {' and '.join(options[n] for n in options if n in known)})"
+            )
+    return "num_frames" in known
+
+
+def _refuse_place(out: Path, *, moving: bool) -> None:
+    """Raise ConfigError unless an image of that name can be written; makes its folder."""
+    if out.is_dir():
+        raise ConfigError(f"--out {out} is a folder; give the name of a file in it")
+    if not _savable(out.suffix, moving=moving):
+        found = f"the suffix {out.suffix}" if out.suffix else "no suffix"
+        if moving:
+            raise ConfigError(
+                f"--out {out} has {found}, and a video is written as an animated image: use .webp, "
+                ".gif or .png; for .mp4 call the pipeline in Python: dirotq.load(FOLDER), then "
+                "diffusers.utils.export_to_video(pipe(...).frames[0], 'video.mp4')"
+            )
+        raise ConfigError(
+            f"--out {out} has {found}, and the format of the image follows from it: use .png, "
+            ".jpg, .webp or another that Pillow can write"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ConfigError(f"--out {out}: permission denied; give a file in a folder of yours")
+
+
+def _savable(suffix: str, *, moving: bool) -> bool:
+    """Whether Pillow can write colours, several images of them if ``moving``, in this format here.
+
+    Tried out: some formats take black and white only, others a library that isn't there.
+    """
+    form = Image.registered_extensions().get(suffix.lower())
+    if form is None or form not in (Image.SAVE_ALL if moving else Image.SAVE) or form == "PDF":
+        return False
+    sample = Image.new("RGB", (16, 16))
+    try:
+        more: dict[str, Any] = {"save_all": True, "append_images": [sample]} if moving else {}
+        sample.save(BytesIO(), form, **more)
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def _write(made: Any, out: Path, fps: int) -> Path:
+    """Save the first image or video; under another suffix rather than not at all."""
+    if hasattr(made, "images"):
+        made.images[0].save(out)
+        return out
+    first, *others = made.frames[0]
+    if not _savable(out.suffix, moving=True):
+        out = out.with_suffix(Path(MOVING).suffix)
+    first.save(out, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
+    return out

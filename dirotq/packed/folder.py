@@ -1,0 +1,115 @@
+"""What a packed folder has to be like before diffusers and transformers open anything in it.
+
+Some odd folders cost minutes or gigabytes before there is an error.
+"""
+
+import logging
+import re
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from dirotq.errors import ArtifactError, ConfigError
+from dirotq.files.json_file import read_json
+from dirotq.files.sums import SUMS, check_sums
+from dirotq.pipeline.artifact import MANIFEST, Artifact
+from dirotq.pipeline.store import MARKER
+
+log = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+WEIGHTS = "diffusion_pytorch_model"
+AGAIN = "download it again, or make it again with `dirotq compress`"
+
+
+def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
+    """The diffusers folder itself, checked to hold a transformer packed by DiRotQ.
+
+    folder  it, or the artifact of ``pack`` around it
+    verify  hold every file that will be read against the digests that lie in it (SHA256SUMS) and
+            in the manifest of its artifact
+
+    Raises ArtifactError if the folder holds no packed pipeline, or a file differs.
+    """
+    root = _place(folder)
+    artifact = _artifact_around(root)
+    if verify and artifact is not None:
+        artifact.tree("model")
+    config = root / "transformer" / "config.json"
+    if not config.is_file() or not (root / INDEX).is_file():
+        raise ArtifactError(
+            f"{folder} holds no packed pipeline (no {INDEX} with a transformer/config.json below "
+            "it); give the folder that `dirotq compress` printed"
+        )
+    if verify and not check_sums(root) and artifact is None:
+        log.warning(
+            "%s has no %s, so its bytes can't be checked: an older DiRotQ packed it, or "
+            "save_pretrained wrote it (`python -c \"from dirotq.files.sums import write_sums; "
+            "write_sums('%s')\"` makes one)",
+            root, SUMS, root,
+        )  # fmt: skip
+    packing = read_json(config).get("quantization_config")
+    method = packing.get("quant_method") if isinstance(packing, dict) else None
+    if method != "dirotq":
+        raise ArtifactError(
+            f"{folder} is a diffusers pipeline, but its transformer is not packed by DiRotQ "
+            f"(quant_method {method!r:.60}); pack it with `dirotq compress model={folder}`"
+        )
+    return root
+
+
+def held(folder: str | Path) -> AbstractContextManager[Any]:
+    """Keep a folder of a store from being replaced or removed while it is read."""
+    artifact = _artifact_around(_place(folder))
+    in_store = artifact is not None and (artifact.path.parent.parent / MARKER).is_file()
+    return artifact.held() if artifact is not None and in_store else nullcontext()
+
+
+def variant_of(root: Path, wanted: str | None) -> str | None:
+    """Which files of the transformer to read: None for the plain names, else such as ``fp16``.
+
+    wanted  the variant asked for; None takes the only one there is
+
+    Raises ArtifactError naming those that there are.
+    """
+    names = [file.name for file in (root / "transformer").glob(f"{WEIGHTS}.*")]
+    whole = re.compile(rf"{WEIGHTS}\.(?:([\w-]+?)(?:-\d{{5}}-of-\d{{5}})?\.)?safetensors")
+    found = sorted({match[1] or "" for name in names if (match := whole.fullmatch(name))})
+    if list((root / "transformer").glob(f"{WEIGHTS}-*-of-*.safetensors")):
+        found.insert(0, "")
+    if wanted is None and (not found or found[0] == ""):
+        return None
+    if wanted in found:
+        return wanted
+    if wanted is None and len(found) == 1:
+        return found[0]
+    raise ArtifactError(
+        f"{root / 'transformer'} holds the weights of "
+        f"{', '.join(f'variant={name!r}' if name else 'no variant' for name in found) or 'none'}, "
+        f"not of variant={wanted!r:.60}; name one that is there, dirotq.load(folder, variant=...)"
+    )
+
+
+def _place(folder: str | Path) -> Path:
+    """The diffusers folder that is meant: this one, or the one in an artifact."""
+    try:
+        root = Path(folder).expanduser()
+        inside = (root / MANIFEST).is_file() and not (root / INDEX).is_file()
+    except (TypeError, RuntimeError) as error:  # ~nobody
+        raise ConfigError(f"{folder!r:.200} is no path of a folder: {error}") from error
+    return root / "data" / "model" if inside else root
+
+
+def _artifact_around(root: Path) -> Artifact | None:
+    """The artifact of ``pack`` whose data/model this is, also through a link."""
+    place = root.resolve()
+    around = place.parent.parent
+    if place.parts[-2:] != ("data", "model") or not (around / MANIFEST).is_file():
+        return None
+    artifact = Artifact(around.parent.name, around.name, around)
+    try:
+        manifest = read_json(around / MANIFEST)
+    except ConfigError:
+        manifest = {}
+    # Other people's files have this name too; a damaged one of ours is told by its place.
+    return artifact if manifest.get("stage", around.parent.name) == "pack" else None

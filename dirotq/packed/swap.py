@@ -1,0 +1,92 @@
+"""Put a wide module in the place of a site's linears, and tell what a transformer weighs."""
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+
+from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
+from dirotq.kernels.spec import QuantSpec
+from dirotq.models.families import known_family
+from dirotq.models.family import Site
+
+
+def swap_sites(
+    transformer: nn.Module, sites: Iterable[Site], build: Callable[[Site], nn.Module]
+) -> None:
+    """Replace each site's consumers by ``build(site)``, in place.
+
+    The wide module stands at the site's path; where several linears share it, each of them becomes
+    a :class:`SiteView` of its rows. A 1x1 convolution becomes a :class:`PointwiseView` of either.
+    ``build`` returns a module that is called as ``wide(x)``, and for some of its outputs as
+    ``wide(x, rows=slice)``. A transformer whose family can (``ModelFamily.share``) then runs each
+    shared site once per call.
+    """
+    for site in sites:
+        wide = build(site)
+        _put(transformer, site.name, wide)
+        for consumer, rows in site.slices():
+            part = wide if len(site.consumers) == 1 else SiteView(wide, rows)
+            if consumer != site.name:
+                _put(transformer, consumer, PointwiseView(part) if site.pointwise else part)
+    family = known_family(type(transformer).__name__)
+    if family is not None and family.share is not None:
+        family.share(transformer)
+
+
+def put_packed(transformer: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> None:
+    """Swap every listed site for an empty packed linear (on the meta device), in place."""
+    specs = dict(entries)
+    swap_sites(
+        transformer, specs, lambda site: QuantLinear(specs[site], bias=site.bias, device="meta")
+    )
+
+
+def footprint(transformer: nn.Module) -> dict[str, int]:
+    """Bytes of a packed transformer by category; works on the meta device, from shapes alone.
+
+    ``codes`` 4-bit weights, ``scales``, ``basis`` P (and dense rotations), ``protected`` W P,
+    ``bias`` of packed linears, and ``kept``: every other parameter at its stored 16 bits.
+    """
+    parts = {
+        "qweight": "codes",
+        "wscale": "scales",
+        "wglobal": "scales",
+        "basis": "basis",
+        "rotation": "basis",
+        "smooth": "basis",
+        "wp": "protected",
+        "wpscale": "protected",
+        "bias": "bias",
+    }
+    total = dict.fromkeys(("codes", "scales", "basis", "protected", "bias", "kept"), 0)
+    packed = set()
+    for name, module in transformer.named_modules():
+        if isinstance(module, QuantLinear):
+            for part, tensor in module.named_parameters():
+                total[parts[part]] += tensor.numel() * tensor.element_size()
+                packed.add(f"{name}.{part}")
+    for name, tensor in transformer.state_dict().items():
+        if name not in packed:
+            total["kept"] += 2 * tensor.numel()
+    return total
+
+
+def packed_bits(site: Site, spec: QuantSpec) -> int:
+    """Bits of one site's packed linear, everything counted."""
+    packed = QuantLinear(spec, bias=site.bias, device="meta")
+    return 8 * sum(t.numel() * t.element_size() for t in packed.parameters())
+
+
+def effective_bits(skeleton: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> float:
+    """Bits per original parameter of a transformer packed by this plan, everything counted.
+
+    skeleton  the 16-bit transformer; shapes are enough (meta device), and it is packed in place
+    """
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    put_packed(skeleton, entries)
+    return 8 * sum(footprint(skeleton).values()) / parameters
+
+
+def _put(root: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    root.get_submodule(parent).add_module(leaf, module)

@@ -1,0 +1,146 @@
+"""From a rank per site to the plan: spectra in, lines of the plan out.
+
+Letters: L leading directions that ``basis`` kept.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from dirotq.errors import ConfigError
+from dirotq.models.coverage import share_kept
+from dirotq.models.family import Site
+from dirotq.packed.swap import effective_bits
+from dirotq.pipeline.artifact import Artifact
+from dirotq.quantize.overrides import check_overrides, parse_overrides
+from dirotq.quantize.plan import Method, SitePlan, write_plan
+from dirotq.quantize.tensors import load_site, site_file
+from dirotq.sources.model import DiffusersModel
+
+
+@dataclass(frozen=True, slots=True)
+class Spectrum:
+    """Variances of a site's activation along its leading directions.
+
+    ``variances_L``  float64 [L], the largest first
+    ``energy``       the sum of all D variances, of which L are known
+    """
+
+    variances_L: Tensor
+    energy: float
+
+    def held(self, rank: int) -> float:
+        """Share of the energy in the ``rank`` leading directions."""
+        return float(self.variances_L[:rank].sum()) / max(self.energy, 1e-300)
+
+    def tail(self, rank: int) -> float:
+        """Energy outside of the ``rank`` leading directions: what will be quantized."""
+        return max(self.energy - float(self.variances_L[:rank].sum()), 0.0)
+
+    def steps(self, grid: int, most: int) -> Tensor:
+        """Variance of the 1st, 2nd, ... ``grid`` directions, up to ``most``: float64, falling."""
+        return self.variances_L[:most].unflatten(0, (-1, grid)).sum(1)
+
+    def told(self, rank: int, site: Site) -> str:
+        """A rank in words, for the plan."""
+        return f"{rank} of {site.dim} directions hold {self.held(rank):.1%} of the energy"
+
+
+def read_spectrum(basis: Artifact, site: Site) -> Spectrum:
+    """Of one site, from the ``basis`` artifact."""
+    found = load_site(basis.file(f"sites/{site_file(site.name)}"))
+    return Spectrum(found["variances"].flip(0), float(found["energy"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Lines of the plan, and the sites that stay in 16 bits with the reason."""
+
+    lines: list[SitePlan] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def blocks(self) -> list[SitePlan]:
+        return [line for line in self.lines if line.site.kind == "block"]
+
+    def because(self, reason: str) -> "Planned":
+        """The same plan with a further reason for the ranks of block sites."""
+        return Planned([_because(line, reason) for line in self.lines], self.kept)
+
+    def write(self, out: Path) -> None:
+        """``plan.json`` and ``kept.json``."""
+        write_plan(out / "plan.json", self.lines)
+        (out / "kept.json").write_text(json.dumps(self.kept, indent=1) + "\n")
+
+    def bits(self, model: DiffusersModel) -> float:
+        """Bits per parameter of a transformer packed by this plan, everything counted."""
+        return effective_bits(model.skeleton(), [(line.site, line.spec) for line in self.lines])
+
+    def metrics(self, model: DiffusersModel) -> dict[str, float]:
+        ranks = [line.spec.rank for line in self.blocks]
+        return {
+            "mean_rank": sum(ranks) / max(len(ranks), 1),
+            "bits_per_parameter": self.bits(model),
+            "sites_kept": len(self.kept),
+            "block_parameters_kept": share_kept(model.skeleton(), (s.site for s in self.lines)),
+        }
+
+
+def make_plan(
+    method: Method, sites: Iterable[Site], choose: Callable[[Site], tuple[int, str]]
+) -> Planned:
+    """A line for every site that the method quantizes, in the order of ``sites``.
+
+    choose  the rank of a site that protects directions, and why; not asked where an override says
+    """
+    made = Planned()
+    for site in sites:
+        override = method.override(site)
+        rank, why = 0, f"method {method.name} protects no direction"
+        if site.kind == "modulator":
+            why = "modulator: one row per image, so 16-bit activations cost nothing"
+        decided = override is not None and (override.keep, override.rank) != (None, None)
+        if method.protects(site) and not decided:
+            rank, why = choose(site)
+        if override is not None:
+            why = override.why if decided else f"{why}; {override.why}"
+        spec = method.spec(site, rank)
+        if spec is None:
+            made.kept[site.name] = why if override else "modulators stay in 16 bits"
+        else:
+            made.lines.append(SitePlan(site, spec, method.rounding, method.weight_clip, why))
+    return made
+
+
+def _because(line: SitePlan, reason: str) -> SitePlan:
+    return line if line.site.kind != "block" else replace(line, why=f"{line.why}; {reason}")
+
+
+def check_plan(
+    method: Method, sites: Sequence[Site], grid: int, rank: Callable[[Site], int]
+) -> None:
+    """Everything about a plan that the shapes alone can refute.
+
+    rank  of a site that protects directions, as far as it is known
+
+    Raises ConfigError naming the setting or the site.
+    """
+    overrides = parse_overrides(method.overrides)
+    check_overrides(overrides, sites, grid=grid)
+    for index, override in enumerate(overrides):
+        if method.leading is not None and (override.rank or 0) > method.leading:
+            raise ConfigError(
+                f"method.overrides[{index}].rank={override.rank} exceeds method.leading="
+                f"{method.leading}, the eigenvectors that `basis` keeps per site: set "
+                f"method.leading={override.rank} too"
+            )
+    for site in sites:
+        method.spec(site, rank(site) if method.protects(site) else 0)
+
+
+def largest_rank(method: Method, site: Site, grid: int) -> int:
+    """The most directions that can be protected: kept by ``basis``, on the grid."""
+    return min(method.leading or site.dim, site.dim) // grid * grid

@@ -1,0 +1,121 @@
+"""What protected directions cost, in bits or in predicted time, and what a budget of it buys."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from dirotq.errors import ConfigError
+from dirotq.models.family import Site
+from dirotq.packed.swap import effective_bits, packed_bits
+from dirotq.quantize.plan import Method
+from dirotq.quantize.planning import largest_rank
+from dirotq.quantize.workload import Workload
+from dirotq.sources.model import DiffusersModel
+
+
+@dataclass(frozen=True, slots=True)
+class Prices:
+    """The linear cost of a choice of ranks: base + Σ each_s r_s, over the sites that may choose.
+
+    ``base``  with no direction at those sites; sites whose rank an override fixes are in it
+    ``each``  of one direction of a site, {site: cost}
+    ``most``  directions that a site can protect, {site: rank}
+    ``unit``  divides costs into what a setting is given in
+    """
+
+    base: float
+    each: Mapping[str, float]
+    most: Mapping[str, int]
+    unit: float
+
+    def total(self, ranks: Mapping[str, int]) -> float:
+        """In the setting's unit."""
+        return (self.base + sum(self.each[s] * ranks[s] for s in self.each)) / self.unit
+
+    def uniform(self, rank: int) -> dict[str, int]:
+        """The same rank everywhere, as far as each site has it."""
+        return {site: min(rank, most) for site, most in self.most.items()}
+
+    def room(self, limit: float) -> float:
+        """What ``limit`` (the setting's unit) leaves for directions, in the unit of ``each``."""
+        return limit * self.unit - self.base
+
+    def largest_uniform(self, limit: float, grid: int) -> int:
+        """The largest rank that, taken everywhere, stays within ``limit``."""
+        rank = 0
+        while rank < max(self.most.values()) and self.total(self.uniform(rank + grid)) <= limit:
+            rank += grid
+        return rank
+
+    def check(self, limit: float, setting: str) -> None:
+        """Raise ConfigError, with the reachable range, for a limit that no choice or any fits."""
+        least = self.total(self.uniform(0))
+        most = self.total(self.uniform(max(self.most.values(), default=0)))
+        if not least <= limit <= most:
+            raise ConfigError(
+                f"{setting}={limit:g} is out of reach: without any protected direction this plan "
+                f"takes {least:.4g}, with all that method.leading keeps {most:.4g}. Use a value "
+                f"between; change the number formats for less, method.leading for more"
+            )
+
+
+def in_bits(model: DiffusersModel, method: Method, sites: Sequence[Site], grid: int) -> Prices:
+    """Bits per parameter of the packed transformer, everything counted (dirotq/packed/swap.py)."""
+    free, most = _free(method, sites, grid)
+    entries = [(site, spec) for site in sites if (spec := method.spec(site, 0)) is not None]
+    skeleton = model.skeleton()
+    parameters = sum(p.numel() for p in skeleton.parameters())
+    each = {site.name: _direction_bits(method, site, grid) for site in free}
+    return Prices(round(effective_bits(skeleton, entries) * parameters), each, most, parameters)
+
+
+def in_forwards(work: Workload, method: Method, grid: int) -> Prices:
+    """Predicted overhead of a denoiser call: FLOPs of the protected branches over those of its
+    16-bit forward, at the size the model is called with.
+
+    A direction of a site costs 2 (2 D + N) FLOPs per token: c = x P, c Pᵀ and c Vᵀ. Both sides of
+    the share run in 16 bits, so a machine's rate cancels out; seconds on one are the share
+    times what it takes for a 16-bit forward (pipeline/cost.py). No measurement stands behind it.
+    """
+    free, most = _free(method, work.sites, grid)
+    each = {
+        site.name: work.tokens(site) * 2.0 * (2 * site.dim + sum(site.rows)) / work.forward_flops
+        for site in work.block_sites
+    }
+    fixed = [(s, o.rank) for s in work.block_sites if (o := method.override(s)) and o.rank]
+    base = sum(each[site.name] * rank for site, rank in fixed)
+    return Prices(base, {site.name: each[site.name] for site in free}, most, 1.0)
+
+
+def refuse_unpriced(method: Method) -> None:
+    """Raise ConfigError for a method whose protected branch does not take energy out of the main
+    one at a price per direction."""
+    projects = method.protect and method.branch == "project" and method.transform != "dense"
+    projects = projects and method.protected_bits == 16  # an 8-bit branch has a price to enter, too
+    if not projects:
+        raise ConfigError(
+            f"rank=budget needs a projecting basis, whose directions have a price each; method "
+            f"{method.name} has transform={method.transform}, branch={method.branch}, protect="
+            f"{str(method.protect).lower()}, protected_bits={method.protected_bits}. "
+            "Use method=dirotq, or a fixed rank (rank=default)"
+        )
+
+
+def _free(method: Method, sites: Sequence[Site], grid: int) -> tuple[list[Site], dict[str, int]]:
+    """Block sites whose rank nothing fixes, and the most that each can have."""
+    free = []
+    for site in sites:
+        override = method.override(site)
+        fixed = override is not None and (override.keep, override.rank) != (None, None)
+        if method.protects(site) and not fixed:
+            free.append(site)
+    if not free:
+        raise ConfigError("rank=budget: method.overrides fix every site; nothing is left to choose")
+    return free, {site.name: largest_rank(method, site, grid) for site in free}
+
+
+def _direction_bits(method: Method, site: Site, grid: int) -> float:
+    """Bits of one more direction, P's and V's columns: 16 (D + N) with both in 16 bits."""
+    most = largest_rank(method, site, grid)
+    low, high = method.spec(site, 0), method.spec(site, most)
+    assert low is not None and high is not None
+    return (packed_bits(site, high) - packed_bits(site, low)) / most

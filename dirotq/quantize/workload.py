@@ -1,0 +1,399 @@
+"""How much work a model is, from shapes alone: no weights, no forward.
+
+Letters: T tokens of a site in one call for one prompt, D channels, N outputs, R protected.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from dirotq.files.json_file import read_json
+from dirotq.files.names import components
+from dirotq.kernels.plan import why_not
+from dirotq.kernels.second_moment import TILE, tiles
+from dirotq.kernels.spec import QuantSpec
+from dirotq.models.coverage import share_kept, told
+from dirotq.models.family import Site
+from dirotq.packed.swap import footprint, put_packed
+from dirotq.pipeline.cost import Machine
+from dirotq.quantize.plan import Method
+from dirotq.sources.folder import INDEX, missing_weights, weight_names
+from dirotq.sources.model import DiffusersModel
+
+TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
+"""Linears on text in joint attention, of models that no family table describes."""
+SEPARATE = ("WanTransformer3DModel", "QwenImageTransformer2DModel")
+"""Transformers that their pipelines call once per branch of guidance, not on a doubled batch."""
+ALIVE = 4.2
+"""Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
+DECODE = 0.03
+"""FLOPs of an image decoder per parameter and pixel."""
+IMAGE_BYTES = 1.8
+"""Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
+TILE_BYTES = 4 * TILE**2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """What making images takes: seconds, and bytes beside the weights (``peak`` where it computes,
+    ``host`` in RAM, ``disk`` for the images).
+    """
+
+    seconds: float
+    peak: float
+    host: float
+    disk: float
+
+
+class Ranks(Protocol):
+    """What chooses ranks, before it has seen an activation."""
+
+    def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
+        """The rank of each block site: what will be chosen, or an upper estimate of it."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """A model, how it is called, and how much of that a run asks for (conf: ``workload``).
+
+    ``ranks``        stage ``rank``: tells how many directions a site will protect, as far as known
+    ``calibration``  prompts to capture; ``heldout`` prompts to validate on
+    ``batch``        prompts per pipeline call; ``calls`` denoiser calls to record (per prompt)
+    ``rows``         sampled rows per site
+
+    Derived values are computed when first asked for. Raises what the model's folder and sites
+    raise.
+    """
+
+    model: DiffusersModel
+    method: Method
+    ranks: Ranks
+    calibration: int
+    heldout: int
+    batch: int
+    calls: int
+    rows: int
+
+    @property
+    def pixels(self) -> int:
+        """Of one image, or of all of a video's frames."""
+        height, width = (int(self.call.get(side, 1024)) for side in ("height", "width"))
+        return height * width * int(self.call.get("num_frames", 1))
+
+    @property
+    def decoder_flops(self) -> float:
+        """Of turning one image's latents into pixels."""
+        vae = sum(_weights(folder) for folder in self._folders() if folder.name == "vae")
+        return DECODE * vae / 2 * self.pixels
+
+    @property
+    def decoder_bytes(self) -> int:
+        """Activations of the same."""
+        return 1024 * self.pixels
+
+    @cached_property
+    def transformer(self) -> Any:
+        """On the meta device."""
+        return self.model.skeleton()
+
+    @cached_property
+    def sites(self) -> list[Site]:
+        return self.model.sites()
+
+    @property
+    def block_sites(self) -> list[Site]:
+        return [site for site in self.sites if site.kind == "block"]
+
+    @cached_property
+    def call(self) -> dict[str, Any]:
+        return dict(self.model.call_arguments())
+
+    @cached_property
+    def image_tokens(self) -> int:
+        """Of one image or video."""
+        height, width = (int(self.call.get(side, 1024)) for side in ("height", "width"))
+        frames = (int(self.call.get("num_frames", 1)) - 1) // self._latent_frames + 1
+        return max(round(height * width / self._pixels_per_token**2) * frames, 1)
+
+    @property
+    def text_tokens(self) -> int:
+        return int(self.call.get("max_sequence_length", 256))
+
+    @property
+    def steps(self) -> int:
+        return int(self.call.get("num_inference_steps", 20))
+
+    @property
+    def guided(self) -> int:
+        """Forwards per step: two where guidance needs the prompt's and an empty one's."""
+        embedded = bool(self.transformer.config.get("guidance_embeds"))
+        true = "negative_prompt" in self.call and self.call.get("true_cfg_scale", 0) > 1
+        scale = "true_cfg_scale" not in self.call and self.call.get("guidance_scale", 0) > 1
+        return 2 if not embedded and (true or scale) else 1
+
+    @property
+    def recorded(self) -> int:
+        """Samples that pass through the network when the recorded calls are replayed."""
+        made = self.calibration * self.steps * self.guided
+        doubled = 1 if type(self.transformer).__name__ in SEPARATE else self.guided
+        return min(self.calls * doubled, made)
+
+    @property
+    def samples(self) -> int:
+        """In one call of the denoiser."""
+        return self.batch * self.guided
+
+    @cached_property
+    def parameters(self) -> int:
+        return sum(p.numel() for p in self.transformer.parameters())
+
+    @cached_property
+    def by_block(self) -> dict[str, list[Site]]:
+        """The repeated modules that hold sites, in order, each with its sites."""
+        found: dict[str, list[Site]] = {}
+        for site in self.sites:
+            if site.block:
+                found.setdefault(site.block, []).append(site)
+        return found
+
+    @cached_property
+    def block_parameters(self) -> int:
+        """Of the largest block."""
+        blocks = (self.transformer.get_submodule(block) for block in self.by_block)
+        return max((sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
+
+    @cached_property
+    def channels(self) -> int:
+        """Width of the residual stream."""
+        return min(site.dim for site in self.block_sites)
+
+    def tokens(self, site: Site) -> int:
+        """Rows that a site sees in one call for one prompt (one branch of guidance)."""
+        if site.kind == "modulator":
+            return 1
+        if _reads_text(site):
+            return self.text_tokens
+        beside_text = any(_reads_text(s) for s in self.by_block.get(site.block, ()))
+        if beside_text or not self._joint:
+            return self.image_tokens
+        return self.image_tokens + self.text_tokens
+
+    @cached_property
+    def forward_flops(self) -> float:
+        """One forward for one prompt (one branch of guidance): linears and attention."""
+        total = sum(2.0 * self.tokens(s) * s.dim * sum(s.rows) for s in self.sites)
+        everything = self.image_tokens + self.text_tokens
+        for sites in self.by_block.values():
+            inside = [s for s in sites if s.kind == "block"]
+            if inside and self._joint:
+                total += 4.0 * everything**2 * inside[0].dim
+            elif inside:  # and cross-attention to the text
+                total += 4.0 * self.image_tokens * everything * inside[0].dim
+        return total
+
+    def activations(self, samples: int, width: int = 2) -> float:
+        """Bytes alive within a block, ``width`` bytes a number."""
+        largest = max(self.tokens(s) * (s.dim + sum(s.rows)) for s in self.block_sites)
+        return ALIVE * samples * width * largest
+
+    def width(self, machine: Machine, dtype: str) -> int:
+        """Bytes of a number where images are made: ``dtype`` as of dirotq.device.choose_dtype."""
+        return {"auto": machine.width, "float32": 4, "bfloat16": 2}[dtype]
+
+    def packed_slower(self, machine: Machine, width: float) -> float:
+        """How many times longer a packed forward takes than one of 16 (8 ``width``) bits.
+
+        On the reference path the weights are unpacked in every call.
+        """
+        kernels = machine.gpu and width == 2
+        fast = kernels and not any(why_not(spec) for _, spec in self.planned)
+        return 1.0 if fast else 2.5
+
+    def generation(
+        self, machine: Machine, batch: int, dtype: str, slower: float = 1.0
+    ) -> Generation:
+        """All held-out images, ``batch`` at a time.
+
+        slower  how many times longer a forward takes than the 16-bit model's
+        """
+        forward = machine.forward_seconds(
+            batch * self.guided * self.forward_flops, self.channels, len(self.by_block)
+        )
+        width = self.width(machine, dtype)
+        if machine.gpu and width == 4:
+            forward *= machine.network / machine.float32
+        decode = machine.forward_seconds(self.decoder_flops, self.channels, 0)
+        activations = self.activations(batch * self.guided, width)
+        picture = 3 * self.pixels
+        return Generation(
+            seconds=-(-self.heldout // batch) * self.steps * forward * slower
+            + self.heldout * (decode + IMAGE_BYTES * picture / machine.write),
+            peak=max(activations, batch * self.decoder_bytes * width / 2),
+            host=batch * picture * (4 + 8 + 2),  # as they came, in the writer's float64, rounded
+            disk=self.heldout * picture * IMAGE_BYTES,
+        )
+
+    @property
+    def state(self) -> int:
+        """Bytes that a sample on its way between two blocks holds on to, 16 bits a number."""
+        tokens = self.image_tokens + self.text_tokens
+        return 2 * tokens * self.channels + self._argument_bytes
+
+    @property
+    def _argument_bytes(self) -> int:
+        """Of one sample's call: latents and text encoding."""
+        latents = self.image_tokens * int(self.transformer.config.get("in_channels") or 64)
+        return 2 * (latents + self.text_tokens * self._text_channels)
+
+    def call_bytes(self, samples: int) -> int:
+        """Of recorded calls in memory: an upper bound, as a prompt's steps share its text."""
+        return samples * self._argument_bytes
+
+    def moment_bytes(self, site: Site) -> int:
+        """What ``capture`` keeps of a site: its triangle, or its rows where those are fewer."""
+        seen = self.tokens(site) * self.recorded
+        if seen <= site.dim // 2:
+            return 2 * seen * site.dim
+        return TILE_BYTES * tiles(site.dim)
+
+    @property
+    def moments(self) -> int:
+        """Bytes of all of them."""
+        return sum(self.moment_bytes(site) for site in self.sites)
+
+    @property
+    def block_moments(self) -> int:
+        """Bytes of those of the block that has most."""
+        return max(sum(map(self.moment_bytes, sites)) for sites in self.by_block.values())
+
+    @property
+    def widest(self) -> int:
+        """Most channels of a block site."""
+        return max(site.dim for site in self.block_sites)
+
+    @cached_property
+    def planned(self) -> list[tuple[Site, QuantSpec]]:
+        """Sites that will be packed, at the ranks that are expected."""
+        expected = self.ranks.expected(self.sites)
+        found = []
+        for site in self.sites:
+            rank = expected[site.name] if self.method.protects(site) else 0
+            spec = self.method.spec(site, min(rank, site.dim))
+            if spec is not None:
+                found.append((site, spec))
+        return found
+
+    @property
+    def notes(self) -> list[str]:
+        """Sentences for `plan`."""
+        return [told(share_kept(self.transformer, (site for site, _ in self.planned)))]
+
+    @cached_property
+    def packed(self) -> dict[str, int]:
+        """Bytes of the packed transformer by category (dirotq/packed/swap.py)."""
+        skeleton = self.model.skeleton()
+        put_packed(skeleton, self.planned)
+        return footprint(skeleton)
+
+    @cached_property
+    def components(self) -> int:
+        """Bytes of the pipeline's other weights (encoders, decoder), as far as they are known."""
+        return sum(_weights(f) for f in self._folders() if f.name != "transformer")
+
+    @cached_property
+    def cache_bytes(self) -> int:
+        """What a model of a single file, or with LoRAs, is going to take in DiRotQ's cache.
+
+        Components of a Hugging Face cache, which are links, become links to the same files.
+        """
+        place = self.model.assembled()
+        if place is None or place.is_dir():
+            return 0
+        root = self.model.folder(weights=False)
+        beside = [f for f in root.glob("*/*.safetensors") if f.parent.name != "transformer"]
+        file = Path(self.model.path).expanduser()
+        whole = file.stat().st_size if file.is_file() else _weights(root / "transformer")
+        return whole + sum(f.stat().st_size for f in beside if not f.is_symlink())
+
+    @property
+    def encoders(self) -> int:
+        """Bytes of the text encoders among them."""
+        return sum(_weights(f) for f in self._folders() if f.name.startswith("text_encoder"))
+
+    def _folders(self) -> Iterator[Path]:
+        root = self.model.folder(weights=False)
+        parts = (root / name for name in sorted(components(read_json(root / INDEX))))
+        return (part for part in parts if part.is_dir())
+
+    @cached_property
+    def _joint(self) -> bool:
+        """Text and image are one sequence in attention; without, image attends to text."""
+        return any(_reads_text(site) for site in self.sites)
+
+    @cached_property
+    def _text_channels(self) -> int:
+        config = self.transformer.config
+        names = ("joint_attention_dim", "caption_channels", "text_dim", "cap_feat_dim")
+        return int(next((config[n] for n in names if config.get(n)), self.channels))
+
+    @cached_property
+    def _autoencoder(self) -> dict[str, Any]:
+        file = self.model.folder(weights=False) / "vae" / "config.json"
+        return read_json(file) if file.is_file() else {}
+
+    @property
+    def _latent_frames(self) -> int:
+        """Frames per frame of the latents."""
+        return int(self._autoencoder.get("scale_factor_temporal", 4))
+
+    @property
+    def _pixels_per_token(self) -> float:
+        """Along a side: of the autoencoder's scale and of the patches."""
+        config, vae = self.transformer.config, self._autoencoder
+        names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+        levels = next((len(vae[n]) for n in names if isinstance(vae.get(n), list)), 4)
+        patch = config.get("patch_size") or config.get("all_patch_size") or 1
+        patch = max(patch) if isinstance(patch, list | tuple) else patch
+        if patch == 1:  # some pipelines make the patches themselves
+            channels = config.get("out_channels") or config.get("in_channels") or 1
+            patch = max(math.isqrt(channels // vae.get("latent_channels", channels)), 1)
+        return float(2 ** (levels - 1) * patch)
+
+
+STATE_SHARE = 0.6
+"""Share of the GPU's budget for waiting calls; the rest is a block's and one call's own."""
+HOST_SHARE = 0.6
+"""Share of free host memory for calls that are parked there."""
+FRAGMENTS = 1.15
+"""What waiting calls reserve on a GPU over what they hold: their tensors change size on the way."""
+
+
+def calls_at_once(each: float, count: int, room: float, host: float) -> tuple[int, bool]:
+    """How many calls to keep on their way at a time, and whether to park them in host memory.
+
+    each, count  bytes of one waiting call, and how many calls there are
+    room, host   bytes of GPU memory and of host memory that they may take
+    """
+    if each * count <= room:
+        return count, False
+    return max(1, min(count, int(host // max(each, 1)))), True
+
+
+def _reads_text(site: Site) -> bool:
+    return site.text or bool(TEXT.search(f".{site.consumers[0]}"))
+
+
+def _weights(folder: Path) -> int:
+    """Bytes of a component's weights: of its files, or what its index says of them."""
+    files = [folder / name for name in weight_names(folder)]
+    found = sum(file.stat().st_size for file in files if file.is_file())
+    if not missing_weights(folder):
+        return found
+    indexes = [read_json(i).get("metadata") for i in folder.glob("*.safetensors.index.json")]
+    sizes = [m.get("total_size") for m in indexes if isinstance(m, dict)]
+    return max([found, *(size for size in sizes if isinstance(size, int))])

@@ -1,0 +1,62 @@
+"""What the call of a diffusers pipeline takes, held against what somebody wants to give it."""
+
+import inspect
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from dirotq.errors import ConfigError
+from dirotq.pipeline.settings import close_to, refuse_misfit
+
+__all__ = ["OURS", "arguments", "pipeline_class", "refuse_call"]
+
+OURS = ("prompt", "generator", "output_type", "return_dict", "latents", "image", "mask_image")
+"""Arguments that DiRotQ gives itself, from prompts and seeds."""
+NATURAL = ("num_inference_steps", "height", "width", "num_frames", "max_sequence_length")
+"""Arguments that count something: 1 or more."""
+
+
+def pipeline_class(index: Mapping[str, Any]) -> Any:
+    """The class of diffusers that a model_index.json names; None if it names none."""
+    import diffusers
+
+    from dirotq.quiet import quiet
+
+    with quiet():
+        return getattr(diffusers, str(index.get("_class_name")), None)
+
+
+def arguments(cls: Any) -> Mapping[str, inspect.Parameter]:
+    """The parameters of a pipeline's call, by name."""
+    return inspect.signature(cls.__call__).parameters
+
+
+def refuse_call(cls: Any, call: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for an argument that the pipeline does not take, or not with that value.
+
+    where  what holds them ("model.call"), for the message
+    """
+    known = arguments(cls)
+    free = any(p.kind is p.VAR_KEYWORD for p in known.values())
+    try:
+        hints = typing.get_type_hints(cls.__call__)
+    except (NameError, TypeError):  # annotated with what is imported for type checkers alone
+        hints = {}
+    for name, value in call.items():
+        if name in OURS:
+            raise ConfigError(
+                f"{where}.{name}: DiRotQ gives {name} itself, from the prompts and their seeds; "
+                "leave it out"
+            )
+        if name not in known and not free:
+            names = sorted(known.keys() - {"self", *OURS})
+            raise ConfigError(
+                f"{where}.{name}: {cls.__name__} takes no such argument;{close_to(name, names)} it "
+                f"takes {', '.join(names)}"
+            )
+        if value is None:
+            continue
+        if name in NATURAL and (type(value) is not int or value < 1):
+            raise ConfigError(f"{where}.{name}={value!r}: use a whole number from 1 on")
+        if isinstance(value, bool | int | float | str):
+            refuse_misfit(value, hints.get(name, Any), f"{where}.{name}")

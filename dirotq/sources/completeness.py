@@ -1,0 +1,130 @@
+"""Whether a pipeline's folder holds everything that its components need, before any of it is used.
+
+One definition per kind: a model has exactly the tensors of its class, a tokenizer knows words, a
+scheduler and a processor can be made, and only what the pipeline can do without is null.
+"""
+
+import functools
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dirotq.errors import ConfigError, DirotqError
+from dirotq.files.digest import Stamp, stamp
+from dirotq.quiet import quiet
+from dirotq.sources.components import DENOISER, INDEX, is_entry, problems, read_settings
+
+log = logging.getLogger(__name__)
+
+DISPENSABLE = {"StableDiffusion3": ("text_encoder_3", "tokenizer_3")}
+"""Components that pipelines of these names go on without, though their classes don't say so."""
+TEXT = ("text_encoder", "tokenizer")
+
+
+def refuse_incomplete(
+    folder: Path,
+    source: str,
+    *,
+    weights: bool = True,
+    without: str = "",
+    prompts: bool = True,
+    error: type[DirotqError] = ConfigError,
+) -> None:
+    """Raise ``error`` if a diffusers pipeline lacks anything, holds too much or can't be made.
+
+    source   its name in errors
+    weights  they are there; otherwise only configurations, tokenizers and the like are checked
+    without  a component whose weights don't count
+    prompts  texts will be encoded, so the encoders can't be null even where the class allows it
+
+    Files that are as they were at the last call are not looked at again.
+    """
+    found = _problems(folder.resolve(), weights, without, prompts, _stamps(folder))
+    if found:
+        more = f" ({len(found) - 3} more)" if len(found) > 3 else ""
+        raise error(
+            f"{source} is incomplete or damaged: {'; '.join(found[:3])}{more}. Download or save "
+            "the model again; what is missing would be made up by the loaders, in silence"
+        )
+
+
+def _stamps(folder: Path) -> tuple[tuple[str, Stamp], ...]:
+    """What changes when a file does."""
+    files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
+    return tuple((str(file.relative_to(folder)), stamp(file)) for file in files)
+
+
+@functools.lru_cache(maxsize=32)
+def _problems(
+    folder: Path, weights: bool, without: str, prompts: bool, _: object
+) -> tuple[str, ...]:
+    with quiet():
+        return tuple(_all_problems(folder, weights, without, prompts))
+
+
+def _all_problems(folder: Path, weights: bool, without: str, prompts: bool) -> Iterator[str]:
+    import diffusers
+
+    try:
+        index = read_settings(folder / INDEX)
+    except ConfigError as error:
+        yield f"it {error}"
+        return
+    name = index.get("_class_name")
+    pipeline: Any = getattr(diffusers, str(name), None)
+    if not hasattr(pipeline, "_optional_components"):  # of another kind, or not there
+        yield f"{INDEX} names the pipeline {name!r}, which the installed diffusers does not have"
+        return
+    required, optional = map(set, pipeline._get_signature_keys(pipeline))
+    spare = dispensable(pipeline, prompts)
+    for part in sorted(required | (optional & index.keys())):
+        entry = index.get(part)
+        if entry in (None, [None, None]):
+            if part in required - spare:
+                yield f"{INDEX} names no {part}, without which a {name} can't work"
+        elif part in optional and not isinstance(entry, list):
+            continue  # an option of the pipeline, no component
+        elif not is_entry(entry):
+            yield f"{INDEX} says {entry!r} of the {part}, where [library, class] belongs"
+        elif not (folder / part).is_dir():
+            yield f"the {part} is listed in {INDEX}, but there is no such folder"
+        else:
+            partner = index.get(part.replace("tokenizer", "text_encoder"))
+            counts = weights and part != without
+            for problem in problems(folder / part, entry, partner, weights=counts):
+                yield f"{part} ({entry[1]}) {problem}"
+    for part in sorted(index.keys() - required - optional):
+        if is_entry(index[part]):
+            log.warning("%s: a %s has no place for the %s: it is left out", folder, name, part)
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether the folder's transformer says that it is quantized."""
+    try:
+        return "quantization_config" in read_settings(folder / DENOISER / "config.json")
+    except ConfigError:
+        return False  # what is wrong with it, :func:`refuse_incomplete` says
+
+
+def absent(folder: Path) -> dict[str, None]:
+    """Components that a pipeline goes on without, as from_pretrained wants to be told of them."""
+    index = read_settings(folder / INDEX)
+    names = [
+        part
+        for pipeline, parts in DISPENSABLE.items()
+        for part in parts
+        if str(index.get("_class_name")).startswith(pipeline)
+    ]
+    return {part: None for part in names if index.get(part) in (None, [None, None])}
+
+
+def dispensable(pipeline: Any, prompts: bool) -> set[str]:
+    """Components that may be null; where texts are to be encoded, what does that may not."""
+    spare = set(pipeline._optional_components) - {DENOISER}
+    if prompts:
+        spare = {part for part in spare if not part.startswith(TEXT)}
+    for name, parts in DISPENSABLE.items():
+        if pipeline.__name__.startswith(name):
+            spare |= set(parts)
+    return spare

@@ -1,0 +1,191 @@
+"""What a component of a pipeline must be, by its kind: a model, a tokenizer, or what is made of
+settings alone (schedulers, processors).
+"""
+
+import contextlib
+import inspect
+import json
+import logging
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dirotq.errors import ConfigError, DirotqError
+from dirotq.sources.expected_tensors import difference, stored, too_deep, weight_files
+from dirotq.sources.vocabulary import faults, missing_files
+
+log = logging.getLogger(__name__)
+
+INDEX = "model_index.json"
+SCHEDULER = "scheduler_config.json"
+DENOISER = "transformer"
+VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]|-\d+-of-\d+\.")
+"""File names of other precisions and of other divisions of the same weights."""
+
+
+def is_entry(entry: Any) -> bool:
+    """Whether a value of model_index.json names a class: [library, class]."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
+
+
+def problems(part: Path, entry: list[str], partner: Any, *, weights: bool) -> Iterator[str]:
+    """What is wrong with a component, as the rest of a sentence that begins with its name.
+
+    part     its folder; ``entry`` its [library, class] in model_index.json
+    partner  the entry of the text encoder that belongs to it, if it is a tokenizer
+    weights  they are there, and are to be held against the class
+    """
+    import transformers
+
+    cls = class_named(*entry)
+    if cls is None:
+        if part.name != DENOISER:  # models/families.py has more to say of that one
+            yield f"is a class that {entry[0]} does not have: it needs other code, or a newer one"
+        return
+    try:
+        if issubclass(cls, torch.nn.Module):
+            yield from _of_model(cls, part, weights)
+        elif issubclass(cls, transformers.PreTrainedTokenizerBase):
+            yield from _of_tokenizer(cls, part, _rows(part, partner))
+        else:
+            yield from _of_other(cls, part, _rows(part, partner))
+    except DirotqError as error:
+        yield str(error)
+    except Exception as error:  # noqa: BLE001  any line of a foreign class
+        yield f"can't be made of its folder ({type(error).__name__}: {_short(error)})"
+
+
+def class_named(library: str, name: str) -> Any:
+    """The class of a component as diffusers finds it, or None. Libraries: sources/doors.py."""
+    from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+
+    try:
+        found = simple_get_class_obj(library, name)
+    except Exception:  # noqa: BLE001  no such library, no such class, or its import fails
+        return None
+    return found if inspect.isclass(found) else None
+
+
+def _of_model(cls: Any, part: Path, weights: bool) -> Iterator[str]:
+    config = read_settings(part / "config.json")
+    ours = hasattr(cls, "load_config")
+    listed = config.get("_class_name", cls.__name__)
+    legacy = any(base.__name__ == "LegacyModelMixin" for base in cls.__mro__)  # finds its own class
+    if ours and listed != cls.__name__ and not legacy:
+        yield f"is a {listed} by its config.json: {INDEX} and config.json contradict each other"
+        return
+    if ours:
+        yield from mistyped(cls, config)
+    if not weights:
+        return
+    files = weight_files(part, diffusers=ours)
+    yield from _beside(part, files)
+    shapes = stored(files)
+    if deep := too_deep(config, len(shapes)):
+        yield f"has {deep} in its config.json, but only {len(shapes)} tensors"
+        return
+    try:
+        found = difference(cls, part, shapes, exact=part.name == DENOISER)
+    except Exception as error:  # noqa: BLE001  any line of a foreign class
+        yield f"can't be built by its config.json ({type(error).__name__}: {_short(error)})"
+        return
+    if found:
+        yield str(found)
+
+
+def _beside(part: Path, files: list[Path]) -> Iterator[str]:
+    """Weights that nobody would read."""
+    for file in sorted(set(part.glob("*.safetensors")) - set(files)):
+        names: Collection[str] = ()
+        with contextlib.suppress(DirotqError):  # whether it is whole is no matter
+            names = stored([file]).keys()
+        if any(".lora_" in name or ".lora." in name for name in names):
+            yield f"has a LoRA beside its weights that is not read: give {file.name} as model.lora"
+        elif not VARIANT.search(file.name):
+            log.warning("%s is not read", file)
+
+
+def _of_tokenizer(cls: Any, part: Path, rows: int | None) -> Iterator[str]:
+    if lost := missing_files(cls, part):
+        yield f"has no {' and no '.join(lost)}"
+        return
+    read_settings(part / "tokenizer_config.json")
+    yield from faults(cls.from_pretrained(part, local_files_only=True), rows)
+
+
+def _of_other(cls: Any, part: Path, rows: int | None) -> Iterator[str]:
+    """Schedulers, processors: what can be made is complete."""
+    for file in sorted(part.glob("*config.json")):
+        values = read_settings(file)
+        if file.name == SCHEDULER:
+            yield from mistyped(cls, values)
+            yield from _other_scheduler(cls, values)
+    if cls.__name__.startswith("AutoModel") or not hasattr(cls, "from_pretrained"):
+        yield f"is no kind of component that {INDEX} can name"
+        return
+    made = cls.from_pretrained(part, local_files_only=True)
+    if (tokenizer := getattr(made, "tokenizer", None)) is not None:
+        yield from faults(tokenizer, rows)
+
+
+def _other_scheduler(cls: Any, config: Mapping[str, Any]) -> Iterator[str]:
+    """Schedulers of one kind read each other's settings: the class of model_index.json counts."""
+    import diffusers
+
+    listed = str(config.get("_class_name", cls.__name__))
+    known = getattr(diffusers, listed, None)
+    if listed != cls.__name__ and known not in getattr(cls, "_get_compatibles", list)():
+        yield f"is a {listed} by its config: {INDEX} and {SCHEDULER} contradict each other"
+
+
+def _rows(part: Path, partner: Any) -> int | None:
+    """Rows of the embedding of the encoder that a tokenizer belongs to, as its config says."""
+    encoder = part.parent / part.name.replace("tokenizer", "text_encoder")
+    cls = class_named(*partner) if is_entry(partner) and encoder != part else None
+    if cls is None or not hasattr(cls, "config_class") or not (encoder / "config.json").is_file():
+        return None
+    try:
+        config = cls.config_class.from_pretrained(encoder, local_files_only=True)
+    except Exception:  # noqa: BLE001  said of the encoder itself
+        return None
+    rows = getattr(config.get_text_config(), "vocab_size", None)
+    return rows if isinstance(rows, int) else None
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def read_settings(file: Path) -> dict[str, Any]:
+    """A configuration. Raises ConfigError if it is no JSON object or holds NaN."""
+
+    def constant(name: str) -> float:
+        if name == "NaN":
+            raise ValueError("a value is NaN")
+        return float(name)
+
+    try:
+        values = json.loads(file.read_text(), parse_constant=constant)
+    except FileNotFoundError as error:
+        raise ConfigError(f"has no {file.name}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"has a damaged {file.name} ({error})") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"has a {file.name} that is no JSON object")
+    return values
+
+
+def mistyped(cls: Any, config: Mapping[str, Any]) -> Iterator[str]:
+    """Settings of a diffusers class of another kind than its default: text for a number, say."""
+    for name, parameter in inspect.signature(cls.__init__).parameters.items():
+        default, value = parameter.default, config.get(name)
+        if not isinstance(default, int | float) or isinstance(default, bool) or value is None:
+            continue
+        if isinstance(value, str | dict) or (
+            isinstance(value, float) and math.isfinite(default) and not math.isfinite(value)
+        ):
+            yield f"has {name}: {value!r} in its config, where a number like {default} belongs"

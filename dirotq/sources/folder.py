@@ -1,0 +1,132 @@
+"""What a pipeline folder is made of: which of its files are read, and which may be copied.
+
+Reading follows links, as loaders do, and a fingerprint covers what is read. But a link inside a
+component could lead to any file of this machine, and what we copy gets published. So a link leads
+
+- anywhere within the model's folder, or within the folder of its component,
+- from a snapshot of a Hugging Face cache to a blob of the same repository,
+- or it is the whole folder of a component: then the files in there are the component's,
+
+and any other one is refused. Hard links can't be told from files.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from dirotq.errors import ConfigError
+from dirotq.files.names import components, weight_map
+from dirotq.files.walk import readable, walk
+from dirotq.sources.blobs import is_blob
+
+INDEX = "model_index.json"
+CALL_FILE = "generation.json"
+IGNORED = ("README.md", "training.json", ".gitattributes")
+STEMS = ("diffusion_pytorch_model", "model")
+"""Standard names of weights. Others are variants (fp16, ema) or another program's files."""
+SETTINGS = ("json", "txt", "model", "jinja", "tiktoken")
+"""Suffixes of configurations, vocabularies and templates of chats."""
+TEMPLATES = "additional_chat_templates"
+_LICENCE = re.compile(r"(licen[sc]e|notice|copying|use[_-]policy)([._-].*)?", re.IGNORECASE)
+
+
+def pipeline_files(root: Path, index: Mapping[str, Any], *, without: str = "") -> list[Path]:
+    """Every file below ``root`` that stands in a fingerprint.
+
+    That is all but pictures, cards, weights of the component ``without``, and linked folders that
+    are no component. Raises ConfigError for what can't be read, and for a link that leaves.
+    """
+    parts = components(index)
+
+    def foreign(path: Path) -> bool:
+        linked = path.parent == root and path.is_symlink() and path.is_dir()
+        return linked and path.name not in parts
+
+    return [
+        path
+        for path in walk(root, skip=foreign, check=lambda link: _refuse_leaving(link, root, parts))
+        if path.name not in IGNORED
+        and path.suffix not in (".png", ".jpg")
+        and not (path.suffix == ".safetensors" and path.parent == root / without)
+    ]
+
+
+def carried_files(root: Path, index: Mapping[str, Any], *, without: str = "") -> list[Path]:
+    """What a copy of a pipeline needs: its components' files, index, call and licences.
+
+    without  a component that is left out
+
+    Raises ConfigError for what can't be read.
+    """
+    top = [path for path in sorted(root.iterdir()) if _is_carried(path.name)]
+    parts = [root / name for name in components(index) if name != without]
+    return [*map(readable, top), *(path for part in parts for path in component_files(part))]
+
+
+def component_files(part: Path) -> list[Path]:
+    """Files that a component is loaded from: settings, and weights under their standard names.
+
+    Nothing hidden, no other formats, no code, no variants. Raises ConfigError for what can't be
+    read.
+    """
+    if not part.is_dir():
+        return []
+    inside = sorted(part.iterdir())
+    weights = weight_names(part)
+    settings = [path.name for path in inside if _is_setting(path.name)]
+    templates = sorted((part / TEMPLATES).glob("[!.]*.jinja"))
+    return [
+        *(readable(path) for path in inside if path.name in weights or path.name in settings),
+        *map(readable, templates),
+    ]
+
+
+def weight_names(part: Path) -> set[str]:
+    """Names of the weights files that a component's index, or their standard name, asks for."""
+    names = set()
+    for stem in STEMS:
+        if (index := part / f"{stem}.safetensors.index.json").is_file():
+            names |= set(weight_map(index).values())
+        if (part / f"{stem}.safetensors").exists():
+            names.add(f"{stem}.safetensors")
+    return names
+
+
+def missing_weights(part: Path) -> list[str]:
+    """Weights files of a component that are not there, by their standard names."""
+    names = weight_names(part)
+    if not names:
+        return [" or ".join(f"{stem}.safetensors" for stem in STEMS)]
+    return sorted(name for name in names if not (part / name).is_file())
+
+
+def _is_carried(name: str) -> bool:
+    return name in (INDEX, CALL_FILE) or bool(_LICENCE.fullmatch(name))
+
+
+def _is_setting(name: str) -> bool:
+    if ".index." in name:
+        return name in [f"{stem}.safetensors.index.json" for stem in STEMS]
+    return name[0] != "." and Path(name).suffix[1:] in SETTINGS and name not in IGNORED
+
+
+def _refuse_leaving(link: Path, root: Path, parts: Collection[str]) -> None:
+    """Refuse a link in a component, or to a file that is copied, as this module's head says."""
+    top = root / link.relative_to(root).parts[0]
+    if link == top and (top.name in parts or not _is_carried(top.name)):
+        return
+    if link != top and top.name not in parts:
+        return  # nobody reads what lies there
+    real = link.resolve()
+    homes = [root.resolve(), *([top.resolve()] if link != top else [])]
+    repository = real.parents[1] if is_blob(real) else None
+    if any(real.is_relative_to(home) for home in homes):
+        return
+    if repository and any(home.is_relative_to(repository) for home in homes):
+        return
+    raise ConfigError(
+        f"{link} is a link out of the model's folder, to {real}: that could be private, and would "
+        "be copied into the packed model. Put a copy of the file in its place (`cp -L`), or let "
+        "the whole folder of the component be a link"
+    )

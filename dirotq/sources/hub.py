@@ -1,0 +1,215 @@
+"""Repositories of the Hugging Face Hub: an id becomes a commit, a commit a folder of chosen files.
+
+Everything that can go wrong there is a ConfigError that says what to do about it.
+"""
+
+import functools
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dirotq.errors import ConfigError
+from dirotq.sources.blobs import listing
+
+log = logging.getLogger(__name__)
+
+Kind = Literal["model", "dataset"]
+
+# org/name, with at most a file inside and a revision: org/name/file.json@revision
+_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(?:/(?P<file>[\w][^@]*))?(?:@(?P<revision>[^@\s]+))?")
+_COMMIT = re.compile("[0-9a-f]{40}")
+
+
+@dataclass(frozen=True, slots=True)
+class HubPath:
+    """``org/name[/file][@revision]``; the revision (branch, tag, commit) is main unless given."""
+
+    id: str
+    file: str | None
+    revision: str
+    kind: Kind
+
+    @property
+    def commit(self) -> str:
+        """The commit that the revision is at, asked for once per process.
+
+        Without a network it is the one that the local cache noted last. Raises ConfigError.
+        """
+        return _commit(self.id, self.revision, self.kind, _cache())
+
+    @property
+    def url(self) -> str:
+        return f"https://huggingface.co/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
+
+    def fetch(self, patterns: Sequence[str]) -> Path:
+        """The local folder of the commit, with the files that match ``patterns`` downloaded.
+
+        A pattern that matches nothing is passed over: the caller knows what must be there. The hub
+        is asked unless the cache holds its list of the commit and all files of it that match: a
+        killed download leaves a folder that looks like any other. Without a network, and without a
+        list, the folder is taken as it is.
+
+        Raises ConfigError, also when there is no network and the commit was never downloaded.
+        """
+        from huggingface_hub.utils import filter_repo_objects
+
+        here = self.snapshot
+        known = self.listing()
+        wanted = filter_repo_objects(known, allow_patterns=list(patterns))
+        if known and here.is_dir() and all((here / name).is_file() for name in wanted):
+            return here
+        return _fetched(self, self.commit, tuple(patterns), _cache())
+
+    @property
+    def snapshot(self) -> Path:
+        """Where the cache keeps the commit, if it was downloaded. Raises ConfigError."""
+        return _home(_cache(), self.kind, self.id) / "snapshots" / self.commit
+
+    def listing(self) -> dict[str, str]:
+        """{file: id of its content} of the commit, as far as the cache knows it."""
+        return listing(_home(_cache(), self.kind, self.id), self.commit)
+
+    def download(self, file: str) -> Path:
+        """One file, from the hub unless it is here already. Raises ConfigError."""
+        import huggingface_hub
+
+        with explained(self, file):
+            return Path(
+                huggingface_hub.hf_hub_download(
+                    self.id, file, repo_type=self.kind, revision=self.commit
+                )
+            )
+
+    def identity(self) -> dict[str, str]:
+        """What stands in a fingerprint: repository and commit, instead of digests of its files."""
+        return {"repo": self.id, "commit": self.commit}
+
+    def how_to_download(self) -> str:
+        """The command that makes this source usable without a network."""
+        kind = " --repo-type dataset" if self.kind == "dataset" else ""
+        file = f" {self.file}" if self.file else ""
+        pinned = "" if self.revision == "main" else f" --revision {self.revision}"
+        return f"`hf download{kind} {self.id}{file}{pinned}`"
+
+
+def hub_path(text: str, kind: Kind) -> HubPath | None:
+    """``text`` as a place on the hub, or None if it can't be one."""
+    match = _ID.fullmatch(text)
+    if match is None or match["id"].startswith(".") or ".." in (match["file"] or "").split("/"):
+        return None
+    return HubPath(match["id"], match["file"], match["revision"] or "main", kind)
+
+
+def _cache() -> str:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
+
+
+def _home(cache: str, kind: Kind, repo: str) -> Path:
+    return Path(cache) / f"{kind}s--{repo.replace('/', '--')}"
+
+
+@functools.lru_cache(maxsize=256)
+def _fetched(place: HubPath, commit: str, patterns: tuple[str, ...], cache: str) -> Path:
+    """Asked for once per process: a hub that does not answer takes its time."""
+    import huggingface_hub
+
+    with explained(place, f"all files matching {', '.join(patterns)}"):
+        folder = huggingface_hub.snapshot_download(
+            place.id, repo_type=place.kind, revision=commit, allow_patterns=list(patterns)
+        )
+    return Path(folder)
+
+
+@functools.lru_cache(maxsize=256)
+def _commit(repo: str, revision: str, kind: Kind, cache: str) -> str:
+    if _COMMIT.fullmatch(revision):
+        return revision
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    place = HubPath(repo, None, revision, kind)
+    noted = _home(cache, kind, repo) / "refs" / revision
+    with explained(place, f"the commit of its revision {revision!r}"):
+        try:
+            found = huggingface_hub.HfApi().repo_info(
+                repo, revision=revision, repo_type=kind, timeout=20
+            )
+        except HfHubHTTPError:
+            raise  # the hub answered
+        except (HTTPError, OSError) as error:
+            if not noted.is_file():
+                raise
+            commit = noted.read_text().strip()
+            if not _COMMIT.fullmatch(commit):
+                raise  # an empty file, as power loss leaves it
+            log.warning(
+                "the hub can't be reached (%s): %s@%s is taken to be at commit %s, which was "
+                "downloaded before",
+                error, repo, revision, commit,
+            )  # fmt: skip
+            return commit
+    return str(found.sha)
+
+
+@contextmanager
+def explained(place: HubPath, wanted: str) -> Iterator[None]:
+    """What huggingface_hub raises, as a ConfigError that says what to do."""
+    from huggingface_hub import errors
+
+    where = f"{place.kind} {place.id} on the Hugging Face Hub"
+    try:
+        yield
+    except errors.GatedRepoError as error:
+        raise ConfigError(
+            f"{where} is gated: its license has to be accepted first. Open {place.url}, accept it, "
+            "and log this machine in with `hf auth login` (or set HF_TOKEN to a token of that "
+            "account)"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise ConfigError(
+            f"there is no {where}, or it is private and this machine is not logged in (`hf auth "
+            f"login`, or HF_TOKEN); and no file or folder {place.id!r} is found here. Check the "
+            f"spelling against {place.url}"
+        ) from error
+    except errors.RevisionNotFoundError as error:
+        raise ConfigError(
+            f"{where} has no revision {place.revision!r}. Its branches, tags and commits are "
+            f"listed at {place.url}/commits/main; leave @{place.revision} out for the newest"
+        ) from error
+    except errors.RemoteEntryNotFoundError as error:
+        raise ConfigError(
+            f"{where} has no file {wanted!r} at revision {place.revision!r}; its files are listed "
+            f"at {place.url}/tree/{place.revision}"
+        ) from error
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
+        raise ConfigError(_unreachable(place, where, wanted, error)) from error
+    except errors.HfHubHTTPError as error:
+        status = error.response.status_code
+        raise ConfigError(
+            f"the Hugging Face Hub refused {wanted} of {place.kind} {place.id} (HTTP {status}: "
+            f"{_first_line(error)}). Try again later if it is a server's error (5xx) or a rate "
+            "limit (429); log in with `hf auth login` if it is 401 or 403"
+        ) from error
+    except (errors.HTTPError, ConnectionError) as error:
+        raise ConfigError(_unreachable(place, where, wanted, error)) from error
+    except errors.HFValidationError as error:
+        raise ConfigError(f"{place.id!r} can't be the id of a repository: {error}") from error
+
+
+def _unreachable(place: HubPath, where: str, wanted: str, error: Exception) -> str:
+    return (
+        f"{where} can't be read: the hub can't be reached ({_first_line(error)}), and this machine "
+        f"does not hold {wanted}. Connect it, or run {place.how_to_download()} where there is a "
+        "network and copy the cache folder (HF_HOME) here; unset HF_HUB_OFFLINE if it is set by "
+        "mistake"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,184 @@
+"""A diffusion pipeline on disk: what it is, how to load parts of it, how to call it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dirotq.errors import ConfigError
+from dirotq.files.digest import input_digests
+from dirotq.models.discovered import discovered_sites
+from dirotq.models.families import family_of
+from dirotq.models.family import ModelFamily, Site
+from dirotq.models.skeleton import empty_transformer
+from dirotq.sources.calls import pipeline_class, refuse_call
+from dirotq.sources.opening import open_pipeline
+
+from .lora import Lora, parse_loras
+from .origin import (
+    CALL_FILE,
+    INDEX,
+    pipeline_folder,
+    pipeline_identity,
+    read_header,
+    read_json,
+    refuse_quantized,
+    single_file,
+)
+from .single_file import default_base
+from .variant import variant_folder, variant_place
+from .weights import Weights
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusersModel:
+    """A diffusers pipeline: what to compress.
+
+    ``path``  local diffusers folder, hub id (``org/name[@revision]``), or a .safetensors file with
+              a finetuned transformer
+    ``call``  overrides of single pipeline arguments (steps, size, ...)
+    ``base``  the pipeline (folder or hub id) that a single file's other components come from; None:
+              the one that its layout belongs to
+    ``lora``  a file, or a list of files and {path, weight}, added to the transformer's weights
+
+    A file and LoRAs are made into a folder once (dirotq/sources/variant.py), so everything else
+    sees a plain diffusers folder.
+    """
+
+    path: str
+    call: Mapping[str, bool | float | list[float] | None]
+    base: str | None = None
+    lora: str | Sequence[str | Mapping[str, Any]] | None = None
+
+    def __post_init__(self) -> None:
+        parse_loras(self.lora)
+
+    def identity(self) -> dict[str, Any]:
+        """Every byte that can change a result; places on disk can't. Of a repository, its commit.
+
+        Raises what :meth:`folder` raises, as far as that shows without weights and classes.
+        """
+        return {**self._parts(), "call": dict(self.call_arguments())}
+
+    def folder(self, *, weights: bool = True, complete: bool = True) -> Path:
+        """The checked folder, downloaded and put together where that is needed.
+
+        weights   also the weights; without them only configurations
+        complete  hold every component against its class, too; False is quick, and is for questions
+                  that a cached run asks
+
+        Raises ConfigError, UnsupportedError or ArtifactError for what is no 16-bit diffusers
+        pipeline around a transformer (dirotq/sources/origin.py), or a file or LoRA that does not
+        fit it.
+        """
+        file = self._file()
+        if file is None and not self._loras():
+            return pipeline_folder(self.path, weights=weights, complete=complete)
+        root = pipeline_folder(
+            self._base(), weights=weights, without=self._replaced(), complete=complete
+        )
+        if not weights:
+            return root
+        return variant_folder(root, file, self._loras(), self._parts, self.path)
+
+    def assembled(self) -> Path | None:
+        """Where in DiRotQ's cache :meth:`folder` puts a file or LoRAs together; None if it needn't.
+
+        It may lie there already. Raises what :meth:`identity` raises.
+        """
+        plain = self._file() is None and not self._loras()
+        return None if plain else variant_place(self._parts())
+
+    @property
+    def family(self) -> ModelFamily:
+        """Raises UnsupportedError for a transformer class that no family describes."""
+        return family_of(self._config()["_class_name"])
+
+    def call_arguments(self) -> dict[str, float | int]:
+        """Pipeline call arguments: of the family, of the folder's generation.json, of ``call``."""
+        file = self.folder(weights=False, complete=False) / CALL_FILE
+        stored = read_json(file) if file.is_file() else {}
+        chosen = {**self.family.call, **stored, **self.call}
+        return {name: value for name, value in chosen.items() if value is not None}
+
+    def check(self) -> None:
+        """What can be told before a run: the folder is complete, and its pipeline takes the
+        arguments it will be given (dirotq/sources/calls.py).
+
+        Raises what :meth:`folder` raises, and ConfigError naming the argument.
+        """
+        folder = self.folder(weights=False)
+        if (cls := pipeline_class(read_json(folder / INDEX))) is None:
+            return  # pipelines of other libraries are refused where they are opened
+        if (file := folder / CALL_FILE).is_file():
+            stored = read_json(file)
+            refuse_call(cls, {n: v for n, v in stored.items() if n not in self.call}, str(file))
+        refuse_call(cls, self.call, "model.call")
+
+    def _config(self) -> dict[str, Any]:
+        folder = self.folder(weights=False, complete=False)
+        return read_json(folder / "transformer" / "config.json")
+
+    def _loras(self) -> tuple[Lora, ...]:
+        return parse_loras(self.lora)
+
+    def _file(self) -> Path | None:
+        file = single_file(self.path)
+        if file is None and self.base:
+            raise ConfigError(
+                f"model.base={self.base} is for a model in a single .safetensors file; "
+                f"{self.path} is a whole pipeline. Leave model.base out"
+            )
+        return file
+
+    def _base(self) -> str:
+        """The pipeline whose components are used."""
+        file = self._file()
+        return self.path if file is None else self.base or default_base(file, self.path)
+
+    def _replaced(self) -> str:
+        return "" if self._file() is None else "transformer"
+
+    def _parts(self) -> dict[str, Any]:
+        file, loras = self._file(), self._loras()
+        parts = pipeline_identity(self._base(), without=self._replaced())
+        if file is not None:
+            refuse_quantized(read_header(file), self.path)
+            parts["transformer"] = input_digests([file])[file]
+        if loras:
+            parts["lora"] = [lora.identity() for lora in loras]
+        return parts
+
+    def skeleton(self) -> Any:
+        """The transformer without its weights: parameters on the meta device, buffers computed."""
+        cls = _transformer_class(self.family)
+        return empty_transformer(cls.load_config(self.folder(weights=False) / "transformer"), cls)
+
+    def sites(self) -> list[Site]:
+        """Every site of the transformer, in order; see :class:`ModelFamily`.
+
+        Of a class without a table they are discovered, or UnsupportedError says why they can't be.
+        """
+        if self.family.rules:
+            return self.family.sites(self.skeleton())
+        folder, call = self.folder(weights=False), tuple(sorted(self.call_arguments().items()))
+        return list(discovered_sites(folder.resolve(), self.family.transformer, call))
+
+    def weights(self) -> Weights:
+        """The transformer's tensors on disk, to be read by name."""
+        return Weights(self.folder() / "transformer")
+
+    def pipeline(self, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
+        """The whole 16-bit pipeline, in ``dtype`` on ``device``."""
+        return open_pipeline(self.folder(), dtype, device)
+
+
+def _transformer_class(family: ModelFamily) -> Any:
+    import diffusers
+
+    return getattr(diffusers, family.transformer)

@@ -1,0 +1,122 @@
+"""A diffusers folder, packed or not, as a pipeline in memory."""
+
+import logging
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dirotq.errors import ArtifactError, DirotqError, UnsupportedError
+from dirotq.quiet import heed, quiet
+
+from .bounds import refuse_sizes
+from .doors import refuse_doors
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+log = logging.getLogger(__name__)
+
+
+def open_pipeline(
+    folder: Path, dtype: torch.dtype, device: torch.device, *, variant: str | None = None
+) -> "DiffusionPipeline":
+    """A local diffusers folder, packed or not, from safetensors only.
+
+    On a GPU that can't hold all components at once they go there one at a time, as they are used.
+
+    variant  of the files, where a component has it
+
+    Raises ArtifactError naming the file or component that is damaged or incomplete; ConfigError or
+    UnsupportedError if the folder would run code or read elsewhere (dirotq/sources/doors.py), or
+    needs packages that are not here.
+    """
+    import diffusers
+
+    from dirotq.sources.completeness import absent, is_packed, refuse_incomplete
+    from dirotq.sources.components import DENOISER
+
+    with explained(folder):
+        refuse_doors(folder)
+        # Before diffusers and transformers open a file, each of which fails in a way of its own.
+        refuse_sizes(folder)
+        packed = is_packed(folder)  # then its quantizer holds the transformer against its config
+        refuse_incomplete(
+            folder,
+            str(folder),
+            weights=variant is None,  # of a variant, what is missing is told by `heed`
+            without=DENOISER if packed else "",
+            prompts=not packed,
+            error=ArtifactError,
+        )
+        with quiet() as said:
+            pipe = diffusers.DiffusionPipeline.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                local_files_only=True,
+                variant=variant,
+                **absent(folder),
+            )
+        heed(said)
+    pipe.set_progress_bar_config(disable=True)
+    if device.type == "cuda" and component_bytes(pipe) > torch.cuda.mem_get_info(device)[0] * 0.8:
+        log.info("the pipeline's components take turns on %s, which can't hold all of them", device)
+        pipe.enable_model_cpu_offload(device=device)
+        return pipe
+    return pipe.to(device)
+
+
+def component_bytes(pipe: "DiffusionPipeline") -> int:
+    """What the weights of all components of a pipeline take."""
+    modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
+    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@contextmanager
+def explained(folder: str | Path) -> Iterator[None]:
+    """Turn whatever libraries raise while they read a folder into an error of this project.
+
+    Out of memory stays what it is, with a note on what to do.
+    """
+    try:
+        yield
+    except DirotqError:
+        raise
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        error.add_note(
+            f"while loading {folder}: use device='cpu', another GPU, or dtype=torch.bfloat16"
+        )
+        raise
+    except ImportError as error:
+        raise UnsupportedError(
+            f"{_place(folder, error)} needs a package that is not installed here: {_first(error)}"
+        ) from error
+    except (GeneratorExit, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # tokenizers' panics are no Exceptions
+        raise ArtifactError(
+            f"{_place(folder, error)} can't be loaded ({type(error).__name__}: {_first(error)}): a "
+            "file is missing or damaged, or was written for another version of diffusers or "
+            "transformers. Download the folder again, or make it again with `dirotq compress`"
+        ) from error
+
+
+def _place(folder: str | Path, error: BaseException) -> str:
+    """The component that diffusers was loading, if it was, and the folder."""
+    names: list[Any] = [
+        frame.f_locals.get("name")
+        for frame, _ in traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_name == "load_sub_model"
+    ]
+    return f"the component {names[-1]} of {folder}" if names else str(folder)
+
+
+def _first(error: BaseException) -> str:
+    """The first line of an error that says something, cut."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0]:.300}" if lines else "no message"

@@ -1,0 +1,281 @@
+"""Where a pipeline comes from: a local diffusers folder or a repository of the Hugging Face Hub.
+
+Either way the rest of DiRotQ sees a plain, checked folder. Of a repository only what is used is
+downloaded: configurations and tokenizers for a plan, safetensors when weights are read.
+"""
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from dirotq.errors import ConfigError, UnsupportedError
+from dirotq.files.digest import Stamp, input_digests, stamp
+from dirotq.files.json_file import read_json
+from dirotq.files.names import components
+from dirotq.models.families import family_of
+from dirotq.sources.blobs import unproven
+from dirotq.sources.completeness import refuse_incomplete
+from dirotq.sources.doors import refuse_doors
+from dirotq.sources.hub import HubPath, hub_path
+from dirotq.sources.prompts import resolve
+from dirotq.sources.weights_file import check_weights
+
+from .folder import (
+    CALL_FILE,
+    INDEX,
+    SETTINGS,
+    STEMS,
+    carried_files,
+    missing_weights,
+    pipeline_files,
+    weight_names,
+)
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+Header = Mapping[str, tuple[str, tuple[int, ...]]]
+"""{tensor: (dtype as safetensors spells it, shape)}."""
+
+
+def pipeline_folder(
+    source: str, *, weights: bool, without: str = "", complete: bool = True
+) -> Path:
+    """The checked diffusers folder behind a path or hub id.
+
+    weights   with the weights of its components; without, those of a repository may be missing
+    without   a component whose weights are not needed
+    complete  hold each component against its class, too, which takes seconds of imports: left out
+              where only names and digests are asked for, as for a run that is all cached
+
+    Raises ConfigError if there is no such pipeline, it is damaged or incomplete, holds weights only
+    as pickles, or leads out of its folder (dirotq/sources/folder.py); UnsupportedError if its
+    denoiser is no transformer or is quantized already, or it needs code of its own.
+    """
+    place = _on_hub(source)
+    if place is None:
+        root = resolve(source)
+        _refuse_no_pipeline(root, source)
+        _refuse_pickles(root)
+        weights = True  # they are here anyway
+    else:
+        root = _fetch(place, weights=False)
+    index = read_json(root / INDEX)
+    refuse_doors(root)
+    _refuse_foreign(root, index, source)
+    if place is not None and weights:
+        _fetch(place, weights=True, without=without)
+    pipeline_files(root, index)  # all can be read, no link leaves
+    if place is not None:
+        unproven(root, _used(root, index, without), place.listing())
+    if weights:
+        for part in _model_parts(root, index, without):
+            _refuse_weights(part, source)
+    if complete:
+        refuse_incomplete(root, source, weights=weights, without=without)
+    return root
+
+
+def pipeline_identity(source: str, *, without: str = "") -> dict[str, Any]:
+    """What stands in a fingerprint: a repository's commit, or the digest of every file that counts.
+
+    A commit stands for its files as far as each is held against the id that the hub gives it
+    (dirotq/sources/blobs.py). Files that have none, in a cache that was copied without its links or
+    edited, count by their digests, as those of a local folder do.
+
+    without  a component whose weights don't count
+
+    Raises what :func:`pipeline_folder` raises, but for what is incomplete: whoever reads the folder
+    finds that. Cheap to call again: what did not change on disk is not read again.
+    """
+    root = pipeline_folder(source, weights=False, without=without, complete=False)
+    index = read_json(root / INDEX)
+    if (place := _on_hub(source)) is None:
+        return {"files": _digests(root, pipeline_files(root, index, without=without))}
+    if not unproven(root, _used(root, index, without), place.listing()):
+        return place.identity()
+    # All of them, or a download would give another fingerprint to the same model.
+    pipeline_folder(source, weights=True, without=without, complete=False)
+    unknown = unproven(root, _used(root, index, without), place.listing())
+    return place.identity() | {"files": _digests(root, unknown)}
+
+
+def _digests(root: Path, files: list[Path]) -> dict[str, str]:
+    digests = input_digests(files)
+    return {str(path.relative_to(root)): digests[path] for path in files}
+
+
+def _used(root: Path, index: Mapping[str, Any], without: str) -> list[Path]:
+    """Files of a snapshot that are read, as far as they are here."""
+    files = carried_files(root, index)
+    return [p for p in files if not (p.suffix == ".safetensors" and p.parent.name == without)]
+
+
+def single_file(source: str) -> Path | None:
+    """The .safetensors file that ``source`` names, or None if it names a folder or a repository.
+
+    Raises ConfigError if the file does not exist or is a pickle, UnsupportedError if it is GGUF.
+    """
+    path = resolve(source)
+    if path.is_dir() or path.suffix not in (".safetensors", ".gguf", *PICKLES):
+        return None
+    if path.suffix == ".gguf":
+        raise UnsupportedError(
+            f"{source} is a GGUF file: its weights are quantized already, and what DiRotQ would "
+            "measure is lost. Compress the 16-bit model that it was made from"
+        )
+    if path.suffix in PICKLES:
+        raise ConfigError(
+            f"{source} is a pickle, which can run code when loaded and is refused; most finetunes "
+            "are offered as .safetensors too. Or convert it where you trust it"
+        )
+    if not path.is_file():
+        raise ConfigError(f"{source}: there is no such file; download it and give its path")
+    return path
+
+
+def read_header(file: Path) -> Header:
+    """Name, dtype and shape of every tensor of a safetensors file.
+
+    Raises ArtifactError if it is truncated.
+    """
+    return _header(file, stamp(file))
+
+
+def refuse_quantized(header: Header, name: str) -> None:
+    """Raise UnsupportedError if weights are stored in fewer than 16 bits."""
+    for tensor, (dtype, _) in header.items():
+        whole = dtype[0] in "IUB" and dtype != "BF16" and tensor.endswith((".weight", ".bias"))
+        if whole or dtype.startswith(("F8", "F6", "F4")) or dtype in ("I8", "U8", "I4", "U4"):
+            raise UnsupportedError(
+                f"{name} is already quantized: {tensor} is stored as {dtype} (fp8, int8, nf4 and "
+                "other files of fewer than 16 bits have lost what DiRotQ would measure). Compress "
+                "the 16-bit model that it was made from"
+            )
+
+
+@functools.lru_cache(maxsize=256)
+def _header(file: Path, stamp: Stamp) -> Header:
+    check_weights(file)
+    with safe_open(file, framework="pt") as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+
+
+def _on_hub(source: str) -> HubPath | None:
+    """The repository that ``source`` names, unless there is such a folder here."""
+    if "://" in source or resolve(source).exists():
+        return None
+    place = hub_path(source, "model")
+    return None if place is None or place.file else place
+
+
+def _fetch(place: HubPath, *, weights: bool, without: str = "") -> Path:
+    root = place.fetch([INDEX, CALL_FILE])
+    if not (root / INDEX).is_file():
+        raise ConfigError(
+            f"{place.url} is no diffusers pipeline: it has no {INDEX}. Many models are offered "
+            "twice; look for the repository that says `diffusers` (often named ...-Diffusers). A "
+            "single .safetensors file can be downloaded and given as model=FILE"
+        )
+    index = read_json(root / INDEX)
+    wanted = [f"{part}/*.{suffix}" for part in components(index) for suffix in SETTINGS]
+    here = place.fetch([INDEX, CALL_FILE, *wanted])
+    if weights:
+        # Of most repositories the standard names; an index may have other ones.
+        named = [
+            f"{stem}{number}.safetensors" for stem in STEMS for number in ("", "-?????-of-?????")
+        ]
+        place.fetch(
+            [
+                f"{part.name}/{name}"
+                for part in _model_parts(here, index, without)
+                for name in sorted({*named, *weight_names(part)})
+            ]
+        )
+    return here
+
+
+def _model_parts(root: Path, index: Mapping[str, Any], without: str) -> list[Path]:
+    """Folders of the components that have weights: schedulers and tokenizers have none."""
+    return [
+        root / name
+        for name in components(index)
+        if name != without
+        and (root / name / "config.json").is_file()
+        and not (root / name / "tokenizer_config.json").is_file()
+    ]
+
+
+def _refuse_no_pipeline(root: Path, source: str) -> None:
+    if (root / INDEX).is_file():
+        return
+    if root.is_file():
+        raise UnsupportedError(
+            f"{source} is a file of a kind that DiRotQ does not read; a model is a diffusers "
+            "folder, a hub id, or one .safetensors file with a 16-bit transformer"
+        )
+    found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else "nothing"
+    raise ConfigError(
+        f"{source} is no diffusers pipeline: it has no {INDEX} (found {found}). Give the folder "
+        "that pipeline.save_pretrained(...) wrote, a hub id (org/name), or a .safetensors file"
+    )
+
+
+def _refuse_pickles(root: Path) -> None:
+    for part in sorted(p for p in root.iterdir() if p.is_dir()):
+        pickles = sorted(p.name for p in part.iterdir() if p.suffix in PICKLES)
+        if pickles and not list(part.glob("*.safetensors")):
+            raise ConfigError(
+                f"{part} holds its weights as a pickle ({pickles[0]}), which can run code when "
+                "loaded and is refused. Convert it where you trust it: "
+                "DiffusionPipeline.from_pretrained(folder).save_pretrained(new_folder, "
+                "safe_serialization=True)"
+            )
+
+
+def _refuse_foreign(root: Path, index: Mapping[str, Any], source: str) -> None:
+    """Refuse a pipeline that is not one of diffusers around one 16-bit diffusion transformer."""
+    parts = components(index)
+    if "transformer" not in parts and "unet" in parts:
+        raise UnsupportedError(
+            f"{source} ({index['_class_name']}) denoises with a UNet ({parts['unet'][1]}), as "
+            "Stable Diffusion 1.5 and SDXL do; DiRotQ compresses diffusion transformers"
+        )
+    config = root / "transformer" / "config.json"
+    if "transformer" not in parts or not config.is_file():
+        raise ConfigError(
+            f"{source} has no transformer/config.json (its components are {sorted(parts)}): DiRotQ "
+            "compresses pipelines whose denoiser is a diffusion transformer"
+        )
+    library, listed = parts["transformer"]
+    found = read_json(config).get("_class_name")
+    if library != "diffusers" or found != listed:
+        family_of(str(found))  # a class that nobody knows is the first thing to say
+        raise ConfigError(
+            f"{source} contradicts itself: {INDEX} says that its transformer is a {listed} of "
+            f"{library}, transformer/config.json that it is a {found}. Both must name the same "
+            "class of diffusers; correct the wrong one"
+        )
+    for name in parts:
+        settings = root / name / "config.json"
+        if settings.is_file() and "quantization_config" in (values := read_json(settings)):
+            quantization = values["quantization_config"]
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+            raise UnsupportedError(
+                f"{source} is already quantized: its {name} carries a quantization_config "
+                f"(quant_method {method!r}); compress the 16-bit model it was made from"
+            )
+
+
+def _refuse_weights(part: Path, source: str) -> None:
+    if missing := missing_weights(part):
+        raise ConfigError(
+            f"{source}: the component {part.name} lacks {', '.join(missing[:4])}. Files of other "
+            "names (.bin, fp16 or ema variants) are not used; download the model again, or write "
+            "one with pipeline.save_pretrained(folder, safe_serialization=True)"
+        )
+    for name in sorted(weight_names(part)):
+        refuse_quantized(read_header(part / name), f"{part.name}/{name} of {source}")

@@ -1,0 +1,275 @@
+"""Prompt sets: a file, or a whole dataset of the Hugging Face Hub, read through `datasets`."""
+
+import functools
+import os
+import re
+import reprlib
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from dirotq.errors import ConfigError
+from dirotq.files.digest import file_digest, input_digests
+from dirotq.sources.hub import HubPath, explained, hub_path
+from dirotq.sources.pictures import check_picture
+from dirotq.sources.prompt_files import IMAGES, READERS, rows
+
+SEEDS = (-(2**63), 2**64 - 1)
+"""What torch.Generator.manual_seed takes, both included."""
+EXACT = 2**53
+"""Whole numbers below it are exact in a float."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A caption, the seed of its noise, and, for rendered scenes, what the image must show.
+
+    ``inputs``  paths of the images that an editing pipeline starts from ({"image": ...})
+    """
+
+    text: str
+    seed: int
+    attributes: Mapping[str, Any] | None = None
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptSet:
+    """``count`` prompts from row ``start`` of a file or dataset.
+
+    ``path``    .jsonl, .json, .csv, .parquet, .yaml or .txt (one prompt a line); or on the hub:
+                ``org/name[@revision]`` (with ``subset`` and ``split``), or a file in it,
+                ``org/name/file.json[@revision]``
+    ``column``  where the text is; of a list of captions the first one counts
+
+    Optional columns are ``seed`` (else the row's number, so a prompt's noise never depends on
+    batching), ``attributes``, and in local files ``image`` and ``mask_image``: paths, relative ones
+    from the file's folder.
+    """
+
+    path: str
+    start: int
+    count: int
+    column: str = "prompt"
+    subset: str | None = None
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        for name in ("path", "column"):
+            if not isinstance(given := getattr(self, name), str):
+                raise ConfigError(f"prompts: {name}={given!r} is no text; write it in quotes")
+        for name in ("start", "count"):
+            given = getattr(self, name)
+            whole = isinstance(given, int) and not isinstance(given, bool)
+            if not whole or not 0 <= given <= sys.maxsize:
+                raise ConfigError(
+                    f"prompts: {name}={shortly(given)} for {self.path}; {name} is a whole number "
+                    "of rows, 0 or more"
+                )
+
+    def identity(self) -> dict[str, Any]:
+        """Bytes, not path: a moved or renamed file is the same prompt set. Of the hub, a commit."""
+        chosen = {"column": self.column, "start": self.start, "count": self.count}
+        if (place := self._on_hub()) is not None:
+            part = {"subset": self.subset, "split": self.split}
+            return place.identity() | ({"file": place.file} if place.file else part) | chosen
+        images = [Path(i) for prompt in self.load() for i in prompt.inputs.values()]
+        shown = list(input_digests(dict.fromkeys(images)).values())
+        return (
+            {"prompts": file_digest(self._file())} | chosen | ({"images": shown} if shown else {})
+        )
+
+    def load(self) -> list[Prompt]:
+        """Raises ConfigError if the set is missing, has fewer rows, or rows without a text."""
+        place = self._on_hub()
+        stamp = place.commit if place is not None else file_digest(self._file())
+        return list(_load(self, place, stamp))
+
+    def _on_hub(self) -> HubPath | None:
+        """The dataset that ``path`` names, unless there is such a file here."""
+        if "://" in self.path or os.path.lexists(resolve(self.path)):
+            return None
+        return hub_path(self.path, "dataset")
+
+    def _file(self) -> Path:
+        path = resolve(self.path)
+        try:
+            if path.is_file():  # not a folder, and not a pipe, which would never end
+                path.open("rb").close()
+                return path
+            problem = "is no regular file" if path.exists() else "does not exist"
+        except OSError as error:
+            problem = f"can't be read ({error.strerror})"
+        raise ConfigError(
+            f"prompt file {self.path:.300} {problem}; give a JSONL file, one "
+            '{"prompt": "...", "seed": 1} per line, as prompts.calibration.path=FILE (or a '
+            ".csv, .parquet, .json or .txt file, or the id of a dataset on the hub)"
+        )
+
+
+def refuse_shared(calibration: Sequence[Prompt], heldout: Sequence[Prompt]) -> None:
+    """Raise ConfigError if a held-out prompt, case and spaces apart, calibrates too."""
+    seen = {_plain(prompt) for prompt in calibration}
+    if shared := [prompt.text for prompt in heldout if _plain(prompt) in seen]:
+        raise ConfigError(
+            f"{len(shared)} of {len(heldout)} held-out prompts are calibration prompts too, such "
+            f"as {shared[0]!r}: the scores would not be those of unseen prompts. Choose other rows "
+            "(prompts.heldout.start, prompts.calibration.count) or another file for one of them"
+        )
+
+
+def resolve(path: str) -> Path:
+    """A path as the user sees it; ``assets://x`` is a file that ships with the package.
+
+    Raises ConfigError for the home of a user who has none.
+    """
+    if path.startswith("assets://"):
+        return Path(str(files("dirotq.assets"))) / path.removeprefix("assets://")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: there is no such home folder ({error}); write it out"
+        ) from error
+
+
+def shortly(value: Any) -> str:
+    """``value`` in a message: as Python writes it, cut where it is long or deep."""
+    short = reprlib.Repr()
+    short.maxlevel, short.maxstring, short.maxlong, short.maxother = 2, 80, 40, 80
+    try:
+        return short.repr(value)
+    except ValueError:  # a whole number of thousands of digits
+        return f"a {type(value).__name__} too long to show"
+
+
+@functools.lru_cache(maxsize=16)
+def _load(chosen: PromptSet, place: HubPath | None, stamp: str) -> tuple[Prompt, ...]:
+    """``stamp`` tells the content: a plan asks for the same prompts several times."""
+    if place is not None and not place.file:
+        folder, found = None, _dataset_rows(chosen, place)
+    else:
+        file = chosen._file() if place is None else place.download(str(place.file))
+        folder, found = file.parent if place is None else None, _file_rows(chosen, file)
+    try:
+        chosen_rows = list(islice(found, chosen.count))
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ConfigError(
+            f"{chosen.path} can't be read ({error!s:.300}). A prompt set is a .jsonl file, one "
+            '{"prompt": "...", "seed": 1} per line, or .json, .csv, .parquet, .yaml or .txt'
+        ) from error
+    if len(chosen_rows) < chosen.count or chosen.count < 1:
+        raise ConfigError(
+            f"{chosen.path} holds {len(chosen_rows)} prompts from row {chosen.start} on, "
+            f"{chosen.count} were asked for; set prompts.calibration.count or "
+            "prompts.heldout.count to 1 ... that many"
+        )
+    return tuple(
+        _prompt(chosen, row, number, folder) for number, row in enumerate(chosen_rows, chosen.start)
+    )
+
+
+def _dataset_rows(chosen: PromptSet, place: HubPath) -> Iterator[Mapping[str, Any]]:
+    """Rows of a whole dataset, streamed: no more is downloaded than is read."""
+    import datasets
+
+    with explained(place, "its rows"):
+        try:
+            stream = datasets.load_dataset(
+                place.id,
+                chosen.subset,
+                split=chosen.split,
+                revision=place.commit,
+                streaming=True,
+            )
+            wanted = [chosen.column, "seed", "attributes"]
+            if stream.column_names and chosen.column in stream.column_names:
+                # Pictures that nobody looks at are not decoded.
+                stream = stream.select_columns([c for c in stream.column_names if c in wanted])
+            yield from stream.skip(chosen.start)
+        except (ConnectionError, TimeoutError) as error:
+            raise ConfigError(
+                f"the dataset {place.id} can't be reached ({error}). Connect this machine, or "
+                "download a file of it where there is a network (`hf download --repo-type dataset "
+                f"{place.id} FILE`) and give that file as path"
+            ) from error
+
+
+def _file_rows(chosen: PromptSet, file: Path) -> Iterator[Mapping[str, Any]]:
+    if file.suffix.lower() not in READERS:
+        raise ConfigError(
+            f"{chosen.path}: prompts are read from {', '.join(READERS)} files, not from "
+            f"{file.suffix or 'files without a suffix'}"
+        )
+    return rows(file, chosen.column, chosen.start)
+
+
+def _prompt(chosen: PromptSet, row: Mapping[Any, Any], number: int, folder: Path | None) -> Prompt:
+    where = f"{chosen.path}, row {number + 1}"
+    if chosen.column not in row:
+        raise ConfigError(
+            f"{where}: there is no column {chosen.column!r}, there are "
+            f"{shortly(sorted(map(str, row)))}; name the one with the text: "
+            "prompts.calibration.column=... (and prompts.heldout.column=...)"
+        )
+    text = _text(row[chosen.column], where, chosen.column)
+    seed = row.get("seed")
+    attributes = row.get("attributes")
+    return Prompt(
+        text,
+        number if seed is None else _seed(seed, where),
+        attributes if isinstance(attributes, Mapping) else None,
+        _pictures(row, where, folder) if folder else {},
+    )
+
+
+def _text(value: Any, where: str, column: str) -> str:
+    text = value[0] if isinstance(value, list) and value else value
+    if not isinstance(text, str) or not text.strip():
+        raise ConfigError(
+            f"{where}: no text under {column!r}, but {shortly(text)}; remove the row, or choose "
+            "others with prompts.calibration.start (or prompts.heldout.start)"
+        )
+    if strange := re.search("[\x00\ud800-\udfff]", text):
+        raise ConfigError(
+            f"{where}: the text holds {strange[0]!a}, which is no character of a text; save "
+            "the file as UTF-8, or remove the row"
+        )
+    return text
+
+
+def _seed(value: Any, where: str) -> int:
+    """The very number that the file says: PyTorch's seeds have 64 bits, a float holds 53."""
+    exact = isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(value, float):
+        exact = value.is_integer() and abs(value) < EXACT
+    if not exact or not SEEDS[0] <= value <= SEEDS[1]:
+        raise ConfigError(
+            f"{where}: the seed {shortly(value)} is no whole number from {SEEDS[0]} to {SEEDS[1]} "
+            f"(from {EXACT} on, without point or exponent); correct or remove it"
+        )
+    return int(value)
+
+
+def _pictures(row: Mapping[Any, Any], where: str, folder: Path) -> dict[str, str]:
+    """The paths of a row's pictures, relative ones from ``folder``; each can be decoded."""
+    found = {}
+    for name in IMAGES:
+        if isinstance(given := row.get(name), str):
+            picture = folder / resolve(given)
+            if not os.path.isfile(picture):  # noqa: PTH113 (Path's raises for odd names)
+                raise ConfigError(f"{where}: the {name} {picture!s:.300} does not exist")
+            try:
+                check_picture(picture)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: the {name} {error}") from error
+            found[name] = str(picture)
+    return found
+
+
+def _plain(prompt: Prompt) -> tuple[str, tuple[tuple[str, str], ...]]:
+    return " ".join(prompt.text.split()).casefold(), tuple(sorted(prompt.inputs.items()))

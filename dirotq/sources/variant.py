@@ -1,0 +1,215 @@
+"""Pipelines with another transformer (a single file, fused LoRAs), written once as plain folders.
+
+They lie in $DIROTQ_CACHE/sources under the digest of what they are made of.
+"""
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dirotq.errors import ConfigError
+from dirotq.files.digest import cache_root, input_digests
+from dirotq.files.json_file import read_json
+from dirotq.files.walk import walk
+from dirotq.pipeline.disk import is_disk_full, open_modes, sync, sync_tree
+from dirotq.progress import track
+from dirotq.sources.placing import place
+
+from .folder import INDEX, carried_files
+from .lora import Lora, Update, add, read_lora
+from .origin import read_header
+from .single_file import converted
+from .weights import INDEX as SHARDS
+from .weights import WHOLE, Weights
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2  # raise it when the same parts would give another folder
+SHARD = 2 * 10**9  # bytes; writing takes twice that in memory
+DIGESTS = ".digests.json"
+"""{file: SHA-256} of all others of the folder."""
+WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
+
+
+def variant_folder(
+    base: Path,
+    file: Path | None,
+    loras: Sequence[Lora],
+    identity: Callable[[], Mapping[str, Any]],
+    source: str,
+) -> Path:
+    """The folder of ``base`` with the transformer of ``file`` (or its own) and ``loras`` added.
+
+    identity  what tells this variant from all others, as the disk has it now
+    source    its name in errors
+
+    No more than one shard of weights is in memory. A folder in which a byte changed is written
+    again. Raises ConfigError, UnsupportedError or NumericalError if the parts don't fit together;
+    ConfigError if they change meanwhile, or the cache can't be written.
+    """
+    parts = identity()
+    folder = variant_place(parts)
+    sources = folder.parent
+    if _intact(folder):
+        with suppress(OSError):
+            os.utime(folder)  # when it was last used, for `dirotq gc --cache`
+        return folder
+    with _explained(sources, source):
+        sources.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if _intact(folder):  # another process was faster
+                return folder
+            if folder.exists():
+                log.warning("%s is not as it was written, and is written again", folder)
+            for left in [folder, *sources.glob(f".{folder.name}-*")]:  # by a process that died
+                shutil.rmtree(left, ignore_errors=True)
+            draft = sources / f".{folder.name}-{uuid.uuid4().hex[:8]}"
+            draft.mkdir()
+            try:
+                log.info("%s is written to %s, once", source, folder)
+                _write_transformer(draft / "transformer", base, file, loras, source)
+                _place_rest(base, draft)
+                (draft / DIGESTS).write_text(json.dumps(_digests(draft), indent=2))
+                if identity() != parts:
+                    raise ConfigError(
+                        f"{source} changed while it was read; run this again once its files stay "
+                        "as they are"
+                    )
+                open_modes(draft)
+                sync_tree(draft)
+                draft.replace(folder)
+                sync(sources)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def variant_place(identity: Mapping[str, Any]) -> Path:
+    """Where a variant lies, or will: in the cache, under the digest of what it is made of."""
+    digest = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()
+    return cache_root() / "sources" / digest[:32]
+
+
+def shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
+    """{file: tensor names} in order, no file above ``limit`` bytes unless one tensor is."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if groups[-1] and filled + size > limit:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+    if len(groups) == 1:
+        return {WHOLE: groups[0]}
+    stem = WHOLE.removesuffix(".safetensors")
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, 1)}
+
+
+def _intact(folder: Path) -> bool:
+    """Every file that was written is there, no other one, and no byte of them changed.
+
+    Read once: what did not change on disk since is known (dirotq/files/digest.py).
+    """
+    try:
+        return bool(read_json(folder / DIGESTS) == _digests(folder))
+    except (ConfigError, OSError):
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    files = {path.relative_to(folder).as_posix(): path for path in walk(folder)}
+    files.pop(DIGESTS, None)
+    digests = input_digests(files.values())
+    return {name: digests[path] for name, path in files.items()}
+
+
+@contextmanager
+def _explained(sources: Path, source: str) -> Iterator[None]:
+    """A full or read-only cache as a ConfigError; what fails elsewhere stays as it is."""
+    remedy = "choose another place for it with the environment variable DIROTQ_CACHE"
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if is_disk_full(error):
+            raise ConfigError(
+                f"the disk is full: {source} could not be written to {sources}. Make room (what "
+                f"lies there can be made again), or {remedy}"
+            ) from error
+        if isinstance(error, OSError) and str(error.filename or "").startswith(str(cache_root())):
+            raise ConfigError(
+                f"{source} has to be written to {sources} once, which can't be done "
+                f"({error.strerror}: {error.filename}); {remedy}"
+            ) from error
+        raise
+
+
+def _write_transformer(
+    target: Path, base: Path, file: Path | None, loras: Sequence[Lora], source: str
+) -> None:
+    pipeline = str(read_json(base / INDEX)["_class_name"])
+    if file is None:
+        weights = Weights(base / "transformer")
+        read: Callable[[list[str]], dict[str, Tensor]] = weights.tensors
+        shapes, sizes = _on_disk(weights)
+    else:
+        tensors = converted(file, base / "transformer", source)
+
+        def read(names: list[str]) -> dict[str, Tensor]:
+            return {name: tensors[name] for name in names}
+
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+    updates = [(lora.weight, read_lora(lora, shapes, pipeline)) for lora in loras]
+
+    target.mkdir()
+    shutil.copyfile(base / "transformer" / "config.json", target / "config.json")
+    plan = shards(sizes, SHARD)
+    for name, inside in track(plan.items(), "model: write"):
+        part = read(inside)
+        for key in inside:  # one after the other: the shard is never there twice
+            part[key] = _added(key, part[key], updates).contiguous()
+        save_file(part, target / name, metadata={"format": "pt"})
+        shutil.copymode(target / "config.json", target / name)  # safetensors leaves 0600
+        del part
+    if len(plan) > 1:
+        where = {key: name for name, inside in plan.items() for key in inside}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
+        (target / SHARDS).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _on_disk(weights: Weights) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """Shapes and bytes of all tensors, from the headers alone."""
+    headers = {file: read_header(file) for file in set(weights.files.values())}
+    found = {name: headers[file][name] for name, file in weights.files.items()}
+    shapes = {name: shape for name, (_, shape) in found.items()}
+    return shapes, {n: math.prod(shape) * WIDTHS[dtype] for n, (dtype, shape) in found.items()}
+
+
+def _added(
+    name: str, tensor: Tensor, updates: Sequence[tuple[float, Mapping[str, Update]]]
+) -> Tensor:
+    module, _, leaf = name.rpartition(".")
+    chosen = [(factor, by[module]) for factor, by in updates if leaf == "weight" and module in by]
+    return add(tensor, chosen, module) if chosen else tensor
+
+
+def _place_rest(base: Path, draft: Path) -> None:
+    """Everything but the transformer. What a user may write to shares nothing with the copy."""
+    for file in carried_files(base, read_json(base / INDEX), without="transformer"):
+        target = draft / file.relative_to(base)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place(file, target)

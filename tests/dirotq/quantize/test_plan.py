@@ -1,0 +1,144 @@
+import dataclasses
+import json
+
+import pytest
+from tiny_line import METHODS, method
+
+from dirotq.errors import ConfigError
+from dirotq.models.family import Site
+from dirotq.quantize.plan import Method, SitePlan, fitting_group, read_plan, write_plan
+
+BLOCK = Site("a.qkv", ("a.q", "a.k", "a.v"), 96, (8, 8, 16), "block", True)
+MODULATOR = Site("a.norm.linear", ("a.norm.linear",), 64, (384,), "modulator", True)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_plan_round_trip(name, tmp_path):
+    used = method(name)
+    plan = [
+        SitePlan(site, used.spec(site, 16), used.rounding, used.weight_clip, "because")
+        for site in (BLOCK, MODULATOR)
+    ]
+    write_plan(tmp_path / "plan.json", plan)
+    assert read_plan(tmp_path / "plan.json") == plan
+    assert json.loads((tmp_path / "plan.json").read_text())[0]["site"]["name"] == "a.qkv"
+
+
+def test_a_block_takes_the_method_and_the_largest_hadamard_block_that_fits():
+    spec = method("dirotq", act_group=32).spec(BLOCK, 16)
+    assert (spec.dim, spec.rows, spec.rank, spec.block) == (96, (8, 8, 16), 16, 32)
+    assert (spec.transform, spec.act_bits, spec.act_scale) == ("hadamard", 4, "rms")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_modulator_is_w4a16_in_groups_and_never_rotated(name):
+    spec = method(name).spec(MODULATOR, 16)
+    assert (spec.rank, spec.transform, spec.block) == (0, "hadamard", 1)
+    assert (spec.act_bits, spec.weight_scale, spec.weight_group) == (16, "group", 64)
+
+
+def test_modulators_may_stay_in_sixteen_bits():
+    assert method("dirotq", modulator_group=None).spec(MODULATOR, 0) is None
+    assert method("dirotq", modulator_group=None, act_group=32).spec(BLOCK, 0) is not None
+
+
+@pytest.mark.parametrize(
+    ("group", "channels", "fitting"),
+    [
+        (64, 3072, 64),
+        (64, 96, 32),
+        (64, 5600, 32),  # SANA's inner channels
+        (64, 80, 16),
+        (48, 72, 24),
+        (64, 72, 64),  # 8 would fit, but no kernel has groups that small
+        (40, 96, 40),
+        (7, 96, 7),
+        (0, 96, 0),
+        (-16, 96, -16),
+    ],
+)
+def test_a_group_that_does_not_fit_is_halved(group, channels, fitting):
+    assert fitting_group(group, channels) == fitting
+
+
+def test_the_spec_tells_which_group_a_site_took():
+    spec = method("groups").spec(BLOCK, 16)
+    assert (spec.act_group, spec.weight_group) == (32, 32)
+    narrow = dataclasses.replace(MODULATOR, dim=96)
+    assert method("dirotq").spec(narrow, 0).weight_group == 32
+
+
+def test_fp4_groups_are_the_formats_own():
+    for name, group in (("nvfp4", 16), ("mxfp4", 32)):
+        spec = method(f"dirotq_{name}").spec(BLOCK, 16)
+        assert (spec.weight_scale, spec.act_scale) == (name, name)
+        assert (spec.weight_group, spec.act_group) == (group, group)
+        assert spec.block == (1 if name == "nvfp4" else 32)
+        modulator = method(f"dirotq_{name}").spec(MODULATOR, 0)
+        assert (modulator.weight_scale, modulator.act_bits) == ("group", 16)
+
+
+def test_fp4_groups_that_do_not_divide_a_site_are_refused():
+    narrow = dataclasses.replace(BLOCK, dim=80)
+    assert method("dirotq_nvfp4").spec(narrow, 0).weight_group == 16
+    with pytest.raises(ConfigError, match=r"site a\.qkv.*weight group 32 does not divide the 80"):
+        method("dirotq_mxfp4").spec(narrow, 0)
+    with pytest.raises(ConfigError, match=r"nvfp4 has groups of 16, not 64: set weight_group to"):
+        method("dirotq", weight_scale="nvfp4", act_scale="nvfp4").spec(BLOCK, 0)
+
+
+def test_a_group_of_128():
+    wide = dataclasses.replace(BLOCK, dim=3072)
+    spec = method("groups", weight_group=128, act_group=128).spec(wide, 64)
+    assert (spec.weight_group_size, spec.act_group_size) == (128, 128)
+    assert method("groups", weight_group=128, act_group=128).spec(BLOCK, 0).act_group == 32
+
+
+def test_a_dense_rotation_takes_any_group():
+    dense = method("dirotq_dense", weight_scale="group", act_group=64).spec(BLOCK, 16)
+    assert (dense.act_group, dense.weight_group, dense.width) == (64, 64, 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"act_group": 40},
+            r"site a\.qkv, method dirotq: activation group 40 does not divide the 96",
+        ),
+        ({"weight_scale": "group", "weight_group": 40}, r"site a\.qkv.*weight group 40"),
+        (
+            {"act_bits": 8, "act_scale": "pow2"},
+            r"site a\.qkv.*8-bit activations with power-of-two groups",
+        ),
+    ],
+)
+def test_formats_that_do_not_fit_name_the_site(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        method("dirotq", **changes).spec(BLOCK, 16)
+
+
+def test_a_rank_above_the_channels_names_the_site():
+    with pytest.raises(ConfigError, match=r"site a\.qkv.*rank 104 is not in 0 \.\.\. 96"):
+        method("dirotq").spec(BLOCK, 104)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rounding": "up"}, r"method\.rounding='up' is unknown; use 'gptq' or 'nearest'"),
+        ({"block": 0}, r"method\.block=0 is not a power of two"),
+        ({"block": 96}, r"method\.block=96 is not a power of two"),
+    ],
+)
+def test_methods_are_checked_when_built(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        method("dirotq", **changes)
+
+
+def test_methods_of_the_config_tree_differ_in_what_they_say():
+    built: dict[str, Method] = {name: method(name) for name in METHODS}
+    assert built["dirotq_dense"].transform == "dense"
+    assert not built["rtn"].protect
+    assert built["rtn"].rounding == "nearest"
+    assert built["dirotq_w4a8"].act_bits == 8

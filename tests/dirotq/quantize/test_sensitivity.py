@@ -1,0 +1,72 @@
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel
+from tiny_line import method, run
+
+from dirotq.models.call import load_calls
+from dirotq.quantize import sensitivity
+from dirotq.quantize.planning import make_plan
+from dirotq.quantize.sensitivity import site_errors
+from dirotq.sources.model import DiffusersModel
+
+CPU = torch.device("cpu")
+SINGLE = "single_transformer_blocks.0"
+FF = "transformer_blocks.0.ff.net.2"
+
+
+@pytest.fixture(scope="module")
+def captured(line):
+    return run(line("until=basis"))
+
+
+def measured(folder, captured, change=None, rank=16, calls=1, **formats):
+    """Errors of the pipeline in ``folder``, its transformer's weights changed first."""
+    if change is not None:
+        transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+        with torch.no_grad():
+            change(transformer)
+        transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    model = DiffusersModel(path=str(folder), call={})
+    plan = make_plan(method("dirotq", **formats), model.sites(), lambda site: (rank, "a test"))
+    probe, *_ = load_calls(captured["capture"].data, ["probe"])
+    return site_errors(model, plan.blocks, captured["basis"], [probe] * calls, CPU)
+
+
+@pytest.fixture(scope="module")
+def plain(folder, captured):
+    return measured(folder, captured)
+
+
+def test_every_block_site_has_an_error(plain, folder):
+    sites = DiffusersModel(path=str(folder), call={}).sites()
+    assert list(plain) == [site.name for site in sites if site.kind == "block"]
+    assert all(0 < error < 1 for error in plain.values())
+
+
+def test_what_the_network_ignores_has_none(own_folder, captured, plain):
+    def deafen(transformer):
+        transformer.get_submodule(f"{SINGLE}.proj_out").weight.zero_()
+
+    found = measured(own_folder, captured, deafen)
+    assert plain[f"{SINGLE}.qkv_mlp"] > 0
+    assert found[f"{SINGLE}.qkv_mlp"] == 0
+    assert found[FF] > 0
+
+
+def test_what_the_network_amplifies_has_more(own_folder, captured, plain):
+    def amplify(transformer):
+        transformer.get_submodule(FF).weight.mul_(4)
+
+    assert measured(own_folder, captured, amplify)[FF] > 4 * plain[FF]
+
+
+def test_more_protected_directions_and_finer_codes_disturb_less(folder, captured, plain):
+    wide = measured(folder, captured, rank=56)
+    fine = measured(folder, captured, act_bits=8, act_scale="token")
+    for better in (wide, fine):
+        assert sum(better.values()) < 0.7 * sum(plain.values())
+
+
+def test_sweeps_and_repeated_calls_change_nothing(folder, captured, plain, monkeypatch):
+    monkeypatch.setattr(sensitivity, "calls_at_once", lambda *_: (4, False))
+    assert measured(folder, captured, calls=2) == pytest.approx(plain, rel=1e-6)

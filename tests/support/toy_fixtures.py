@@ -1,0 +1,64 @@
+"""The command line on the toy line (tests/support/toyline), in this process and in others."""
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from dirotq.cli import main
+from dirotq.pipeline.store import ArtifactStore
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Result(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def store(store_root: Path) -> ArtifactStore:
+    return ArtifactStore(store_root)
+
+
+@pytest.fixture
+def dirotq(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]]:
+    """``dirotq("compress", "squares.power=3")`` on the toy tree, in this process."""
+
+    def call(*args: str) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main(args, config="toyline.conf")
+        return Result(left.value.code, *capsys.readouterr())
+
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield call
+    root.handlers[:] = handlers  # Hydra set up its own
+    root.setLevel(level)
+
+
+@pytest.fixture
+def spawn() -> Callable[..., subprocess.Popen[str]]:
+    """The same in a process of its own."""
+
+    def start(*args: str) -> subprocess.Popen[str]:
+        env = dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}")
+        return subprocess.Popen(
+            [sys.executable, "-m", "toyline", *args],
+            env=env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            # A shell that started the tests in the background made us ignore Ctrl-C.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    return start
