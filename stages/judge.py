@@ -14,12 +14,10 @@ from torch import Tensor
 from dirotq.errors import ConfigError
 from dirotq.evaluate.images import has_images, read_images
 from dirotq.evaluate.judging.answer import CRITERIA
-from dirotq.evaluate.judging.answer_file import AnswerFile
 from dirotq.evaluate.judging.asking import ask_all
 from dirotq.evaluate.judging.backend import Backend
 from dirotq.evaluate.judging.page import write_page
-from dirotq.evaluate.judging.pair import Pair
-from dirotq.evaluate.judging.questions import Question, Side, questions
+from dirotq.evaluate.judging.questions import SIDES, Pair, Question, Side, questions
 from dirotq.evaluate.judging.rubric import Rubric
 from dirotq.evaluate.judging.statistics import summarize
 from dirotq.evaluate.scoring import FLOOR, ORIGINAL, PACKED, stills
@@ -118,9 +116,8 @@ class Judge:
 
         def pair_of(question: Question) -> Pair:
             comparison, index = comparisons[question.comparison], question.index
-            second: Side = "candidate" if question.first == "reference" else "reference"
-            images = (comparison.image(side, index) for side in (question.first, second))
-            return Pair(prompts[index], *images)
+            order = SIDES if question.first == SIDES[0] else SIDES[::-1]
+            return Pair(prompts[index], *(comparison.image(side, index) for side in order))
 
         Units(out, apart=[ANSWERS])  # nothing but the answers outlives an interrupted run
         rows = ask_all(
@@ -128,7 +125,7 @@ class Judge:
             self.rubric,
             asked,
             pair_of,
-            AnswerFile(out / ANSWERS),
+            out / ANSWERS,
             attempts=self.attempts,
             failures=self.failures,
         )
@@ -146,8 +143,8 @@ class Judge:
             "metrics": metrics,
         }
         (out / "judge.json").write_text(json.dumps(report, indent=1) + "\n")
-        images = {name: comparison.image for name, comparison in comparisons.items()}
-        write_page(out / "judge.html", report, rows, images, self.pairs)
+        rows = [row for row in rows if row["comparison"] == "packed"]
+        write_page(out / "judge.html", report, rows, comparisons["packed"].image, self.pairs)
         return metrics
 
     def _prompts(self) -> list[Prompt]:
@@ -162,9 +159,8 @@ class Judge:
     def _comparisons(self, reference: Artifact, validate: Artifact) -> dict[str, Comparison]:
         originals = reference.tree("images.zarr")
         packed = (validate.tree("images.zarr"), PACKED)
-        if self.against is None:
-            rival, label = (originals, ORIGINAL), "16 bit"
-        else:
+        rival, label = (originals, ORIGINAL), "16 bit"
+        if self.against is not None:
             rival, label = (self._rival(self.against).tree("images.zarr"), PACKED), self.against
         found = {
             "packed": Comparison(

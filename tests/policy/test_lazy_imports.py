@@ -3,13 +3,23 @@
 import subprocess
 import sys
 
-SLOW = ("diffusers", "transformers", "datasets", "pandas", "torchmetrics", "matplotlib", "sympy")
+SLOW = (
+    "openai",
+    "diffusers",
+    "transformers",
+    "datasets",
+    "pandas",
+    "torchmetrics",
+    "matplotlib",
+    "sympy",
+)
+JUDGED = ["model=tiny_flux", "pipeline=judged", "judge=openai", "judge.backend.model=m"]
 SCRIPT = f"""
 import sys
 from dirotq import cli
 from dirotq.pipeline import config
 from dirotq.pipeline.settings import make
-cfg = config.compose_config(["model=tiny_flux"], "dirotq.conf")
+cfg = config.compose_config({JUDGED!r}, "dirotq.conf")
 for name in cfg.pipeline:
     make(cfg[name], name)
 print([name for name in {SLOW!r} if name in sys.modules])

@@ -256,7 +256,7 @@ def test_what_counts_for_its_identity(configured):
 
     same = {
         "base_url": "https://elsewhere/v1", "concurrency": 2, "requests_per_minute": 3.0,
-        "timeout": 9, "attempts": 2, "backoff": 0.1, "max_wait": 7, "api_key_env": "A_KEY",
+        "timeout": 9, "attempts": 2, "api_key_env": "A_KEY",
     }  # fmt: skip
     other = {
         "model": "m", "temperature": 0.1, "max_tokens": 5, "structured": False,

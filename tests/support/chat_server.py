@@ -27,13 +27,17 @@ def completion(text: str | None, **message: Any) -> "Response":
 
 @dataclass
 class Response:
-    """``drip``: called between the body's bytes; ``drop``: close the connection instead."""
+    """``drop``: close the connection instead."""
 
     status: int = 200
     body: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     drop: bool = False
-    drip: Callable[[], object] | None = None
+
+
+def scripted(*responses: Response) -> Callable[[int, object], Response]:
+    """Each response once, the last one for ever."""
+    return lambda number, body: responses[min(number, len(responses) - 1)]
 
 
 @dataclass
@@ -81,12 +85,7 @@ def serving(behave: Callable[[int, dict[str, Any]], Response]) -> Iterator[ChatS
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            for byte in range(len(content)) if response.drip else ():
-                self.wfile.write(content[byte : byte + 1])
-                self.wfile.flush()
-                response.drip()
-            if not response.drip:
-                self.wfile.write(content)
+            self.wfile.write(content)
 
         def log_message(self, *args: Any) -> None:
             pass

@@ -1,19 +1,20 @@
-"""Ask every question, bounded, and keep every answer."""
+"""Ask every question, so many at a time, and keep every answer."""
 
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ConfigError
 from dirotq.evaluate.judging.answer import MalformedAnswer, Refusal, parse_answer
-from dirotq.evaluate.judging.answer_file import AnswerFile, Row
+from dirotq.evaluate.judging.answer_file import Row, append_answer, read_answers
 from dirotq.evaluate.judging.backend import Backend, Compare, Unanswered
-from dirotq.evaluate.judging.pair import Correction, Pair
-from dirotq.evaluate.judging.questions import Question, key_of
+from dirotq.evaluate.judging.questions import Correction, Pair, Question, question_of
 from dirotq.evaluate.judging.rubric import Rubric
 from dirotq.progress import track
 
@@ -27,12 +28,12 @@ def ask_all(
     rubric: Rubric,
     questions: Sequence[Question],
     pair_of: Callable[[Question], Pair],
-    file: AnswerFile,
+    file: Path,
     *,
     attempts: int,
     failures: float,
 ) -> list[Row]:
-    """Ask what ``file`` doesn't answer yet, and append each answer as it comes; all rows.
+    """Ask what ``file`` doesn't answer yet, append each answer as it comes; return all rows.
 
     pair_of   the images of a question, called from several threads
     attempts  answers of the wrong form before a question counts as invalid
@@ -41,26 +42,32 @@ def ask_all(
     Interrupted, it waits for the questions under way and keeps their answers.
     Raises ConfigError once more than ``failures`` of the questions failed.
     """
-    rows = {key_of(row): row for row in file.read()}
-    todo = [q for q in questions if rows.get(q.key, {"outcome": "failed"})["outcome"] == "failed"]
+    rows = {question_of(row): row for row in read_answers(file)}
+    todo = [q for q in questions if q not in rows or rows[q]["outcome"] == "failed"]
     if not todo:
-        return [rows[q.key] for q in questions]
-    allowed, failed = failures * len(questions), 0
-    stop = threading.Event()
+        return [rows[question] for question in questions]
+    stop, failed = threading.Event(), 0
 
     def answer(question: Question) -> Row:
         pair = pair_of(question)
-        return _head(question, pair, backend.name) | ask(compare, pair, attempts)
+        return {
+            **asdict(question),
+            "prompt": pair.prompt.text,
+            "seed": pair.prompt.seed,
+            "model": backend.name,
+            "at": datetime.now(UTC).isoformat(timespec="seconds"),
+            **ask(compare, pair, attempts),
+        }
 
     with backend.open(rubric, stop) as compare, ThreadPoolExecutor(backend.concurrency) as pool:
         jobs = [pool.submit(answer, question) for question in todo]
         try:
             for job in track(as_completed(jobs), "answers", total=len(jobs)):
                 row = job.result()
-                file.append(row)
-                rows[key_of(row)] = row
+                append_answer(file, row)
+                rows[question_of(row)] = row
                 failed += row["outcome"] == "failed"
-                if failed > allowed:
+                if failed > failures * len(questions):
                     raise ConfigError(
                         f"{failed} of {len(questions)} questions to {backend.name} failed for "
                         f"good, the last one with: {row['detail']}. Answers so far are kept: mend "
@@ -70,70 +77,45 @@ def ask_all(
             stop.set()
             _keep_what_comes(jobs, rows, file)
             raise
-    return [rows[question.key] for question in questions]
+    return [rows[question] for question in questions]
 
 
 def ask(compare: Compare, pair: Pair, attempts: int) -> dict[str, Any]:
-    """One question until an answer passes: outcome, answer, detail, texts, retries, seconds.
+    """Ask one question until an answer passes: outcome, answer, detail, texts, retries, seconds.
 
     An answer of the wrong form goes back with what is wrong with it, ``attempts`` times in all.
     """
     began = time.monotonic()
+    row: dict[str, Any] = {"outcome": "invalid", "answer": None, "detail": None}
+    row |= {"texts": [], "retries": 0}
     corrections: list[Correction] = []
-    texts: list[str] = []
-    retries = 0
-
-    def result(outcome: str, detail: str | None = None, answer: Any = None) -> dict[str, Any]:
-        return {
-            "outcome": outcome,
-            "answer": answer,
-            "detail": detail,
-            "texts": texts,
-            "retries": retries,
-            "seconds": round(time.monotonic() - began, 3),
-        }
-
-    while len(texts) < attempts:
+    while row["outcome"] == "invalid" and len(corrections) < attempts:
         try:
             reply = compare(pair, corrections)
         except Unanswered as error:
-            retries += error.retries
-            return result("failed", str(error))
-        retries += reply.retries
-        texts.append(reply.text)
-        if reply.refused:
-            return result("refused", reply.text)
+            row |= {"outcome": "failed", "detail": str(error)}
+            row["retries"] += error.retries
+            break
+        row["texts"].append(reply.text)
+        row["retries"] += reply.retries
         try:
-            answer = parse_answer(reply.text)
+            answer = Refusal(refusal=reply.text) if reply.refused else parse_answer(reply.text)
         except MalformedAnswer as error:
+            row["detail"] = str(error)
             corrections.append(Correction(reply.text, str(error)))
             continue
         if isinstance(answer, Refusal):
-            return result("refused", answer.refusal)
-        return result("answered", answer=answer.model_dump())
-    return result("invalid", corrections[-1].problem)
+            row |= {"outcome": "refused", "detail": answer.refusal}
+        else:
+            row |= {"outcome": "answered", "detail": None, "answer": answer.model_dump()}
+    return row | {"seconds": round(time.monotonic() - began, 3)}
 
 
-def _head(question: Question, pair: Pair, model: str) -> Row:
-    return {
-        "comparison": question.comparison,
-        "index": question.index,
-        "first": question.first,
-        "repeat": question.repeat,
-        "prompt": pair.prompt.text,
-        "seed": pair.prompt.seed,
-        "model": model,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _keep_what_comes(jobs: list[Future[Row]], rows: dict[Any, Row], file: AnswerFile) -> None:
+def _keep_what_comes(jobs: Iterable[Future[Row]], rows: dict[Question, Row], file: Path) -> None:
     """Drop what was not sent, wait for the rest, write answers that were not written yet."""
-    for job in jobs:
-        job.cancel()
-    for job in jobs:
+    for job in [job for job in jobs if not job.cancel()]:
         # Whatever went wrong in another thread, the first error is the one to report.
-        with suppress(CancelledError, Exception):
+        with suppress(Exception):
             row = job.result()
-            if row["outcome"] != "failed" and rows.get(key_of(row)) is not row:
-                file.append(row)
+            if row["outcome"] != "failed" and rows.get(question_of(row)) is not row:
+                append_answer(file, row)

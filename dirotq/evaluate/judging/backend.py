@@ -1,12 +1,12 @@
 """What a judge is to the protocol: a function from two images to a text."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
-from dirotq.evaluate.judging.pair import Correction, Pair
+from dirotq.evaluate.judging.questions import Correction, Pair
 from dirotq.evaluate.judging.rubric import Rubric
 
 
@@ -32,27 +32,23 @@ class Unanswered(Exception):
         self.retries = retries
 
 
-class Compare(Protocol):
-    """One question. Called from ``concurrency`` threads at a time.
-
-    Raises Unanswered, or a DirotqError if asking on makes no sense.
-    """
-
-    def __call__(self, pair: Pair, corrections: Sequence[Correction]) -> Reply: ...
+Compare = Callable[[Pair, Sequence[Correction]], Reply]
+"""One question. Called from ``concurrency`` threads at a time. Raises Unanswered, or a DirotqError
+if asking on makes no sense."""
 
 
 class Backend(Protocol):
-    """Configuration of a judge: a frozen dataclass whose tracked fields decide its answers."""
+    """Configuration of a judge: a frozen dataclass whose tracked fields decide its answers.
+
+    ``name``         the judge's name, kept beside every answer
+    ``concurrency``  questions that may be under way at a time
+    """
 
     @property
-    def name(self) -> str:
-        """The judge's name, kept beside every answer."""
-        ...
+    def name(self) -> str: ...
 
     @property
-    def concurrency(self) -> int:
-        """Questions that may be under way at a time."""
-        ...
+    def concurrency(self) -> int: ...
 
     def check(self) -> None:
         """Raise ConfigError, before anything runs, for what can be known to fail."""

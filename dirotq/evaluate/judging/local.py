@@ -1,19 +1,19 @@
 """A vision-language model in a local folder as judge, through transformers."""
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from torch import Tensor
 
 from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.evaluate.judging.backend import Compare, Reply
-from dirotq.evaluate.judging.pair import Correction, Pair
-from dirotq.evaluate.judging.rubric import Rubric, Slot, Turn
+from dirotq.evaluate.judging.questions import Correction, Pair
+from dirotq.evaluate.judging.rubric import Message, Rubric, text_part
 from dirotq.evaluate.png import picture
 from dirotq.files.digest import input_digests
 from dirotq.files.walk import walk
@@ -88,10 +88,8 @@ class LocalModel:
         model.to(device).eval()
 
         def compare(pair: Pair, corrections: Sequence[Correction]) -> Reply:
-            images = {Slot.FIRST: picture(pair.first), Slot.SECOND: picture(pair.second)}
-            turns = [_message(t, images) for t in rubric.conversation(pair, corrections)]
             inputs = processor.apply_chat_template(
-                turns,
+                _in_parts(rubric.conversation(pair, corrections, _image_part)),
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=True,
@@ -119,11 +117,13 @@ class LocalModel:
         return folder
 
 
-def _message(turn: Turn, images: Mapping[Slot, Image.Image]) -> dict[str, Any]:
-    parts = [
-        {"type": "text", "text": part}
-        if isinstance(part, str)
-        else {"type": "image", "image": images[part]}
-        for part in turn.parts
+def _image_part(image: Tensor) -> Message:
+    return {"type": "image", "image": picture(image)}
+
+
+def _in_parts(messages: Sequence[Message]) -> list[Message]:
+    """Return ``messages`` as processors take them: every content a list of parts."""
+    return [
+        m | {"content": [text_part(m["content"])]} if isinstance(m["content"], str) else m
+        for m in messages
     ]
-    return {"role": turn.role, "content": parts}

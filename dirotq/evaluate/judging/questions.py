@@ -1,14 +1,16 @@
-"""Who is compared with whom, in which order and how often."""
+"""What is asked: pairs of images of one prompt, in both orders, as often as told."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal
 
+from torch import Tensor
+
+from dirotq.sources.prompts import Prompt
+
 Side = Literal["reference", "candidate"]
 SIDES: tuple[Side, Side] = ("reference", "candidate")
-
-Key = tuple[str, int, Side, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,13 +28,26 @@ class Question:
     first: Side
     repeat: int
 
-    @property
-    def key(self) -> Key:
-        return self.comparison, self.index, self.first, self.repeat
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two images of one prompt, [3, H, W] in [0, 1], in the order in which they are shown."""
+
+    prompt: Prompt
+    first: Tensor
+    second: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Correction:
+    """An earlier answer to the same question, and why it could not be used."""
+
+    text: str
+    problem: str
 
 
 def questions(comparisons: Iterable[str], prompts: int, repeats: int) -> list[Question]:
-    """Every pair in both orders; prompt by prompt, so that a part of them is a fair part."""
+    """Return every pair in both orders; prompt by prompt, so that a part of them is a fair part."""
     return [
         Question(name, index, first, repeat)
         for index, repeat, name, first in product(
@@ -41,14 +56,6 @@ def questions(comparisons: Iterable[str], prompts: int, repeats: int) -> list[Qu
     ]
 
 
-def key_of(row: Mapping[str, Any]) -> Key:
-    """The question that a line of answers.jsonl answers."""
-    return row["comparison"], row["index"], row["first"], row["repeat"]
-
-
-def mark(row: Mapping[str, Any], criterion: str) -> float:
-    """An answer's mark for the candidate: 1 it won, 0 it lost, 0.5 tie."""
-    verdict = row["answer"][criterion]["verdict"]
-    if verdict == "tie":
-        return 0.5
-    return float((verdict == "A") == (row["first"] == "candidate"))
+def question_of(row: Mapping[str, Any]) -> Question:
+    """Return the question that a line of answers.jsonl answers."""
+    return Question(row["comparison"], row["index"], row["first"], row["repeat"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from dirotq.errors import ConfigError
 from dirotq.evaluate.attribute_judge import AttributeJudge
 from dirotq.evaluate.judging.backend import Compare, Reply
-from dirotq.evaluate.judging.pair import Correction, Pair
+from dirotq.evaluate.judging.questions import Correction, Pair
 from dirotq.evaluate.judging.rubric import Rubric
 
 
@@ -46,11 +46,13 @@ class ReaderJudge:
 
     def check(self) -> None:
         """Raise ConfigError if there is no reader in its folder."""
-        self._reader().identity()
+        assert self.reader is not None
+        self.reader.identity()
 
     @contextmanager
     def open(self, rubric: Rubric, stop: threading.Event) -> Iterator[Compare]:
-        reader = self._reader()
+        reader = self.reader
+        assert reader is not None
 
         def shown(pair: Pair, image: Tensor) -> float:
             """Share of what the caption says that the image shows, mean over kinds."""
@@ -70,7 +72,3 @@ class ReaderJudge:
             return Reply(json.dumps(answer))
 
         yield compare
-
-    def _reader(self) -> AttributeJudge:
-        assert self.reader is not None
-        return self.reader

@@ -1,20 +1,13 @@
 """What a judge is asked: the criteria in words, and how the answer is to look."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import ClassVar, Literal
+from typing import Any, ClassVar
+
+from torch import Tensor
 
 from dirotq.evaluate.judging.answer import CRITERIA
-from dirotq.evaluate.judging.pair import Correction, Pair
-
-
-class Slot(Enum):
-    """Where an image of the pair stands in a message."""
-
-    FIRST = "A"
-    SECOND = "B"
-
+from dirotq.evaluate.judging.questions import Correction, Pair
 
 FORM = """\
 Answer with one JSON object and nothing else:
@@ -24,13 +17,17 @@ reasons: what you see in image A and in image B that decides it, in one to three
 verdict: "A" if image A is better, "B" if image B is better, "tie" if neither is.
 If you can't judge these images, answer {"refusal": "why"} instead."""
 
+TASK = """\
+You compare two images that were generated from the same text prompt, by two versions of one \
+model. Judge two criteria, each by itself:
+{criteria}
+The order of the images means nothing. Say tie where you see no difference, or none that matters; \
+do not guess.
 
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One message: texts and places for images, in order."""
+{form}"""
 
-    role: Literal["system", "user", "assistant"]
-    parts: tuple[str | Slot, ...]
+Message = dict[str, Any]
+"""``role``, and ``content``: a text, or a list of parts where there are images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +42,35 @@ class Rubric:
     perceptual_quality: str
     prompt_alignment: str
 
-    def conversation(self, pair: Pair, corrections: Sequence[Correction]) -> list[Turn]:
-        """Messages for a model: the task, the pair, and every answer that did not pass so far."""
+    def conversation(
+        self, pair: Pair, corrections: Sequence[Correction], show: Callable[[Tensor], Message]
+    ) -> list[Message]:
+        """Return the messages: the task, the pair, and every answer that did not pass so far.
+
+        show  makes the part of a message that shows an image [3, H, W], as the model takes it
+        """
         criteria = "\n".join(f"- {name}: {getattr(self, name)}" for name in CRITERIA)
-        task = (
-            "You compare two images that were generated from the same text prompt, by two versions "
-            "of one model. Judge two criteria, each by itself:\n"
-            f"{criteria}\n"
-            "The order of the images means nothing. Say tie where you see no difference, or none "
-            "that matters; do not guess.\n\n"
-            f"{FORM}"
-        )
-        turns = [
-            Turn("system", (task,)),
-            Turn(
-                "user",
-                (f"Prompt: {pair.prompt.text}", "Image A:", Slot.FIRST, "Image B:", Slot.SECOND,
-                 "Compare image A with image B."),
-            ),
-        ]  # fmt: skip
+        shown = [
+            text_part(f"Prompt: {pair.prompt.text}"),
+            text_part("Image A:"),
+            show(pair.first),
+            text_part("Image B:"),
+            show(pair.second),
+            text_part("Compare image A with image B."),
+        ]
+        messages: list[Message] = [
+            {"role": "system", "content": TASK.format(criteria=criteria, form=FORM)},
+            {"role": "user", "content": shown},
+        ]
         for correction in corrections:
             again = f"That answer can't be used: {correction.problem}\n\n{FORM}"
-            turns += [Turn("assistant", (correction.text,)), Turn("user", (again,))]
-        return turns
+            messages += [
+                {"role": "assistant", "content": correction.text},
+                {"role": "user", "content": again},
+            ]
+        return messages
+
+
+def text_part(text: str) -> Message:
+    """Return a part of a message that is a text."""
+    return {"type": "text", "text": text}

@@ -1,24 +1,47 @@
-"""A judge behind an OpenAI-compatible server: vLLM, SGLang, a hosted model."""
+"""A judge behind an OpenAI-compatible server: vLLM, SGLang, a hosted model.
 
+Its settings, what can be known to be wrong with them, and the request that they make of a question.
+"""
+
+import importlib.util
 import os
 import re
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
 
-import httpx
+from torch import Tensor
 
 from dirotq.errors import ConfigError
-from dirotq.evaluate.judging.backend import Compare
-from dirotq.evaluate.judging.chat import Chat
-from dirotq.evaluate.judging.pacing import Pacer
-from dirotq.evaluate.judging.request_fields import FIELDS
-from dirotq.evaluate.judging.rubric import Rubric
+from dirotq.evaluate.judging.answer import SCHEMA
+from dirotq.evaluate.judging.backend import Compare, Reply
+from dirotq.evaluate.judging.chat import connected, pacer
+from dirotq.evaluate.judging.questions import Correction, Pair
+from dirotq.evaluate.judging.rubric import Message, Rubric
+from dirotq.evaluate.png import png_url
 from dirotq.pipeline.settings import close_to
 from dirotq.pipeline.stage import untracked
+
+# What servers take beside the fields that are set here: OpenAI's and other hosted ones, vLLM's,
+# SGLang's, Ollama's. Anything else is a mistake, or a key, and fields stand in the recipe of an
+# artifact that people pass on.
+_FIELDS = """
+add_generation_prompt add_special_tokens allowed_token_ids bad_words cache_salt chat_template
+chat_template_kwargs continue_final_message custom_params ebnf echo enable_thinking format
+frequency_penalty guided_choice guided_decoding_backend guided_grammar guided_json guided_regex
+ignore_eos include_stop_str_in_output json_schema keep_alive length_penalty logit_bias logprobs
+lora_path max_completion_tokens metadata min_p min_tokens mm_processor_kwargs modalities models
+n no_stop_trim options plugins prediction presence_penalty priority prompt_cache_retention
+provider reasoning reasoning_effort regex repetition_penalty request_id response_format route
+safety_identifier safety_settings seed separate_reasoning service_tier skip_special_tokens
+spaces_between_special_tokens stop stop_token_ids store stream_reasoning structured_outputs
+think thinking thinking_budget top_k top_logprobs top_p transforms truncate_prompt_tokens user
+verbosity vllm_xargs
+"""
+FIELDS = frozenset(_FIELDS.split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,12 +55,10 @@ class OpenAIServer:
     ``api_key_env``  the environment variable that holds the key, or null. The key itself is sent
                      as a bearer token and stands in no file, log line or message
     ``concurrency``  requests under way at a time; ``requests_per_minute`` that start, or null
-    ``timeout``      seconds for one answer, from the request to its last byte
-    ``attempts``     how often a question is sent before it counts as failed. Answers 408, 425, 429
-                     and 5xx, timeouts and broken connections are sent again
-    ``backoff``      seconds before the first repetition, at most; twice as long each time, up to a
-                     minute. A Retry-After holds up every request instead,
-    ``max_wait``     unless it asks for more seconds than this
+    ``timeout``      seconds to wait for a connection, and for each part of an answer
+    ``attempts``     how often a question is sent before it counts as failed. Answers 408, 409, 429
+                     and 5xx, bodies that are no completion, timeouts and broken connections are
+                     sent again after 0.5 to 8 s, or as a Retry-After of up to two minutes says
     """
 
     recorded_as: ClassVar[str] = "dirotq.judging.server.OpenAIServer"
@@ -52,15 +73,11 @@ class OpenAIServer:
     requests_per_minute: float | None = untracked()
     timeout: float = untracked()
     attempts: int = untracked()
-    backoff: float = untracked()
-    max_wait: float = untracked()
 
     def __post_init__(self) -> None:
-        for name, least in (("concurrency", 1), ("attempts", 1), ("backoff", 0), ("max_wait", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(
-                    f"judge.backend.{name}={getattr(self, name)}: use at least {least}"
-                )
+        for name in ("concurrency", "attempts"):
+            if (value := getattr(self, name)) < 1:
+                raise ConfigError(f"judge.backend.{name}={value}: use at least 1")
         for name in ("timeout", "requests_per_minute"):
             if (value := getattr(self, name)) is not None and value <= 0:
                 raise ConfigError(f"judge.backend.{name}={value}: use more than 0")
@@ -70,7 +87,7 @@ class OpenAIServer:
                 f"{close_to(unknown[0], FIELDS)} known are {', '.join(sorted(FIELDS))}. A key "
                 "belongs into an environment variable, named in judge.backend.api_key_env"
             )
-        self._check_url()
+        _check_url(self.base_url)
         if self.api_key_env is not None and not re.fullmatch(r"[A-Z][A-Z0-9_]*", self.api_key_env):
             # Not repeated here: somebody may have put the key itself there.
             raise ConfigError(
@@ -83,17 +100,41 @@ class OpenAIServer:
         return self.model
 
     def check(self) -> None:
-        """Raise ConfigError if the environment variable of the key is not set."""
+        """Raise ConfigError if the key's variable is not set or ``openai`` is not installed."""
         self._key()
+        if importlib.util.find_spec("openai") is None:
+            raise ConfigError(
+                "judge=openai needs the package openai, which is not installed: "
+                "pip install 'dirotq[judge]', or use judge=local or judge=attributes"
+            )
 
     @contextmanager
     def open(self, rubric: Rubric, stop: threading.Event) -> Iterator[Compare]:
-        key = self._key()
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
-        limits = httpx.Limits(max_connections=self.concurrency)
-        with httpx.Client(headers=headers, timeout=self.timeout, limits=limits) as client:
-            pacer = Pacer(self.requests_per_minute, sleep=stop.wait)
-            yield Chat(self, rubric, client, pacer, stop, secret=key)
+        self.check()
+        with connected(
+            self.base_url,
+            self._key(),
+            before=pacer(self.requests_per_minute, stop),
+            timeout=self.timeout,
+            attempts=self.attempts,
+        ) as send:
+
+            def compare(pair: Pair, corrections: Sequence[Correction]) -> Reply:
+                return send(self._fields(rubric.conversation(pair, corrections, _image_part)))
+
+            yield compare
+
+    def _fields(self, messages: Sequence[Message]) -> dict[str, Any]:
+        schema = {"name": "comparison", "strict": True, "schema": SCHEMA}
+        form = {"type": "json_schema", "json_schema": schema}
+        fields = {
+            "model": self.model,
+            "messages": messages,
+            "temperature": self.temperature,
+            "max_tokens": self.max_tokens,
+            "response_format": form if self.structured else None,
+        }
+        return {k: v for k, v in fields.items() if v is not None} | dict(self.extra)
 
     def _key(self) -> str | None:
         if self.api_key_env is None:
@@ -105,21 +146,30 @@ class OpenAIServer:
                 f"judge.backend.api_key_env{said}, and that environment variable is not set; "
                 "export it, or use judge.backend.api_key_env=null for a server without a key"
             )
+        if not re.fullmatch(r"[!-~]+", key):  # libraries repeat what they can't send
+            raise ConfigError(
+                f"judge.backend.api_key_env{said}, and that environment variable holds no key: a "
+                "key is one word of ASCII characters"
+            )
         return key
 
-    def _check_url(self) -> None:
-        try:
-            parts = urlsplit(self.base_url)
-        except ValueError:  # [ in the host
-            parts = urlsplit("")
-        if parts.username or parts.password or parts.query or parts.fragment:
-            raise ConfigError(
-                "judge.backend.base_url carries a user name, password or query, which logs would "
-                "show; put the key into an environment variable and name it in "
-                "judge.backend.api_key_env"
-            )
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ConfigError(
-                "judge.backend.base_url is no address; give the server's, such as "
-                "http://127.0.0.1:8000/v1"
-            )
+
+def _image_part(image: Tensor) -> Message:
+    return {"type": "image_url", "image_url": {"url": png_url(image)}}
+
+
+def _check_url(url: str) -> None:
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # [ in the host
+        parts = urlsplit("")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise ConfigError(
+            "judge.backend.base_url carries a user name, password or query, which logs would show; "
+            "put the key into an environment variable and name it in judge.backend.api_key_env"
+        )
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ConfigError(
+            "judge.backend.base_url is no address; give the server's, such as "
+            "http://127.0.0.1:8000/v1"
+        )

@@ -2,26 +2,48 @@
 
 One prompt is one observation: orders and repeats of it are not independent of each other, so every
 share is first one prompt's, then a mean over prompts, whose interval comes from resampling prompts.
+
+A mark is a judge's word for the candidate: 1 it won, 0 it lost, 0.5 tie; None where no answer came.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
 from dirotq.evaluate.judging.answer import CRITERIA
 from dirotq.evaluate.judging.asking import OUTCOMES
-from dirotq.evaluate.judging.questions import SIDES, mark
+from dirotq.evaluate.judging.questions import SIDES
 from dirotq.evaluate.statistics import mean_interval, proportion_interval
 
 Row = Mapping[str, Any]
+Marks = list[float | None]
+"""Of one pair: with the reference shown first, with the candidate shown first."""
 
 PAIR_OUTCOMES = ("win", "loss", "tie", "inconsistent", "unjudged")
 
 
+def summarize(rows: Iterable[Row]) -> dict[str, Any]:
+    """Return each comparison's statistics: {comparison: {"requests": {...}, criterion: {...}}}."""
+    by_name: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_name[row["comparison"]].append(row)
+    return {
+        name: {"requests": _requests(found)} | {c: _criterion(found, c) for c in CRITERIA}
+        for name, found in by_name.items()
+    }
+
+
+def pairs(rows: Iterable[Row], criterion: str) -> dict[tuple[int, int], Marks]:
+    """Return {(prompt, repeat): marks} of one comparison's answers, sorted."""
+    found: dict[tuple[int, int], Marks] = defaultdict(lambda: [None, None])
+    for row in rows:
+        found[row["index"], row["repeat"]][SIDES.index(row["first"])] = _mark(row, criterion)
+    return dict(sorted(found.items()))
+
+
 def pair_outcome(reference_first: float | None, candidate_first: float | None) -> str:
-    """What two orders of one pair say about the candidate, from its marks (1, 0.5, 0; None: none).
+    """Return what the marks of both orders of one pair say about the candidate.
 
     Both orders must agree for a win, a loss or a tie; every disagreement is ``inconsistent``.
     """
@@ -32,39 +54,19 @@ def pair_outcome(reference_first: float | None, candidate_first: float | None) -
     return {1.0: "win", 0.5: "tie", 0.0: "loss"}[reference_first]
 
 
-def share(part: Sequence[float], whole: Sequence[float]) -> dict[str, float] | None:
-    """Mean over prompts of part / whole, 95 % interval and n, the prompts whose whole is not 0.
+def share(counts: Iterable[tuple[float, float]]) -> dict[str, float] | None:
+    """Return the mean over prompts of part / whole, its 95 % interval and n.
 
-    None without such a prompt. Where all prompts have the same share, resampling them says nothing
-    and the interval is Wilson's.
+    ``counts`` are (part, whole) of each prompt; n counts those whose whole is not 0. None without
+    such a prompt. Where all prompts have the same share, resampling them says nothing and the
+    interval is Wilson's.
     """
-    shares = [p / w for p, w in zip(part, whole, strict=True) if w]
+    shares = [part / whole for part, whole in counts if whole]
     if not shares:
         return None
     alike = min(shares) == max(shares)
     found = proportion_interval(sum(shares), len(shares)) if alike else mean_interval(shares)
     return found.as_dict() | {"n": len(shares)}
-
-
-def summarize(rows: Iterable[Row]) -> dict[str, Any]:
-    """Statistics of each comparison: {comparison: {"requests": {...}, criterion: {...}}}."""
-    by_name: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_name[row["comparison"]].append(row)
-    return {
-        name: {"requests": _requests(found)} | {c: _criterion(found, c) for c in CRITERIA}
-        for name, found in by_name.items()
-    }
-
-
-def pairs(rows: Iterable[Row], criterion: str) -> dict[tuple[int, int], list[float | None]]:
-    """{(prompt, repeat): the candidate's marks, reference first and candidate first}."""
-    found: dict[tuple[int, int], list[float | None]] = defaultdict(lambda: [None, None])
-    for row in rows:
-        place = SIDES.index(row["first"])
-        given = mark(row, criterion) if row["outcome"] == "answered" else None
-        found[row["index"], row["repeat"]][place] = given
-    return dict(sorted(found.items()))
 
 
 def _requests(rows: Sequence[Row]) -> dict[str, int]:
@@ -77,62 +79,39 @@ def _requests(rows: Sequence[Row]) -> dict[str, int]:
     }
 
 
-@dataclass
-class _Tally:
-    """Counts of one prompt."""
-
-    marks: float = 0.0
-    judged: int = 0  # pairs with both orders answered
-    agreeing: int = 0
-    wins: int = 0
-    decided: int = 0
-    first_slot: int = 0  # decisive answers for image A
-    decisive: int = 0
-    repeats_alike: int = 0
-    repeats: int = 0
-    by_order: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list))
-
-
 def _criterion(rows: Sequence[Row], criterion: str) -> dict[str, Any]:
-    tallies: dict[int, _Tally] = defaultdict(_Tally)
+    by_prompt: dict[int, list[Marks]] = defaultdict(list)
     outcomes = dict.fromkeys(PAIR_OUTCOMES, 0)
-    for (index, _), (plain, swapped) in pairs(rows, criterion).items():
-        outcome = pair_outcome(plain, swapped)
-        outcomes[outcome] += 1
-        _count(tallies[index], outcome, plain, swapped)
-    for tally in tallies.values():
-        for marks in tally.by_order.values():
-            alike = [a == b for a, b in combinations(marks, 2)]
-            tally.repeats_alike += sum(alike)
-            tally.repeats += len(alike)
+    for (index, _), marks in pairs(rows, criterion).items():
+        by_prompt[index].append(marks)
+        outcomes[pair_outcome(*marks)] += 1
+    prompts = [_counts(found) for found in by_prompt.values()]
+    return {name: share(p[name] for p in prompts) for name in prompts[0]} | {"outcomes": outcomes}
 
-    counts = tallies.values()
 
-    def of(part: str, whole: str) -> dict[str, float] | None:
-        return share([getattr(t, part) for t in counts], [getattr(t, whole) for t in counts])
-
+def _counts(pairs: Sequence[Marks]) -> dict[str, tuple[float, float]]:
+    """Return {statistic: (part, whole)} of one prompt, from the marks of its repeats."""
+    # Half a pair would mix the order into everything but the comparison of repeats.
+    both = [(p, s) for p, s in pairs if p is not None and s is not None]
+    outcomes = Counter(pair_outcome(plain, swapped) for plain, swapped in both)
+    # Shown first, the reference is image A and has 1 - mark; the candidate has its mark.
+    first = [m for plain, swapped in both for m in (1 - plain, swapped) if m != 0.5]
+    repeats = [
+        one == other
+        for order in zip(*pairs)
+        for one, other in combinations([mark for mark in order if mark is not None], 2)
+    ]
     return {
-        "win_rate": of("marks", "judged"),
-        "decided_win_rate": of("wins", "decided"),
-        "first_slot": of("first_slot", "decisive"),
-        "order_consistency": of("agreeing", "judged"),
-        "self_consistency": of("repeats_alike", "repeats"),
-        "outcomes": outcomes,
+        "win_rate": (sum(plain + swapped for plain, swapped in both) / 2, len(both)),
+        "decided_win_rate": (outcomes["win"], outcomes["win"] + outcomes["loss"]),
+        "first_slot": (sum(first), len(first)),
+        "order_consistency": (len(both) - outcomes["inconsistent"], len(both)),
+        "self_consistency": (sum(repeats), len(repeats)),
     }
 
 
-def _count(tally: _Tally, outcome: str, plain: float | None, swapped: float | None) -> None:
-    for order, given in enumerate((plain, swapped)):
-        if given is not None:
-            tally.by_order[order].append(given)
-    if plain is None or swapped is None:
-        return  # half a pair would mix the order into everything below
-    tally.marks += (plain + swapped) / 2
-    tally.judged += 1
-    tally.agreeing += outcome != "inconsistent"
-    tally.wins += outcome == "win"
-    tally.decided += outcome in ("win", "loss")
-    # Shown first, the reference is image A and has 1 - mark; the candidate has its mark.
-    for first in (1 - plain, swapped):
-        tally.decisive += first != 0.5
-        tally.first_slot += first == 1
+def _mark(row: Row, criterion: str) -> float | None:
+    if row["outcome"] != "answered":
+        return None
+    verdict = row["answer"][criterion]["verdict"]
+    return 0.5 if verdict == "tie" else float((verdict == "A") == (row["first"] == "candidate"))

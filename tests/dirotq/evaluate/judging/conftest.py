@@ -1,14 +1,14 @@
 """Questions about small random images, and what the real configuration tree says."""
 
 import dataclasses
+import threading
 from collections.abc import Sequence
 
 import pytest
 import torch
 from hydra.utils import instantiate
 
-from dirotq.evaluate.judging.pair import Pair
-from dirotq.evaluate.judging.questions import Question
+from dirotq.evaluate.judging.questions import Pair, Question
 from dirotq.evaluate.judging.rubric import Rubric
 from dirotq.evaluate.judging.server import OpenAIServer
 from dirotq.pipeline.config import compose_config
@@ -22,6 +22,12 @@ def no_proxy(monkeypatch):
         monkeypatch.delenv(name.lower(), raising=False)
 
 
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    """The client's pauses between repetitions, a thousandth as long."""
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.0005)
+
+
 @pytest.fixture(scope="session")
 def rubric() -> Rubric:
     return instantiate(compose_config([], "dirotq.conf").rubric)
@@ -29,15 +35,27 @@ def rubric() -> Rubric:
 
 @pytest.fixture(scope="session")
 def openai():
-    """The backend of conf/judge/openai.yaml, with quick repetitions and fields replaced."""
+    """The backend of conf/judge/openai.yaml, with fields replaced."""
     overrides = ["judge=openai", "judge.backend.model=looker"]
     node = compose_config(overrides, "dirotq.conf").judge.backend
     built: OpenAIServer = instantiate(node, _convert_="all")
 
     def build(**changes) -> OpenAIServer:
-        return dataclasses.replace(built, **{"backoff": 0.001, "timeout": 10} | changes)
+        return dataclasses.replace(built, **{"timeout": 10} | changes)
 
     return build
+
+
+@pytest.fixture
+def compare(rubric, pair, openai):
+    """``compare(server, **settings)``: one question through the real client."""
+
+    def compare(server, *, corrections=(), stop=None, **settings):
+        stop = stop or threading.Event()
+        with openai(base_url=server.url, **settings).open(rubric, stop) as compare:
+            return compare(pair, list(corrections))
+
+    return compare
 
 
 @pytest.fixture

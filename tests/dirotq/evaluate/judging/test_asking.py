@@ -11,10 +11,10 @@ import pytest
 from chat_server import Response, answer, completion, serving
 
 from dirotq.errors import ConfigError
-from dirotq.evaluate.judging.answer_file import AnswerFile
+from dirotq.evaluate.judging.answer_file import read_answers
 from dirotq.evaluate.judging.asking import ask, ask_all
 from dirotq.evaluate.judging.backend import Reply, Unanswered
-from dirotq.evaluate.judging.questions import key_of, questions
+from dirotq.evaluate.judging.questions import question_of, questions
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,23 @@ def asking(rubric, pair_of, tmp_path):
 
     def asking(judge, *, prompts=2, repeats=1, attempts=2, failures=0.0):
         asked = questions(["packed"], prompts, repeats)
-        file = AnswerFile(tmp_path / "answers.jsonl")
-        return ask_all(judge, rubric, asked, pair_of, file, attempts=attempts, failures=failures)
+        return ask_all(
+            judge, rubric, asked, pair_of, asking.file, attempts=attempts, failures=failures
+        )
 
-    asking.file = AnswerFile(tmp_path / "answers.jsonl")
+    asking.file = tmp_path / "answers.jsonl"
     return asking
 
 
 def test_every_question_once_in_both_orders():
     asked = questions(["packed", "control"], 3, 2)
-    assert len({q.key for q in asked}) == 3 * 2 * 2 * 2
+    assert len(set(asked)) == 3 * 2 * 2 * 2
     assert Counter(q.first for q in asked) == {"reference": 12, "candidate": 12}
 
 
 def test_a_row_says_everything(asking):
     rows = asking(Judge(lambda pair, corrections: answer("A", "B")))
-    assert asking.file.read() == rows
+    assert read_answers(asking.file) == rows
     row = rows[1]
     assert {k: row[k] for k in ("comparison", "index", "first", "repeat", "prompt", "seed")} == {
         "comparison": "packed", "index": 0, "first": "candidate", "repeat": 0,
@@ -131,7 +132,7 @@ def test_some_failures_are_counted_and_asked_again_later(asking):
     rows = asking(Judge(say))
     assert seen == [1, 1]
     assert Counter(r["outcome"] for r in rows) == {"answered": 4}
-    assert len(asking.file.read()) == 6  # append-only: the failures are still there
+    assert len(read_answers(asking.file)) == 6  # append-only: the failures are still there
 
 
 def test_refusals_and_invalid_answers_are_not_asked_again(asking):
@@ -155,7 +156,7 @@ def test_an_error_keeps_the_answers_under_way(asking):
 
     with pytest.raises(ConfigError, match="401"):
         asking(Judge(say, concurrency=2), prompts=20)
-    (row,) = asking.file.read()
+    (row,) = read_answers(asking.file)
     assert (row["index"], row["outcome"]) == (0, "answered")
 
 
@@ -209,30 +210,27 @@ def test_a_misbehaving_server_loses_nothing(asking, openai):
 CHILD = """
 import sys, torch
 from pathlib import Path
-from dirotq.evaluate.judging.answer_file import AnswerFile
 from dirotq.evaluate.judging.asking import ask_all
-from dirotq.evaluate.judging.pair import Pair
-from dirotq.evaluate.judging.questions import questions
+from dirotq.evaluate.judging.questions import Pair, questions
 from dirotq.evaluate.judging.rubric import Rubric
 from dirotq.evaluate.judging.server import OpenAIServer
 from dirotq.sources.prompts import Prompt
 backend = OpenAIServer(
     model="m", temperature=0, max_tokens=9, structured=False, extra={}, base_url=sys.argv[1],
     api_key_env=None, concurrency=4, requests_per_minute=None, timeout=20, attempts=1,
-    backoff=0, max_wait=0,
 )
 ask_all(
     backend, Rubric(version="1", perceptual_quality="", prompt_alignment=""),
     questions(["packed"], 8, 1),
     lambda q: Pair(Prompt(f"prompt {q.index}", q.index), *torch.zeros(2, 3, 4, 4)),
-    AnswerFile(Path(sys.argv[2])), attempts=1, failures=0,
+    Path(sys.argv[2]), attempts=1, failures=0,
 )
 """
 
 
 def test_after_a_kill_nothing_that_was_answered_is_asked_again(asking, openai, request):
     """A real process, killed for good in the middle, and a torn last line."""
-    path, killed = asking.file.path, threading.Event()
+    path, killed = asking.file, threading.Event()
 
     def behave(number, body):
         if number == 9:  # more than the run's concurrency: some answers are on disk
@@ -248,12 +246,12 @@ def test_after_a_kill_nothing_that_was_answered_is_asked_again(asking, openai, r
         assert process.wait(60) == -signal.SIGKILL
     with path.open("a") as file:
         file.write('{"comparison": "pac')
-    done = AnswerFile(path).read()
+    done = read_answers(path)
     assert 0 < len(done) < 16
     with serving(lambda number, body: completion(answer())) as server:
         rows = asking(openai(base_url=server.url), prompts=8)
     assert len(server.bodies) == 16 - len(done)
     assert len(rows) == 16
-    on_disk = asking.file.read()
+    on_disk = read_answers(asking.file)
     assert on_disk[: len(done)] == done
-    assert len({key_of(row) for row in on_disk}) == len(on_disk) == 16
+    assert len({question_of(row) for row in on_disk}) == len(on_disk) == 16

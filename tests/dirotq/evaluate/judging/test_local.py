@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.evaluate.judging.local import LocalModel
-from dirotq.evaluate.judging.pair import Correction, Pair
+from dirotq.evaluate.judging.questions import Correction, Pair
 from dirotq.pipeline.stage import recipe
 
 TEMPLATE = """\

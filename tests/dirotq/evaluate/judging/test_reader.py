@@ -10,7 +10,7 @@ from dirotq.assets.scenes import render, sample_scenes
 from dirotq.errors import ConfigError
 from dirotq.evaluate.attribute_judge import AttributeJudge
 from dirotq.evaluate.judging.answer import Answer, parse_answer
-from dirotq.evaluate.judging.pair import Pair
+from dirotq.evaluate.judging.questions import Pair
 from dirotq.evaluate.judging.reader import ReaderJudge
 from dirotq.sources.prompts import Prompt
 

@@ -151,8 +151,8 @@ def test_pairs_are_sorted_however_the_answers_came():
 
 
 def test_share_is_a_mean_over_prompts():
-    found = share([1, 1, 0], [2, 1, 0])
+    found = share([(1, 2), (1, 1), (0, 0)])
     assert found is not None
     assert (found["mean"], found["n"]) == (0.75, 2)
     assert 0.5 <= found["low"] < 0.75 < found["high"] <= 1
-    assert share([0, 0], [0, 0]) is None
+    assert share([(0, 0), (0, 0)]) is None
