@@ -4,15 +4,9 @@ import subprocess
 import sys
 
 SLOW = (
-    "openai",
-    "diffusers",
-    "transformers",
-    "datasets",
-    "pandas",
-    "torchmetrics",
-    "matplotlib",
+    "openai", "diffusers", "transformers", "datasets", "pandas", "torchmetrics", "matplotlib",
     "sympy",
-)
+)  # fmt: skip
 JUDGED = ["model=tiny_flux", "pipeline=judged", "judge=openai", "judge.backend.model=m"]
 SCRIPT = f"""
 import sys

@@ -282,7 +282,7 @@ def test_through_a_server_and_the_key_in_no_file(go, judge, configured, monkeypa
         stage.check()
         done = go(stage)
     assert len(server.bodies) == COUNT * 2 * 2
-    assert all(h["Authorization"] == f"Bearer {key}" for h in server.headers)
+    assert all(h["authorization"] == f"Bearer {key}" for h in server.headers)
     assert report_of(done)["comparisons"]["packed"]["perceptual_quality"]["first_slot"]["mean"] == 1
     for path in store_root.rglob("*"):
         assert not path.is_file() or key.encode() not in path.read_bytes(), path

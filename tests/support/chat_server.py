@@ -67,7 +67,7 @@ def serving(behave: Callable[[int, dict[str, Any]], Response]) -> Iterator[ChatS
             with state.lock:
                 number = len(state.bodies)
                 state.bodies.append(body)
-                state.headers.append(dict(self.headers))
+                state.headers.append({k.lower(): v for k, v in self.headers.items()})
                 state.paths.append(self.path)
                 state.running += 1
                 state.most = max(state.most, state.running)

@@ -15,10 +15,12 @@ class MalformedAnswer(ValueError):
     """The text is no answer; the message says why, in words that a model can act on."""
 
 
-class Refusal(BaseModel):
-    """The judge declines, in the form that the rubric offers for it."""
-
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class Refusal(_Strict):
+    """The judge declines, in the form that the rubric offers for it."""
 
     refusal: str
 
@@ -29,20 +31,16 @@ def _not_blank(text: str) -> str:
     return text
 
 
-class Judgement(BaseModel):
+class Judgement(_Strict):
     """One criterion. Reasons come first: the verdict should follow from them."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     # A validator and no `min_length`, which some servers' schemas don't know.
     reasons: Annotated[str, AfterValidator(_not_blank)]
     verdict: Verdict
 
 
-class Answer(BaseModel):
+class Answer(_Strict):
     """Both criteria."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     perceptual_quality: Judgement
     prompt_alignment: Judgement

@@ -20,6 +20,8 @@ PASSING = (408, 409, 429)
 """Statuses below 500 that another attempt may get past."""
 FILTERED = ("content_filter", "content_policy_violation", "moderation_blocked")
 """Error codes of hosted services that mean: refused."""
+LONGEST = 300
+"""Characters of a server's words in a message, cut after the key was hidden."""
 
 Send = Callable[[Mapping[str, Any]], Reply]
 
@@ -67,8 +69,12 @@ def connected(
         except openai.APIConnectionError as error:
             why = error.__cause__
             said = hidden(f"{type(why).__name__} at {url}: {why}")
-            raise Unanswered(said, _retries(error.request)) from None
-        return _reply(url, fields["model"], response, hidden(response.text))
+            raise Unanswered(said[:LONGEST], _retries(error.request)) from None
+        retries = _retries(response.request)
+        if response.is_success:
+            text, refused = _choice(response.text)
+            return Reply(hidden(text), refused, retries)
+        return _refused(url, fields["model"], response.status_code, hidden(response.text), retries)
 
     with openai.OpenAI(
         api_key=key or "none",  # else it looks for one in the environment
@@ -100,12 +106,9 @@ def pacer(per_minute: float | None, stop: threading.Event) -> Callable[[object],
     return wait
 
 
-def _reply(url: str, model: str, response: "httpx2.Response", text: str) -> Reply:
-    """Return what a response says; raise Unanswered or ConfigError where it is no answer."""
-    status, retries = response.status_code, _retries(response.request)
-    if response.is_success:
-        return Reply(*_choice(text), retries)
-    shown = f"HTTP {status}: {text[:300]}"
+def _refused(url: str, model: str, status: int, text: str, retries: int) -> Reply:
+    """Return the refusal of a filter; raise Unanswered or ConfigError for another error status."""
+    shown = f"HTTP {status}: {text[:LONGEST]}"
     if status in PASSING or status >= 500:
         raise Unanswered(shown, retries)
     if any(code in text for code in FILTERED):
@@ -121,12 +124,12 @@ def _refuse_torn(response: "httpx2.Response") -> None:
     import httpx2
 
     if response.is_success:
-        text = response.read().decode(errors="replace")
+        response.read()
         try:
-            _choice(text)
+            _choice(response.text)
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise httpx2.DecodingError(
-                f"no chat completion ({type(error).__name__}: {error}): {text[:200]}"
+                f"no chat completion ({type(error).__name__}: {error}): {response.text}"
             ) from error
 
 

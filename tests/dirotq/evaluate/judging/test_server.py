@@ -13,6 +13,7 @@ from PIL import Image
 
 from dirotq.errors import ConfigError
 from dirotq.evaluate.judging.asking import ask
+from dirotq.evaluate.judging.backend import Unanswered
 from dirotq.evaluate.judging.questions import Correction
 
 KEY = "sk-a-key-nobody-may-see"
@@ -66,12 +67,28 @@ def test_the_key_is_sent_and_shown_nowhere(compare, monkeypatch, caplog):
         assert compare(server, api_key_env="JUDGE_KEY").text == "you sent ***"
 
 
+def test_no_part_of_the_key_is_left_where_a_message_is_cut(compare, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", KEY)
+    with (
+        serving(scripted(Response(200, KEY * 50))) as server,  # wherever it is cut, there is one
+        pytest.raises(Unanswered, match="no chat completion") as caught,
+    ):
+        compare(server, api_key_env="JUDGE_KEY", attempts=1)
+    assert KEY[:2] not in str(caught.value)
+
+
+def test_a_key_that_is_a_word_of_the_protocol_hides_no_answer(compare, monkeypatch):
+    monkeypatch.setenv("JUDGE_KEY", "choices")
+    with serving(scripted(completion(answer()))) as server:
+        assert compare(server, api_key_env="JUDGE_KEY").text == answer()
+
+
 def test_without_a_key_none_is_sent(compare, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)  # for somebody else
     with serving(scripted(completion(answer()))) as server:
         compare(server)
     assert KEY not in str(server.headers)
-    assert "authorization" not in {name.lower() for name in server.headers[0]}
+    assert "authorization" not in server.headers[0]
 
 
 def test_a_key_that_is_not_set(openai, monkeypatch):
@@ -92,7 +109,7 @@ def test_a_key_that_no_header_can_carry(openai, monkeypatch, key):
     monkeypatch.setenv("JUDGE_KEY", key)
     if key.strip() == KEY:
         return openai(api_key_env="JUDGE_KEY").check()
-    with pytest.raises(ConfigError, match="JUDGE_KEY, and that .* holds no key") as caught:
+    with pytest.raises(ConfigError, match=r"JUDGE_KEY, and that .* holds no key") as caught:
         openai(api_key_env="JUDGE_KEY").check()
     assert key not in str(caught.value)
 
