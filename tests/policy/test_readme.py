@@ -64,12 +64,6 @@ def test_command_exists(document, command, root):
         assert (root / words[1]).is_file()
 
 
-def test_the_readme_is_short_and_starts_with_two_commands(root):
-    text = (root / "README.md").read_text()
-    assert len(text.splitlines()) <= 150
-    assert "make compress" in text
-
-
 def test_every_promise_names_tests_that_exist(root):
     text = (root / "docs" / "reliability.md").read_text()
     promises = text[text.index("## Promises") : text.index("## What is not promised")]
