@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 COLUMNS = 100
-TABLE_COLUMNS = 160
+TABLE_COLUMNS = 150
 """Of a table row that a person wrote. A cell that needs more is a paragraph below the table."""
 README_BYTES = 9_000
 GLOSSARY_LINES = 40
@@ -57,8 +57,8 @@ def test_lines_are_wrapped(page):
         ("see https://host/" + "x" * 100, 1),
         ("```\n" + "word " * 40 + "\n```", 0),
         ("```\ncode\n```\n" + "word " * 40, 1),
-        ("| " + "x " * 78 + "|", 0),  # 159 columns
-        ("| " + "x " * 79 + "|", 1),
+        ("| " + "x " * 73 + "|", 0),  # 149 columns
+        ("| " + "x " * 74 + "|", 1),
         ("<!-- begin: t -->\n| " + "x " * 99 + "|\n<!-- end: t -->", 0),
         ("<!-- begin: t -->\n" + "word " * 40 + "\n<!-- end: t -->", 1),
         ("<!-- begin: t -->\n<!-- end: t -->\n| " + "x " * 99 + "|", 1),
