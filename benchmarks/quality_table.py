@@ -169,17 +169,15 @@ def claims(found: Mapping[str, Results]) -> str:
 
 def provenance(found: Mapping[str, Results]) -> str:
     """Where the stored rows were made."""
-    lines = []
+    lines = ["| model | held-out captions | rows | GPU | torch | dates |", "|---" * 6 + "|"]
     for model, results in found.items():
         stored = results["rows"].values()
         count = len(next(iter(stored))["images"]["psnr"])
         dates = sorted({row["date"] for row in stored})
         devices = ", ".join(sorted({row["device"] for row in stored}))
         versions = ", ".join(sorted({row["versions"]["torch"] for row in stored}))
-        lines.append(
-            f"- {model}: {count} held-out captions, {len(stored)} rows; {devices}; torch "
-            f"{versions}; {dates[0]}" + (f" to {dates[-1]}" if len(dates) > 1 else "")
-        )
+        days = " to ".join(dict.fromkeys((dates[0], dates[-1])))
+        lines.append(f"| {model} | {count} | {len(stored)} | {devices} | {versions} | {days} |")
     return "\n".join(lines) + "\n"
 
 
