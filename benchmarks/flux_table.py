@@ -64,10 +64,13 @@ def _forwards(rows: Sequence[Row]) -> Iterator[str]:
         cells = [*times, *("" if s is None else f"{s[0]:.2f}" for s in speed)]
         yield f"| {case} | {' | '.join(cells)} |"
     firsts = [(who, find(rows, "forward", MAIN, who)) for who in shown]
-    told = [f"{who} {row.first_s:.1f} s" for who, row in firsts if row and row.first_s is not None]
+    told = [
+        f"| {who} | {row.first_s:.1f} |" for who, row in firsts if row and row.first_s is not None
+    ]
     if told:
         yield ""
-        yield f"First call at {MAIN}, compilation and capture included: {', '.join(told)}."
+        yield from _head(f"first call at {MAIN}, compilation and capture included", "s")
+        yield from told
 
 
 def _memory(rows: Sequence[Row]) -> Iterator[str]:
@@ -182,16 +185,15 @@ def _silent(rows: Sequence[Row]) -> Iterator[str]:
 
 def _runs(rows: Sequence[Row]) -> Iterator[str]:
     """Where and when; a run with synthetic weights says so."""
+    yield from ("Medians; brackets: 20th and 80th percentile. The runs:", "")
     for run in dict.fromkeys(row.run for row in rows if row.run != PREDICTED):
         same = [row for row in rows if row.run == run]
         first = same[0]
         synthetic = any(row.weights == SYNTHETIC for row in same)
         yield (
-            f"{first.gpu}; torch {first.torch}, triton {first.triton}; {first.git[:12]}, {run} UTC"
-            f"{'; synthetic weights, does not count' if synthetic else ''}. "
-            "Medians; brackets: 20th and 80th percentile."
+            f"- {first.gpu}; torch {first.torch}, triton {first.triton}; {first.git[:12]}, "
+            f"{run} UTC{'; synthetic weights, does not count' if synthetic else ''}"
         )
-        yield ""
 
 
 def _time(row: Row | None) -> str:

@@ -77,7 +77,7 @@ def tables(rows: Sequence[Row]) -> str:
         first = rows[0]
         parts.append(
             f"{first.gpu}; torch {first.torch}, triton {first.triton}; {first.git[:12]}, "
-            f"{first.date}. Medians; brackets: 20th and 80th percentile."
+            f"{first.date}.\nMedians; brackets: 20th and 80th percentile."
         )
     return "\n".join(parts) + "\n"
 

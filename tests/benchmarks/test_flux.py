@@ -168,7 +168,7 @@ def test_tables():
     assert "| bytes | 3.00 | 4.00 | 1.00 |  |" in text
     assert "| **all** | 66.00 | 80.00 | 14.00 |" in text
     assert "failed: a \\| b" in text
-    assert text.rstrip().splitlines()[-1].startswith("H; torch 2, triton 3; abc, 1 UTC")
+    assert text.rstrip().splitlines()[-1].startswith("- H; torch 2, triton 3; abc, 1 UTC")
     for block in text.split("\n\n"):
         lines = [line.replace("\\|", "") for line in block.splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in lines}) <= 1, block
