@@ -111,7 +111,7 @@ def test_a_line_per_case_and_a_column_per_contestant():
         "| A | 200.0 [199.0, 201.0] | 1.50x | 1.4 / 1.6 | reached | 300.0 us | 2.00x | scaled_mm |"
     )
     assert text[5] == "| B | 10.0 | 0.50x | 1 | **missed** |  |  | packed |"
-    assert text[-1].startswith("H; torch 2, triton 3; abc, ")
+    assert text[-2].startswith("H; torch 2, triton 3; abc, ")
 
 
 @pytest.mark.parametrize(
