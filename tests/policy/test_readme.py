@@ -12,9 +12,13 @@ DOCUMENTS = [
     "README.md",
     "CONTRIBUTING.md",
     "artifacts/README.md",
-    "docs/quality.md",
+    "docs/compress.md",
     "docs/judge.md",
+    "docs/kernels.md",
+    "docs/metrics.md",
+    "docs/quality.md",
     "docs/reliability.md",
+    "docs/speed.md",
 ]
 
 
