@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dirotq.cli import compress
     from dirotq.loading import load
+    from dirotq.pipeline.compress import compress
     from dirotq.runtime.accelerate import accelerate
 
 __all__ = ["__version__", "accelerate", "compress", "load"]
@@ -27,7 +27,7 @@ if (_CHECKOUT / "pyproject.toml").is_file():
 
 _LAZY = {
     "load": "dirotq.loading",
-    "compress": "dirotq.cli",
+    "compress": "dirotq.pipeline.compress",
     "accelerate": "dirotq.runtime.accelerate",
 }
 

@@ -4,6 +4,7 @@ import argparse
 import os
 import platform
 import shutil
+from collections.abc import Callable
 from importlib import import_module
 
 from dirotq.errors import DirotqError
@@ -12,7 +13,7 @@ from dirotq.pipeline.provenance import LIBRARIES, gpu, versions
 from dirotq.pipeline.report import bytes_text
 from dirotq.pipeline.store import default_root
 
-__all__ = ["command", "findings"]
+__all__ = ["add_doctor", "findings"]
 
 FLUX_LINEARS = (
     # name, rows at 1024 x 1024 pixels, channels, outputs
@@ -23,9 +24,18 @@ FLUX_LINEARS = (
 """Linears of FLUX.1 whose plans are shown, in the default method's formats."""
 
 
-def command(args: list[str]) -> int:
-    """Say what is installed, which GPU there is, and what would run."""
-    argparse.ArgumentParser(prog="dirotq doctor", description=command.__doc__).parse_args(args)
+def add_doctor(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verb `doctor`."""
+    parser = add(
+        "doctor",
+        help="what this machine has and what would run on it",
+        description="Say what is installed, which GPU there is, and what would run.",
+        epilog="example:\n  dirotq doctor",
+    )
+    parser.set_defaults(call=_doctor)
+
+
+def _doctor(options: argparse.Namespace) -> int:
     for name, found in findings().items():
         print(f"{name:<14}{found}")
     return 0

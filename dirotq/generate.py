@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from dirotq.pipeline.manifest import read_json
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.sources.calls import arguments, pipeline_class, refuse_call
 
-__all__ = ["command", "model_folder"]
+__all__ = ["add_generate", "model_folder"]
 
 STILL, MOVING = "image.png", "video.webp"
 """Where a result goes unless told otherwise."""
@@ -24,12 +24,18 @@ SEEDS = 1 << 64
 """torch takes seeds below this one."""
 
 
-def command(args: list[str]) -> int:
-    """Load a packed model and write one image, or one video as an animated image."""
-    parser = argparse.ArgumentParser(prog="dirotq generate", description=command.__doc__)
+def add_generate(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verb `generate`."""
+    parser = add(
+        "generate",
+        help="one image from a packed model",
+        description="Load a packed model and write one image, or one video as an animated image.",
+        epilog='examples:\n  dirotq generate pack/1f3a --prompt "a small red star" --out star.png'
+        '\n  dirotq generate FOLDER --prompt "a hat" --image in.png --mask hat.png --seed 7',
+    )
     parser.add_argument("model", help="a packed folder, or an artifact such as pack/1f3a")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--out", type=Path, metavar="FILE", help=f"default: {STILL}, or {MOVING}")
     parser.add_argument("--steps", type=int, help="default: generation.json of the model")
     parser.add_argument("--image", metavar="FILE", help="what an editing model starts from")
@@ -37,7 +43,10 @@ def command(args: list[str]) -> int:
     parser.add_argument("--fps", type=int, default=16, help="of a video (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
     store_option(parser)
-    options = parser.parse_args([f"--{a}" if a.startswith("store=") else a for a in args])
+    parser.set_defaults(call=_generate)
+
+
+def _generate(options: argparse.Namespace) -> int:
     _refuse_options(options)
     folder = model_folder(options.model, options.store)
     settings = _settings(folder)

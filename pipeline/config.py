@@ -44,7 +44,9 @@ STUMBLES = (
 )  # fmt: skip
 """What composing raises: Hydra has no word of its own for some values."""
 
-__all__ = ["Line", "build", "compose_config", "hydra_words", "search_path", "with_model_folder"]
+__all__ = [
+    "Line", "build", "compose_config", "groups", "hydra_words", "search_path", "with_model_folder",
+]  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
     return cfg
 
 
-def with_model_folder(overrides: Sequence[str], module: str) -> list[str]:
+def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = False) -> list[str]:
     """``model=<folder>`` becomes ``model=local model.path=<folder>``; the rest stays as it is, but
     for the quotes that Hydra wants (pipeline/quoting.py).
 
@@ -130,7 +132,7 @@ def with_model_folder(overrides: Sequence[str], module: str) -> list[str]:
     same name, and a folder over a hub id. Raises ConfigError if the value is nothing of these.
     """
     result = []
-    for override, words in zip(overrides, quoted(overrides), strict=True):
+    for override, words in zip(overrides, quoted(overrides, sweep=sweep), strict=True):
         group, _, value = override.partition("=")
         if group != "model" or not value:
             result.append(words)
@@ -148,6 +150,14 @@ def with_model_folder(overrides: Sequence[str], module: str) -> list[str]:
                 "id of a diffusers pipeline (org/name, org/name@revision)"
             )
     return result
+
+
+def groups(module: str) -> dict[str, list[str]]:
+    """{group: its choices} of the config tree in the package ``module``."""
+    with _hydra(module):
+        loader = GlobalHydra.instance().config_loader()
+        names = [name for name in loader.list_groups("") if name != "hydra"]
+        return {name: loader.get_group_options(name) for name in names}
 
 
 @contextmanager

@@ -1,24 +1,38 @@
 """Why a stage would run: what its recipe differs in from the closest artifact there is."""
 
+import argparse
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from dirotq.errors import ArtifactError, ConfigError
+from dirotq.pipeline.compress import add_overrides
 from dirotq.pipeline.config import build, compose_config
 from dirotq.pipeline.differences import differences
-from dirotq.pipeline.housekeeping import split_store
-from dirotq.pipeline.store import Artifact, ArtifactStore
+from dirotq.pipeline.store import Artifact, ArtifactStore, default_root
 
-__all__ = ["command", "reason"]
+__all__ = ["add_explain", "reason"]
 
 
-def command(args: list[str], config: str) -> int:
-    """``explain A B`` compares two artifacts, ``explain [overrides]`` looks at what would run."""
-    names = [arg for arg in args if "=" not in arg and not arg.startswith(("~", "-", "+"))]
-    if names:
-        return _compare(args)
-    line = build(compose_config(args, config))
+def add_explain(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verb `explain`."""
+    parser = add(
+        "explain",
+        usage="dirotq explain [OVERRIDES ...]\n       dirotq explain A B [store=FOLDER]",
+        help="why each stage would run; `explain A B` compares two artifacts",
+        description="Say per stage whether it is cached, or in which settings it differs from the "
+        "most\nsimilar artifact of the store; or compare the settings of two artifacts.",
+        epilog="examples:\n  dirotq explain rank.r=32\n  dirotq explain rank/1f3a rank/77c0",
+    )
+    add_overrides(parser)
+    parser.set_defaults(call=_explain)
+
+
+def _explain(options: argparse.Namespace) -> int:
+    words = options.overrides
+    if any("=" not in word and not word.startswith(("~", "-", "+")) for word in words):
+        return _compare(words)
+    line = build(compose_config(words, options.config))
     for step in line.steps:
         if step.name in line.force:
             print(f"{step.name} would run because of force")
@@ -45,8 +59,10 @@ def reason(stage: str, recipe: Mapping[str, Any], store: ArtifactStore) -> str:
     return f"{_text(changed)} (against {closest})"
 
 
-def _compare(args: list[str]) -> int:
-    names, store = split_store(args)
+def _compare(words: list[str]) -> int:
+    names = [word for word in words if not word.startswith("store=")]
+    places = [word.partition("=")[2] for word in words if word.startswith("store=")]
+    store = ArtifactStore([default_root(), *places][-1])
     if len(names) != 2:
         raise ConfigError(
             f"explain takes two artifacts or only overrides (name=value), found {' '.join(names)}"

@@ -13,15 +13,27 @@ from dirotq.pipeline.locks import InUseError
 from dirotq.pipeline.report import bytes_text
 from dirotq.pipeline.store import ArtifactStore, default_root
 
-__all__ = ["garbage", "gc", "split_store", "store_option", "verify"]
+__all__ = ["add_gc", "add_verify", "garbage", "gc", "store_option", "verify"]
 
 
-def verify(args: list[str]) -> int:
-    """Check all artifacts, or the named ones. Status 2 if one is damaged or can't be read."""
-    parser = argparse.ArgumentParser(prog="dirotq verify", description=verify.__doc__)
+def add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verb `verify`."""
+    parser = add(
+        "verify",
+        help="hold artifacts against their digests; --remove damaged ones",
+        description="Check all artifacts, or the named ones. Status 2 if one is damaged or can't "
+        "be read.",
+        epilog="examples:\n  dirotq verify\n  dirotq verify pack/1f3a --remove store=FOLDER",
+    )
     parser.add_argument("artifacts", nargs="*", metavar="STAGE/FINGERPRINT", help="default: all")
     parser.add_argument("--remove", action="store_true", help="remove the damaged ones")
-    options, store = _parse(parser, args)
+    store_option(parser)
+    parser.set_defaults(call=verify)
+
+
+def verify(options: argparse.Namespace) -> int:
+    """Check artifacts; the exit status."""
+    store = ArtifactStore(options.store)
     chosen = [store.find(name) for name in options.artifacts] or store.everything()
     states = []
     for artifact in chosen:
@@ -37,20 +49,29 @@ def verify(args: list[str]) -> int:
     return 2 if {"DAMAGED", "FAILED"} & set(states) else 0
 
 
-def gc(args: list[str]) -> int:
-    """List what no recent run refers to and what dead runs left; remove it with --yes.
-
-    With --cache, also what was made of single files and LoRAs ($DIROTQ_CACHE, else
-    ~/.cache/dirotq; it can be made again) and was not used for so many days.
-    """
-    parser = argparse.ArgumentParser(prog="dirotq gc", description=gc.__doc__)
+def add_gc(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verb `gc`."""
+    parser = add(
+        "gc",
+        help="what nothing needs any more; --yes removes it",
+        description="List what no recent run refers to and what dead runs left; remove it with "
+        "--yes.\n\nWith --cache, also what was made of single files and LoRAs ($DIROTQ_CACHE, else"
+        "\n~/.cache/dirotq; it can be made again) and was not used for so many days.",
+        epilog="examples:\n  dirotq gc\n  dirotq gc --keep 3 --yes\n  dirotq gc --cache 30",
+    )
     parser.add_argument("--keep", type=_count, default=10, metavar="N", help="recent runs (10)")
     parser.add_argument(
         "--cache", type=_count, nargs="?", const=7, metavar="DAYS",
         help="also models in the cache that were not used for so many days (7)",
     )  # fmt: skip
     parser.add_argument("--yes", action="store_true", help="remove what is listed")
-    options, store = _parse(parser, args)
+    store_option(parser)
+    parser.set_defaults(call=gc)
+
+
+def gc(options: argparse.Namespace) -> int:
+    """List or remove garbage; the exit status."""
+    store = ArtifactStore(options.store)
     found = [(path, why, store.remove) for path, why in garbage(store, options.keep)]
     if options.cache is not None:
         found += [(path, why, cache.remove) for path, why in cache.unused(options.cache)]
@@ -128,20 +149,7 @@ def _count(text: str) -> int:
 
 def store_option(parser: argparse.ArgumentParser) -> None:
     """Add --store; ``store=FOLDER``, as the other verbs write it, means the same."""
-    parser.add_argument("--store", default=default_root(), help="artifact store (%(default)s)")
-
-
-def split_store(args: list[str]) -> tuple[list[str], ArtifactStore]:
-    """Positional arguments, and the store they are about."""
-    parser = argparse.ArgumentParser(prog="dirotq explain")
-    parser.add_argument("names", nargs="*")
-    options, store = _parse(parser, args)
-    return options.names, store
-
-
-def _parse(
-    parser: argparse.ArgumentParser, args: list[str]
-) -> tuple[argparse.Namespace, ArtifactStore]:
-    store_option(parser)
-    options = parser.parse_args([f"--{arg}" if arg.startswith("store=") else arg for arg in args])
-    return options, ArtifactStore(options.store)
+    parser.add_argument(
+        "--store", metavar="FOLDER", default=default_root(),
+        help="artifact store (%(default)s); store=FOLDER means the same",
+    )  # fmt: skip

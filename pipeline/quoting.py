@@ -15,26 +15,21 @@ from hydra.errors import HydraException
 
 from dirotq.errors import ConfigError
 
-__all__ = ["is_multirun", "parsed", "quote", "quoted", "setting"]
+__all__ = ["parsed", "quote", "quoted", "setting"]
 
 PATHS = ("store", "weights", "path", "base", "lora", "config", "ground_truth")
 """Last words of the settings that name a file or a folder (hydra's own keep Hydra's grammar)."""
-MULTIRUN = {"-m", "--multirun"}
 _STRUCTURE = re.compile(r"([\[\]{},]|:\s)")
 
 
-def quoted(args: Sequence[str]) -> list[str]:
+def quoted(args: Sequence[str], *, sweep: bool = False) -> list[str]:
     """``args`` of a command line as Hydra must see them.
+
+    sweep  whether commas mean a sweep
 
     Raises ConfigError for an argument that no file system and no configuration can hold.
     """
-    sweep = is_multirun(args)
     return [_quoted(arg, sweep) for arg in args]
-
-
-def is_multirun(args: Sequence[str]) -> bool:
-    """Whether commas mean a sweep."""
-    return not MULTIRUN.isdisjoint(args)
 
 
 def setting(arg: str) -> tuple[str, str, str]:

@@ -29,7 +29,7 @@ def _values(override: str) -> list[str]:
         names = override.partition("=")[2]
         whole = "," not in names or os.path.lexists(names)
         return [override] if whole else [f"model={name}" for name in names.split(",")]
-    (word, _) = quoted([override, "--multirun"])
+    (word,) = quoted([override], sweep=True)
     found = parsed(word)
     if found is None or not found.is_sweep_override() or not found.is_discrete_sweep():
         return [word]

@@ -9,7 +9,7 @@ from dirotq.pipeline.settings import close_to, no_such_setting
 
 __all__ = ["reworded"]
 
-EXTRAS = {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray"}
+EXTRAS = {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 """Launchers, and the extras of this package that install them."""
 NOISE = re.compile(
     r"full_key:|object_type=|reference_type=|See https://|Config search path|provider="

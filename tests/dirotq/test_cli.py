@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -7,7 +8,8 @@ import time
 import pytest
 
 import dirotq as front_door
-from dirotq import cli
+from dirotq.cli import command_line
+from dirotq.pipeline import compress
 
 
 def lines(text):
@@ -38,7 +40,7 @@ def test_a_run_leaves_its_configuration_log_and_artifacts(dirotq, store):
 
 
 def test_python_face(monkeypatch, store):
-    monkeypatch.setattr(cli, "CONFIG", "toyline.conf")
+    monkeypatch.setattr(compress, "CONFIG", "toyline.conf")
     artifacts = front_door.compress("squares.power=3", "until=squares")
     assert set(artifacts) == {"numbers", "squares"}
     assert artifacts["squares"].metrics == {"largest": 27}
@@ -129,12 +131,68 @@ def test_trouble_costs_nothing_that_was_done(dirotq, tmp_path):
     assert ledger.read_text().split() == ["0", "1", "2", "3"]  # each computed once
 
 
-def test_usage(dirotq):
-    for args in ([], ["--help"], ["plan", "--help"]):
+VERBS = ("compress", "plan", "explain", "verify", "gc", "generate", "doctor")
+
+
+def test_help_names_every_verb(dirotq):
+    for args in ([], ["--help"], ["-h"], ["help"]):
         result = dirotq(*args)
-        assert result.status == 0
-        for verb in ("compress", "plan", "explain", "verify", "gc", "generate", "doctor"):
-            assert f"\n  {verb} " in result.out
+        assert (result.status, result.err) == (0, "")
+        assert re.findall(r"^    (\w+) {2,}\w", result.out, re.MULTILINE) == list(VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_has_usage_options_and_examples(dirotq, verb):
+    for flag in ("--help", "-h"):
+        result = dirotq(verb, flag)
+        assert (result.status, result.err) == (0, "")
+        assert result.out.startswith(f"usage: dirotq {verb} ")
+        assert "\noptions:\n" in result.out
+        assert re.search(rf"^examples?:\n  dirotq {verb}", result.out, re.MULTILINE)
+        assert all(len(line) <= 100 for line in result.out.splitlines())
+
+
+def test_help_of_compress_lists_the_groups(dirotq):
+    assert "\n  model: large, local, small\n" in dirotq("compress", "--help").out
+
+
+def test_hydras_own_options(dirotq, store, tmp_path):
+    printed = dirotq("compress", "squares.power=3", "--cfg", "job", "until=squares")
+    assert printed.status == 0
+    assert "power: 3\n" in printed.out and "until: squares\n" in printed.out
+    assert dirotq("compress", "--cfg", "job", "-p", "squares").out.startswith("# @package squares")
+    assert "SUPPRESS" not in dirotq("compress", "--hydra-help").out
+    assert "Flags" in dirotq("compress", "--hydra-help").out
+    assert "searchpath" in dirotq("compress", "--info", "searchpath").out.lower().replace(" ", "")
+    for args in (["-m", "--cfg", "job"], ["--run", "--info"]):
+        both = dirotq("compress", *args)
+        assert (both.status, "not allowed with" in both.err) == (2, True)
+    assert not store.root.exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["gc", "--kep", "3"], "unrecognized arguments: --kep 3; did you mean `--keep`?"),
+        (["verify", "--remov3"], "did you mean `--remove`?"),
+        (["compress", "a=1", "--multirn"], "arguments: --multirn; did you mean `--multirun`?"),
+        (["doctor", "x"], "dirotq doctor: error: unrecognized arguments: x\n"),
+        (["plan", "--cfg", "job"], "--cfg is an option of `dirotq compress` alone"),
+    ],
+)
+def test_unknown_options(dirotq, args, says):
+    result = dirotq(*args)
+    assert (result.status, result.out) == (2, "")
+    assert says in result.err
+
+
+@pytest.mark.parametrize("verb", ["plan", "compress", "verify", "--help"])
+def test_a_reader_that_has_read_enough_is_no_error(spawn, verb):
+    process = spawn(verb)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert "dirotq: " not in err and "Error" not in err, err
+    assert process.wait(timeout=60) == 0
 
 
 def started(process, ledger, count):
@@ -187,4 +245,4 @@ def test_module_and_script_are_the_same_command():
         [os.sys.executable, "-m", "dirotq", "--help"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == cli.USAGE
+    assert done.stdout == command_line()[0].format_help()

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 
 import dirotq as front_door
-from dirotq import cli
 from dirotq.errors import ConfigError
-from dirotq.pipeline import disk
+from dirotq.pipeline import compress, disk
 from dirotq.pipeline.faults import explained
 
 
@@ -160,7 +159,7 @@ def test_an_artifacts_file_in_the_current_folder(dirotq, tmp_path, monkeypatch):
 
 
 def test_python_gets_errors_of_the_project(monkeypatch, store):
-    monkeypatch.setattr(cli, "CONFIG", "toyline.conf")
+    monkeypatch.setattr(compress, "CONFIG", "toyline.conf")
     for override in ("squares.powr=3", "squares=nix", "squares.power=[1", "-m", "squares.power=x"):
         with pytest.raises(ConfigError):
             front_door.compress(override)

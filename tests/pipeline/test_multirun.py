@@ -29,6 +29,15 @@ def test_joblib_launcher(spawn, store):
     check(store)
 
 
+def test_jobs_of_a_cluster(spawn, store):
+    """Submitit's jobs, as Slurm starts them, but on this machine."""
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    process = spawn(*SWEEP, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=2")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    check(store)
+
+
 def test_a_failing_job_under_joblib_is_as_clear(spawn, store):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     process = spawn("compress", "-m", *TROUBLE, "hydra/launcher=joblib")

@@ -93,9 +93,9 @@ def test_what_is_no_path_stays_what_it_is(given, kept):
 
 
 def test_a_sweep_over_paths():
-    assert quoted(["store=a,b", "-m"]) == ["store='a','b'", "-m"]
-    assert quoted(["model.lora=a (1).st,null", "-m"]) == ["model.lora='a (1).st',null", "-m"]
-    assert quoted(["store=choice(a,b)", "-m"]) == ["store=choice(a,b)", "-m"]
+    assert quoted(["store=a,b"], sweep=True) == ["store='a','b'"]
+    assert quoted(["model.lora=a (1).st,null"], sweep=True) == ["model.lora='a (1).st',null"]
+    assert quoted(["store=choice(a,b)"], sweep=True) == ["store=choice(a,b)"]
     assert quoted(["store=a,b"]) == ["store='a,b'"]
 
 

@@ -7,6 +7,7 @@ import multiprocessing
 import random
 import time
 import traceback
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -78,9 +79,9 @@ def _one(store: ArtifactStore, what: str, power: int, force: Sequence[str]) -> N
         return
     with contextlib.redirect_stdout(io.StringIO()) as out:
         if what == "gc":
-            status = housekeeping.gc(["--keep=0", "--yes", f"--store={store.root}"])
+            status = housekeeping.gc(Namespace(store=store.root, keep=0, cache=None, yes=True))
         elif what == "verify":
-            status = housekeeping.verify(["--remove", f"--store={store.root}"])
+            status = housekeeping.verify(Namespace(store=store.root, artifacts=[], remove=True))
         else:
             status = 0
             for artifact in store.list():

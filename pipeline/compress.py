@@ -1,0 +1,197 @@
+"""``dirotq compress`` and ``dirotq plan``: run the line under Hydra, or say what would run."""
+
+import argparse
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.utils import _run_hydra, get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from dirotq.errors import ConfigError
+from dirotq.pipeline import dag, preflight, report, runs
+from dirotq.pipeline.config import (
+    Line,
+    build,
+    compose_config,
+    groups,
+    search_path,
+    with_model_folder,
+)
+from dirotq.pipeline.store import Artifact
+from dirotq.pipeline.sweeps import variants
+
+__all__ = ["CONFIG", "add_compress", "add_overrides", "add_plan", "compress"]
+
+CONFIG = "dirotq.conf"  # the package of the config tree
+
+EXAMPLES = """\
+examples:
+  dirotq compress                           the small model that comes along, in seconds
+  dirotq compress model=flux rank.r=32      a choice of conf/model, another rank
+  dirotq compress model=FOLDER until=gptq   a diffusers folder; stop after a stage
+  dirotq compress --cfg job                 print all settings, and run nothing
+  dirotq compress -m rank.r=8,16,32         once per value; also several at a time:
+    hydra/launcher=joblib                   on this machine (pip install 'dirotq[sweep]')
+    hydra/launcher=submitit_slurm           as Slurm jobs (pip install 'dirotq[slurm]')
+"""
+
+
+def add_compress(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verb `compress`. All its options but -m and --help are Hydra's."""
+    parser = add(
+        "compress", add_help=False, epilog=EXAMPLES,
+        usage="dirotq compress [OVERRIDES ...] [-m] [options]",
+        help="run the pipeline: capture to pack, reference images, validate",
+        description="Run the stages and print where the packed model is. What the store holds "
+        "already\nis not made again.",
+    )  # fmt: skip
+    add_overrides(parser)
+    parser.add_argument("-h", "--help", action="store_true", help="show this, and the groups")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("-m", "--multirun", action="store_true", help="sweep over commas in values")
+    what.add_argument("-r", "--run", action="store_true", help="run once, as without this")
+    what.add_argument("-c", "--cfg", choices=("job", "hydra", "all"), help="print the settings")
+    what.add_argument(
+        "-i", "--info", nargs="?", const="all", metavar="WHAT",
+        choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+        help="print how the settings come about: %(choices)s",
+    )  # fmt: skip
+    parser.add_argument("--resolve", action="store_true", help="with --cfg: values of ${...}")
+    parser.add_argument("-p", "--package", help="with --cfg: of this part only")
+    parser.add_argument("-cd", "--config-dir", metavar="FOLDER", help="has groups of your own")
+    parser.add_argument("--hydra-help", action="store_true", help="show Hydra's help")
+    parser.add_argument("-cn", "--config-name", help=argparse.SUPPRESS)  # refused with a reason
+    parser.add_argument("-cp", "--config-path", help=argparse.SUPPRESS)
+    parser.set_defaults(call=_compress, parser=parser, shell_completion=False)
+
+
+def add_plan(add: Callable[..., argparse.ArgumentParser]) -> None:
+    """Add the verb `plan`."""
+    parser = add(
+        "plan",
+        help="what is cached, what would run, what it takes, whether it fits",
+        description="Show what `dirotq compress` with these settings would do: what is cached, "
+        "what\nwould run, what it takes, and whether it fits this machine. Nothing is written.",
+        epilog="examples:\n  dirotq plan model=flux rank.r=32\n  dirotq plan model=FOLDER",
+    )
+    add_overrides(parser)
+    parser.set_defaults(call=_plan)
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """Add the OVERRIDES that `compress`, `plan` and `explain` share."""
+    parser.add_argument(
+        "overrides", nargs="*", metavar="OVERRIDES",
+        help="settings: model=tiny_flux (or a diffusers folder, a .safetensors file, a hub id), "
+        "rank.r=32, until=gptq, force=[rank], store=FOLDER; `dirotq compress --help` lists the "
+        "groups, `dirotq compress --cfg job` all settings",
+    )  # fmt: skip
+
+
+def compress(*overrides: str) -> dict[str, Artifact]:
+    """Run the line from Python: ``compress("model=tiny_flux", "rank.r=32")["pack"].path``.
+
+    returns {stage: artifact}. Raises DirotqError.
+    """
+    cfg = compose_config(overrides, CONFIG)
+    line = build(cfg)
+    folder = runs.new_folder(line.store)
+    folder.mkdir(parents=True)
+    OmegaConf.save(cfg, folder / "config.yaml")
+    outcomes = _run(line, cfg, folder, overrides)
+    return {name: outcome.artifact for name, outcome in outcomes.items()}
+
+
+def _compress(options: argparse.Namespace) -> int:
+    if options.help:
+        options.parser.print_help()
+        print("\ngroups (GROUP=CHOICE):")
+        for name, choices in groups(options.config).items():
+            print(f"  {name}: {', '.join(choices)}")
+        return 0
+    _try_out(options)
+    options.overrides = with_model_folder(options.overrides, options.config, sweep=options.multirun)
+    version.setbase("1.3")
+    with _raising():
+        _run_hydra(
+            args=options,
+            args_parser=get_args_parser(),
+            task_function=_job,
+            config_path=f"pkg://{options.config}",
+            config_name="config",
+        )
+    return 0
+
+
+def _try_out(options: argparse.Namespace) -> None:
+    """Build the line, of a sweep each value's, before Hydra puts a folder into the store.
+
+    Where Hydra will only print something, the configuration alone has to be right.
+    """
+    if options.config_name or options.config_path:
+        raise ConfigError(
+            "--config-name and --config-path are not for this command: its settings are conf/config"
+            ".yaml's. Files of your own: --config-dir FOLDER adds a folder with groups such as "
+            "experiment/mine.yaml"
+        )
+    added = [search_path(options.config, options.config_dir)] if options.config_dir else []
+    prints = any((options.hydra_help, options.info, options.cfg))
+    for overrides in variants(options.overrides, sweep=options.multirun):
+        cfg = compose_config([*added, *overrides], options.config)
+        if not prints:
+            build(cfg)
+
+
+def _job(cfg: DictConfig) -> None:
+    """One run under Hydra; at module level because launchers send it to other processes."""
+    line = build(cfg)
+    context = HydraConfig.get()
+    folder = Path(context.runtime.output_dir).absolute()
+    # As typed: what an interpolation takes from the environment stays there.
+    overrides: Any = OmegaConf.to_container(context.overrides.task, resolve=False)
+    outcomes = _run(line, cfg, folder, overrides)
+    report.summary(outcomes, folder)
+
+
+def _run(
+    line: Line, cfg: DictConfig, folder: Path, overrides: Sequence[str]
+) -> dict[str, dag.Outcome]:
+    found = preflight.examine(line, cfg)
+    preflight.refuse(found, line.store.root)
+    runs.record(folder, line.store, {step.name: str(step) for step in line.steps})
+    return dag.run(
+        line.steps,
+        line.store,
+        line.executor,
+        force=line.force,
+        overrides=list(overrides),
+        estimates=found.records,
+    )
+
+
+def _plan(options: argparse.Namespace) -> int:
+    cfg = compose_config(options.overrides, options.config)
+    line = build(cfg)
+    found = preflight.examine(line, cfg)
+    report.plan(line, found)
+    preflight.refuse(found, line.store.root)
+    return 0
+
+
+@contextmanager
+def _raising() -> Iterator[None]:
+    """Let Hydra raise errors in the block instead of printing them."""
+    full = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
