@@ -7,13 +7,13 @@ HYDRA_FULL_ERROR=1 add the traceback.
 
 import argparse
 import difflib
-import functools
+import inspect
 import logging
 import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout, suppress
 from pathlib import Path
 from typing import Any, TextIO, cast
@@ -68,30 +68,44 @@ def command_line(
 
     config  package of the config tree
     """
-    raw = argparse.RawDescriptionHelpFormatter
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common.add_argument("-V", "--version", action="version", version=f"dirotq {__version__}")
     parser = argparse.ArgumentParser(
-        prog="dirotq", formatter_class=raw, allow_abbrev=False,
+        prog="dirotq", parents=[common], allow_abbrev=False,
         description="Compress a diffusion transformer to 4 bits, and use what came out.",
         epilog="`dirotq VERB --help` says more about each, with examples.",
     )  # fmt: skip
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
-    add = functools.partial(verbs.add_parser, formatter_class=raw)
+
+    def add(call: Callable[..., int], summary: str, *examples: str, **more: Any) -> Any:
+        """Add the verb that ``call`` does; its docstring is the description."""
+        name = call.__name__.lstrip("_")
+        lines = [f"\n  dirotq {name} {words}".rstrip() for words in examples]
+        made = verbs.add_parser(
+            name, parents=[common], help=summary, description=inspect.getdoc(call),
+            epilog=f"examples:{''.join(lines)}",
+            formatter_class=argparse.RawDescriptionHelpFormatter, **more,
+        )  # fmt: skip
+        made.set_defaults(call=call, config=config)
+        return made
+
     for add_verb in (
         compress.add_compress, compress.add_plan, explain.add_explain, housekeeping.add_verify,
         housekeeping.add_gc, generate.add_generate, doctor.add_doctor,
     ):  # fmt: skip
         add_verb(add)
-    for each in (parser, *verbs.choices.values()):
-        each.add_argument("--debug", action="store_true", help="show the traceback of an error")
-        each.add_argument("-V", "--version", action="version", version=f"dirotq {__version__}")
-        each.set_defaults(config=config)
     return parser, dict(verbs.choices)
 
 
 def _options(words: Sequence[str], config: str) -> argparse.Namespace:
     """What ``words`` say. Raises ConfigError, or SystemExit with what argparse printed."""
     first, *rest = words or ["--help"]
-    refuse_secrets([first, *(_without_prompt(rest) if first == "generate" else rest)])
+    prompted = first == "generate"  # a prompt may say what it likes
+    refuse_secrets([
+        word for last, word in zip(["", *words], words)
+        if not (prompted and (last == "--prompt" or word.startswith("--prompt=")))
+    ])  # fmt: skip
     if first in ("help", "version"):
         first = f"--{first}"
     top, verbs = command_line(config)
@@ -113,16 +127,6 @@ def _options(words: Sequence[str], config: str) -> argparse.Namespace:
         hint = close_to(others[0].partition("=")[0], known)
         parser.error(f"unrecognized arguments: {' '.join(others)}{hint and f';{hint}'}")
     return options
-
-
-def _without_prompt(words: Sequence[str]) -> list[str]:
-    """A prompt may say what it likes."""
-    before = ["", *words]
-    return [
-        word
-        for last, word in zip(before, words)
-        if last != "--prompt" and not word.startswith("--prompt=")
-    ]
 
 
 class _Output:

@@ -26,16 +26,11 @@ FLUX_LINEARS = (
 
 def add_doctor(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb `doctor`."""
-    parser = add(
-        "doctor",
-        help="what this machine has and what would run on it",
-        description="Say what is installed, which GPU there is, and what would run.",
-        epilog="example:\n  dirotq doctor",
-    )
-    parser.set_defaults(call=_doctor)
+    add(_doctor, "what this machine has and what would run on it", "")
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    """Say what is installed, which GPU there is, and what would run."""
     for name, found in findings().items():
         print(f"{name:<14}{found}")
     return 0

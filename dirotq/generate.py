@@ -27,12 +27,10 @@ SEEDS = 1 << 64
 def add_generate(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb `generate`."""
     parser = add(
-        "generate",
-        help="one image from a packed model",
-        description="Load a packed model and write one image, or one video as an animated image.",
-        epilog='examples:\n  dirotq generate pack/1f3a --prompt "a small red star" --out star.png'
-        '\n  dirotq generate FOLDER --prompt "a hat" --image in.png --mask hat.png --seed 7',
-    )
+        _generate, "one image from a packed model",
+        'pack/1f3a --prompt "a small red star" --out star.png',
+        'FOLDER --prompt "a hat" --image in.png --mask hat.png --seed 7',
+    )  # fmt: skip
     parser.add_argument("model", help="a packed folder, or an artifact such as pack/1f3a")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
@@ -43,10 +41,10 @@ def add_generate(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--fps", type=int, default=16, help="of a video (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
     store_option(parser)
-    parser.set_defaults(call=_generate)
 
 
 def _generate(options: argparse.Namespace) -> int:
+    """Load a packed model and write one image, or one video as an animated image."""
     _refuse_options(options)
     folder = model_folder(options.model, options.store)
     settings = _settings(folder)

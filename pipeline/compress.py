@@ -29,26 +29,19 @@ __all__ = ["CONFIG", "add_compress", "add_overrides", "add_plan", "compress"]
 
 CONFIG = "dirotq.conf"  # the package of the config tree
 
-EXAMPLES = """\
-examples:
-  dirotq compress                           the small model that comes along, in seconds
-  dirotq compress model=flux rank.r=32      a choice of conf/model, another rank
-  dirotq compress model=FOLDER until=gptq   a diffusers folder; stop after a stage
-  dirotq compress --cfg job                 print all settings, and run nothing
-  dirotq compress -m rank.r=8,16,32         once per value; also several at a time:
-    hydra/launcher=joblib                   on this machine (pip install 'dirotq[sweep]')
-    hydra/launcher=submitit_slurm           as Slurm jobs (pip install 'dirotq[slurm]')
-"""
-
 
 def add_compress(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb `compress`. All its options but -m and --help are Hydra's."""
     parser = add(
-        "compress", add_help=False, epilog=EXAMPLES,
-        usage="dirotq compress [OVERRIDES ...] [-m] [options]",
-        help="run the pipeline: capture to pack, reference images, validate",
-        description="Run the stages and print where the packed model is. What the store holds "
-        "already\nis not made again.",
+        _compress, "run the pipeline: capture to pack, reference images, validate",
+        "                           the small model that comes along, in seconds",
+        "model=flux rank.r=32       a choice of conf/model, another rank",
+        "model=FOLDER until=gptq    a diffusers folder; stop after a stage",
+        "--cfg job                  print all settings, and run nothing",
+        "-m rank.r=8,16,32          once per value; also several at a time:",
+        "-m rank.r=8,16,32 hydra/launcher=joblib           (pip install 'dirotq[sweep]')",
+        "-m rank.r=8,16,32 hydra/launcher=submitit_slurm   (pip install 'dirotq[slurm]')",
+        usage="dirotq compress [OVERRIDES ...] [-m] [options]", add_help=False,
     )  # fmt: skip
     add_overrides(parser)
     parser.add_argument("-h", "--help", action="store_true", help="show this, and the groups")
@@ -67,20 +60,13 @@ def add_compress(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--hydra-help", action="store_true", help="show Hydra's help")
     parser.add_argument("-cn", "--config-name", help=argparse.SUPPRESS)  # refused with a reason
     parser.add_argument("-cp", "--config-path", help=argparse.SUPPRESS)
-    parser.set_defaults(call=_compress, parser=parser, shell_completion=False)
+    parser.set_defaults(parser=parser, shell_completion=False)
 
 
 def add_plan(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb `plan`."""
-    parser = add(
-        "plan",
-        help="what is cached, what would run, what it takes, whether it fits",
-        description="Show what `dirotq compress` with these settings would do: what is cached, "
-        "what\nwould run, what it takes, and whether it fits this machine. Nothing is written.",
-        epilog="examples:\n  dirotq plan model=flux rank.r=32\n  dirotq plan model=FOLDER",
-    )
-    add_overrides(parser)
-    parser.set_defaults(call=_plan)
+    what = "what is cached, what would run, what it takes, whether it fits"
+    add_overrides(add(_plan, what, "model=flux rank.r=32", "model=FOLDER"))
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -108,12 +94,18 @@ def compress(*overrides: str) -> dict[str, Artifact]:
 
 
 def _compress(options: argparse.Namespace) -> int:
+    """Run the stages and print where the packed model is.
+
+    What the store holds already is not made again.
+    """
     if options.help:
         options.parser.print_help()
         print("\ngroups (GROUP=CHOICE):")
         for name, choices in groups(options.config).items():
             print(f"  {name}: {', '.join(choices)}")
         return 0
+    if options.resolve and not options.cfg:
+        options.parser.error("--resolve goes with --cfg only")
     _try_out(options)
     options.overrides = with_model_folder(options.overrides, options.config, sweep=options.multirun)
     version.setbase("1.3")
@@ -175,6 +167,10 @@ def _run(
 
 
 def _plan(options: argparse.Namespace) -> int:
+    """Show what `dirotq compress` with these settings would do, and whether it fits this machine.
+
+    Nothing is written. A `~` stands before an estimate.
+    """
     cfg = compose_config(options.overrides, options.config)
     line = build(cfg)
     found = preflight.examine(line, cfg)

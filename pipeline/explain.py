@@ -17,18 +17,18 @@ __all__ = ["add_explain", "reason"]
 def add_explain(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb `explain`."""
     parser = add(
-        "explain",
+        _explain, "why each stage would run; `explain A B` compares two artifacts",
+        "rank.r=32", "rank/1f3a rank/77c0",
         usage="dirotq explain [OVERRIDES ...]\n       dirotq explain A B [store=FOLDER]",
-        help="why each stage would run; `explain A B` compares two artifacts",
-        description="Say per stage whether it is cached, or in which settings it differs from the "
-        "most\nsimilar artifact of the store; or compare the settings of two artifacts.",
-        epilog="examples:\n  dirotq explain rank.r=32\n  dirotq explain rank/1f3a rank/77c0",
-    )
+    )  # fmt: skip
     add_overrides(parser)
-    parser.set_defaults(call=_explain)
 
 
 def _explain(options: argparse.Namespace) -> int:
+    """Say why each stage would run, or compare two artifacts.
+
+    What is named is the settings that differ, from the most similar artifact of the store.
+    """
     words = options.overrides
     if any("=" not in word and not word.startswith(("~", "-", "+")) for word in words):
         return _compare(words)

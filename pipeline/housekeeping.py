@@ -19,20 +19,16 @@ __all__ = ["add_gc", "add_verify", "garbage", "gc", "store_option", "verify"]
 def add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb `verify`."""
     parser = add(
-        "verify",
-        help="hold artifacts against their digests; --remove damaged ones",
-        description="Check all artifacts, or the named ones. Status 2 if one is damaged or can't "
-        "be read.",
-        epilog="examples:\n  dirotq verify\n  dirotq verify pack/1f3a --remove store=FOLDER",
-    )
+        verify, "hold artifacts against their digests; --remove damaged ones",
+        "", "pack/1f3a --remove store=FOLDER",
+    )  # fmt: skip
     parser.add_argument("artifacts", nargs="*", metavar="STAGE/FINGERPRINT", help="default: all")
     parser.add_argument("--remove", action="store_true", help="remove the damaged ones")
     store_option(parser)
-    parser.set_defaults(call=verify)
 
 
 def verify(options: argparse.Namespace) -> int:
-    """Check artifacts; the exit status."""
+    """Check all artifacts, or the named ones. Status 2 if one is damaged or can't be read."""
     store = ArtifactStore(options.store)
     chosen = [store.find(name) for name in options.artifacts] or store.everything()
     states = []
@@ -52,12 +48,7 @@ def verify(options: argparse.Namespace) -> int:
 def add_gc(add: Callable[..., argparse.ArgumentParser]) -> None:
     """Add the verb `gc`."""
     parser = add(
-        "gc",
-        help="what nothing needs any more; --yes removes it",
-        description="List what no recent run refers to and what dead runs left; remove it with "
-        "--yes.\n\nWith --cache, also what was made of single files and LoRAs ($DIROTQ_CACHE, else"
-        "\n~/.cache/dirotq; it can be made again) and was not used for so many days.",
-        epilog="examples:\n  dirotq gc\n  dirotq gc --keep 3 --yes\n  dirotq gc --cache 30",
+        gc, "what nothing needs any more; --yes removes it", "", "--keep 3 --yes", "--cache 30"
     )
     parser.add_argument("--keep", type=_count, default=10, metavar="N", help="recent runs (10)")
     parser.add_argument(
@@ -66,11 +57,14 @@ def add_gc(add: Callable[..., argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     parser.add_argument("--yes", action="store_true", help="remove what is listed")
     store_option(parser)
-    parser.set_defaults(call=gc)
 
 
 def gc(options: argparse.Namespace) -> int:
-    """List or remove garbage; the exit status."""
+    """List what no recent run refers to and what dead runs left; remove it with --yes.
+
+    With --cache, also what was made of single files and LoRAs ($DIROTQ_CACHE, else
+    ~/.cache/dirotq; it can be made again) and was not used for so many days.
+    """
     store = ArtifactStore(options.store)
     found = [(path, why, store.remove) for path, why in garbage(store, options.keep)]
     if options.cache is not None:

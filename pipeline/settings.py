@@ -104,7 +104,10 @@ def refuse_misfit(value: Any, hint: Any, name: str) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is what the annotation ``hint`` says. Floats are finite; true is no 1."""
+    """Whether ``value`` is what the annotation ``hint`` says. Floats are finite; true is no 1.
+
+    Pydantic's strict mode takes true for ``Literal[1]`` and no protocol or list for a tuple.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any or isinstance(hint, typing.TypeVar):
         return True
@@ -180,22 +183,11 @@ def _shown(value: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    match value:
-        case None:
-            return "nothing"
-        case bool():
-            return "a truth value"
-        case int():
-            return "a whole number"
-        case float():
-            return "a number with a fraction" if math.isfinite(value) else "no finite number"
-        case str():
-            return "text"
-        case list():
-            return "a list"
-        case dict():
-            return "a mapping"
-    return f"a {type(value).__name__}"
+    if isinstance(value, float):
+        return "a number with a fraction" if math.isfinite(value) else "no finite number"
+    kinds = {int: "a whole number", str: "text", bool: "a truth value", list: "a list",
+             dict: "a mapping", type(None): "nothing"}  # fmt: skip
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def _allowed(hint: Any) -> str:
@@ -205,13 +197,8 @@ def _allowed(hint: Any) -> str:
         return " or ".join(dict.fromkeys(_allowed(option) for option in args))
     if origin is Literal:
         return " or ".join(map(repr, args))
-    plain = {
-        int: "a whole number",
-        float: "a number",
-        str: "text",
-        bool: "true or false",
-        type(None): "null",
-    }
+    plain = {int: "a whole number", float: "a number", str: "text", bool: "true or false",
+             type(None): "null"}  # fmt: skip
     if hint in plain:
         return plain[hint]
     kind = origin or hint

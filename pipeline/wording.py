@@ -42,22 +42,6 @@ def _no_choice(group: str, name: str, options: str) -> str:
     return f"{group}={name}: there is no such choice;{hint} {group} has {', '.join(known)}"
 
 
-def _not_loaded(group: str, name: str) -> str:
-    return f"{group}={name}: there is no such choice; `dirotq compress --help` lists them"
-
-
-def _there_already(name: str) -> str:
-    return f"+{name}=...: {name} is there already; write {name}=... without the +"
-
-
-def _chosen_twice(group: str) -> str:
-    return f"+{group}=...: {group} is chosen already; write {group}=... without the +"
-
-
-def _nothing_to_delete(name: str) -> str:
-    return f"~{name}: there is nothing called {name} to leave out"
-
-
 def _ambiguous(override: str) -> str:
     name, _, value = override.partition("=")
     return (
@@ -79,10 +63,22 @@ _WORDS: tuple[tuple[str, Callable[..., str]], ...] = (
         r"Could not find '(.+?)/([^/']*)'.*Available options in '[^']*':(.*?)Config search",
         _no_choice,
     ),
-    (r"Could not (?:find|load) '(.+?)/([^/']*)'", _not_loaded),
-    (r"An item is already at '([^']*)'", _there_already),
-    (r"^(\S+) appears more than once in the final defaults list", _chosen_twice),
-    (r"Could not delete from config\. '([^']*)' does not exist", _nothing_to_delete),
+    (
+        r"Could not (?:find|load) '(.+?)/([^/']*)'",
+        "{}={}: there is no such choice; `dirotq compress --help` lists them".format,
+    ),
+    (
+        r"An item is already at '([^']*)'",
+        "+{0}=...: {0} is there already; write {0}=... without the +".format,
+    ),
+    (
+        r"^(\S+) appears more than once in the final defaults list",
+        "+{0}=...: {0} is chosen already; write {0}=... without the +".format,
+    ),
+    (
+        r"Could not delete from config\. '([^']*)' does not exist",
+        "~{0}: there is nothing called {0} to leave out".format,
+    ),
     (r"Ambiguous value for argument '(.*?)'\n", _ambiguous),
     (r"Config group override must be a string or a list\. Got (\w+)", _not_a_choice),
 )

@@ -143,13 +143,17 @@ def test_help_names_every_verb(dirotq):
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_help_of_a_verb_has_usage_options_and_examples(dirotq, verb):
-    for flag in ("--help", "-h"):
-        result = dirotq(verb, flag)
-        assert (result.status, result.err) == (0, "")
-        assert result.out.startswith(f"usage: dirotq {verb} ")
-        assert "\noptions:\n" in result.out
-        assert re.search(rf"^examples?:\n  dirotq {verb}", result.out, re.MULTILINE)
-        assert all(len(line) <= 100 for line in result.out.splitlines())
+    done = subprocess.run(
+        [os.sys.executable, "-m", "dirotq", verb, "--help"],
+        capture_output=True, text=True, check=False, env={**os.environ, "COLUMNS": "80"},
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"usage: dirotq {verb} ")
+    assert "\noptions:\n" in done.stdout
+    assert re.search(rf"^examples:\n  dirotq {verb}", done.stdout, re.MULTILINE)
+    text = done.stdout.partition("\ngroups (")[0]
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert dirotq(verb, "-h").status == 0
 
 
 def test_help_of_compress_lists_the_groups(dirotq):
@@ -167,6 +171,7 @@ def test_hydras_own_options(dirotq, store, tmp_path):
     for args in (["-m", "--cfg", "job"], ["--run", "--info"]):
         both = dirotq("compress", *args)
         assert (both.status, "not allowed with" in both.err) == (2, True)
+    assert "--resolve goes with --cfg only" in dirotq("compress", "--resolve").err
     assert not store.root.exists()
 
 

@@ -11,10 +11,17 @@ from importlib import metadata
 
 import pytest
 
+from dirotq.pipeline.wording import EXTRAS
+
 
 @pytest.fixture(scope="session")
-def tool(root):
-    return tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+def pyproject(root):
+    return tomllib.loads((root / "pyproject.toml").read_text())
+
+
+@pytest.fixture(scope="session")
+def tool(pyproject):
+    return pyproject["tool"]["setuptools"]
 
 
 def run(code, *, cwd, path):
@@ -37,6 +44,13 @@ def test_every_folder_of_code_is_listed(tool, folders):
 
 def test_package_dir_maps_every_root_folder(tool, folders):
     assert tool["package-dir"] == {package: folder.name for package, folder in folders.items()}
+
+
+def test_every_extra_is_used(pyproject):
+    """By a launcher of Hydra's that is named, or by imports; dev holds what the tests need."""
+    extras = pyproject["project"]["optional-dependencies"]
+    assert {"dev", "judge", "metrics", *EXTRAS.values()} == set(extras)
+    assert "dirotq[judge,slurm,sweep]" in extras["dev"]
 
 
 def test_every_data_file_is_shipped(tool, folders):
