@@ -5,8 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import zarr
-
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
@@ -14,10 +12,9 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
-from dirotq.progress import track
-from dirotq.quantize.moments import moment, read_stored
+from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
-from dirotq.quantize.prefetch import ahead
+from dirotq.quantize.prefetch import unfinished
 from dirotq.quantize.spectrum import DENSE, MARGIN, eigen_seconds, principal_basis
 from dirotq.quantize.tensors import load_site, save_site, site_file
 from dirotq.quantize.workload import Workload
@@ -58,15 +55,10 @@ class FitBasis:
 
     def run(self, out: Path, *, capture: Artifact) -> Mapping[str, float]:
         device = pick_device(self.device)
-        moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
+        captured = Captured(capture)
         sites = [site for site in self.model.sites() if site.kind == "block"]
-        units = Units(out, self)
-        todo = units.todo(sites, lambda site: site.name, "basis")
-        loaded = ahead(lambda site: read_stored(moments, site.name), todo)
-        for site, stored in units.finishing(
-            track(loaded, "basis", total=len(todo)),
-            lambda item: (item[0].name, out / "sites" / site_file(item[0].name)),
-        ):
+        todo = unfinished(sites, Units(out, self), out / "sites", captured.stored_moment, "basis")
+        for site, stored in todo:
             s_DD = moment(stored, device)
             try:
                 variances, vectors = principal_basis(s_DD, self.leading)
@@ -75,7 +67,7 @@ class FitBasis:
             energy = s_DD.diagonal().double().sum().reshape(1)
             found = {"vectors": vectors.float(), "variances": variances, "energy": energy}
             save_site(out / "sites", site.name, found)
-        return {"sites": len(sites), "rank_deficient": self._deficient(out, sites)}
+        return {"sites": len(sites), "rank_deficient": _deficient(out, sites)}
 
     def cost(self, work: Workload, machine: Machine) -> Cost:
         """Per site its moments from disk, then an iteration, or all eigenvectors of small ones."""
@@ -96,13 +88,14 @@ class FitBasis:
             **machine.memory(matrices + thin, 2 * largest),
         )
 
-    def _deficient(self, out: Path, sites: list[Site]) -> int:
-        """Sites whose kept directions hold all there is, though they are not all directions, and
-        sites with a variance of zero."""
-        count = 0
-        for site in sites:
-            found = load_site(out / "sites" / site_file(site.name))
-            variances, energy = found["variances"], float(found["energy"])
-            all_held = len(variances) < site.dim and float(variances.sum()) > (1 - 1e-9) * energy
-            count += all_held or bool(variances[0] < 1e-9 * variances[-1])
-        return count
+
+def _deficient(out: Path, sites: list[Site]) -> int:
+    """Sites whose kept directions hold all there is, though they are not all directions, and
+    sites with a variance of zero."""
+    count = 0
+    for site in sites:
+        found = load_site(out / "sites" / site_file(site.name))
+        variances, energy = found["variances"], float(found["energy"])
+        all_held = len(variances) < site.dim and float(variances.sum()) > (1 - 1e-9) * energy
+        count += all_held or bool(variances[0] < 1e-9 * variances[-1])
+    return count

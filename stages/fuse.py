@@ -3,63 +3,33 @@
 Letters: M rows, D channels, N outputs.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-import zarr
 from torch import Tensor, nn
 
-from dirotq.calibrate.replay import Walk
+from dirotq.calibrate.replay import Replay
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.full_float32 import full_float32
 from dirotq.kernels.spec import QuantSpec
 from dirotq.kernels.transform_quantize import transform
 from dirotq.models.call import load_probe
+from dirotq.models.family import Site
 from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.progress import track
-from dirotq.quantize.plan import SitePlan, read_plan
+from dirotq.quantize.moments import Captured
+from dirotq.quantize.plan import read_plan
 from dirotq.quantize.rotation import Rotation, site_rotation
-from dirotq.quantize.tensors import read_array, save_site
+from dirotq.quantize.tensors import save_site
 from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
-from dirotq.sources.weights import Weights
-
-
-class FusedLinear(nn.Module):
-    """A site's wide linear after fusing and before quantizing: y = z W_zᵀ + c Vᵀ + bias."""
-
-    basis: Tensor | None
-    rotation: Tensor | None
-    smooth: Tensor | None
-    main: Tensor
-    protected: Tensor | None
-    bias: Tensor | None
-
-    def __init__(self, rotation: Rotation, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.spec: QuantSpec = rotation.spec
-        main, protected = rotation.weights(weight)
-        self.register_buffer("basis", rotation.basis_DR)
-        self.register_buffer("rotation", rotation.rotation_DK)
-        self.register_buffer("smooth", rotation.smooth_D)
-        self.register_buffer("main", main)
-        self.register_buffer("protected", protected)
-        self.register_buffer("bias", bias)
-
-    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
-        z, c = transform(x, self.basis, self.rotation, self.spec, self.smooth)
-        y = z @ self.main[rows].to(x.dtype).mT
-        if c is not None and self.protected is not None:
-            y = y + c @ self.protected[rows].to(x.dtype).mT
-        return y if self.bias is None else y + self.bias[rows].to(x.dtype)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,64 +62,43 @@ class Fuse:
         self, out: Path, *, capture: Artifact, basis: Artifact, rank: Artifact
     ) -> Mapping[str, float]:
         device = pick_device(self.device)
-        plan = read_plan(rank.file("plan.json"))
-        rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
-        probe, *_ = load_probe(capture)
+        plan, captured = read_plan(rank.file("plan.json")), Captured(capture)
+        weights, (probe, *_) = self.model.weights(), load_probe(capture)
         worst = {"layer_error": 0.0, "wp_rounding": 0.0}
-
-        def fuse(entry: SitePlan) -> FusedLinear:
-            name = entry.site.name
-            weight, bias = weights.stacked(entry.site, device)
-            rotation = site_rotation(entry, basis, device)
-            module = FusedLinear(rotation, weight, bias)
-            x = read_array(rows, name).to(device)
-            error = self._prove_layer(name, module, weight, bias, x)
-            worst["layer_error"] = max(worst["layer_error"], error)
-            stored = {
-                key: tensor.to(torch.bfloat16)
-                for key, tensor in (
-                    ("basis", module.basis),
-                    ("rotation", module.rotation),
-                    ("smooth", module.smooth),
-                    ("bias", bias),
-                )
-                if tensor is not None
-            }
-            if module.protected is not None:
-                wp = rotation.stored(module.protected)
-                kept = wp["wp"].float() * wp.get("wpscale", torch.ones(1, device=device)).float()
-                rounding = relative_error(kept, module.protected)
-                worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
-                stored |= wp
-            save_site(out / "sites", name, stored)
-            return module
-
-        weights = self.model.weights()
         entries = {entry.site: entry for entry in plan}
-        blocks = list(dict.fromkeys(e.site.block for e in plan if e.site.block))
-        steps = iter(track(range(2 * len(blocks)), "fuse"))
+        blocks = list(dict.fromkeys(site.block for site in entries if site.block))
 
-        @contextmanager
-        def untouched(block: str, part: nn.Module) -> Iterator[None]:
-            yield
-            next(steps, None)
+        def fused(site: Site) -> FusedLinear:
+            weight, bias = weights.stacked(site, device)
+            rotation = site_rotation(entries[site], basis, device)
+            linear = FusedLinear(rotation, weight, bias)
+            rows = captured.rows(site).to(device)
+            error = prove_layer(site, linear, weight, bias, rows, self.layer_tolerance)
+            stored, rounding = stored_halves(linear, rotation, bias)
+            save_site(out / "sites", site.name, stored)
+            worst["layer_error"] = max(worst["layer_error"], error)
+            worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
+            return linear
+
+        def replay() -> Replay:
+            transformer = self.model.skeleton()
+            return Replay(transformer, weights, blocks, device=device, dtype=torch.float32)
 
         with full_float32():
-            walk = self._walk(weights, blocks, device)
-            want = walk.run([probe], untouched)[0]
-            walk = self._walk(weights, blocks, device)
-
-            @contextmanager
-            def swapped(block: str, part: nn.Module | None = None) -> Iterator[None]:
-                inside = [site for site in entries if site.block == block]
-                swap_sites(walk.transformer, inside, lambda site: fuse(entries[site]))
-                yield
+            original = replay()
+            for step in track(original.steps([probe]), "fuse: original", total=len(blocks)):
+                step.run()
+            (want,) = original.outputs
+            del original
+            changed = replay()
+            swap_sites(changed.transformer, _inside("", entries), fused)
+            for step in track(changed.steps([probe]), "fuse", total=len(blocks)):
+                inside = _inside(step.block, entries)
+                swap_sites(changed.transformer, inside, fused)
+                step.run()
                 for site in inside:
-                    walk.transformer.get_submodule(site.name).to("meta")
-                next(steps, None)
-
-            with swapped(""):
-                got = walk.run([probe], swapped)[0]
+                    changed.transformer.get_submodule(site.name).to("meta")
+            (got,) = changed.outputs
         network = relative_error(got, want)
         if not network <= self.network_tolerance:
             raise NumericalError(
@@ -176,25 +125,81 @@ class Fuse:
             **machine.memory(block + activations),
         )  # fmt: skip
 
-    def _walk(self, weights: Weights, blocks: list[str], device: torch.device) -> Walk:
-        transformer = self.model.skeleton()
-        return Walk(transformer, weights, blocks, device=device, dtype=torch.float32)
 
-    def _prove_layer(
-        self, name: str, module: FusedLinear, weight: Tensor, bias: Tensor | None, x: Tensor
-    ) -> float:
-        x = x.double()
-        want = x @ weight.double().mT + (0 if bias is None else bias.double())
-        error = relative_error(module(x), want)
-        if not error <= self.layer_tolerance:
-            raise NumericalError(
-                f"site {name}: fused and original outputs differ by {error:.2g} (relative), more "
-                f"than fuse.layer_tolerance={self.layer_tolerance:g}; the basis or the weights "
-                "are damaged"
-            )
-        return error
+class FusedLinear(nn.Module):
+    """A site's wide linear after fusing and before quantizing: y = z W_zᵀ + c Vᵀ + bias."""
+
+    basis: Tensor | None
+    rotation: Tensor | None
+    smooth: Tensor | None
+    main: Tensor
+    protected: Tensor | None
+    bias: Tensor | None
+
+    def __init__(self, rotation: Rotation, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        self.spec: QuantSpec = rotation.spec
+        main, protected = rotation.weights(weight)
+        self.register_buffer("basis", rotation.basis_DR)
+        self.register_buffer("rotation", rotation.rotation_DK)
+        self.register_buffer("smooth", rotation.smooth_D)
+        self.register_buffer("main", main)
+        self.register_buffer("protected", protected)
+        self.register_buffer("bias", bias)
+
+    def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
+        z, c = transform(x, self.basis, self.rotation, self.spec, self.smooth)
+        y = z @ self.main[rows].to(x.dtype).mT
+        if c is not None and self.protected is not None:
+            y = y + c @ self.protected[rows].to(x.dtype).mT
+        return y if self.bias is None else y + self.bias[rows].to(x.dtype)
+
+
+def prove_layer(
+    site: Site,
+    linear: FusedLinear,
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    tolerance: float,
+) -> float:
+    """Return the relative error of a fused linear on rows x, in float64.
+
+    Raises NumericalError naming the site if it exceeds ``tolerance``.
+    """
+    x = x.double()
+    want = x @ weight.double().mT + (0 if bias is None else bias.double())
+    error = relative_error(linear(x), want)
+    if not error <= tolerance:
+        raise NumericalError(
+            f"site {site.name}: fused and original outputs differ by {error:.2g} (relative), more "
+            f"than fuse.layer_tolerance={tolerance:g}; the basis or the weights "
+            "are damaged"
+        )
+    return error
+
+
+def stored_halves(
+    linear: FusedLinear, rotation: Rotation, bias: Tensor | None
+) -> tuple[dict[str, Tensor], float]:
+    """Return what is stored of a site besides its codes, and the relative rounding error of wp."""
+    halves = {
+        "basis": linear.basis, "rotation": linear.rotation, "smooth": linear.smooth, "bias": bias
+    }  # fmt: skip
+    stored = {name: t.to(torch.bfloat16) for name, t in halves.items() if t is not None}
+    if linear.protected is None:
+        return stored, 0.0
+    wp = rotation.stored(linear.protected)
+    kept = (
+        wp["wp"].float() * wp.get("wpscale", torch.ones(1, device=linear.protected.device)).float()
+    )
+    return stored | wp, relative_error(kept, linear.protected)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
     """‖got - want‖ / ‖want‖ (Frobenius)."""
     return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def _inside(block: str, sites: Iterable[Site]) -> list[Site]:
+    return [site for site in sites if site.block == block]

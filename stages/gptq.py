@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-import zarr
 from torch import Tensor
 
 from dirotq.device import pick_device
@@ -26,13 +25,12 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
-from dirotq.progress import track
 from dirotq.quantize.feedback import feedback
-from dirotq.quantize.moments import moment, read_stored
+from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import SitePlan, read_plan
-from dirotq.quantize.prefetch import ahead
+from dirotq.quantize.prefetch import unfinished
 from dirotq.quantize.rotation import Rotation, site_rotation
-from dirotq.quantize.tensors import load_site, read_array, save_site, site_file
+from dirotq.quantize.tensors import load_site, save_site, site_file
 from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
@@ -85,64 +83,28 @@ class QuantizeWeights:
         self, out: Path, *, capture: Artifact, basis: Artifact, rank: Artifact
     ) -> Mapping[str, float]:
         device = pick_device(self.device)
-        plan = read_plan(rank.file("plan.json"))
-        moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
-        rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
-        weights = self.model.weights()
-        units = Units(out, self)
-        todo = units.todo(plan, lambda entry: entry.site.name, "gptq")
-        stored = ahead(lambda entry: read_stored(moments, entry.site.name), todo)
-        for entry, second_moment in units.finishing(
-            track(stored, "gptq", total=len(todo)),
-            lambda item: (item[0].site.name, out / "sites" / site_file(item[0].site.name)),
-        ):
+        plan, captured = read_plan(rank.file("plan.json")), Captured(capture)
+        weights, entries = self.model.weights(), {entry.site: entry for entry in plan}
+        todo = unfinished(entries, Units(out, self), out / "sites", captured.stored_moment, "gptq")
+        for site, stored in todo:
+            entry = entries[site]
             rotation = site_rotation(entry, basis, device)
-            weight, bias = weights.stacked(entry.site, device)
+            weight, bias = weights.stacked(site, device)
             w_z, protected = rotation.weights(weight)
             del weight
-            s_DD = moment(second_moment, device)
+            s_DD = moment(stored, device)
             s_z, energy = rotation.moments(s_DD), s_DD.diagonal().double().sum()
             if self.inputs == "quantized":
-                x = read_array(rows, entry.site.name).to(device, torch.float32)
+                x = captured.rows(site).to(device, torch.float32)
                 # In the unit of S, whatever capture.weighting made of it.
                 unit = energy / x.double().square().sum(1).mean().clamp_min(1e-300)
                 s_z.diagonal().add_(rounding_noise(rotation, x) * unit)
-            tensors = self._quantized(w_z, s_z, energy, entry, protected, bias)
+            tensors = quantize_regularized(w_z, s_z, energy, entry, self.damping, protected, bias)
             if self.feedback and protected is not None:
                 tensors |= _with_feedback(rotation, s_DD, w_z, protected, bias, tensors)
             del s_DD
-            save_site(out / "sites", entry.site.name, tensors)
+            save_site(out / "sites", site.name, tensors)
         return _summary(out, plan)
-
-    def _quantized(
-        self,
-        w_z: Tensor,
-        s_z: Tensor,
-        energy: Tensor,
-        entry: SitePlan,
-        protected: Tensor | None,
-        bias: Tensor | None,
-    ) -> dict[str, Tensor]:
-        """One site, its second moment regularized by what its float32 entries cannot say.
-
-        Where P holds nearly all energy, what is left of S is partly its rounding, and may not even
-        be positive. Rounding is taken for larger only where a factorization fails: counted.
-        """
-        before = 0.0
-        for attempt, share in enumerate(ROUNDING):
-            s_z.diagonal().add_((share - before) * energy)
-            before = share
-            try:
-                tensors = quantize_site(w_z, s_z, entry, self.damping, protected, bias)
-            except FactorizationError as error:
-                failure = error
-            else:
-                tensors["counts"][0] += attempt
-                return tensors
-        raise NumericalError(
-            f"site {entry.site.name}: {failure}. Capture more tokens "
-            f"(capture.calls) or raise gptq.damping (now {self.damping})"
-        ) from failure
 
     def cost(self, work: Workload, machine: Machine) -> Cost:
         """Per site: rotated moments and their factor in float64, products of N K², a sweep."""
@@ -198,6 +160,39 @@ def _with_feedback(
     if (floor := tail_floor(rotation.spec, changed, bias_N)) is not None:
         changed = torch.where(floor > tensors["wscale"], wp_NR, changed)
     return rotation.stored(changed) | {"feedback": torch.tensor([share]).double()}
+
+
+def quantize_regularized(
+    w_z: Tensor,
+    s_z: Tensor,
+    energy: Tensor,
+    entry: SitePlan,
+    damping: float,
+    protected: Tensor | None,
+    bias: Tensor | None,
+) -> dict[str, Tensor]:
+    """Regularize a site's second moment by what its float32 entries cannot say; quantize it.
+
+    Where P holds nearly all energy, what is left of S is partly its rounding, and may not even
+    be positive. Rounding is taken for larger only where a factorization fails: counted.
+
+    Raises NumericalError naming the site if all of that fails.
+    """
+    before = 0.0
+    for attempt, share in enumerate(ROUNDING):
+        s_z.diagonal().add_((share - before) * energy)
+        before = share
+        try:
+            tensors = quantize_site(w_z, s_z, entry, damping, protected, bias)
+        except FactorizationError as error:
+            failure = error
+        else:
+            tensors["counts"][0] += attempt
+            return tensors
+    raise NumericalError(
+        f"site {entry.site.name}: {failure}. Capture more tokens "
+        f"(capture.calls) or raise gptq.damping (now {damping})"
+    ) from failure
 
 
 def quantize_site(

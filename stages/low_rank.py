@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
-import zarr
 from torch import Tensor
 
 from dirotq.device import pick_device
@@ -19,15 +18,14 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
-from dirotq.progress import track
 from dirotq.quantize.low_rank import LowRank, svd_branch, weighted_branch
-from dirotq.quantize.moments import moment, read_stored
+from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
-from dirotq.quantize.prefetch import ahead
+from dirotq.quantize.prefetch import unfinished
 from dirotq.quantize.rotation import Rotation
 from dirotq.quantize.smoothing import best, smoothing
 from dirotq.quantize.spectrum import eigen_seconds, principal_basis
-from dirotq.quantize.tensors import load_site, read_array, save_site, site_file
+from dirotq.quantize.tensors import load_site, save_site, site_file
 from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
@@ -99,24 +97,16 @@ class FitLowRank:
 
     def run(self, out: Path, *, capture: Artifact) -> Mapping[str, float]:
         device = pick_device(self.device)
-        moments = zarr.open_group(capture.tree("moments.zarr"), mode="r")
-        peaks = zarr.open_group(capture.tree("peaks.zarr"), mode="r")
-        rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
-        weights = self.model.weights()
+        captured, weights = Captured(capture), self.model.weights()
         sites = [site for site in self.model.sites() if site.kind == "block"]
-        units = Units(out, self)
-        todo = units.todo(sites, lambda site: site.name, "basis")
-        stored = ahead(lambda site: read_stored(moments, site.name), todo)
-        for site, second_moment in units.finishing(
-            track(stored, "basis", total=len(todo)),
-            lambda item: (item[0].name, out / "sites" / site_file(item[0].name)),
-        ):
+        todo = unfinished(sites, Units(out, self), out / "sites", captured.stored_moment, "basis")
+        for site, stored in todo:
             weight, _ = weights.stacked(site, device)
-            peak_D = read_array(peaks, site.name).to(device)
-            x_TD = read_array(rows, site.name).to(device, torch.float32)
-            s_DD = moment(second_moment, device)
+            absmax_D = captured.absmax(site).to(device)
+            x_TD = captured.rows(site).to(device, torch.float32)
+            s_DD = moment(stored, device)
             try:
-                found = self._fit(site, weight, s_DD, peak_D, x_TD)
+                found = fit_site(self, site, weight, s_DD, absmax_D, x_TD)
                 if "variances" not in found:
                     found["variances"], _ = principal_basis(s_DD, self.leading)
                     found["energy"] = s_DD.diagonal().double().sum().reshape(1)
@@ -143,52 +133,64 @@ class FitLowRank:
             **machine.memory(8 * 5 * widest**2 + 16 * widest * kept, 8 * widest**2),
         )
 
-    def _fit(
-        self, site: Site, w_ND: Tensor, s_DD: Tensor, peak_D: Tensor, x_TD: Tensor
-    ) -> dict[str, Tensor]:
-        if self.smoothing == "none":
-            return self._tensors(self._low_rank(w_ND, s_DD, None), None, None)
-        if self.smoothing == "fixed":
-            smooth = _rounded(smoothing(peak_D, w_ND, self.alpha))
-            return self._tensors(self._low_rank(w_ND, s_DD, smooth), smooth, self.alpha)
-        assert self.rank is not None
-        spec = self.method.spec(site, self.rank)
-        if spec is None:  # an override keeps the site in 16 bits
-            return self._tensors(self._low_rank(w_ND, s_DD, None), None, None)
 
-        def tried() -> Iterator[tuple[Rotation, dict[str, Tensor]]]:
-            for alpha in (None, *(k / self.candidates for k in range(1, self.candidates + 1))):
-                smooth = torch.ones_like(w_ND[0])
-                if alpha is not None:
-                    smooth = _rounded(smoothing(peak_D, w_ND, alpha))
-                branch = self._low_rank(w_ND, s_DD, smooth)
-                found = self._tensors(branch, smooth, alpha)
-                yield Rotation.cut(found, spec), found
+def fit_site(
+    stage: FitLowRank, site: Site, w_ND: Tensor, s_DD: Tensor, absmax_D: Tensor, x_TD: Tensor
+) -> dict[str, Tensor]:
+    """Return what is stored of one site, but for the spectrum of one without a branch.
 
-        return best(tried(), w_ND, x_TD, clip=self.method.weight_clip)
+    w_ND      float32 [N, D], stacked weights
+    s_DD      float32 [D, D], second moment
+    absmax_D  float32 [D], largest magnitude of each channel
+    x_TD      float32 [T, D], sampled rows
+    """
+    if stage.smoothing == "none":
+        return _tensors(_low_rank(stage, w_ND, s_DD, None), None, None)
+    if stage.smoothing == "fixed":
+        smooth = _rounded(smoothing(absmax_D, w_ND, stage.alpha))
+        return _tensors(_low_rank(stage, w_ND, s_DD, smooth), smooth, stage.alpha)
+    assert stage.rank is not None
+    spec = stage.method.spec(site, stage.rank)
+    if spec is None:  # an override keeps the site in 16 bits
+        return _tensors(_low_rank(stage, w_ND, s_DD, None), None, None)
 
-    def _low_rank(self, w_ND: Tensor, s_DD: Tensor, smooth_D: Tensor | None) -> LowRank | None:
-        if self.branch == "svd":
-            return svd_branch(w_ND, smooth_D, self.leading)
-        if self.branch == "weighted":
-            return weighted_branch(w_ND, s_DD, self.regularization, self.leading)
-        return None
+    def tried() -> Iterator[tuple[Rotation, dict[str, Tensor]]]:
+        for alpha in (None, *(k / stage.candidates for k in range(1, stage.candidates + 1))):
+            smooth = torch.ones_like(w_ND[0])
+            if alpha is not None:
+                smooth = _rounded(smoothing(absmax_D, w_ND, alpha))
+            branch = _low_rank(stage, w_ND, s_DD, smooth)
+            found = _tensors(branch, smooth, alpha)
+            yield Rotation.cut(found, spec), found
 
-    def _tensors(
-        self, branch: LowRank | None, smooth: Tensor | None, alpha: float | None
-    ) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
-        if branch is not None:
-            found = {
-                "vectors": branch.vectors.float(),
-                "duals": branch.duals.float(),
-                "variances": branch.variances,
-                "energy": torch.tensor([branch.energy]).double(),
-            }
-        if smooth is not None:
-            found["smooth"] = smooth
-            found["alpha"] = torch.tensor([-1.0 if alpha is None else alpha]).double()
-        return found
+    return best(tried(), w_ND, x_TD, clip=stage.method.weight_clip)
+
+
+def _low_rank(
+    stage: FitLowRank, w_ND: Tensor, s_DD: Tensor, smooth_D: Tensor | None
+) -> LowRank | None:
+    if stage.branch == "svd":
+        return svd_branch(w_ND, smooth_D, stage.leading)
+    if stage.branch == "weighted":
+        return weighted_branch(w_ND, s_DD, stage.regularization, stage.leading)
+    return None
+
+
+def _tensors(
+    branch: LowRank | None, smooth: Tensor | None, alpha: float | None
+) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    if branch is not None:
+        found = {
+            "vectors": branch.vectors.float(),
+            "duals": branch.duals.float(),
+            "variances": branch.variances,
+            "energy": torch.tensor([branch.energy]).double(),
+        }
+    if smooth is not None:
+        found["smooth"] = smooth
+        found["alpha"] = torch.tensor([-1.0 if alpha is None else alpha]).double()
+    return found
 
 
 def _rounded(smooth_D: Tensor) -> Tensor:

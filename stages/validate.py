@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import zarr
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -33,8 +32,9 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
+from dirotq.quantize.moments import Captured
 from dirotq.quantize.plan import SitePlan, read_plan
-from dirotq.quantize.tensors import load_site, read_array, site_file
+from dirotq.quantize.tensors import load_site, site_file
 from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet, refuse_shared
@@ -200,11 +200,10 @@ class Validate:
         self, packed: nn.Module, plan: list[SitePlan], capture: Artifact, device: torch.device
     ) -> list[dict[str, Any]]:
         """Output SQNR of every site on its sampled rows, with its line of the plan."""
-        rows = zarr.open_group(capture.tree("rows.zarr"), mode="r")
-        weights = self.model.weights()
+        captured, weights = Captured(capture), self.model.weights()
         found = []
         for entry in plan:
-            x = read_array(rows, entry.site.name).to(device, torch.float32)
+            x = captured.rows(entry.site).to(device, torch.float32)
             weight, bias = weights.stacked(entry.site, device)
             want = linear(x, weight, bias)
             got = packed.get_submodule(entry.site.name)(x)

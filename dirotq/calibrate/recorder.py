@@ -3,9 +3,10 @@
 Letters: T tokens of one call, D channels.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from dirotq.errors import NumericalError
 from dirotq.kernels import second_moment
 from dirotq.models.call import Call
 from dirotq.models.family import Site
+
+from .replay import Replay
 
 
 @dataclass
@@ -26,16 +29,16 @@ class Seen:
     whole: list[Tensor] = field(default_factory=list)
     """Every row, of a site that sees fewer rows than half its channels (modulators)."""
     tokens: int = 0
-    peak: Tensor | None = None
+    absmax: Tensor | None = None
     """Largest magnitude of each channel, float32 [D]."""
     sample: list[Tensor] = field(default_factory=list)
     """Sampled rows [?, D]."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class Recorder:
-    """Watches ``sites`` of ``transformer`` while the context is open; ``seen`` holds the result.
+    """Watches sites of a replay's transformer while ``calls`` make one pass through it.
 
-    calls    the calls that will pass, of which ``current()`` tells the index of the present one
     rows     rows to sample per site over all calls
     seed     changes which rows are sampled
     mask     name of the argument that masks text tokens, or None; masked tokens do not count
@@ -43,52 +46,45 @@ class Recorder:
              that all calls (timesteps) count alike
     """
 
-    def __init__(
-        self,
-        transformer: nn.Module,
-        sites: Sequence[Site],
-        calls: Sequence[Call],
-        current: Callable[[], int],
-        *,
-        rows: int,
-        seed: int,
-        mask: str | None,
-        level: bool,
-    ) -> None:
-        self.transformer, self.sites, self.calls, self.current = transformer, sites, calls, current
-        self.rows, self.seed, self.mask, self.level = rows, seed, mask, level
-        self.seen = {site.name: Seen() for site in sites}
-        self._hooks: list[Any] = []
+    replay: Replay
+    calls: Sequence[Call]
+    rows: int
+    seed: int
+    mask: str | None
+    level: bool
 
-    def __enter__(self) -> "Recorder":
-        for order, site in enumerate(self.sites):
-            linear = self.transformer.get_submodule(site.consumers[0])
-            hook = lambda _, args, site=site, order=order: self._on_site(site, order, args[0])  # noqa: E731
-            self._hooks.append(linear.register_forward_pre_hook(hook))
-        return self
+    @contextmanager
+    def watching(self, sites: Sequence[Site]) -> Iterator[dict[Site, Seen]]:
+        """Yield {site: what it has seen}, complete when the context closes.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
-    ) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        Raises NumericalError then, naming the first site whose activations are not finite or that
+        saw no token.
+        """
+        seen = {site: Seen() for site in sites}
+        with ExitStack() as hooks:
+            for order, site in enumerate(sites):
+                linear = self.replay.transformer.get_submodule(site.consumers[0])
+                hook = partial(self._on_site, site, order, seen[site])
+                hooks.callback(linear.register_forward_pre_hook(hook).remove)
+            yield seen
+        _refuse_empty_or_damaged(seen)
 
-    def _on_site(self, site: Site, order: int, x: Tensor) -> None:
-        index = self.current()
-        x_TD = self._counted(site, x.detach(), self.calls[index])
-        seen = self.seen[site.name]
+    def _on_site(self, site: Site, order: int, seen: Seen, _: nn.Module, args: Any) -> None:
+        index = self.replay.current
+        x_TD = self._counted(site, args[0].detach(), self.calls[index])
         take = self._sampled(index, order, len(x_TD))
         if len(take):
-            seen.sample.append(x_TD[take.to(x.device)].to(torch.bfloat16))
+            seen.sample.append(x_TD[take.to(x_TD.device)].to(torch.bfloat16))
         if len(x_TD):
-            peak_D = x_TD.abs().amax(0).float()
-            seen.peak = peak_D if seen.peak is None else torch.maximum(seen.peak, peak_D)
+            absmax_D = x_TD.abs().amax(0).float()
+            earlier = seen.absmax
+            seen.absmax = absmax_D if earlier is None else torch.maximum(earlier, absmax_D)
         if self.level:
             x_TD = x_TD / x_TD.float().square().mean().sqrt().clamp_min(1e-30).to(x_TD.dtype)
         if seen.total is None and (seen.tokens + len(x_TD)) > site.dim // 2:
-            seen.total = second_moment.new(site.dim, x.device)
-            for earlier in seen.whole:
-                second_moment.accumulate(seen.total, earlier)
+            seen.total = second_moment.new(site.dim, x_TD.device)
+            for rows in seen.whole:
+                second_moment.accumulate(seen.total, rows)
             seen.whole = []
         if seen.total is None:
             seen.whole.append(x_TD.clone())
@@ -111,10 +107,8 @@ class Recorder:
         return torch.randint(tokens, (share,), generator=generator) if tokens else torch.empty(0)
 
 
-def refuse_empty_or_damaged(sites: Sequence[Site], seen: dict[str, Seen]) -> None:
-    """Raise NumericalError naming the first site with non-finite activations, or with no token."""
-    for site in sites:
-        found = seen[site.name]
+def _refuse_empty_or_damaged(seen: Mapping[Site, Seen]) -> None:
+    for site, found in seen.items():
         if found.tokens == 0:
             empty = sum(one.tokens == 0 for one in seen.values())
             raise NumericalError(

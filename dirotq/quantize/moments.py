@@ -1,4 +1,6 @@
-"""Second moments on disk: a block triangle per site, or the rows themselves where those are fewer.
+"""What `capture` knows of each site, on disk: its second moment, sampled rows, activation absmax.
+
+A second moment is a block triangle, or the rows themselves where those are fewer.
 
 Letters: D channels, T tokens, B side of a tile.
 """
@@ -7,9 +9,37 @@ import torch
 import zarr
 from torch import Tensor
 
+from dirotq.calibrate.recorder import Seen
 from dirotq.kernels import second_moment
 from dirotq.kernels.full_float32 import full_float32
+from dirotq.models.family import Site
+from dirotq.pipeline.artifact import Artifact
 from dirotq.quantize.tensors import create_array, read_array, write_rows
+
+
+class Captured:
+    """What a capture holds of every site. Each of its trees is checked when first read from."""
+
+    def __init__(self, capture: Artifact) -> None:
+        self._capture = capture
+        self._trees: dict[str, zarr.Group] = {}
+
+    def stored_moment(self, site: Site) -> tuple[Tensor, dict]:
+        """What :func:`moment` makes S of, on the CPU."""
+        return read_stored(self._tree("moments.zarr"), site.name)
+
+    def rows(self, site: Site) -> Tensor:
+        """Sampled activation rows, bfloat16 [T, D], on the CPU."""
+        return read_array(self._tree("rows.zarr"), site.name)
+
+    def absmax(self, site: Site) -> Tensor:
+        """Largest magnitude of each channel, float32 [D], on the CPU."""
+        return read_array(self._tree("peaks.zarr"), site.name)
+
+    def _tree(self, name: str) -> zarr.Group:
+        if name not in self._trees:
+            self._trees[name] = zarr.open_group(self._capture.tree(name), mode="r")
+        return self._trees[name]
 
 
 def write_moment(
@@ -53,3 +83,27 @@ def moment(stored: tuple[Tensor, dict], device: torch.device | str) -> Tensor:
 def read_moment(group: zarr.Group, name: str, device: torch.device | str = "cpu") -> Tensor:
     """S of one site, float32 [D, D]."""
     return moment(read_stored(group, name), device)
+
+
+def add_earlier(seen: Seen, dim: int, stored: tuple[Tensor, dict], absmax_D: Tensor) -> None:
+    """Add to what one pass has seen of a site what earlier passes left on disk, in place.
+
+    stored  what :func:`read_stored` returned
+    """
+    earlier, attributes = stored
+    tokens = int(attributes["tokens"])
+    if seen.total is None and attributes["form"] == "rows":
+        seen.whole = [earlier, *(rows.cpu() for rows in seen.whole)]
+    else:
+        if seen.total is None:
+            seen.total = second_moment.new(dim, seen.whole[0].device)
+            for rows in seen.whole:
+                second_moment.accumulate(seen.total, rows)
+        earlier = earlier.to(seen.total.device)
+        if attributes["form"] == "rows":
+            second_moment.accumulate(seen.total, earlier)
+        else:
+            seen.total += earlier * tokens
+    seen.tokens += tokens
+    assert seen.absmax is not None
+    seen.absmax = torch.maximum(seen.absmax.cpu(), absmax_D)

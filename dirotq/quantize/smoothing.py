@@ -24,16 +24,16 @@ FLOOR = 1e-4
 """Channels are taken for no quieter than this share of the loudest one."""
 
 
-def smoothing(peak_D: Tensor, w_ND: Tensor, alpha: float) -> Tensor:
+def smoothing(absmax_D: Tensor, w_ND: Tensor, alpha: float) -> Tensor:
     """The factor of each channel, float32 [D], geometric mean 1 (SmoothQuant, arXiv 2211.10438).
 
-    peak_D  largest magnitudes of the activation, [D]
+    absmax_D  largest magnitudes of the activation, [D]
     alpha   0 smooths nothing but levels the weights, 1 moves all of the activation's range
 
     x is multiplied by m = max|W|^(1 - α) / max|X|^α, the weights are divided by it.
     """
     weight_D = _floored(w_ND.abs().amax(0).float())
-    log_D = (1 - alpha) * weight_D.log() - alpha * _floored(peak_D.float()).log()
+    log_D = (1 - alpha) * weight_D.log() - alpha * _floored(absmax_D.float()).log()
     return (log_D - log_D.mean()).exp()
 
 
@@ -65,5 +65,5 @@ def best(candidates: Iterable[tuple[Rotation, T]], w_ND: Tensor, x_TD: Tensor, *
     return min(candidates, key=error)[1]
 
 
-def _floored(peak_D: Tensor) -> Tensor:
-    return peak_D.clamp_min(float(peak_D.max()) * FLOOR).clamp_min(1e-20)
+def _floored(absmax_D: Tensor) -> Tensor:
+    return absmax_D.clamp_min(float(absmax_D.max()) * FLOOR).clamp_min(1e-20)

@@ -89,7 +89,7 @@ def test_rows_are_rows_that_were_seen_evenly_from_every_call(capture, tmp_path):
             assert (apart < 0.005 * got.double().norm(dim=1)).all(), name
 
 
-def test_peaks_are_the_largest_magnitudes_of_each_channel(capture, tmp_path):
+def test_absmax_is_the_largest_magnitude_of_each_channel(capture, tmp_path):
     run_stage(capture, tmp_path)
     group = zarr.open_group(tmp_path / "peaks.zarr", mode="r")
     for name, calls in activations(capture).items():
@@ -109,9 +109,9 @@ def test_levelled_calls_count_alike(capture, tmp_path):
         dataclasses.replace(capture, weighting="even")
 
 
-def test_calls_that_do_not_fit_go_in_several_sweeps(capture, tmp_path, monkeypatch):
+def test_calls_that_do_not_fit_go_in_several_passes(capture, tmp_path, monkeypatch):
     run_stage(capture, tmp_path / "one")
-    monkeypatch.setattr(module, "_sweep_size", lambda *_: (4, False))
+    monkeypatch.setattr(module, "_pass_size", lambda *_: (4, False))
     run_stage(capture, tmp_path / "several")
     one, several = (
         zarr.open_group(tmp_path / name / "moments.zarr", mode="r") for name in ("one", "several")
@@ -120,11 +120,11 @@ def test_calls_that_do_not_fit_go_in_several_sweeps(capture, tmp_path, monkeypat
         assert one[site.name].attrs["tokens"] == several[site.name].attrs["tokens"]
         want = read_moment(one, site.name)
         assert (read_moment(several, site.name) - want).norm() < 1e-5 * want.norm(), site.name
-        peaks = [
+        absmax = [
             read_array(zarr.open_group(tmp_path / name / "peaks.zarr", mode="r"), site.name)
             for name in ("one", "several")
         ]
-        torch.testing.assert_close(*peaks, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(*absmax, rtol=1e-5, atol=1e-6)
     rows = zarr.open_group(tmp_path / "several" / "rows.zarr", mode="r")
     assert all(bool(read_array(rows, s.name).any(1).all()) for s in capture.model.sites())
 
@@ -210,21 +210,21 @@ def test_an_interrupted_replay_goes_on_at_the_next_block(capture, tmp_path, monk
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 4), (4, 100), (100, 4)])
-def test_an_interrupted_replay_counts_no_call_twice_however_sweeps_fall(
+def test_an_interrupted_replay_counts_no_call_twice_however_passes_fall(
     capture, tmp_path, monkeypatch, before, after
 ):
-    monkeypatch.setattr(module, "_sweep_size", lambda *_: (after, False))
+    monkeypatch.setattr(module, "_pass_size", lambda *_: (after, False))
     run_stage(capture, tmp_path / "undisturbed")
     write, written = module.write_moment, []
 
     def interrupted(group, name, *args, **kwargs):
-        if len(written) == 14:  # in the second sweep's first block, if there are several
+        if len(written) == 14:  # in the second pass's first block, if there are several
             raise KeyboardInterrupt
         written.append(name)
         write(group, name, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_sweep_size", lambda *_: (before, False))
+        patch.setattr(module, "_pass_size", lambda *_: (before, False))
         patch.setattr(module, "write_moment", interrupted)
         if before == 100:
             written += ["a site"] * 3

@@ -247,11 +247,11 @@ def test_a_unit_that_was_half_written_is_done_again(cases, prepared, tmp_path, m
     assert published(out) == want
 
 
-def test_sweeps_that_fall_otherwise_drop_what_a_single_one_left(
+def test_passes_that_fall_otherwise_drop_what_a_single_one_left(
     cases, prepared, tmp_path, monkeypatch
 ):
     case, (left, _) = cases["replay"], prepared("replay")
-    monkeypatch.setattr(capture, "_sweep_size", lambda *_: (1, False))
+    monkeypatch.setattr(capture, "_pass_size", lambda *_: (1, False))
     case.run(tmp_path / "whole")
     out = Path(shutil.copytree(left, tmp_path / "out"))
     assert case.run(out) == list(case.every)

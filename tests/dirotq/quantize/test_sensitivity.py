@@ -67,6 +67,6 @@ def test_more_protected_directions_and_finer_codes_disturb_less(folder, captured
         assert sum(better.values()) < 0.7 * sum(plain.values())
 
 
-def test_sweeps_and_repeated_calls_change_nothing(folder, captured, plain, monkeypatch):
+def test_passes_and_repeated_calls_change_nothing(folder, captured, plain, monkeypatch):
     monkeypatch.setattr(sensitivity, "calls_at_once", lambda *_: (4, False))
     assert measured(folder, captured, calls=2) == pytest.approx(plain, rel=1e-6)
