@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dirotq.assets import tiny_flux
 from dirotq.models.skeleton import empty_transformer
 from dirotq.sources.prompts import resolve
-from dirotq.stages.pack import plan_shards, write_index
+from dirotq.sources.shards import plan_shards, write_index
 
 STREAM = 8
 """Directions of the residual stream that hold most of its energy."""
@@ -71,7 +71,7 @@ def write_transformer(transformer: Any, folder: Path, device: torch.device) -> N
     """Its config and generated bf16 weights in shards of 4 GB, one in memory at a time."""
     transformer.save_config(folder)
     names = transformer.state_dict()
-    shards = plan_shards(names, "4GB")
+    shards = plan_shards({name: 2 * like.numel() for name, like in names.items()}, 4 * 10**9)
     generator = torch.Generator(device).manual_seed(0)
     for file, inside in shards.filename_to_tensors.items():
         tensors = {n: _weight(n, names[n], generator).to("cpu", torch.bfloat16) for n in inside}

@@ -11,13 +11,9 @@ from torch import Tensor
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.formats.quantize_weight import (
-    codes_on_grid,
     dequantize_weight,
-    pack_codes,
-    stored_scales,
     tail_floor,
     unpack_weight,
-    weight_steps,
 )
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
 from dirotq.kernels.transform_quantize import dequantize_rows, quantize_rows, transform
@@ -27,6 +23,7 @@ from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize.feedback import feedback
 from dirotq.quantize.moments import Captured, moment
+from dirotq.quantize.nearest import nearest
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.prefetch import unfinished
 from dirotq.quantize.rotation import Rotation, site_rotation
@@ -214,28 +211,25 @@ def quantize_site(
              escalations, rows that kept nearest rounding, rows whose scale is the tail's floor,
              rows)
     """
-    floor, element = tail_floor(entry.spec, wp_NR, bias_N), entry.spec.weight_element
-    scale, wglobal = stored_scales(
-        w_NK, entry.spec, clip=entry.clip, importance_K=s_KK.diagonal(), floor_N1=floor
+    spec, importance_K = entry.spec, s_KK.diagonal()
+    rounded = nearest(
+        w_NK, spec, clip=entry.clip, wp_NR=wp_NR, bias_N=bias_N, importance_K=importance_K
     )
-    step = weight_steps(scale, wglobal)
-    on_floor = 0 if floor is None else int(((scale == floor) & (floor > 0)).sum())
-    nearest = codes_on_grid(w_NK, step, element)
-    codes, counts = nearest, {"escalations": 0, "nearest": len(nearest)}
+    floor = rounded.floor
+    on_floor = 0 if floor is None else int(((rounded.wscale == floor) & (floor > 0)).sum())
+    chosen, counts = rounded, {"escalations": 0, "nearest": len(w_NK)}
     if entry.rounding == "gptq":
-        codes, counts = gptq(w_NK, s_KK, step, damping=damping, element=element)
+        codes, counts = gptq(w_NK, s_KK, rounded.step, damping=damping, element=spec.weight_element)
+        chosen = rounded._replace(codes=codes)
     s_w = s_KK.to(w_NK.dtype)
     signal = hessian_error(w_NK, s_w).sum().clamp_min(1e-30)
     loss = [
-        hessian_error(dequantize_weight(q, step, w_NK.dtype) - w_NK, s_w).sum() / signal
-        for q in (codes, nearest)
+        hessian_error(one.values(w_NK.dtype) - w_NK, s_w).sum() / signal
+        for one in (chosen, rounded)
     ]
-    return {
-        "qweight": pack_codes(codes, element),
-        "wscale": scale,
-        **({} if wglobal is None else {"wglobal": wglobal}),
+    return chosen.stored(spec) | {
         "loss": torch.stack(loss).double(),
-        "counts": torch.tensor([counts["escalations"], counts["nearest"], on_floor, len(codes)]),
+        "counts": torch.tensor([counts["escalations"], counts["nearest"], on_floor, len(w_NK)]),
     }
 
 

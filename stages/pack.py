@@ -1,19 +1,15 @@
 """The folder people download: a standard diffusers pipeline whose transformer is packed."""
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-import torch
-from huggingface_hub import StateDictSplit, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dirotq.errors import ArtifactError
-from dirotq.files.json_file import read_json
 from dirotq.files.sums import write_sums
 from dirotq.kernels.linear import buffer_shapes
 from dirotq.models.coverage import share_kept
@@ -25,11 +21,10 @@ from dirotq.progress import track
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.tensors import load_site, site_file
 from dirotq.quantize.workload import Workload
-from dirotq.sources.folder import CALL_FILE, carried_files
-from dirotq.sources.folder import INDEX as INDEX_FILE
+from dirotq.sources.folder import CALL_FILE
 from dirotq.sources.model import DiffusersModel
-from dirotq.sources.placing import place
-from dirotq.sources.weights import INDEX, WHOLE
+from dirotq.sources.placing import place_rest
+from dirotq.sources.shards import plan_shards, write_index
 
 CODED = ("qweight", "wscale", "wglobal", "wp", "wpscale")
 """What `gptq` knows better than `fuse`: the codes and, after feedback, the protected branch."""
@@ -68,11 +63,18 @@ class Pack:
     def run(
         self, out: Path, *, rank: Artifact, gptq: Artifact, fuse: Artifact
     ) -> Mapping[str, float]:
-        from dirotq.quantizer import STORED, DirotqConfig, mark_packed  # imports diffusers: slow
+        from dirotq.quantizer import (
+            STORED,
+            DirotqConfig,
+            mark_packed,
+            stored_dtype,
+        )  # slow: diffusers
 
         plan = read_plan(rank.file("plan.json"))
         folder = out / "model"
-        _copy_pipeline(self.model.folder(), folder)
+        for copy in place_rest(self.model.folder(), folder):
+            if copy.name == "config.json":
+                _neutral_dtype(copy)
         transformer = self.model.skeleton()
         parameters = sum(p.numel() for p in transformer.parameters())
         kept_share = share_kept(transformer, (entry.site for entry in plan))
@@ -81,7 +83,11 @@ class Pack:
         (folder / "transformer").mkdir(parents=True)
         transformer.save_config(folder / "transformer")
         sites = _Packed(plan, gptq, fuse)
-        shards = plan_shards(transformer.state_dict(), self.shard)
+        sizes = {
+            name: tensor.numel() * stored_dtype(name, tensor).itemsize
+            for name, tensor in transformer.state_dict().items()
+        }
+        shards = plan_shards(sizes, parse_bytes(self.shard))
         weights = self.model.weights()
         for file, names in track(shards.filename_to_tensors.items(), "pack"):
             inside = {name: name.rpartition(".") for name in names}
@@ -154,48 +160,6 @@ class _Packed:
                 "force=[gptq,fuse]"
             )
         return found
-
-
-def plan_shards(tensors: Mapping[str, Tensor], limit: str | int) -> StateDictSplit:
-    """Which tensors go into which file, as ``save_pretrained`` divides them.
-
-    tensors  shapes are enough (meta device); floating ones are stored in 16 bits
-    """
-    from dirotq.quantizer import stored_dtype
-
-    stored = {
-        name: torch.empty_like(t, dtype=stored_dtype(name, t), device="meta")
-        for name, t in tensors.items()
-    }
-    return split_torch_state_dict_into_shards(
-        stored,
-        max_shard_size=limit,
-        filename_pattern=WHOLE.replace(".safetensors", "{suffix}.safetensors"),
-    )
-
-
-def write_index(folder: Path, shards: StateDictSplit) -> None:
-    """The file that says which shard holds which tensor; nothing for a single file."""
-    if shards.is_sharded:
-        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
-        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _copy_pipeline(source: Path, target: Path) -> None:
-    """The source's components but its transformer, its licence and settings; nothing else of it.
-
-    Links are resolved; no file is one that the source's owner may write to
-    (dirotq/sources/placing.py).
-    """
-    for path in carried_files(source, read_json(source / INDEX_FILE), without="transformer"):
-        copy = target / path.relative_to(source)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".safetensors":
-            place(path, copy)
-        else:
-            shutil.copyfile(path, copy)
-        if path.name == "config.json":
-            _neutral_dtype(copy)
 
 
 def _neutral_dtype(config: Path) -> None:

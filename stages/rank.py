@@ -86,10 +86,6 @@ class ChooseRank:
                 f"eigenvectors that `basis` keeps per site: set method.leading={most} too"
             )
 
-    def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
-        """Rank of each block site; where the energy decides, all that may be chosen from."""
-        return {site.name: self._expected(site) for site in sites if site.kind == "block"}
-
     def run(self, out: Path, *, capture: Artifact, basis: Artifact) -> Mapping[str, float]:
         sites = self.model.sites()
 
@@ -105,6 +101,10 @@ class ChooseRank:
             planned = make_plan(replace(self.method, overrides=overrides), sites, choose)
         planned.write(out)
         return planned.metrics(self.model)
+
+    def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
+        """Rank of each block site; where the energy decides, all that may be chosen from."""
+        return {site.name: self._expected(site) for site in sites if site.kind == "block"}
 
     def cost(self, work: Workload, machine: Machine) -> Cost:
         """Reads what ``basis`` kept per site; with ``worst``, a forward per site."""

@@ -120,15 +120,6 @@ class AllocateRank:
                 "or raise prompts.calibration.count"
             )
 
-    def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
-        """The uniform rank of the same budget."""
-        blocks = [site for site in sites if site.kind == "block"]
-        rank = self.like
-        if rank is None:
-            prices, limit = self._budget(self.method, sites)
-            rank = prices.largest_uniform(limit, self.grid)
-        return {s.name: min(rank, largest_rank(self.method, s, self.grid)) for s in blocks}
-
     def run(self, out: Path, *, capture: Artifact, basis: Artifact) -> Mapping[str, float]:
         device, method, sites = pick_device(self.device), self.method, self.model.sites()
         spectra = {s.name: read_spectrum(basis, s) for s in sites if s.kind == "block"}
@@ -181,6 +172,15 @@ class AllocateRank:
             judged = {"fell_back": 1}
         planned.write(out)
         return planned.metrics(self.model) | metrics | judged
+
+    def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
+        """The uniform rank of the same budget."""
+        blocks = [site for site in sites if site.kind == "block"]
+        rank = self.like
+        if rank is None:
+            prices, limit = self._budget(self.method, sites)
+            rank = prices.largest_uniform(limit, self.grid)
+        return {s.name: min(rank, largest_rank(self.method, s, self.grid)) for s in blocks}
 
     def cost(self, work: Workload, machine: Machine) -> Cost:
         """A forward per site where sensitivities are measured; images of the gate."""

@@ -1,19 +1,75 @@
-"""One site, packed in memory by rounding to nearest: for measurements that come before ``gptq``."""
+"""Rounding to nearest: what GPTQ begins with, and a whole site for measurements before it.
+
+Letters: N outputs, K main-branch inputs, G groups per row, R protected directions.
+"""
+
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dirotq.kernels.formats.quantize_weight import (
     codes_on_grid,
+    dequantize_weight,
     pack_codes,
     stored_scales,
     tail_floor,
     weight_steps,
 )
 from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.spec import QuantSpec
 from dirotq.pipeline.artifact import Artifact
 from dirotq.quantize.plan import SitePlan
 from dirotq.quantize.rotation import site_rotation
 from dirotq.sources.weights import Weights
+
+
+class Rounded(NamedTuple):
+    """A weight as codes on the grid of its packed linear."""
+
+    codes: Tensor
+    """int8 [N, K]."""
+    step: Tensor
+    """Value of a code of 1, [N, G]."""
+    wscale: Tensor
+    """bfloat16 or uint8 [N, G]."""
+    wglobal: Tensor | None
+    """Of NVFP4 only, float32 [1]."""
+    floor: Tensor | None
+    """Least scale of each row for its FP8 tail, bfloat16 [N, 1]."""
+
+    def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Codes times steps, [N, K]."""
+        return dequantize_weight(self.codes, self.step, dtype)
+
+    def stored(self, spec: QuantSpec) -> dict[str, Tensor]:
+        """The buffers of a packed linear that hold them."""
+        found = {"qweight": pack_codes(self.codes, spec.weight_element), "wscale": self.wscale}
+        return found if self.wglobal is None else found | {"wglobal": self.wglobal}
+
+
+def nearest(
+    w_NK: Tensor,
+    spec: QuantSpec,
+    *,
+    clip: bool,
+    wp_NR: Tensor | None,
+    bias_N: Tensor | None,
+    importance_K: Tensor | None = None,
+) -> Rounded:
+    """Choose the grid of a weight in its rotated coordinates, and the nearest codes on it.
+
+    w_NK          float32, [N, K]
+    clip          search for clipped scales
+    wp_NR         float32, [N, R], the protected columns, or None at rank 0
+    bias_N        float32, [N], or None
+    importance_K  float >= 0, [K]: weight of a column's squared error in that search; None counts
+                  all columns alike
+    """
+    floor = tail_floor(spec, wp_NR, bias_N)
+    stored = stored_scales(w_NK, spec, clip=clip, importance_K=importance_K, floor_N1=floor)
+    step = weight_steps(*stored)
+    return Rounded(codes_on_grid(w_NK, step, spec.weight_element), step, *stored, floor)
 
 
 def pack_nearest(
@@ -33,10 +89,8 @@ def pack_nearest(
         "smooth": rotation.smooth_D,
         "bias": None if bias is None else bias.to(torch.bfloat16),
     }
-    floor, element = tail_floor(entry.spec, protected, bias), entry.spec.weight_element
-    scale, wglobal = stored_scales(main, entry.spec, clip=entry.clip, floor_N1=floor)
-    codes = codes_on_grid(main, weight_steps(scale, wglobal), element)
-    stored |= {"wscale": scale, "wglobal": wglobal, "qweight": pack_codes(codes, element)}
+    rounded = nearest(main, entry.spec, clip=entry.clip, wp_NR=protected, bias_N=bias)
+    stored |= rounded.stored(entry.spec)
     stored |= rotation.stored(protected)
     packed = QuantLinear(entry.spec, bias=entry.site.bias, device=device)
     for name, tensor in stored.items():

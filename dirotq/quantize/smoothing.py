@@ -9,14 +9,8 @@ from typing import TypeVar
 from torch import Tensor
 
 from dirotq.kernels.formats.protected import rounded_coefficients
-from dirotq.kernels.formats.quantize_weight import (
-    codes_on_grid,
-    dequantize_weight,
-    stored_scales,
-    tail_floor,
-    weight_steps,
-)
 from dirotq.kernels.transform_quantize import dequantize_rows, quantize_rows, transform
+from dirotq.quantize.nearest import nearest
 from dirotq.quantize.rotation import Rotation
 
 T = TypeVar("T")
@@ -47,9 +41,7 @@ def simulated(rotation: Rotation, w_ND: Tensor, x_TD: Tensor, *, clip: bool) -> 
     z, c = transform(x_TD, rotation.basis_DR, rotation.rotation_DK, spec, rotation.smooth_D)
     if spec.act_bits < 16:
         z = dequantize_rows(*quantize_rows(z, spec))
-    floor = tail_floor(spec, kept, None)
-    step = weight_steps(*stored_scales(main, spec, clip=clip, floor_N1=floor))
-    y = z @ dequantize_weight(codes_on_grid(main, step, spec.weight_element), step).mT
+    y = z @ nearest(main, spec, clip=clip, wp_NR=kept, bias_N=None).values().mT
     if c is None or kept is None:
         return y
     return y + (rounded_coefficients(c) if spec.protected_bits == 8 else c) @ kept.mT

@@ -5,10 +5,30 @@ import os
 import shutil
 from pathlib import Path
 
+from dirotq.files.json_file import read_json
 from dirotq.sources.blobs import is_blob
+from dirotq.sources.folder import INDEX, carried_files
 
 FICLONE = 0x40049409
 """ioctl of Linux: let a file share another one's blocks until one of them is written to."""
+
+
+def place_rest(source: Path, target: Path) -> list[Path]:
+    """Put all of a pipeline but its transformer below ``target``; return the files there.
+
+    Links are resolved. No file is one that the source's owner may write to; all but weights are
+    the caller's to change. Raises ConfigError for what can't be read, and OSError.
+    """
+    copies = []
+    for path in carried_files(source, read_json(source / INDEX), without="transformer"):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            place(path, copy)
+        else:
+            shutil.copyfile(path, copy)
+        copies.append(copy)
+    return copies
 
 
 def place(source: Path, target: Path) -> None:

@@ -26,14 +26,14 @@ from dirotq.files.json_file import read_json
 from dirotq.files.walk import walk
 from dirotq.pipeline.disk import is_disk_full, open_modes, sync, sync_tree
 from dirotq.progress import track
-from dirotq.sources.placing import place
 
-from .folder import INDEX, carried_files
+from .folder import INDEX
 from .lora import Lora, Update, add, read_lora
 from .origin import read_header
+from .placing import place_rest
+from .shards import plan_shards, write_index
 from .single_file import converted
-from .weights import INDEX as SHARDS
-from .weights import WHOLE, Weights
+from .weights import Weights
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def variant_folder(
             try:
                 log.info("%s is written to %s, once", source, folder)
                 _write_transformer(draft / "transformer", base, file, loras, source)
-                _place_rest(base, draft)
+                place_rest(base, draft)
                 (draft / DIGESTS).write_text(json.dumps(_digests(draft), indent=2))
                 if identity() != parts:
                     raise ConfigError(
@@ -101,22 +101,6 @@ def variant_place(identity: Mapping[str, Any]) -> Path:
     """Where a variant lies, or will: in the cache, under the digest of what it is made of."""
     digest = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()
     return cache_root() / "sources" / digest[:32]
-
-
-def shards(sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:
-    """{file: tensor names} in order, no file above ``limit`` bytes unless one tensor is."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for name, size in sizes.items():
-        if groups[-1] and filled + size > limit:
-            groups.append([])
-            filled = 0
-        groups[-1].append(name)
-        filled += size
-    if len(groups) == 1:
-        return {WHOLE: groups[0]}
-    stem = WHOLE.removesuffix(".safetensors")
-    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": g for i, g in enumerate(groups, 1)}
 
 
 def _intact(folder: Path) -> bool:
@@ -177,18 +161,15 @@ def _write_transformer(
 
     target.mkdir()
     shutil.copyfile(base / "transformer" / "config.json", target / "config.json")
-    plan = shards(sizes, SHARD)
-    for name, inside in track(plan.items(), "model: write"):
+    plan = plan_shards(sizes, SHARD)
+    for name, inside in track(plan.filename_to_tensors.items(), "model: write"):
         part = read(inside)
         for key in inside:  # one after the other: the shard is never there twice
             part[key] = _added(key, part[key], updates).contiguous()
         save_file(part, target / name, metadata={"format": "pt"})
         shutil.copymode(target / "config.json", target / name)  # safetensors leaves 0600
         del part
-    if len(plan) > 1:
-        where = {key: name for name, inside in plan.items() for key in inside}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": where}
-        (target / SHARDS).write_text(json.dumps(index, indent=2) + "\n")
+    write_index(target, plan)
 
 
 def _on_disk(weights: Weights) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
@@ -205,11 +186,3 @@ def _added(
     module, _, leaf = name.rpartition(".")
     chosen = [(factor, by[module]) for factor, by in updates if leaf == "weight" and module in by]
     return add(tensor, chosen, module) if chosen else tensor
-
-
-def _place_rest(base: Path, draft: Path) -> None:
-    """Everything but the transformer. What a user may write to shares nothing with the copy."""
-    for file in carried_files(base, read_json(base / INDEX), without="transformer"):
-        target = draft / file.relative_to(base)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place(file, target)

@@ -17,7 +17,7 @@ import dirotq.sources.variant
 from dirotq.errors import ConfigError
 from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.stage import recipe
-from dirotq.sources.variant import DIGESTS, shards
+from dirotq.sources.variant import DIGESTS
 
 
 def test_the_folder_is_a_pipeline_made_once(folder, lora, cache, monkeypatch):
@@ -76,7 +76,7 @@ def test_a_failed_write_leaves_nothing_behind(folder, lora, cache, monkeypatch):
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dirotq.sources.variant, "_place_rest", fails)
+        patch.setattr(dirotq.sources.variant, "place_rest", fails)
         with pytest.raises(OSError, match="no space"):
             model(folder, lora=str(lora())).folder()
     assert [p for p in (cache / "sources").iterdir() if p.is_dir()] == []
@@ -160,7 +160,7 @@ def test_a_variant_of_another_base_after_an_edit(variant, own_folder):
 
 def test_files_that_change_while_they_are_read(own_folder, lora, cache, monkeypatch):
     """The folder would bear the name of what was there before."""
-    rest = dirotq.sources.variant._place_rest
+    rest = dirotq.sources.variant.place_rest
 
     def slow(base, draft):
         flip(own_folder / "transformer" / "diffusion_pytorch_model.safetensors")
@@ -168,7 +168,7 @@ def test_files_that_change_while_they_are_read(own_folder, lora, cache, monkeypa
 
     changed = model(own_folder, lora=str(lora()))
     with monkeypatch.context() as patch:
-        patch.setattr(dirotq.sources.variant, "_place_rest", slow)
+        patch.setattr(dirotq.sources.variant, "place_rest", slow)
         with pytest.raises(ConfigError, match="changed while it was read"):
             changed.folder()
     assert [p for p in (cache / "sources").iterdir() if p.is_dir()] == []
@@ -255,13 +255,6 @@ def test_shards_are_small_and_in_order(folder, lora, monkeypatch):
     assert len(files) == len(set(json.loads(index.read_text())["weight_map"].values())) > 3
     assert tensors_of(made).keys() == tensors_of(folder).keys()
     assert model(folder, lora=str(lora())).weights().files.keys() == tensors_of(folder).keys()
-
-
-def test_shard_plan():
-    sizes = {"a": 3, "b": 3, "c": 9, "d": 1}
-    assert list(shards(sizes, 6).values()) == [["a", "b"], ["c"], ["d"]]
-    assert list(shards(sizes, 16)) == ["diffusion_pytorch_model.safetensors"]
-    assert next(iter(shards(sizes, 6))) == "diffusion_pytorch_model-00001-of-00003.safetensors"
 
 
 def test_identity_of_a_variant(folder, lora, tmp_path):

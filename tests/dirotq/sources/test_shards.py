@@ -1,0 +1,38 @@
+import json
+
+import pytest
+
+from dirotq.sources.shards import plan_shards, write_index
+from dirotq.sources.weights import INDEX, WHOLE
+
+SIZES = {"a": 3, "b": 3, "c": 9, "d": 1}
+
+
+@pytest.mark.parametrize(
+    ("limit", "groups"),
+    [
+        (16, [["a", "b", "c", "d"]]),
+        (15, [["a", "b", "c"], ["d"]]),
+        (6, [["c"], ["a", "b"], ["d"]]),  # one above the limit has a file of its own
+        (5, [["a"], ["c"], ["b", "d"]]),
+    ],
+)
+def test_no_file_is_above_the_limit_unless_one_tensor_is(limit, groups):
+    assert list(plan_shards(SIZES, limit).filename_to_tensors.values()) == groups
+
+
+def test_one_file_needs_no_index(tmp_path):
+    plan = plan_shards(SIZES, 16)
+    assert list(plan.filename_to_tensors) == [WHOLE]
+    write_index(tmp_path, plan)
+    assert not list(tmp_path.iterdir())
+
+
+def test_several_files_are_found_through_the_index(tmp_path):
+    plan = plan_shards(SIZES, 15)
+    write_index(tmp_path, plan)
+    one, two = (f"diffusion_pytorch_model-0000{i}-of-00002.safetensors" for i in (1, 2))
+    assert json.loads((tmp_path / INDEX).read_text()) == {
+        "metadata": {"total_size": 16},
+        "weight_map": {"a": one, "b": one, "c": one, "d": two},
+    }
