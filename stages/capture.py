@@ -183,7 +183,7 @@ def replay_calls(
     A block is a unit where one pass takes all calls. Several passes add to what is there, and how
     many calls one takes depends on free memory: interrupted, they start over.
     """
-    sites = stage.model.sites()
+    sites, mask = stage.model.sites(), stage.model.family.mask
     blocks = list(dict.fromkeys(site.block for site in sites if site.block))
     transformer, weights = stage.model.skeleton(), stage.model.weights()
     replay = Replay(transformer, weights, blocks, device=device, dtype=compute_dtype(device))
@@ -211,7 +211,7 @@ def replay_calls(
             calls=[calls[i] for i in indices],
             rows=len(rows),
             seed=number,
-            mask=stage.model.family.mask,
+            mask=mask,
             level=stage.weighting == "leveled",
         )
         store = partial(_store, trees, rows=rows, of=stage.rows, first=number == 0)

@@ -16,10 +16,10 @@ from tiny_line import run_stage, stage, tree_bytes
 
 from dirotq.calibrate.trajectory import Trajectories
 from dirotq.errors import ArtifactError
+from dirotq.evaluate import generation as source
 from dirotq.evaluate.images import ImageWriter, read_images
 from dirotq.pipeline.units import JOURNAL, Units
 from dirotq.quantize.tensors import load_site, save_site
-from dirotq.sources import model as source
 from dirotq.stages import basis, capture, gptq, low_rank
 
 
