@@ -184,9 +184,7 @@ def replay_calls(
     many calls one takes depends on free memory: interrupted, they start over.
     """
     sites, mask = stage.model.sites(), stage.model.family.mask
-    blocks = list(dict.fromkeys(site.block for site in sites if site.block))
-    transformer, weights = stage.model.skeleton(), stage.model.weights()
-    replay = Replay(transformer, weights, blocks, device=device, dtype=compute_dtype(device))
+    replay = Replay.of(stage.model, device, compute_dtype(device))
     at_once, replay.park = _pass_size(replay, calls, stage.vram, device)
     passes = [range(i, min(i + at_once, len(calls))) for i in range(0, len(calls), at_once)]
     if len(passes) > 1:
@@ -194,7 +192,7 @@ def replay_calls(
         units.forget(REPLAY)
     left = {
         block: [site for site in sites if site.block == block]
-        for block in ("", *blocks)
+        for block in ("", *replay.blocks)
         if not units.done(REPLAY + block)
     }
     trees = {name: zarr.open_group(out / name, mode="a") for name in TREES}
@@ -217,7 +215,7 @@ def replay_calls(
         store = partial(_store, trees, rows=rows, of=stage.rows, first=number == 0)
         what = "capture: replay" + (f" {number + 1} of {len(passes)}" if len(passes) > 1 else "")
         with recorder.watching(left.get("", [])) as seen_outside:
-            for step in track(replay.steps(recorder.calls), what, total=len(blocks)):
+            for step in track(replay.steps(recorder.calls), what, total=len(replay.blocks)):
                 with recorder.watching(left.get(step.block, [])) as seen:
                     step.run()
                 store(seen)

@@ -66,7 +66,6 @@ class Fuse:
         weights, (probe, *_) = self.model.weights(), load_probe(capture)
         worst = {"layer_error": 0.0, "wp_rounding": 0.0}
         entries = {entry.site: entry for entry in plan}
-        blocks = list(dict.fromkeys(site.block for site in entries if site.block))
 
         def fused(site: Site) -> FusedLinear:
             weight, bias = weights.stacked(site, device)
@@ -80,19 +79,16 @@ class Fuse:
             worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
             return linear
 
-        def replay() -> Replay:
-            transformer = self.model.skeleton()
-            return Replay(transformer, weights, blocks, device=device, dtype=torch.float32)
-
         with full_float32():
-            original = replay()
-            for step in track(original.steps([probe]), "fuse: original", total=len(blocks)):
+            original = Replay.of(self.model, device, torch.float32)
+            blocks = len(original.blocks)
+            for step in track(original.steps([probe]), "fuse: original", total=blocks):
                 step.run()
             (want,) = original.outputs
             del original
-            changed = replay()
+            changed = Replay.of(self.model, device, torch.float32)
             swap_sites(changed.transformer, _inside("", entries), fused)
-            for step in track(changed.steps([probe]), "fuse", total=len(blocks)):
+            for step in track(changed.steps([probe]), "fuse", total=blocks):
                 inside = _inside(step.block, entries)
                 swap_sites(changed.transformer, inside, fused)
                 step.run()

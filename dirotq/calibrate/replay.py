@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from dirotq.models.call import Call
 from dirotq.models.skeleton import drop, move_buffers, names_in, names_outside
+from dirotq.sources.model import DiffusersModel
 from dirotq.sources.weights import Weights
 
 from .host import HostArena
@@ -34,8 +35,8 @@ class Replay:
     weights      where blocks come from
     blocks       paths of the modules to stream; all others are loaded now
     dtype        compute dtype; with float32, 16-bit arguments are widened too
-    park         keep waiting calls' activations in page-locked host memory
 
+    ``park`` may be set: waiting calls' activations are kept in page-locked host memory then.
     ``current`` is the index of the call that is running, in the sequence given to :meth:`steps`;
     ``outputs`` has what each call of the last pass returned.
     """
@@ -48,10 +49,9 @@ class Replay:
         *,
         device: torch.device,
         dtype: torch.dtype,
-        park: bool = False,
     ) -> None:
         self.transformer, self.weights, self.blocks = transformer, weights, tuple(blocks)
-        self.device, self.dtype, self.park = device, dtype, park
+        self.device, self.dtype, self.park = device, dtype, False
         self.current = 0
         self.outputs: list[Tensor] = []
         self.arena = HostArena()
@@ -60,6 +60,12 @@ class Replay:
         for block in self.blocks:
             module = transformer.get_submodule(block)
             module.register_forward_pre_hook(partial(_stop, block), with_kwargs=True)
+
+    @classmethod
+    def of(cls, model: DiffusersModel, device: torch.device, dtype: torch.dtype) -> "Replay":
+        """Return a replay of the model's transformer that streams every block with a site."""
+        blocks = dict.fromkeys(site.block for site in model.sites() if site.block)
+        return cls(model.skeleton(), model.weights(), blocks, device=device, dtype=dtype)
 
     def steps(self, calls: Sequence[Call]) -> Iterator["Step"]:
         """Make one pass: yield every block, in order, once its weights are there.

@@ -19,7 +19,6 @@ from dirotq.quantize.nearest import pack_nearest
 from dirotq.quantize.plan import SitePlan
 from dirotq.quantize.workload import HOST_SHARE, STATE_SHARE, Workload, calls_at_once
 from dirotq.sources.model import DiffusersModel
-from dirotq.sources.weights import Weights
 
 
 def site_errors(
@@ -39,9 +38,7 @@ def site_errors(
 
     Raises NumericalError naming the site whose error is not finite.
     """
-    weights = model.weights()
-    blocks = list(dict.fromkeys(s.block for s in model.sites() if s.block))
-    replay = Replay(model.skeleton(), weights, blocks, device=device, dtype=compute_dtype(device))
+    replay = Replay.of(model, device, compute_dtype(device))
     at_once = _copies_at_once(replay, calls, len(lines) + 1, device)
     sums = dict.fromkeys((line.site.name for line in lines), 0.0)
     parts = [lines[i : i + at_once - 1] for i in range(0, len(lines), at_once - 1)]
@@ -49,9 +46,9 @@ def site_errors(
     for number, (call, part) in enumerate(passes, 1):
         copies = [call] * (len(part) + 1)  # the first stays as it is
         what = f"rank: sensitivities, pass {number} of {len(passes)}"
-        with _perturbed(replay, part, "", basis, weights):
-            for step in track(replay.steps(copies), what, total=len(blocks)):
-                with _perturbed(replay, part, step.block, basis, weights):
+        with _perturbed(replay, part, "", basis):
+            for step in track(replay.steps(copies), what, total=len(replay.blocks)):
+                with _perturbed(replay, part, step.block, basis):
                     step.run()
         want, *found = replay.outputs
         for line, got in zip(part, found, strict=True):
@@ -82,14 +79,14 @@ def measuring_cost(work: Workload, machine: Machine) -> Cost:
 
 @contextmanager
 def _perturbed(
-    replay: Replay, lines: Sequence[SitePlan], block: str, basis: Artifact, weights: Weights
+    replay: Replay, lines: Sequence[SitePlan], block: str, basis: Artifact
 ) -> Iterator[None]:
     """While open, copy i + 1 of a call has ``lines[i]`` quantized, of the sites in ``block``."""
     with ExitStack() as hooks:
         for copy, line in enumerate(lines, 1):
             if line.site.block != block:
                 continue
-            packed = pack_nearest(line, basis, weights, replay.device)
+            packed = pack_nearest(line, basis, replay.weights, replay.device)
             for consumer, rows in line.site.slices():
                 view: nn.Module = SiteView(packed, rows)
                 if line.site.pointwise:
