@@ -11,14 +11,16 @@ from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
+from dirotq.pipeline.machine import Machine
+from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.progress import track
+from dirotq.quantize import memory
 from dirotq.quantize.moments import moment, read_stored
 from dirotq.quantize.plan import Method
 from dirotq.quantize.prefetch import ahead
-from dirotq.quantize.spectrum import DENSE, MARGIN, eigen_seconds, principal_basis
+from dirotq.quantize.spectrum import principal_basis
 from dirotq.quantize.tensors import load_site, save_site, site_file
 from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
@@ -77,24 +79,8 @@ class FitBasis:
             save_site(out / "sites", site.name, found)
         return {"sites": len(sites), "rank_deficient": self._deficient(out, sites)}
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """Per site its moments from disk, then an iteration, or all eigenvectors of small ones."""
-        seconds = 0.0
-        for site in work.block_sites:
-            seconds += machine.site + work.moment_bytes(site) / machine.read
-            seconds += eigen_seconds(site.dim, self.leading, machine)
-        widest = work.widest
-        dense = self.leading is None or widest <= DENSE
-        matrices = (8 * 5 if dense else 4 * 4) * widest**2
-        thin = 6 * 8 * widest * ((self.leading or widest) + MARGIN)
-        disk = sum(4 * s.dim * min(self.leading or s.dim, s.dim) for s in work.block_sites)
-        largest = max(work.moment_bytes(site) for site in work.block_sites)
-        return Cost(
-            seconds=seconds,
-            disk=disk,
-            lower="method.leading=64 (the rank needs no more)",
-            **machine.memory(matrices + thin, 2 * largest),
-        )
+    def needs(self, work: Workload, machine: Machine) -> Needs:
+        return memory.basis(work, machine, leading=self.leading)
 
     def _deficient(self, out: Path, sites: list[Site]) -> int:
         """Sites whose kept directions hold all there is, though they are not all directions, and

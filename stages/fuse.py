@@ -22,9 +22,11 @@ from dirotq.kernels.transform_quantize import transform
 from dirotq.models.call import load_probe
 from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
+from dirotq.pipeline.machine import Machine
+from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.progress import track
+from dirotq.quantize import memory
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.rotation import Rotation, site_rotation
 from dirotq.quantize.tensors import read_array, save_site
@@ -158,23 +160,8 @@ class Fuse:
             )
         return worst | {"network_error": network}
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """The captured call through both networks in float32; each site's halves in float64."""
-        flops = work.samples * work.forward_flops
-        double = sum(2 * s.outputs * s.dim * (2 * s.rank + work.rows) for _, s in work.planned)
-        largest = max(s.outputs * s.dim for _, s in work.planned)
-        parts = ("basis", "protected", "bias")
-        disk = sum(work.packed[part] for part in parts)
-        block = 2 * 4 * work.block_parameters + 8 * 2 * largest
-        activations = work.activations(work.samples, 4) + 3 * work.samples * work.state
-        return Cost(
-            seconds=2 * max(flops / machine.float32, len(work.by_block) * machine.block)
-            + double / machine.float64 + len(work.planned) * machine.site
-            + 4 * work.parameters / machine.load + disk / machine.write,
-            disk=disk,
-            lower="capture.batch=1, a smaller model.call.height and width",
-            **machine.memory(block + activations),
-        )  # fmt: skip
+    def needs(self, work: Workload, machine: Machine) -> Needs:
+        return memory.fuse(work, machine)
 
     def _walk(self, weights: Weights, blocks: list[str], device: torch.device) -> Walk:
         transformer = self.model.skeleton()

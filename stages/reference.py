@@ -13,9 +13,11 @@ from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
 from dirotq.errors import ConfigError
 from dirotq.evaluate.generation import generate_all
 from dirotq.evaluate.images import ImageWriter, typical_seconds
-from dirotq.pipeline.cost import Cost, Machine
+from dirotq.pipeline.machine import Machine
+from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
+from dirotq.quantize import memory
 from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
@@ -85,15 +87,14 @@ class Reference:
         again = {"floor": floor_batch(self.batch)} if self.floor else {}
         return {"original": self.batch} | again
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """All held-out images, once or twice; one batch at a time is in memory."""
-        made = [work.generation(machine, b, self.dtype) for b in self.batches.values()]
-        weights = work.width(machine, self.dtype) * work.parameters + work.components
-        return Cost(
-            seconds=machine.start + sum(m.seconds for m in made) + weights / machine.load,
-            disk=sum(m.disk for m in made),
+    def needs(self, work: Workload, machine: Machine) -> Needs:
+        return memory.generation(
+            work,
+            machine,
+            batch=max(self.batches.values()),
+            dtype=self.dtype,
+            sets=len(self.batches),
             lower="reference.batch=1, until=pack (which leaves it out)",
-            **machine.memory(weights + max(m.peak for m in made), max(m.host for m in made)),
         )
 
 
