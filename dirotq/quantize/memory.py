@@ -21,6 +21,8 @@ GPU_SLACK = 1.35
 """What torch's CUDA allocator reserves over what is in use: capture of FLUX.1 within 24 GB."""
 CPU_SLACK = 1.2
 
+SHARDS = 2.25
+"""Shards that `pack` holds at its peak: 7.5 GB with FLUX.1's of 2 GB."""
 ALIVE = 4.2
 """Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
 IMAGE_BYTES = 1.8
@@ -54,6 +56,7 @@ def capture(work: Workload, machine: Machine, *, vram: str | int | None, rows: i
     waiting = 2 if park else at_once * (FRAGMENTS if machine.gpu else 1)
     replaying = block + activations + waiting * each
     host = float(work.components) + work.call_bytes(work.recorded) + 2 * largest
+    host += _block_on_its_way(work)
     host += (at_once * each if park else 0) + (weights if streams else 0)
     adapts = machine.gpu and vram is None  # as yet it takes what is free
     advice = f"capture.vram={0.9 * limit / 1e9:.0f}GB, " if adapts else ""
@@ -111,7 +114,7 @@ def sensitivities(work: Workload, machine: Machine) -> Needs:
     return _needs(
         machine,
         block + _activations(work, work.samples, machine.width) + each * (2 if park else at_once),
-        at_once * each if park else 0,
+        _block_on_its_way(work) + (at_once * each if park else 0),
         disk=1200 * len(work.sites),
         bound=True,
         lower="rank.sensitivity=equal, capture.batch=1",
@@ -171,6 +174,7 @@ def fuse(work: Workload, machine: Machine) -> Needs:
     return _needs(
         machine,
         block + activations,
+        _block_on_its_way(work),
         disk=sum(work.packed[part] for part in ("basis", "protected", "bias")),
         bound=True,
         lower="capture.batch=1, a smaller model.call.height and width",
@@ -183,8 +187,9 @@ def pack(work: Workload, machine: Machine, *, shard: int) -> Needs:
     return _needs(
         machine,
         0,
-        2 * min(packed, shard),
+        SHARDS * min(packed, shard),
         disk=packed + work.components,
+        bound=True,
         lower="pack.shard=1GB",
     )
 
@@ -274,6 +279,11 @@ def _image_peak(work: Workload, batch: int, width: int) -> float:
 def _waiting_bytes(work: Workload, machine: Machine) -> float:
     """Of one call between two blocks."""
     return work.samples * work.state * machine.width / 2
+
+
+def _block_on_its_way(work: Workload) -> int:
+    """A block's weights as they are read, 16 bits each."""
+    return 2 * work.block_parameters
 
 
 def _largest_weight(work: Workload) -> int:
