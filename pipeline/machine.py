@@ -73,7 +73,7 @@ def refuse_device(device: str, setting: str) -> None:
 
 def _ram() -> int:
     """Bytes of host memory that can be had: what is available, within a container's limit."""
-    limits = [psutil.virtual_memory().available]
+    limits = [int(psutil.virtual_memory().available)]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups 2 and 1
         file = Path("/sys/fs/cgroup") / name
         if file.is_file() and (text := file.read_text().strip()).isdigit():
