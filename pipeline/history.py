@@ -3,7 +3,7 @@
 import contextlib
 import math
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,13 +33,14 @@ def last_run_here(step: Step, past: Iterable[Artifact], machine: str | None) -> 
     A run that resumed what an interrupted one left took only a part of the stage's seconds.
     """
     found = None
-    for artifact in past:
-        made = artifact.provenance
-        match made if isinstance(made, Mapping) else {}:
-            case {"host": str() as host, "resumed": False, **more}:
-                here = host == platform.node() and machine in (None, _machine(more))
-                if here and artifact.stage == step.name and _model(artifact) == _of(step.recipe):
-                    found = took(artifact) or found
+    for artifact in (a for a in past if a.stage == step.name):
+        match artifact.provenance:
+            case {"host": host, "resumed": False, **more} if host == platform.node():
+                on = more.get("estimate")
+                here = machine is None or (isinstance(on, dict) and on.get("machine") == machine)
+                with contextlib.suppress(ArtifactError):  # a damaged manifest
+                    if here and _model(artifact.manifest["recipe"]) == _model(step.recipe):
+                        found = took(artifact) or found
     return found
 
 
@@ -55,18 +56,6 @@ def took(artifact: Artifact) -> Took | None:
     return None
 
 
-def _machine(provenance: Mapping[str, Any]) -> Any:
-    estimate = provenance.get("estimate")
-    return estimate.get("machine") if isinstance(estimate, Mapping) else None
-
-
-def _model(artifact: Artifact) -> Any:
-    """The model in an artifact's recipe, with the arguments it is called with."""
-    with contextlib.suppress(ArtifactError):
-        return _of(artifact.manifest["recipe"])
-    return artifact  # equal to no model
-
-
-def _of(recipe: Mapping[str, Any]) -> Any:
-    stage = recipe.get("stage")
-    return stage.get("model") if isinstance(stage, Mapping) else None
+def _model(recipe: Any) -> Any:
+    """The stage's model, with the arguments it is called with."""
+    return recipe["stage"].get("model")

@@ -11,7 +11,22 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import graphics
 from dirotq.pipeline.provenance import versions
 
-__all__ = ["Machine", "find", "refuse_device"]
+__all__ = ["Machine", "Needs", "find", "refuse_device"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What a run of a stage takes of a machine: bytes at the peak, and bytes left on the disk.
+
+    ``bound``  the memory is an upper bound; without it, an estimate within a quarter
+    ``lower``  settings that would lower the memory, for the message that refuses it
+    """
+
+    vram: float = 0.0
+    ram: float = 0.0
+    disk: float = 0.0
+    bound: bool = False
+    lower: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

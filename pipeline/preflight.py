@@ -17,8 +17,7 @@ from dirotq.files.digest import cache_root
 from dirotq.pipeline import machine
 from dirotq.pipeline.config import Line
 from dirotq.pipeline.disk import size_of
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
+from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.settings import make
 
 __all__ = ["Estimate", "Preflight", "examine", "free_disk", "refuse"]

@@ -11,7 +11,7 @@ from dirotq.files.digest import cache_root
 from dirotq.pipeline.config import Line
 from dirotq.pipeline.dag import Outcome
 from dirotq.pipeline.history import Took, last_run_here, took
-from dirotq.pipeline.needs import Needs
+from dirotq.pipeline.machine import Needs
 from dirotq.pipeline.preflight import Preflight, free_disk
 from dirotq.pipeline.store import Artifact
 

@@ -11,8 +11,6 @@ from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.progress import track
@@ -22,7 +20,6 @@ from dirotq.quantize.plan import Method
 from dirotq.quantize.prefetch import ahead
 from dirotq.quantize.spectrum import principal_basis
 from dirotq.quantize.tensors import load_site, save_site, site_file
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
 
@@ -79,8 +76,8 @@ class FitBasis:
             save_site(out / "sites", site.name, found)
         return {"sites": len(sites), "rank_deficient": self._deficient(out, sites)}
 
-    def needs(self, work: Workload, machine: Machine) -> Needs:
-        return memory.basis(work, machine, leading=self.leading)
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.basis(work, machine, self.leading)
 
     def _deficient(self, out: Path, sites: list[Site]) -> int:
         """Sites whose kept directions hold all there is, though they are not all directions, and

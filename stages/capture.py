@@ -27,8 +27,6 @@ from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels import second_moment
 from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls
 from dirotq.models.family import Site
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
@@ -37,7 +35,6 @@ from dirotq.quantize import memory
 from dirotq.quantize.memory import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.quantize.moments import read_stored, write_moment
 from dirotq.quantize.tensors import create_array, read_array, write_rows
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
 
@@ -113,8 +110,8 @@ class Capture:
             "rank_deficient": sum(tokens[s.name] < s.dim for s in sites if s.kind == "block"),
         }
 
-    def needs(self, work: Workload, machine: Machine) -> Needs:
-        return memory.capture(work, machine, vram=self.vram, rows=self.rows)
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.capture(work, machine, self.vram, self.rows)
 
     def _record(self, out: Path, units: Units, device: torch.device) -> tuple[list[Call], int]:
         """The calls to replay, from the shards that are on disk and those that are not yet."""

@@ -22,15 +22,12 @@ from dirotq.kernels.transform_quantize import transform
 from dirotq.models.call import load_probe
 from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.progress import track
 from dirotq.quantize import memory
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.rotation import Rotation, site_rotation
 from dirotq.quantize.tensors import read_array, save_site
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.weights import Weights
 
@@ -160,7 +157,7 @@ class Fuse:
             )
         return worst | {"network_error": network}
 
-    def needs(self, work: Workload, machine: Machine) -> Needs:
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
         return memory.fuse(work, machine)
 
     def _walk(self, weights: Weights, blocks: list[str], device: torch.device) -> Walk:

@@ -23,8 +23,6 @@ from dirotq.kernels.formats.quantize_weight import (
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
 from dirotq.kernels.transform_quantize import dequantize_rows, quantize_rows, transform
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.progress import track
@@ -35,7 +33,6 @@ from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.prefetch import ahead
 from dirotq.quantize.rotation import Rotation, site_rotation
 from dirotq.quantize.tensors import load_site, read_array, save_site, site_file
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
 ROUNDING = (2.0**-22, 2.0**-18, 2.0**-14)
@@ -143,7 +140,7 @@ class QuantizeWeights:
             f"(capture.calls) or raise gptq.damping (now {self.damping})"
         ) from failure
 
-    def needs(self, work: Workload, machine: Machine) -> Needs:
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
         return memory.gptq(work, machine)
 
 

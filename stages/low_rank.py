@@ -16,8 +16,6 @@ from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.progress import track
@@ -30,7 +28,6 @@ from dirotq.quantize.rotation import Rotation
 from dirotq.quantize.smoothing import best, smoothing
 from dirotq.quantize.spectrum import principal_basis
 from dirotq.quantize.tensors import load_site, read_array, save_site, site_file
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
 
@@ -129,8 +126,8 @@ class FitLowRank:
         alphas = [float(a) for a in chosen if a is not None]
         return {"sites": len(sites)} | ({"mean_alpha": sum(alphas) / len(alphas)} if alphas else {})
 
-    def needs(self, work: Workload, machine: Machine) -> Needs:
-        return memory.low_rank(work, machine, leading=self.leading)
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.low_rank(work, machine, self.leading)
 
     def _fit(
         self, site: Site, w_ND: Tensor, s_DD: Tensor, peak_D: Tensor, x_TD: Tensor

@@ -19,14 +19,11 @@ from dirotq.kernels.linear import buffer_shapes
 from dirotq.models.coverage import share_kept
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.progress import track
 from dirotq.quantize import memory
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.tensors import load_site, site_file
-from dirotq.quantize.workload import Workload
 from dirotq.sources.folder import CALL_FILE, carried_files
 from dirotq.sources.folder import INDEX as INDEX_FILE
 from dirotq.sources.model import DiffusersModel
@@ -116,8 +113,8 @@ class Pack:
             "block_parameters_kept": kept_share,
         }
 
-    def needs(self, work: Workload, machine: Machine) -> Needs:
-        return memory.pack(work, machine, shard=parse_bytes(self.shard))
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.pack(work, machine, parse_bytes(self.shard))
 
 
 class _Packed:

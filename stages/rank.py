@@ -11,15 +11,12 @@ from dirotq.models.call import load_probe
 from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.quantize import memory
 from dirotq.quantize.overrides import check_worst, parse_worst
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import check_plan, make_plan, read_spectrum
 from dirotq.quantize.sensitivity import site_errors
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
 
@@ -108,10 +105,8 @@ class ChooseRank:
         planned.write(out)
         return planned.metrics(self.model)
 
-    def needs(self, work: Workload, machine: Machine) -> Needs:
-        if self.worst is None:
-            return memory.rank(work, machine)
-        return memory.sensitivities(work, machine)
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return (memory.sensitivities if self.worst else memory.rank)(work, machine)
 
     def _expected(self, site: Site) -> int:
         if self.r is not None:

@@ -16,8 +16,6 @@ from dirotq.models.call import load_probe
 from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.quantize import memory
 from dirotq.quantize.ab_check import plans_psnr
@@ -184,11 +182,9 @@ class AllocateRank:
         planned.write(out)
         return planned.metrics(self.model) | metrics | judged
 
-    def needs(self, work: Workload, machine: Machine) -> Needs:
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
         measures = self.sensitivity == "measured" or self.worst is not None
-        return memory.rank_budget(
-            work, machine, measures=measures, prompts=self.gate, batch=self.batch
-        )
+        return memory.rank_budget(work, machine, measures, self.gate, self.batch)
 
     def _budget(self, method: Method, sites: Sequence[Site]) -> tuple[Prices, float]:
         """What directions cost under ``method``, and the limit in the setting's unit."""

@@ -13,12 +13,9 @@ from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
 from dirotq.errors import ConfigError
 from dirotq.evaluate.generation import generate_all
 from dirotq.evaluate.images import ImageWriter, typical_seconds
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
 
@@ -87,14 +84,9 @@ class Reference:
         again = {"floor": floor_batch(self.batch)} if self.floor else {}
         return {"original": self.batch} | again
 
-    def needs(self, work: Workload, machine: Machine) -> Needs:
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
         return memory.generation(
-            work,
-            machine,
-            batch=max(self.batches.values()),
-            dtype=self.dtype,
-            sets=len(self.batches),
-            lower="reference.batch=1, until=pack (which leaves it out)",
+            work, machine, "reference", max(self.batches.values()), self.dtype, 0, len(self.batches)
         )
 
 

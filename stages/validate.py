@@ -30,14 +30,11 @@ from dirotq.evaluate.scoring import FLOOR, ORIGINAL, PACKED, ImageSets, Scores, 
 from dirotq.loading import load
 from dirotq.packed.swap import footprint
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.tensors import load_site, read_array, site_file
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet, refuse_shared
 
@@ -148,15 +145,9 @@ class Validate:
             write_pairs(out / "pairs.png", *shown)
         return metrics
 
-    def needs(self, work: Workload, machine: Machine) -> Needs:
-        return memory.generation(
-            work,
-            machine,
-            batch=self.batch,
-            dtype=self.dtype,
-            beside=self.pairs * 6 * work.pixels + 1500 * len(work.planned),
-            lower="validate.batch=1, until=pack (which leaves it out)",
-        )
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        beside = self.pairs * 6 * work.pixels + 1500 * len(work.planned)
+        return memory.generation(work, machine, "validate", self.batch, self.dtype, beside)
 
     def _sets(self, out: Path, reference: Artifact) -> ImageSets:
         """Where the images to compare are."""

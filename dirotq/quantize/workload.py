@@ -173,9 +173,10 @@ class Workload:
         latents = self.image_tokens * int(self.transformer.config.get("in_channels") or 64)
         return 2 * (latents + self.text_tokens * self._text_channels)
 
-    def call_bytes(self, samples: int) -> int:
-        """Of recorded calls in memory: an upper bound, as a prompt's steps share its text."""
-        return samples * self._argument_bytes
+    @property
+    def call_bytes(self) -> int:
+        """Of the recorded calls: an upper bound, as a prompt's steps share its text."""
+        return self.recorded * self._argument_bytes
 
     def moment_bytes(self, site: Site) -> int:
         """What ``capture`` keeps of a site: its triangle, or its rows where those are fewer."""
@@ -198,6 +199,15 @@ class Workload:
     def widest(self) -> int:
         """Most channels of a block site."""
         return max(site.dim for site in self.block_sites)
+
+    @property
+    def largest_weight(self) -> int:
+        """Parameters of the largest site."""
+        return max(spec.outputs * spec.dim for _, spec in self.planned)
+
+    def directions(self, leading: int | None) -> int:
+        """Numbers of all sites' directions, ``leading`` of them (None: all) kept for each."""
+        return sum(s.dim * min(leading or s.dim, s.dim) for s in self.block_sites)
 
     @cached_property
     def planned(self) -> list[tuple[Site, QuantSpec]]:

@@ -11,8 +11,7 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import dag, machine, preflight, report
 from dirotq.pipeline.config import Line
 from dirotq.pipeline.executor import LocalExecutor
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
+from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.preflight import Estimate, Preflight
 
 CARD = Machine(name="NVIDIA GeForce RTX 4090", vram=24 << 30, ram=64 << 30)

@@ -8,8 +8,7 @@ from published_shapes import write_shapes
 
 from dirotq.errors import ConfigError
 from dirotq.pipeline.config import build, compose_config
-from dirotq.pipeline.machine import Machine
-from dirotq.pipeline.needs import Needs
+from dirotq.pipeline.machine import Machine, Needs
 from dirotq.quantize import memory
 from dirotq.quantize.memory import budget, calls_at_once
 
@@ -99,10 +98,10 @@ def test_parts_of_a_rank_that_measures():
 
 
 def test_without_a_gpu_all_memory_is_host_memory():
-    told = memory._needs(CPU, 1e9, 1e9, disk=7)
+    told = memory._needs(CPU, 1e9, 1e9, 7)
     ram = memory.CPU_RAM + 2e9 * memory.CPU_SLACK
     assert dataclasses.astuple(told) == (0, ram, 7, False, "")
-    told = memory._needs(H200, 1e9, 2e9, disk=7)
+    told = memory._needs(H200, 1e9, 2e9, 7)
     assert (told.vram, told.ram) == (memory.GPU_SLACK * 1e9, memory.GPU_RAM + 2e9)
 
 
