@@ -23,6 +23,7 @@ CPU_RAM = 0.9e9
 GPU_SLACK = 1.35
 """What torch's CUDA allocator reserves over what is in use: capture of FLUX.1 within 24 GB."""
 CPU_SLACK = 1.2
+"""The same of host memory: with it no stage of tiny-flux on that CPU took more than its bound."""
 SHARDS = 2.25
 """Shards that `pack` holds at its peak: 7.5 GB with FLUX.1's of 2 GB."""
 ALIVE = 4.2
@@ -123,10 +124,8 @@ def gptq(work: Workload, machine: Machine) -> Needs:
     """One site at a time: S, its rotation and its factor in float64, weights in float32."""
     sizes = ((spec.width, spec.outputs) for _, spec in work.planned)
     device = max(8 * 4 * wide**2 + 4 * 6 * outputs * wide for wide, outputs in sizes)
-    host, disk = (
-        max(map(work.moment_bytes, work.sites)),
-        work.packed["codes"] + work.packed["scales"],
-    )
+    host = max(map(work.moment_bytes, work.sites))
+    disk = work.packed["codes"] + work.packed["scales"]
     return _needs(machine, device, host, disk, "method.rounding=nearest (lower quality)")
 
 
