@@ -131,7 +131,7 @@ def gptq(work: Workload, machine: Machine) -> Needs:
 
 def fuse(work: Workload, machine: Machine) -> Needs:
     """One block of both networks in float32 with the captured call; a site's halves in float64."""
-    device = 2 * 4 * work.block_parameters + 8 * 2 * work.largest_weight
+    device = 2.0 * 4 * work.block_parameters + 8 * 2 * work.largest_weight
     device += _activations(work, work.samples, 4) + 3 * work.samples * work.state
     disk = sum(work.packed[part] for part in ("basis", "protected", "bias"))
     lower = "capture.batch=1, a smaller model.call.height and width"
