@@ -1,8 +1,8 @@
 """Where and in which precision a stage computes."""
 
 import re
-from pathlib import Path
 
+import psutil
 import torch
 
 from dirotq.errors import ConfigError
@@ -55,7 +55,4 @@ def device_name(device: torch.device) -> str:
 
 def free_host_memory() -> int:
     """Bytes of RAM that can be taken without swapping."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    return 4 << 30  # no Linux: the least a machine for this work has
+    return int(psutil.virtual_memory().available)

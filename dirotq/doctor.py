@@ -7,10 +7,11 @@ import shutil
 from collections.abc import Callable
 from importlib import import_module
 
+from rich.filesize import decimal
+
 from dirotq.errors import DirotqError
 from dirotq.pipeline.place import store_place
 from dirotq.pipeline.provenance import LIBRARIES, gpu, versions
-from dirotq.pipeline.report import bytes_text
 from dirotq.pipeline.store import default_root
 
 __all__ = ["add_doctor", "findings"]
@@ -64,7 +65,7 @@ def _store() -> str:
     try:
         store = store_place(default_root())
         place = next(path for path in (store, *store.parents) if path.exists())
-        return f"{store}, {bytes_text(shutil.disk_usage(place).free)} free"
+        return f"{store}, {decimal(shutil.disk_usage(place).free)} free"
     except (DirotqError, OSError) as error:
         return f"unusable: {error}"
 
@@ -78,7 +79,7 @@ def _cuda() -> tuple[bool, str]:
             return False, f"not usable by torch (built for CUDA {build})"
         major, minor = torch.cuda.get_device_capability()
         free, total = torch.cuda.mem_get_info()
-        memory = f"{bytes_text(free)} of {bytes_text(total)} free"
+        memory = f"{decimal(free)} of {decimal(total)} free"
         name = torch.cuda.get_device_name()
     except Exception as error:  # noqa: BLE001 - see findings
         return False, f"unknown: {type(error).__name__}: {error}"

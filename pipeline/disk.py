@@ -23,6 +23,7 @@ __all__ = [
     "sync",
     "sync_tree",
     "user_name",
+    "whose",
     "writable",
     "write_json",
 ]
@@ -165,13 +166,19 @@ def denied(path: Path, to: Literal["read", "write"] = "read") -> str:
     barred = (inside or there)[0]  # what is in the way
     text = f"no permission to {to} {printable(path)}"
     with contextlib.suppress(OSError):
-        found = barred.stat()
-        which = "it" if barred == path else printable(barred)
+        owned, mode = whose(barred, path)
         text += (
-            f": {which} belongs to {user_name(found.st_uid)} with the mode "
-            f"{found.st_mode & 0o7777:o}, and this process runs as {user_name(os.geteuid())}"
+            f": {owned} with the mode {mode & 0o7777:o}, and this process runs as "
+            f"{user_name(os.geteuid())}"
         )
     return f"{text}. The owner can allow it (chmod {'a+rX' if to == 'read' else 'g+w'})"
+
+
+def whose(barred: Path, path: Path) -> tuple[str, int]:
+    """ "it belongs to NAME" for what is in the way to ``path``, and its mode. Raises OSError."""
+    found = barred.stat()
+    which = "it" if barred == path else printable(barred)
+    return f"{which} belongs to {user_name(found.st_uid)}", found.st_mode
 
 
 def printable(text: object) -> str:

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from dirotq.errors import DirotqError
-from dirotq.pipeline.disk import is_disk_full, user_name
+from dirotq.pipeline.disk import is_disk_full, user_name, whose
 from dirotq.pipeline.wording import reworded
 
 __all__ = ["explained"]
@@ -153,24 +153,17 @@ def _denied(error: PermissionError, where: str) -> str:
     if error.filename is None:
         return f"permission denied{where}: {_line(error)}. {ELSEWHERE}"
     path = Path(os.fsdecode(error.filename))
-    there = next((p for p in (path, *path.absolute().parents) if _stat(p)), None)
-    whose = ""
-    if there is not None and (found := _stat(there)) is not None:
-        which = "it" if there == path else str(there)
-        whose = (
-            f" ({which} belongs to {user_name(found.st_uid)}, mode {stat.filemode(found.st_mode)})"
-        )
+    about = ""
+    for place in (path, *path.absolute().parents):
+        with suppress(OSError, ValueError):
+            owned, mode = whose(place, path)
+            about = f" ({owned}, mode {stat.filemode(mode)})"
+            break
     return (
-        f"permission denied for {path}{whose}{where}: this process runs as "
+        f"permission denied for {path}{about}{where}: this process runs as "
         f"{user_name(os.geteuid())}. Let that user read and write there (chmod, chown), or choose "
         "a writable store with store=FOLDER or DIROTQ_STORE"
     )
-
-
-def _stat(path: Path) -> os.stat_result | None:
-    with suppress(OSError, ValueError):
-        return path.stat()
-    return None
 
 
 def _cwd() -> bool:

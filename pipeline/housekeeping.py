@@ -5,12 +5,13 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from dirotq.errors import ArtifactError
 from dirotq.pipeline import cache, runs
 from dirotq.pipeline.artifact import Artifact, DamagedError
 from dirotq.pipeline.disk import printable, size_of
 from dirotq.pipeline.locks import InUseError
-from dirotq.pipeline.report import bytes_text
 from dirotq.pipeline.store import ArtifactStore, default_root
 
 __all__ = ["add_gc", "add_verify", "garbage", "gc", "store_option", "verify"]
@@ -73,7 +74,7 @@ def gc(options: argparse.Namespace) -> int:
     for path, why, remove in found:
         size = size_of(path)
         name = path.relative_to(store.root) if path.is_relative_to(store.root) else path
-        print(printable(f"{bytes_text(size):>9}  {name}  ({why})"))
+        print(printable(f"{decimal(size):>9}  {name}  ({why})"))
         if options.yes and (problem := _removed(remove, path)):
             print(printable(f"{'':>9}  {problem[1]}"))
             size, status = 0, max(status, problem[0])
@@ -81,9 +82,9 @@ def gc(options: argparse.Namespace) -> int:
     if not found:
         print("nothing to remove")
     elif options.yes:
-        print(f"removed {bytes_text(total)}")
+        print(f"removed {decimal(total)}")
     else:
-        print(f"would remove {bytes_text(total)}; `dirotq gc --yes` does it")
+        print(f"would remove {decimal(total)}; `dirotq gc --yes` does it")
     return status
 
 

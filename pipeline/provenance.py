@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from dirotq.pipeline import graphics
 from dirotq.pipeline.peaks import peaks
 from dirotq.pipeline.secrecy import without_secrets
 
@@ -52,11 +53,9 @@ def versions() -> Mapping[str, str | None]:
     return found
 
 
-@functools.cache
 def gpu() -> list[str]:
     """Name, compute capability and driver of each NVIDIA GPU, without loading torch."""
-    query = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-    return _output(query).splitlines()
+    return [str(found) for found in graphics.installed()]
 
 
 @functools.cache

@@ -1,98 +1,79 @@
 """What ``plan`` and ``compress`` print on stdout: one short table each."""
 
-import contextlib
-import math
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
-from dirotq.errors import ArtifactError
 from dirotq.files.digest import cache_root
 from dirotq.pipeline.config import Line
-from dirotq.pipeline.cost import Cost
 from dirotq.pipeline.dag import Outcome
+from dirotq.pipeline.history import Took, last_run_here, took
+from dirotq.pipeline.machine import Needs
 from dirotq.pipeline.preflight import Preflight, free_disk
 from dirotq.pipeline.store import Artifact
 
-__all__ = ["bytes_text", "duration_text", "plan", "seconds_text", "summary"]
+__all__ = ["duration_text", "plan", "seconds_text", "summary"]
 
 
 def plan(line: Line, found: Preflight) -> None:
-    """Per stage: cached or to run, and what it took; of one to run, an estimate (``~``).
+    """Per stage: cached or to run. Of a cached one, what it took; of one to run, the seconds of its
+    last run here, and what it needs: an estimate (``~``) or an upper bound (``<``).
 
-    A stage that can't be estimated shows what it took the last time it ran anywhere. Memory is the
-    peak while the stage ran.
+    Without a workload, what that run took. Memory is the peak.
     """
     table = Table("stage", "state", "artifact", box=None, pad_edge=False)
     for name in ("seconds", "VRAM", "RAM", "disk"):
         table.add_column(name, justify="right")
-    latest = {artifact.stage: artifact for artifact in line.store.list()}  # sorted by time
-    missing: list[str] = []
-    seconds: dict[str, float] = {}  # of the stages to run, where known
+    past = line.store.list()  # sorted by time
+    machine = found.machine.name if found.machine else None
+    missing: dict[str, float | None] = {}  # seconds of stages to run, where they ran before
     for step in line.steps:
         cached = None if step.name in line.force else line.store.get(step.name, step.fingerprint)
-        known = cached or latest.get(step.name)
-        cells = ["-"] * 4
         if cached:
             cached.manifest  # noqa: B018 - a damaged one is no plan
+            known = took(cached)
         else:
-            missing.append(step.name)
-        if estimate := found.estimates.get(step.name):
-            seconds[step.name] = estimate.cost.seconds
-            cells = [f"~{text}" if text else "" for text in _cells(estimate.cost)]
-        elif known and (took := _took(known)):
-            cells = _cells(took)
-            if not cached:
-                seconds[step.name] = took.seconds
+            known = last_run_here(step, past, machine)
+            missing[step.name] = known.seconds if known else None
+        estimate = found.estimates.get(step.name)
+        cells = _cells(known, estimate.needs if estimate else None)
         table.add_row(step.name, "cached" if cached else "to run", step.fingerprint, *cells)
-    if found.estimates:
-        costs = [estimate.cost for estimate in found.estimates.values()]
-        total = Cost(
-            seconds=sum(cost.seconds for cost in costs),
-            vram=max(cost.vram for cost in costs),
-            ram=max(cost.ram for cost in costs),
-            disk=sum(cost.disk for cost in costs),
-        )
-        table.add_row("in all", "", "", *(f"~{text}" if text else "" for text in _cells(total)))
     Console().print(table)
-    print(f"\n{_outlook(missing, seconds, found, line.store.root)}")
+    print(f"\n{_outlook(missing, found, line.store.root)}")
     for note in found.notes:
         print(note)
 
 
-def _took(artifact: Artifact) -> Cost | None:
-    """What its provenance tells; None if that is lost, damaged or nonsense."""
-    match artifact.provenance:
-        case {"seconds": int() | float() as seconds, "peak_rss_bytes": int() as ram, **more}:
-            vram: Any = more.get("peak_vram_bytes", 0)
-            sane = 0 <= seconds < math.inf and isinstance(vram, int) and min(ram, vram) >= 0
-            with contextlib.suppress(ArtifactError):  # another recipe's, removed or damaged
-                if sane:
-                    return Cost(seconds=seconds, vram=vram, ram=ram, disk=artifact.bytes)
-    return None
-
-
-def _cells(cost: Cost) -> list[str]:
+def _cells(known: Took | None, needs: Needs | None) -> list[str]:
     """Seconds, VRAM (empty for none), RAM, disk."""
-    sizes = [bytes_text(cost.vram) if cost.vram else "", *map(bytes_text, (cost.ram, cost.disk))]
-    return [seconds_text(cost.seconds), *sizes]
+    seconds = seconds_text(known.seconds) if known else "-"
+    if needs:
+        mark = "<" if needs.bound else "~"
+        told = ((mark, needs.vram), (mark, needs.ram), ("~", needs.disk))
+        return [seconds, *(f"{mark}{decimal(int(n))}" if n else "" for mark, n in told)]
+    if known:
+        vram = decimal(known.vram) if known.vram else ""
+        return [seconds, vram, decimal(known.ram), decimal(known.disk)]
+    return ["-"] * 4
 
 
-def _outlook(missing: list[str], seconds: Mapping[str, float], found: Preflight, root: Path) -> str:
+def _outlook(missing: Mapping[str, float | None], found: Preflight, root: Path) -> str:
     if not missing:
         return "everything is cached"
-    new = [name for name in missing if name not in seconds]
+    new = [name for name, seconds in missing.items() if seconds is None]
+    seconds = [seconds for seconds in missing.values() if seconds is not None]
     parts = [f"{len(missing)} to run"]
     if found.machine:
-        parts.append(f"about {duration_text(sum(seconds.values()))} on {found.machine.name}")
-        parts.append(f"{bytes_text(free_disk(root))} of disk free")
+        parts[0] += f" on {found.machine.name}"
+        written = sum(estimate.needs.disk for estimate in found.estimates.values())
+        parts.append(f"~{decimal(int(written))} to write, {decimal(free_disk(root))} of disk free")
         if found.cache:
-            parts.append(f"{bytes_text(found.cache)} more for the model in {cache_root()}")
-    elif seconds:
-        parts.append(f"about {seconds_text(sum(seconds.values()))} s, going by the last time")
+            parts.append(f"{decimal(found.cache)} more for the model in {cache_root()}")
+    if seconds:
+        parts.append(f"about {duration_text(sum(seconds))}, going by the last time")
     if new:
         parts.append(f"never run here: {', '.join(new)}")
     return "; ".join(parts)
@@ -133,14 +114,6 @@ def metrics_text(artifact: Artifact) -> str:
 
 def seconds_text(seconds: float) -> str:
     return f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
-
-
-def bytes_text(count: float) -> str:
-    """A size for people: 512 B, 3.1 MB."""
-    if count < 1000:
-        return f"{count:.0f} B"
-    power = min(int(math.log10(count) / 3), 4)
-    return f"{count / 1000**power:.1f} {' kMGT'[power]}B"
 
 
 def _holding(artifacts: list[Artifact], name: str, *, folder: bool = False) -> Path | None:

@@ -164,6 +164,7 @@ class ArtifactStore:
                 return
             with self._unwritable_explained():
                 self._prepare(partial, resume)
+            resumed = any(draft.data.iterdir())
             started = time.time()
             reset_peaks()
             yield draft
@@ -175,7 +176,7 @@ class ArtifactStore:
                 "files": inventory(draft.data),
                 "metrics": {name: _jsonable(value) for name, value in draft.metrics.items()},
             }
-            made = provenance(started, overrides) | dict(notes or {})
+            made = provenance(started, overrides) | {"resumed": resumed} | dict(notes or {})
             write_json(partial / "provenance.json", made)
             write_json(partial / MANIFEST, sealed(manifest))
             open_modes(partial)

@@ -9,15 +9,14 @@ from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
+from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
 from dirotq.quantize.prefetch import unfinished
-from dirotq.quantize.spectrum import DENSE, MARGIN, eigen_seconds, principal_basis
+from dirotq.quantize.spectrum import principal_basis
 from dirotq.quantize.tensors import load_site, save_site, site_file
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
 
@@ -69,24 +68,8 @@ class FitBasis:
             save_site(out / "sites", site.name, found)
         return {"sites": len(sites), "rank_deficient": _deficient(out, sites)}
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """Per site its moments from disk, then an iteration, or all eigenvectors of small ones."""
-        seconds = 0.0
-        for site in work.block_sites:
-            seconds += machine.site + work.moment_bytes(site) / machine.read
-            seconds += eigen_seconds(site.dim, self.leading, machine)
-        widest = work.widest
-        dense = self.leading is None or widest <= DENSE
-        matrices = (8 * 5 if dense else 4 * 4) * widest**2
-        thin = 6 * 8 * widest * ((self.leading or widest) + MARGIN)
-        disk = sum(4 * s.dim * min(self.leading or s.dim, s.dim) for s in work.block_sites)
-        largest = max(work.moment_bytes(site) for site in work.block_sites)
-        return Cost(
-            seconds=seconds,
-            disk=disk,
-            lower="method.leading=64 (the rank needs no more)",
-            **machine.memory(matrices + thin, 2 * largest),
-        )
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.basis(work, machine, self.leading)
 
 
 def _deficient(out: Path, sites: list[Site]) -> int:

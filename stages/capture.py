@@ -24,14 +24,14 @@ from dirotq.device import compute_dtype, free_host_memory, pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls
 from dirotq.models.family import Site
-from dirotq.pipeline.cost import Cost, Machine, budget
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.progress import track
+from dirotq.quantize import memory
+from dirotq.quantize.memory import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.quantize.moments import add_earlier, read_stored, write_moment
 from dirotq.quantize.tensors import create_array, read_array, write_rows
-from dirotq.quantize.workload import FRAGMENTS, HOST_SHARE, STATE_SHARE, Workload, calls_at_once
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
 
@@ -107,40 +107,8 @@ class Capture:
             "rank_deficient": sum(seen < s.dim for s, seen in tokens.items() if s.kind == "block"),
         }
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """Generate latents for all prompts; then the recorded calls again, moments on top."""
-        limit, weights = budget(machine, self.vram), machine.width * work.parameters
-        blocks, samples = len(work.by_block), work.samples
-        forward = machine.forward_seconds(samples * work.forward_flops, work.channels, blocks)
-        streams = machine.gpu and self.vram is not None and weights > 0.75 * limit
-        made = -(-work.calibration // self.batch) * work.steps
-        generate = made * max(forward, weights / machine.park if streams else 0)
-        each, count = samples * work.state * machine.width / 2, -(-work.recorded // samples)
-        room = STATE_SHARE * limit if machine.gpu else HOST_SHARE * machine.ram
-        at_once, park = calls_at_once(each, count, room, HOST_SHARE * machine.ram)
-        sums = (machine.moment_seconds(work.tokens(s), s.dim) for s in work.sites)
-        replay = count * forward + work.recorded * sum(sums)
-        sweeps = -(-count // at_once)
-        moved = 2 * count * each * blocks / machine.park if park else 0
-        loaded = work.components + (1 + sweeps) * weights
-        disk = work.moments + sum(2 * self.rows * s.dim for s in work.sites)
-        largest = max(work.moment_bytes(site) for site in work.sites)
-        block = machine.width * work.block_parameters + work.block_moments + largest
-        activations = work.activations(samples, machine.width)
-        recording = max(work.encoders, 2 * block if streams else weights + activations)
-        waiting = 2 if park else at_once * (FRAGMENTS if machine.gpu else 1)
-        replaying = block + activations + waiting * each
-        host = float(work.components) + work.call_bytes(work.recorded) + 2 * largest
-        host += (at_once * each if park else 0) + (weights if streams else 0)
-        adapts = machine.gpu and self.vram is None  # as yet it takes what is free
-        advice = f"capture.vram={0.9 * limit / 1e9:.0f}GB, " if adapts else ""
-        return Cost(
-            seconds=machine.start + generate + replay + moved + loaded / machine.load
-            + sweeps * (disk / machine.write + len(work.sites) * machine.site),
-            disk=disk,
-            lower=advice + "capture.batch=1, a smaller model.call.height and width",
-            **machine.memory(max(recording, replaying), host),
-        )  # fmt: skip
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.capture(work, machine, self.vram, self.rows)
 
 
 def record_calls(

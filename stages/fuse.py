@@ -21,14 +21,13 @@ from dirotq.models.call import load_probe
 from dirotq.models.family import Site
 from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.progress import track
+from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured
 from dirotq.quantize.plan import read_plan
 from dirotq.quantize.rotation import Rotation, site_rotation
 from dirotq.quantize.tensors import save_site
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
 
@@ -103,23 +102,8 @@ class Fuse:
             )
         return worst | {"network_error": network}
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """The captured call through both networks in float32; each site's halves in float64."""
-        flops = work.samples * work.forward_flops
-        double = sum(2 * s.outputs * s.dim * (2 * s.rank + work.rows) for _, s in work.planned)
-        largest = max(s.outputs * s.dim for _, s in work.planned)
-        parts = ("basis", "protected", "bias")
-        disk = sum(work.packed[part] for part in parts)
-        block = 2 * 4 * work.block_parameters + 8 * 2 * largest
-        activations = work.activations(work.samples, 4) + 3 * work.samples * work.state
-        return Cost(
-            seconds=2 * max(flops / machine.float32, len(work.by_block) * machine.block)
-            + double / machine.float64 + len(work.planned) * machine.site
-            + 4 * work.parameters / machine.load + disk / machine.write,
-            disk=disk,
-            lower="capture.batch=1, a smaller model.call.height and width",
-            **machine.memory(block + activations),
-        )  # fmt: skip
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.fuse(work, machine)
 
 
 class FusedLinear(nn.Module):

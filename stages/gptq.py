@@ -18,9 +18,9 @@ from dirotq.kernels.formats.quantize_weight import (
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
 from dirotq.kernels.transform_quantize import dequantize_rows, quantize_rows, transform
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
+from dirotq.quantize import memory
 from dirotq.quantize.feedback import feedback
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.nearest import nearest
@@ -28,15 +28,11 @@ from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.prefetch import unfinished
 from dirotq.quantize.rotation import Rotation, site_rotation
 from dirotq.quantize.tensors import load_site, save_site, site_file
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
 ROUNDING = (2.0**-22, 2.0**-18, 2.0**-14)
 """Shares of a site's energy below which its second moment is taken to say nothing: float32's share,
 then, where that fails, what matrix units may lose while they add up."""
-
-TORCH_COLUMN = 200e-6
-"""Seconds per column of a sweep without a kernel: its launches on a GPU (estimated)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,27 +99,8 @@ class QuantizeWeights:
             save_site(out / "sites", site.name, tensors)
         return _summary(out, plan)
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """Per site: rotated moments and their factor in float64, products of N K², a sweep."""
-        seconds, most = 0.0, 0
-        for site, spec in work.planned:
-            dim, wide, outputs = spec.dim, spec.width, spec.outputs
-            across = dim if spec.transform == "dense" else spec.block + 2 * spec.rank
-            double = 4 * dim**2 * across + wide**3 / 3
-            single = 11 * outputs * wide**2  # what is left to later blocks; five errors in S
-            seconds += double / machine.float64 + single / machine.float32 + machine.site
-            seconds += work.moment_bytes(site) / machine.read + 2 * outputs * dim / machine.load
-            if work.method.rounding == "gptq":
-                fp4 = spec.weight_element == "e2m1"  # swept by torch, on a GPU too
-                seconds += wide * (max(machine.column, TORCH_COLUMN) if fp4 else machine.column)
-            most = max(most, 8 * 4 * wide**2 + 4 * 6 * outputs * wide)
-        largest = max(work.moment_bytes(site) for site in work.sites)
-        return Cost(
-            seconds=seconds,
-            disk=work.packed["codes"] + work.packed["scales"],
-            lower="method.rounding=nearest (lower quality)",
-            **machine.memory(most, 2 * largest),
-        )
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.gptq(work, machine)
 
 
 def rounding_noise(rotation: Rotation, x_TD: Tensor) -> Tensor:

@@ -15,18 +15,17 @@ from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
+from dirotq.quantize import memory
 from dirotq.quantize.low_rank import LowRank, svd_branch, weighted_branch
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
 from dirotq.quantize.prefetch import unfinished
 from dirotq.quantize.rotation import Rotation
 from dirotq.quantize.smoothing import best, smoothing
-from dirotq.quantize.spectrum import eigen_seconds, principal_basis
+from dirotq.quantize.spectrum import principal_basis
 from dirotq.quantize.tensors import load_site, save_site, site_file
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
 
@@ -117,21 +116,8 @@ class FitLowRank:
         alphas = [float(a) for a in chosen if a is not None]
         return {"sites": len(sites)} | ({"mean_alpha": sum(alphas) / len(alphas)} if alphas else {})
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """Per site and candidate an eigendecomposition of the weights' Gram matrix."""
-        tried = self.candidates + 1 if self.smoothing == "grid" else 1
-        seconds, widest = 0.0, work.widest
-        for site in work.block_sites:
-            gram = 2 * sum(site.rows) * site.dim**2 / machine.float64
-            seconds += tried * (gram + eigen_seconds(site.dim, self.leading, machine))
-            seconds += machine.site
-        kept = min(self.leading or widest, widest)
-        return Cost(
-            seconds=seconds + work.moments / machine.read,
-            disk=sum(8 * s.dim * min(self.leading or s.dim, s.dim) for s in work.block_sites),
-            lower="basis.candidates=5, method.leading=64",
-            **machine.memory(8 * 5 * widest**2 + 16 * widest * kept, 8 * widest**2),
-        )
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.low_rank(work, machine, self.leading)
 
 
 def fit_site(

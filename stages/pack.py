@@ -15,12 +15,11 @@ from dirotq.kernels.linear import buffer_shapes
 from dirotq.models.coverage import share_kept
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.progress import track
+from dirotq.quantize import memory
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.tensors import load_site, site_file
-from dirotq.quantize.workload import Workload
 from dirotq.sources.folder import CALL_FILE
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.placing import place_rest
@@ -120,18 +119,8 @@ class Pack:
             "block_parameters_kept": kept_share,
         }
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """The packed transformer shard by shard, and a copy of the pipeline's other components."""
-        packed = sum(work.packed.values())
-        disk = packed + work.components
-        return Cost(
-            seconds=2 * packed / machine.read
-            + disk / machine.write
-            + len(work.planned) * machine.site,
-            disk=disk,
-            lower="pack.shard=1GB",
-            **machine.memory(0, 2 * min(packed, parse_bytes(self.shard))),
-        )
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.pack(work, machine, parse_bytes(self.shard))
 
 
 class _Packed:

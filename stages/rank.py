@@ -11,13 +11,12 @@ from dirotq.models.call import load_probe
 from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
+from dirotq.quantize import memory
 from dirotq.quantize.overrides import check_worst, parse_worst
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import check_plan, make_plan, read_spectrum
-from dirotq.quantize.sensitivity import measuring_cost, site_errors
-from dirotq.quantize.workload import Workload
+from dirotq.quantize.sensitivity import site_errors
 from dirotq.sources.model import DiffusersModel
 
 
@@ -106,16 +105,8 @@ class ChooseRank:
         """Rank of each block site; where the energy decides, all that may be chosen from."""
         return {site.name: self._expected(site) for site in sites if site.kind == "block"}
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """Reads what ``basis`` kept per site; with ``worst``, a forward per site."""
-        kept = sum(4 * s.dim * min(self.method.leading or s.dim, s.dim) for s in work.block_sites)
-        largest = 4 * work.widest * min(self.method.leading or work.widest, work.widest)
-        reading = Cost(seconds=kept / machine.read, disk=800 * len(work.sites),
-                       **machine.memory(0, largest))  # fmt: skip
-        if self.worst is None:
-            return reading
-        measuring = measuring_cost(work, machine)
-        return replace(measuring, seconds=measuring.seconds + reading.seconds, disk=reading.disk)
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return (memory.sensitivities if self.worst else memory.rank)(work, machine)
 
     def _expected(self, site: Site) -> int:
         if self.r is not None:

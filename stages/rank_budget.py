@@ -16,10 +16,10 @@ from dirotq.models.call import load_probe
 from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
+from dirotq.quantize import memory
+from dirotq.quantize.ab_check import plans_psnr
 from dirotq.quantize.allocation import water_fill
-from dirotq.quantize.gate import gate_cost, plans_psnr
 from dirotq.quantize.overrides import check_worst, parse_worst
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import (
@@ -31,7 +31,7 @@ from dirotq.quantize.planning import (
     read_spectrum,
 )
 from dirotq.quantize.prices import Prices, in_bits, in_forwards, refuse_unpriced
-from dirotq.quantize.sensitivity import measuring_cost, site_errors
+from dirotq.quantize.sensitivity import site_errors
 from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
@@ -182,28 +182,16 @@ class AllocateRank:
             rank = prices.largest_uniform(limit, self.grid)
         return {s.name: min(rank, largest_rank(self.method, s, self.grid)) for s in blocks}
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """A forward per site where sensitivities are measured; images of the gate."""
-        parts = []
-        if self.sensitivity == "measured" or self.worst is not None:
-            parts.append(measuring_cost(work, machine))
-        if self.gate:
-            parts.append(gate_cost(work, machine, self.gate, self.batch, plans=2))
-        kept = sum(4 * s.dim * largest_rank(self.method, s, 1) for s in work.block_sites)
-        return Cost(
-            seconds=kept / machine.read + sum(part.seconds for part in parts),
-            vram=max((part.vram for part in parts), default=0.0),
-            ram=max((part.ram for part in parts), default=machine.memory(0)["ram"]),
-            disk=1200 * len(work.sites),
-            lower=", ".join(part.lower for part in parts),
-        )
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        measures = self.sensitivity == "measured" or self.worst is not None
+        return memory.rank_budget(work, machine, measures, self.gate, self.batch)
 
     def _budget(self, method: Method, sites: Sequence[Site]) -> tuple[Prices, float]:
         """What directions cost under ``method``, and the limit in the setting's unit."""
         if self.overhead is not None:
             work = Workload(
                 model=self.model, method=method, ranks=self, calibration=1, heldout=1, batch=1,
-                calls=1, rows=1,
+                calls=1,
             )  # fmt: skip
             prices, limit = in_forwards(work, method, self.grid), self.overhead
         else:

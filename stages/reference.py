@@ -13,10 +13,9 @@ from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
 from dirotq.errors import ConfigError
 from dirotq.evaluate.generation import generate_all
 from dirotq.evaluate.images import ImageWriter, typical_seconds
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
-from dirotq.quantize.workload import Workload
+from dirotq.quantize import memory
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
 
@@ -85,15 +84,9 @@ class Reference:
         again = {"floor": floor_batch(self.batch)} if self.floor else {}
         return {"original": self.batch} | again
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """All held-out images, once or twice; one batch at a time is in memory."""
-        made = [work.generation(machine, b, self.dtype) for b in self.batches.values()]
-        weights = work.width(machine, self.dtype) * work.parameters + work.components
-        return Cost(
-            seconds=machine.start + sum(m.seconds for m in made) + weights / machine.load,
-            disk=sum(m.disk for m in made),
-            lower="reference.batch=1, until=pack (which leaves it out)",
-            **machine.memory(weights + max(m.peak for m in made), max(m.host for m in made)),
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        return memory.generation(
+            work, machine, "reference", max(self.batches.values()), self.dtype, 0, len(self.batches)
         )
 
 

@@ -29,18 +29,14 @@ from dirotq.evaluate.scoring import FLOOR, ORIGINAL, PACKED, ImageSets, Scores, 
 from dirotq.loading import load
 from dirotq.packed.swap import footprint
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
+from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.tensors import load_site, site_file
-from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet, refuse_shared
-
-SCORE_SECONDS = 1e-6
-"""Seconds per pixel to read three sets of images and compare them, on a CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,20 +145,9 @@ class Validate:
             write_pairs(out / "pairs.png", *shown)
         return metrics
 
-    def cost(self, work: Workload, machine: Machine) -> Cost:
-        """Held-out images from the packed pipeline, a batch at a time; their scores."""
-        # On the reference path the weights are unpacked in every call.
-        slower = work.packed_slower(machine, work.width(machine, self.dtype))
-        made = work.generation(machine, self.batch, self.dtype, slower)
-        weights = work.width(machine, self.dtype) * work.parameters + work.components
-        scored = work.heldout * work.pixels * SCORE_SECONDS
-        return Cost(
-            seconds=machine.start + made.seconds + scored
-            + (weights + work.moments) / machine.load + 2 * len(work.planned) * machine.site,
-            disk=made.disk + self.pairs * 6 * work.pixels + 1500 * len(work.planned),
-            lower="validate.batch=1, until=pack (which leaves it out)",
-            **machine.memory(weights + made.peak, max(made.host, 36 * self.batch * work.pixels)),
-        )  # fmt: skip
+    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
+        beside = self.pairs * 6 * work.pixels + 1500 * len(work.planned)
+        return memory.generation(work, machine, "validate", self.batch, self.dtype, beside)
 
     def _sets(self, out: Path, reference: Artifact) -> ImageSets:
         """Where the images to compare are."""

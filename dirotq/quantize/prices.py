@@ -1,4 +1,4 @@
-"""What protected directions cost, in bits or in predicted time, and what a budget of it buys."""
+"""What protected directions cost, in bits or in FLOPs, and what a budget of it buys."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -69,12 +69,11 @@ def in_bits(model: DiffusersModel, method: Method, sites: Sequence[Site], grid: 
 
 
 def in_forwards(work: Workload, method: Method, grid: int) -> Prices:
-    """Predicted overhead of a denoiser call: FLOPs of the protected branches over those of its
+    """Overhead of a denoiser call: FLOPs of the protected branches over those of its
     16-bit forward, at the size the model is called with.
 
     A direction of a site costs 2 (2 D + N) FLOPs per token: c = x P, c Pᵀ and c Vᵀ. Both sides of
-    the share run in 16 bits, so a machine's rate cancels out; seconds on one are the share
-    times what it takes for a 16-bit forward (pipeline/cost.py). No measurement stands behind it.
+    the share run in 16 bits, so a machine's rate cancels out. No measurement stands behind it.
     """
     free, most = _free(method, work.sites, grid)
     each = {

@@ -11,13 +11,12 @@ from dirotq.calibrate.replay import Replay
 from dirotq.device import compute_dtype, free_host_memory
 from dirotq.errors import NumericalError
 from dirotq.kernels.linear import PointwiseView, SiteView
-from dirotq.models.call import PROBES, Call
+from dirotq.models.call import Call
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.progress import track
+from dirotq.quantize.memory import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.quantize.nearest import pack_nearest
 from dirotq.quantize.plan import SitePlan
-from dirotq.quantize.workload import HOST_SHARE, STATE_SHARE, Workload, calls_at_once
 from dirotq.sources.model import DiffusersModel
 
 
@@ -54,27 +53,6 @@ def site_errors(
         for line, got in zip(part, found, strict=True):
             sums[line.site.name] += _squared_error(got, want, line.site.name) / len(calls)
     return sums
-
-
-def measuring_cost(work: Workload, machine: Machine) -> Cost:
-    """Of :func:`site_errors`, for the probe calls."""
-    passes = len(work.block_sites) + 1
-    blocks, samples = len(work.by_block), work.samples
-    forward = machine.forward_seconds(samples * work.forward_flops, work.channels, blocks)
-    largest = max(s.outputs * s.dim for _, s in work.planned)
-    each = samples * work.state * machine.width / 2
-    room = STATE_SHARE * machine.vram if machine.gpu else HOST_SHARE * machine.ram
-    at_once, park = calls_at_once(each, passes, room, HOST_SHARE * machine.ram)
-    sweeps = -(-passes // at_once)
-    memory = 2.0 * machine.width * work.block_parameters + 8 * 3 * largest
-    memory += work.activations(samples, machine.width) + each * (2 if park else at_once)
-    return Cost(
-        seconds=machine.start + machine.width * work.parameters / machine.load
-        + PROBES * (passes * forward + len(work.block_sites) * machine.site)
-        + PROBES * (1 + sweeps) * machine.width * work.parameters / machine.load,
-        lower="rank.sensitivity=equal, capture.batch=1",
-        **machine.memory(memory, at_once * each if park else 0),
-    )  # fmt: skip
 
 
 @contextmanager

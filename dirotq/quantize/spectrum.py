@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from dirotq.errors import NumericalError
-from dirotq.pipeline.cost import Machine
 
 DENSE = 2048
 """Up to so many channels a full eigendecomposition is as fast as the iteration."""
@@ -65,18 +64,6 @@ def leading_basis(s_DD: Tensor, leading: int) -> tuple[Tensor, Tensor]:
         q_DB = _orthonormal(y_DB)
     _refuse_indefinite(float(variances_B[-leading:].min()), float(variances_B[-1]), len(s_DD))
     return variances_B[-leading:].clamp_min(0), q_DB @ turn_BB[:, -leading:]
-
-
-def eigen_seconds(dim: int, leading: int | None, machine: Machine) -> float:
-    """Predicted time of :func:`principal_basis`."""
-    kept = min(leading or dim, dim)
-    if kept == dim or dim <= DENSE:
-        return 9 * dim**3 / machine.eigh
-    width = kept + MARGIN
-    products = 4 * dim**2 * width / machine.float32
-    thin = 12 * dim * width**2 / machine.float64
-    usual = ROUNDS / 3  # rounds until the iteration stands still
-    return usual * (products + thin + 5 * machine.factor)
 
 
 def _orthonormal(y_DB: Tensor) -> Tensor:

@@ -5,48 +5,26 @@ Letters: T tokens of a site in one call for one prompt, D channels, N outputs, R
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Protocol
 
 from dirotq.files.json_file import read_json
-from dirotq.files.names import components
-from dirotq.kernels.plan import why_not
 from dirotq.kernels.second_moment import TILE, tiles
 from dirotq.kernels.spec import QuantSpec
 from dirotq.models.coverage import share_kept, told
 from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
-from dirotq.pipeline.cost import Machine
 from dirotq.quantize.plan import Method
-from dirotq.sources.folder import INDEX, missing_weights, weight_names
 from dirotq.sources.model import DiffusersModel
+from dirotq.sources.weight_bytes import cache_bytes, component_bytes
 
 TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
 """Linears on text in joint attention, of models that no family table describes."""
 SEPARATE = ("WanTransformer3DModel", "QwenImageTransformer2DModel")
 """Transformers that their pipelines call once per branch of guidance, not on a doubled batch."""
-ALIVE = 4.2
-"""Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
-DECODE = 0.03
-"""FLOPs of an image decoder per parameter and pixel."""
-IMAGE_BYTES = 1.8
-"""Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
 TILE_BYTES = 4 * TILE**2
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Generation:
-    """What making images takes: seconds, and bytes beside the weights (``peak`` where it computes,
-    ``host`` in RAM, ``disk`` for the images).
-    """
-
-    seconds: float
-    peak: float
-    host: float
-    disk: float
 
 
 class Ranks(Protocol):
@@ -64,7 +42,6 @@ class Workload:
     ``ranks``        stage ``rank``: tells how many directions a site will protect, as far as known
     ``calibration``  prompts to capture; ``heldout`` prompts to validate on
     ``batch``        prompts per pipeline call; ``calls`` denoiser calls to record (per prompt)
-    ``rows``         sampled rows per site
 
     Derived values are computed when first asked for. Raises what the model's folder and sites
     raise.
@@ -77,24 +54,12 @@ class Workload:
     heldout: int
     batch: int
     calls: int
-    rows: int
 
     @property
     def pixels(self) -> int:
         """Of one image, or of all of a video's frames."""
         height, width = (int(self.call.get(side, 1024)) for side in ("height", "width"))
         return height * width * int(self.call.get("num_frames", 1))
-
-    @property
-    def decoder_flops(self) -> float:
-        """Of turning one image's latents into pixels."""
-        vae = sum(_weights(folder) for folder in self._folders() if folder.name == "vae")
-        return DECODE * vae / 2 * self.pixels
-
-    @property
-    def decoder_bytes(self) -> int:
-        """Activations of the same."""
-        return 1024 * self.pixels
 
     @cached_property
     def transformer(self) -> Any:
@@ -196,48 +161,6 @@ class Workload:
                 total += 4.0 * self.image_tokens * everything * inside[0].dim
         return total
 
-    def activations(self, samples: int, width: int = 2) -> float:
-        """Bytes alive within a block, ``width`` bytes a number."""
-        largest = max(self.tokens(s) * (s.dim + sum(s.rows)) for s in self.block_sites)
-        return ALIVE * samples * width * largest
-
-    def width(self, machine: Machine, dtype: str) -> int:
-        """Bytes of a number where images are made: ``dtype`` as of dirotq.device.choose_dtype."""
-        return {"auto": machine.width, "float32": 4, "bfloat16": 2}[dtype]
-
-    def packed_slower(self, machine: Machine, width: float) -> float:
-        """How many times longer a packed forward takes than one of 16 (8 ``width``) bits.
-
-        On the reference path the weights are unpacked in every call.
-        """
-        kernels = machine.gpu and width == 2
-        fast = kernels and not any(why_not(spec) for _, spec in self.planned)
-        return 1.0 if fast else 2.5
-
-    def generation(
-        self, machine: Machine, batch: int, dtype: str, slower: float = 1.0
-    ) -> Generation:
-        """All held-out images, ``batch`` at a time.
-
-        slower  how many times longer a forward takes than the 16-bit model's
-        """
-        forward = machine.forward_seconds(
-            batch * self.guided * self.forward_flops, self.channels, len(self.by_block)
-        )
-        width = self.width(machine, dtype)
-        if machine.gpu and width == 4:
-            forward *= machine.network / machine.float32
-        decode = machine.forward_seconds(self.decoder_flops, self.channels, 0)
-        activations = self.activations(batch * self.guided, width)
-        picture = 3 * self.pixels
-        return Generation(
-            seconds=-(-self.heldout // batch) * self.steps * forward * slower
-            + self.heldout * (decode + IMAGE_BYTES * picture / machine.write),
-            peak=max(activations, batch * self.decoder_bytes * width / 2),
-            host=batch * picture * (4 + 8 + 2),  # as they came, in the writer's float64, rounded
-            disk=self.heldout * picture * IMAGE_BYTES,
-        )
-
     @property
     def state(self) -> int:
         """Bytes that a sample on its way between two blocks holds on to, 16 bits a number."""
@@ -250,9 +173,10 @@ class Workload:
         latents = self.image_tokens * int(self.transformer.config.get("in_channels") or 64)
         return 2 * (latents + self.text_tokens * self._text_channels)
 
-    def call_bytes(self, samples: int) -> int:
-        """Of recorded calls in memory: an upper bound, as a prompt's steps share its text."""
-        return samples * self._argument_bytes
+    @property
+    def call_bytes(self) -> int:
+        """Of the recorded calls: an upper bound, as a prompt's steps share its text."""
+        return self.recorded * self._argument_bytes
 
     def moment_bytes(self, site: Site) -> int:
         """What ``capture`` keeps of a site: its triangle, or its rows where those are fewer."""
@@ -275,6 +199,15 @@ class Workload:
     def widest(self) -> int:
         """Most channels of a block site."""
         return max(site.dim for site in self.block_sites)
+
+    @property
+    def largest_weight(self) -> int:
+        """Parameters of the largest site."""
+        return max(spec.outputs * spec.dim for _, spec in self.planned)
+
+    def directions(self, leading: int | None) -> int:
+        """Numbers of all sites' directions, ``leading`` of them (None: all) kept for each."""
+        return sum(s.dim * min(leading or s.dim, s.dim) for s in self.block_sites)
 
     @cached_property
     def planned(self) -> list[tuple[Site, QuantSpec]]:
@@ -303,32 +236,22 @@ class Workload:
     @cached_property
     def components(self) -> int:
         """Bytes of the pipeline's other weights (encoders, decoder), as far as they are known."""
-        return sum(_weights(f) for f in self._folders() if f.name != "transformer")
-
-    @cached_property
-    def cache_bytes(self) -> int:
-        """What a model of a single file, or with LoRAs, is going to take in DiRotQ's cache.
-
-        Components of a Hugging Face cache, which are links, become links to the same files.
-        """
-        place = self.model.assembled()
-        if place is None or place.is_dir():
-            return 0
-        root = self.model.folder(weights=False)
-        beside = [f for f in root.glob("*/*.safetensors") if f.parent.name != "transformer"]
-        file = Path(self.model.path).expanduser()
-        whole = file.stat().st_size if file.is_file() else _weights(root / "transformer")
-        return whole + sum(f.stat().st_size for f in beside if not f.is_symlink())
+        return sum(size for name, size in self._components.items() if name != "transformer")
 
     @property
     def encoders(self) -> int:
         """Bytes of the text encoders among them."""
-        return sum(_weights(f) for f in self._folders() if f.name.startswith("text_encoder"))
+        names = (name for name in self._components if name.startswith("text_encoder"))
+        return sum(self._components[name] for name in names)
 
-    def _folders(self) -> Iterator[Path]:
-        root = self.model.folder(weights=False)
-        parts = (root / name for name in sorted(components(read_json(root / INDEX))))
-        return (part for part in parts if part.is_dir())
+    @property
+    def cache_bytes(self) -> int:
+        """What the model is going to take in DiRotQ's cache."""
+        return cache_bytes(self.model)
+
+    @cached_property
+    def _components(self) -> dict[str, int]:
+        return component_bytes(self.model)
 
     @cached_property
     def _joint(self) -> bool:
@@ -365,35 +288,5 @@ class Workload:
         return float(2 ** (levels - 1) * patch)
 
 
-STATE_SHARE = 0.6
-"""Share of the GPU's budget for waiting calls; the rest is a block's and one call's own."""
-HOST_SHARE = 0.6
-"""Share of free host memory for calls that are parked there."""
-FRAGMENTS = 1.15
-"""What waiting calls reserve on a GPU over what they hold: their tensors change size on the way."""
-
-
-def calls_at_once(each: float, count: int, room: float, host: float) -> tuple[int, bool]:
-    """How many calls to keep on their way at a time, and whether to park them in host memory.
-
-    each, count  bytes of one waiting call, and how many calls there are
-    room, host   bytes of GPU memory and of host memory that they may take
-    """
-    if each * count <= room:
-        return count, False
-    return max(1, min(count, int(host // max(each, 1)))), True
-
-
 def _reads_text(site: Site) -> bool:
     return site.text or bool(TEXT.search(f".{site.consumers[0]}"))
-
-
-def _weights(folder: Path) -> int:
-    """Bytes of a component's weights: of its files, or what its index says of them."""
-    files = [folder / name for name in weight_names(folder)]
-    found = sum(file.stat().st_size for file in files if file.is_file())
-    if not missing_weights(folder):
-        return found
-    indexes = [read_json(i).get("metadata") for i in folder.glob("*.safetensors.index.json")]
-    sizes = [m.get("total_size") for m in indexes if isinstance(m, dict)]
-    return max([found, *(size for size in sizes if isinstance(size, int))])

@@ -61,7 +61,7 @@ def test_plan_touches_nothing_and_knows_the_past(dirotq, store):
         ["squares", "to"],
         ["total", "to"],
     ]
-    assert "2 to run; about 0.0 s, going by the last time\n" in planned.out
+    assert "2 to run; about 0 s, going by the last time\n" in planned.out
     assert "everything is cached" in dirotq("plan").out
     assert "squares  to run" in dirotq("plan", "force=squares").out
 

@@ -235,6 +235,23 @@ def test_a_plan_with_better_images_stays(budget, captured, tmp_path, monkeypatch
     assert "better than uniform: +1.50 dB [+1.00, +2.00] on 2 calibration prompts" in first.why
 
 
+@pytest.mark.parametrize(
+    ("differences", "stays"),
+    [((4.0, -1.0), True), ((1.0, -4.0), False), ((2.0, -2.0), False), ((0.5, 0.5), True)],
+)
+def test_the_check_decides_by_the_mean_and_by_no_end_of_its_interval(
+    budget, captured, tmp_path, monkeypatch, differences, stays
+):
+    theirs = torch.tensor([40.0, 41.0])
+    ours = theirs + torch.tensor(differences)
+    monkeypatch.setattr(rank_budget, "plans_psnr", lambda *_, **__: [ours, theirs])
+    stage = dataclasses.replace(budget, like=24, gate=2)
+    _, metrics = planned(stage, captured, tmp_path)
+    assert metrics["fell_back"] == (not stays)
+    assert metrics["gate_gain_low"] == min(differences)
+    assert metrics["gate_gain_high"] == max(differences)
+
+
 def test_the_line_runs_on_a_budget(line):
     built = line("rank=budget", "rank.like=24", "rank.gate=2", "until=pack")
     artifacts = run(built)

@@ -1,19 +1,13 @@
 """Shapes of published models on the meta device: no weights exist."""
 
-import json
-
 import pytest
-import torch
 from hydra.utils import instantiate
-from safetensors.torch import save_file
+from published_shapes import write_shapes
 
 from dirotq.models.family import Site
-from dirotq.pipeline.config import build, compose_config
-from dirotq.pipeline.machine import gpu
+from dirotq.pipeline.config import compose_config
 from dirotq.quantize import workload
-from dirotq.quantize.workload import Workload, calls_at_once
-
-H200 = gpu("NVIDIA H200", 150_000_000_000, 128_000_000_000)
+from dirotq.quantize.workload import Workload
 
 
 @pytest.fixture(autouse=True)
@@ -27,35 +21,10 @@ def of(folder, *overrides) -> Workload:
     return instantiate(cfg.workload, _convert_="all")
 
 
-def folder_of(tmp_path, transformer, vae):
-    for name, config in (("transformer", transformer), ("vae", vae)):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(config))
-        # Whatever it holds: only its being there is looked at.
-        save_file({"x": torch.zeros(1)}, tmp_path / name / "diffusion_pytorch_model.safetensors")
-    (tmp_path / "model_index.json").write_text(
-        json.dumps(
-            {
-                "_class_name": "FluxPipeline",
-                "transformer": ["diffusers", transformer["_class_name"]],
-                "vae": ["diffusers", "AutoencoderKL"],
-            }
-        )
-    )
-    return tmp_path
-
-
 @pytest.fixture
 def flux(tmp_path) -> Workload:
     """FLUX.1-dev."""
-    transformer = {
-        "_class_name": "FluxTransformer2DModel",
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "guidance_embeds": True,
-    }
-    vae = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}
-    return of(folder_of(tmp_path, transformer, vae))
+    return of(write_shapes("flux", tmp_path))
 
 
 def test_flux_is_as_large_as_published(flux):
@@ -95,32 +64,3 @@ def test_text_of_models_without_a_table():
     assert workload._reads_text(site("blocks.0.attn.add_q_proj"))
     assert workload._reads_text(site("blocks.0.ff_context.net.0.proj"))
     assert not workload._reads_text(site("blocks.0.attn.to_q"))
-
-
-def test_calls_on_their_way():
-    assert calls_at_once(10, 8, room=80, host=0) == (8, False)
-    assert calls_at_once(10, 8, room=79, host=45) == (4, True)
-    assert calls_at_once(10, 8, room=0, host=0) == (1, True)
-
-
-def test_stages_estimate_what_was_measured(tmp_path):
-    """One H200, FLUX.1-dev, 24 prompts of 28 steps, 512 calls (docs/compress.md)."""
-    transformer = {
-        "_class_name": "FluxTransformer2DModel",
-        "num_layers": 19,
-        "num_single_layers": 38,
-        "guidance_embeds": True,
-    }
-    vae = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}
-    folder = folder_of(tmp_path, transformer, vae)
-    overrides = (f"model={folder}", "prompts.calibration.count=24")
-    cfg = compose_config(overrides, "dirotq.conf")
-    work = of(folder, *overrides[1:])
-    costs = {step.name: step.stage.cost(work, H200) for step in build(cfg).steps}
-    measured = {"capture": 331, "basis": 30, "gptq": 58, "fuse": 36, "pack": 19}
-    for stage, seconds in measured.items():
-        assert costs[stage].seconds == pytest.approx(seconds, rel=0.25), stage
-    for stage, vram in {"gptq": 10.3}.items():
-        assert costs[stage].vram / 1e9 == pytest.approx(vram, rel=0.25), stage
-    assert costs["capture"].ram / 1e9 == pytest.approx(4.4, rel=0.5)
-    assert costs["capture"].disk / 1e9 == pytest.approx(33.9, rel=0.25)

@@ -1,4 +1,4 @@
-"""Judge plans end to end before anything is built on one: images of calibration prompts.
+"""Compare plans end to end (A/B) before anything is built on one: images of calibration prompts.
 
 Letters: B prompts.
 """
@@ -12,11 +12,9 @@ from dirotq.device import compute_dtype
 from dirotq.evaluate.fidelity import psnr
 from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.cost import Cost, Machine
 from dirotq.progress import track
 from dirotq.quantize.nearest import pack_nearest
 from dirotq.quantize.plan import SitePlan
-from dirotq.quantize.workload import Workload
 from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import Prompt
@@ -50,28 +48,9 @@ def plans_psnr(
         starts = track(range(0, len(prompts), batch), what)
         return torch.cat([generate(pipe, prompts[i : i + batch], call) for i in starts])
 
-    want = images(None, "gate: 16-bit images")
+    want = images(None, "A/B check: 16-bit images")
     found = []
     for number, plan in enumerate(plans, 1):
-        got = images(plan, f"gate: plan {number} of {len(plans)}")
+        got = images(plan, f"A/B check: plan {number} of {len(plans)}")
         found.append(psnr(got, want).double())
     return found
-
-
-def gate_cost(work: Workload, machine: Machine, prompts: int, batch: int, plans: int) -> Cost:
-    """Of :func:`plans_psnr`."""
-    samples = batch * work.guided
-    forward = machine.forward_seconds(
-        samples * work.forward_flops, work.channels, len(work.by_block)
-    )
-    calls = -(-prompts // batch) * work.steps
-    packed = work.packed_slower(machine, machine.width)
-    decode = machine.forward_seconds(work.decoder_flops, work.channels, 0) * prompts
-    weights = machine.width * work.parameters + work.components
-    peak = max(work.activations(samples, machine.width), batch * work.decoder_bytes)
-    return Cost(
-        seconds=calls * forward * (1 + plans * packed) + (1 + plans) * decode
-        + (1 + plans) * weights / machine.load + plans * len(work.planned) * machine.site,
-        lower="rank.gate=0 (which leaves the comparison out), rank.batch=1",
-        **machine.memory(weights + peak, 2 * prompts * 12 * work.pixels),
-    )  # fmt: skip
