@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 from hydra.utils import instantiate
 
-from dirotq.kernels.spec import QuantSpec
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.models.flux import FLUX
 from dirotq.packed.swap import effective_bits
 from dirotq.pipeline.config import compose_config
@@ -55,10 +55,10 @@ def online(specs: Iterable[QuantSpec]) -> float:
     total = 0.0
     for spec in specs:
         coefficients = 2.0 * spec.dim * spec.rank
-        if spec.transform == "dense":
+        if spec.transform.kind == "dense":
             total += coefficients + 2.0 * spec.dim * spec.width
         else:
-            total += 2 * coefficients + 2.0 * spec.dim * spec.block
+            total += 2 * coefficients + 2.0 * spec.dim * spec.transform.block
     return total
 
 

@@ -15,8 +15,8 @@ from dirotq.benchmarks.bits import method
 from dirotq.benchmarks.flux_rows import ATTENTION, FUSED, UNFUSED, W4A8
 from dirotq.benchmarks.random_linear import random_linear
 from dirotq.benchmarks.rivals import Fp8Linear, by_torchao
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.spec import QuantSpec
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
 from dirotq.models.skeleton import empty_transformer, move_buffers

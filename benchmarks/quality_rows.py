@@ -22,11 +22,9 @@ def _row(key: str, text: str, overrides: str, base: str) -> Row:
     return Row(key, text, tuple(overrides.split()), base)
 
 
-G64 = (
-    "method.weight_scale=group method.weight_clip=false method.act_scale=group method.act_group=64"
-)
-CHANNEL = "method.weight_scale=channel method.weight_clip=true"
-POW2 = "method.act_scale=pow2"
+G64 = "weight_format=int4_group method.weight_clip=false act_format=int4_group"
+CHANNEL = "weight_format=int4_channel method.weight_clip=true"
+POW2 = "act_format=int4_pow2"
 """The default until scales of the root mean square: what most rows vary."""
 RIVAL, OURS = "svdquant", "dirotq"
 
@@ -45,19 +43,19 @@ METHODS = (
     _row(
         "svdquant_token",
         "svdquant, token/channel",
-        f"method=svdquant method.act_scale=token {CHANNEL}",
+        f"method=svdquant act_format=int4_token act_format.group=64 {CHANNEL}",
         RIVAL,
     ),
-    _row("dirotq_token", "dirotq, token/channel", "method=dirotq method.act_scale=token", RIVAL),
+    _row("dirotq_token", "dirotq, token/channel", "method=dirotq act_format=int4_token", RIVAL),
 )
 
-FP4 = "method.weight_scale={0} method.act_scale={0} method.weight_group={1} method.act_group={1}"
+FP4 = "weight_format={0} act_format={0}"
 FORMATS = (
     *(
         _row(
             f"pow2_{group}",
             f"dirotq, pow2 of {group}/channel",
-            f"{POW2} method.act_group={group}",
+            f"{POW2} act_format.group={group}",
             OURS,
         )
         for group in (64, 32, 16)
@@ -66,29 +64,29 @@ FORMATS = (
     _row(
         "g64_channel",
         "dirotq, g64/channel",
-        "method.act_scale=group method.act_group=64",
+        "act_format=int4_group",
         OURS,
     ),
     _row(
         "pow2_g64",
         "dirotq, pow2/g64",
-        f"{POW2} method.weight_scale=group method.weight_clip=false",
+        f"{POW2} weight_format=int4_group method.weight_clip=false",
         OURS,
     ),
     _row(
         "dirotq_g128",
         "dirotq, g128/g128",
-        f"method=dirotq {G64.replace('64', '128')}",
+        f"method=dirotq {G64} weight_format.group=128 act_format.group=128",
         OURS,
     ),
     _row("dirotq_w4a8", "dirotq W4A8, token/channel", "method=dirotq_w4a8_int8", OURS),
     _row("dirotq_fp8", "dirotq W4A8, 8-bit floats/channel", "method=dirotq_w4a8", "pow2_16"),
-    _row("svdquant_w4a8", "svdquant W4A8, g64/g64", "method=svdquant method.act_bits=8", OURS),
+    _row("svdquant_w4a8", "svdquant W4A8, g64/g64", "method=svdquant act_format=int8_group", OURS),
     _row("rtn_nvfp4", "rtn NVFP4", "method=rtn_nvfp4", OURS),
-    _row("svdquant_nvfp4", "svdquant NVFP4", f"method=svdquant {FP4.format('nvfp4', 16)}", OURS),
+    _row("svdquant_nvfp4", "svdquant NVFP4", f"method=svdquant {FP4.format('nvfp4')}", OURS),
     _row("dirotq_nvfp4", "dirotq NVFP4", "method=dirotq_nvfp4", OURS),
     _row("rtn_mxfp4", "rtn MXFP4", "method=rtn_mxfp4", OURS),
-    _row("svdquant_mxfp4", "svdquant MXFP4", f"method=svdquant {FP4.format('mxfp4', 32)}", OURS),
+    _row("svdquant_mxfp4", "svdquant MXFP4", f"method=svdquant {FP4.format('mxfp4')}", OURS),
     _row("dirotq_mxfp4", "dirotq MXFP4", "method=dirotq_mxfp4", OURS),
 )
 
@@ -112,18 +110,18 @@ ALLOCATION = (
 )
 
 ABLATIONS = (
-    _row("r0", "r = 0", f"{POW2} method.protect=false", OURS),
+    _row("r0", "r = 0", f"{POW2} method.branch=null", OURS),
     _row("r8", "r = 8", f"{POW2} rank.r=8", OURS),
     _row("r32", "r = 32", f"{POW2} rank.r=32", OURS),
     _row("r64", "r = 64", f"{POW2} rank.r=64", OURS),
-    _row("block1", "no Hadamard", f"{POW2} method.block=1", OURS),
+    _row("block1", "no Hadamard", f"{POW2} transform.block=1", OURS),
     _row("nearest", "nearest rounding", f"{POW2} method.rounding=nearest", OURS),
-    _row("svdquant_hadamard", "svdquant with Hadamard", "method=svdquant method.block=256", RIVAL),
-    _row("inputs", "second moment of quantized inputs", f"{POW2} gptq.inputs=quantized", OURS),
-    _row("protected8", "8-bit protected branch", f"{POW2} method.protected_bits=8", OURS),
+    _row(
+        "svdquant_hadamard", "svdquant with Hadamard", "method=svdquant transform.block=256", RIVAL
+    ),
+    _row("protected8", "8-bit protected branch", f"{POW2} branch.bits=8", OURS),
     _row("modulators64", "modulators in groups of 64", "method.modulator_group=64", "rms_16"),
     _row("leveled", "timesteps count alike", f"{POW2} capture.weighting=leveled", OURS),
-    _row("feedback", "error feedback into the branch", f"{POW2} gptq.feedback=true", OURS),
     _row("calls32", "32 calls", f"{POW2} capture.calls=32", OURS),
     _row("captions_first", "first 64 captions", f"{POW2} prompts.calibration.count=64", OURS),
     _row(
@@ -132,7 +130,7 @@ ABLATIONS = (
         f"{POW2} prompts.calibration.start=64 prompts.calibration.count=64",
         OURS,
     ),
-    _row("regular", "regular Hadamard blocks", f"{POW2} method.transform=regular", OURS),
+    _row("regular", "regular Hadamard blocks", f"{POW2} transform=regular", OURS),
     _row("svdquant_r32", "svdquant, r = 32", "method=svdquant rank.r=32", "svdquant"),
     _row("svdquant_r8", "svdquant, r = 8", "method=svdquant rank.r=8", "svdquant"),
     _row("dirotq_g64_r8", "dirotq g64/g64, r = 8", f"{G64} rank.r=8", "dirotq_g64"),
@@ -143,9 +141,8 @@ ABLATIONS = (
     _row("damping1", "damping 0.1", f"{POW2} gptq.damping=0.1", OURS),
     _row("damping001", "damping 0.001", f"{POW2} gptq.damping=0.001", OURS),
     _row("damping03", "damping 0.03", f"{POW2} gptq.damping=0.03", OURS),
-    _row("block16", "Hadamard blocks of 16", f"{POW2} method.block=16", OURS),
-    _row("block64", "Hadamard blocks of 64", f"{POW2} method.block=64", OURS),
-    _row("absorb_feedback", "absorb with feedback", "method=absorb gptq.feedback=true", "absorb"),
+    _row("block16", "Hadamard blocks of 16", f"{POW2} transform.block=16", OURS),
+    _row("block64", "Hadamard blocks of 64", f"{POW2} transform.block=64", OURS),
     _row("absorb003", "absorb, λ = 0.003", "method=absorb basis.regularization=0.003", "absorb"),
     _row("absorb3", "absorb, λ = 0.3", "method=absorb basis.regularization=0.3", "absorb"),
 )

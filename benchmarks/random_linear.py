@@ -11,8 +11,8 @@ from torch import Tensor
 from dirotq.kernels import engine
 from dirotq.kernels.formats.hadamard import hadamard_block
 from dirotq.kernels.formats.pack_int4 import pack_int4
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.spec import QuantSpec
 
 FORMATS: dict[str, dict[str, Any]] = {
     "w4a4": {"act_bits": 4, "act_scale": "rms", "weight_scale": "channel"},
@@ -35,17 +35,15 @@ def spec_for(kind: str, k: int, n: int, rank: int = 64) -> QuantSpec:
     have it, without transform or protected directions."""
     plain = kind == "w4a16"
     group = min(64, hadamard_block(k, 64))
-    return QuantSpec(
-        dim=k,
-        rows=(n,),
-        rank=0 if plain else rank,
-        transform="hadamard",
-        block=1 if plain else hadamard_block(k, 256),
-        weight_bits=4,
-        weight_group=group,
-        act_group=16 if FORMATS[kind]["act_scale"] == "rms" else group,
+    format = {
+        "weight_bits": 4,
+        "weight_group": group,
+        "act_group": 16 if FORMATS[kind]["act_scale"] == "rms" else group,
         **FORMATS[kind],
-    )
+    }
+    transform = {"transform": "hadamard", "block": 1 if plain else hadamard_block(k, 256)}
+    shape = {"dim": k, "rows": (n,), "rank": 0 if plain else rank}
+    return QuantSpec.from_dict(shape | transform | format)
 
 
 def random_linear(spec: QuantSpec, *, device: str = "cuda") -> QuantLinear:

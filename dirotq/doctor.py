@@ -92,8 +92,10 @@ def _kernels() -> tuple[bool, str]:
         import torch
 
         from dirotq.kernels.chip import capability, why_reference
+        from dirotq.kernels.formats import activation, weight
+        from dirotq.kernels.formats.spec import QuantSpec
+        from dirotq.kernels.formats.transform import PROJECT, Transform
         from dirotq.kernels.plan import choose
-        from dirotq.kernels.spec import QuantSpec
 
         chip = capability(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         if chip is None or why_reference(chip):
@@ -102,10 +104,10 @@ def _kernels() -> tuple[bool, str]:
         for name, rows, channels, outputs in FLUX_LINEARS:
             modulator = name == "modulator"
             spec = QuantSpec(
-                dim=channels, rows=(outputs,), transform="hadamard", weight_bits=4,
-                rank=0 if modulator else 64, block=1 if modulator else 256,
-                weight_scale="group" if modulator else "channel", weight_group=64,
-                act_bits=16 if modulator else 4, act_scale="rms", act_group=16,
+                dim=channels, rows=(outputs,), rank=0 if modulator else 64, branch=PROJECT,
+                transform=Transform(kind="hadamard", block=1 if modulator else 256, smooth=False),
+                weights=weight.recorded_format("group" if modulator else "channel", 64),
+                activations=activation.recorded_format(16 if modulator else 4, "rms", 16),
             )  # fmt: skip
             plan = choose(chip, rows, outputs, spec, torch.bfloat16)
             plans.append(f"FLUX {name} {rows} x {channels} -> {outputs}: {plan}")

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.files.sums import check_part
 from dirotq.kernels.formats.quantize_weight import tail_floor
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear, frozen
-from dirotq.kernels.spec import QuantSpec
 from dirotq.models.family import Site
 from dirotq.packed.config import FORMAT, check_places, read_packing
 from dirotq.packed.guards import guard
@@ -276,12 +276,12 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
 
 def _check_scale_bytes(name: str, packed: QuantLinear) -> None:
     """E4M3 scales end at byte 126, 448 (then come NaN and negative numbers), E8M0's at 254."""
-    largest = 126 if packed.spec.weight_scale == "nvfp4" else 254
+    largest = 126 if packed.spec.weights.name == "nvfp4" else 254
     found = int(packed.wscale.max()) if packed.wscale.numel() else 0
     if found > largest:
         raise ArtifactError(
             f"{name}.wscale holds the byte {found}, NaN or a negative number as a scale of "
-            f"{packed.spec.weight_scale}, which are 0 ... {largest}: the file is damaged; download "
+            f"{packed.spec.weights.name}, which are 0 ... {largest}: the file is damaged; download "
             "it again, or pack the model again with `dirotq compress`"
         )
 

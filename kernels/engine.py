@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from .formats.protected import dequantize_protected, rounded_coefficients
+from .formats.spec import QuantSpec
 from .lane import beside, fork
 from .plan import Plan
 from .source import Source
-from .spec import QuantSpec
 from .transform_quantize import quantize_rows, transform
 from .w4a4_linear import tiles as w4a4_tiles
 from .w4a4_linear import w4a4_linear
@@ -182,7 +182,7 @@ def reference(
     z, c = transform(x_MD, basis_DR, rotation_DK, spec, smooth_D)
     if c is not None and wp_NR is not None and wpscale_N1 is not None:
         c, wp_NR = rounded_coefficients(c), dequantize_protected(wp_NR, wpscale_N1)
-    if spec.act_bits < 16:
+    if spec.activations.bits < 16:
         codes = quantize_rows(z, spec)
         y = w4a4_linear(*codes, c, qweight_NK2, wscale_NG, wp_NR, bias_N, wglobal_1)
     else:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from . import engine
 from .chip import capability
+from .formats.spec import QuantSpec
 from .ops import quant_linear, spec_key
 from .plan import Plan, choose
 from .source import Source
-from .spec import QuantSpec
 
 WHOLE = slice(None)
 """Every consumer's outputs."""
@@ -33,8 +33,8 @@ class QuantLinear(nn.Module):
     wglobal  float32, [1], the global scale; ``nvfp4`` only
     basis    bf16, [D, R], the protected directions P
     rotation bf16, [D, K], the dense rotation of the rest; transform ``dense`` only
-    smooth   bf16, [D], a factor per channel of the main branch's input; ``spec.smooth`` only
-    wp       bf16, [N, R], the protected columns W P; int8 codes if ``spec.protected_bits`` is 8
+    smooth   bf16, [D], a factor per channel of the main branch's input; smoothing only
+    wp       bf16, [N, R], the protected columns W P; int8 codes if ``spec.branch.bits`` is 8
     wpscale  bf16, [N, 1], the scales of those codes
     bias     bf16, [N]
 
@@ -170,20 +170,20 @@ def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] |
     return {
         "qweight": (n, k // 2),
         "wscale": (n, k // spec.weight_group_size),
-        "wglobal": (1,) if spec.weight_scale == "nvfp4" else None,
+        "wglobal": (1,) if spec.weights.name == "nvfp4" else None,
         "basis": (spec.dim, r) if r else None,
-        "rotation": (spec.dim, k) if spec.transform == "dense" else None,
-        "smooth": (spec.dim,) if spec.smooth else None,
+        "rotation": (spec.dim, k) if spec.transform.kind == "dense" else None,
+        "smooth": (spec.dim,) if spec.transform.smooth else None,
         "wp": (n, r) if r else None,
-        "wpscale": (n, 1) if r and spec.protected_bits == 8 else None,
+        "wpscale": (n, 1) if r and spec.branch.bits == 8 else None,
         "bias": (n,) if bias else None,
     }
 
 
 def buffer_dtype(spec: QuantSpec, name: str) -> torch.dtype:
     """dtype of a packed linear's tensor, in memory and on disk."""
-    if name == "qweight" or (name == "wscale" and spec.weight_element == "e2m1"):
+    if name == "qweight" or (name == "wscale" and spec.weights.element == "e2m1"):
         return torch.uint8
-    if name == "wp" and spec.protected_bits == 8:
+    if name == "wp" and spec.branch.bits == 8:
         return torch.int8
     return torch.float32 if name == "wglobal" else torch.bfloat16

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import engine
 from .chip import capability, say_once
+from .formats.spec import QuantSpec
 from .plan import Plan, choose
-from .spec import QuantSpec
 
 
 @functools.lru_cache(maxsize=4096)

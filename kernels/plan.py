@@ -15,10 +15,10 @@ from typing import Literal
 import torch
 
 from . import chip as chips
-from .spec import QuantSpec
-from .transform_quantize.limits import why_not as why_not_transformed
-from .transform_quantize.limits import why_not_method
-from .w4a4_linear.tiles import TILES, Tile, Variant, fits, packed_fits, scales_fit
+from .build import FP8_CHIPS
+from .formats.spec import QuantSpec
+from .support import unsupported
+from .w4a4_linear.tiles import TILES, Tile, Variant, fits
 from .w4a16_linear import tiles as w4a16
 
 TABLE = Path(__file__).with_name("plans.json")
@@ -71,36 +71,11 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
     return _choose(chip, max(m, 1), max(n, 1), spec, dtype)
 
 
-def why_not(spec: QuantSpec, dtype: torch.dtype = torch.bfloat16) -> str | None:
-    """Why no kernel computes a linear of ``spec`` on inputs of ``dtype``; None if one does."""
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"{str(dtype).removeprefix('torch.')} inputs are computed as specified"
-    if spec.weight_element == "e2m1":
-        name = spec.weight_scale.upper()
-        return f"{name} has no kernel yet: FP4 matrix units come with Blackwell"
-    if why := why_not_method(spec):
-        return why
-    k, weight_groups = spec.width, spec.width // spec.weight_group_size
-    if spec.act_bits == 16:
-        if not w4a16.fits(k, weight_groups):
-            return f"{weight_groups} weight scales per {k} columns fit no kernel"
-        return None
-    if why := why_not_transformed(spec):
-        return why
-    act_groups = k // spec.act_group_size if spec.act_scale == "group" else 1
-    if not scales_fit(k, act_groups, weight_groups) or not packed_fits(k):
-        return f"{act_groups} x {weight_groups} scales per {k} columns fit no kernel"
-    return None
-
-
 @functools.lru_cache(maxsize=4096)
 def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> Plan:
-    if why := why_not(spec, dtype):
+    if why := unsupported(spec, chip, dtype):
         return Plan(engine="reference", container="none", why=why)
     candidates = {name_of(plan): plan for plan in candidates_for(chip, m, n, spec, dtype)}
-    if not candidates:
-        why = "activations in 8-bit floats need FP8 matrix units (compute capability 8.9)"
-        return Plan(engine="reference", container="none", why=why)
     kind = kind_of(spec)
     rows = [r for r in _table().get(str(chip), {}).get(kind, []) if r["plan"] in candidates]
     if rows:
@@ -115,21 +90,21 @@ def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> P
 
 
 def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> list[Plan]:
-    """Every plan that can run this linear on this chip; none for 8-bit floats before FP8."""
-    if spec.act_floats and chip < 89:
+    """Every plan that can run this linear on this chip; none where it is unsupported."""
+    if unsupported(spec, chip, dtype):
         return []
-    if spec.act_bits == 16:
+    if spec.activations.bits == 16:
         kinds = ["few", "many"] + (["wide"] if chip in w4a16.WIDE_CHIPS else [])
         if m <= 4:
             kinds = ["row", *kinds]
         few = [t for kind in kinds for t in w4a16.TILES[kind] if m > 16 or t.bm <= 16]
         return [Plan(engine="w4a16", container="none", tile=tile) for tile in few]
-    by_row = spec.act_scale != "group" and spec.weight_scale == "channel"
-    fp8 = chip >= 89 and (spec.act_bits == 4 or spec.act_floats)
+    by_row = not _grouped(spec)
+    fp8 = chip >= FP8_CHIPS[0] and spec.activations.element != "int8"
     container: Literal["fp8", "int8"] = "fp8" if fp8 else "int8"
     found = []
     library = dtype == torch.bfloat16 and n % 16 == 0  # what torch._scaled_mm takes
-    if fp8 and by_row and library and spec.transform == "hadamard":
+    if fp8 and by_row and library and spec.transform.kind == "hadamard":
         found.append(Plan(engine="scaled_mm", container="fp8"))
     if by_row:
         variants: tuple[Variant, ...] = ("packed", "unpacked", "tma")
@@ -157,11 +132,15 @@ def unmeasured(chip: int, m: int, candidates: list[Plan]) -> Plan:
 
 def kind_of(spec: QuantSpec) -> str:
     """Linears whose measurements compare: ``w4a16``, ``w4a4``, ``w4a8``, ``w4a4-grouped``..."""
-    if spec.act_bits == 16:
+    if spec.activations.bits == 16:
         return "w4a16"
-    grouped = spec.act_scale == "group" or spec.weight_scale == "group"
-    bits = 4 if spec.act_floats else spec.act_bits  # the same products
-    return f"w4a{bits}" + ("-grouped" if grouped else "")
+    bits = 8 if spec.activations.element == "int8" else 4  # e4m3: the same products
+    return f"w4a{bits}" + ("-grouped" if _grouped(spec) else "")
+
+
+def _grouped(spec: QuantSpec) -> bool:
+    """Whether a row has more than one scale on either side."""
+    return "group" in (spec.activations.granularity, spec.weights.granularity)
 
 
 def name_of(plan: Plan) -> str:

@@ -43,7 +43,7 @@ def with_tail(
     """Codes of ``quantize_rows`` in FP8, in R1 order, with c behind them: what the kernel writes.
 
     codes_MK    int8 or float8_e4m3fn, [M, K], one scale per row
-    bits_below  the powers of two that the codes carry below a step (``QuantSpec.act_levels``)
+    bits_below  the powers of two that the codes carry below a step (``ActFormat.levels``)
     scale_M1    float32, [M, 1]
     c_MR        floating, [M, R], or None at rank 0
     returns     float8_e4m3fn [M, columns_with_tail(K, R, bias)] and their scale, float32 [M, 1],

@@ -21,7 +21,7 @@ from dirotq.pipeline import dag
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.quoting import parsed, quote, quoted, setting
 from dirotq.pipeline.secrecy import refuse_secret_settings, refuse_secrets
-from dirotq.pipeline.settings import TARGET, fields_of, make, no_such_setting, refuse_misfit
+from dirotq.pipeline.settings import TARGET, fields_of, make, moved, no_such_setting, refuse_misfit
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.pipeline.wording import reworded
 
@@ -259,7 +259,7 @@ def _refuse_appended(cfg: DictConfig, parts: Sequence[str]) -> None:
             if fields is None:
                 return
             if part not in fields:
-                raise no_such_setting(above, part, fields)
+                raise no_such_setting(above, part, fields, moved(node, above, part))
             of_class = True
         elif of_class:
             return

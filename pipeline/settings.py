@@ -19,7 +19,7 @@ from omegaconf import DictConfig, ListConfig
 
 from dirotq.errors import ConfigError
 
-__all__ = ["close_to", "fields_of", "fits", "make", "no_such_setting", "refuse_misfit"]
+__all__ = ["close_to", "fields_of", "fits", "make", "moved", "no_such_setting", "refuse_misfit"]
 
 TARGET = "_target_"
 IGNORED = ("_convert_", "_recursive_")  # what configurations for Hydra's own `instantiate` say
@@ -47,7 +47,7 @@ def make(node: Any, name: str) -> Any:
     if hints is not None:
         for entry in entries:
             if entry not in hints:
-                raise no_such_setting(name, entry, hints)
+                raise no_such_setting(name, entry, hints, moved=moved(node, name, entry))
     made = {entry: make(node[entry], names[entry]) for entry in entries}
     for entry, value in made.items():
         if hints is not None:
@@ -59,7 +59,18 @@ def make(node: Any, name: str) -> Any:
             f"{name} can't be made from its settings: {error}; conf/ holds a value for each, so "
             "choose one of its groups, or set what is missing with +"
         ) from error
-    return called(**made)
+    try:
+        return called(**made)
+    except ValueError as error:
+        raise ConfigError(f"{name}: {error}") from error
+
+
+def moved(node: DictConfig, name: str, entry: str) -> str:
+    """How the setting ``entry`` of ``node`` is spelled since it went elsewhere; else empty.
+
+    Its class says so in ``moved``: ClassVar[Mapping[str, str]].
+    """
+    return getattr(_target(node, name), "moved", {}).get(entry, "") if TARGET in node else ""
 
 
 def fields_of(node: DictConfig, name: str) -> dict[str, Any] | None:
@@ -71,10 +82,15 @@ def fields_of(node: DictConfig, name: str) -> dict[str, Any] | None:
     return {field.name: hints[field.name] for field in dataclasses.fields(called) if field.init}
 
 
-def no_such_setting(parent: str, entry: str, known: Iterable[str]) -> ConfigError:
-    """The error for the setting ``entry`` of ``parent``, which has the ``known`` ones."""
+def no_such_setting(parent: str, entry: str, known: Iterable[str], moved: str = "") -> ConfigError:
+    """The error for the setting ``entry`` of ``parent``, which has the ``known`` ones.
+
+    moved  how it is spelled now, if it once was there
+    """
     known = sorted(known)
     full = f"{parent}.{entry}" if parent else entry
+    if moved:
+        return ConfigError(f"{full}: there is no such setting any more; write {moved}")
     there = f"{parent} has" if parent else "there are"
     return ConfigError(
         f"{full}: there is no such setting;{close_to(entry, known, parent)} {there} "

@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 from omegaconf import DictConfig
 
-from dirotq.pipeline.settings import close_to, no_such_setting
+from dirotq.pipeline.settings import close_to, moved, no_such_setting
 
 __all__ = ["reworded"]
 
@@ -95,6 +95,6 @@ def _unknown(name: str, tree: Callable[[], DictConfig] | None) -> str:
             return f"{name}: there is no such setting; {above} is a value and has no parts"
         if part not in node:
             known = [str(key) for key in node if not str(key).startswith("_")]
-            return str(no_such_setting(above, part, known))
+            return str(no_such_setting(above, part, known, moved=moved(node, above, part)))
         node = node.get(part)
     return f"{name}: it can't be set here"

@@ -45,9 +45,10 @@ class FitBasis:
     def __post_init__(self) -> None:
         if self.leading is not None and self.leading < 1:
             raise ConfigError(f"basis.leading={self.leading}: use at least 1, or null for all")
-        if self.method.smooth or (self.method.protect and self.method.branch == "beside"):
+        smooth, branch = self.method.transform.smooth, self.method.branch
+        if smooth or (branch is not None and branch.kind == "beside"):
             raise ConfigError(
-                f"method.smooth={self.method.smooth}, method.branch={self.method.branch}: this "
+                f"transform.smooth={smooth}, branch={branch and branch.kind}: this "
                 "basis has neither factors nor branches beside the input; use basis=svd, weighted "
                 "or smooth, as method=svdquant, absorb and smoothquant do"
             )

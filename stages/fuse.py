@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from dirotq.calibrate.replay import Replay
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.full_float32 import full_float32
-from dirotq.kernels.spec import QuantSpec
 from dirotq.kernels.transform_quantize import transform
 from dirotq.models.call import load_probe
 from dirotq.models.family import Site

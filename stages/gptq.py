@@ -1,32 +1,25 @@
 """4-bit codes and scales of every weight, in its site's rotated coordinates."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.kernels.formats.quantize_weight import (
-    dequantize_weight,
-    tail_floor,
-    unpack_weight,
-)
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
-from dirotq.kernels.transform_quantize import dequantize_rows, quantize_rows, transform
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
-from dirotq.quantize.feedback import feedback
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.nearest import nearest
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.prefetch import unfinished
-from dirotq.quantize.rotation import Rotation, site_rotation
+from dirotq.quantize.rotation import site_rotation
 from dirotq.quantize.tensors import load_site, save_site, site_file
 from dirotq.sources.model import DiffusersModel
 
@@ -43,15 +36,10 @@ class QuantizeWeights:
     metric ``rows_on_scale_floor`` is the share of rows whose scale that decided.
 
     ``damping``  share of the mean diagonal that is added to the second moment before factoring it
-    ``inputs``   ``exact``: the second moment of z; ``quantized``: plus the noise that z's 4-bit
-                 codes add to each channel, measured on the sampled rows
-    ``feedback`` let the protected branch make up for what the codes got wrong
-                 (dirotq/quantize/feedback.py)
 
     Writes ``sites/<site>.safetensors`` with ``qweight`` (uint8 [N, K/2], layout L1 or L2),
-    ``wscale`` (bfloat16 or uint8 [N, G]), NVFP4's ``wglobal`` (float32 [1]) and, after feedback,
-    ``wp``, as the packed model holds them, one site at a time; an interrupted run goes on at the
-    next site.
+    ``wscale`` (bfloat16 or uint8 [N, G]) and NVFP4's ``wglobal`` (float32 [1]), as the packed model
+    holds them, one site at a time; an interrupted run goes on at the next site.
 
     Raises NumericalError naming the site if its weights are not finite or its second moment can't
     be factored within the damping schedule.
@@ -62,15 +50,14 @@ class QuantizeWeights:
 
     model: DiffusersModel
     damping: float
-    inputs: Literal["exact", "quantized"]
-    feedback: bool
     device: str = untracked()
+    inputs: str = field(init=False, default="exact")
+    feedback: bool = field(init=False, default=False)
+    """Two options that gained nothing and are gone (docs/quality.md): constants of the recipe."""
 
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise ConfigError(f"gptq.damping={self.damping} is out of range: use 0 < damping <= 1")
-        if self.inputs not in ("exact", "quantized"):
-            raise ConfigError(f"gptq.inputs={self.inputs!r}: use 'exact' or 'quantized'")
 
     def run(
         self, out: Path, *, capture: Artifact, basis: Artifact, rank: Artifact
@@ -87,53 +74,13 @@ class QuantizeWeights:
             del weight
             s_DD = moment(stored, device)
             s_z, energy = rotation.moments(s_DD), s_DD.diagonal().double().sum()
-            if self.inputs == "quantized":
-                x = captured.rows(site).to(device, torch.float32)
-                # In the unit of S, whatever capture.weighting made of it.
-                unit = energy / x.double().square().sum(1).mean().clamp_min(1e-300)
-                s_z.diagonal().add_(rounding_noise(rotation, x) * unit)
-            tensors = quantize_regularized(w_z, s_z, energy, entry, self.damping, protected, bias)
-            if self.feedback and protected is not None:
-                tensors |= _with_feedback(rotation, s_DD, w_z, protected, bias, tensors)
             del s_DD
+            tensors = quantize_regularized(w_z, s_z, energy, entry, self.damping, protected, bias)
             save_site(out / "sites", site.name, tensors)
         return _summary(out, plan)
 
     def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
         return memory.gptq(work, machine)
-
-
-def rounding_noise(rotation: Rotation, x_TD: Tensor) -> Tensor:
-    """Mean squared error of each channel of z by its codes, float64 [K], on rows of x, [T, D].
-
-    Rounding errors are taken for uncorrelated, with z and with each other.
-    """
-    spec = rotation.spec
-    z, _ = transform(x_TD, rotation.basis_DR, rotation.rotation_DK, spec, rotation.smooth_D)
-    if spec.act_bits == 16:
-        return z.new_zeros(z.shape[-1]).double()
-    return (dequantize_rows(*quantize_rows(z, spec)) - z).double().square().mean(0)
-
-
-def _with_feedback(
-    rotation: Rotation,
-    s_DD: Tensor,
-    w_NK: Tensor,
-    wp_NR: Tensor,
-    bias_N: Tensor | None,
-    tensors: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
-    """The protected columns changed by :func:`feedback`, and the share of the loss taken back.
-
-    Rows whose tail would outgrow their scale (docs/method.md Eq. 9) keep their columns.
-    """
-    packed = unpack_weight(tensors["qweight"], tensors["wscale"], tensors.get("wglobal"))
-    error = w_NK - dequantize_weight(*packed, w_NK.dtype)
-    change, share = feedback(rotation, s_DD, error)
-    changed = (wp_NR.double() + change).to(wp_NR.dtype)
-    if (floor := tail_floor(rotation.spec, changed, bias_N)) is not None:
-        changed = torch.where(floor > tensors["wscale"], wp_NR, changed)
-    return rotation.stored(changed) | {"feedback": torch.tensor([share]).double()}
 
 
 def quantize_regularized(
@@ -196,7 +143,9 @@ def quantize_site(
     on_floor = 0 if floor is None else int(((rounded.wscale == floor) & (floor > 0)).sum())
     chosen, counts = rounded, {"escalations": 0, "nearest": len(w_NK)}
     if entry.rounding == "gptq":
-        codes, counts = gptq(w_NK, s_KK, rounded.step, damping=damping, element=spec.weight_element)
+        codes, counts = gptq(
+            w_NK, s_KK, rounded.step, damping=damping, element=spec.weights.element
+        )
         chosen = rounded._replace(codes=codes)
     s_w = s_KK.to(w_NK.dtype)
     signal = hessian_error(w_NK, s_w).sum().clamp_min(1e-30)
@@ -214,8 +163,7 @@ def _summary(out: Path, plan: list[SitePlan]) -> dict[str, float]:
     results = [load_site(out / "sites" / site_file(entry.site.name)) for entry in plan]
     counts = torch.stack([r["counts"] for r in results]).sum(0)
     loss = torch.stack([r["loss"] for r in results])
-    recovered = [float(r["feedback"]) for r in results if "feedback" in r]
-    return ({"feedback_share": sum(recovered) / len(recovered)} if recovered else {}) | {
+    return {
         "sites": len(plan),
         "relative_error": float(loss[:, 0].mean()),
         "relative_error_nearest": float(loss[:, 1].mean()),

@@ -81,16 +81,18 @@ class FitLowRank:
             )
         if self.smoothing != "none" and self.branch == "weighted":
             raise ConfigError("basis.branch=weighted takes basis.smoothing=none")
-        beside = self.method.protect and self.method.branch == "beside"
+        branch = self.method.branch
+        beside = branch is not None and branch.kind == "beside"
         if beside != (self.branch != "none"):
             raise ConfigError(
-                f"method.protect={self.method.protect}, method.branch={self.method.branch} and "
-                f"basis.branch={self.branch}: a branch beside the input needs basis.branch=svd or "
-                "weighted, and no other method has a use for one"
+                f"branch={branch and branch.kind} and basis.branch={self.branch}: a branch beside "
+                "the input needs basis.branch=svd or weighted, and no other method has a use for "
+                "one"
             )
-        if self.method.smooth != (self.smoothing != "none"):
+        smooth = self.method.transform.smooth
+        if smooth != (self.smoothing != "none"):
             raise ConfigError(
-                f"method.smooth={self.method.smooth} and basis.smoothing={self.smoothing}: a "
+                f"transform.smooth={smooth} and basis.smoothing={self.smoothing}: a "
                 "method that smooths needs factors, and one that doesn't has no use for them"
             )
 

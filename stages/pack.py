@@ -25,8 +25,8 @@ from dirotq.sources.model import DiffusersModel
 from dirotq.sources.placing import place_rest
 from dirotq.sources.shards import plan_shards, write_index
 
-CODED = ("qweight", "wscale", "wglobal", "wp", "wpscale")
-"""What `gptq` knows better than `fuse`: the codes and, after feedback, the protected branch."""
+CODED = ("qweight", "wscale", "wglobal")
+"""What `gptq` knows better than `fuse`."""
 
 CARD = """# {name}, packed to 4 bits by DiRotQ
 

@@ -68,7 +68,7 @@ class ChooseRank:
             share = rules[name]
             if share is not None and not 0 <= share < 1:
                 raise ConfigError(f"rank.{name}={share} is no share: use 0 <= {name} < 1")
-        parse_worst(self.worst, self.method.act_bits)
+        parse_worst(self.worst, self.method.activations.bits)
 
     def check(self) -> None:
         """Everything about the plan that the shapes alone can refute."""
@@ -78,7 +78,7 @@ class ChooseRank:
         check_plan(self.method, sites, self.grid, lambda site: ranks[site.name])
         check_worst(self.worst, self.method, sites)
         leading, most = self.method.leading, max(ranks.values())
-        if leading is not None and self.method.protect and most > leading:
+        if leading is not None and self.method.branch is not None and most > leading:
             rule = f"rank.r={self.r}" if self.fraction is None else f"rank.fraction={self.fraction}"
             raise ConfigError(
                 f"{rule} asks for {most} directions and exceeds method.leading={leading}, the "
@@ -92,7 +92,7 @@ class ChooseRank:
             return self._rank(site, basis)
 
         planned = make_plan(self.method, sites, choose)
-        if worst := parse_worst(self.worst, self.method.act_bits):
+        if worst := parse_worst(self.worst, self.method.activations.bits):
             probes = load_probe(capture)
             device = pick_device(self.device)
             errors = site_errors(self.model, planned.blocks, basis, probes, device)

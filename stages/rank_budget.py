@@ -98,7 +98,7 @@ class AllocateRank:
             raise ConfigError(
                 f"rank.gate={self.gate}, rank.batch={self.batch}: use at least 0 and 1"
             )
-        parse_worst(self.worst, self.method.act_bits)
+        parse_worst(self.worst, self.method.activations.bits)
         refuse_unpriced(self.method)
 
     def check(self) -> None:
@@ -138,7 +138,7 @@ class AllocateRank:
         errors: dict[str, float] = {}
         if self.sensitivity == "measured" or self.worst is not None:
             errors = errors_of(uniform, set(spectra))
-        if worst := parse_worst(self.worst, method.act_bits):
+        if worst := parse_worst(self.worst, method.activations.bits):
             added = worst.overrides(errors)
             method = replace(method, overrides=[*method.overrides, *added])
             prices, limit = self._budget(method, sites)

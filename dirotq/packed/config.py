@@ -9,7 +9,7 @@ from typing import Any, get_args
 from torch import nn
 
 from dirotq.errors import ArtifactError, UnsupportedError
-from dirotq.kernels.spec import ADDED, QuantSpec
+from dirotq.kernels.formats.spec import ADDED, FIELDS, QuantSpec
 from dirotq.models.families import known_family
 from dirotq.models.family import Kind, Site, is_linear, is_pointwise
 
@@ -25,7 +25,6 @@ SPEC_NUMBERS = {
     "dim", "rank", "block", "weight_bits", "weight_group", "act_bits", "act_group",
     "protected_bits",
 }  # fmt: skip
-SPEC = ({"rows"} | SPEC_TEXT | SPEC_NUMBERS) - ADDED.keys()
 
 Entry = tuple[Site, QuantSpec]
 
@@ -123,8 +122,7 @@ def _site(value: Any, where: str) -> Site:
 
 
 def _spec(value: Any, where: str) -> QuantSpec:
-    known = SPEC | ADDED.keys()
-    fields = _fields(value, f"{where}, spec", SPEC, known)
+    fields = _fields(value, f"{where}, spec", FIELDS - ADDED.keys(), FIELDS)
     for name in fields.keys() & SPEC_NUMBERS:
         _number(fields[name], f"{where}: {name}", least=0)
     for name in fields.keys() & SPEC_TEXT:

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterable
 
 from torch import nn
 
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
-from dirotq.kernels.spec import QuantSpec
 from dirotq.models.families import known_family
 from dirotq.models.family import Site
 

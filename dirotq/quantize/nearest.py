@@ -16,8 +16,8 @@ from dirotq.kernels.formats.quantize_weight import (
     tail_floor,
     weight_steps,
 )
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.spec import QuantSpec
 from dirotq.pipeline.artifact import Artifact
 from dirotq.quantize.plan import SitePlan
 from dirotq.quantize.rotation import site_rotation
@@ -44,7 +44,7 @@ class Rounded(NamedTuple):
 
     def stored(self, spec: QuantSpec) -> dict[str, Tensor]:
         """The buffers of a packed linear that hold them."""
-        found = {"qweight": pack_codes(self.codes, spec.weight_element), "wscale": self.wscale}
+        found = {"qweight": pack_codes(self.codes, spec.weights.element), "wscale": self.wscale}
         return found if self.wglobal is None else found | {"wglobal": self.wglobal}
 
 
@@ -69,7 +69,7 @@ def nearest(
     floor = tail_floor(spec, wp_NR, bias_N)
     stored = stored_scales(w_NK, spec, clip=clip, importance_K=importance_K, floor_N1=floor)
     step = weight_steps(*stored)
-    return Rounded(codes_on_grid(w_NK, step, spec.weight_element), step, *stored, floor)
+    return Rounded(codes_on_grid(w_NK, step, spec.weights.element), step, *stored, floor)
 
 
 def pack_nearest(

@@ -173,7 +173,7 @@ def check_worst(value: Mapping[str, Any] | None, method: Any, sites: Sequence[An
 
     Raises ConfigError for a format that can't have its precision, or if no site would be left.
     """
-    worst = parse_worst(value, method.act_bits)
+    worst = parse_worst(value, method.activations.bits)
     if worst is None:
         return
     blocks = [site.name for site in sites if site.kind == "block"]
@@ -205,7 +205,7 @@ def parse_worst(value: Mapping[str, Any] | None, act_bits: int) -> Worst | None:
         raise ConfigError(f"rank.worst={dict(value)!r} says no finer precision: {form}")
     if finer is not None and finer <= act_bits:
         raise ConfigError(
-            f"rank.worst.act_bits={finer} is no finer than method.act_bits={act_bits}: use more "
-            "bits or keep: 16"
+            f"rank.worst.act_bits={finer} is no finer than the method's {act_bits}-bit "
+            "activations (act_format): use more bits or keep: 16"
         )
     return Worst(count=count, keep=keep, act_bits=finer)

@@ -2,14 +2,16 @@
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from dirotq.errors import ConfigError
-from dirotq.kernels.formats.fp4 import GROUPS as FP4_GROUPS
-from dirotq.kernels.formats.hadamard import hadamard_block
-from dirotq.kernels.spec import SHIFTED, ActScale, QuantSpec, WeightScale
+from dirotq.kernels.formats import weight
+from dirotq.kernels.formats.activation import ActFormat, recorded_format
+from dirotq.kernels.formats.spec import QuantSpec, flat
+from dirotq.kernels.formats.transform import NO_TRANSFORM, PROJECT, LowRank, Transform
+from dirotq.kernels.formats.weight import WeightFormat
 from dirotq.models.family import Site
 from dirotq.quantize.overrides import Override, override_of, parse_overrides
 
@@ -20,21 +22,15 @@ SMALLEST_GROUP = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A quantization method (conf/method): the transform and the two number formats.
+    """A quantization method (conf/method): what it does to inputs and weights, and their formats.
 
-    ``transform``        ``hadamard`` (Sylvester's blocks), ``regular`` (regular ones) or ``dense``
-                         (the paper's rotation)
-    ``protect``          keep the leading directions in 16 bits; False means rank 0 everywhere
-    ``branch``           ``project``: they leave the main branch's input; ``beside``: they do not
-    ``protected_bits``   of their coefficients and weights, 16 or 8
-    ``smooth``           multiply the main branch's input by one factor per channel first
+    ``transform``        conf/transform; ``block`` is the largest Hadamard block
+    ``branch``           conf/branch: how the protected directions are computed; None protects none
+    ``weights``          conf/weight_format
+    ``weight_clip``      search the weights' scales below their largest value
+    ``activations``      conf/act_format
     ``leading``          eigenvectors kept per site, the largest rank to choose from; None for all
-    ``block``            largest Hadamard block; 1 for none
     ``rounding``         ``gptq`` or ``nearest``
-    ``weight_scale``     ``channel`` or ``group`` (of ``weight_group`` columns), ``nvfp4`` or
-                         ``mxfp4``; ``weight_clip`` searches the scale
-    ``act_bits``         4, 8 or 16; ``act_scale`` is ``token``, ``pow2``, ``rms`` or ``group``, or
-                         the weights' FP4 format
     ``modulator_group``  W4A16 group of linears that see one row per image; null keeps them 16 bit
     ``overrides``        exceptions by site (dirotq/quantize/overrides.py)
 
@@ -43,22 +39,27 @@ class Method:
     format (16 in NVFP4, 32 in MXFP4) are the chip's: a site that they don't divide is refused.
     """
 
-    recorded_as: ClassVar[str] = "dirotq.plan.Method"
+    moved: ClassVar[Mapping[str, str]] = {
+        "protect": "method.branch=null protects nothing",
+        "protected_bits": "branch.bits=8",
+        "smooth": "transform.smooth=true",
+        "block": "transform.block=16",
+        "weight_scale": "weight_format=int4_channel, int4_group, nvfp4 or mxfp4",
+        "weight_group": "weight_format.group=128",
+        "act_bits": "act_format=int8_token, or another of conf/act_format",
+        "act_scale": "act_format=int4_token, or another of conf/act_format",
+        "act_group": "act_format.group=64",
+    }
+    """Settings that have gone elsewhere, and how they are spelled now."""
+
     name: str
-    transform: Literal["hadamard", "regular", "dense"]
-    protect: bool
-    branch: Literal["project", "beside"]
-    protected_bits: Literal[8, 16]
-    smooth: bool
-    leading: int | None
-    block: int
-    rounding: Rounding
-    weight_scale: WeightScale
-    weight_group: int
+    transform: Transform
+    branch: LowRank | None
+    weights: WeightFormat
     weight_clip: bool
-    act_bits: Literal[4, 8, 16]
-    act_scale: ActScale
-    act_group: int
+    activations: ActFormat
+    leading: int | None
+    rounding: Rounding
     modulator_group: int | None
     overrides: Sequence[Mapping[str, Any]]
 
@@ -67,20 +68,16 @@ class Method:
             raise ConfigError(
                 f"method.rounding={self.rounding!r} is unknown; use 'gptq' or 'nearest'"
             )
-        if self.block < 1 or self.block & (self.block - 1):
+        if self.transform.kind == "dense" and self.leading is not None:
             raise ConfigError(
-                f"method.block={self.block} is not a power of two; use 1 (no Hadamard) ... 512"
-            )
-        if self.transform == "dense" and self.leading is not None:
-            raise ConfigError(
-                f"method.transform=dense rotates all channels, but method.leading={self.leading} "
+                f"transform=dense rotates all channels, but method.leading={self.leading} "
                 "keeps only the leading directions: set method.leading=null"
             )
         for index, override in enumerate(parse_overrides(self.overrides)):
-            if override.rank and not self.protect:
+            if override.rank and self.branch is None:
                 raise ConfigError(
                     f"method.overrides[{index}].rank={override.rank}: method {self.name} protects "
-                    "no direction (method.protect=false); leave the rank out"
+                    "no direction (method.branch=null); leave the rank out"
                 )
 
     def override(self, site: Site) -> Override | None:
@@ -89,7 +86,7 @@ class Method:
 
     def protects(self, site: Site) -> bool:
         """Whether directions of the site's activation may stay in 16 bits."""
-        return self.protect and site.kind == "block"
+        return self.branch is not None and site.kind == "block"
 
     def spec(self, site: Site, rank: int) -> QuantSpec | None:
         """Formats of one site that protects ``rank`` directions; None if it stays in 16 bits.
@@ -99,44 +96,65 @@ class Method:
 
         Raises ConfigError naming the site, e.g. for a group no half of which divides its channels.
         """
-        modulator = site.kind == "modulator"
-        group = self.modulator_group if modulator else self.weight_group
         override = self.override(site)
-        if group is None or (override is not None and override.keep is not None):
+        if override is not None and override.keep is not None:
             return None
-        act_bits, act_scale = self.act_bits, self.act_scale
-        if override is not None:
-            rank = rank if override.rank is None else override.rank
-            if override.act_bits is not None:
-                act_bits = override.act_bits  # type: ignore[assignment]  # QuantSpec looks at it
-                # Exceptions in 8 bits run on every chip: integers.
-                act_scale = "token" if act_bits == 8 and act_scale in SHIFTED else act_scale
-        # A dense rotation fills its last group with zero columns, so any group fits it.
-        whole = self.transform == "dense" or self.weight_scale in FP4_GROUPS
-        whole = whole and not modulator
         try:
-            return QuantSpec(
-                dim=site.dim,
-                rows=site.rows,
-                rank=0 if modulator or not self.protect else rank,
-                transform="hadamard" if modulator else self.transform,
-                block=1 if modulator else self._block(site.dim),
-                branch="project" if modulator else self.branch,
-                protected_bits=16 if modulator else self.protected_bits,
-                smooth=self.smooth and not modulator,
-                weight_bits=4,
-                weight_scale="group" if modulator else self.weight_scale,
-                weight_group=group if whole else fitting_group(group, site.dim),
-                act_bits=16 if modulator else act_bits,
-                act_scale="token" if modulator else act_scale,
-                act_group=self.act_group if whole else fitting_group(self.act_group, site.dim),
-            )
+            if site.kind == "modulator":
+                return self._modulator(site)
+            return self._block(site, rank, override)
         except ValueError as error:
             raise ConfigError(f"site {site.name}, method {self.name}: {error}") from error
 
-    def _block(self, dim: int) -> int:
-        return hadamard_block(
-            dim, self.block, "regular" if self.transform == "regular" else "sylvester"
+    def identity(self) -> dict[str, Any]:
+        """The recipe: flat, as the first versions of DiRotQ had it, whose stores go on counting."""
+        parts = flat(self.transform, self.branch or PROJECT, self.weights, self.activations)
+        del parts["weight_bits"]
+        return parts | {
+            "class": "dirotq.plan.Method",
+            "name": self.name,
+            "protect": self.branch is not None,
+            "leading": self.leading,
+            "rounding": self.rounding,
+            "weight_clip": self.weight_clip,
+            "modulator_group": self.modulator_group,
+            "overrides": self.overrides,
+        }
+
+    def _block(self, site: Site, rank: int, override: Override | None) -> QuantSpec:
+        weights, acts = self.weights, self.activations
+        if override is not None:
+            rank = rank if override.rank is None else override.rank
+            acts = acts if override.act_bits is None else acts.in_bits(override.act_bits)
+        # A dense rotation fills its last group with zero columns, so any group fits it; those of an
+        # FP4 format are fixed.
+        if self.transform.kind != "dense" and weights.element == "int4":
+            weights = replace(weights, group=fitting_group(weights.group, site.dim))
+            acts = replace(acts, group=fitting_group(acts.group, site.dim))
+        return QuantSpec(
+            dim=site.dim,
+            rows=site.rows,
+            rank=0 if self.branch is None else rank,
+            transform=replace(self.transform, block=self.transform.largest_block(site.dim)),
+            branch=self.branch or PROJECT,
+            weights=weights,
+            activations=acts,
+        )
+
+    def _modulator(self, site: Site) -> QuantSpec | None:
+        """One row per image: 16-bit activations, no transform, nothing protected."""
+        if self.modulator_group is None:
+            return None
+        return QuantSpec(
+            dim=site.dim,
+            rows=site.rows,
+            rank=0,
+            transform=NO_TRANSFORM,
+            branch=PROJECT,
+            weights=weight.recorded_format("group", fitting_group(self.modulator_group, site.dim)),
+            activations=recorded_format(
+                16, "token", fitting_group(self.activations.group, site.dim)
+            ),
         )
 
 
@@ -168,7 +186,7 @@ class SitePlan:
 
 def write_plan(path: Path, plan: Iterable[SitePlan]) -> None:
     """The plan as readable JSON, in the order of the network."""
-    rows = [asdict(entry) for entry in plan]
+    rows = [asdict(entry) | {"spec": entry.spec.recorded()} for entry in plan]
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from dirotq.errors import ConfigError
+from dirotq.kernels.formats.transform import PROJECT
 from dirotq.models.family import Site
 from dirotq.packed.swap import effective_bits, packed_bits
 from dirotq.quantize.plan import Method
@@ -88,13 +89,12 @@ def in_forwards(work: Workload, method: Method, grid: int) -> Prices:
 def refuse_unpriced(method: Method) -> None:
     """Raise ConfigError for a method whose protected branch does not take energy out of the main
     one at a price per direction."""
-    projects = method.protect and method.branch == "project" and method.transform != "dense"
-    projects = projects and method.protected_bits == 16  # an 8-bit branch has a price to enter, too
-    if not projects:
+    branch = method.branch
+    if branch != PROJECT or method.transform.kind == "dense":
         raise ConfigError(
             f"rank=budget needs a projecting basis, whose directions have a price each; method "
-            f"{method.name} has transform={method.transform}, branch={method.branch}, protect="
-            f"{str(method.protect).lower()}, protected_bits={method.protected_bits}. "
+            f"{method.name} has transform={method.transform.kind}, branch="
+            f"{branch and f'{branch.kind} of {branch.bits} bits'}. "
             "Use method=dirotq, or a fixed rank (rank=default)"
         )
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dirotq.errors import NumericalError
 from dirotq.kernels.formats.protected import dequantize_protected, quantize_protected
-from dirotq.kernels.spec import QuantSpec
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.transform_quantize import transform
 from dirotq.pipeline.artifact import Artifact
 from dirotq.quantize.plan import SitePlan
@@ -50,11 +50,11 @@ class Rotation:
         protected = dual = smooth = None
         if spec.rank:
             protected = found["vectors"][:, -spec.rank :].to(torch.bfloat16).contiguous()
-            if spec.branch == "beside":
+            if spec.branch.kind == "beside":
                 dual = found["duals"][:, -spec.rank :]
-        if spec.smooth:
+        if spec.transform.smooth:
             smooth = found["smooth"].to(torch.bfloat16)
-        if spec.transform != "dense":
+        if spec.transform.kind != "dense":
             return cls(spec, protected, None, smooth, dual)
         vectors_DD = found["vectors"]
         rest = vectors_DD[:, : spec.dim - spec.rank].double()
@@ -65,7 +65,7 @@ class Rotation:
 
     def weights(self, w_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """W_z [N, K] and V [N, R] (None at rank 0), in W's dtype."""
-        if self.spec.branch == "beside":
+        if self.spec.branch.kind == "beside":
             return self._beside(w_ND)
         basis = None if self.basis_DR is None else self.basis_DR.double()
         if self.rotation_DK is not None:
@@ -96,7 +96,7 @@ class Rotation:
         """V as the packed linear holds it: ``wp``, with ``wpscale`` where it takes 8 bits."""
         if v_NR is None:
             return {}
-        if self.spec.protected_bits == 8:
+        if self.spec.branch.bits == 8:
             codes, scale = quantize_protected(v_NR)
             return {"wp": codes, "wpscale": scale}
         return {"wp": v_NR.to(torch.bfloat16)}
@@ -107,7 +107,7 @@ class Rotation:
         if self.dual_DR is not None:
             assert self.basis_DR is not None
             kept = (w_ND.double() @ self.dual_DR.double()).to(torch.bfloat16).to(w_ND.dtype)
-            if self.spec.protected_bits == 8:
+            if self.spec.branch.bits == 8:
                 kept = dequantize_protected(*quantize_protected(kept)).to(w_ND.dtype)
             product = kept.double() @ self.basis_DR.double().mT
             w_ND = (w_ND.double() - product).to(w_ND.dtype)
@@ -118,7 +118,7 @@ class Rotation:
 
     @property
     def _unsmoothed(self) -> QuantSpec:
-        return replace(self.spec, smooth=False)
+        return replace(self.spec, transform=replace(self.spec.transform, smooth=False))
 
     @property
     def _exact(self) -> tuple[Tensor | None, Tensor | None]:
@@ -139,7 +139,7 @@ class Rotation:
 
 def site_rotation(entry: SitePlan, basis: Artifact, device: torch.device) -> Rotation:
     """The rotation of a planned site, cut from the ``basis`` artifact."""
-    needed = entry.spec.rank or entry.spec.transform == "dense" or entry.spec.smooth
+    needed = entry.spec.rank or entry.spec.transform.kind == "dense" or entry.spec.transform.smooth
     file = f"sites/{site_file(entry.site.name)}"
     return Rotation.cut(load_site(basis.file(file), device) if needed else {}, entry.spec)
 

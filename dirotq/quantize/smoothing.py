@@ -39,12 +39,12 @@ def simulated(rotation: Rotation, w_ND: Tensor, x_TD: Tensor, *, clip: bool) -> 
     spec = rotation.spec
     main, kept = rotation.weights(w_ND)
     z, c = transform(x_TD, rotation.basis_DR, rotation.rotation_DK, spec, rotation.smooth_D)
-    if spec.act_bits < 16:
+    if spec.activations.bits < 16:
         z = dequantize_rows(*quantize_rows(z, spec))
     y = z @ nearest(main, spec, clip=clip, wp_NR=kept, bias_N=None).values().mT
     if c is None or kept is None:
         return y
-    return y + (rounded_coefficients(c) if spec.protected_bits == 8 else c) @ kept.mT
+    return y + (rounded_coefficients(c) if spec.branch.bits == 8 else c) @ kept.mT
 
 
 def best(candidates: Iterable[tuple[Rotation, T]], w_ND: Tensor, x_TD: Tensor, *, clip: bool) -> T:

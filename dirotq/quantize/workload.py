@@ -11,8 +11,8 @@ from functools import cached_property
 from typing import Any, Protocol
 
 from dirotq.files.json_file import read_json
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.second_moment import TILE, tiles
-from dirotq.kernels.spec import QuantSpec
 from dirotq.models.coverage import share_kept, told
 from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed

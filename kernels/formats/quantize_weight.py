@@ -9,11 +9,12 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..spec import Element, QuantSpec
 from ..tail import BIAS_LIMIT, LIMIT
 from ..transform_quantize.reference import TINY
 from . import fp4
 from .pack_int4 import pack_int4, unpack_int4
+from .spec import QuantSpec
+from .weight import Element
 
 QMAX = 7
 """Largest code: symmetric 4-bit codes lie in [-7, 7]."""
@@ -86,8 +87,8 @@ def stored_scales(
 
     See :func:`weight_scales` and :func:`fp4_weight_scales`; ``floor_N1`` is for channel scales.
     """
-    if spec.weight_element == "e2m1":
-        return fp4_weight_scales(w_NK, spec.weight_scale, clip=clip, importance_K=importance_K)
+    if spec.weights.element == "e2m1":
+        return fp4_weight_scales(w_NK, spec.weights.name, clip=clip, importance_K=importance_K)
     groups = spec.width // spec.weight_group_size
     return weight_scales(
         w_NK, groups, clip=clip, importance_K=importance_K, floor_N1=floor_N1

@@ -5,7 +5,7 @@ import logging
 from torch import Tensor
 
 from ..chip import capability, say_once, why_reference
-from ..spec import Element
+from ..formats.weight import Element
 from . import reference
 from .reference import FactorizationError, hessian_error
 

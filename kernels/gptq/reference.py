@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..formats.quantize_weight import codes_on_grid, dequantize_weight, nearest_codes
+from ..formats.weight import Element
 from ..full_float32 import full_float32
-from ..spec import Element
 
 BLOCK = 128
 ESCALATIONS = 3

@@ -5,8 +5,8 @@ from typing import Any
 import triton.language as tl
 
 from ..build import CHIPS, FP8_CHIPS, Build
+from ..formats.activation import POW2_LEVELS
 from ..source import Kind
-from ..spec import POW2_LEVELS
 from . import projection, scales
 from . import sweeps as kernels
 from .reference import POW2_CLIP, RMS_TOP, TINY

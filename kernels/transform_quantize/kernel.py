@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..build import CHIPS
 from ..chip import capability, chained
+from ..formats.spec import QuantSpec
 from ..planar import padded, planar_columns
 from ..source import Source, plain
-from ..spec import QuantSpec
 from ..tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
 from . import projection, scales
 from . import sweeps as kernels
 from .builds import builds
-from .limits import MAX_RANK, why_not
+from .limits import MAX_RANK
 from .reference import POW2_CLIP, RMS_TOP, TINY
 from .shapes import (
     DEFAULT,
@@ -37,15 +37,10 @@ from .shapes import (
     width_of_c,
 )
 
-__all__ = ["DEFAULT", "MAX_RANK", "Sweep", "Sweeps", "builds", "fits", "launch", "usual"]
+__all__ = ["DEFAULT", "MAX_RANK", "Sweep", "Sweeps", "builds", "launch", "usual"]
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-
-
-def fits(spec: QuantSpec) -> bool:
-    """Whether the kernels know this spec; others stay on the reference path."""
-    return why_not(spec) is None
 
 
 def launch(
@@ -74,7 +69,8 @@ def launch(
     source = x_MD if isinstance(x_MD, Source) else plain(x_MD[None])
     m, k, r = source.rows, spec.width, spec.rank
     new = source.x_BTD.new_empty
-    groups = k // spec.act_group_size if spec.act_scale == "group" else 1
+    acts = spec.activations
+    groups = k // spec.act_group_size if acts.granularity == "group" else 1
     codes = new((m, columns_with_tail(k, r, bias) if tail else padded(k)), dtype=container)
     scale = new((m, groups), dtype=torch.float32)
     c: Tensor | None
@@ -82,7 +78,7 @@ def launch(
         c = _by_root_mean_square(source, p_DR, spec, codes, scale, tail, bias, sweeps)
     else:
         z, amax, c = _rotated(source, p_DR, t_DK, spec, sweeps)
-        if spec.act_scale == "rms":
+        if acts.statistic == "rms":
             squares = z.float().square_().sum(1)  # of K channels: padding is zero
             amax = (RMS_TOP * (squares / k).sqrt()).view(torch.int32)
         last = DEFAULT["plain"] if sweeps is None else sweeps
@@ -93,13 +89,15 @@ def launch(
 def _straight(spec: QuantSpec) -> bool:
     """Whether codes can come without z: its length follows from x's and c's, and a group lies in
     one tile."""
-    inside = spec.transform == "hadamard" and not _beyond(spec)
-    return spec.act_scale == "rms" and inside and (spec.act_bits == 8 or spec.act_group <= 64)
+    inside = spec.transform.kind == "hadamard" and not _beyond(spec)
+    return (
+        spec.activations.statistic == "rms" and inside and (spec.activations.group_size or 1) <= 64
+    )
 
 
 def _beyond(spec: QuantSpec) -> bool:
     """Whether there are more directions than ``rotate`` projects out."""
-    return spec.rank > (64 if spec.block == 512 else MAX_RANK)
+    return spec.rank > (64 if spec.transform.block == 512 else MAX_RANK)
 
 
 def _by_root_mean_square(
@@ -112,7 +110,7 @@ def _by_root_mean_square(
     bias: bool,
     sweeps: Sweeps | None,
 ) -> Tensor:
-    """Fill codes and scales of ``act_scale="rms"``; returns c [M, padded R]."""
+    """Fill codes and scales of a row's root mean square; returns c [M, padded R]."""
     source, squares = _computed(source, p_DR, spec)
     chosen = sweeps or usual(source.kind, capability(source.x_BTD.device))
     new, m, r = source.x_BTD.new_empty, source.rows, spec.rank
@@ -131,7 +129,8 @@ def _by_root_mean_square(
         padded(spec.width), BIAS_COEFFICIENT if bias else 0.0,
         R=r, RP=rp, RT=max(tail_part(r, bias), 1), TAIL=tail,
         T=triton.next_power_of_2(behind) if behind else 0,
-        PARTS=cut[0], SQUARES=len(squares), QMAX=spec.act_max, UNIT=2.0**spec.act_levels,
+        PARTS=cut[0], SQUARES=len(squares), QMAX=spec.activations.largest,
+        UNIT=2.0**spec.activations.levels,
         TOP=RMS_TOP, TINY=TINY, BM=16, CHAIN=chain, num_warps=4, launch_pdl=chain,
     )  # fmt: skip
     _rotate(source, spec, c, spread, codes_MK, padded(spec.width), None, row, chosen)
@@ -146,7 +145,7 @@ def _rotated(
     sweeps: Sweeps | None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """z [M, padded(K)] in R1 order, the bits of each row's largest |z| (int32 [M]), and c."""
-    if spec.transform == "dense":
+    if spec.transform.kind == "dense":
         return _dense(source.value().flatten(0, 1), p_DR, t_DK, spec.width)
     source, _ = _computed(source, p_DR, spec)
     source, outside = _project_outside(source, p_DR, spec)
@@ -179,7 +178,7 @@ def _computed(source: Source, p_DR: Tensor | None, spec: QuantSpec) -> tuple[Sou
     if source.known is not None:
         return plain(source.known[0]), source.known[1]
     if source.kind == "norm":
-        return _normalized(source.laid_out(), spec.act_scale == "rms")
+        return _normalized(source.laid_out(), spec.activations.statistic == "rms")
     beyond = p_DR is not None and _beyond(spec)
     return plain(source.value()) if beyond or torn else source.laid_out(), None
 
@@ -244,8 +243,8 @@ def _rotate(
     both has shared memory for both."""
     first, width = source.x_BTD, tile(spec)
     split = columns if source.behind_BTF is None else first.shape[-1]
-    s = rotate_sweep(sweeps, spec.block, 0 if c_MR is None else spec.rank, _chip(first))
-    group = 1 if spec.act_bits == 8 else spec.act_group
+    acts, block = spec.activations, spec.transform.block
+    s = rotate_sweep(sweeps, block, 0 if c_MR is None else spec.rank, _chip(first))
     for x, gelu, begin, end in (
         (first, source.kind == "gelu", 0, split), (source.behind_BTF, True, split, columns),
     ):  # fmt: skip
@@ -257,10 +256,10 @@ def _rotate(
             x, x if c_MR is None else c_MR, spread_DR if c_MR is None else spread_DR[begin:],
             out_MK[:, begin:], row_2M if amax_M is None else amax_M,
             amax_M if row_2M is None else row_2M, source.rows, x.shape[1], d, x.stride(0),
-            x.stride(1), out_MK.stride(0), end - begin, n_col, blocks, n_row, spec.block**-0.5,
-            SUB=max(1, spec.block // width), PROJECT=c_MR is not None, EVEN=d % (4 * width) == 0,
+            x.stride(1), out_MK.stride(0), end - begin, n_col, blocks, n_row, block**-0.5,
+            SUB=max(1, block // width), PROJECT=c_MR is not None, EVEN=d % (4 * width) == 0,
             BM=s.bm, GELU=gelu, STACKED=s.stacked,
-            G=0 if row_2M is None else group, QMAX=spec.act_max, LEVELS=spec.act_levels,
+            G=0 if row_2M is None else acts.group_size or 1, QMAX=acts.largest, LEVELS=acts.levels,
             CLIP=POW2_CLIP, **_constants(x, spec),
             num_warps=s.warps, num_stages=s.stages,
             launch_pdl=chained(x) and c_MR is not None,
@@ -271,7 +270,7 @@ def _constants(x: Tensor, spec: QuantSpec) -> dict[str, Any]:
     """Of both big sweeps."""
     width = tile(spec)
     return {
-        "B": min(spec.block, width),
+        "B": min(spec.transform.block, width),
         "W": width,
         "RP": width_of_c(spec.rank),
         "DOT": tl.float32 if INTERPRETED else DOTS[x.dtype],
@@ -304,17 +303,18 @@ def _round_rows(
     m, k, r = len(z_MK), spec.width, spec.rank
     n_col = triton.cdiv(padded(k), s.width)
     behind = codes_MK.shape[1] - padded(k)
-    chain = chained(z_MK) and spec.transform == "hadamard" and spec.act_scale != "rms"
-    rounding = "pow2" if spec.act_scale == "rms" else spec.act_scale
+    acts = spec.activations
+    chain = chained(z_MK) and spec.transform.kind == "hadamard" and acts.statistic != "rms"
+    floats = acts.element == "e4m3"
     kernels.round_rows[(triton.cdiv(m, s.bm) * n_col,)](
         z_MK, z_MK if c_MR is None else c_MR, amax_M, codes_MK, scale_MG, m, k, z_MK.stride(0),
         codes_MK.stride(0), scale_MG.stride(0), padded(k), n_col,
         BIAS_COEFFICIENT if bias else 0.0,
         R=r, RP=width_of_c(r), RT=max(tail_part(r, bias), 1),
         TAIL=tail, T=triton.next_power_of_2(behind) if behind else 0,
-        SCALE="float" if spec.act_floats else rounding,
-        G=64 if spec.act_scale == "token" or spec.act_floats else spec.act_group_size,
-        QMAX=spec.act_max, UNIT=2.0**spec.act_levels, LEVELS=spec.act_levels,
+        SCALE="float" if floats else "pow2" if acts.shifted else acts.granularity,
+        G=acts.group_size or 64,
+        QMAX=acts.largest, UNIT=2.0**acts.levels, LEVELS=acts.levels,
         CLIP=POW2_CLIP, TINY=TINY, BM=s.bm, BW=s.width,
         CHAIN=chain, num_warps=s.warps, launch_pdl=chain,
     )  # fmt: skip

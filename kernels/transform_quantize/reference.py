@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..formats import fp4
 from ..formats.hadamard import block_hadamard
-from ..spec import SHIFTED, QuantSpec
+from ..formats.spec import QuantSpec
 
 POW2_CLIP = 0.9
 """A group takes the smallest power of two >= 0.9 of its share of the row (docs/quality.md)."""
@@ -32,23 +32,23 @@ def transform(
 
     x_MD      floating, [..., D]
     p_DR      [D, R] in any float dtype, or None at rank 0
-    t_DK      [D, K], the dense rotation of the remainder; None unless ``spec.transform == "dense"``
-    smooth_D  [D], a factor per channel; None unless ``spec.smooth``
+    t_DK      [D, K], the dense rotation of the remainder; None unless the transform is ``dense``
+    smooth_D  [D], a factor per channel; None unless ``spec.transform.smooth``
     returns   z [..., K] and c [..., R] (None at rank 0), both in x's dtype:
               z = (x - c Pᵀ) H (M2), z = (x * smooth) H for ``branch="beside"`` (M3),
               z = x T for ``dense`` (M1)
     """
     c_MR = None if p_DR is None else x_MD @ p_DR.to(x_MD.dtype)
-    if spec.transform == "dense":
+    if spec.transform.kind == "dense":
         assert t_DK is not None
         return x_MD @ t_DK.to(x_MD.dtype), c_MR
-    if c_MR is not None and spec.branch == "project":
+    if c_MR is not None and spec.branch.kind == "project":
         assert p_DR is not None
         x_MD = x_MD - c_MR @ p_DR.to(x_MD.dtype).mT
-    if spec.smooth:
+    if spec.transform.smooth:
         assert smooth_D is not None
         x_MD = x_MD * smooth_D.to(x_MD.dtype)
-    return block_hadamard(x_MD, spec.block, spec.kind), c_MR
+    return block_hadamard(x_MD, spec.transform.block, spec.transform.matrix), c_MR
 
 
 def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -67,25 +67,26 @@ def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
                         its byte means (``kernels.fp4.steps``), for NVFP4 under one global scale
                         per row, so that rows do not depend on the batch
     """
-    if spec.act_scale in fp4.GROUPS:
+    acts = spec.activations
+    if acts.element == "e2m1":
         return _fp4_rows(z_MK.float(), spec)
-    qmax, unit = spec.act_max, 2.0**spec.act_levels
+    qmax, unit = acts.largest, 2.0**acts.levels
     z_MK = z_MK.float()
-    if spec.act_scale in SHIFTED:
-        if spec.act_scale == "rms":
+    if acts.shifted or acts.element == "e4m3":
+        if acts.statistic == "rms":
             amax_M1 = RMS_TOP * z_MK.square().mean(-1, keepdim=True).sqrt()
         else:
             amax_M1 = z_MK.abs().amax(-1, keepdim=True)
         inverse_M1 = _ratio(torch.full_like(amax_M1, qmax), amax_M1)
         scale_M1 = amax_M1 / qmax / unit
-        if spec.act_floats:
+        if acts.element == "e4m3":
             codes = (z_MK * inverse_M1).clamp(-qmax, qmax) * unit
             return codes.to(torch.float8_e4m3fn), scale_M1
         z_MGk = z_MK.unflatten(-1, (-1, spec.act_group_size))
         share_MG1 = _ratio(z_MGk.abs().amax(-1, keepdim=True), amax_M1.unsqueeze(-1)) * POW2_CLIP
         # Smallest e with 2^e >= share, read off the float's exponent: exact, as a kernel does it.
         mantissa, exponent = torch.frexp(share_MG1)
-        e_MG1 = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(-spec.act_levels, 0)
+        e_MG1 = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(-acts.levels, 0)
         power_MG1 = torch.ldexp(torch.ones_like(share_MG1), e_MG1)
         q = (z_MGk * (inverse_M1.unsqueeze(-1) / power_MG1)).round().clamp(-qmax, qmax)
         return (q * power_MG1 * unit).flatten(-2).to(torch.int8), scale_M1
@@ -117,7 +118,7 @@ def _fp4_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     z_MGk = z_MK.unflatten(-1, (-1, spec.act_group_size))
     amax_MG = z_MGk.abs().amax(-1)
     global_M1 = None
-    if spec.act_scale == "nvfp4":
+    if spec.activations.scale == "e4m3":
         global_M1 = fp4.global_scale(amax_MG.amax(-1, keepdim=True))
     step_MG = fp4.steps(fp4.group_scales(amax_MG, global_M1), global_M1)
     return fp4.nearest_e2m1(z_MGk, step_MG[..., None]).flatten(-2).to(torch.int8), step_MG

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..build import shared_bytes
 from ..chip import processors
+from ..formats.spec import QuantSpec
 from ..source import Kind
-from ..spec import QuantSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ def parts(x_BTD: Tensor, d: int, s: Sweep) -> tuple[int, int]:
 
 def tile(spec: QuantSpec) -> int:
     """Columns of a tile of ``rotate``."""
-    return 128 if spec.block == 512 else 64
+    return 128 if spec.transform.block == 512 else 64
 
 
 def tiles(spec: QuantSpec) -> int:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..chip import capability, why_reference
 from ..linear import QuantLinear
-from ..plan import choose, why_not
+from ..plan import choose
+from ..support import NEWEST, unsupported
 from .tiles import TILES, Tile
 
 MOST_ROWS = 4
@@ -94,11 +95,11 @@ def _why_apart(linears: Sequence[QuantLinear]) -> str | None:
         if type(linear) is not QuantLinear:  # `parametrize` makes a class of its own
             return f"{type(linear).__name__} is no packed linear"
         s = linear.spec
-        if s.act_bits != 16:
+        if s.activations.bits != 16:
             return f"{s.format} linears quantize their input"
-        if why := why_not(s):
+        if why := unsupported(s, NEWEST):
             return why
-        if s.rank or s.transform != "hadamard" or s.block != 1:
+        if s.rank or s.transform.kind != "hadamard" or s.transform.block != 1:
             return "the linears transform their input"
         kinds.add((s.dim, s.weight_group_size, linear.bias is not None))
     if len(kinds) > 1:

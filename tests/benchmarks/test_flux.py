@@ -268,7 +268,7 @@ def test_fp8_takes_the_place_of_the_linears_in_blocks(narrow, monkeypatch):
 def test_the_w4a8_preset_has_other_activations(narrow):
     packed = contestants.random_packed("flux", "cpu", preset="dirotq_w4a8", rank=16)
     specs = [m.spec for m in packed.modules() if isinstance(m, QuantLinear)]
-    assert {(s.act_bits, s.act_scale) for s in specs} == {(8, "rms"), (16, "token")}
+    assert {(s.activations.bits, s.activations.name) for s in specs} == {(8, "rms"), (16, "token")}
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from dirotq.kernels import engine
 from dirotq.kernels.chip import capability
 from dirotq.kernels.formats.pack_int4 import pack_int4
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import Plan, candidates_for, name_of
 from dirotq.kernels.transform_quantize.kernel import MAX_RANK
@@ -123,7 +124,7 @@ def test_sizes_off_the_tiles(name, dim, outputs, rows, dtype, empty_is):
 
 @pytest.mark.parametrize("block", [1, 32, 64, 128, 256, 512])
 def test_every_hadamard_block(block, empty_is):
-    spec = dataclasses.replace(spec_of("pow2", 3072, 1008), block=block)
+    spec = QuantSpec.from_dict(spec_of("pow2", 3072, 1008).to_dict() | {"block": block})
     module, x = random_linear(spec), inputs(ROWS, 3072)
     with empty_is(255):
         assert_accurate(module(x), x, module)

@@ -42,8 +42,8 @@ def test_close_to_the_unrounded_linear(spec):
     x = torch.randn(40, 64)
     want = in_full_precision(module, x)
     error = (module(x) - want).norm() / want.norm()
-    assert error < {4: 0.2, 8: 0.01, 16: 1e-5}[spec.act_bits]
-    if spec.act_bits == 4:
+    assert error < {4: 0.2, 8: 0.01, 16: 1e-5}[spec.activations.bits]
+    if spec.activations.bits == 4:
         assert error > 0.005  # really four bits
 
 
@@ -70,14 +70,14 @@ def test_buffers_have_the_declared_shapes(spec, bias):
     module = QuantLinear(spec, bias=bias, device="meta")
     declared = {n: s for n, s in buffer_shapes(spec, bias=bias).items() if s is not None}
     assert {n: tuple(b.shape) for n, b in module.named_parameters()} == declared
-    fp4 = spec.weight_element == "e2m1"
+    fp4 = spec.weights.element == "e2m1"
     bytes_ = {n for n, b in module.named_parameters() if b.dtype == torch.uint8}
     assert bytes_ == ({"qweight", "wscale"} if fp4 else {"qweight"})
-    assert ("wglobal" in declared) == (spec.weight_scale == "nvfp4")
+    assert ("wglobal" in declared) == (spec.weights.name == "nvfp4")
     assert module.wglobal is None or module.wglobal.dtype == torch.float32
     assert ("bias" in declared) == bias
     assert ("basis" in declared) == ("wp" in declared) == (spec.rank > 0)
-    assert ("rotation" in declared) == (spec.transform == "dense")
+    assert ("rotation" in declared) == (spec.transform.kind == "dense")
     assert set(module.state_dict()) == set(declared)
 
 

@@ -11,8 +11,8 @@ from tiny_spec import FP4, tiny_spec
 from torch import Tensor, nn
 
 from dirotq.kernels import chip, engine, ops
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.plan import Plan
-from dirotq.kernels.spec import QuantSpec
 
 SPECS = {
     "pow2": tiny_spec(rank=8, block=16, act_scale="pow2"),

@@ -9,8 +9,8 @@ from tiny_spec import FP4, tiny_spec
 
 from dirotq.kernels import chip as chips
 from dirotq.kernels import plan as plans
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.plan import Plan, candidates_for, choose, kind_of, name_of, unmeasured
-from dirotq.kernels.spec import QuantSpec
 from dirotq.kernels.w4a4_linear.tiles import fits
 from dirotq.kernels.w4a16_linear import tiles as w4a16
 
@@ -42,7 +42,7 @@ def unmeasured_chips(table):
 
 
 def variant_of(plan: Plan, spec: QuantSpec) -> str:
-    if spec.act_scale == "group" or spec.weight_scale == "group":
+    if spec.activations.name == "group" or spec.weights.name == "group":
         return "grouped"
     assert plan.tile is not None
     return "tma" if plan.tile.tma else plan.engine
@@ -50,21 +50,21 @@ def variant_of(plan: Plan, spec: QuantSpec) -> str:
 
 def assert_runs(plan: Plan, chip: int, m: int, n: int, spec: QuantSpec, dtype) -> None:
     """The plan is one that this chip can run."""
-    if spec.act_floats and chip < 89:
+    if spec.activations.element == "e4m3" and chip < 89:
         assert plan.engine == "reference" and "FP8 matrix units" in plan.why
         return
     assert plan.engine != "reference"
-    if spec.act_bits == 16:
+    if spec.activations.bits == 16:
         assert plan.engine == "w4a16" and plan.container == "none" and plan.tile is not None
         assert chip in w4a16.WIDE_CHIPS or plan.tile not in w4a16.TILES["wide"]
         assert m <= 4 or plan.tile.kind == "dots"
         return
     fp8 = plan.container == "fp8"
-    assert fp8 == (chip >= 89 and (spec.act_bits == 4 or spec.act_floats))
+    assert fp8 == (chip >= 89 and (spec.activations.element in ("int4", "e4m3")))
     assert plan.dtype == (torch.float8_e4m3fn if fp8 else torch.int8)
     if plan.engine == "scaled_mm":
         assert fp8 and dtype == BF16 and n % 16 == 0
-        assert spec.act_scale != "group" and spec.weight_scale == "channel"
+        assert spec.activations.name != "group" and spec.weights.name == "channel"
     else:
         assert plan.tile is not None
         assert fits(plan.tile, variant_of(plan, spec), chip, fp8=fp8)

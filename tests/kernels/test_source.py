@@ -79,7 +79,7 @@ def test_codes_are_as_good_as_without_fusion(kind, name):
     z, c = transform(rows, None if p is None else p.double(), None, spec)
 
     def errors(x: Tensor | Source) -> tuple[float, float]:
-        container = torch.float8_e4m3fn if spec.act_floats else torch.int8
+        container = torch.float8_e4m3fn if spec.activations.element == "e4m3" else torch.int8
         codes, scale, got_c = launch(x, p, None, spec, container=container)
         assert not codes.float().isnan().any()
         got = from_planar(codes.float(), spec.width).double() * scale.double()

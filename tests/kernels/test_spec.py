@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_spec import tiny_spec
 
-from dirotq.kernels.spec import QuantSpec
+from dirotq.kernels.formats.spec import QuantSpec
 
 
 @pytest.mark.parametrize(
@@ -14,7 +14,7 @@ from dirotq.kernels.spec import QuantSpec
         ({"rank": -1}, r"rank -1 is not in 0 \.\.\. 64"),
         ({"rank": 65}, r"rank 65 is not in 0 \.\.\. 64 \(the site's channels\)"),
         ({"transform": "fourier"}, "'fourier' is not 'hadamard', 'regular' or 'dense'"),
-        ({"block": 48}, "block 48 is not a power of two dividing 64"),
+        ({"block": 48}, "block 48 is not a power of two"),
         ({"block": 128}, "block 128 is not a power of two dividing 64"),
         ({"transform": "regular", "block": 32}, "block 32 is not a power of four dividing 64"),
         ({"branch": "around"}, "branch 'around' is neither 'project' nor 'beside'"),
@@ -48,11 +48,11 @@ from dirotq.kernels.spec import QuantSpec
         ),
         (
             {"weight_scale": "nvfp4", "act_scale": "nvfp4", "weight_group": 64},
-            "nvfp4 has groups of 16, not 64: set weight_group to 16",
+            "nvfp4 has groups of 16, not 64: set the weights' group to 16",
         ),
         (
             {"weight_scale": "mxfp4", "act_scale": "mxfp4", "weight_group": 32},
-            "mxfp4 has groups of 32, not 16: set act_group to 32",
+            "mxfp4 has groups of 32, not 16: set the activations' group to 32",
         ),
         (
             {"weight_scale": "nvfp4", "act_scale": "nvfp4", "dim": 72},
@@ -120,11 +120,11 @@ def test_fp4_formats(name, group):
     both = {"weight_scale": name, "act_scale": name, "weight_group": group, "act_group": group}
     spec = tiny_spec(**both)
     assert (spec.weight_group_size, spec.act_group_size) == (group, group)
-    assert (spec.weight_element, spec.format) == ("e2m1", f"W4A4 {name.upper()}")
-    assert (tiny_spec().weight_element, tiny_spec().format) == ("int4", "W4A4")
+    assert (spec.weights.element, spec.format) == ("e2m1", f"W4A4 {name.upper()}")
+    assert (tiny_spec().weights.element, tiny_spec().format) == ("int4", "W4A4")
     assert tiny_spec(**both, rank=8, transform="dense").width == 64  # filled up to whole groups
     sixteen = tiny_spec(weight_scale=name, weight_group=group, act_bits=16)
-    assert sixteen.weight_element == "e2m1"
+    assert sixteen.weights.element == "e2m1"
     assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
 
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from dirotq.kernels.formats.activation import POW2_LEVELS
 from dirotq.kernels.formats.pack_int4 import pack_int4
-from dirotq.kernels.spec import POW2_LEVELS
 from dirotq.kernels.tail import (
     BIAS_LIMIT,
     LIMIT,

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given
@@ -50,7 +52,7 @@ def test_codes_stay_in_range_and_within_half_a_step(seed, name):
     codes, scale = quantize_rows(z, spec)
     assert codes.dtype == torch.int8
     assert scale.dtype == torch.float32
-    assert scale.shape == (len(z), 4 if spec.act_scale == "group" else 1)
+    assert scale.shape == (len(z), 4 if spec.activations.name == "group" else 1)
     error = (values(codes, scale) - z.double()).abs()
     step = scale.double().repeat_interleave(64 // scale.shape[1], 1)
     if name == "pow2":
@@ -59,7 +61,7 @@ def test_codes_stay_in_range_and_within_half_a_step(seed, name):
         clipped = z.abs() > 7 * step
         assert (error <= step * 0.5 * (1 + 1e-5))[~clipped].all()
     else:
-        assert codes.abs().max() == (7 if spec.act_bits == 4 else 127)
+        assert codes.abs().max() == (7 if spec.activations.bits == 4 else 127)
         assert (error <= step * 0.5 * (1 + 1e-5)).all()
 
 
@@ -199,7 +201,7 @@ def test_one_huge_outlier_costs_the_others_their_codes_but_nothing_else(spec):
     codes, scale = quantize_rows(z, spec)
     torch.testing.assert_close(values(codes, scale)[0, 7].item(), 1e6)
     assert not codes[0, 8:16].any()
-    if spec.act_scale == "group":
+    if spec.activations.name == "group":
         torch.testing.assert_close(values(codes, scale)[0, 16:], torch.full((48,), 0.5).double())
 
 
@@ -241,7 +243,7 @@ def test_transform_at_rank_zero_and_block_one_is_nothing():
 
 @every_format
 def test_transform_quantize_is_its_two_halves(spec):
-    spec = tiny_spec(rank=8, block=16, act_bits=spec.act_bits, act_scale=spec.act_scale)
+    spec = dataclasses.replace(tiny_spec(rank=8, block=16), activations=spec.activations)
     x, p = torch.randn(6, 64), torch.linalg.qr(torch.randn(64, 8)).Q
     codes, scale, c = transform_quantize(x, p, None, spec)
     z, want_c = transform(x, p, None, spec)

@@ -18,9 +18,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dirotq.kernels.formats.activation import POW2_LEVELS
 from dirotq.kernels.formats.hadamard import block_hadamard
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.planar import from_planar, padded
-from dirotq.kernels.spec import POW2_LEVELS, QuantSpec
 from dirotq.kernels.tail import columns_with_tail, with_tail
 from dirotq.kernels.transform_quantize import quantize_rows, transform
 from dirotq.kernels.transform_quantize.kernel import MAX_RANK, builds, fits, launch
@@ -73,7 +74,7 @@ def test_exact_inputs_give_an_exact_tail(name, bias, empty_is):
     spec = EXACT[name]
     x, p, z, c = exact_case(spec, 7)
     c = c if spec.rank else None
-    levels = POW2_LEVELS if spec.act_scale == "pow2" else 0
+    levels = POW2_LEVELS if spec.activations.name == "pow2" else 0
     codes, scale = quantize_rows(z, spec)
     want, want_scale = with_tail(codes, scale, c, bits_below=levels, bias=bias)
     for byte in (255, 0):
@@ -107,7 +108,7 @@ def close_case(
     p = vectors[:, : spec.rank].contiguous() if spec.rank else None
     rest = vectors[:, spec.rank :]
     pad = (0, spec.width - rest.shape[1])
-    t = torch.nn.functional.pad(rest, pad) if spec.transform == "dense" else None
+    t = torch.nn.functional.pad(rest, pad) if spec.transform.kind == "dense" else None
     return x.half().to(DEVICE), p, t
 
 
@@ -131,12 +132,12 @@ def assert_close(spec: QuantSpec, x: Tensor, p: Tensor | None, t: Tensor | None,
 
     step = want_scale.double().repeat_interleave(spec.width // groups, 1)
     error = (values(got, scale) - z).abs()
-    if spec.act_scale == "pow2":
+    if spec.activations.name == "pow2":
         # Steps are powers of two above the finest; the 0.9 clip may cut 0.78 of one off.
-        peaks = z.abs().unflatten(1, (-1, spec.act_group)).amax(-1)
+        peaks = z.abs().unflatten(1, (-1, spec.activations.group)).amax(-1)
         share = 0.9 * peaks / z.abs().amax(1, keepdim=True)
         power = torch.exp2(share.log2().ceil().clamp(-POW2_LEVELS, 0) + POW2_LEVELS)
-        step = step * power.repeat_interleave(spec.act_group, 1)
+        step = step * power.repeat_interleave(spec.activations.group, 1)
         assert (error <= 1.02 * step + noise).all()
     else:
         assert (error <= step / 2 + 2 * noise).all()
@@ -168,14 +169,14 @@ CLOSE = {
 @pytest.mark.parametrize("spec", CLOSE.values(), ids=CLOSE)
 def test_codes_differ_from_the_reference_only_near_ties(spec):
     # A flip needs z within its 16-bit rounding of a tie: 1 % at 4 bits, 18 times that at 8.
-    assert_close(spec, *close_case(spec, 33), flips=0.02 if spec.act_bits == 4 else 0.2)
+    assert_close(spec, *close_case(spec, 33), flips=0.02 if spec.activations.bits == 4 else 0.2)
 
 
 @pytest.mark.parametrize("name", ["b32", "w4a8"])
 @pytest.mark.parametrize("rows", [1, 7])
 def test_few_rows(name, rows):
     spec = CLOSE[name]
-    flips = 0.05 if spec.act_bits == 4 else 0.3
+    flips = 0.05 if spec.activations.bits == 4 else 0.3
     assert_close(spec, *close_case(spec, rows, seed=rows), flips=flips)
 
 
@@ -246,7 +247,7 @@ def test_one_huge_outlier(spec):
     codes, scale, c = launch(x, p, None, spec, container=INT8)
     want_z, want_c = transform(x.double(), p.double(), None, spec)
     z = from_planar(codes, 160).double().unflatten(1, (scale.shape[1], -1)) * scale[..., None]
-    steps = scale[1].max() * (16 if spec.act_scale == "pow2" else 1)
+    steps = scale[1].max() * (16 if spec.activations.name == "pow2" else 1)
     assert (z.flatten(1) - want_z)[1].abs().max() < 0.8 * steps + 2.0**-9 * 6e4
     torch.testing.assert_close(c.double(), want_c, rtol=2e-3, atol=1)
 

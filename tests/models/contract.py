@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from dirotq.errors import UnsupportedError
 from dirotq.kernels.formats.hadamard import hadamard_block
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.spec import QuantSpec
 from dirotq.models.call import Call
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site, is_linear, is_pointwise

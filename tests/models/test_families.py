@@ -166,8 +166,8 @@ def test_every_method_fits_the_published_widths(family, methods):
         for method in methods:
             spec = method.spec(site, 64)
             assert spec is not None
-            if spec.act_group != method.act_group:
-                halved.add((site.dim, spec.act_group))
+            if spec.activations.group != method.activations.group:
+                halved.add((site.dim, spec.activations.group))
     assert halved == ({(5600, 32)} if family is SANA else set())
 
 

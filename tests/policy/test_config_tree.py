@@ -101,10 +101,13 @@ def test_values_are_the_fields_of_what_they_build(choice):
 def test_every_choice_instantiates(choice):
     """Building checks values and imports classes; it needs no GPU, no network and no model."""
     methods = {  # a basis for rivals refuses methods that have no use for it
-        "basis=low_rank": ["method.branch=beside"],
-        "basis=weighted": ["method.branch=beside"],
-        "basis=svd": ["method.branch=beside", "method.smooth=true"],
-        "basis=smooth": ["method.protect=false", "method.smooth=true"],
+        "basis=low_rank": ["branch=beside"],
+        "basis=weighted": ["branch=beside"],
+        "basis=svd": ["branch=beside", "transform=smooth"],
+        "basis=smooth": ["method.branch=null", "transform=smooth"],
+        "branch=beside": ["basis=weighted"],
+        "transform=dense": ["method.leading=null"],
+        "transform=smooth": ["basis=svd", "branch=beside"],
     }
     cfg = compose(choice, *methods.get(choice, []))
     if choice == "model=local":

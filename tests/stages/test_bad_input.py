@@ -56,10 +56,10 @@ def refused(said: Said, *parts: str) -> None:
         ("rank.r=1024", ["transformer_blocks.0", "rank 1024 is not in 0 ... 64"]),
         ("rank.energy=0.5", ["set exactly one"]),
         (
-            "method.act_group=48",
+            "act_format.group=48",
             ["transformer_blocks.0", "48 does not divide the 64", "use one of"],
         ),
-        ("method.act_bits=8 method.act_scale=pow2", ["leave INT8", "'token' or 'group'"]),
+        ("act_format=int4_pow2 act_format.element=int8", ["leave INT8", "'token' or 'group'"]),
         ("method.rounding=up", ["'up'", "'gptq' or 'nearest'"]),
         ("gptq.damping=0", ["gptq.damping=0", "0 < damping <= 1"]),
         ("capture.batch=0", ["capture.batch=0", "at least 1"]),

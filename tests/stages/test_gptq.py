@@ -82,7 +82,7 @@ def test_rtn_is_nearest_everywhere(line):
 def channel_sites(plan, gptq, fuse):
     """(site, scales of gptq, their floor by what fuse stored) where one scale serves an output."""
     for entry in plan:
-        if entry.spec.weight_scale == "channel":
+        if entry.spec.weights.name == "channel":
             name = site_file(entry.site.name)
             stored = load_site(fuse / "sites" / name)
             floor = scale_floor(stored.get("wp"), stored.get("bias"))
@@ -118,7 +118,7 @@ def test_a_large_bias_raises_the_scale_of_its_row(line, own_folder, tmp_path, me
     _, rows = next(part for part in entry.site.slices() if part[0] == linear)
     found = load_site(tmp_path / "gptq" / "sites" / site_file(entry.site.name))
     row, zero = rows.start + 3, rows.start + 5
-    if entry.spec.weight_scale == "group":
+    if entry.spec.weights.name == "group":
         assert metrics["rows_on_scale_floor"] == 0
         return
     assert found["wscale"][row] >= 900 / 2048

@@ -40,12 +40,12 @@ def test_the_extremes_run_through(line, change):
 
 def test_groups_of_128(line):
     """Sites of 256 channels take them, narrower ones a half; finer scales are closer."""
-    groups = ("method.weight_group=128", "method.act_group=128")
+    groups = ("weight_format.group=128", "act_format.group=128")
     artifacts = run(line("method=groups", *groups))
     plan = read_plan(artifacts["rank"].file("plan.json"))
-    taken = {e.site.dim: e.spec.act_group for e in plan if e.site.kind == "block"}
+    taken = {e.site.dim: e.spec.activations.group for e in plan if e.site.kind == "block"}
     assert taken == {64: 64, 256: 128, 320: 64}
-    assert all(e.spec.weight_group == taken[e.site.dim] for e in plan if e.site.kind == "block")
+    assert all(e.spec.weights.group == taken[e.site.dim] for e in plan if e.site.kind == "block")
     metrics = artifacts["validate"].metrics
     assert metrics["psnr"] > 30
     assert metrics["sqnr_db"] > 10

@@ -70,7 +70,7 @@ def test_an_interrupted_run_goes_on_at_the_next_site(fit, finished, tmp_path, mo
     ("method", "changes", "message"),
     [
         ("svdquant", {"rank": None}, r"rank.r is null.*rank.r=16"),
-        ("svdquant", {"smoothing": "none"}, r"method.smooth=True and basis.smoothing=none"),
+        ("svdquant", {"smoothing": "none"}, r"transform.smooth=True and basis.smoothing=none"),
         ("absorb", {"smoothing": "fixed"}, r"branch=weighted takes basis.smoothing=none"),
         ("absorb", {"branch": "none"}, r"branch=beside and basis.branch=none.*svd or weighted"),
         ("absorb", {"branch": "pca"}, r"basis.branch='pca': use 'none', 'svd' or 'weighted'"),
@@ -83,30 +83,7 @@ def test_settings_that_contradict_each_other_are_refused(fit, method, changes, m
         fit(method, **changes)
 
 
-def test_feedback_reaches_the_packed_folder(line):
-    plain = run(line("method=absorb", "until=pack"))
-    fed = run(line("method=absorb", "gptq.feedback=true", "until=pack"))
-    assert fed["gptq"].metrics["feedback_share"] > 0.05
-    assert "feedback_share" not in plain["gptq"].metrics
-    weights = [
-        a["pack"].data / "model/transformer/diffusion_pytorch_model.safetensors"
-        for a in (plain, fed)
-    ]
-    packed, changed = (load_site(w) for w in weights)
-    differ = {n.rpartition(".")[2] for n in packed if not torch.equal(packed[n], changed[n])}
-    assert differ == {"wp"}
-
-
-def test_the_noise_of_quantized_inputs_is_counted(line):
-    exact = run(line("until=gptq"))["gptq"]
-    noisy = run(line("gptq.inputs=quantized", "until=gptq"))["gptq"]
-    # Codes chosen for noisy inputs fit the exact ones less well, by their own measure.
-    assert noisy.metrics["relative_error"] > exact.metrics["relative_error"]
-    with pytest.raises(ConfigError, match=r"gptq.inputs='rounded' .* 'exact' or 'quantized'"):
-        line("gptq.inputs=rounded")
-
-
-@pytest.mark.parametrize("field", ["method.branch=beside", "method.smooth=true"])
+@pytest.mark.parametrize("field", ["branch=beside", "transform.smooth=true"])
 def test_the_usual_basis_refuses_methods_that_need_another(line, field):
     with pytest.raises(ConfigError, match="use basis=svd, weighted or smooth"):
         line(field)
@@ -115,5 +92,5 @@ def test_the_usual_basis_refuses_methods_that_need_another(line, field):
 
 
 def test_eight_bit_branches_beside_the_input_are_exact_too(line):
-    made = run(line("method=absorb", "method.protected_bits=8", "until=fuse"))
+    made = run(line("method=absorb", "branch.bits=8", "until=fuse"))
     assert made["fuse"].metrics["layer_error"] < 1e-5

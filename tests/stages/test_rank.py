@@ -54,15 +54,14 @@ def test_check_refuses_a_rank_above_the_channels_and_names_the_site(rank):
     ("changes", "message"),
     [
         (
-            {"act_group": 48},
+            "act_format.group=48",
             r"activation group 48 does not divide the 64 .*use one of \[16, 32, 64",
         ),
-        ({"weight_scale": "group", "weight_group": 7}, "weight group 7 does not divide"),
-        ({"act_bits": 8, "act_scale": "pow2"}, "leave INT8"),
+        ("weight_format=int4_group weight_format.group=7", "weight group 7 does not divide"),
     ],
 )
 def test_check_refuses_a_method_that_does_not_fit_and_names_the_site(rank, changes, message):
-    wrong = dataclasses.replace(rank, method=dataclasses.replace(rank.method, **changes))
+    wrong = dataclasses.replace(rank, method=method("dirotq", *changes.split()))
     with pytest.raises(ConfigError, match=rf"site transformer_blocks\.0.*{message}"):
         wrong.check()
 
@@ -81,12 +80,12 @@ def test_the_plan_lists_every_site_in_order(finished, line, name):
     assert [entry.site for entry in plan] == stage(built, "rank").model.sites()
     for entry in plan:
         modulator = entry.site.kind == "modulator"
-        assert entry.spec.rank == (0 if modulator or not used.protect else 16)
-        assert entry.spec.act_bits == (16 if modulator else used.act_bits)
+        assert entry.spec.rank == (0 if modulator or used.branch is None else 16)
+        assert entry.spec.activations.bits == (16 if modulator else used.activations.bits)
         assert entry.spec.rows == entry.site.rows
         assert (entry.rounding, entry.clip) == (used.rounding, used.weight_clip)
         assert entry.why
-    assert "16 of 64 directions hold" in plan[2].why or not used.protect
+    assert "16 of 64 directions hold" in plan[2].why or used.branch is None
 
 
 def test_modulators_that_stay_in_16_bits_are_not_in_the_plan(finished, rank, tmp_path):
@@ -170,7 +169,8 @@ def test_overrides_reach_the_plan_with_their_reason(rank, finished, tmp_path):
     kept = json.loads((tmp_path / "kept.json").read_text())
     assert kept == {"transformer_blocks.0.attn.to_add_out": "override *.attn.to_add_out: 16 bits"}
     assert metrics["sites_kept"] == 1
-    assert (plan[FF].spec.act_bits, plan[FF].spec.act_scale, plan[FF].spec.rank) == (8, "token", 16)
+    acts = plan[FF].spec.activations
+    assert (acts.element, acts.granularity, plan[FF].spec.rank) == ("int8", "token", 16)
     assert plan[FF].why.startswith("fixed: 16 of 256 directions hold")
     assert plan[FF].why.endswith("noisy: 8-bit activations")
     assert plan["single_transformer_blocks.0.proj_out"].spec.rank == 32
@@ -196,7 +196,7 @@ def test_a_packed_model_keeps_and_refines_what_overrides_say(line):
     overrides = '[{sites: "*.attn.to_add_out", keep: 16}, {sites: "*.ff.net.2", act_bits: 8}]'
     artifacts = run(line(f"method.overrides={overrides}", "until=pack"))
     transformer = load(artifacts["pack"].path, device="cpu").transformer
-    assert transformer.get_submodule(FF).spec.act_bits == 8
+    assert transformer.get_submodule(FF).spec.activations.bits == 8
     kept = transformer.get_submodule("transformer_blocks.0.attn.to_add_out")
     assert type(kept) is torch.nn.Linear
     bits = {name: artifacts[name].metrics["bits_per_parameter"] for name in ("rank", "pack")}
@@ -222,7 +222,7 @@ def copied(artifact, tmp_path):
 def test_the_worst_site_takes_finer_activations(rank, finished, tmp_path):
     chosen = dataclasses.replace(rank, worst={"count": 1, "act_bits": 8})
     run_stage(chosen, tmp_path, capture=finished["capture"], basis=finished["basis"])
-    finer = [e for e in read_plan(tmp_path / "plan.json") if e.spec.act_bits == 8]
+    finer = [e for e in read_plan(tmp_path / "plan.json") if e.spec.activations.bits == 8]
     assert len(finer) == 1
     assert "; number 1 in measured error (" in finer[0].why
 

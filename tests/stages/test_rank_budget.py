@@ -176,7 +176,7 @@ def test_the_worst_sites_are_measured_and_stay_out(budget, captured, tmp_path, m
     assert "number 1 in measured error" in kept[worst]
     stage = dataclasses.replace(budget, worst={"count": 1, "act_bits": 8})
     plan, _ = planned(stage, captured, tmp_path / "finer")
-    assert (plan[worst].spec.act_bits, plan[worst].spec.act_scale) == (8, "token")
+    assert (plan[worst].spec.activations.bits, plan[worst].spec.activations.name) == (8, "token")
     assert "number 1 in measured error" in plan[worst].why
 
 

@@ -5,7 +5,7 @@ from formats import DEVICE
 from torch import Tensor
 
 from dirotq.kernels.formats.hadamard import hadamard_matrix
-from dirotq.kernels.spec import QuantSpec
+from dirotq.kernels.formats.spec import QuantSpec
 
 
 def exact_case(spec: QuantSpec, rows: int) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
@@ -14,11 +14,11 @@ def exact_case(spec: QuantSpec, rows: int) -> tuple[Tensor, Tensor | None, Tenso
     P's columns are those of the Hadamard matrix where z is 0; z is codes times powers of two.
     """
     g = torch.Generator().manual_seed(rows)
-    d, qmax = spec.dim, 2 ** (spec.act_bits - 1) - 1
-    group = spec.act_group if spec.act_scale != "token" else d
+    d, qmax = spec.dim, 2 ** (spec.activations.bits - 1) - 1
+    group = spec.activations.group if spec.activations.name != "token" else d
     z = torch.randint(-qmax, qmax + 1, (rows, d // group, group), generator=g).double()
     z[..., 0] = qmax  # every group reaches its largest code
-    if spec.act_scale != "token":
+    if spec.activations.name != "token":
         z *= torch.exp2(-torch.randint(0, 5, (rows, d // group, 1), generator=g).double())
         z[:, 0] *= 0
         z[:, 0, 0] = qmax  # and the row has its largest in the first group
@@ -26,9 +26,8 @@ def exact_case(spec: QuantSpec, rows: int) -> tuple[Tensor, Tensor | None, Tenso
     free = torch.tensor([k for k in range(d) if k % group])
     kept = free[torch.randperm(len(free), generator=g)[: spec.rank]].sort().values
     z[:, kept] = 0
-    h = torch.block_diag(
-        *[hadamard_matrix(spec.block, torch.float64, torch.device("cpu"))] * (d // spec.block)
-    )
+    one = hadamard_matrix(spec.transform.block, torch.float64, torch.device("cpu"))
+    h = torch.block_diag(*[one] * (d // len(one)))
     c = torch.randint(-4, 5, (rows, spec.rank), generator=g).double()
     x = z @ h + c @ h[kept]
     assert torch.equal(x.half().double(), x)

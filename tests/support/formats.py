@@ -9,8 +9,8 @@ from torch import Tensor
 from dirotq.benchmarks.random_linear import buffers
 from dirotq.kernels.formats.hadamard import hadamard_block
 from dirotq.kernels.formats.pack_int4 import pack_int4
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.spec import QuantSpec
 
 __all__ = ["DEVICE", "FORMATS", "buffers", "inputs", "random_linear", "spec_of"]
 
@@ -53,7 +53,7 @@ def random_linear(spec: QuantSpec, *, bias: bool = True) -> QuantLinear:
     """Random codes, scales, bias and protected columns; an orthonormal basis and rotation."""
     torch.manual_seed(spec.dim)
     module = QuantLinear(spec, bias=bias, device=DEVICE)
-    columns = spec.dim if spec.transform == "dense" else spec.rank
+    columns = spec.dim if spec.transform.kind == "dense" else spec.rank
     vectors = torch.linalg.qr(torch.randn(spec.dim, max(columns, 1), device=DEVICE)).Q
     rest = vectors[:, spec.rank :]
     codes = torch.randint(-7, 8, (spec.outputs, spec.width), device=DEVICE, dtype=torch.int8)

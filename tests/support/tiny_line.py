@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import zarr
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from hydra.utils import instantiate
 from torch import Tensor, nn
 
 from dirotq.assets import tiny_flux
@@ -24,6 +23,7 @@ from dirotq.kernels import second_moment
 from dirotq.pipeline import dag
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line, build, compose_config
+from dirotq.pipeline.settings import make
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.quantize.moments import read_moment, write_moment
 from dirotq.quantize.plan import Method
@@ -124,15 +124,15 @@ def prompt_file(root: Path) -> Path:
     return file
 
 
-def method(name: str, **changes: Any) -> Method:
-    """A method of the config tree (or ``groups``), with fields replaced."""
-    return dataclasses.replace(_method(name), **changes)
+def method(name: str, *more: str, **changes: Any) -> Method:
+    """A method of the config tree (or ``groups``), with overrides and with fields replaced."""
+    return dataclasses.replace(_method(name, more), **changes)
 
 
 @functools.cache
-def _method(name: str) -> Method:
-    chosen = compose_config(_method_overrides(name), "dirotq.conf").method
-    made: Method = instantiate(chosen, _convert_="all")
+def _method(name: str, more: tuple[str, ...]) -> Method:
+    chosen = compose_config([*_method_overrides(name), *more], "dirotq.conf").method
+    made: Method = make(chosen, "method")
     return made
 
 
@@ -237,5 +237,5 @@ def tree_bytes(folder: Path) -> Mapping[str, bytes]:
 
 def _method_overrides(name: str) -> list[str]:
     if name == "groups":
-        return ["method.weight_scale=group", "method.act_scale=group", "method.act_group=64"]
+        return ["weight_format=int4_group", "act_format=int4_group"]
     return [f"method={name}"]

@@ -3,8 +3,8 @@
 import torch
 
 from dirotq.kernels.formats.pack_int4 import pack_int4
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.spec import QuantSpec
 
 
 def packed(spec: QuantSpec, *, bias: bool = True, seed: int = 0) -> QuantLinear:
@@ -22,7 +22,7 @@ def packed(spec: QuantSpec, *, bias: bool = True, seed: int = 0) -> QuantLinear:
         "basis": vectors[:, spec.dim - spec.rank :],
         "rotation": vectors[:, : spec.width],
     }
-    if spec.weight_element == "e2m1":
+    if spec.weights.element == "e2m1":
         content |= {
             "qweight": torch.randint(256, module.qweight.shape, generator=generator),
             "wscale": torch.randint(118, 125, module.wscale.shape, generator=generator),

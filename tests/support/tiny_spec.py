@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from dirotq.kernels.spec import QuantSpec
+from dirotq.kernels.formats.spec import QuantSpec
 
 DEFAULTS: dict[str, Any] = {
     "dim": 64,
@@ -28,4 +28,4 @@ FP4 = {
 
 def tiny_spec(**changes: Any) -> QuantSpec:
     """W4A4, 64 -> 48, one scale per row, no transform, nothing protected; but for ``changes``."""
-    return QuantSpec(**DEFAULTS | changes)
+    return QuantSpec.from_dict(DEFAULTS | changes)

@@ -37,7 +37,7 @@ def test_a_modulator_can_be_kept_too_and_ignores_what_only_blocks_have():
 )
 def test_finer_activations_take_the_scale_that_they_can_have(name, bits, scale):
     found = spec(QKV, {"sites": "*.qkv", "act_bits": bits}, name=name)
-    assert (found.act_bits, found.act_scale) == (bits, scale)
+    assert (found.activations.bits, found.activations.name) == (bits, scale)
     assert spec(OUT, {"sites": "*.qkv", "act_bits": bits}, name=name) == spec(OUT, name=name)
 
 
@@ -141,7 +141,7 @@ def test_worst_that_says_nothing_or_too_much(value, message):
 
 
 def test_worst_that_is_no_finer_than_the_method():
-    with pytest.raises(ConfigError, match=r"act_bits=8 is no finer than method\.act_bits=8"):
+    with pytest.raises(ConfigError, match=r"act_bits=8 is no finer than the method's 8-bit"):
         parse_worst({"count": 1, "act_bits": 8}, 8)
 
 

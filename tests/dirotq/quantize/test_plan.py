@@ -25,21 +25,22 @@ def test_plan_round_trip(name, tmp_path):
 
 
 def test_a_block_takes_the_method_and_the_largest_hadamard_block_that_fits():
-    spec = method("dirotq", act_group=32).spec(BLOCK, 16)
-    assert (spec.dim, spec.rows, spec.rank, spec.block) == (96, (8, 8, 16), 16, 32)
-    assert (spec.transform, spec.act_bits, spec.act_scale) == ("hadamard", 4, "rms")
+    spec = method("dirotq", "act_format.group=32").spec(BLOCK, 16)
+    assert (spec.dim, spec.rows, spec.rank, spec.transform.block) == (96, (8, 8, 16), 16, 32)
+    assert (spec.transform.kind, spec.activations.element) == ("hadamard", "int4")
+    assert (spec.activations.statistic, spec.activations.shifted) == ("rms", True)
 
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_modulator_is_w4a16_in_groups_and_never_rotated(name):
     spec = method(name).spec(MODULATOR, 16)
-    assert (spec.rank, spec.transform, spec.block) == (0, "hadamard", 1)
-    assert (spec.act_bits, spec.weight_scale, spec.weight_group) == (16, "group", 64)
+    assert (spec.rank, spec.transform.kind, spec.transform.block) == (0, "hadamard", 1)
+    assert (spec.activations.bits, spec.weights.name, spec.weights.group) == (16, "group", 64)
 
 
 def test_modulators_may_stay_in_sixteen_bits():
     assert method("dirotq", modulator_group=None).spec(MODULATOR, 0) is None
-    assert method("dirotq", modulator_group=None, act_group=32).spec(BLOCK, 0) is not None
+    assert method("dirotq", "act_format.group=32", modulator_group=None).spec(BLOCK, 0) is not None
 
 
 @pytest.mark.parametrize(
@@ -63,59 +64,64 @@ def test_a_group_that_does_not_fit_is_halved(group, channels, fitting):
 
 def test_the_spec_tells_which_group_a_site_took():
     spec = method("groups").spec(BLOCK, 16)
-    assert (spec.act_group, spec.weight_group) == (32, 32)
+    assert (spec.activations.group, spec.weights.group) == (32, 32)
     narrow = dataclasses.replace(MODULATOR, dim=96)
-    assert method("dirotq").spec(narrow, 0).weight_group == 32
+    assert method("dirotq").spec(narrow, 0).weights.group == 32
 
 
 def test_fp4_groups_are_the_formats_own():
     for name, group in (("nvfp4", 16), ("mxfp4", 32)):
         spec = method(f"dirotq_{name}").spec(BLOCK, 16)
-        assert (spec.weight_scale, spec.act_scale) == (name, name)
-        assert (spec.weight_group, spec.act_group) == (group, group)
-        assert spec.block == (1 if name == "nvfp4" else 32)
+        assert (spec.weights.name, spec.activations.name) == (name, name)
+        assert (spec.weights.group, spec.activations.group) == (group, group)
+        assert spec.transform.block == (1 if name == "nvfp4" else 32)
         modulator = method(f"dirotq_{name}").spec(MODULATOR, 0)
-        assert (modulator.weight_scale, modulator.act_bits) == ("group", 16)
+        assert (modulator.weights.name, modulator.activations.bits) == ("group", 16)
 
 
 def test_fp4_groups_that_do_not_divide_a_site_are_refused():
     narrow = dataclasses.replace(BLOCK, dim=80)
-    assert method("dirotq_nvfp4").spec(narrow, 0).weight_group == 16
+    assert method("dirotq_nvfp4").spec(narrow, 0).weights.group == 16
     with pytest.raises(ConfigError, match=r"site a\.qkv.*weight group 32 does not divide the 80"):
         method("dirotq_mxfp4").spec(narrow, 0)
-    with pytest.raises(ConfigError, match=r"nvfp4 has groups of 16, not 64: set weight_group to"):
-        method("dirotq", weight_scale="nvfp4", act_scale="nvfp4").spec(BLOCK, 0)
+    with pytest.raises(ConfigError, match=r"weight_format: nvfp4 has groups of 16, not 64"):
+        method("dirotq_nvfp4", "weight_format.group=64")
+    with pytest.raises(ConfigError, match=r"act_format: mxfp4 has groups of 32, not 16"):
+        method("dirotq_mxfp4", "act_format.group=16")
 
 
 def test_a_group_of_128():
     wide = dataclasses.replace(BLOCK, dim=3072)
-    spec = method("groups", weight_group=128, act_group=128).spec(wide, 64)
+    spec = method("groups", "weight_format.group=128", "act_format.group=128").spec(wide, 64)
     assert (spec.weight_group_size, spec.act_group_size) == (128, 128)
-    assert method("groups", weight_group=128, act_group=128).spec(BLOCK, 0).act_group == 32
+    assert (
+        method("groups", "weight_format.group=128", "act_format.group=128")
+        .spec(BLOCK, 0)
+        .activations.group
+        == 32
+    )
 
 
 def test_a_dense_rotation_takes_any_group():
-    dense = method("dirotq_dense", weight_scale="group", act_group=64).spec(BLOCK, 16)
-    assert (dense.act_group, dense.weight_group, dense.width) == (64, 64, 128)
+    dense = method("dirotq_dense", "weight_format=int4_group", "act_format.group=64").spec(
+        BLOCK, 16
+    )
+    assert (dense.activations.group, dense.weights.group, dense.width) == (64, 64, 128)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         (
-            {"act_group": 40},
+            ["act_format.group=40"],
             r"site a\.qkv, method dirotq: activation group 40 does not divide the 96",
         ),
-        ({"weight_scale": "group", "weight_group": 40}, r"site a\.qkv.*weight group 40"),
-        (
-            {"act_bits": 8, "act_scale": "pow2"},
-            r"site a\.qkv.*8-bit activations with power-of-two groups",
-        ),
+        (["weight_format=int4_group", "weight_format.group=40"], r"site a\.qkv.*weight group 40"),
     ],
 )
 def test_formats_that_do_not_fit_name_the_site(changes, message):
     with pytest.raises(ConfigError, match=message):
-        method("dirotq", **changes).spec(BLOCK, 16)
+        method("dirotq", *changes).spec(BLOCK, 16)
 
 
 def test_a_rank_above_the_channels_names_the_site():
@@ -126,19 +132,21 @@ def test_a_rank_above_the_channels_names_the_site():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rounding": "up"}, r"method\.rounding='up' is unknown; use 'gptq' or 'nearest'"),
-        ({"block": 0}, r"method\.block=0 is not a power of two"),
-        ({"block": 96}, r"method\.block=96 is not a power of two"),
+        (["method.rounding=up"], r"method\.rounding='up' does not fit"),
+        (["transform.block=0"], r"transform: Hadamard block 0 is not a power of two"),
+        (["transform.block=96"], r"transform: Hadamard block 96 is not a power of two"),
+        (["act_format=int4_pow2", "act_format.element=int8"], "act_format: 8-bit.*leave INT8"),
+        (["transform=dense"], "transform=dense rotates all.*set method.leading=null"),
     ],
 )
 def test_methods_are_checked_when_built(changes, message):
     with pytest.raises(ConfigError, match=message):
-        method("dirotq", **changes)
+        method("dirotq", *changes)
 
 
 def test_methods_of_the_config_tree_differ_in_what_they_say():
     built: dict[str, Method] = {name: method(name) for name in METHODS}
-    assert built["dirotq_dense"].transform == "dense"
-    assert not built["rtn"].protect
+    assert built["dirotq_dense"].transform.kind == "dense"
+    assert built["rtn"].branch is None
     assert built["rtn"].rounding == "nearest"
-    assert built["dirotq_w4a8"].act_bits == 8
+    assert built["dirotq_w4a8"].activations.element == "e4m3"

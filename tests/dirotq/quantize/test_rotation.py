@@ -3,7 +3,7 @@ import torch
 from tiny_spec import tiny_spec
 from torch import Tensor
 
-from dirotq.kernels.spec import QuantSpec
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.transform_quantize import transform
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.rotation import SEED, Rotation, haar, site_rotation

@@ -19,7 +19,7 @@ def captured(line):
     return run(line("until=basis"))
 
 
-def measured(folder, captured, change=None, rank=16, calls=1, **formats):
+def measured(folder, captured, change=None, rank=16, calls=1, more=()):
     """Errors of the pipeline in ``folder``, its transformer's weights changed first."""
     if change is not None:
         transformer = FluxTransformer2DModel.from_pretrained(folder / "transformer")
@@ -27,7 +27,7 @@ def measured(folder, captured, change=None, rank=16, calls=1, **formats):
             change(transformer)
         transformer.to(torch.bfloat16).save_pretrained(folder / "transformer")
     model = DiffusersModel(path=str(folder), call={})
-    plan = make_plan(method("dirotq", **formats), model.sites(), lambda site: (rank, "a test"))
+    plan = make_plan(method("dirotq", *more), model.sites(), lambda site: (rank, "a test"))
     probe, *_ = load_calls(captured["capture"].data, ["probe"])
     return site_errors(model, plan.blocks, captured["basis"], [probe] * calls, CPU)
 
@@ -62,7 +62,7 @@ def test_what_the_network_amplifies_has_more(own_folder, captured, plain):
 
 def test_more_protected_directions_and_finer_codes_disturb_less(folder, captured, plain):
     wide = measured(folder, captured, rank=56)
-    fine = measured(folder, captured, act_bits=8, act_scale="token")
+    fine = measured(folder, captured, more=("act_format=int8_token",))
     for better in (wide, fine):
         assert sum(better.values()) < 0.7 * sum(plain.values())
 
