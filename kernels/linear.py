@@ -121,7 +121,7 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.spec
-        return f"{s.dim} -> {list(s.rows)}, {s.format}, r={s.rank}, {s.transform}"
+        return f"{s.dim} -> {list(s.rows)}, {s.format}, r={s.rank}, {s.transform.kind}"
 
 
 class SiteView(nn.Module):

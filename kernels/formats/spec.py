@@ -105,7 +105,7 @@ class QuantSpec:
 
         Raises TypeError for a field that is missing or unknown, ValueError for a wrong value.
         """
-        fields = ADDED | dict(value)
+        fields: dict[str, Any] = ADDED | dict(value)
         if odd := fields.keys() ^ FIELDS:
             raise TypeError(f"fields that are missing or unknown: {', '.join(sorted(odd))}")
         if fields["weight_bits"] != 4 or fields["act_bits"] not in (4, 8, 16):
