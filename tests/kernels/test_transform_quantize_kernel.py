@@ -24,7 +24,7 @@ from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.planar import from_planar, padded
 from dirotq.kernels.tail import columns_with_tail, with_tail
 from dirotq.kernels.transform_quantize import quantize_rows, transform
-from dirotq.kernels.transform_quantize.kernel import MAX_RANK, builds, fits, launch
+from dirotq.kernels.transform_quantize.kernel import MAX_RANK, builds, launch
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 
@@ -297,13 +297,6 @@ def test_no_rows():
     assert codes.shape == (0, 192)
     assert scale.shape == (0, 1)
     assert c is not None and c.shape == (0, 8)
-
-
-def test_fits():
-    assert all(fits(spec) for spec in (*EXACT.values(), *CLOSE.values()))
-    assert not fits(tiny_spec(act_bits=16))
-    assert not fits(tiny_spec(dim=1024, block=1024))
-    assert not fits(tiny_spec(dim=240, act_scale="group", act_group=24))
 
 
 def test_builds_name_every_argument():
