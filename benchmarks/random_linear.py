@@ -68,12 +68,6 @@ def random_rows(m: int, d: int, *, device: str = "cuda") -> Tensor:
     return x_MD
 
 
-def buffers(linear: QuantLinear) -> tuple[Tensor | None, ...]:
-    """The tensors of a linear in the order of ``engine.run``."""
-    names = ("qweight", "wscale", "wglobal", "basis", "rotation", "wp", "bias")
-    return tuple(getattr(linear, name) for name in names)
-
-
 def read_bytes(linear: QuantLinear) -> int:
     """Bytes of a linear at rest, all of which one call reads."""
     return sum(t.numel() * t.element_size() for t in linear.parameters())
@@ -90,9 +84,9 @@ class Checker:
         ends = {*range(min(m, CHECKED_ROWS)), *range(max(0, m - CHECKED_ROWS), m)}
         self.rows = torch.tensor(sorted(ends), device=x_MD.device)
         x = x_MD[self.rows]
-        tensors = buffers(linear)
-        self.want = engine.reference(x.double(), *tensors, linear.spec)  # type: ignore[arg-type]
-        plain = engine.reference(x, *tensors, linear.spec)  # type: ignore[arg-type]
+        packed = linear.packed()
+        self.want = engine.reference(x.double(), packed, linear.spec)
+        plain = engine.reference(x, packed, linear.spec)
         self.allowed = SLACK[0] * self.error(plain) + SLACK[1]
 
     def error(self, part: Tensor) -> float:

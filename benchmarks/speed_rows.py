@@ -22,9 +22,11 @@ from dirotq.benchmarks.random_linear import (
 )
 from dirotq.benchmarks.speed_table import OURS, Row
 from dirotq.kernels import engine, transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
+from dirotq.kernels.buffers import Codes, Unpacked
 from dirotq.kernels.case import LINEARS, Case
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import Plan, name_of
+from dirotq.kernels.prologue import plain
 
 Call = Callable[[], object]
 Make = Callable[[QuantLinear, Tensor], Call]
@@ -65,7 +67,7 @@ def transforms() -> Iterator[Row]:
 
 
 def unpacks() -> Iterator[Row]:
-    """Nibbles into scratch, with the tail, against reading half a byte and writing one."""
+    """Nibbles into scratch, with appended columns, against reading half a byte and writing one."""
     for case in unpack_w4.CASES:
         linear, x = _checked("w4a4", replace(case, m=64))
         plan = linear.plan(case.m)
@@ -119,31 +121,24 @@ MEASURES: dict[str, Callable[[], Iterator[Row]]] = {
 }
 
 
-def quantized(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Callable[[], engine.Codes]:
+def quantized(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Callable[[], Codes]:
     """The first half of a linear, as the plan wants it."""
-    bias = linear.bias is not None
-    return lambda: engine.quantized(plan, x_MD, linear.basis, linear.rotation, bias, linear.spec)
+    return lambda: engine.quantize(plan, plain(x_MD[None]), linear.packed(), linear.spec)
 
 
-def unpacked(plan: Plan, linear: QuantLinear) -> engine.Scratch:
+def unpacked(plan: Plan, linear: QuantLinear) -> Unpacked | None:
     """The scratch that the plan wants, filled."""
-    weights = linear.qweight, linear.wscale, linear.wp, linear.bias
-    scratch = engine.allocated(plan, *weights)
-    if scratch[0] is not None:
-        engine.unpack(plan, *weights, scratch)
-    return scratch
+    weights = engine.allocate(plan, linear.packed())
+    if weights is not None:
+        engine.unpack(plan, linear.packed(), weights)
+    return weights
 
 
 def multiplied(
-    plan: Plan,
-    linear: QuantLinear,
-    codes: engine.Codes,
-    scratch: engine.Scratch,
-    dtype: torch.dtype,
+    plan: Plan, linear: QuantLinear, codes: Codes, weights: Unpacked | None, dtype: torch.dtype
 ) -> Tensor:
     """The product of what :func:`quantized` and :func:`unpacked` made."""
-    weights = linear.qweight, linear.wscale, linear.wp, linear.bias
-    return engine.multiplied(plan, codes, scratch, *weights, linear.spec.width, dtype)
+    return engine.multiply(plan, codes, linear.packed(), weights, linear.spec, dtype)
 
 
 def product(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
@@ -164,7 +159,7 @@ def on_unpacked(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
 
 
 def unpacking(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
-    return lambda: unpacked(plan, linear)
+    return lambda: (unpacked(plan, linear),)
 
 
 def _against_bf16(

@@ -30,7 +30,6 @@ from dirotq.benchmarks.gpu_timing import Timing, copies, time_calls
 from dirotq.benchmarks.random_linear import (
     FORMATS,
     Checker,
-    buffers,
     random_linear,
     random_rows,
     read_bytes,
@@ -227,7 +226,7 @@ def race(shape: Shape, candidates: Sequence[Plan]) -> list[tuple[Plan, Timing]]:
 def call(plan: Plan, linear: QuantLinear, x: Tensor) -> Callable[[], Tensor]:
     from dirotq.kernels import engine
 
-    return partial(engine.run, plan, x, *buffers(linear), linear.spec)
+    return partial(engine.linear, plan, x, linear.packed(), linear.spec)
 
 
 def entries(shape: Shape, timed: Sequence[tuple[Plan, Timing]]) -> list[Entry]:

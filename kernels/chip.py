@@ -29,10 +29,10 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def chained(x: torch.Tensor) -> bool:
+def chained(chip: int | None) -> bool:
     """Whether a kernel may be launched while the one before ends (programmatic dependent launch):
     such a kernel waits for it (``gdc_wait``) before it reads or writes."""
-    return (capability(x.device) or 0) >= 90
+    return chip is not None and chip >= 90
 
 
 @functools.lru_cache

@@ -6,15 +6,24 @@ sees a single node whatever M is, and a CUDA graph captures the kernels that wer
 
 import functools
 import json
-import logging
 
 import torch
 from torch import Tensor
 
 from . import engine
-from .chip import capability, say_once
+from .buffers import Packed
+from .chip import capability
 from .formats.spec import QuantSpec
 from .plan import Plan, choose
+
+
+def call(x: Tensor, packed: Packed, key: str) -> Tensor:
+    """:func:`quant_linear`, whose order of arguments graphs that were exported know."""
+    p = packed
+    return quant_linear(
+        x, p.qweight, p.wscale, p.wglobal, p.basis, p.rotation, p.wp, p.bias, key, p.smooth,
+        p.wpscale,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=4096)
@@ -46,35 +55,17 @@ def quant_linear(
     smooth: Tensor | None = None,
     wpscale: Tensor | None = None,
 ) -> Tensor:
-    """y [..., N] of x [..., D]; buffers as ``kernels.linear.QuantLinear`` describes them."""
+    """y [..., N] of x [..., D]; tensors as :class:`.buffers.Packed` describes them."""
     known = spec_from_key(spec)
     flat = x.reshape(-1, known.dim)
     outputs = wscale.shape[0]
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], outputs))
-    plan = plan_for(flat, outputs, known)
-    if plan.engine == "reference":
-        # On a GPU somebody expected speed; on a CPU it is the way that it works.
-        level = logging.WARNING if x.is_cuda else logging.INFO
-        say_once(f"packed linears run on the torch reference path: {plan.why}", level)
-    y = engine.run(
-        plan, flat, qweight, wscale, wglobal, basis, rotation, wp, bias, known, smooth, wpscale
-    )
+    packed = Packed(qweight, wscale, wglobal, basis, rotation, smooth, wp, wpscale, bias)
+    y = engine.linear(plan_for(flat, outputs, known), flat, packed, known)
     return y.view(*x.shape[:-1], outputs)
 
 
 @quant_linear.register_fake
-def _(
-    x: Tensor,
-    qweight: Tensor,
-    wscale: Tensor,
-    wglobal: Tensor | None,
-    basis: Tensor | None,
-    rotation: Tensor | None,
-    wp: Tensor | None,
-    bias: Tensor | None,
-    spec: str,
-    smooth: Tensor | None = None,
-    wpscale: Tensor | None = None,
-) -> Tensor:
+def _(x: Tensor, qweight: Tensor, wscale: Tensor, *_: object) -> Tensor:
     return x.new_empty((*x.shape[:-1], wscale.shape[0]))

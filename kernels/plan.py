@@ -32,7 +32,7 @@ class Plan:
 
     ``reference``  plain torch, the specification
     ``scaled_mm``  weights unpacked to FP8 scratch, ``torch._scaled_mm``, protected branch and bias
-                   as FP8 columns (kernels/tail.py)
+                   as FP8 columns (kernels/appended.py)
     ``packed``     Triton GEMM that decodes nibbles in registers, protected branch as a 16-bit tail
     ``unpacked``   Triton GEMM on unpacked scratch, protected branch as a 16-bit tail
     ``w4a16``      Triton, 16-bit activations

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from dirotq.errors import ConfigError
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.source import Source
-from dirotq.kernels.w4a16_linear.together import Together
+from dirotq.kernels.prologue import Prologue
+from dirotq.kernels.together import Together
 
 from .as_made import untouched
 from .graph_watch import RUNTIME
@@ -117,9 +117,9 @@ def hooked(module: nn.Module) -> bool:
     return "_hf_hook" in state or bool(getattr(state.get("_diffusers_hook"), "hooks", None))
 
 
-def read(linear: Any, source: Source) -> Tensor:
-    """linear(source), [B, T, N]: inside its kernels where it is packed."""
-    return linear(source if isinstance(linear, QuantLinear) else source.value())
+def read(linear: Any, prologue: Prologue) -> Tensor:
+    """linear(prologue), [B, T, N]: inside its kernels where it is packed."""
+    return linear(prologue if isinstance(linear, QuantLinear) else prologue.value())
 
 
 def clipped(x: Tensor) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from dirotq.kernels.attention import attention
 from dirotq.kernels.gated_residual import gated_residual_norm
+from dirotq.kernels.prologue import concat_gelu, plain
 from dirotq.kernels.qk_norm_rope import Part, qk_norm_rope
-from dirotq.kernels.source import concat_gelu, plain
 
 from .accelerate import Modulators, clipped, joined, read
 from .fused_block import (
@@ -69,10 +69,10 @@ def _double_forward(
     x, text, tokens = hidden_states, encoder_hidden_states, encoder_hidden_states.shape[1]
     of_x = shared.modulators.of(self.norm1.linear, temb).chunk(6, dim=1)
     of_text = shared.modulators.of(self.norm1_context.linear, temb).chunk(6, dim=1)
-    source = norm_ahead(shared, self.norm1, x, temb, of_x[1], of_x[0])
-    text_source = norm_ahead(shared, self.norm1_context, text, temb, of_text[1], of_text[0])
+    prologue = norm_ahead(shared, self.norm1, x, temb, of_x[1], of_x[0])
+    text_prologue = norm_ahead(shared, self.norm1_context, text, temb, of_text[1], of_text[0])
     shared.ahead = ()
-    qkv, text_qkv = read(attn.qkv, source), read(attn.add_qkv, text_source)
+    qkv, text_qkv = read(attn.qkv, prologue), read(attn.add_qkv, text_prologue)
     q, k, v = qk_norm_rope(
         [
             _part(text_qkv, attn.norm_added_q, attn.norm_added_k),
@@ -83,19 +83,19 @@ def _double_forward(
         eps=attn.norm_q.eps,
     )
     attended = attention(q, k, v, mode=shared.runtime.attention).flatten(2)
-    x, source = gated_residual_norm(
+    x, prologue = gated_residual_norm(
         x, of_x[2], read(attn.to_out[0], plain(attended[:, tokens:])), of_x[4], of_x[3],
         eps=self.norm2.eps,
     )  # fmt: skip
-    text, text_source = gated_residual_norm(
+    text, text_prologue = gated_residual_norm(
         text, of_text[2], read(attn.to_add_out, plain(attended[:, :tokens])), of_text[4],
         of_text[3], eps=self.norm2_context.eps,
     )  # fmt: skip
     after = _after(self, x, _double_fusable)
     norms = (None, None) if after is None else (after.norm1, after.norm1_context)
-    fed = fed_forward(self.ff, source)
+    fed = fed_forward(self.ff, prologue)
     x, ahead = last_residual(shared, norms[0], x, of_x[5], fed, temb)
-    fed = fed_forward(self.ff_context, text_source)
+    fed = fed_forward(self.ff_context, text_prologue)
     text, text_ahead = last_residual(shared, norms[1], text, of_text[5], fed, temb)
     shared.ahead = (*ahead, *text_ahead)
     return clipped(text), x
@@ -119,9 +119,9 @@ def _single_forward(
     tokens = encoder_hidden_states.shape[1]
     x = joined(encoder_hidden_states, hidden_states)
     shift, scale, gate = shared.modulators.of(self.norm.linear, temb).chunk(3, dim=1)
-    source = norm_ahead(shared, self.norm, x, temb, scale, shift)
+    prologue = norm_ahead(shared, self.norm, x, temb, scale, shift)
     shared.ahead = ()
-    wide = read(self.qkv_mlp, source)
+    wide = read(self.qkv_mlp, prologue)
     q, k, v = qk_norm_rope(
         [_part(wide, attn.norm_q, attn.norm_k)],
         image_rotary_emb,

@@ -18,7 +18,7 @@ from diffusers.models.attention import FeedForward
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
 
-from dirotq.kernels.source import Source, gelu
+from dirotq.kernels.prologue import Prologue, gelu
 
 from .accelerate import Modulators, Runtime, Shared, read
 from .as_made import Made
@@ -117,6 +117,6 @@ def from_table(table_CD: Tensor, timestep_BC: Tensor) -> tuple[Tensor, ...]:
     return (table_CD[None] + timestep_BC.reshape(len(timestep_BC), chunks, -1)).unbind(1)
 
 
-def fed_forward(ff: Any, source: Source) -> Tensor:
-    """ff(source), [B, T, D]."""
-    return read(ff.net[2], gelu(read(ff.net[0].proj, source)))
+def fed_forward(ff: Any, prologue: Prologue) -> Tensor:
+    """ff(prologue), [B, T, D]."""
+    return read(ff.net[2], gelu(read(ff.net[0].proj, prologue)))

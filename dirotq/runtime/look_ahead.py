@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dirotq.kernels.gated_residual import gated_residual, gated_residual_norm
-from dirotq.kernels.source import Source, modulated_norm
+from dirotq.kernels.prologue import Prologue, modulated_norm
 
 from .accelerate import Shared
 
@@ -27,17 +27,17 @@ class Ahead:
     temb: Tensor
     x: Tensor
     version: int
-    source: Source
+    prologue: Prologue
 
 
 def norm_ahead(
     shared: Shared, norm: Any, x_BTD: Tensor, temb_BD: Tensor, scale: Tensor, shift: Tensor
-) -> Source:
+) -> Prologue:
     """A block's first norm (``norm.linear`` its modulator): the one computed ahead, if it is of
     this x, or a new one."""
     for ahead in shared.ahead:
         if ahead.linear is norm.linear and ahead.temb is temb_BD and _unchanged(ahead, x_BTD):
-            return ahead.source
+            return ahead.prologue
     return modulated_norm(x_BTD, scale, shift, eps=norm.norm.eps)
 
 
@@ -57,10 +57,10 @@ def last_residual(
     if norm is None or known is None:
         return gated_residual(x_BTD, gate, y_BTD), ()
     d = x_BTD.shape[-1]
-    x, source = gated_residual_norm(
+    x, prologue = gated_residual_norm(
         x_BTD, gate, y_BTD, known[:, d : 2 * d], known[:, :d], eps=norm.norm.eps
     )
-    return x, (Ahead(norm.linear, temb_BD, x, x._version, source),)
+    return x, (Ahead(norm.linear, temb_BD, x, x._version, prologue),)
 
 
 def _watched(x: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dirotq.kernels.attention import attention
 from dirotq.kernels.gated_residual import gated_residual
-from dirotq.kernels.source import modulated_norm, plain
+from dirotq.kernels.prologue import modulated_norm, plain
 
 from .accelerate import read
 from .fused_block import (
@@ -73,8 +73,8 @@ def _forward(
     x = gated_residual(x, gate, read(attn.to_out[0], plain(attended)))
     x = x + _cross_attention(self.attn2, x, text, mask)
     shift, scale, gate = of_ff
-    source = modulated_norm(x, scale, shift, eps=self.norm2.eps)
-    return gated_residual(x, gate, fed_forward(self.ff, source))
+    prologue = modulated_norm(x, scale, shift, eps=self.norm2.eps)
+    return gated_residual(x, gate, fed_forward(self.ff, prologue))
 
 
 def _cross_attention(attn: Any, x_BTD: Tensor, text_BSD: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from dirotq.kernels.gated_residual import gated_residual
-from dirotq.kernels.source import Source, modulated_norm, plain
+from dirotq.kernels.prologue import Prologue, modulated_norm, plain
 
 from .accelerate import clipped, read
 from .fused_block import from_table, install, may_fuse, plain_attention, plain_norm
@@ -63,8 +63,8 @@ def _forward(
         x, encoder_hidden_states=encoder_hidden_states, attention_mask=encoder_attention_mask
     )
     shift, scale, gate = of_ff
-    source = modulated_norm(x, scale, shift, eps=self.norm2.eps)
-    return gated_residual(x, gate, _convolved(self.ff, source, height, width))
+    prologue = modulated_norm(x, scale, shift, eps=self.norm2.eps)
+    return gated_residual(x, gate, _convolved(self.ff, prologue, height, width))
 
 
 def _linear_attention(attn: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor) -> Tensor:
@@ -83,9 +83,9 @@ def _linear_attention(attn: Any, q_BTD: Tensor, k_BTD: Tensor, v_BTD: Tensor) ->
     return y.flatten(1, 2).transpose(1, 2).to(v_BTD.dtype)
 
 
-def _convolved(ff: Any, source: Source, height: int, width: int) -> Tensor:
-    """``GLUMBConv.forward`` of the source's tokens, [B, T, D]."""
-    up_BTF = ff.nonlinearity(read(ff.inverted, source))
+def _convolved(ff: Any, prologue: Prologue, height: int, width: int) -> Tensor:
+    """``GLUMBConv.forward`` of the prologue's tokens, [B, T, D]."""
+    up_BTF = ff.nonlinearity(read(ff.inverted, prologue))
     up = ff.conv_depth(up_BTF.unflatten(1, (height, width)).movedim(-1, 1))
     up, gate = up.chunk(2, dim=1)
     return ff.conv_point(up * ff.nonlinearity(gate)).flatten(2).transpose(1, 2)

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from dirotq.kernels.attention import attention
 from dirotq.kernels.gated_residual import gated_residual, gated_residual_norm
+from dirotq.kernels.prologue import modulated_norm, plain
 from dirotq.kernels.qk_norm_rope import Part, qk_norm_rope
-from dirotq.kernels.source import modulated_norm, plain
 
 from .accelerate import Modulators, read
 from .fused_block import (
@@ -78,8 +78,8 @@ def _forward(
         text_shift, text_scale, text_gate, *of_text_ff = of_text.chunk(6, dim=1)
     attn, eps = self.attn, self.norm1.norm.eps
     qkv = read(attn.qkv, modulated_norm(x, scale, shift, eps=eps))
-    text_source = modulated_norm(text, text_scale, text_shift, eps=self.norm1_context.norm.eps)
-    q, k, v = _normed(attn, qkv, read(attn.add_qkv, text_source))
+    text_prologue = modulated_norm(text, text_scale, text_shift, eps=self.norm1_context.norm.eps)
+    q, k, v = _normed(attn, qkv, read(attn.add_qkv, text_prologue))
     tokens = x.shape[1]
     if self.context_pre_only:
         q = q[:, :tokens]  # nobody reads what the text would attend to
@@ -105,8 +105,8 @@ def _residual_and_fed(
 ) -> Tensor:
     """x + gate * y, and what the MLP behind ``norm`` adds to it; of_ff: its shift, scale, gate."""
     shift, scale, ff_gate = of_ff
-    x, source = gated_residual_norm(x, gate, y, scale, shift, eps=norm.eps)
-    return gated_residual(x, ff_gate, fed_forward(ff, source))
+    x, prologue = gated_residual_norm(x, gate, y, scale, shift, eps=norm.eps)
+    return gated_residual(x, ff_gate, fed_forward(ff, prologue))
 
 
 def _normed(attn: Any, qkv_BTC: Tensor, text_BSC: Tensor | None = None) -> Heads:

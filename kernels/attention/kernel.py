@@ -1,14 +1,13 @@
 """Triton engine of 8-bit attention: launches the kernels (codes.py, forward.py) on real tensors."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..build import FP8_CHIPS, Build
+from ..build import FP8_CHIPS, Build, Config
 from ..chip import capability
 from . import codes as quantizing
 from .forward import forward
@@ -29,7 +28,7 @@ class Tile:
     tma        the tensor memory accelerator reads the codes
     precise    sums over blocks of keys in float32, where the chip's own keep fewer bits
     registers  a thread's at most: few, so that more programs share a processor, or 255, so that
-               none spill to get there; None: the compiler's choice
+               none spill to get there, where keys end with a block; None: the compiler's choice
     """
 
     bm: int
@@ -39,10 +38,6 @@ class Tile:
     tma: bool
     precise: bool = False
     registers: int | None = None
-
-    def most_registers(self, even: bool) -> int | None:
-        """``registers``, unless keys end within a block: the mask of a ragged end takes more."""
-        return self.registers if even else None
 
 
 TILES = {
@@ -123,14 +118,14 @@ def quantized(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, *, scale: float) -
     )
     strides = [x.stride()[:3] for x in (q, k, v)]
     chunk = triton.cdiv(triton.cdiv(s, CHUNKS), STEP) * STEP
-    quantizing.summarize[(heads, CHUNKS, 2)](
-        k, v, sums, s, h, *strides[1], *strides[2], chunk, D=d, HD=hd, BS=STEP, num_warps=4
+    summarize_config(d).launch(
+        (heads, CHUNKS, 2), k, v, sums, s, h, *strides[1], *strides[2], chunk
     )
-    quantizing.round_codes[(n_q + 2 * n_s, heads)](
+    round_config(d).launch(
+        (n_q + 2 * n_s, heads),
         q, k, v, sums, stored.q_LTd, stored.k_LSd, stored.v_LdS, stored.q_scale_LT,
         stored.k_scale_LN, stored.v_scale_Ld, stored.v_mean_Ld, t, s, h,
         *strides[0], *strides[1], *strides[2], n_q, n_s, scale * LOG2E,
-        D=d, HD=hd, BY_HAND=INTERPRETED, num_warps=8,
     )  # fmt: skip
     return stored
 
@@ -144,19 +139,34 @@ def attend(stored: Stored, y_BTHd: Tensor, keys: int, tile: Tile) -> None:
         q = TensorDescriptor.from_tensor(q, [tile.bm, hd])
         k = TensorDescriptor.from_tensor(k, [tile.bn, hd])
         v = TensorDescriptor.from_tensor(v, [hd, tile.bn])
-    even = keys % tile.bn == 0
-    forward[(triton.cdiv(t, tile.bm) * heads,)](
+    forward_config(tile, d, keys).launch(
+        (triton.cdiv(t, tile.bm) * heads,),
         q, k, v, stored.q_scale_LT, stored.k_scale_LN, stored.v_scale_Ld, stored.v_mean_Ld, y_BTHd,
         t, keys, h, stored.q_LTd.shape[1] // K_BLOCK, filled // K_BLOCK, *y_BTHd.stride()[:3],
-        D=d, EVEN=even, BY_HAND=INTERPRETED, **_constants(tile, hd),
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.most_registers(even),
     )  # fmt: skip
 
 
-def _constants(tile: Tile, hd: int) -> dict[str, Any]:
-    return {
-        "HD": hd, "BM": tile.bm, "BN": tile.bn, "TMA": tile.tma, "PRECISE": tile.precise,
+def summarize_config(d: int) -> Config:
+    """``d``: channels of a head."""
+    return Config(kernel=quantizing.summarize, constants={"D": d, "HD": _width(d), "BS": STEP})
+
+
+def round_config(d: int) -> Config:
+    constants = {"D": d, "HD": _width(d), "BY_HAND": INTERPRETED}
+    return Config(kernel=quantizing.round_codes, constants=constants, warps=8)
+
+
+def forward_config(tile: Tile, d: int, keys: int) -> Config:
+    even = keys % tile.bn == 0
+    constants = {
+        "D": d, "EVEN": even, "BY_HAND": INTERPRETED, "HD": _width(d), "BM": tile.bm,
+        "BN": tile.bn, "TMA": tile.tma, "PRECISE": tile.precise,
     }  # fmt: skip
+    # The mask of a ragged end takes more registers.
+    return Config(
+        kernel=forward, constants=constants, warps=tile.warps, stages=tile.stages,
+        registers=tile.registers if even else None,
+    )  # fmt: skip
 
 
 def _width(d: int) -> int:
@@ -168,13 +178,8 @@ def builds() -> list[Build]:
     """Both kernels that make codes, and every tile: heads of 128 channels, and of 72 and 64."""
     found = []
     for d in (128, 72):
-        hd = _width(d)
-        for kernel, warps, more in (
-            (quantizing.summarize, 4, {"BS": STEP}),
-            (quantizing.round_codes, 8, {"BY_HAND": False}),
-        ):
-            constants = {"D": d, "HD": hd, **more}
-            found.append(_build(f"d{d}", kernel, constants, warps, 1, FP8_CHIPS, tensor_core=False))
+        for config in (summarize_config(d), round_config(d)):
+            found.append(_build(f"d{d}", config, FP8_CHIPS, tensor_core=False))
     for oldest, configurations in TILES.items():
         chips = tuple(c for c in FP8_CHIPS if (c == 90) == (oldest == 90))
         for tile in configurations:
@@ -182,49 +187,28 @@ def builds() -> list[Build]:
             for d, even in ((128, True), (128, False), (72, True), (64, True)):
                 if not first and (d, even) != (128, True):
                     continue
-                constants = {
-                    "D": d, "EVEN": even, "BY_HAND": False, **_constants(tile, _width(d)),
-                }  # fmt: skip
                 name = f"d{d}-{tile.bm}x{tile.bn}-w{tile.warps}-s{tile.stages}"
                 name += "-precise" if tile.precise else ""
                 name += f"-r{tile.registers}" if tile.registers else ""
                 name += "" if even else "-masked"
-                found.append(
-                    _build(
-                        name, forward, constants, tile.warps, tile.stages, chips,
-                        registers=tile.most_registers(even),
-                    )
-                )  # fmt: skip
+                config = forward_config(tile, d, 4096 if even else 4097)
+                found.append(_build(name, config, chips))
     return found
 
 
-def _build(
-    name: str, kernel: Any, constants: dict[str, Any], warps: int, stages: int,
-    chips: tuple[int, ...], **more: Any,
-) -> Build:  # fmt: skip
+def _build(name: str, config: Config, chips: tuple[int, ...], *, tensor_core: bool = True) -> Build:
     types = {"p_q8": "*i8", "p_k8": "*i8", "p_v8": "*fp8e4nv", "factor": "fp32"}
     types |= dict.fromkeys(("p_q", "p_k", "p_v", "p_y"), "*bf16")
     types |= dict.fromkeys(("p_sums", "p_sq", "p_sk", "p_sv", "p_mean"), "*fp32")
-    if constants.get("TMA"):
-        hd, bm, bn = (constants[n] for n in ("HD", "BM", "BN"))
+    if config.constants.get("TMA"):
+        hd, bm, bn = (config.constants[n] for n in ("HD", "BM", "BN"))
         types["q_codes"] = f"tensordesc<i8[{bm}, {hd}]>"
         types["k_codes"] = f"tensordesc<i8[{bn}, {hd}]>"
         types["v_codes"] = f"tensordesc<fp8e4nv[{hd}, {bn}]>"
     else:
         types |= {"q_codes": "*i8", "k_codes": "*i8", "v_codes": "*fp8e4nv"}
-    signature = {n: types.get(n, "i32") for n in kernel.arg_names if n not in constants}
-    counted = ("T", "S", "H", "n_q", "n_s", "factor")
-    return Build(
-        name=f"attention_{kernel.__name__}-{name}",
-        kernel=kernel,
-        signature=signature,
-        constants=constants,
-        warps=warps,
-        stages=stages,
-        chips=chips,
-        aligned=tuple(
-            n for n, kind in signature.items()
-            if n not in counted and not kind.startswith("tensordesc")
-        ),
-        **more,
+    strides = [f"{x}_{of}" for x in "qkvy" for of in ("batch", "row", "head")]
+    return Build.of(
+        config, types, aligned=("chunk", *strides),
+        name=f"attention_{config.kernel.__name__}-{name}", chips=chips, tensor_core=tensor_core,
     )  # fmt: skip

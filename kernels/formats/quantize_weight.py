@@ -9,8 +9,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ..tail import BIAS_LIMIT, LIMIT
-from ..transform_quantize.reference import TINY
+from ..appended import BIAS_LIMIT, LIMIT, TINY
 from . import fp4
 from .pack_int4 import pack_int4, unpack_int4
 from .spec import QuantSpec

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..chip import capability, why_reference
-from ..source import Source, modulated_norm
+from ..prologue import Prologue, modulated_norm
 from . import reference
 
 __all__ = ["gated_residual", "gated_residual_norm"]
@@ -26,17 +26,17 @@ def gated_residual(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
 
 def gated_residual_norm(
     x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor, scale_BD: Tensor, shift_BD: Tensor, *, eps: float
-) -> tuple[Tensor, Source]:
-    """x + gate * y, and its LayerNorm with modulation (:func:`..source.modulated_norm`).
+) -> tuple[Tensor, Prologue]:
+    """x + gate * y, and its LayerNorm with modulation (:func:`..prologue.modulated_norm`).
 
-    An NVIDIA GPU computes both in one pass; elsewhere the norm waits for who reads the source.
+    An NVIDIA GPU computes both in one pass; elsewhere the norm waits for who reads the prologue.
     """
     if _fast(x_BTD):
         from .kernel import launch_with_norm
 
         x, *known = launch_with_norm(x_BTD, gate_BD, y_BTD, scale_BD, shift_BD, eps=eps)
-        source = modulated_norm(x, scale_BD, shift_BD, eps=eps)
-        return x, replace(source, known=(known[0], known[1]))
+        prologue = modulated_norm(x, scale_BD, shift_BD, eps=eps)
+        return x, replace(prologue, known=(known[0], known[1]))
     x = reference.gated_residual(x_BTD, gate_BD, y_BTD)
     return x, modulated_norm(x, scale_BD, shift_BD, eps=eps)
 

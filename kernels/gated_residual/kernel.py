@@ -4,16 +4,14 @@ memory.
 Letters: B images, T tokens, D channels.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from ..build import Build
-from ..chip import chained
+from ..build import CHIPS, Build, Config, by_launch
+from ..chip import capability, chained
 from ..transform_quantize.projection import modulated_row
 from ..transform_quantize.shapes import warps_of_row
 
@@ -51,10 +49,10 @@ def launch(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
     out = torch.empty((images, tokens, d), dtype=x.dtype, device=x.device)
     blocks = triton.cdiv(tokens, ROWS)
     with torch.cuda.device_of(x):
-        gate_and_add[(images * blocks * triton.cdiv(d, COLUMNS),)](
+        add_config().launch(
+            (images * blocks * triton.cdiv(d, COLUMNS),),
             x, gate, y, out, tokens, d, blocks, x.stride(0), x.stride(1), y.stride(0), y.stride(1),
             gate.stride(0),
-            BM=ROWS, BD=COLUMNS, num_warps=4,
         )  # fmt: skip
     return out
 
@@ -101,34 +99,43 @@ def launch_with_norm(
     out = torch.empty((images, tokens, d), dtype=x.dtype, device=x.device)
     normed = x.new_empty((1, images * tokens, d))
     squares = x.new_empty((1, images * tokens), dtype=torch.float32)
-    width = triton.next_power_of_2(d)
     with torch.cuda.device_of(x):
-        add_and_normalize[(images * tokens,)](
+        norm_config(d, capability(x.device)).launch(
+            (images * tokens,),
             x, gate, y, out, scale, shift, normed, squares, tokens, d, x.stride(0), x.stride(1),
             y.stride(0), y.stride(1), gate.stride(0), scale.stride(0), eps,
-            BD=width, CHAIN=chained(x), num_warps=warps_of_row(width), launch_pdl=chained(x),
         )  # fmt: skip
     return out, normed, squares
 
 
+def add_config() -> Config:
+    return Config(kernel=gate_and_add, constants={"BM": ROWS, "BD": COLUMNS})
+
+
+def norm_config(channels: int, chip: int | None) -> Config:
+    width = triton.next_power_of_2(channels)
+    return Config(
+        kernel=add_and_normalize,
+        constants={"BD": width, "CHAIN": chained(chip)},
+        warps=warps_of_row(width),
+        early=chained(chip),
+    )
+
+
 def builds() -> list[Build]:
     """bf16 and fp16."""
-    return [
-        build
-        for dtype in ("bf16", "fp16")
-        for build in (
-            _build(dtype, gate_and_add, {"BM": ROWS, "BD": COLUMNS}, 4),
-            _build(dtype, add_and_normalize, {"BD": 4096, "CHAIN": False}, warps_of_row(4096)),
-        )
-    ]
+    found = []
+    for dtype in ("bf16", "fp16"):
+        found.append(_build(dtype, add_config(), CHIPS))
+        found += [_build(dtype, norm_config(3072, chips[0]), chips) for chips in by_launch()]
+    return found
 
 
-def _build(dtype: str, kernel: Any, constants: dict[str, Any], warps: int) -> Build:
-    names = [n for n in kernel.arg_names if n not in constants]
-    types = {n: f"*{dtype}" if n.startswith("p_") else "i32" for n in names}
-    types |= {n: t for n, t in (("p_squares", "*fp32"), ("eps", "fp32")) if n in names}
-    return Build(
-        name=f"{kernel.__name__}-{dtype}", kernel=kernel, constants=constants, signature=types,
-        warps=warps, stages=1, tensor_core=False,
-        aligned=tuple(n for n in names if n not in ("T", "blocks", "eps")),
+def _build(dtype: str, config: Config, chips: tuple[int, ...]) -> Build:
+    names = config.kernel.arg_names
+    types = {n: f"*{dtype}" for n in names if n.startswith("p_")}
+    return Build.of(
+        config, types | {"p_squares": "*fp32", "eps": "fp32"},
+        aligned=[n for n in names if n not in ("T", "blocks", "eps")],
+        name=f"{config.kernel.__name__}-{dtype}", chips=chips, tensor_core=False,
     )  # fmt: skip

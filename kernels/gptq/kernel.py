@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..build import Build
+from ..build import Build, Config
 from ..formats.quantize_weight import QMAX
 
 LIMIT = tl.constexpr(float(QMAX))
@@ -66,12 +66,16 @@ def launch(w_NB: Tensor, target_NB: Tensor, step_NB: Tensor, f_BB: Tensor) -> tu
     codes_NB = w_NB.new_empty((n, b), dtype=torch.int8)
     error_NB = w_NB.new_empty((n, b))
     with torch.cuda.device_of(w_NB):
-        sweep[(triton.cdiv(n, ROWS),)](
+        config().launch(
+            (triton.cdiv(n, ROWS),),
             *rows, step_NB, f_BB.mT.contiguous(), codes_NB, error_NB, n, b,
             *(t.stride(0) for t in (*rows, step_NB)), 0 if by_row else step_NB.stride(1),
-            ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS,
         )  # fmt: skip
     return codes_NB, error_NB
+
+
+def config() -> Config:
+    return Config(kernel=sweep, constants={"ROWS": ROWS, "COLUMNS": COLUMNS}, warps=WARPS)
 
 
 def builds() -> list[Build]:
@@ -84,16 +88,8 @@ def builds() -> list[Build]:
 
 def _build(name: str, one: str, aligned: str) -> Build:
     """The kernel where the stride ``one`` is 1, as launches find it."""
-    constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, one: 1}
-    names = [n for n in sweep.arg_names if n not in constants]
-    types = {n: "*fp32" for n in names if n.startswith("p_")} | {"p_codes": "*i8"}
-    return Build(
-        name=f"gptq-sweep-{name}",
-        kernel=sweep,
-        signature={n: types.get(n, "i32") for n in names},
-        constants=constants,
-        warps=WARPS,
-        stages=1,
-        tensor_core=False,
-        aligned=(*types, "w_stride", "target_stride", aligned),
-    )
+    types = {n: "*fp32" for n in sweep.arg_names if n.startswith("p_")} | {"p_codes": "*i8"}
+    return Build.of(
+        config(), types, aligned=("w_stride", "target_stride", aligned), given={one: 1},
+        name=f"gptq-sweep-{name}", tensor_core=False,
+    )  # fmt: skip

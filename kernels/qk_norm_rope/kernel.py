@@ -8,7 +8,6 @@ power of two that holds D.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import triton
@@ -16,8 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
-from ..build import Build
-from ..chip import chained
+from ..build import Build, Config, by_launch
+from ..chip import capability, chained
 from .reference import Part, Rope, check, columns
 
 ELEMENTS = 1024
@@ -128,66 +127,58 @@ def launch(
     v = x.new_empty(shape) if copy else columns(x, heads, dim)[2]
     if q.numel() == 0:
         return q, k, v
-    constants = _constants(
-        dim, rope=rope is not None, copy=copy,
+    config = norm_config(
+        dim, capability(x.device), rope=rope is not None, copy=copy,
         q_weight=a.q_weight is not None, k_weight=a.k_weight is not None,
     )  # fmt: skip
     weights = [
         [x if w is None else w.contiguous() for w in (p.q_weight, p.k_weight)] for p in (a, b)
     ]
     cos, sin = (x, x) if rope is None else (t.contiguous() for t in rope)
-    blocks = [triton.cdiv(t, constants["BT"]) for t in tokens]
+    blocks = [triton.cdiv(t, config.constants["BT"]) for t in tokens]
     grid = sum(blocks), triton.cdiv(heads, HEADS), len(x)
     strides = (*x.stride()[:2], *b.qkv_BTC.stride()[:2])
     with torch.cuda.device_of(x):
-        norm_rope[grid](
-            x, *weights[0], b.qkv_BTC, *weights[1], cos, sin, q, k, v if copy else q,
-            *tokens, blocks[0], heads, *strides, eps, **constants, CHAIN=chained(x),
-            num_warps=WARPS, num_stages=1, launch_pdl=chained(x),
+        config.launch(
+            grid, x, *weights[0], b.qkv_BTC, *weights[1], cos, sin, q, k, v if copy else q,
+            *tokens, blocks[0], heads, *strides, eps,
         )  # fmt: skip
     return q, k, v
 
 
-def _constants(
-    dim: int, *, rope: bool, copy: bool, q_weight: bool, k_weight: bool
-) -> dict[str, Any]:
-    """Constexpr arguments of ``norm_rope``."""
+def norm_config(
+    dim: int, chip: int | None, *, rope: bool, copy: bool, q_weight: bool, k_weight: bool
+) -> Config:
+    """``dim``: channels of a head; ``copy``: of two parts, whose v are put together."""
     wide = triton.next_power_of_2(dim)
-    return {
-        "D": dim, "DP": wide, "BT": ELEMENTS // wide, "BH": HEADS,
-        "Q_WEIGHT": q_weight, "K_WEIGHT": k_weight, "ROPE": rope, "COPY": copy,
+    constants = {
+        "D": dim, "DP": wide, "BT": ELEMENTS // wide, "BH": HEADS, "Q_WEIGHT": q_weight,
+        "K_WEIGHT": k_weight, "ROPE": rope, "COPY": copy, "CHAIN": chained(chip),
     }  # fmt: skip
+    return Config(kernel=norm_rope, constants=constants, warps=WARPS, stages=1, early=chained(chip))
 
 
 def builds() -> list[Build]:
     """FLUX's two kinds of blocks in both dtypes; other heads; without weights or rope."""
     both = {"rope": True, "copy": True, "q_weight": True, "k_weight": True}
     alone, plain = both | {"copy": False}, dict.fromkeys(both, False)
-    found = [
-        _build(f"{kind}-{name}", kind, 128, options)
+    kinds = [
+        (f"{kind}-{name}", kind, 128, options)
         for kind in ("bf16", "fp16")
         for name, options in (("double", both), ("single", alone))
     ]
-    found += [_build(f"bf16-d{dim}", "bf16", dim, both) for dim in (32, 64, 72, 256)]
-    return [*found, _build("bf16-plain", "bf16", 128, plain)]
+    kinds += [(f"bf16-d{dim}", "bf16", dim, both) for dim in (32, 64, 72, 256)]
+    kinds += [("bf16-plain", "bf16", 128, plain)]
+    return [_build(*kind, chips) for kind in kinds for chips in by_launch()]
 
 
-def _build(name: str, kind: str, dim: int, options: dict[str, bool]) -> Build:
-    constants = _constants(dim, **options) | {"CHAIN": False}
-    types = {"p_cos": "*fp32", "p_sin": "*fp32", "eps": "fp32"}
-    signature = {
-        n: types.get(n, f"*{kind}" if n.startswith("p_") else "i32")
-        for n in norm_rope.arg_names
-        if n not in constants
-    }
-    strides = ("a_batch", "a_row", "b_batch", "b_row")
-    return Build(
-        name=f"qk_norm_rope-{name}",
-        kernel=norm_rope,
-        signature=signature,
-        constants=constants,
-        warps=WARPS,
-        stages=1,
-        tensor_core=False,
-        aligned=tuple(n for n in signature if n.startswith("p_") or n in strides),
-    )
+def _build(
+    name: str, kind: str, dim: int, options: dict[str, bool], chips: tuple[int, ...]
+) -> Build:
+    config = norm_config(dim, chips[0], **options)
+    types = {n: f"*{kind}" for n in norm_rope.arg_names if n.startswith("p_")}
+    return Build.of(
+        config, types | {"p_cos": "*fp32", "p_sin": "*fp32", "eps": "fp32"},
+        aligned=("a_batch", "a_row", "b_batch", "b_row"), name=f"qk_norm_rope-{name}",
+        chips=chips, tensor_core=False,
+    )  # fmt: skip

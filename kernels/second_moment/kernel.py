@@ -4,7 +4,6 @@ Letters: T tokens, D channels; a program computes BM x BN of a tile (TILE x TILE
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -12,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..build import CHIPS, Build
+from ..build import CHIPS, Build, Config
 from ..chip import capability, processors
 from .reference import TILE
 
@@ -22,7 +21,7 @@ BAND = tl.constexpr(8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Config:
+class Tile:
     """Launch configuration; ``tma``: the tensor memory accelerator reads X, programs stay."""
 
     bm: int
@@ -34,9 +33,9 @@ class Config:
     chips: tuple[int, ...]
 
 
-CONFIGS = (
-    Config(bm=128, bn=256, bk=64, warps=8, stages=3, tma=True, chips=(90,)),
-    Config(bm=128, bn=128, bk=32, warps=8, stages=4, tma=False, chips=CHIPS),
+TILES = (
+    Tile(bm=128, bn=256, bk=64, warps=8, stages=3, tma=True, chips=(90,)),
+    Tile(bm=128, bn=128, bk=32, warps=8, stages=4, tma=False, chips=CHIPS),
 )
 """The first that a chip and an address allow is taken; the last takes all."""
 
@@ -132,36 +131,43 @@ def add_gram_tma(
         _add(total, row, column + 3 * Q, fourth)
 
 
-def launch(total_LBB: Tensor, x_TD: Tensor, *, config: Config | None = None) -> None:
+def launch(total_LBB: Tensor, x_TD: Tensor, *, tile: Tile | None = None) -> None:
     """:func:`.reference.accumulate` of bf16 or fp16 activations.
 
-    ``config``  which one to run; None: what suits the chip and the address
+    ``tile``  which one to run; None: what suits the chip and the address
     """
     x_TD = x_TD if x_TD.stride(1) == 1 else x_TD.contiguous()
-    config = config or _chosen(x_TD)
+    tile = tile or _chosen(x_TD)
     (tokens, dim), n = x_TD.shape, triton.cdiv(x_TD.shape[1], TILE)
-    block = {"BM": config.bm, "BN": config.bn, "BK": config.bk}
-    launched: dict[str, Any] = {**block, "num_warps": config.warps, "num_stages": config.stages}
-    programs = len(total_LBB) * (TILE // config.bm) * (TILE // config.bn)
+    made = config(tile)
+    programs = len(total_LBB) * (TILE // tile.bm) * (TILE // tile.bn)
     if tokens == 0:
         return
     with torch.cuda.device_of(x_TD):
-        if config.tma:
-            add_gram_tma[(min(programs, processors(x_TD.device)),)](
-                TensorDescriptor.from_tensor(
-                    total_LBB.view(-1, TILE), [config.bm, config.bn // 4]
-                ),
-                TensorDescriptor.from_tensor(x_TD, [config.bk, config.bm]),
-                TensorDescriptor.from_tensor(x_TD, [config.bk, config.bn]),
-                tokens, n, programs, **launched,
+        if tile.tma:
+            made.launch(
+                (min(programs, processors(x_TD.device)),),
+                TensorDescriptor.from_tensor(total_LBB.view(-1, TILE), [tile.bm, tile.bn // 4]),
+                TensorDescriptor.from_tensor(x_TD, [tile.bk, tile.bm]),
+                TensorDescriptor.from_tensor(x_TD, [tile.bk, tile.bn]),
+                tokens, n, programs,
             )  # fmt: skip
         else:
-            add_gram[(programs,)](total_LBB, x_TD, tokens, dim, n, x_TD.stride(0), **launched)
+            made.launch((programs,), total_LBB, x_TD, tokens, dim, n, x_TD.stride(0))
 
 
-def _chosen(x_TD: Tensor) -> Config:
+def config(tile: Tile) -> Config:
+    return Config(
+        kernel=add_gram_tma if tile.tma else add_gram,
+        constants={"BM": tile.bm, "BN": tile.bn, "BK": tile.bk},
+        warps=tile.warps,
+        stages=tile.stages,
+    )
+
+
+def _chosen(x_TD: Tensor) -> Tile:
     chip = capability(x_TD.device)
-    return next(c for c in CONFIGS if not c.tma or (chip in c.chips and tma_reads(x_TD)))
+    return next(t for t in TILES if not t.tma or (chip in t.chips and tma_reads(x_TD)))
 
 
 def tma_reads(x_TD: Tensor) -> bool:
@@ -170,30 +176,22 @@ def tma_reads(x_TD: Tensor) -> bool:
 
 
 def builds() -> list[Build]:
-    """Every configuration, bf16 and fp16, and channels that are no multiple of 16."""
-    found = [_build(config, kind) for config in CONFIGS for kind in ("bf16", "fp16")]
-    return [*found, _build(CONFIGS[-1], "bf16", ragged=True)]
+    """Every tile, bf16 and fp16, and channels that are no multiple of 16."""
+    found = [_build(tile, kind) for tile in TILES for kind in ("bf16", "fp16")]
+    return [*found, _build(TILES[-1], "bf16", ragged=True)]
 
 
-def _build(config: Config, kind: str, *, ragged: bool = False) -> Build:
-    kernel = add_gram_tma if config.tma else add_gram
-    constants = {"BM": config.bm, "BN": config.bn, "BK": config.bk}
+def _build(tile: Tile, kind: str, *, ragged: bool = False) -> Build:
+    made = config(tile)
     types = {
         "p_total": "*fp32",
         "p_x": f"*{kind}",
-        "total": f"tensordesc<fp32[{config.bm}, {config.bn // 4}]>",
-        "x_left": f"tensordesc<{kind}[{config.bk}, {config.bm}]>",
-        "x_right": f"tensordesc<{kind}[{config.bk}, {config.bn}]>",
+        "total": f"tensordesc<fp32[{tile.bm}, {tile.bn // 4}]>",
+        "x_left": f"tensordesc<{kind}[{tile.bk}, {tile.bm}]>",
+        "x_right": f"tensordesc<{kind}[{tile.bk}, {tile.bn}]>",
     }
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names if name not in constants}
-    aligned = ("p_total", "p_x") if ragged else ("p_total", "p_x", "D", "row_stride")
-    return Build(
-        name=f"second_moment-{kernel.__name__}-{kind}{'-ragged' if ragged else ''}",
-        kernel=kernel,
-        signature=signature,
-        constants=constants,
-        warps=config.warps,
-        stages=config.stages,
-        chips=config.chips,
-        aligned=tuple(n for n in signature if n in aligned),
-    )
+    return Build.of(
+        made, types, aligned=() if ragged else ("D", "row_stride"),
+        name=f"second_moment-{made.kernel.__name__}-{kind}{'-ragged' if ragged else ''}",
+        chips=tile.chips,
+    )  # fmt: skip

@@ -6,6 +6,7 @@ Letters: M rows (tokens), D channels, R protected directions, K main-branch widt
 import torch
 from torch import Tensor
 
+from ..appended import TINY
 from ..formats import fp4
 from ..formats.hadamard import block_hadamard
 from ..formats.spec import QuantSpec
@@ -16,9 +17,6 @@ POW2_CLIP = 0.9
 RMS_TOP = 20.0
 """What ``rms`` takes for a row's largest value, in times its root mean square. Larger ones are cut
 off; rotated rows have none. 1.25 times a power of two: with it Gaussian groups of 16 lose least."""
-
-TINY = 1e-30
-"""Rows and groups no larger than this are zero: 7 / amax would overflow for denormals."""
 
 
 def transform(

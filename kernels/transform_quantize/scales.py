@@ -35,13 +35,13 @@ def e4m3(v):
 
 @triton.jit
 def row_units(
-    amax, peak, QMAX: tl.constexpr, UNIT: tl.constexpr, TINY: tl.constexpr, TAIL: tl.constexpr
+    amax, peak, QMAX: tl.constexpr, UNIT: tl.constexpr, TINY: tl.constexpr, APPENDED: tl.constexpr
 ):
     """Per row: codes per unit of z, what a step is in units of the codes, and the scale."""
     some = (amax > TINY) | (amax != amax)
     inverse = tl.where(some, QMAX / tl.where(some, amax, 1.0), 0.0)
     scale = amax / QMAX
-    if TAIL:
+    if APPENDED:
         # Codes q 2^(6 + e - k) against weights q 2^-9; k makes room for the row's largest
         # coefficient, whose column 2 c / (scale 2^(k + 3)) must not pass FP8's 448.
         scale = tl.where(some, scale, tl.maximum(peak, TINY) / 256)
@@ -52,15 +52,15 @@ def row_units(
 
 
 @triton.jit
-def store_tail(
-    p_codes, c, row_codes, m_m, scale, tail, stride_codes, one,
+def store_appended(
+    p_codes, c, row_codes, m_m, scale, main, stride_codes, one,
     R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Behind the codes of rows that begin at row_codes (int64 [BM]): (high, low, high) of c
     [BM, RP] in float32 and of the bias's coefficient, and zeros up to the end."""
     unit = 2 / scale
     o_r = tl.arange(0, RP)[None, :]
-    at = p_codes + row_codes[:, None] + tail
+    at = p_codes + row_codes[:, None] + main
     if R > 0:
         m_r = m_m[:, None] & (o_r < R)
         v = c * unit[:, None]
@@ -78,18 +78,19 @@ def store_tail(
     v = tl.where(o_t // RT == 1, low[:, None], high[:, None])
     v = tl.where((o_t % RT == R) & (o_t < 3 * RT), v, 0)
     v = v.to(tl.int8).to(p_codes.dtype.element_ty, bitcast=True)
-    rest = ((o_t % RT >= R) | (o_t >= 3 * RT)) & (tail + o_t < stride_codes)
+    rest = ((o_t % RT >= R) | (o_t >= 3 * RT)) & (main + o_t < stride_codes)
     tl.store(at + o_t, v, mask=m_m[:, None] & rest)
 
 
 @triton.jit
 def scale_rows(
-    p_parts, p_squares, p_c, p_codes, p_scale, p_row, M, D, stride_codes, tail, one,
-    R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, TAIL: tl.constexpr, T: tl.constexpr,
+    p_parts, p_squares, p_c, p_codes, p_scale, p_row, M, D, stride_codes, main, one,
+    R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, APPENDED: tl.constexpr, T: tl.constexpr,
     PARTS: tl.constexpr, SQUARES: tl.constexpr, QMAX: tl.constexpr, UNIT: tl.constexpr,
     TOP: tl.constexpr, TINY: tl.constexpr, BM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """c [M, RP] of its PARTS, each row's scale from its root mean square, and the tail.
+    """c [M, RP] of its PARTS, each row's scale from its root mean square, and the appended
+    columns.
 
     z = (x - c Pᵀ) H is as long as x less c: rotations keep lengths, and P is orthonormal.
     p_row    float32 [2, M]: codes per unit of z, and what a step is in units of the codes
@@ -115,11 +116,11 @@ def scale_rows(
     top = TOP * tl.sqrt(rest / D)
     top = tl.where(squares != squares, squares, top)  # NaN shows
     peak = tl.maximum(tl.max(tl.abs(c), 1), one)
-    inverse, unit, scale = row_units(top, peak, QMAX, UNIT, TINY, TAIL)
+    inverse, unit, scale = row_units(top, peak, QMAX, UNIT, TINY, APPENDED)
     tl.store(p_row + o_m, inverse, mask=m_m)
     tl.store(p_row + M + o_m, unit, mask=m_m)
     tl.store(p_scale + o_m, scale, mask=m_m)
     if T > 0:
-        store_tail(
-            p_codes, c, row * stride_codes, m_m, scale, tail, stride_codes, one, R, RP, RT, T
+        store_appended(
+            p_codes, c, row * stride_codes, m_m, scale, main, stride_codes, one, R, RP, RT, T
         )

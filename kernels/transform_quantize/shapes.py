@@ -1,4 +1,4 @@
-"""Launch shapes of the sweeps (sweeps.py): rows, columns, warps and stages, by source and chip."""
+"""Shapes of the sweeps (sweeps.py): rows, columns, warps and stages, by prologue and chip."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..build import shared_bytes
 from ..chip import processors
 from ..formats.spec import QuantSpec
-from ..source import Kind
+from ..prologue import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +67,7 @@ _BLACKWELL_PLAIN = replace(_BLACKWELL, rotate=Sweep(bm=32, stages=2, per_sm=3))
 
 
 def usual(kind: Kind, chip: int | None) -> Sweeps:
-    """The sweeps of a source on compute capability ``chip``: on others than Hopper, by what their
+    """The sweeps of a prologue on compute capability ``chip``: on others than Hopper, by what their
     machine code shows."""
     if chip in (None, 90):
         return DEFAULT[kind]
@@ -110,7 +110,7 @@ def rotate_sweep(sweeps: Sweeps, block: int, rank: int, chip: int) -> Sweep:
     """``rotate``'s, the same."""
     s, w, rp = sweeps.rotate, 64, width_of_c(rank) if rank else 0
     if block == 512:  # tiles are twice as wide: the same registers for twice the threads
-        s, w = replace(s, warps=2 * s.warps, per_sm=1, stacked=False), 128
+        s, w = replace(s, warps=2 * s.warps, stacked=False), 128
     return _stages_within(s, 2 * s.bm * (4 * w + rp), 2 * w * (4 * rp + w), chip)
 
 
@@ -124,7 +124,7 @@ def warps_of_row(width: int) -> int:
     return min(16, max(1, width // 1024))
 
 
-def programs(x: Tensor, n_row: int, n_col: int, sweep: Sweep) -> int:
+def programs(x: Tensor, n_row: int, n_col: int, sweep: Sweep, block: int) -> int:
     """A multiple of the column blocks that fills the chip, at most one program per row block."""
-    slots = processors(x.device) * sweep.per_sm
+    slots = processors(x.device) * (1 if block == 512 else sweep.per_sm)
     return n_col * max(1, min(n_row, slots // n_col))

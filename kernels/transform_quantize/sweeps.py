@@ -13,16 +13,16 @@ or, with scales of a row's root mean square, two and a short one:
 H of blocks above W = 64 is H_W on the tensor cores, then a butterfly between neighbouring tiles of
 W columns in registers (Sylvester: H_ab = H_a (x) H_b); the projection goes into the same
 accumulator as -c P''ᵀ. Columns leave in R1 order because the columns of H_W are permuted that way
-(kernels/planar.py). Its entries are +-1, exact in 16 bits; 1 / sqrt(b) comes last.
+(kernels/permuted.py). Its entries are +-1, exact in 16 bits; 1 / sqrt(b) comes last.
 
 CHAIN: a sweep starts while the one before still runs (programmatic dependent launch, sm_90+) and
 waits before it reads what that one wrote.
 
-KIND, GELU: what happens to x on the way in (kernels/source.py), in float32 and rounded to 16 bits
+KIND, GELU: what happens to x on the way in (kernels/prologue.py), in float32 and rounded to 16 bits
 once, so that c and z are of the same x. LayerNorm alone takes a sweep of its own, ``normalize``.
 
 Letters: M rows (T of each image), D channels, K main-branch width, R protected directions (RP:
-padded to a power of two, RT: columns of one part of the tail, kernels/tail.py).
+padded to a power of two, RT: columns of one part of the appended columns, kernels/appended.py).
 """
 
 import triton
@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .order import renamed, rotation, row_at
 from .projection import activated, read_columns
-from .scales import e4m3, exponent, power, row_units, store_tail
+from .scales import e4m3, exponent, power, row_units, store_appended
 
 
 @triton.jit
@@ -241,19 +241,20 @@ def _codes(
 
 @triton.jit
 def round_rows(
-    p_z, p_c, p_amax, p_codes, p_scale, M, K, stride_z, stride_codes, stride_scale, tail, n_col,
+    p_z, p_c, p_amax, p_codes, p_scale, M, K, stride_z, stride_codes, stride_scale, main, n_col,
     one,
-    R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, TAIL: tl.constexpr, T: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, APPENDED: tl.constexpr, T: tl.constexpr,
     SCALE: tl.constexpr,
     G: tl.constexpr, QMAX: tl.constexpr, UNIT: tl.constexpr, LEVELS: tl.constexpr,
     CLIP: tl.constexpr, TINY: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Codes [M, padded(K)] in R1 order and scales; the last of n_col programs writes the tail.
+    """Codes [M, padded(K)] in R1 order and scales; the last of n_col programs writes what is
+    appended.
 
-    TAIL codes stand in the units of a product with a tail, however many columns that has
-    T    columns of the tail, padded to a power of two (0: none)
-    one  coefficient of the bias, which is the tail's direction R; 0 without a bias
+    APPENDED codes stand in the units of a product with appended columns, however many there are
+    T    columns appended, padded to a power of two (0: none)
+    one  coefficient of the bias, which is the appended direction R; 0 without a bias
     """
     # Adding 1.5 2^23 leaves no fraction bits: round half to even. Subtracting it again rides in the
     # multiplication by a power of two, so that nothing is rounded twice.
@@ -269,19 +270,21 @@ def round_rows(
     if SCALE != "group":
         peak = inverse + one
         b_c = tl.zeros((BM, RP), dtype=tl.float32)
-        if TAIL and R > 0:
+        if APPENDED and R > 0:
             o_c = o_m.to(tl.int64)[:, None] * RP + tl.arange(0, RP)[None, :]
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(tl.float32)
             peak = tl.maximum(tl.max(tl.abs(b_c), 1), peak)
         amax = tl.load(p_amax + o_m, mask=m_m, other=0).to(tl.float32, bitcast=True)
-        inverse, unit, scale = row_units(amax, peak, QMAX, UNIT, TINY, TAIL)
+        inverse, unit, scale = row_units(amax, peak, QMAX, UNIT, TINY, APPENDED)
         if pid % n_col == 0:
             tl.store(p_scale + o_m, scale, mask=m_m)
         if T > 0 and pid % n_col == n_col - 1:
-            store_tail(p_codes, b_c, row_codes, m_m, scale, tail, stride_codes, one, R, RP, RT, T)
+            store_appended(
+                p_codes, b_c, row_codes, m_m, scale, main, stride_codes, one, R, RP, RT, T
+            )
     col = (pid % n_col) * BW
     o_k = col + tl.arange(0, BW)
-    m_k = m_m[:, None] & (o_k < tail)[None, :]
+    m_k = m_m[:, None] & (o_k < main)[None, :]
     o_z = o_m.to(tl.int64)[:, None] * stride_z + o_k[None, :]
     z = tl.load(p_z + o_z, mask=m_k, other=0.0).to(tl.float32)
     # [BM, groups, parity, column]: below 64 columns, R1 order splits a group in even and odd ones.

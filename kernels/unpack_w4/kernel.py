@@ -6,15 +6,18 @@ Letters: N outputs, K main-branch inputs, R protected directions (RT: rounded up
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from ..build import CHIPS, FP8_CHIPS, Build
-from ..planar import BLOCK, padded
-from ..tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
+from ..appended import BIAS_COEFFICIENT, appended_part, columns_with_appended
+from ..buffers import Packed, Unpacked
+from ..build import CHIPS, FP8_CHIPS, Build, Config
+from ..permuted import BLOCK, padded
 from ..transform_quantize.scales import e4m3
 
 WORDS = tl.constexpr(8)
 """int32 words of one 64-column block in layout L1."""
+
+ROWS = 16
+"""Of a program that appends columns."""
 
 
 @triton.jit
@@ -29,14 +32,16 @@ def _bytes(nibbles, FP8: tl.constexpr):
 
 @triton.jit
 def unpack(
-    p_q, p_out, p_tail, p_scale, p_wp, p_bias, p_scale32, N, blocks, words, row_words, row_bytes,
-    tail, n_main, n_blocks, one,
+    p_q, p_out, p_codes, p_scale, p_wp, p_bias, p_scale32, N, blocks, words, row_words, row_bytes,
+    main, n_main, n_blocks, one,
     R: tl.constexpr, RT: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, BIAS: tl.constexpr,
     RAGGED: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Programs below ``n_main`` unpack BB 64-column blocks each; the others write BN rows of tail.
+    """Programs below ``n_main`` unpack BB 64-column blocks each; the others append to
+    BN rows.
 
     blocks  64-column blocks of a row; words: int32 words of a row of ``p_q``
+    p_codes p_out as codes; main: columns before the appended ones
     one     coefficient that the bias's direction has in the activations
     """
     pid = tl.program_id(0)
@@ -75,58 +80,64 @@ def unpack(
         v = v * inverse[:, None]
         high = e4m3(v)
         v = tl.where((part == 2)[None, :], v - high, high)
-        m_tail = m_n[:, None] & (tail + o_t < row_bytes)[None, :]
-        out = p_tail + o_n.to(tl.int64)[:, None] * row_bytes + (tail + o_t)[None, :]
-        tl.store(out, v.to(p_tail.dtype.element_ty), mask=m_tail)
+        m_t = m_n[:, None] & (main + o_t < row_bytes)[None, :]
+        out = p_codes + o_n.to(tl.int64)[:, None] * row_bytes + (main + o_t)[None, :]
+        tl.store(out, v.to(p_codes.dtype.element_ty), mask=m_t)
 
 
-def allocate(
-    qweight_NK2: Tensor,
-    container: torch.dtype,
-    wscale_N1: Tensor | None = None,
-    wp_NR: Tensor | None = None,
-    bias_N: Tensor | None = None,
-) -> tuple[Tensor, Tensor | None]:
+def allocate(packed: Packed, container: torch.dtype, *, appended: bool = False) -> Unpacked:
     """Memory for what :func:`launch` returns."""
-    n, k = len(qweight_NK2), 2 * qweight_NK2.shape[1]
-    if wscale_N1 is None:
-        return qweight_NK2.new_empty((n, padded(k)), dtype=container), None
-    columns = columns_with_tail(k, 0 if wp_NR is None else wp_NR.shape[1], bias_N is not None)
-    out = qweight_NK2.new_empty((n, columns), dtype=container)
-    return out, qweight_NK2.new_empty((1, n), dtype=torch.float32)
+    n, k = len(packed.qweight), 2 * packed.qweight.shape[1]
+    new = packed.qweight.new_empty
+    if not appended:
+        return Unpacked(new((n, padded(k)), dtype=container), None)
+    columns = columns_with_appended(k, packed.rank, packed.bias is not None)
+    return Unpacked(new((n, columns), dtype=container), new((1, n), dtype=torch.float32))
 
 
 def launch(
-    qweight_NK2: Tensor,
+    packed: Packed,
     container: torch.dtype,
-    wscale_N1: Tensor | None = None,
-    wp_NR: Tensor | None = None,
-    bias_N: Tensor | None = None,
     *,
-    out: tuple[Tensor, Tensor | None] | None = None,
+    appended: bool = False,
+    out: Unpacked | None = None,
     blocks_per_program: int = 128,
-) -> tuple[Tensor, Tensor | None]:
-    """:func:`.reference.unpack_w4`, and ``wscale_N1`` (if given) in float32 [1, N].
+) -> Unpacked:
+    """:func:`.reference.unpack_w4`, and with ``appended`` columns ``wscale`` in float32 [1, N].
 
     K must be a multiple of 8 (:func:`fits`); ``out`` comes from :func:`allocate`.
     """
-    weights, scale32 = out or allocate(qweight_NK2, container, wscale_N1, wp_NR, bias_N)
-    n, k = len(qweight_NK2), 2 * qweight_NK2.shape[1]
-    blocks, columns, tail = padded(k) // BLOCK, weights.shape[1], wscale_N1 is not None
-    r, bias = 0 if wp_NR is None else wp_NR.shape[1], bias_N is not None
-    n_main = triton.cdiv(n * blocks, blocks_per_program)
-    bn = 16
-    nothing = qweight_NK2
-    unpack[(n_main + (triton.cdiv(n, bn) if tail else 0),)](
-        qweight_NK2.view(torch.int32), weights.view(torch.int32), weights,
-        nothing if wscale_N1 is None else wscale_N1, nothing if wp_NR is None else wp_NR,
-        nothing if bias_N is None else bias_N, nothing if scale32 is None else scale32,
-        n, blocks, k // 8, columns // 4, columns, padded(k), n_main, n * blocks, BIAS_COEFFICIENT,
-        R=r, RT=max(1, tail_part(r, bias)), T=triton.next_power_of_2(max(16, columns - padded(k))),
-        FP8=container != torch.int8, BIAS=bias, RAGGED=k % BLOCK != 0,
-        BB=blocks_per_program, BN=bn, num_warps=4,
+    out = out or allocate(packed, container, appended=appended)
+    q, wp, bias = packed.qweight, packed.wp, packed.bias
+    n, k, columns = len(q), 2 * q.shape[1], out.weights.shape[1]
+    if not appended:
+        wp = bias = None
+    made = config(
+        k, columns, 0 if wp is None else wp.shape[1], bias=bias is not None,
+        fp8=container != torch.int8, blocks=blocks_per_program,
     )  # fmt: skip
-    return weights, scale32
+    blocks = padded(k) // BLOCK
+    n_main = triton.cdiv(n * blocks, blocks_per_program)
+    # Of absent tensors nothing is read.
+    pointers = (q if t is None else t for t in (packed.wscale, wp, bias, out.scale))
+    made.launch(
+        (n_main + (triton.cdiv(n, ROWS) if appended else 0),),
+        q.view(torch.int32), out.weights.view(torch.int32), out.weights, *pointers,
+        n, blocks, k // 8, columns // 4, columns, padded(k), n_main, n * blocks, BIAS_COEFFICIENT,
+    )  # fmt: skip
+    return out
+
+
+def config(
+    width: int, columns: int, rank: int, *, bias: bool, fp8: bool, blocks: int = 128
+) -> Config:
+    """Of rows of ``width`` codes that leave as ``columns``: appended ones for ``rank`` and bias."""
+    constants = {
+        "R": rank, "RT": max(1, appended_part(rank, bias)),
+        "T": triton.next_power_of_2(max(16, columns - padded(width))), "FP8": fp8, "BIAS": bias,
+        "RAGGED": width % BLOCK != 0, "BB": blocks, "BN": ROWS,
+    }  # fmt: skip
+    return Config(kernel=unpack, constants=constants)
 
 
 def fits(width: int) -> bool:
@@ -135,37 +146,22 @@ def fits(width: int) -> bool:
 
 
 def builds() -> list[Build]:
-    """FP8 with and without a tail and INT8, whole and ragged rows."""
-    types = {
-        "p_q": "*i32",
-        "p_out": "*i32",
-        "p_tail": "*fp8e4nv",
-        "p_scale": "*bf16",
-        "one": "fp32",
-    }
-    types |= {"p_wp": "*bf16", "p_bias": "*bf16", "p_scale32": "*fp32"}
+    """FP8 with and without (rank None) appended columns and INT8, whole and ragged rows."""
+    types = {"p_q": "*i32", "p_out": "*i32", "p_codes": "*fp8e4nv", "p_scale": "*bf16"}
+    types |= {"p_wp": "*bf16", "p_bias": "*bf16", "p_scale32": "*fp32", "one": "fp32"}
     found = []
-    for fp8, rank, ragged in (
-        (True, 64, False),
-        (True, 64, True),
-        (True, 0, False),
-        (False, 0, False),
-    ):
-        constants = {
-            "R": rank, "RT": tail_part(rank, fp8), "T": 256 if rank else 16, "FP8": fp8,
-            "BIAS": fp8, "RAGGED": ragged, "BB": 128, "BN": 16,
-        }  # fmt: skip
-        if not fp8:
-            constants["RT"] = 1
-        kinds = types if fp8 else types | {"p_tail": "*i8"}
-        signature = {n: kinds.get(n, "i32") for n in unpack.arg_names if n not in constants}
-        aligned = ("words", "row_words", "row_bytes", "tail")
+    for fp8, rank, width in (
+        (True, 64, 3072), (True, 64, 2272), (True, 0, 3072), (True, None, 3072),
+        (False, None, 3072),
+    ):  # fmt: skip
+        columns = padded(width) if rank is None else columns_with_appended(width, rank, True)
+        made = config(width, columns, rank or 0, bias=rank is not None, fp8=fp8)
+        kinds = types if fp8 else types | {"p_codes": "*i8"}
         found.append(
-            Build(
-                name=f"unpack_w4-{'fp8' if fp8 else 'int8'}-r{rank}{'-ragged' if ragged else ''}",
-                kernel=unpack, signature=signature, constants=constants, warps=4, stages=1,
+            Build.of(
+                made, kinds, aligned=("words", "row_words", "row_bytes", "main"),
+                name=f"unpack_w4-{'fp8' if fp8 else 'int8'}-r{rank}-k{width}",
                 chips=FP8_CHIPS if fp8 else CHIPS, tensor_core=False,
-                aligned=tuple(n for n in signature if n in aligned or n.startswith("p_")),
             )
         )  # fmt: skip
     return found

@@ -6,9 +6,9 @@ Letters: N outputs, K main-branch inputs, R protected directions.
 import torch
 from torch import Tensor
 
+from ..appended import BIAS_COEFFICIENT, appended_part, columns_with_appended, split_fp8
 from ..formats.pack_int4 import unpack_int4
-from ..planar import to_planar
-from ..tail import BIAS_COEFFICIENT, columns_with_tail, split_fp8, tail_part
+from ..permuted import to_permuted
 
 FP8_UNIT = 2.0**-9
 """An FP8 code stands for q 2^-9: sign and magnitude of q are the bits of that E4M3 subnormal."""
@@ -25,13 +25,13 @@ def unpack_w4(
 
     qweight_NK2  uint8, [N, K // 2], layout L1
     container    int8 (q itself) or float8_e4m3fn (q 2^-9)
-    wscale_N1    bf16, [N, 1]; float8 only: asks for the tail (kernels/tail.py), which holds
+    wscale_N1    bf16, [N, 1]; float8 only: asks for the tail (kernels/appended.py), which holds
                  wp / (2 wscale) and bias / (2 BIAS_COEFFICIENT wscale)
     wp_NR        W P, bf16 [N, R], or None at rank 0
     bias_N       bf16, [N], or None
-    returns      [N, padded(K)], or [N, columns_with_tail(K, R, bias)], of ``container``
+    returns      [N, padded(K)], or [N, columns_with_appended(K, R, bias)], of ``container``
     """
-    q = to_planar(unpack_int4(qweight_NK2))
+    q = to_permuted(unpack_int4(qweight_NK2))
     if container == torch.int8:
         return q
     main = (q.float() * FP8_UNIT).to(torch.float8_e4m3fn)
@@ -43,8 +43,8 @@ def unpack_w4(
     v = torch.cat([s.new_zeros(n, 0), *directions], 1)
     v = torch.where(s > 0, v / (2 * s), 0.0)
     rank, bias = v.shape[1] - (bias_N is not None), bias_N is not None
-    high, low = split_fp8(torch.nn.functional.pad(v, (0, tail_part(rank, bias) - v.shape[1])))
-    columns = columns_with_tail(2 * qweight_NK2.shape[1], rank, bias)
+    high, low = split_fp8(torch.nn.functional.pad(v, (0, appended_part(rank, bias) - v.shape[1])))
+    columns = columns_with_appended(2 * qweight_NK2.shape[1], rank, bias)
     out = torch.zeros(n, columns, dtype=torch.uint8, device=s.device)
     parts = torch.cat([t.view(torch.uint8) for t in (main, high, high, low)], 1)
     out[:, : parts.shape[1]] = parts

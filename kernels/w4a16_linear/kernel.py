@@ -19,7 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..build import CHIPS, Build
+from ..buffers import Packed
+from ..build import CHIPS, Build, Config
 from .row import HIGH, LOW, one_row, one_row_of_many, parts
 from .tiles import TILES, WIDE_CHIPS, Tile, fits, usual
 
@@ -128,9 +129,7 @@ def dots(
 
 def launch(
     x_MK: Tensor,
-    qweight_NK2: Tensor,
-    wscale_NG: Tensor,
-    bias_N: Tensor | None,
+    packed: Packed,
     *,
     out_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
@@ -138,17 +137,17 @@ def launch(
 ) -> Tensor:
     """y = x (s_w q_w)ᵀ + bias on the GPU; specification: ``reference.py``.
 
-    x_MK         bf16 or fp16, [M, K], any strides
-    qweight_NK2  uint8, [N, K // 2], layout L1, rows side by side
-    wscale_NG    bf16, [N, 1] or one per group of a multiple of 32 columns
-    bias_N       bf16, [N] or None
-    out_dtype    of y: bf16, fp16 or float32; None: that of x
-    tile         None: :func:`usual`
-    out          [M, N] to write to, of ``out_dtype`` and with neighbouring columns; None: a new one
-    returns      y, [M, N], accumulated in float32
+    x_MK       bf16 or fp16, [M, K], any strides
+    packed     weights in layout L1, with bf16 scales [N, 1] or one per group of a multiple of 32
+               columns, and bias
+    out_dtype  of y: bf16, fp16 or float32; None: that of x
+    tile       None: :func:`usual`
+    out        [M, N] to write to, of ``out_dtype`` and with neighbouring columns; None: a new one
+    returns    y, [M, N], accumulated in float32
 
     Raises ValueError for weights that the kernels can't read (:func:`fits`).
     """
+    wscale_NG, bias_N = packed.wscale, packed.bias
     (M, K), (N, groups) = x_MK.shape, wscale_NG.shape
     if not fits(K, groups):
         raise ValueError(
@@ -166,21 +165,18 @@ def launch(
     if tile is None:
         chip = torch.cuda.get_device_capability(x_MK.device) if x_MK.is_cuda else (0, 0)
         tile = usual(M, 10 * chip[0] + chip[1])
-    constants = _constants(tile, x_MK.dtype, K, groups, bias=bias_N is not None)
-    words_NW = qweight_NK2.contiguous().view(torch.int32)
-    units = words_NW.shape[1] // constants["UNIT"]
-    bias = wscale_NG if bias_N is None else bias_N
-    pointers = x_MK, words_NW, wscale_NG, bias, y_MN
+    made = config(tile, x_MK.dtype, K, groups, bias=bias_N is not None)
+    words_NW = packed.qweight.contiguous().view(torch.int32)
+    units = words_NW.shape[1] // made.constants["UNIT"]
+    pointers = x_MK, words_NW, wscale_NG, wscale_NG if bias_N is None else bias_N, y_MN
     strides = x_MK.stride(0), y_MN.stride(0), wscale_NG.stride(0)
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
     with torch.cuda.device_of(x_MK):
         if tile.kind == "row":
             grid = triton.cdiv(N, tile.bn), M
-            one_row[grid](*pointers, N, units, *strides, HIGH, LOW, **constants, **options)
+            made.launch(grid, *pointers, N, units, *strides, HIGH, LOW)
         else:
             grid = triton.cdiv(N, tile.bn), triton.cdiv(M, tile.bm)
-            magic = HALVES[x_MK.dtype][0]
-            dots[grid](*pointers, M, N, units, *strides, magic, **constants, **options)
+            made.launch(grid, *pointers, M, N, units, *strides, HALVES[x_MK.dtype][0])
     return y_MN
 
 
@@ -205,21 +201,25 @@ def launch_many(
     M, K = x_MK.shape
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
-    constants = _constants(tile, x_MK.dtype, K, groups, bias=bias)
-    constants["LP"] = triton.next_power_of_2(len(outputs))
+    made = config(tile, x_MK.dtype, K, groups, bias=bias, linears=len(outputs))
     y = x_MK.new_empty(M * sum(outputs))
     grid = (M * sum(triton.cdiv(n, tile.bn) for n in outputs),)
-    counts = M, len(outputs), K // 8 // constants["UNIT"], x_MK.stride(0), groups
-    options = {"num_warps": tile.warps, "num_stages": tile.stages}
+    counts = M, len(outputs), K // 8 // made.constants["UNIT"], x_MK.stride(0), groups
     with torch.cuda.device_of(x_MK):
-        one_row_of_many[grid](x_MK, table_FL, y, *counts, HIGH, LOW, **constants, **options)
+        made.launch(grid, x_MK, table_FL, y, *counts, HIGH, LOW)
     return [part.view(M, n) for part, n in zip(y.split([M * n for n in outputs]), outputs)]
 
 
-def _constants(
-    tile: Tile, dtype: torch.dtype, width: int, groups: int, *, bias: bool
-) -> dict[str, Any]:
-    """Constexpr arguments of a tile's kernel."""
+def config(
+    tile: Tile,
+    dtype: torch.dtype,
+    width: int,
+    groups: int,
+    *,
+    bias: bool,
+    linears: int | None = None,
+) -> Config:
+    """Of a tile's kernel for x of ``dtype`` and K ``width``; ``linears``: of so many at once."""
     group = width // groups // 8 if groups > 1 else 0
     constants: dict[str, Any] = {
         "UNIT": 4 if width % 32 == 0 else 1,
@@ -230,10 +230,13 @@ def _constants(
         "EVEN": width % (8 * tile.words) == 0,
         "STAGES": tile.stages,
     }
+    kernel = one_row if tile.kind == "row" else dots
     if tile.kind == "dots":
         sums = tile.scale == "sums" and group % tile.words == 0
         constants |= {"BM": tile.bm, "SUMS": sums, "OFFSET": HALVES[dtype][1]}
-    return constants
+    if linears is not None:
+        kernel, constants["LP"] = one_row_of_many, triton.next_power_of_2(linears)
+    return Config(kernel=kernel, constants=constants, warps=tile.warps, stages=tile.stages)
 
 
 def builds() -> list[Build]:
@@ -269,28 +272,19 @@ def _build(
     width: int,
     groups: int,
     chips: tuple[int, ...],
-    linears: int = 1,
+    linears: int | None = None,
 ) -> Build:
-    kernel = one_row if tile.kind == "row" else dots
-    constants = _constants(tile, dtype, width, groups, bias=True)
-    if linears > 1:
-        kernel = one_row_of_many
-        constants["LP"] = triton.next_power_of_2(linears)
+    made = config(tile, dtype, width, groups, bias=True, linears=linears)
     kinds = {"p_x": "*bf16", "p_w": "*i32", "p_scale": "*bf16", "p_bias": "*bf16", "p_y": "*bf16"}
     kinds["p_table"] = "*i64"
     if dtype == torch.float16:
         kinds |= {"p_x": "*fp16", "p_y": "*fp16"}
-    signature = {n: kinds.get(n, "i32") for n in kernel.arg_names if n not in constants}
-    aligned = (*kinds, "x_stride", "y_stride")
-    return Build(
-        name=f"{'many-' if linears > 1 else ''}{tile.kind}-{tile.bm}x{tile.bn}x{tile.words}"
+    return Build.of(
+        made,
+        kinds,
+        aligned=("x_stride", "y_stride"),
+        name=f"{'many-' if linears else ''}{tile.kind}-{tile.bm}x{tile.bn}x{tile.words}"
         f"-w{tile.warps}s{tile.stages}-{tile.scale}-{kinds['p_x'][1:]}-k{width}g{groups}",
-        kernel=kernel,
-        signature=signature,
-        constants=constants,
-        warps=tile.warps,
-        stages=tile.stages,
         chips=chips,
         tensor_core=tile.kind == "dots",
-        aligned=tuple(n for n in signature if n in aligned),
     )

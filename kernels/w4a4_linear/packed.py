@@ -1,6 +1,6 @@
 """The packed kernel: weights stay nibbles in memory and are decoded in registers, step by step.
 
-Codes stand in layout R1 (``kernels/planar.py``): in every 64 columns the low nibbles of a weight
+Codes stand in layout R1 (``kernels/permuted.py``): in every 64 columns the low nibbles of a weight
 row's 32 bytes meet the first 32 codes, the high nibbles the last 32.
 
 Letters: M rows, N outputs, K main-branch width, R protected directions; BM, BN, BK are tiles.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ..build import shared_bytes
-from ..planar import BLOCK
+from ..permuted import BLOCK
 
 Variant = Literal["packed", "unpacked", "tma", "grouped"]
 """Weights decoded from nibbles in registers; weights unpacked before; the same read through the

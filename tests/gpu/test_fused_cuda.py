@@ -62,24 +62,24 @@ def test_group_offloading(kind, use_stream):
 @pytest.mark.parametrize("kind", ["plain", "norm", "gelu", "concat"])
 def test_sources_at_full_width(kind, scales):
     """FLUX's sites: rows of 3072 to 15360 channels, more rows than programs."""
-    from dirotq.kernels.source import concat_gelu, gelu, modulated_norm, plain
+    from dirotq.kernels.prologue import concat_gelu, gelu, modulated_norm, plain
     from dirotq.kernels.transform_quantize.kernel import launch
 
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
     x = draw(2, 1153, 3072)
-    source = {
+    prologue = {
         "plain": lambda: plain(x),
         "norm": lambda: modulated_norm(x + 3, draw(2, 3072) / 2, draw(2, 3072)),
         "gelu": lambda: gelu(x),
         "concat": lambda: concat_gelu(x, draw(2, 1153, 21504)[..., 9216:]),
     }[kind]()
-    spec = spec_of(scales, source.channels, 64)
-    basis = torch.linalg.qr(torch.randn(source.channels, spec.rank, device="cuda")).Q.bfloat16()
-    rows = source.value().reshape(source.rows, source.channels)
+    spec = spec_of(scales, prologue.channels, 64)
+    basis = torch.linalg.qr(torch.randn(prologue.channels, spec.rank, device="cuda")).Q.bfloat16()
+    rows = prologue.value().reshape(prologue.rows, prologue.channels)
     want, want_scale, want_c = launch(rows, basis, None, spec, container=torch.float8_e4m3fn)
-    got, scale, c = launch(source, basis, None, spec, container=torch.float8_e4m3fn)
+    got, scale, c = launch(prologue, basis, None, spec, container=torch.float8_e4m3fn)
     assert c is not None and want_c is not None
     assert (c.float() - want_c.float()).norm() < 0.01 * want_c.float().norm()
     apart = got.float() * scale - want.float() * want_scale

@@ -10,13 +10,14 @@ import itertools
 
 import pytest
 import torch
-from formats import DEVICE, FORMATS, buffers, inputs, random_linear, spec_of
+from formats import DEVICE, FORMATS, inputs, random_linear, spec_of
 from tiny_spec import tiny_spec
 from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
 from dirotq.kernels import engine
+from dirotq.kernels.buffers import Packed
 from dirotq.kernels.chip import capability
 from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.formats.spec import QuantSpec
@@ -42,8 +43,8 @@ PER_ROW = ("pow2", "token", "token-r0", "w4a8", "w4a16")
 
 def errors(got: Tensor, x: Tensor, module: QuantLinear) -> tuple[float, float]:
     """Relative error against float64: of ``got``, and of plain torch in x's dtype."""
-    want = engine.reference(x.double(), *buffers(module), module.spec)
-    plain = engine.reference(x, *buffers(module), module.spec)
+    want = engine.reference(x.double(), module.packed(), module.spec)
+    plain = engine.reference(x, module.packed(), module.spec)
     size = want.norm()
     return tuple(float((y.double() - want).norm() / size) for y in (got, plain))
 
@@ -94,7 +95,7 @@ ONE_OF_EACH = [
 def test_every_plan(name, plan, empty_is):
     module, x = random_linear(spec_of(name, 2240, 1008)), inputs(ROWS, 2240)
     with empty_is(255):
-        got = [engine.run(plan, part, *buffers(module), module.spec) for part in x.split(33)]
+        got = [engine.linear(plan, part, module.packed(), module.spec) for part in x.split(33)]
     assert_accurate(torch.cat(got), x, module)
 
 
@@ -155,7 +156,7 @@ def test_adversarial_rows(name, plan, kind):
         module.bias.zero_()
     else:
         x = x * 1e30
-    got = engine.run(plan, x, *buffers(module), module.spec)
+    got = engine.linear(plan, x, module.packed(), module.spec)
     assert got.isfinite().all()
     if kind == "denormal":  # below what a scale can hold: nothing, or at most what went in
         assert float(got.abs().max()) < 1e-34
@@ -166,9 +167,9 @@ def test_adversarial_rows(name, plan, kind):
 @pytest.mark.parametrize(("name", "plan"), ONE_OF_EACH)
 def test_zero_rows_give_the_bias_and_leave_the_others_alone(name, plan):
     module, x = random_linear(spec_of(name, 2240, 1008)), inputs(ROWS, 2240)
-    want = engine.run(plan, x, *buffers(module), module.spec)
+    want = engine.linear(plan, x, module.packed(), module.spec)
     x[5:9] = 0
-    got = engine.run(plan, x, *buffers(module), module.spec)
+    got = engine.linear(plan, x, module.packed(), module.spec)
     bias = module.bias.expand(4, -1).float()
     step = module.wscale.float().amax(1)
     # As two FP8 numbers the bias keeps eight bits, and a 64th of a code's worth.
@@ -207,7 +208,7 @@ def test_longest_sums_of_largest_codes(name, plan, signs, record_property, capsy
     module.qweight.copy_(pack_int4((7 * sign).to(torch.int8)))
     module.wscale.fill_(1 / 16)
     x = (3 * sign).to(torch.bfloat16)
-    got = engine.run(plan, x, *buffers(module), module.spec)
+    got = engine.linear(plan, x, module.packed(), module.spec)
     want = (x.double() @ sign.double().T * 7 / 16).diagonal()
     error = float(((got.double().diagonal() - want) / want).abs().max())
     record_property("relative_error", error)
@@ -224,7 +225,7 @@ def test_longest_sums_of_largest_codes(name, plan, signs, record_property, capsy
 def test_unpacked_codes_are_exact(container, width, empty_is):
     codes = torch.randint(-8, 8, (100, width), device=DEVICE, dtype=torch.int8)
     with empty_is(255):
-        got, scale = unpack(pack_int4(codes), container)
+        got, scale = unpack(Packed(pack_int4(codes), codes.new_empty(0)), container)
     assert scale is None
     want = unpack_w4(pack_int4(codes), container)
     assert torch.equal(got.view(torch.int8), want.view(torch.int8))

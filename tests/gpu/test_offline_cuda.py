@@ -15,7 +15,7 @@ from dirotq.kernels import second_moment
 from dirotq.kernels.chip import capability
 from dirotq.kernels.formats.quantize_weight import weight_scales
 from dirotq.kernels.gptq import gptq, reference
-from dirotq.kernels.second_moment.kernel import CONFIGS, launch
+from dirotq.kernels.second_moment.kernel import TILES, launch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 DEVICE = torch.device("cuda")
-HERE = [c for c in CONFIGS if torch.cuda.is_available() and capability(DEVICE) in c.chips]
+HERE = [c for c in TILES if torch.cuda.is_available() and capability(DEVICE) in c.chips]
 ON = pytest.mark.parametrize("config", HERE, ids=lambda c: "tma" if c.tma else "pointers")
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 SITES = [(3072, 9216), (3072, 21504), (12288, 3072), (15360, 3072)]
@@ -58,7 +58,7 @@ def test_second_moments_are_as_good_as_the_librarys(config, tokens, dim, dtype):
     x = activations(tokens, dim, dtype)
     total = second_moment.new(dim, DEVICE)
     for _ in range(2):
-        launch(total, x, config=config)
+        launch(total, x, tile=config)
     got = second_moment.unpack(total, dim).double() / 2
     plain = torch.mm(x.mT, x, out_dtype=torch.float32).double()
     want = x.double().mT @ x.double()
@@ -71,7 +71,7 @@ def test_second_moments_do_not_depend_on_timing(config):
     x = activations(1000, 5600)
     totals = [second_moment.new(5600, DEVICE) for _ in range(3)]
     for total in totals:
-        launch(total, x, config=config)
+        launch(total, x, tile=config)
     assert all(torch.equal(totals[0], total) for total in totals)
 
 

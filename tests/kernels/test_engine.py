@@ -8,7 +8,7 @@ of the very tensors it gets, but for the sum that is what it computes.
 import pytest
 import torch
 from exact import exact_case
-from formats import DEVICE, buffers, inputs, random_linear
+from formats import DEVICE, inputs, random_linear
 from tiny_spec import tiny_spec
 from torch import Tensor
 
@@ -74,9 +74,9 @@ def test_every_plan(spec, plan, empty_is):
     x, p, _, _ = exact_case(spec, 5)
     if p is not None:
         module.basis.copy_(p)
-    want = engine.reference(x.double(), *buffers(module), spec)
+    want = engine.reference(x.double(), module.packed(), spec)
     with empty_is(255):
-        got = engine.run(plan, x, *buffers(module), spec)
+        got = engine.linear(plan, x, module.packed(), spec)
     assert got.dtype == HALF
     # fp16 rounds y; as FP8 columns the protected branch and the bias keep eight bits.
     bound = 2.0**-10 * (want.abs() + 0.01 * want.abs().amax(1, keepdim=True))
@@ -90,9 +90,9 @@ def test_every_plan(spec, plan, empty_is):
 @pytest.mark.parametrize(("spec", "plan"), cases(SIXTEEN, (90,), rows=3))
 def test_every_plan_of_sixteen_bit_activations(spec, plan, empty_is):
     module, x = random_linear(spec), inputs(3, 192, HALF)
-    want = engine.reference(x.double(), *buffers(module), spec)
+    want = engine.reference(x.double(), module.packed(), spec)
     with empty_is(255):
-        got = engine.run(plan, x, *buffers(module), spec)
+        got = engine.linear(plan, x, module.packed(), spec)
     assert got.dtype == HALF
     assert (got.double() - want).norm() <= 2.0**-9 * want.norm()
 
@@ -104,9 +104,9 @@ def test_dense_rotation(act_scale, weight_scale):
     spec = tiny_spec(dim=160, rows=(48,), rank=24, transform="dense", weight_group=64, **groups)
     module, x = random_linear(spec), inputs(64, 160, HALF)
     plan = candidates_for(90, 64, 48, spec, HALF)[0]
-    want = engine.reference(x.double(), *buffers(module), spec)
-    plain = engine.reference(x, *buffers(module), spec).double() - want
-    got = engine.run(plan, x, *buffers(module), spec).double() - want
+    want = engine.reference(x.double(), module.packed(), spec)
+    plain = engine.reference(x, module.packed(), spec).double() - want
+    got = engine.linear(plan, x, module.packed(), spec).double() - want
     assert got.norm() < 2 * plain.norm() + 2.0**-10 * want.norm()
 
 
@@ -119,9 +119,9 @@ def test_scales_of_the_root_mean_square(name, act_bits):
     found = candidates_for(90, 64, 48, spec, torch.bfloat16)
     assert {plan.container for plan in found} == {"fp8"}
     plan = next(plan for plan in found if plan.engine == name)
-    want = engine.reference(x.double(), *buffers(module), spec)
-    plain = engine.reference(x, *buffers(module), spec).double() - want
-    got = engine.run(plan, x, *buffers(module), spec).double() - want
+    want = engine.reference(x.double(), module.packed(), spec)
+    plain = engine.reference(x, module.packed(), spec).double() - want
+    got = engine.linear(plan, x, module.packed(), spec).double() - want
     assert got.norm() < 2 * plain.norm() + 2.0**-9 * want.norm()
 
 
@@ -131,21 +131,21 @@ def test_rank_beyond_the_kernels(name):
     module, x = random_linear(spec), inputs(64, 320, HALF)
     found = candidates_for(90, 64, 48, spec, torch.bfloat16)
     plan = next(plan for plan in found if plan.engine == name)
-    want = engine.reference(x.double(), *buffers(module), spec)
-    plain = engine.reference(x, *buffers(module), spec).double() - want
-    got = engine.run(plan, x, *buffers(module), spec).double() - want
+    want = engine.reference(x.double(), module.packed(), spec)
+    plain = engine.reference(x, module.packed(), spec).double() - want
+    got = engine.linear(plan, x, module.packed(), spec).double() - want
     assert got.norm() < 2 * plain.norm() + 2.0**-9 * want.norm()
 
 
 @pytest.mark.parametrize("width", [128, 192])
 @pytest.mark.parametrize("bias", [True, False])
 def test_nothing_protected(width, bias):
-    """Rank 0, with and without a bias: there may be no tail at all."""
+    """Rank 0, with and without a bias: there may be no appended columns at all."""
     spec = tiny_spec(dim=width, rows=(48,), act_group=64)
     module, (x, *_) = random_linear(spec, bias=bias), exact_case(spec, 5)
-    want = engine.reference(x.double(), *buffers(module), spec)
+    want = engine.reference(x.double(), module.packed(), spec)
     for plan in (Plan(engine="scaled_mm", container="fp8"), *packed_and_unpacked(spec)):
-        got = engine.run(plan, x, *buffers(module), spec).double()
+        got = engine.linear(plan, x, module.packed(), spec).double()
         assert (got - want).norm() <= 2.0**-8 * want.norm(), plan
 
 
@@ -160,8 +160,8 @@ def test_columns_that_do_not_touch():
     module.basis.copy_(p)
     wide = torch.stack([x, x.new_full(x.shape, torch.nan)], -1).flatten(1)
     for plan in packed_and_unpacked(spec):
-        want = engine.run(plan, x, *buffers(module), spec)
-        assert torch.equal(engine.run(plan, wide[:, ::2], *buffers(module), spec), want)
+        want = engine.linear(plan, x, module.packed(), spec)
+        assert torch.equal(engine.linear(plan, wide[:, ::2], module.packed(), spec), want)
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -173,4 +173,4 @@ def test_no_rows(name):
         candidates_for(90, 1, 48, spec, HALF)[0],
         Plan(engine="reference", container="none"),
     ):
-        assert engine.run(plan, x, *buffers(module), spec).shape == (0, 48)
+        assert engine.linear(plan, x, module.packed(), spec).shape == (0, 48)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 from dirotq.kernels.gated_residual import gated_residual, gated_residual_norm, reference
 from dirotq.kernels.gated_residual.kernel import launch, launch_with_norm
-from dirotq.kernels.source import modulated_norm
+from dirotq.kernels.prologue import modulated_norm
 from dirotq.kernels.transform_quantize.kernel import launch as transform_quantize
 
 
@@ -43,12 +43,12 @@ def test_with_the_norm_that_follows(shape, empty_is):
     with empty_is(255):
         out, normed, squares = launch_with_norm(x, gate, y, scale, shift, eps=1e-5)
         assert torch.equal(out, launch(x, gate, y))
-    source = modulated_norm(out, scale, shift, eps=1e-5)
+    prologue = modulated_norm(out, scale, shift, eps=1e-5)
     want = modulated_norm(out.double(), scale.double(), shift.double(), eps=1e-5).value()
-    off = (source.value().double() - want).norm()
+    off = (prologue.value().double() - want).norm()
     assert (normed.view(b, t, d).double() - want).norm() <= off + 1e-9
     torch.testing.assert_close(squares, normed.float().square().sum(-1), rtol=1e-5, atol=0)
-    known = replace(source, known=(normed, squares))
+    known = replace(prologue, known=(normed, squares))
     assert torch.equal(known.value(), normed.view(b, t, d))
 
 
@@ -59,10 +59,10 @@ def test_codes_of_a_norm_that_was_computed_before():
     gate, shift, scale = torch.randn(2, 1536, generator=g).half().to(DEVICE).chunk(3, dim=1)
     basis = torch.linalg.qr(torch.randn(512, 24, generator=g)).Q.bfloat16().to(DEVICE)
     out, *known = launch_with_norm(x, gate, y, scale, shift, eps=1e-6)
-    source = modulated_norm(out, scale, shift)
-    want = transform_quantize(source, basis, None, spec, container=torch.int8)
+    prologue = modulated_norm(out, scale, shift)
+    want = transform_quantize(prologue, basis, None, spec, container=torch.int8)
     got = transform_quantize(
-        replace(source, known=tuple(known)), basis, None, spec, container=torch.int8
+        replace(prologue, known=tuple(known)), basis, None, spec, container=torch.int8
     )
     for a, b in zip(got, want, strict=True):
         assert torch.equal(a, b)
@@ -71,6 +71,6 @@ def test_codes_of_a_norm_that_was_computed_before():
 def test_other_dtypes_take_the_specification():
     x, gate = torch.randn(2, 3, 8), torch.randn(2, 8)
     assert torch.equal(gated_residual(x, gate, x), x + gate[:, None] * x)
-    out, source = gated_residual_norm(x, gate, x, gate, gate, eps=1e-6)
+    out, prologue = gated_residual_norm(x, gate, x, gate, gate, eps=1e-6)
     assert torch.equal(out, x + gate[:, None] * x)
-    assert torch.equal(source.value(), modulated_norm(out, gate, gate).value())
+    assert torch.equal(prologue.value(), modulated_norm(out, gate, gate).value())

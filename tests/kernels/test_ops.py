@@ -177,7 +177,7 @@ def test_a_cpu_takes_the_reference_path_and_says_so_once(caplog, nothing_said):
         y = module(x)
         module(x)
     assert module.plan(5).engine == "reference"
-    want = engine.reference(x, *(getattr(module, n) for n in BUFFERS), module.spec)
+    want = engine.reference(x, module.packed(), module.spec)
     assert torch.equal(y, want)
     # Expected on a CPU, so no warning.
     assert [(r.levelname, "reference path" in r.message) for r in caplog.records] == [

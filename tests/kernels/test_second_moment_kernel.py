@@ -16,10 +16,10 @@ from dirotq.kernels import second_moment as op  # noqa: E402
 from dirotq.kernels.chip import capability  # noqa: E402
 from dirotq.kernels.second_moment import TILE, new, reference, tiles  # noqa: E402
 from dirotq.kernels.second_moment import kernel as engine  # noqa: E402
-from dirotq.kernels.second_moment.kernel import CONFIGS, builds, launch, tma_reads  # noqa: E402
+from dirotq.kernels.second_moment.kernel import TILES, builds, launch, tma_reads  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TMA, POINTERS = CONFIGS
+TMA, POINTERS = TILES
 TALL = dataclasses.replace(POINTERS, bm=256, bn=64)
 ON = pytest.mark.parametrize(
     "config",
@@ -56,7 +56,7 @@ def test_adds_to_what_is_there(config, tokens, dim):
     total, x = new(dim, DEVICE), activations(tokens, dim)
     for part in (x, activations(3, dim)):
         want = wanted(total, part)
-        launch(total, part, config=config)
+        launch(total, part, tile=config)
         assert torch.equal(total, want)
 
 
@@ -64,7 +64,7 @@ def test_channels_of_any_number():
     for dim in (1, 37, 301):
         total, x = new(dim, DEVICE), activations(40, dim)
         want = wanted(total, x)
-        launch(total, x, config=POINTERS)
+        launch(total, x, tile=POINTERS)
         assert torch.equal(total, want)
 
 
@@ -75,7 +75,7 @@ def test_reads_nothing_beside_its_rows(config):
     x.copy_(activations(40, 264))
     total = new(264, DEVICE)
     want = wanted(total, x)
-    launch(total, x, config=config)
+    launch(total, x, tile=config)
     assert torch.equal(total, want)
     assert total.isfinite().all()
 
@@ -85,14 +85,14 @@ def test_columns_that_lie_apart(config):
     x = activations(264, 20).T
     total = new(264, DEVICE)
     want = wanted(total, x)
-    launch(total, x, config=config)
+    launch(total, x, tile=config)
     assert torch.equal(total, want)
 
 
 @ON
 def test_no_tokens_add_nothing(config):
     total = torch.full((tiles(256), TILE, TILE), 3.0, device=DEVICE)
-    launch(total, activations(0, 256), config=config)
+    launch(total, activations(0, 256), tile=config)
     assert (total == 3).all()
 
 
@@ -172,5 +172,5 @@ def test_a_gpu_takes_the_kernel_for_16_bits_and_says_if_it_cannot(monkeypatch):
 
 def test_builds_cover_every_configuration():
     names = {build.name for build in builds()}
-    assert len(names) == len(builds()) == 2 * len(CONFIGS) + 1
+    assert len(names) == len(builds()) == 2 * len(TILES) + 1
     assert all(build.tensor_core for build in builds())

@@ -9,10 +9,10 @@ from formats import DEVICE, random_linear
 from tiny_spec import tiny_spec
 from torch import Tensor
 
+from dirotq.kernels import together as module
 from dirotq.kernels.linear import QuantLinear, frozen
-from dirotq.kernels.w4a16_linear import together as module
+from dirotq.kernels.together import MOST_ROWS, Together
 from dirotq.kernels.w4a16_linear import w4a16_linear
-from dirotq.kernels.w4a16_linear.together import MOST_ROWS, Together
 
 HALF = torch.float16
 GROUPED = {"act_bits": 16, "weight_scale": "group", "weight_group": 32}
@@ -34,7 +34,7 @@ def alone(one: QuantLinear, x: Tensor) -> Tensor:
     """The same kernel and tile, launched for this linear."""
     from dirotq.kernels.w4a16_linear.kernel import TILES, launch
 
-    return launch(x, one.qweight, one.wscale, one.bias, tile=TILES["row"][0])
+    return launch(x, one.packed(), tile=TILES["row"][0])
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 Inputs are fp16 (bf16 is wrong in the interpreter). Two kinds of comparison:
 
 Exact ones. Inputs are built from their codes, so that every intermediate is a short binary
-fraction, and all codes, scales, coefficients and bytes of the tail must be equal.
+fraction, and all codes, scales, coefficients and bytes of the appended columns must be equal.
 
 Close ones. z differs from the float64 specification by what 16-bit c and z cost, so a code may
 differ only where z is that near to a tie; where it does, it is the neighbour.
@@ -18,11 +18,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dirotq.kernels.appended import columns_with_appended, with_appended
 from dirotq.kernels.formats.activation import POW2_LEVELS
 from dirotq.kernels.formats.hadamard import block_hadamard
 from dirotq.kernels.formats.spec import QuantSpec
-from dirotq.kernels.planar import from_planar, padded
-from dirotq.kernels.tail import columns_with_tail, with_tail
+from dirotq.kernels.permuted import from_permuted, padded
 from dirotq.kernels.transform_quantize import quantize_rows, transform
 from dirotq.kernels.transform_quantize.kernel import MAX_RANK, builds, launch
 
@@ -60,7 +60,7 @@ def test_exact_inputs_give_exact_codes(name, container, empty_is):
             codes, scale, got_c = launch(x, p, None, spec, container=container)
         want, want_scale = quantize_rows(z, spec)
         assert codes.shape == (rows, padded(spec.width))
-        assert torch.equal(from_planar(codes.float(), spec.width), want.float())
+        assert torch.equal(from_permuted(codes.float(), spec.width), want.float())
         assert not codes.float()[:, padded(spec.width) - 64 :].isnan().any()
         assert codes.float().abs().sum() == want.float().abs().sum()  # the padding is zero
         torch.testing.assert_close(scale, want_scale, rtol=1e-6, atol=0)
@@ -70,29 +70,29 @@ def test_exact_inputs_give_exact_codes(name, container, empty_is):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", ["token", "token-b1", "token-b64", "pow2-16", "pow2-64"])
-def test_exact_inputs_give_an_exact_tail(name, bias, empty_is):
+def test_exact_inputs_give_exact_appended_columns(name, bias, empty_is):
     spec = EXACT[name]
     x, p, z, c = exact_case(spec, 7)
     c = c if spec.rank else None
     levels = POW2_LEVELS if spec.activations.name == "pow2" else 0
     codes, scale = quantize_rows(z, spec)
-    want, want_scale = with_tail(codes, scale, c, bits_below=levels, bias=bias)
+    want, want_scale = with_appended(codes, scale, c, bits_below=levels, bias=bias)
     for byte in (255, 0):
         with empty_is(byte):
-            got, got_scale, none = launch(x, p, None, spec, container=FP8, tail=True, bias=bias)
+            got, got_scale, none = launch(x, p, None, spec, container=FP8, appended=True, bias=bias)
         assert none is None
-        assert got.shape == (7, columns_with_tail(spec.width, spec.rank, bias))
+        assert got.shape == (7, columns_with_appended(spec.width, spec.rank, bias))
         assert torch.equal(got.float(), want.float())
         assert torch.equal(got_scale, want_scale)
 
 
 @pytest.mark.parametrize("width", [128, 160])
-def test_asked_for_a_tail_that_is_empty(width):
-    """Rank 0 and no bias: codes in units of the tail all the same, as the weights have them."""
+def test_asked_for_appended_columns_of_which_there_are_none(width):
+    """Rank 0 and no bias: codes in their units all the same, as the weights have them."""
     spec = tiny_spec(dim=width)
     x, _, z, _ = exact_case(spec, 3)
-    want, want_scale = with_tail(*quantize_rows(z, spec), None, bits_below=0, bias=False)
-    got, scale, _ = launch(x, None, None, spec, container=FP8, tail=True)
+    want, want_scale = with_appended(*quantize_rows(z, spec), None, bits_below=0, bias=False)
+    got, scale, _ = launch(x, None, None, spec, container=FP8, appended=True)
     assert torch.equal(got.float(), want.float())
     assert torch.equal(scale, want_scale)
 
@@ -125,7 +125,7 @@ def assert_close(spec: QuantSpec, x: Tensor, p: Tensor | None, t: Tensor | None,
     noise = 2.0**-11 * size
     groups = want_scale.shape[1]
     assert ((scale.double() - want_scale.double()).abs() <= noise).all()
-    got = from_planar(codes, spec.width)
+    got = from_permuted(codes, spec.width)
 
     def values(q: Tensor, s: Tensor) -> Tensor:
         return (q.double().unflatten(1, (groups, -1)) * s.double()[..., None]).flatten(1)
@@ -208,21 +208,23 @@ every_scale = pytest.mark.parametrize("spec", SCALES.values(), ids=SCALES)
 
 
 @pytest.mark.parametrize(
-    ("name", "tail"), [*((name, False) for name in SCALES), ("token", True), ("pow2", True)]
+    ("name", "appended"), [*((name, False) for name in SCALES), ("token", True), ("pow2", True)]
 )
-def test_rows_of_nothing(name, tail):
+def test_rows_of_nothing(name, appended):
     spec = SCALES[name]
     x, p, _ = close_case(spec, 5)
     x[1] = 0
     x[2] = 6e-8  # the smallest fp16 there is
-    container = FP8 if tail else INT8
-    codes, scale, c = launch(x, p, None, spec, container=container, tail=tail, bias=tail)
+    container = FP8 if appended else INT8
+    codes, scale, c = launch(
+        x, p, None, spec, container=container, appended=appended, bias=appended
+    )
     assert not codes.float()[1, : padded(spec.dim)].any()
     assert scale.isfinite().all()
     assert c is None or not c[1].any()
     others = [0, 3, 4]
     alone, alone_scale, _ = launch(
-        x[others], p, None, spec, container=container, tail=tail, bias=tail
+        x[others], p, None, spec, container=container, appended=appended, bias=appended
     )
     assert torch.equal(codes.float()[others], alone.float())
     assert torch.equal(scale[others], alone_scale)
@@ -246,7 +248,7 @@ def test_one_huge_outlier(spec):
     assert_close(spec, x[:1], p, None, flips=0.3)
     codes, scale, c = launch(x, p, None, spec, container=INT8)
     want_z, want_c = transform(x.double(), p.double(), None, spec)
-    z = from_planar(codes, 160).double().unflatten(1, (scale.shape[1], -1)) * scale[..., None]
+    z = from_permuted(codes, 160).double().unflatten(1, (scale.shape[1], -1)) * scale[..., None]
     steps = scale[1].max() * (16 if spec.activations.name == "pow2" else 1)
     assert (z.flatten(1) - want_z)[1].abs().max() < 0.8 * steps + 2.0**-9 * 6e4
     torch.testing.assert_close(c.double(), want_c, rtol=2e-3, atol=1)
@@ -258,7 +260,7 @@ def test_rows_inside_the_protected_span_leave_almost_nothing(spec):
     c = torch.randn(3, 8, device=DEVICE)
     x = (c @ p.float().T).half()
     codes, scale, got = launch(x, p, None, spec, container=INT8)
-    z = from_planar(codes, 160).double().unflatten(1, (scale.shape[1], -1)) * scale[..., None]
+    z = from_permuted(codes, 160).double().unflatten(1, (scale.shape[1], -1)) * scale[..., None]
     assert z.abs().max() < 0.02 * x.abs().max()
     assert ((got.float() - c).abs() <= 0.01 * c.norm(dim=1, keepdim=True)).all()
 
@@ -282,7 +284,7 @@ def test_a_block_transform_of_ones_is_one_value():
     spec = tiny_spec(dim=128, block=64)
     x = torch.eye(128, device=DEVICE).half()
     codes, scale, _ = launch(x, None, None, spec, container=INT8)
-    got = from_planar(codes, 128).float() * scale
+    got = from_permuted(codes, 128).float() * scale
     torch.testing.assert_close(got, block_hadamard(torch.eye(128, device=DEVICE), 64))
 
 

@@ -10,11 +10,13 @@ from formats import DEVICE
 
 pytest.importorskip("triton")
 
+from dirotq.kernels.appended import appended_part, columns_with_appended
+from dirotq.kernels.buffers import Packed
 from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
-from dirotq.kernels.planar import from_planar, padded
-from dirotq.kernels.tail import columns_with_tail, tail_part
+from dirotq.kernels.permuted import from_permuted, padded
 from dirotq.kernels.unpack_w4 import unpack_w4
-from dirotq.kernels.unpack_w4.kernel import allocate, builds, fits, launch
+from dirotq.kernels.unpack_w4.kernel import allocate, builds, fits
+from dirotq.kernels.unpack_w4.kernel import launch as launch_packed
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 containers = pytest.mark.parametrize("container", [INT8, FP8], ids=["int8", "fp8"])
@@ -31,6 +33,11 @@ def extras(rows: int, rank: int, bias: bool):
     wp = (torch.randn(rows, rank) * 30 * wscale).bfloat16() if rank else None
     beta = (torch.randn(rows) * 100 * wscale[:, 0]).bfloat16() if bias else None
     return tuple(None if t is None else t.to(DEVICE) for t in (wscale, wp, beta))
+
+
+def launch(q, container, wscale=None, wp=None, bias=None, **more):
+    packed = Packed(q, wscale, wp=wp, bias=bias)
+    return launch_packed(packed, container, appended=wscale is not None, **more)
 
 
 def raw(t: torch.Tensor) -> torch.Tensor:
@@ -57,22 +64,22 @@ def test_every_code_at_every_place(container):
     q = pack_int4(codes[(columns[None] + columns[:16, None]) % 16]).to(DEVICE)
     got, _ = launch(q, container)
     values = got.float() * (512 if container == FP8 else 1)
-    assert torch.equal(from_planar(values, 128), unpack_int4(q).float())
+    assert torch.equal(from_permuted(values, 128), unpack_int4(q).float())
 
 
 @pytest.mark.parametrize(
     ("rank", "bias"), [(0, True), (8, False), (24, True), (64, True), (64, False), (0, False)]
 )
 @pytest.mark.parametrize(("rows", "width"), [(5, 128), (33, 160)])
-def test_tail(rank, bias, rows, width, empty_is):
+def test_appended_columns(rank, bias, rows, width, empty_is):
     q, (wscale, wp, beta) = qweight(rows, width), extras(rows, rank, bias)
     want = unpack_w4(q, FP8, wscale, wp, beta)
     for byte in (255, 0):
         with empty_is(byte):
             got, scale = launch(q, FP8, wscale, wp, beta)
-        assert got.shape == (rows, columns_with_tail(width, rank, bias))
+        assert got.shape == (rows, columns_with_appended(width, rank, bias))
         assert torch.equal(scale, wscale.float().T)
-        behind, part = padded(width), tail_part(rank, bias)
+        behind, part = padded(width), appended_part(rank, bias)
         assert torch.equal(raw(got)[:, :behind], raw(want)[:, :behind])
         assert torch.equal(raw(got)[:, behind + 3 * part :], raw(want)[:, behind + 3 * part :])
         high, again, low = got[:, behind : behind + 3 * part].float().tensor_split(3, 1)
@@ -89,7 +96,7 @@ def test_tail(rank, bias, rows, width, empty_is):
         assert (low != want_low).sum() <= 0.1 * low.numel()
 
 
-def test_outputs_without_a_scale_have_no_tail():
+def test_outputs_without_a_scale_have_nothing_appended():
     q, (wscale, wp, beta) = qweight(5, 64), extras(5, 8, True)
     wscale[2] = 0
     got, _ = launch(q, FP8, wscale, wp, beta)
@@ -105,7 +112,7 @@ def test_rows_of_a_shared_site():
     assert torch.equal(part_scale, scale[:, 7:30])
 
 
-def test_the_tail_of_exact_values_is_exact():
+def test_appended_columns_of_exact_values_are_exact():
     """Multiples of the scale: nothing is rounded but in the split itself."""
     q, wscale = qweight(8, 64), torch.full((8, 1), 0.25).bfloat16().to(DEVICE)
     wp = (torch.arange(-64, 64).reshape(8, 16) / 2).bfloat16().to(DEVICE)
@@ -117,7 +124,7 @@ def test_the_tail_of_exact_values_is_exact():
 @containers
 def test_memory_may_be_given(container):
     q = qweight(5, 128)
-    given = allocate(q, container)
+    given = allocate(Packed(q, None), container)
     got, _ = launch(q, container, out=given)
     assert got is given[0]
     assert torch.equal(raw(got), raw(unpack_w4(q, container)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dirotq.kernels.buffers import Packed
 from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.w4a16_linear import w4a16_linear
 from dirotq.kernels.w4a16_linear.kernel import HALVES, TILES, Tile, builds, fits, launch, usual
@@ -62,7 +63,7 @@ def test_equals_the_specification(tile, M, N, K, group, bias):
     qweight, wscale, beta = weights(N, K, group)
     x, beta = activations(M, K), beta if bias else None
     out = x.new_full((M, N), float("nan"))
-    got = launch(x, qweight, wscale, beta, tile=tile, out=out)
+    got = launch(x, Packed(qweight, wscale, bias=beta), tile=tile, out=out)
     assert got is out
     assert_close(got, x, qweight, wscale, beta)
 
@@ -72,14 +73,14 @@ def test_equals_the_specification(tile, M, N, K, group, bias):
 def test_rows(tile, M):
     qweight, wscale, bias = weights(40, 128, 64)
     x = activations(M, 128)
-    assert_close(launch(x, qweight, wscale, bias, tile=tile), x, qweight, wscale, bias)
+    assert_close(launch(x, Packed(qweight, wscale, bias=bias), tile=tile), x, qweight, wscale, bias)
 
 
 @pytest.mark.parametrize("M", [1, 7, 33, 300])
 def test_the_usual_tile_is_chosen(M):
     qweight, wscale, bias = weights(16, 64, None)
     x = activations(M, 64)
-    assert_close(launch(x, qweight, wscale, bias), x, qweight, wscale, bias)
+    assert_close(launch(x, Packed(qweight, wscale, bias=bias)), x, qweight, wscale, bias)
 
 
 def test_usual_tiles_fit_their_chips():
@@ -97,9 +98,11 @@ def test_any_strides_and_slices_of_weights(tile):
     rows = slice(8, 48)
     qweight, wscale, bias = qweight[rows], wscale[rows], bias[rows]
     for view in (x[:, 5:133], x[:, :256:2], activations(128, 3).mT):
-        assert_close(launch(view, qweight, wscale, bias, tile=tile), view, qweight, wscale, bias)
+        assert_close(
+            launch(view, Packed(qweight, wscale, bias=bias), tile=tile), view, qweight, wscale, bias
+        )
     wide = x.new_full((3, 50), float("nan"))
-    launch(view, qweight, wscale, bias, tile=tile, out=wide[:, 4:44])
+    launch(view, Packed(qweight, wscale, bias=bias), tile=tile, out=wide[:, 4:44])
     assert_close(wide[:, 4:44], view, qweight, wscale, bias)
     assert wide[:, :4].isnan().all()
     assert wide[:, 44:].isnan().all()
@@ -111,7 +114,7 @@ def test_width_of_whole_words_only(tile, group):
     K = 32 if group else 72  # 72: nine words, rows are not whole 16 bytes
     qweight, wscale, bias = weights(16, K, group)
     x = activations(2, K)
-    assert_close(launch(x, qweight, wscale, bias, tile=tile), x, qweight, wscale, bias)
+    assert_close(launch(x, Packed(qweight, wscale, bias=bias), tile=tile), x, qweight, wscale, bias)
 
 
 @every_kernel
@@ -121,7 +124,7 @@ def test_every_code_at_every_place(tile):
     x = torch.eye(K, dtype=torch.float16, device=DEVICE)
     wanted = codes[(columns[None, :] + columns[:16, None]) % 16]
     one = torch.ones(16, 1, dtype=torch.bfloat16, device=DEVICE)
-    got = launch(x, pack_int4(wanted).to(DEVICE), one, None, tile=tile, out_dtype=torch.float32)
+    got = launch(x, Packed(pack_int4(wanted).to(DEVICE), one), tile=tile, out_dtype=torch.float32)
     assert torch.equal(got.T.cpu(), wanted.float())
 
 
@@ -134,7 +137,7 @@ def test_scales_beyond_the_range_of_fp16(tile, exponent):
     wscale[4, 1:] = 0
     wscale[5, 2] *= 2.0**20
     x = activations(5, 256)
-    got = launch(x, qweight, wscale, None, tile=tile, out_dtype=torch.float32)
+    got = launch(x, Packed(qweight, wscale), tile=tile, out_dtype=torch.float32)
     want = w4a16_linear(x, qweight, wscale, None)
     top = w4a16_linear(x.abs(), magnitudes(qweight), wscale, None)
     assert ((got - want).abs() <= 1e-3 * top).all()
@@ -149,7 +152,7 @@ def test_adversarial_rows(tile):
     x[1] = 6e-8  # the smallest fp16
     x[2] = 1e-2
     x[2, 77] = 6e4
-    got = launch(x, qweight, wscale, None, tile=tile)
+    got = launch(x, Packed(qweight, wscale), tile=tile)
     # One row: an outlier leaves a trace of its offset even where its code is 0.
     assert_close(got, x, qweight, wscale, None, least=1 if tile.kind == "row" else 0)
     assert (got[0] == 0).all()
@@ -158,12 +161,12 @@ def test_adversarial_rows(tile):
 def test_bf16_of_one_row():
     qweight, wscale, bias = weights(40, 160, 32)
     x = activations(2, 160, torch.bfloat16) * 1e30
-    assert_close(launch(x, qweight, wscale, bias, tile=ROW), x, qweight, wscale, bias)
+    assert_close(launch(x, Packed(qweight, wscale, bias=bias), tile=ROW), x, qweight, wscale, bias)
 
 
 def test_no_rows():
     qweight, wscale, bias = weights(40, 64, None)
-    assert launch(activations(0, 64), qweight, wscale, bias).shape == (0, 40)
+    assert launch(activations(0, 64), Packed(qweight, wscale, bias=bias)).shape == (0, 40)
 
 
 def test_what_does_not_fit_is_refused():
@@ -171,7 +174,7 @@ def test_what_does_not_fit_is_refused():
     assert not fits(60, 1) and not fits(96, 2) and not fits(64, 4)
     qweight, wscale, _ = weights(16, 64, 16)
     with pytest.raises(ValueError, match=r"64 columns with 4 scales .* multiple of 32 columns"):
-        launch(activations(1, 64), qweight, wscale, None)
+        launch(activations(1, 64), Packed(qweight, wscale))
 
 
 def test_magic_numbers():
@@ -184,6 +187,8 @@ def test_magic_numbers():
 def test_builds_have_names_of_their_own():
     names = [build.name for build in builds()]
     assert len(set(names)) == len(names)
-    used = {(b.constants["BN"], b.constants["W"], b.warps, b.stages) for b in builds()}
+    used = {
+        (b.constants["BN"], b.constants["W"], b.config.warps, b.config.stages) for b in builds()
+    }
     tiles = [tile for group in TILES.values() for tile in group]
     assert {(t.bn, t.words, t.warps, t.stages) for t in tiles} <= used

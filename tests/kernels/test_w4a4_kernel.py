@@ -9,9 +9,10 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from dirotq.kernels.buffers import Codes, Packed
 from dirotq.kernels.build import FP8_CHIPS
 from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
-from dirotq.kernels.planar import padded, to_planar
+from dirotq.kernels.permuted import padded, to_permuted
 from dirotq.kernels.w4a4_linear import kernel as engine
 from dirotq.kernels.w4a4_linear import w4a4_linear
 from dirotq.kernels.w4a4_linear.kernel import TILES, Tile, builds, fits, launch, scales_fit
@@ -46,7 +47,7 @@ def operands(M, N, K, *, act_groups=1, weight_groups=1, R=0, bias=False, c_dtype
 
 def unpacked(qweight_NK2: Tensor, container: torch.dtype) -> Tensor:
     """What ``unpack_w4`` leaves in the workspace."""
-    weight_NK = to_planar(unpack_int4(qweight_NK2))
+    weight_NK = to_permuted(unpack_int4(qweight_NK2))
     return weight_NK if container == INT8 else (weight_NK.float() * 2.0**-9).to(FP8)
 
 
@@ -56,13 +57,19 @@ def run(args, *, container=INT8, tile=SMALL, from_packed=True, out_dtype=torch.f
     shape = codes_MK.shape[0], qweight_NK2.shape[0]
     more.setdefault("out", torch.full(shape, torch.nan, dtype=out_dtype, device=DEVICE))
     return launch(
-        **{**args, "codes_MK": to_planar(codes_MK).to(container)},
+        Codes(to_permuted(codes_MK).to(container), args["scale_MG"], args["c_MR"]),
+        packed_of(args),
+        None if from_packed else unpacked(qweight_NK2, container),
         width=codes_MK.shape[1],
         out_dtype=out_dtype,
         tile=tile,
-        weights_NK=None if from_packed else unpacked(qweight_NK2, container),
         **more,
     )
+
+
+def packed_of(args) -> Packed:
+    """Buffers of a linear from the arguments of the specification."""
+    return Packed(args["qweight_NK2"], args["wscale_NG"], wp=args["wp_NR"], bias=args["bias_N"])
 
 
 containers = pytest.mark.parametrize("container", [INT8, FP8], ids=["int8", "fp8"])
@@ -156,7 +163,7 @@ def test_neighbouring_memory_is_neither_read_nor_written(container, from_packed)
 
     out = torch.full((9, 104), -5.0, device=DEVICE)
     got = launch(
-        embedded(to_planar(args["codes_MK"]).to(container), 100)[:7],
+        embedded(to_permuted(args["codes_MK"]).to(container), 100)[:7],
         embedded(args["scale_MG"], torch.nan)[:7, :1],
         embedded(args["c_MR"], torch.nan)[:7, :8],
         args["qweight_NK2"],
@@ -293,4 +300,4 @@ def test_builds_name_every_argument():
 
 def test_codes_are_padded_to_whole_blocks():
     """The tests above rely on it: a width of 96 leaves half a block of zeros."""
-    assert padded(96) == 128 and to_planar(torch.ones(1, 96)).sum() == 96
+    assert padded(96) == 128 and to_permuted(torch.ones(1, 96)).sum() == 96

@@ -55,8 +55,8 @@ def compiled(build: Build, chip: int) -> Any:
         constexprs={(names.index(n),): value for n, value in build.constants.items()},
         attrs={(names.index(n),): [["tt.divisibility", 16]] for n in build.aligned},
     )
-    options = {"num_warps": build.warps, "num_stages": build.stages, "maxnreg": build.registers}
-    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=options)
+    target = GPUTarget("cuda", chip, 32)
+    return triton.compile(source, target=target, options=build.config.options)
 
 
 def _function(build: Build) -> JITFunction:

@@ -6,13 +6,12 @@ import torch
 from tiny_spec import tiny_spec
 from torch import Tensor
 
-from dirotq.benchmarks.random_linear import buffers
 from dirotq.kernels.formats.hadamard import hadamard_block
 from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
 
-__all__ = ["DEVICE", "FORMATS", "buffers", "inputs", "random_linear", "spec_of"]
+__all__ = ["DEVICE", "FORMATS", "inputs", "random_linear", "spec_of"]
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

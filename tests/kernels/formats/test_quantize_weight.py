@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_spec import FP4, tiny_spec
 
+from dirotq.kernels.appended import BIAS_LIMIT, LIMIT, TINY
 from dirotq.kernels.formats import quantize_weight as reference
 from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.formats.quantize_weight import (
@@ -17,7 +18,6 @@ from dirotq.kernels.formats.quantize_weight import (
     weight_scales,
     weight_steps,
 )
-from dirotq.kernels.tail import BIAS_LIMIT, LIMIT, TINY
 from dirotq.kernels.unpack_w4 import unpack_w4
 
 seeds = st.integers(0, 2**32 - 1)

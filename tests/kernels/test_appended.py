@@ -6,16 +6,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dirotq.kernels.formats.activation import POW2_LEVELS
-from dirotq.kernels.formats.pack_int4 import pack_int4
-from dirotq.kernels.tail import (
+from dirotq.kernels.appended import (
     BIAS_LIMIT,
     LIMIT,
-    columns_with_tail,
+    appended_part,
+    columns_with_appended,
     split_fp8,
-    tail_part,
-    with_tail,
+    with_appended,
 )
+from dirotq.kernels.formats.activation import POW2_LEVELS
+from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.unpack_w4 import unpack_w4
 from dirotq.kernels.w4a4_linear import w4a4_linear
 
@@ -48,8 +48,8 @@ def test_small_values_lose_at_most_half_of_fp8s_smallest_step():
     ],
 )
 def test_widths(width, rank, bias, part, columns):
-    assert tail_part(rank, bias) == part
-    assert columns_with_tail(width, rank, bias) == columns
+    assert appended_part(rank, bias) == part
+    assert columns_with_appended(width, rank, bias) == columns
 
 
 def operands(seed: int, rank: int, bias: bool, levels: int, size: float):
@@ -89,9 +89,9 @@ def product(codes: Tensor, scale: Tensor, weights: Tensor, wscale: Tensor) -> Te
 )
 def test_one_product_is_the_whole_linear(seed, rank, bias, levels, size):
     codes, scale, c, qweight, wscale, wp, beta = operands(seed, rank, bias, levels, size)
-    left, left_scale = with_tail(codes, scale, c, bits_below=levels, bias=bias)
+    left, left_scale = with_appended(codes, scale, c, bits_below=levels, bias=bias)
     right = unpack_w4(qweight, FP8, wscale, wp, beta)
-    assert left.shape[1] == right.shape[1] == columns_with_tail(96, rank, bias)
+    assert left.shape[1] == right.shape[1] == columns_with_appended(96, rank, bias)
     assert left.float().isfinite().all()
     assert right.float().isfinite().all()
     got = product(left, left_scale, right, wscale)
@@ -111,10 +111,10 @@ def test_one_product_is_the_whole_linear(seed, rank, bias, levels, size):
 
 
 @pytest.mark.parametrize("levels", [0, POW2_LEVELS])
-def test_without_tail_the_product_is_exact(levels):
+def test_without_appended_columns_the_product_is_exact(levels):
     codes, scale, _, qweight, wscale, _, _ = operands(0, 0, False, levels, 1.0)
     scale = torch.exp2(scale.log2().round())
-    left, left_scale = with_tail(codes, scale, None, bits_below=levels, bias=False)
+    left, left_scale = with_appended(codes, scale, None, bits_below=levels, bias=False)
     got = product(left, left_scale, unpack_w4(qweight, FP8, wscale), wscale)
     want = w4a4_linear(codes, scale, None, qweight, wscale, None, None)
     assert torch.equal(got, want.double())
@@ -124,7 +124,7 @@ def test_rows_of_zeros_are_their_protected_part():
     codes, scale, c, qweight, wscale, wp, beta = operands(1, 8, True, 0, 1.0)
     codes[0], scale[0] = 0, 0
     codes[1], scale[1], c[1] = 0, 0, 0
-    left, left_scale = with_tail(codes, scale, c, bits_below=0, bias=True)
+    left, left_scale = with_appended(codes, scale, c, bits_below=0, bias=True)
     assert left_scale.isfinite().all()
     assert (left_scale > 0).all()
     got = product(left, left_scale, unpack_w4(qweight, FP8, wscale, wp, beta), wscale)
@@ -136,9 +136,9 @@ def test_rows_of_zeros_are_their_protected_part():
 def test_a_large_coefficient_halves_the_codes_of_its_row_exactly():
     codes, scale, c, *_ = operands(2, 8, False, POW2_LEVELS, 1.0)
     c[3, 2] = 2.0**14 * scale[3, 0] * 2**POW2_LEVELS
-    left, left_scale = with_tail(codes, scale, c, bits_below=POW2_LEVELS, bias=False)
+    left, left_scale = with_appended(codes, scale, c, bits_below=POW2_LEVELS, bias=False)
     assert left.float().abs().max() <= 448
-    plain, plain_scale = with_tail(codes, scale, c * 0, bits_below=POW2_LEVELS, bias=False)
+    plain, plain_scale = with_appended(codes, scale, c * 0, bits_below=POW2_LEVELS, bias=False)
     k = (left_scale / plain_scale).log2()
     assert k[3] > 0
     assert torch.equal(left[:, :128].float() * 2**k, plain[:, :128].float())

@@ -1,8 +1,8 @@
 """What a packed linear reads: an activation, and what the network does to it just before.
 
 LayerNorm with modulation, GELU and concatenation cost as much as a read and a write of the
-activation when they run alone. A :class:`Source` names them instead, and the kernels of
-``transform_quantize`` compute them on the way in; :meth:`Source.value` is their definition, and
+activation when they run alone. A :class:`Prologue` names them instead, and the kernels of
+``transform_quantize`` compute them on the way in; :meth:`Prologue.value` is their definition, and
 what runs where no kernel does.
 
 Letters: B images, T tokens, D channels, F channels that follow.
@@ -19,7 +19,7 @@ Kind = Literal["plain", "norm", "gelu", "concat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Source:
+class Prologue:
     """Made by :func:`plain`, :func:`modulated_norm`, :func:`gelu` or :func:`concat_gelu`."""
 
     kind: Kind
@@ -57,8 +57,8 @@ class Source:
             return torch.cat([x, functional.gelu(self.behind_BTF, approximate="tanh")], -1)
         return x
 
-    def laid_out(self) -> "Source":
-        """The same source as kernels read it: neighbouring channels, and one image of all rows
+    def laid_out(self) -> "Prologue":
+        """The same prologue as kernels read it: neighbouring channels, and one image of all rows
         where nothing depends on the image and the rows lie evenly."""
         x = _contiguous(self.x_BTD)
         if self.kind == "norm":
@@ -83,23 +83,23 @@ def _even(x_BTD: Tensor) -> bool:
     return x_BTD.stride(0) == x_BTD.shape[1] * x_BTD.stride(1)
 
 
-def plain(x_BTD: Tensor) -> Source:
+def plain(x_BTD: Tensor) -> Prologue:
     """x itself; a slice of a longer sequence is read where it lies."""
-    return Source(kind="plain", x_BTD=x_BTD)
+    return Prologue(kind="plain", x_BTD=x_BTD)
 
 
 def modulated_norm(
     x_BTD: Tensor, scale_BD: Tensor, shift_BD: Tensor, *, eps: float = 1e-6
-) -> Source:
+) -> Prologue:
     """LayerNorm without weights, times 1 + scale, plus shift (adaLN; Peebles & Xie 2022)."""
-    return Source(kind="norm", x_BTD=x_BTD, scale_BD=scale_BD, shift_BD=shift_BD, eps=eps)
+    return Prologue(kind="norm", x_BTD=x_BTD, scale_BD=scale_BD, shift_BD=shift_BD, eps=eps)
 
 
-def gelu(x_BTF: Tensor) -> Source:
+def gelu(x_BTF: Tensor) -> Prologue:
     """GELU by its tanh approximation."""
-    return Source(kind="gelu", x_BTD=x_BTF)
+    return Prologue(kind="gelu", x_BTD=x_BTF)
 
 
-def concat_gelu(x_BTD: Tensor, behind_BTF: Tensor) -> Source:
+def concat_gelu(x_BTD: Tensor, behind_BTF: Tensor) -> Prologue:
     """x's channels, then GELU (tanh) of ``behind``."""
-    return Source(kind="concat", x_BTD=x_BTD, behind_BTF=behind_BTF)
+    return Prologue(kind="concat", x_BTD=x_BTD, behind_BTF=behind_BTF)

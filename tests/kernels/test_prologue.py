@@ -11,9 +11,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dirotq.kernels.planar import from_planar, padded
-from dirotq.kernels.source import Source, concat_gelu, gelu, modulated_norm, plain
-from dirotq.kernels.tail import BIAS_COEFFICIENT, columns_with_tail, tail_part
+from dirotq.kernels.appended import BIAS_COEFFICIENT, appended_part, columns_with_appended
+from dirotq.kernels.permuted import from_permuted, padded
+from dirotq.kernels.prologue import Prologue, concat_gelu, gelu, modulated_norm, plain
 from dirotq.kernels.transform_quantize import quantize_rows, transform
 from dirotq.kernels.transform_quantize.kernel import MAX_RANK, launch, usual
 
@@ -37,7 +37,7 @@ BEHIND |= {"floats": 256, "floats-0": 96}
 KINDS = ("plain", "norm", "gelu", "concat")
 
 
-def source_of(kind: str, name: str, images: int = 3, tokens: int = 11) -> Source:
+def prologue_of(kind: str, name: str, images: int = 3, tokens: int = 11) -> Prologue:
     """Of x with outliers and a mean, as slices of longer rows and longer sequences."""
     g = torch.Generator().manual_seed(0)
     d, behind = SPECS[name].dim, BEHIND[name]
@@ -65,29 +65,29 @@ def basis_of(name: str) -> Tensor | None:
     return vectors[:, : spec.rank].contiguous().bfloat16().to(DEVICE) if spec.rank else None
 
 
-def double(source: Source) -> Source:
+def double(prologue: Prologue) -> Prologue:
     names = ("x_BTD", "scale_BD", "shift_BD", "behind_BTF")
-    found = {n: t.double() for n in names if (t := getattr(source, n)) is not None}
-    return replace(source, **found)
+    found = {n: t.double() for n in names if (t := getattr(prologue, n)) is not None}
+    return replace(prologue, **found)
 
 
 @pytest.mark.parametrize("name", SPECS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_are_as_good_as_without_fusion(kind, name):
-    spec, source, p = SPECS[name], source_of(kind, name), basis_of(name)
-    rows = double(source).value().reshape(source.rows, spec.dim)
+    spec, prologue, p = SPECS[name], prologue_of(kind, name), basis_of(name)
+    rows = double(prologue).value().reshape(prologue.rows, spec.dim)
     z, c = transform(rows, None if p is None else p.double(), None, spec)
 
-    def errors(x: Tensor | Source) -> tuple[float, float]:
+    def errors(x: Tensor | Prologue) -> tuple[float, float]:
         container = torch.float8_e4m3fn if spec.activations.element == "e4m3" else torch.int8
         codes, scale, got_c = launch(x, p, None, spec, container=container)
         assert not codes.float().isnan().any()
-        got = from_planar(codes.float(), spec.width).double() * scale.double()
+        got = from_permuted(codes.float(), spec.width).double() * scale.double()
         off = 0.0 if c is None or got_c is None else (got_c.double() - c).norm() / c.norm()
         return float((got - z).norm() / z.norm()), float(off)
 
-    plain_z, plain_c = errors(source.value().reshape(source.rows, spec.dim))
-    fused_z, fused_c = errors(source)
+    plain_z, plain_c = errors(prologue.value().reshape(prologue.rows, spec.dim))
+    fused_z, fused_c = errors(prologue)
     exact_codes, exact_scale = quantize_rows(z, spec)
     floor = float((exact_codes.double() * exact_scale.double() - z).norm() / z.norm())
     assert fused_z <= 1.05 * max(plain_z, floor)
@@ -98,11 +98,11 @@ def test_codes_are_as_good_as_without_fusion(kind, name):
 @pytest.mark.parametrize("name", ["rms", "rms-ragged", "even", "rank-0"])
 @pytest.mark.parametrize("kind", ["plain", "gelu", "concat"])
 def test_other_chips_take_other_ways_to_the_same_codes(kind, name, chip):
-    spec, source, p = SPECS[name], source_of(kind, name), basis_of(name)
+    spec, prologue, p = SPECS[name], prologue_of(kind, name), basis_of(name)
     sweeps = usual(kind, chip)
     assert sweeps.rotate.stacked != usual(kind, 90).rotate.stacked
-    codes, scale, _ = launch(source, p, None, spec, container=torch.int8, sweeps=sweeps)
-    want, want_scale, _ = launch(source, p, None, spec, container=torch.int8)
+    codes, scale, _ = launch(prologue, p, None, spec, container=torch.int8, sweeps=sweeps)
+    want, want_scale, _ = launch(prologue, p, None, spec, container=torch.int8)
     assert torch.allclose(scale, want_scale, rtol=1e-3)
     assert (codes == want).double().mean() > 0.99  # the rest lies near ties
     apart = codes.float() * scale - want.float() * want_scale
@@ -111,13 +111,13 @@ def test_other_chips_take_other_ways_to_the_same_codes(kind, name, chip):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_do_not_depend_on_their_neighbours(kind):
-    spec, source, p = SPECS["even"], source_of(kind, "even"), basis_of("even")
-    whole = launch(source, p, None, spec, container=torch.int8)
+    spec, prologue, p = SPECS["even"], prologue_of(kind, "even"), basis_of("even")
+    whole = launch(prologue, p, None, spec, container=torch.int8)
 
-    def image(i: int) -> Source:
+    def image(i: int) -> Prologue:
         parts = ("x_BTD", "scale_BD", "shift_BD", "behind_BTF")
-        own = {n: t[i : i + 1] for n in parts if (t := getattr(source, n)) is not None}
-        return replace(source, **own)
+        own = {n: t[i : i + 1] for n in parts if (t := getattr(prologue, n)) is not None}
+        return replace(prologue, **own)
 
     for i in range(3):
         part = launch(image(i), p, None, spec, container=torch.int8)
@@ -131,19 +131,19 @@ def test_rows_do_not_depend_on_their_neighbours(kind):
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("name", ["rms", "rms-ragged", "rms-64", "rms-128", "rms-0", "floats"])
-def test_the_tail_behind_scales_of_the_root_mean_square(name, bias, empty_is):
+def test_the_columns_appended_behind_scales_of_the_root_mean_square(name, bias, empty_is):
     """Codes, coefficients and the bias's direction: what the product makes of them is right."""
-    spec, source, p = SPECS[name], source_of("gelu", name), basis_of(name)
-    rows = double(source).value().reshape(source.rows, spec.dim)
+    spec, prologue, p = SPECS[name], prologue_of("gelu", name), basis_of(name)
+    rows = double(prologue).value().reshape(prologue.rows, spec.dim)
     z, c = transform(rows, None if p is None else p.double(), None, spec)
     with empty_is(255):
         codes, scale, none = launch(
-            source, p, None, spec, container=torch.float8_e4m3fn, tail=True, bias=bias
+            prologue, p, None, spec, container=torch.float8_e4m3fn, appended=True, bias=bias
         )
     assert none is None
-    assert codes.shape[1] == columns_with_tail(spec.width, spec.rank, bias)
-    main, behind = padded(spec.width), tail_part(spec.rank, bias)
-    got = from_planar(codes.float()[:, :main], spec.width).double() * scale.double() / 512
+    assert codes.shape[1] == columns_with_appended(spec.width, spec.rank, bias)
+    main, behind = padded(spec.width), appended_part(spec.rank, bias)
+    got = from_permuted(codes.float()[:, :main], spec.width).double() * scale.double() / 512
     want, step = quantize_rows(z, spec)
     floor = (want.double() * step.double() - z).norm()
     assert (got - z).norm() <= 1.05 * floor
@@ -168,17 +168,17 @@ def test_rows_in_the_protected_directions_alone():
     codes, scale, c = launch(x, p, None, spec, container=torch.float8_e4m3fn)
     assert c is not None
     z, _ = transform(x.double(), p.double(), None, spec)
-    got = from_planar(codes.float(), spec.width).double() * scale.double()
+    got = from_permuted(codes.float(), spec.width).double() * scale.double()
     assert (got - z).norm() < 0.02 * x.double().norm()
 
 
 def test_the_same_modulation_from_separate_tensors():
-    spec, source, p = SPECS["even"], source_of("norm", "even"), basis_of("even")
-    assert source.scale_BD is not None and source.shift_BD is not None
-    apart = replace(source, scale_BD=source.scale_BD.contiguous())
+    spec, prologue, p = SPECS["even"], prologue_of("norm", "even"), basis_of("even")
+    assert prologue.scale_BD is not None and prologue.shift_BD is not None
+    apart = replace(prologue, scale_BD=prologue.scale_BD.contiguous())
     for got, want in zip(
         launch(apart, p, None, spec, container=torch.int8),
-        launch(source, p, None, spec, container=torch.int8),
+        launch(prologue, p, None, spec, container=torch.int8),
         strict=True,
     ):
         assert got is not None and want is not None and torch.equal(got, want)

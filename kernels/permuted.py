@@ -17,7 +17,7 @@ def padded(width: int) -> int:
     return -(-width // BLOCK) * BLOCK
 
 
-def to_planar(codes_MK: Tensor) -> Tensor:
+def to_permuted(codes_MK: Tensor) -> Tensor:
     """[M, K] in the network's order -> [M, padded(K)] in R1 order, same dtype."""
     columns = codes_MK.shape[-1]
     out = codes_MK.new_zeros(*codes_MK.shape[:-1], padded(columns))
@@ -25,15 +25,15 @@ def to_planar(codes_MK: Tensor) -> Tensor:
     return out.unflatten(-1, (-1, BLOCK // 2, 2)).mT.flatten(-3)
 
 
-def from_planar(codes_MK: Tensor, width: int) -> Tensor:
-    """Inverse of :func:`to_planar`: the first ``width`` columns in the network's order."""
+def from_permuted(codes_MK: Tensor, width: int) -> Tensor:
+    """Inverse of :func:`to_permuted`: the first ``width`` columns in the network's order."""
     blocks = codes_MK[..., : padded(width)].unflatten(-1, (-1, 2, BLOCK // 2))
     return torch.flatten(blocks.mT, -3)[..., :width]
 
 
-def planar_columns(width: int, device: torch.device) -> Tensor:
+def permuted_columns(width: int, device: torch.device) -> Tensor:
     """The column of the network's order at each place of R1 order: int64 [padded(width)].
 
     Places behind the last column of a ragged block name columns >= ``width``.
     """
-    return to_planar(torch.arange(padded(width), device=device)[None])[0]
+    return to_permuted(torch.arange(padded(width), device=device)[None])[0]

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..chip import capability, why_reference
-from ..linear import QuantLinear
-from ..plan import choose
-from ..support import NEWEST, unsupported
-from .tiles import TILES, Tile
+from .chip import capability, why_reference
+from .linear import QuantLinear
+from .plan import choose
+from .support import NEWEST, unsupported
+from .w4a16_linear.tiles import TILES, Tile
 
 MOST_ROWS = 4
 """More rows are faster on the tensor cores, one linear after the other."""
@@ -48,7 +48,7 @@ class Together:
         table_FL = self._table_for(x)
         if table_FL is None:
             return [linear(x) for linear in self.linears]
-        from .kernel import launch_many
+        from .w4a16_linear.kernel import launch_many
 
         spec = self.linears[0].spec
         outputs = [linear.spec.outputs for linear in self.linears]

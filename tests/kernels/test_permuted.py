@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dirotq.kernels.formats.pack_int4 import pack_int4
-from dirotq.kernels.planar import from_planar, padded, planar_columns, to_planar
+from dirotq.kernels.permuted import from_permuted, padded, permuted_columns, to_permuted
 
 CPU = torch.device("cpu")
 
@@ -15,37 +15,37 @@ CPU = torch.device("cpu")
 @given(st.integers(1, 300), st.integers(0, 4))
 def test_there_and_back(width, rows):
     codes = torch.randint(-7, 8, (rows, width), dtype=torch.int8)
-    planar = to_planar(codes)
-    assert planar.shape == (rows, padded(width))
-    assert planar.dtype == torch.int8
-    assert torch.equal(from_planar(planar, width), codes)
-    assert torch.equal(from_planar(torch.nn.functional.pad(planar, (0, 9)), width), codes)
+    permuted = to_permuted(codes)
+    assert permuted.shape == (rows, padded(width))
+    assert permuted.dtype == torch.int8
+    assert torch.equal(from_permuted(permuted, width), codes)
+    assert torch.equal(from_permuted(torch.nn.functional.pad(permuted, (0, 9)), width), codes)
 
 
 @settings(deadline=None)
 @given(st.integers(1, 300))
 def test_columns_name_what_stands_where(width):
-    columns = planar_columns(width, CPU)
+    columns = permuted_columns(width, CPU)
     assert sorted(columns.tolist()) == list(range(padded(width)))
     codes = torch.arange(1, width + 1)[None]
     padding = torch.nn.functional.pad(codes, (0, padded(width) - width))
-    assert torch.equal(to_planar(codes), padding[:, columns])
+    assert torch.equal(to_permuted(codes), padding[:, columns])
 
 
 @settings(deadline=None)
 @given(st.integers(1, 150))
 def test_products_do_not_see_the_order(pairs):
     x, w = torch.randn(3, 2 * pairs).double(), torch.randn(4, 2 * pairs).double()
-    torch.testing.assert_close(to_planar(x) @ to_planar(w).T, x @ w.T)
+    torch.testing.assert_close(to_permuted(x) @ to_permuted(w).T, x @ w.T)
 
 
 def test_low_nibbles_of_32_bytes_are_32_neighbours():
     codes = torch.randint(-8, 8, (3, 192), dtype=torch.int8)
-    packed, planar = pack_int4(codes).view(torch.int8), to_planar(codes)
+    packed, permuted = pack_int4(codes).view(torch.int8), to_permuted(codes)
     for block in range(3):
         bytes_ = packed[:, 32 * block : 32 * block + 32]
         both = torch.cat([(bytes_ << 4) >> 4, bytes_ >> 4], 1)
-        assert torch.equal(planar[:, 64 * block : 64 * block + 64], both)
+        assert torch.equal(permuted[:, 64 * block : 64 * block + 64], both)
 
 
 @pytest.mark.parametrize(
@@ -56,8 +56,8 @@ def test_whole_blocks(width, columns):
 
 
 def test_a_ragged_block_has_its_even_columns_in_front():
-    planar = to_planar(torch.arange(1, 97)[None])[0]
-    assert planar[64:80].tolist() == list(range(65, 97, 2))
-    assert planar[96:112].tolist() == list(range(66, 97, 2))
-    assert not planar[80:96].any()
-    assert not planar[112:].any()
+    permuted = to_permuted(torch.arange(1, 97)[None])[0]
+    assert permuted[64:80].tolist() == list(range(65, 97, 2))
+    assert permuted[96:112].tolist() == list(range(66, 97, 2))
+    assert not permuted[80:96].any()
+    assert not permuted[112:].any()

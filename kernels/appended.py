@@ -9,8 +9,10 @@ coefficient is constant.
 import torch
 from torch import Tensor
 
-from .planar import padded, to_planar
-from .transform_quantize.reference import TINY
+from .permuted import padded, to_permuted
+
+TINY = 1e-30
+"""Rows and groups no larger than this are zero: 7 / amax would overflow for denormals."""
 
 LIMIT = 512.0
 """Largest |W P| / weight scale that the columns hold; ``gptq`` keeps scales large enough."""
@@ -21,14 +23,14 @@ BIAS_COEFFICIENT = 4.0
 BIAS_LIMIT = LIMIT * BIAS_COEFFICIENT
 
 
-def tail_part(rank: int, bias: bool) -> int:
-    """Columns of each of the tail's three blocks: a direction each, rounded up to 16."""
+def appended_part(rank: int, bias: bool) -> int:
+    """Columns of each of the three appended blocks: a direction each, rounded up to 16."""
     return -(-(rank + bias) // 16) * 16
 
 
-def columns_with_tail(width: int, rank: int, bias: bool) -> int:
-    """Columns of codes and tail together, zeros up to whole 128s, which matrix units like best."""
-    return -(-(padded(width) + 3 * tail_part(rank, bias)) // 128) * 128
+def columns_with_appended(width: int, rank: int, bias: bool) -> int:
+    """Columns of codes and appended ones; zeros up to whole 128s, which matrix units like best."""
+    return -(-(padded(width) + 3 * appended_part(rank, bias)) // 128) * 128
 
 
 def split_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,7 +39,7 @@ def split_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
     return high, (v.float() - high.float()).to(torch.float8_e4m3fn)
 
 
-def with_tail(
+def with_appended(
     codes_MK: Tensor, scale_M1: Tensor, c_MR: Tensor | None, *, bits_below: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
     """Codes of ``quantize_rows`` in FP8, in R1 order, with c behind them: what the kernel writes.
@@ -46,8 +48,8 @@ def with_tail(
     bits_below  the powers of two that the codes carry below a step (``ActFormat.levels``)
     scale_M1    float32, [M, 1]
     c_MR        floating, [M, R], or None at rank 0
-    returns     float8_e4m3fn [M, columns_with_tail(K, R, bias)] and their scale, float32 [M, 1],
-                for a product with what ``unpack_w4`` makes of the weights
+    returns     float8_e4m3fn [M, columns_with_appended(K, R, bias)] and their scale, float32
+                [M, 1], for a product with what ``unpack_w4`` makes of the weights
 
     A step is worth 2^(6 - k) in FP8: k >= 0 halves a row's codes, exactly down to 2^-9, as often as
     its largest coefficient needs to stay within FP8's 448.
@@ -65,11 +67,11 @@ def with_tail(
     out_scale_M1 = torch.ldexp(step_M1, k_M1 + 3)
     rank = 0 if c_MR is None else c_MR.shape[1]
     v_Mr = torch.nn.functional.pad(
-        v_Mr * (2 / out_scale_M1), (0, tail_part(rank, bias) - v_Mr.shape[1])
+        v_Mr * (2 / out_scale_M1), (0, appended_part(rank, bias) - v_Mr.shape[1])
     )
     high, low = split_fp8(v_Mr)
-    main = (to_planar(codes_MK.float()) * unit_M1).to(torch.float8_e4m3fn)
-    columns = columns_with_tail(codes_MK.shape[1], rank, bias)
+    main = (to_permuted(codes_MK.float()) * unit_M1).to(torch.float8_e4m3fn)
+    columns = columns_with_appended(codes_MK.shape[1], rank, bias)
     out = torch.zeros(m, columns, dtype=torch.uint8, device=codes_MK.device)
     parts = torch.cat([t.view(torch.uint8) for t in (main, high, low, high)], 1)
     out[:, : parts.shape[1]] = parts

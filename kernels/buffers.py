@@ -1,0 +1,94 @@
+"""What passes between the parts of a packed linear: its tensors, codes and unpacked weights.
+
+Letters: M rows, N outputs of all consumers, K main-branch width, D channels, R protected, G groups.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .formats.spec import QuantSpec
+
+
+class Packed(NamedTuple):
+    """The tensors of a packed linear, by their names on disk and in ``state_dict``.
+
+    A linear lacks those that are None.
+    """
+
+    qweight: Tensor
+    """uint8, [N, K // 2], layout L1; L2 in the FP4 formats"""
+    wscale: Tensor
+    """bf16, [N, G]; in the FP4 formats uint8, E4M3 or E8M0"""
+    wglobal: Tensor | None = None
+    """float32, [1], the global scale; ``nvfp4`` only"""
+    basis: Tensor | None = None
+    """bf16, [D, R], the projection down P of the low-rank branch"""
+    rotation: Tensor | None = None
+    """bf16, [D, K], the dense rotation of the rest; transform ``dense`` only"""
+    smooth: Tensor | None = None
+    """bf16, [D], a factor per channel of the main branch's input; smoothing only"""
+    wp: Tensor | None = None
+    """bf16, [N, R], the projection up W P; int8 codes if ``spec.branch.bits`` is 8"""
+    wpscale: Tensor | None = None
+    """bf16, [N, 1], the scales of those codes"""
+    bias: Tensor | None = None
+    """bf16, [N]"""
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.wp is None else self.wp.shape[1]
+
+    def rows(self, rows: slice) -> "Packed":
+        """The same linear with some of its outputs."""
+        return Packed(
+            self.qweight[rows], self.wscale[rows], self.wglobal, self.basis, self.rotation,
+            self.smooth,
+            *(None if t is None else t[rows] for t in (self.wp, self.wpscale, self.bias)),
+        )  # fmt: skip
+
+
+class Codes(NamedTuple):
+    """An activation as a product reads it."""
+
+    codes: Tensor
+    """int8 or float8_e4m3fn, [M, K], or more columns (kernels/permuted.py, kernels/appended.py)"""
+    scale: Tensor
+    """float32, [M, G]"""
+    c: Tensor | None
+    """[M, R], the low-rank branch's coefficients; None without rank or among the codes' columns"""
+
+
+class Unpacked(NamedTuple):
+    """Weights in 8 bits, as ``unpack_w4`` leaves them in scratch memory."""
+
+    weights: Tensor
+    """int8 or float8_e4m3fn, [N, columns of the codes]"""
+    scale: Tensor | None
+    """float32, [1, N], where columns are appended"""
+
+
+def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] | None]:
+    """Shape of every tensor of a packed linear; None for one it doesn't have."""
+    n, k, r = spec.outputs, spec.width, spec.rank
+    return {
+        "qweight": (n, k // 2),
+        "wscale": (n, k // spec.weight_group_size),
+        "wglobal": (1,) if spec.weights.name == "nvfp4" else None,
+        "basis": (spec.dim, r) if r else None,
+        "rotation": (spec.dim, k) if spec.transform.kind == "dense" else None,
+        "smooth": (spec.dim,) if spec.transform.smooth else None,
+        "wp": (n, r) if r else None,
+        "wpscale": (n, 1) if r and spec.branch.bits == 8 else None,
+        "bias": (n,) if bias else None,
+    }
+
+
+def buffer_dtype(spec: QuantSpec, name: str) -> torch.dtype:
+    """dtype of a packed linear's tensor, in memory and on disk."""
+    if name == "qweight" or (name == "wscale" and spec.weights.element == "e2m1"):
+        return torch.uint8
+    if name == "wp" and spec.branch.bits == 8:
+        return torch.int8
+    return torch.float32 if name == "wglobal" else torch.bfloat16

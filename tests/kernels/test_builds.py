@@ -1,0 +1,169 @@
+"""What launches pass to the compiler is what tests/kernels/test_aot.py compiles, chip by chip."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tiny_spec import tiny_spec
+
+from dirotq.kernels import engine
+from dirotq.kernels.attention import kernel as attention
+from dirotq.kernels.build import CHIPS, FP8_CHIPS, Build, Config, by_launch
+from dirotq.kernels.chip import chained
+from dirotq.kernels.gated_residual import kernel as gated_residual
+from dirotq.kernels.gptq import kernel as gptq
+from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.plan import candidates_for, choose
+from dirotq.kernels.prologue import Prologue, concat_gelu, gelu, modulated_norm, plain
+from dirotq.kernels.qk_norm_rope import kernel as qk_norm_rope
+from dirotq.kernels.qk_norm_rope.reference import Part
+from dirotq.kernels.second_moment import kernel as second_moment
+from dirotq.kernels.transform_quantize import kernel as transform_quantize
+from dirotq.kernels.transform_quantize import shapes
+from dirotq.kernels.w4a16_linear.kernel import launch_many
+from dirotq.kernels.w4a16_linear.tiles import TILES
+
+OPS = sorted(
+    p.parent.name for p in Path(transform_quantize.__file__).parents[1].glob("*/kernel.py")
+)
+every_chip = pytest.mark.parametrize("chip", CHIPS)
+BF16 = torch.bfloat16
+FLUX = {"dim": 3072, "rows": (1024,), "rank": 64, "block": 256, "act_group": 64, "weight_group": 64}
+FORMATS = {
+    "rms": tiny_spec(**FLUX | {"act_group": 16}, act_scale="rms"),
+    "floats": tiny_spec(**FLUX, act_scale="rms", act_bits=8),
+    "token": tiny_spec(**FLUX),
+    "pow2": tiny_spec(**FLUX, act_scale="pow2"),
+    "w4a8": tiny_spec(**FLUX, act_bits=8),
+    "groups": tiny_spec(**FLUX, act_scale="group", weight_scale="group"),
+}
+
+
+@pytest.fixture(scope="module")
+def builds() -> list[Build]:
+    modules = (importlib.import_module(f"dirotq.kernels.{op}.kernel") for op in OPS)
+    return [build for module in modules for build in module.builds()]
+
+
+@pytest.fixture
+def launched(monkeypatch, chip) -> list[Config]:
+    """Everything launched, in place of a launch on ``chip``."""
+    found: list[Config] = []
+    for module in (transform_quantize, gated_residual, qk_norm_rope, attention, second_moment):
+        monkeypatch.setattr(module, "capability", lambda device: chip)
+    monkeypatch.setattr(Config, "launch", lambda self, grid, *arguments: found.append(self))
+    monkeypatch.setattr(
+        torch, "_scaled_mm", lambda a, b, *, out_dtype, **_: a.new_empty(len(a), b.shape[1])
+    )
+    return found
+
+
+def assert_built(launched: list[Config], builds: list[Build], chip: int) -> None:
+    assert launched
+    for config in launched:
+        known = [b.config for b in builds if b.kernel is config.kernel and chip in b.chips]
+        off = [differences(config, other) for other in known]
+        assert {} in off, (config.kernel, min(off, key=len, default="no build"))
+
+
+def differences(a: Config, b: Config) -> dict[str, tuple]:
+    left, right = ({**c.constants, **c.options} for c in (a, b))
+    return {n: (left.get(n), right.get(n)) for n in {*left, *right} if left.get(n) != right.get(n)}
+
+
+def prologue_of(kind: str, rows: int) -> Prologue:
+    x = torch.empty(1, rows, 3072, dtype=BF16)
+    if kind == "norm":
+        return modulated_norm(x, x[:, 0], x[:, 0])
+    if kind == "concat":
+        return concat_gelu(x[..., :1024], x[..., 1024:])
+    return gelu(x) if kind == "gelu" else plain(x)
+
+
+@every_chip
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [(name, "plain") for name in FORMATS] + [("rms", kind) for kind in ("norm", "gelu", "concat")],
+)
+def test_linears(chip, name, kind, launched, builds, monkeypatch):
+    spec = FORMATS[name]
+    read = "plain" if kind == "norm" else kind
+    project = shapes.usual(read, chip).project
+    parts = 4 if spec.activations.statistic == "rms" else 1
+    rows = 64 * project.bm
+    wanted = -(-parts * 64 // project.per_sm)
+    monkeypatch.setattr(shapes, "processors", lambda device: wanted)
+    packed = QuantLinear(spec, bias=True).packed()
+    plans = candidates_for(chip, rows, spec.outputs, spec, BF16)
+    for plan in plans if chip == 90 else [choose(chip, m, 1024, spec, BF16) for m in (1, 600)]:
+        if plan.engine != "reference":
+            y = engine.linear(plan, prologue_of(kind, rows), packed, spec)
+            assert y.shape == (rows, 1024)
+    if plans:
+        assert_built(launched, builds, chip)
+
+
+@every_chip
+@pytest.mark.parametrize("rows", [1, 3, 8, 64, 600])
+def test_linears_of_sixteen_bit_activations(chip, rows, launched, builds):
+    spec = tiny_spec(**FLUX | {"rank": 0, "block": 1}, act_bits=16, weight_scale="group")
+    packed = QuantLinear(spec, bias=True).packed()
+    x = torch.empty(rows, 3072, dtype=BF16)
+    plan = choose(chip, rows, 1024, spec, BF16)
+    engine.linear(plan, x, packed, spec)
+    if rows == 1:
+        launch_many(x, x, [1024] * 76, 48, bias=True, tile=TILES["row"][0])
+    assert_built(launched, builds, chip)
+
+
+@every_chip
+def test_elementwise_kernels(chip, launched, builds):
+    x, row = torch.empty(1, 64, 3072, dtype=BF16), torch.empty(1, 3072, dtype=BF16)
+    gated_residual.launch(x, row, x)
+    gated_residual.launch_with_norm(x, row, x, row, row, eps=1e-6)
+    qkv, weight = torch.empty(1, 64, 9216, dtype=BF16), torch.empty(128, dtype=BF16)
+    part, rope = (
+        Part(qkv_BTC=qkv, q_weight=weight, k_weight=weight),
+        (torch.empty(128, 128), torch.empty(128, 128)),
+    )
+    qk_norm_rope.launch([part, part], rope, heads=24, eps=1e-6)
+    qk_norm_rope.launch([part], tuple(t[:64] for t in rope), heads=24, eps=1e-6)
+    assert_built(launched, builds, chip)
+
+
+@pytest.mark.parametrize("chip", FP8_CHIPS)
+@pytest.mark.parametrize("keys", [256, 250])
+def test_attention(chip, keys, launched, builds):
+    q = torch.empty(1, keys, 2, 128, dtype=BF16)
+    attention.launch(q, q, q, scale=0.1)
+    assert_built(launched, builds, chip)
+
+
+@every_chip
+def test_kernels_of_the_offline_stages(chip, launched, builds):
+    second_moment.launch(torch.empty(3, 256, 256), torch.empty(64, 512, dtype=BF16))
+    w = torch.empty(48, 128)
+    gptq.launch(w, w, w[:, :1], torch.empty(128, 128))
+    assert_built(launched, builds, chip)
+
+
+def test_a_constant_of_one_build_is_missed(builds):
+    """The comparison above would see a single other constant."""
+    config = next(b.config for b in builds if "CHAIN" in b.constants and 90 in b.chips)
+    assert config.constants["CHAIN"]
+    other = Config(kernel=config.kernel, constants=config.constants | {"CHAIN": False})
+    with pytest.raises(AssertionError):
+        assert_built([other], builds, 90)
+
+
+def test_chains_are_compiled_for_chips_that_have_them(builds):
+    chains = {c: {b.constants["CHAIN"] for b in builds if "CHAIN" in b.constants and c in b.chips}
+              for c in CHIPS}  # fmt: skip
+    # Rounding alone never chains behind library products of ``rms`` (configs.round_rows).
+    assert all(chains[c] == {chained(c)} for c in CHIPS)
+    assert by_launch() == [(80, 86, 89), (90, 100, 120)]
+    assert by_launch((90,)) == [(90,)]
