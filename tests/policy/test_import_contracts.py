@@ -41,7 +41,8 @@ def test_contracts_hold(tree, root):
         ("stages/rank.py", "import dirotq.stages.gptq"),
         ("pipeline/dag.py", "import torch"),
         ("pipeline/store.py", "import dirotq.stages.rank"),
-        ("kernels/spec.py", "import dirotq.models.family"),
+        ("kernels/formats/spec.py", "import dirotq.models.family"),
+        ("kernels/chip.py", "import dirotq.kernels.plan"),
         ("models/family.py", "import dirotq.stages.rank"),
     ],
 )
