@@ -193,5 +193,5 @@ def test_builds_name_every_argument():
     for build in builds():
         assert set(build.signature) | set(build.constants) == set(build.kernel.arg_names)
         assert not set(build.signature) & set(build.constants)
-    names = [build.name for build in builds()]
+    names = [(build.name, chip) for build in builds() for chip in build.chips]
     assert len(set(names)) == len(names)

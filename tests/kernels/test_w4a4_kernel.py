@@ -162,20 +162,18 @@ def test_neighbouring_memory_is_neither_read_nor_written(container, from_packed)
         return wide
 
     out = torch.full((9, 104), -5.0, device=DEVICE)
-    got = launch(
+    x = Codes(
         embedded(to_permuted(args["codes_MK"]).to(container), 100)[:7],
         embedded(args["scale_MG"], torch.nan)[:7, :1],
         embedded(args["c_MR"], torch.nan)[:7, :8],
+    )
+    packed = Packed(
         args["qweight_NK2"],
         embedded(args["wscale_NG"], torch.nan)[:40, :1],
-        embedded(args["wp_NR"], torch.nan)[:40, :8],
-        None,
-        width=96,
-        out_dtype=torch.float32,
-        tile=WIDE,
-        weights_NK=None if from_packed else embedded(unpacked(args["qweight_NK2"], container), 8),
-        out=out[:7, :40],
+        wp=embedded(args["wp_NR"], torch.nan)[:40, :8],
     )
+    weights = None if from_packed else embedded(unpacked(args["qweight_NK2"], container), 8)
+    got = launch(x, packed, weights, width=96, out_dtype=torch.float32, tile=WIDE, out=out[:7, :40])
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-4)
     assert got.data_ptr() == out.data_ptr()
     assert bool((out[7:] == -5).all()) and bool((out[:, 40:] == -5).all())

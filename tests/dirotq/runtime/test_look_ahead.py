@@ -20,9 +20,9 @@ def used(monkeypatch):
     norm_ahead = look_ahead.norm_ahead
 
     def noted(shared, *args):
-        source = norm_ahead(shared, *args)
-        found.append(any(ahead.source is source for ahead in shared.ahead))
-        return source
+        prologue = norm_ahead(shared, *args)
+        found.append(any(ahead.prologue is prologue for ahead in shared.ahead))
+        return prologue
 
     monkeypatch.setattr(flux_fused, "norm_ahead", noted)
     return found
@@ -44,7 +44,7 @@ def test_every_norm_but_the_first_of_each_kind_is_computed_ahead(network, used):
     assert off(got, unfused(network)) < 0.02
 
 
-def test_a_source_is_not_kept_for_the_next_forward(network, used):
+def test_a_prologue_is_not_kept_for_the_next_forward(network, used):
     for scale in (1.0, 0.5):
         given = inputs("flux", torch.float32)
         given["hidden_states"] *= scale
