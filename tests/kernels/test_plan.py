@@ -185,6 +185,29 @@ def test_a_shape_takes_its_nearest_neighbours_plan(table):
     assert "no measurement for sm_100" in chosen(16, chip=100).why
 
 
+@pytest.mark.parametrize(
+    ("other", "nearer"),
+    [
+        ({"m": 4096}, {"m": 17}),
+        ({"n": 8192}, {"n": 1009}),
+        ({"k": 16384}, {"k": 2241}),
+    ],
+    ids=["rows", "outputs", "width"],
+)
+def test_each_size_of_a_shape_decides_who_is_near(table, other, nearer):
+    """Two measurements that differ in one size alone, in both orders of the table."""
+    spec = SPECS["pow2"]
+    packed = [p for p in candidates_for(90, 16, 1008, spec, BF16) if p.engine == "packed"]
+    want = {"m": 16, "n": 1008, "k": spec.width}
+    rows = [
+        want | other | {"plan": name_of(packed[0])},
+        want | nearer | {"plan": name_of(packed[1])},
+    ]
+    for order in (rows, rows[::-1]):
+        table({"90": {"w4a4": order}})
+        assert choose(90, 16, 1008, spec, BF16).tile == packed[1].tile
+
+
 def test_the_shipped_table_names_plans_that_exist():
     specs: dict[str, QuantSpec] = {}
     for spec in SPECS.values():
