@@ -7,11 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import zarr
 from tiny_line import publish, run_stage, stage
+from torch.nn.functional import linear
 
 import dirotq
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.evaluate.images import read_images
+from dirotq.quantize.tensors import read_array
 from dirotq.sources import model as source
 from dirotq.sources.generation import generate
 from dirotq.stages.validate import Validate
@@ -157,6 +160,19 @@ def test_every_site_has_its_line(report, validate):
     assert {s["format"] for s in sites} == {"W4A4", "W4A16"}
     assert all(10 < s["sqnr_db"] < 80 for s in sites)
     assert {s["rank"] for s in sites if s["kind"] == "block"} == {16}
+
+
+def test_noise_is_relative_to_the_original_output(report, validate, inputs):
+    """10 lg of |Y|² / |Y' - Y|², Y the 16-bit layer's output on the sampled rows."""
+    packed = dirotq.load(inputs["pack"].path, device="cpu").transformer
+    rows = zarr.open_group(inputs["capture"].tree("rows.zarr"), mode="r")
+    weights = validate.model.weights()
+    for site, found in zip(validate.model.sites(), report["sites"], strict=True):
+        x = read_array(rows, site.name).float()
+        want = linear(x, *weights.stacked(site)).double()
+        noise = packed.get_submodule(site.name)(x).double() - want
+        want_db = float(10 * torch.log10(want.square().sum() / noise.square().sum()))
+        assert found["sqnr_db"] == pytest.approx(want_db, abs=1e-4)
 
 
 def test_report_html_is_one_file_that_fetches_nothing(validate, inputs, report, tmp_path):
