@@ -144,7 +144,7 @@ def test_half_a_step_within_range(name, seed, spread):
     error = (codes.unflatten(-1, (scale.shape[-1], -1)).double() - groups).abs()
     magnitude = groups.abs()
     half = torch.where(magnitude < 4, 0.5, torch.where(magnitude < 8, 1.0, 2.0))
-    inside = (magnitude <= 12) & (scale[..., None] > fp4.reference.ZERO)
+    inside = (magnitude <= 12) & (scale[..., None] > fp4.ZERO)
     assert (error <= half + 1e-6)[inside].all()
     beyond = magnitude > 12
     assert (codes.unflatten(-1, (scale.shape[-1], -1)).abs()[beyond] == 12).all()
