@@ -293,7 +293,7 @@ def test_a_family_fuses_what_its_table_says(table, monkeypatch):
     assert (table.share is not None) == bool(table.fusions)
     if not table.fusions:
         return
-    module = import_module(f"dirotq.models.{table.name}_fused")
+    module = import_module(f"dirotq.runtime.{table.name}_fused")
     used = Counter()
 
     def spy(owner: Any, name: str, key: str) -> None:
