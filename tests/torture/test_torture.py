@@ -7,7 +7,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = {"kills": 2, "power": 3, "damage": 8, "disk": 2, "races": 1, "places": 9}
-"""Each way to fill a disk and each place once. Kills at known moments: tests/stages/test_line.py."""
+"""Each way to fill a disk and each place once. tests/stages/test_line.py kills at known moments."""
 
 
 def test_a_few_of_every_kind():
