@@ -19,6 +19,8 @@ from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
 from dirotq.stages import capture as module
 
+pytestmark = pytest.mark.usefixtures("looks_every_time")
+
 ROWS = 64
 
 

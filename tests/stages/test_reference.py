@@ -10,6 +10,8 @@ from dirotq.evaluate.images import made_in, made_on, read_images, read_seconds
 from dirotq.sources.generation import generate
 from dirotq.stages.reference import Reference, floor_batch, other_attention
 
+pytestmark = pytest.mark.usefixtures("looks_every_time")
+
 CPU = torch.device("cpu")
 
 

@@ -19,6 +19,8 @@ from dirotq.quantize.tensors import read_array
 from dirotq.sources.generation import generate
 from dirotq.stages.validate import Validate
 
+pytestmark = pytest.mark.usefixtures("looks_every_time")
+
 
 @pytest.fixture(autouse=True)
 def no_figures() -> None:
