@@ -99,10 +99,10 @@ def test_same_prompt_and_seed_give_the_same_image_in_any_batch(pipeline: FluxPip
 
 @needs_weights
 def test_shipped_model_draws_what_captions_say() -> None:
-    rows = [json.loads(line) for line in (PROMPTS / "tiny_heldout.jsonl").open()][:6]
+    rows = [json.loads(line) for line in (PROMPTS / "tiny_heldout.jsonl").open()][:4]
     settings = json.loads((SHIPPED / "generation.json").read_text())
     pipeline = evaluate.load_pipeline(SHIPPED, torch.device("cpu"), torch.float32)
-    images = evaluate.generate(pipeline, rows, settings, batch=6)
+    images = evaluate.generate(pipeline, rows, settings, batch=4)
     reader = AttributeReader.load(HOME / "attribute-reader")
     accuracy = caption_accuracy(reader, images, [row["attributes"] for row in rows])
     assert accuracy["mean"] >= 0.9, accuracy  # as over all 512: training.json

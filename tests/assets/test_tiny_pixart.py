@@ -121,11 +121,11 @@ def test_shipped_weights_are_finite_and_small_enough_to_review() -> None:
 
 @needs_weights
 def test_shipped_model_draws_what_captions_say() -> None:
-    rows = [json.loads(line) for line in (PROMPTS / "tiny_heldout.jsonl").open()][:6]
+    rows = [json.loads(line) for line in (PROMPTS / "tiny_heldout.jsonl").open()][:4]
     settings = json.loads((SHIPPED / "generation.json").read_text())
     assert settings["guidance_scale"] > 1  # so that calibration and figures see guided calls
     pipeline = evaluate.load_pipeline(SHIPPED, torch.device("cpu"), torch.float32)
-    images = evaluate.generate(pipeline, rows, settings, batch=6)
+    images = evaluate.generate(pipeline, rows, settings, batch=4)
     reader = AttributeReader.load(HOME / "attribute-reader")
     accuracy = caption_accuracy(reader, images, [row["attributes"] for row in rows])
     assert accuracy["mean"] >= 0.85, accuracy  # more over all 512: training.json

@@ -1,5 +1,6 @@
 """Which plan a linear takes, per chip, format and shape."""
 
+import itertools
 import json
 
 import pytest
@@ -70,12 +71,10 @@ def assert_runs(plan: Plan, chip: int, m: int, n: int, spec: QuantSpec, dtype) -
         assert fits(plan.tile, variant_of(plan, spec), chip, fp8=fp8)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("chip", CHIPS)
 @pytest.mark.parametrize("name", SPECS)
-def test_every_format_has_a_plan_that_its_chip_runs(name, chip, dtype):
+def test_every_format_has_a_plan_that_its_chip_runs(name):
     spec = SPECS[name]
-    for m in (1, 4, 5, 16, 33, 256, 4608):
+    for chip, dtype, m in itertools.product(CHIPS, (BF16, FP16), (1, 4, 5, 16, 33, 256, 4608)):
         for n in (1008, 1000, 1):
             assert_runs(choose(chip, m, n, spec, dtype), chip, m, n, spec, dtype)
             found = candidates_for(chip, m, n, spec, dtype)
@@ -183,6 +182,29 @@ def test_a_shape_takes_its_nearest_neighbours_plan(table):
     # Where the measured plan can't run, the rules or the next measurement do.
     assert chosen(4096, dtype=FP16).tile == few.tile
     assert "no measurement for sm_100" in chosen(16, chip=100).why
+
+
+@pytest.mark.parametrize(
+    ("other", "nearer"),
+    [
+        ({"m": 4096}, {"m": 17}),
+        ({"n": 8192}, {"n": 1009}),
+        ({"k": 16384}, {"k": 2241}),
+    ],
+    ids=["rows", "outputs", "width"],
+)
+def test_each_size_of_a_shape_decides_who_is_near(table, other, nearer):
+    """Two measurements that differ in one size alone, in both orders of the table."""
+    spec = SPECS["pow2"]
+    packed = [p for p in candidates_for(90, 16, 1008, spec, BF16) if p.engine == "packed"]
+    want = {"m": 16, "n": 1008, "k": spec.width}
+    rows = [
+        want | other | {"plan": name_of(packed[0])},
+        want | nearer | {"plan": name_of(packed[1])},
+    ]
+    for order in (rows, rows[::-1]):
+        table({"90": {"w4a4": order}})
+        assert choose(90, 16, 1008, spec, BF16).tile == packed[1].tile
 
 
 def test_the_shipped_table_names_plans_that_exist():

@@ -129,10 +129,13 @@ PAPER = {  # calls of calibration, steps, guidance (facts of the published confi
 METHODS = {"int_w4a4": "dirotq", "w4a8": "dirotq_w4a8", "nvfp4": "dirotq_nvfp4"}
 
 
-@pytest.mark.parametrize("model", PAPER)
-@pytest.mark.parametrize("form", METHODS)
-@pytest.mark.parametrize(("data", "path"), [("mjhq", "MJHQ-30K"), ("sdci", "sDCI")])
-def test_the_papers_rows_follow_its_protocol(model, form, data, path):
+DATA = {"mjhq": "MJHQ-30K", "sdci": "sDCI"}
+# Every model with every form, on one of the two sets of prompts; a row is its three parts.
+ROWS = [(m, f, list(DATA)[(i + j) % 2]) for i, m in enumerate(PAPER) for j, f in enumerate(METHODS)]
+
+
+@pytest.mark.parametrize(("model", "form", "data"), ROWS)
+def test_the_papers_rows_follow_its_protocol(model, form, data):
     cfg = compose(f"experiment=paper/{model}_{form}_{data}")
     assert not OmegaConf.missing_keys(cfg)
     OmegaConf.to_container(cfg, resolve=True)
@@ -147,14 +150,25 @@ def test_the_papers_rows_follow_its_protocol(model, form, data, path):
     assert cfg.reference.dtype == cfg.validate.dtype
     prompts = cfg.prompts
     assert (prompts.calibration.path, prompts.calibration.count) == ("yerevann/coco-karpathy", 128)
-    assert path in prompts.heldout.path and prompts.heldout.count == 5000
+    assert DATA[data] in prompts.heldout.path and prompts.heldout.count == 5000
     assert prompts.heldout.column == "prompt"
 
 
-def test_every_file_of_the_papers_rows_is_tested(root):
+def test_every_row_of_the_paper_is_made_of_three_parts(root):
+    """Whatever its model, its form and its prompts: so those of a composed row are those of all."""
     folder = root / "conf" / "experiment" / "paper"
-    rows = {path.stem for path in folder.glob("*.yaml") if not path.stem.startswith("_")}
-    assert rows == {f"{m}_{f}_{d}" for m in PAPER for f in METHODS for d in ("mjhq", "sdci")}
+    rows = {p.stem: OmegaConf.load(p) for p in folder.glob("*.yaml") if not p.stem.startswith("_")}
+    assert rows == {
+        f"{model}_{form}_{data}": {
+            "defaults": [
+                "paper/_protocol", f"paper/_{model}", f"paper/_{data}",
+                {"override /method": METHODS[form]}, "_self_",
+            ]
+        }
+        for model in PAPER
+        for form in METHODS
+        for data in DATA
+    }  # fmt: skip
 
 
 def test_learned_metrics_add_up():

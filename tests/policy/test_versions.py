@@ -14,6 +14,7 @@ from stage_versions import (
     WATCHED,
     code_digest,
     current,
+    sources,
     versions,
     watched,
 )
@@ -63,15 +64,43 @@ def test_digest_sees_code_and_nothing_else():
         ("kernels/gptq/reference.py", "+ damping * 10", "+ damping * 11"),
     ],
 )
-def test_a_changed_number_is_noticed(tmp_path, file, line, changed):
-    for folder in WATCHED:
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    before = current(tmp_path)
-    text = (tmp_path / file).read_text()
+def test_faults_of_the_past_are_noticed(file, line, changed):
+    text = (ROOT / file).read_text()
     assert line in text
-    (tmp_path / file).write_text(text.replace(line, changed))
+    assert file in watched()
+    assert code_digest(text.replace(line, changed)) != code_digest(text)
+
+
+def test_a_changed_number_in_any_folder_is_noticed(tmp_path):
+    """In every file that has one and is no exception, so in every folder."""
+    for path in sources():
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+    before, folders, expected = current(tmp_path), set(), set()
+    for path in sources(tmp_path):
+        name = path.relative_to(tmp_path).as_posix()
+        changed = one_more(path.read_text())
+        if changed and not any(fnmatchcase(name, pattern) for pattern in EXCEPTIONS):
+            path.write_text(changed)
+            expected.add(name)
+            folders.add(path.parent)
     after = current(tmp_path)
-    assert [name for name in before if before[name] != after[name]] == [file]
+    assert {name for name in before if before[name] != after[name]} == expected
+    assert folders == {path.parent for path in sources(tmp_path)}
+
+
+def one_more(text: str) -> str | None:
+    """The source with one added to its first number; None if it has none."""
+    lines = text.splitlines()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+            old = lines[node.lineno - 1].encode()
+            line = old[: node.col_offset] + b"(1 + " + old[node.col_offset :]
+            end = node.end_col_offset + len(b"(1 + ")
+            lines[node.lineno - 1] = (line[:end] + b")" + line[end:]).decode()
+            return "\n".join(lines)
+    return None
 
 
 def test_every_file_that_a_stage_imports_is_watched_or_excepted():
@@ -85,13 +114,14 @@ def test_every_file_that_a_stage_imports_is_watched_or_excepted():
         reached.add(name)
         waiting += _imported(ROOT / name)
     reached = {n for n in reached if not n.startswith(("pipeline/", "assets/", "conf/"))}
+    assert {"stages", "models", "kernels", "dirotq"} < set(WATCHED)  # all that may compute
     excepted = {n for n in reached if any(fnmatchcase(n, pattern) for pattern in EXCEPTIONS)}
     assert reached - known - excepted == set()
     assert len(reached) > 60
 
 
 def test_exceptions_are_few_and_in_use():
-    files = [p.relative_to(ROOT).as_posix() for f in WATCHED for p in (ROOT / f).rglob("*.py")]
+    files = [path.relative_to(ROOT).as_posix() for path in sources()]
     assert len(EXCEPTIONS) < 8
     for pattern in EXCEPTIONS:
         assert any(fnmatchcase(name, pattern) for name in files), pattern

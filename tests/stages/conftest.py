@@ -13,9 +13,11 @@ def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dirotq.evaluate.report._svg", lambda figure: "<svg></svg>")
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module")
 def looks_every_time():
-    """Units take milliseconds here: each one's entry is written at once."""
+    """For tests that stop a stage half-way: units take milliseconds here, so each one's entry is
+    written at once. It takes a quarter of a line's time.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dirotq.pipeline.units.LOOK", 0.0)
         yield

@@ -1,5 +1,6 @@
 import dataclasses
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from tiny_line import publish, run_stage, stage
 from torch.nn.functional import linear
 
 from dirotq.errors import ArtifactError, ConfigError, NumericalError
+from dirotq.models.call import PROBE, call_files
 from dirotq.pipeline.artifact import Artifact
 from dirotq.quantize.plan import read_plan
 from dirotq.quantize.rotation import Rotation
@@ -16,6 +18,8 @@ from dirotq.stages import fuse as module
 from dirotq.stages.fuse import Fuse, FusedLinear, relative_error
 
 FF = "transformer_blocks.0.ff.net.0.proj"
+PROBE_FILES = [file.name for file in call_files(Path(), PROBE)]
+"""Files of the call that the proof of the network runs."""
 
 
 @pytest.fixture(scope="session")
@@ -106,16 +110,19 @@ def test_a_basis_that_is_not_finite_names_the_site(fuse, inputs, store_root):
         run_stage(fuse, store_root / "out", **inputs | {"basis": basis})
 
 
-def test_a_byte_changed_on_disk_is_noticed_before_it_is_used(fuse, inputs, tmp_path):
-    basis = inputs["basis"]
-    copy = shutil.copytree(basis.path, tmp_path / basis.fingerprint)
-    file = copy / "data" / "sites" / site_file(FF)
-    content = bytearray(file.read_bytes())
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [("basis", f"sites/{site_file(FF)}"), *(("capture", file) for file in PROBE_FILES)],
+)
+def test_a_byte_changed_on_disk_is_noticed_before_it_is_used(fuse, inputs, tmp_path, stage, file):
+    whole = inputs[stage]
+    copy = shutil.copytree(whole.path, tmp_path / whole.fingerprint)
+    content = bytearray((copy / "data" / file).read_bytes())
     content[-100] ^= 1
-    file.write_bytes(content)
-    damaged = Artifact(basis.stage, basis.fingerprint, copy)
-    with pytest.raises(ArtifactError, match=rf"{site_file(FF)} changed after it was written"):
-        run_stage(fuse, tmp_path / "out", **inputs | {"basis": damaged})
+    (copy / "data" / file).write_bytes(content)
+    damaged = Artifact(whole.stage, whole.fingerprint, copy)
+    with pytest.raises(ArtifactError, match=rf"{Path(file).name} changed after it was written"):
+        run_stage(fuse, tmp_path / "out", **inputs | {stage: damaged})
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ from dirotq.sources.model import DiffusersModel
 from dirotq.stages import gptq as module
 from dirotq.stages.gptq import QuantizeWeights
 
+pytestmark = pytest.mark.usefixtures("looks_every_time")
+
 STORED = ("qweight", "wscale", "wglobal")
 
 

@@ -10,6 +10,8 @@ from dirotq.quantize.plan import read_plan
 from dirotq.quantize.tensors import load_site, site_file
 from dirotq.stages.low_rank import FitLowRank
 
+pytestmark = pytest.mark.usefixtures("looks_every_time")
+
 
 @pytest.fixture(scope="module")
 def fit(line):

@@ -22,6 +22,8 @@ from dirotq.pipeline.units import JOURNAL, Units
 from dirotq.quantize.tensors import load_site, save_site
 from dirotq.stages import basis, capture, gptq, low_rank
 
+pytestmark = pytest.mark.usefixtures("looks_every_time")
+
 
 @dataclasses.dataclass(frozen=True)
 class Case:

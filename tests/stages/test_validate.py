@@ -7,14 +7,19 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import zarr
 from tiny_line import publish, run_stage, stage
+from torch.nn.functional import linear
 
 import dirotq
 from dirotq.errors import ArtifactError, ConfigError
+from dirotq.evaluate import generation
 from dirotq.evaluate.images import read_images
-from dirotq.sources import model as source
+from dirotq.quantize.tensors import read_array
 from dirotq.sources.generation import generate
 from dirotq.stages.validate import Validate
+
+pytestmark = pytest.mark.usefixtures("looks_every_time")
 
 
 @pytest.fixture(autouse=True)
@@ -159,6 +164,19 @@ def test_every_site_has_its_line(report, validate):
     assert {s["rank"] for s in sites if s["kind"] == "block"} == {16}
 
 
+def test_noise_is_relative_to_the_original_output(report, validate, inputs):
+    """10 lg of |Y|² / |Y' - Y|², Y the 16-bit layer's output on the sampled rows."""
+    packed = dirotq.load(inputs["pack"].path, device="cpu").transformer
+    rows = zarr.open_group(inputs["capture"].tree("rows.zarr"), mode="r")
+    weights = validate.model.weights()
+    for site, found in zip(validate.model.sites(), report["sites"], strict=True):
+        x = read_array(rows, site.name).float()
+        want = linear(x, *weights.stacked(site)).double()
+        noise = packed.get_submodule(site.name)(x).double() - want
+        want_db = float(10 * torch.log10(want.square().sum() / noise.square().sum()))
+        assert found["sqnr_db"] == pytest.approx(want_db, abs=1e-4)
+
+
 def test_report_html_is_one_file_that_fetches_nothing(validate, inputs, report, tmp_path):
     run_stage(validate, tmp_path, **inputs)
     html = (tmp_path / "report.html").read_text()
@@ -252,11 +270,11 @@ def test_images_stay_and_an_interrupted_run_goes_on(
         made.append(prompts[0].seed)
         return generate(pipe, prompts, call)
 
-    monkeypatch.setattr(source, "generate", stop_after_one)
+    monkeypatch.setattr(generation, "generate", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         run_stage(single, tmp_path, **inputs)
     monkeypatch.setattr(
-        source, "generate", lambda *args: made.append(args[1][0].seed) or generate(*args)
+        generation, "generate", lambda *args: made.append(args[1][0].seed) or generate(*args)
     )
     run_stage(single, tmp_path, **inputs)
     assert made == [106, 107]

@@ -12,8 +12,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "tests" / "stages" / "versions.json"
-WATCHED = ("stages", "models", "kernels", "dirotq")
-"""Folders of which every file is watched: a list of files kept by hand forgets the next one."""
+WATCHED = ("stages", "models", "kernels", "dirotq", "pipeline/stage.py", "pipeline/units.py")
+"""Folders of which every file is watched: a list of files kept by hand forgets the next one. Of the
+pipeline, what tells which finished work may be used again."""
 EXCEPTIONS = {
     "kernels/[!f]*/[!r_]*.py": "Triton kernels and their shapes: tests hold them to reference.py",
     "kernels/[!f]*/row.py": "the same",
@@ -35,9 +36,14 @@ def current(root: Path = ROOT) -> dict[str, dict[str, object]]:
 
 def watched(root: Path = ROOT) -> list[str]:
     """Every source file that may decide a result, relative to ``root``."""
-    found = (path for folder in WATCHED for path in (root / folder).rglob("*.py"))
-    names = sorted(path.relative_to(root).as_posix() for path in found)
+    names = sorted(path.relative_to(root).as_posix() for path in sources(root))
     return [n for n in names if not any(fnmatchcase(n, pattern) for pattern in EXCEPTIONS)]
+
+
+def sources(root: Path = ROOT) -> list[Path]:
+    """Every source file of WATCHED, the exceptions among them."""
+    places = [root / place for place in WATCHED]
+    return [path for place in places for path in ([place] if place.suffix else place.rglob("*.py"))]
 
 
 def versions(text: str) -> dict[str, str]:

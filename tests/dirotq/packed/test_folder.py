@@ -23,7 +23,7 @@ def edit(folder, file, **changes) -> None:
     write_sums(folder)
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(data=st.data())
 def test_odd_settings_end_in_our_own_errors(finished, data):
     folder = finished["pack"].data / "model"

@@ -50,8 +50,10 @@ def by_torch(value):
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("graphs", [True, False])
-@pytest.mark.parametrize("way", [by_pickle, by_torch, copy.deepcopy])
+@pytest.mark.parametrize(
+    ("way", "graphs"),
+    [(by_pickle, True), (by_pickle, False), (by_torch, True), (copy.deepcopy, True)],
+)
 def test_a_packed_transformer_goes_through_pickle(pipe, finished, tmp_path, way, graphs):
     dirotq.accelerate(pipe, graphs=graphs)
     want = image(pipe)  # what a call leaves behind has to go along, too

@@ -256,12 +256,11 @@ def test_group_offloading_brings_every_site_in_time(monkeypatch, kind):
         assert brought.count(name) == 1, name
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_the_whole_graph_is_captured(backend):
+def test_the_whole_graph_is_captured():
     torch.compiler.reset()
     network = quantize(original().float())
     want = call(network, torch.float32)
-    compiled = torch.compile(network, backend=backend, fullgraph=True)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     got = call(compiled, torch.float32)
     assert (got - want).norm() < 0.02 * want.norm()  # a code may round the other way
 

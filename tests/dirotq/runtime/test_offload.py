@@ -1,6 +1,9 @@
-"""Every family and every way of offloading: what comes out is what came out without hooks."""
+"""Offloaded, a network computes what it computes without hooks: FLUX in every way, of every other
+network one way of each library and depth (hooks of modules, of leaves, of groups; to RAM and disk).
+"""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -10,17 +13,30 @@ from torch import nn
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
-def made(request):
-    """A network, its state, and what it computes."""
-    plain = network(request.param)
-    return request.param, plain, call(plain, request.param)
+def cases(flux: list[str], others: list[str]) -> pytest.MarkDecorator:
+    """FLUX in the ways ``flux``, every other network in the ways ``others``."""
+    found = [(name, kind) for name in NETWORKS for kind in (flux if name == "flux" else others)]
+    return pytest.mark.parametrize(("name", "kind"), found)
+
+
+@pytest.fixture(scope="module")
+def made():
+    """name -> its network and what that computes, each made once."""
+    found: dict[str, Any] = {}
+
+    def of(name: str) -> tuple[Any, torch.Tensor]:
+        if name not in found:
+            plain = network(name)
+            found[name] = plain, call(plain, name)
+        return found[name]
+
+    return of
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("kind", KINDS)
-def test_results_are_those_without_hooks(made, kind, monkeypatch, tmp_path):
-    name, plain, want = made
+@cases(list(KINDS), ["sequential", "dispatch, parts", "blocks", "leaves, disk"])
+def test_results_are_those_without_hooks(made, name, kind, monkeypatch, tmp_path):
+    plain, want = made(name)
     assert want.isfinite().all() and want.std() > 0
     absent(monkeypatch)
     twin = copy.deepcopy(plain)
@@ -37,9 +53,9 @@ def test_results_are_those_without_hooks(made, kind, monkeypatch, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["cpu_offload", "sequential", "disk_offload", "dispatch, disk"])
-def test_no_packed_tensor_stays_behind(made, kind, tmp_path):
-    name, plain, _ = made
+@cases(["cpu_offload", "sequential", "disk_offload", "dispatch, disk"], ["sequential"])
+def test_no_packed_tensor_stays_behind(made, name, kind, tmp_path):
+    plain, _ = made(name)
     twin = copy.deepcopy(plain)
     KINDS[kind](twin, tmp_path)
     for _ in range(2):
@@ -49,9 +65,9 @@ def test_no_packed_tensor_stays_behind(made, kind, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("kind", ["sequential", "model", "dispatch, parts"])
-def test_a_deep_copy_brings_its_own_weights(made, kind, tmp_path):
-    name, plain, want = made
+@cases(["sequential", "model", "dispatch, parts"], ["dispatch, parts"])
+def test_a_deep_copy_brings_its_own_weights(made, name, kind, tmp_path):
+    plain, want = made(name)
     hooked = copy.deepcopy(plain)
     KINDS[kind](hooked, tmp_path)
     twin = copy.deepcopy(hooked)
@@ -61,14 +77,16 @@ def test_a_deep_copy_brings_its_own_weights(made, kind, tmp_path):
     assert torch.equal(call(hooked, name), want)
 
 
-def test_views_have_no_tensors_to_bring(made):
-    plain = made[1]
+@pytest.mark.parametrize("name", NETWORKS)
+def test_views_have_no_tensors_to_bring(made, name):
+    plain, _ = made(name)
     views = [m for m in plain.modules() if isinstance(m, SiteView | PointwiseView)]
     assert views
     assert not any(list(view.state_dict()) for view in views)
 
 
-def test_the_dtype_of_a_packed_network_is_what_it_computes_in(made):
-    plain = made[1]
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_dtype_of_a_packed_network_is_what_it_computes_in(made, name):
+    plain, _ = made(name)
     for dtype in (torch.float32, torch.float16):
         assert nn.Module.to(copy.deepcopy(plain), dtype).dtype == dtype

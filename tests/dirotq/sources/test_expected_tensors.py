@@ -33,7 +33,7 @@ def tensor_names(root: Path) -> list[tuple[str, str, str]]:
     return found
 
 
-@settings(max_examples=40)
+@settings(max_examples=15)
 @given(st.data())
 def test_a_single_missing_tensor_is_named(tiny_root, tmp_path_factory, data):
     family, part, name = data.draw(st.sampled_from(tensor_names(tiny_root)))

@@ -22,7 +22,7 @@ TOUCHING = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link",
 def kills(world: World, count: int, random: Random) -> Counts:
     """The rerun ends, with the bytes of an undisturbed run; nothing else was ever published."""
     counts = Counts("random kills, rerun")
-    usual = {stage: _measured(world, stage) for stage in STAGES}
+    usual = {stage: _measured(world, stage) for stage in STAGES[:count]}
     for number in range(count):
         stage = STAGES[number % len(STAGES)]  # all of them alike
         seconds, operations = usual[stage]
