@@ -31,7 +31,7 @@ def main() -> None:
         chosen = [(s, spec) for s in sites if (spec := ours.spec(s, rank)) is not None]
         blocks = [spec for site, spec in chosen if site.kind == "block"]
         rotated = [dense.spec(site, rank) for site, _ in chosen if site.kind == "block"]
-        linears = sum(2.0 * spec.dim * spec.outputs for spec in blocks)
+        linears = sum(2.0 * spec.in_features * spec.outputs for spec in blocks)
         share = online(blocks) / linears
         share_dense = online(spec for spec in rotated if spec is not None) / linears
         bits = effective_bits(transformer, chosen)
@@ -54,11 +54,11 @@ def online(specs: Iterable[QuantSpec]) -> float:
     """
     total = 0.0
     for spec in specs:
-        coefficients = 2.0 * spec.dim * spec.rank
+        coefficients = 2.0 * spec.in_features * spec.rank
         if spec.transform.kind == "dense":
-            total += coefficients + 2.0 * spec.dim * spec.width
+            total += coefficients + 2.0 * spec.in_features * spec.width
         else:
-            total += 2 * coefficients + 2.0 * spec.dim * spec.transform.block
+            total += 2 * coefficients + 2.0 * spec.in_features * spec.transform.block
     return total
 
 

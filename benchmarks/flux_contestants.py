@@ -125,7 +125,7 @@ def fp8_blocks(transformer: Any) -> Any:
     Modulators stay in bf16, as the usual recipe's filter leaves them.
     """
     sites = family_of(type(transformer).__name__).sites(transformer)
-    names = [n for s in sites if s.kind == "block" and not s.pointwise for n in s.consumers]
+    names = [n for s in sites if s.kind == "block" and not s.pointwise for n in s.linears]
     if find_spec("torchao"):
         by_torchao(transformer, frozenset(names))
         return transformer

@@ -88,11 +88,11 @@ def work(side: int, batch: int = 1, **changes: int) -> Work:
     sums: Counter = Counter()
     shapes: Counter = Counter()
     for site in FLUX.sites(transformer):
-        n = sum(site.rows)
+        n = sum(site.out_features)
         if site.kind == "modulator":
-            sums["modulator_bytes"] += 0.53 * site.dim * n
+            sums["modulator_bytes"] += 0.53 * site.in_features * n
             continue
-        one = Work.of_linear(batch * tokens(site, image), site.dim, n)
+        one = Work.of_linear(batch * tokens(site, image), site.in_features, n)
         for key in ("linear_flops", "packed_flops", "transform_bytes", "unpack_bytes"):
             sums[key] += getattr(one, key)
         shapes += one.shapes

@@ -55,7 +55,7 @@ def random_linear(spec: QuantSpec, *, device: str = "cuda") -> QuantLinear:
     assert linear.bias is not None
     linear.bias.normal_()
     if linear.basis is not None and linear.wp is not None:
-        vectors_DR = torch.randn(spec.dim, spec.rank, device=device)
+        vectors_DR = torch.randn(spec.in_features, spec.rank, device=device)
         linear.basis.copy_(torch.linalg.qr(vectors_DR).Q)
         linear.wp.normal_(0, 0.3)
     return linear

@@ -104,10 +104,10 @@ def _kernels() -> tuple[bool, str]:
         for name, rows, channels, outputs in FLUX_LINEARS:
             modulator = name == "modulator"
             spec = QuantSpec(
-                dim=channels, rows=(outputs,), rank=0 if modulator else 64, branch=PROJECT,
-                transform=Transform(kind="hadamard", block=1 if modulator else 256, smooth=False),
-                weights=weight.recorded_format("group" if modulator else "channel", 64),
-                activations=activation.recorded_format(16 if modulator else 4, "rms", 16),
+                in_features=channels, out_features=(outputs,), rank=0 if modulator else 64,
+                branch=PROJECT, transform=Transform(kind="hadamard", block=1 if modulator else 256,
+                smooth=False), weights=weight.recorded_format("group" if modulator else "channel",
+                64), activations=activation.recorded_format(16 if modulator else 4, "rms", 16),
             )  # fmt: skip
             plan = choose(chip, rows, outputs, spec, torch.bfloat16)
             plans.append(f"FLUX {name} {rows} x {channels} -> {outputs}: {plan}")

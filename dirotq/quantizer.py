@@ -10,7 +10,6 @@ diffusers reads before it asks the quantizer: if truncated, the error is diffuse
 import enum
 import functools
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +64,7 @@ class DirotqConfig(QuantizationConfigMixin):
     @classmethod
     def of(cls, sites: Iterable[tuple[Site, QuantSpec]]) -> "DirotqConfig":
         entries = list(sites)
-        plain = [{"site": _plain(asdict(s)), "spec": spec.to_dict()} for s, spec in entries]
+        plain = [{"site": s.recorded(), "spec": spec.to_dict()} for s, spec in entries]
         return cls(sites=plain, format=max((spec.since for _, spec in entries), default=1))
 
     def entries(self) -> list[tuple[Site, QuantSpec]]:
@@ -292,10 +291,6 @@ def _config_without_path(self: ConfigMixin) -> str:
         {key: value for key, value in self._internal_dict.items() if key != "_name_or_path"}
     )
     return type(self).to_json_string(self)
-
-
-def _plain(site: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in site.items()}
 
 
 # diffusers offers no entry point for quantizers; its two tables are where it looks (ADR 0006).

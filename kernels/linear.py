@@ -78,9 +78,10 @@ class QuantLinear(nn.Module):
         return choose(capability(self.qweight.device), rows, self.spec.outputs, self.spec, dtype)
 
     def _check(self, x: Tensor, channels: int) -> None:
-        if channels != self.spec.dim:
+        if channels != self.spec.in_features:
             raise ValueError(
-                f"x has {channels} channels {tuple(x.shape)}; this linear takes {self.spec.dim}"
+                f"x has {channels} channels {tuple(x.shape)}; this linear takes "
+                f"{self.spec.in_features}"
             )
         if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise ValueError(f"x is {x.dtype}; use bfloat16, float16 or float32")
@@ -100,7 +101,9 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         s = self.spec
-        return f"{s.dim} -> {list(s.rows)}, {s.format}, r={s.rank}, {s.transform.kind}"
+        return (
+            f"{s.in_features} -> {list(s.out_features)}, {s.format}, r={s.rank}, {s.transform.kind}"
+        )
 
 
 class SiteView(nn.Module):

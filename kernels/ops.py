@@ -57,7 +57,7 @@ def quant_linear(
 ) -> Tensor:
     """y [..., N] of x [..., D]; tensors as :class:`.buffers.Packed` describes them."""
     known = spec_from_key(spec)
-    flat = x.reshape(-1, known.dim)
+    flat = x.reshape(-1, known.in_features)
     outputs = wscale.shape[0]
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], outputs))

@@ -101,7 +101,7 @@ def _why_apart(linears: Sequence[QuantLinear]) -> str | None:
             return why
         if s.rank or s.transform.kind != "hadamard" or s.transform.block != 1:
             return "the linears transform their input"
-        kinds.add((s.dim, s.weight_group_size, linear.bias is not None))
+        kinds.add((s.in_features, s.weight_group_size, linear.bias is not None))
     if len(kinds) > 1:
         return f"the linears differ in width, group or bias: {sorted(kinds)}"
     return None

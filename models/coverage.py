@@ -17,7 +17,7 @@ def share_kept(transformer: nn.Module, sites: Iterable[Site]) -> float:
     """
     whole = sum(p.numel() for p in _in_blocks(transformer).values())
     # Sites outside of the repeated blocks are no part of either number.
-    held = sum(site.dim * sum(site.rows) for site in sites if site.block)
+    held = sum(site.in_features * sum(site.out_features) for site in sites if site.block)
     return max(1 - held / whole, 0.0) if whole else 0.0
 
 
@@ -53,5 +53,5 @@ def _in_blocks(transformer: nn.Module) -> dict[str, Any]:
 
 
 def _outside(transformer: nn.Module, sites: Iterable[Site]) -> dict[str, int]:
-    held = {f"{consumer}.weight" for site in sites for consumer in site.consumers}
+    held = {f"{consumer}.weight" for site in sites for consumer in site.linears}
     return {n: p.numel() for n, p in _in_blocks(transformer).items() if n not in held}

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from dataclasses import fields as fields_of
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from dirotq.errors import UnsupportedError
 
 Kind = Literal["block", "modulator"]
+OLD_WORDS = {"linears": "consumers", "in_features": "dim", "out_features": "rows"}
+"""What fields of a site are called in files."""
 Fusion = Literal["shared_sites", "norm", "gelu", "concat", "qk_norm_rope", "modulators"]
 
 
@@ -17,39 +20,61 @@ Fusion = Literal["shared_sites", "norm", "gelu", "concat", "qk_norm_rope", "modu
 class Site:
     """One source activation and every linear that reads it (design: one transform, one wide GEMM).
 
-    ``name`` is also the path at which the packed linear lives in the transformer; ``dim`` channels
-    come in, ``rows`` outputs per consumer go out.
+    ``name``          also the path at which the packed linear lives in the transformer
+    ``linears``       paths of the linears that read it, in order
+    ``in_features``   channels of the activation; ``out_features`` of each linear
+
+    Files hold the words of the first versions (:meth:`recorded`).
     """
 
     name: str
-    consumers: tuple[str, ...]
-    dim: int
-    rows: tuple[int, ...]
+    linears: tuple[str, ...]
+    in_features: int
+    out_features: tuple[int, ...]
     kind: Kind
     bias: bool
     pointwise: bool = False
-    """The consumers are 1x1 convolutions, which read and write [B, C, H, W]."""
+    """The linears are 1x1 convolutions, which read and write [B, C, H, W]."""
     text: bool = False
     """Reads text tokens: those that the model masks are not counted."""
+
+    def recorded(self) -> dict[str, Any]:
+        """Return the site as plan.json and packed folders hold it."""
+        fields = {
+            OLD_WORDS.get(field.name, field.name): getattr(self, field.name)
+            for field in fields_of(self)
+        }
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in fields.items()
+        }
+
+    @classmethod
+    def from_record(cls, value: Mapping[str, Any]) -> "Site":
+        """Inverse of :meth:`recorded`; raises KeyError or TypeError for other fields."""
+        words = {old: new for new, old in OLD_WORDS.items()}
+        fields: dict[str, Any] = {
+            words.get(key, key): tuple(v) if isinstance(v, list) else v for key, v in value.items()
+        }
+        return cls(**fields)
 
     @property
     def block(self) -> str:
         """The repeated module it lies in ("transformer_blocks.3"), or "" if in none."""
-        parts = self.consumers[0].split(".")
+        parts = self.linears[0].split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
         return ".".join(parts[: number + 1])
 
     def tokens_of(self, x: Tensor) -> Tensor:
-        """A consumer's input as rows: [T, D]."""
+        """A linear's input as rows: [T, D]."""
         x = x.movedim(1, -1) if self.pointwise else x
-        return x.reshape(-1, self.dim)
+        return x.reshape(-1, self.in_features)
 
     def slices(self) -> Iterator[tuple[str, slice]]:
-        """Each consumer with its rows of the site's wide linear."""
+        """Each linear with its rows of the site's wide linear."""
         start = 0
-        for consumer, rows in zip(self.consumers, self.rows, strict=True):
-            yield consumer, slice(start, start + rows)
-            start += rows
+        for linear, features in zip(self.linears, self.out_features, strict=True):
+            yield linear, slice(start, start + features)
+            start += features
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +87,7 @@ class SiteRule:
     """
 
     parent: str
-    consumers: tuple[str, ...]
+    linears: tuple[str, ...]
     name: str = ""
     kind: Kind = "block"
     text: bool = False
@@ -109,7 +134,7 @@ class ModelFamily:
             for rule in self.rules:
                 if not _matches(rule.parent, parent):
                     continue
-                consumers = tuple(_join(parent, c) for c in rule.consumers)
+                consumers = tuple(_join(parent, c) for c in rule.linears)
                 present = tuple(c for c in consumers if c in linears)
                 if not present:
                     continue
@@ -167,8 +192,8 @@ def _site(name: str, consumers: tuple[str, ...], linears: list[Any], rule: SiteR
     return Site(
         name,
         consumers,
-        dim=dims[0],
-        rows=rows,
+        in_features=dims[0],
+        out_features=rows,
         kind=rule.kind,
         bias=biases.pop(),
         pointwise=kinds.pop(),

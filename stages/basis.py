@@ -80,6 +80,8 @@ def _deficient(out: Path, sites: list[Site]) -> int:
     for site in sites:
         found = load_site(out / "sites" / site_file(site.name))
         variances, energy = found["variances"], float(found["energy"])
-        all_held = len(variances) < site.dim and float(variances.sum()) > (1 - 1e-9) * energy
+        all_held = (
+            len(variances) < site.in_features and float(variances.sum()) > (1 - 1e-9) * energy
+        )
         count += all_held or bool(variances[0] < 1e-9 * variances[-1])
     return count

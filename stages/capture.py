@@ -104,7 +104,9 @@ class Capture:
             "sites": len(tokens),
             "tokens": max(tokens.values()),
             # No more tokens than channels: such a site's basis is not determined by its data alone.
-            "rank_deficient": sum(seen < s.dim for s, seen in tokens.items() if s.kind == "block"),
+            "rank_deficient": sum(
+                seen < s.in_features for s, seen in tokens.items() if s.kind == "block"
+            ),
         }
 
     def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
@@ -225,14 +227,16 @@ def _store(
     for site, one in seen.items():
         if not first:
             earlier = read_stored(moments, site.name), read_array(absmax, site.name)
-            add_earlier(one, site.dim, *earlier)
+            add_earlier(one, site.in_features, *earlier)
         stacked = torch.cat(one.whole) if one.total is None else None
-        write_moment(moments, site.name, site.dim, one.tokens, total=one.total, rows=stacked)
+        write_moment(
+            moments, site.name, site.in_features, one.tokens, total=one.total, rows=stacked
+        )
         assert one.absmax is not None
-        create_array(absmax, site.name, (site.dim,), torch.float32)
+        create_array(absmax, site.name, (site.in_features,), torch.float32)
         write_rows(absmax, site.name, 0, one.absmax)
         if first:
-            create_array(samples, site.name, (of, site.dim), torch.bfloat16)
+            create_array(samples, site.name, (of, site.in_features), torch.bfloat16)
         if rows:
             sample = torch.cat(one.sample)
             repeats = -(-len(rows) // len(sample))

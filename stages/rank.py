@@ -112,9 +112,9 @@ class ChooseRank:
         if self.r is not None:
             return self.r
         if self.fraction is not None:
-            return round(site.dim * self.fraction / self.grid) * self.grid
+            return round(site.in_features * self.fraction / self.grid) * self.grid
         leading = self.method.leading
-        return site.dim // 4 if leading is None else min(leading, site.dim)
+        return site.in_features // 4 if leading is None else min(leading, site.in_features)
 
     def _rank(self, site: Site, basis: Artifact) -> tuple[int, str]:
         spectrum = read_spectrum(basis, site)
@@ -122,11 +122,12 @@ class ChooseRank:
         if self.energy is not None:
             share_L = spectrum.variances_L.cumsum(0) / spectrum.energy
             needed = int((share_L < self.energy).sum()) + 1
-            rank, mode = min(-(-needed // self.grid) * self.grid, site.dim), "energy"
+            rank, mode = min(-(-needed // self.grid) * self.grid, site.in_features), "energy"
             if rank > len(share_L):
                 raise ConfigError(
                     f"site {site.name}: the {len(share_L)} directions that `basis` kept hold "
                     f"{float(share_L[-1]):.1%} of the energy, rank.energy={self.energy:g} asks for "
-                    f"more: raise method.leading (null keeps all {site.dim}) or ask for less"
+                    f"more: raise method.leading (null keeps all {site.in_features}) or ask for "
+                    "less"
                 )
         return rank, f"{mode}: {spectrum.told(rank, site)}"

@@ -197,7 +197,7 @@ class Validate:
                 {
                     "site": entry.site.name,
                     "kind": entry.site.kind,
-                    "dim": entry.site.dim,
+                    "dim": entry.site.in_features,
                     "outputs": entry.spec.outputs,
                     "rank": entry.spec.rank,
                     "format": entry.spec.format,

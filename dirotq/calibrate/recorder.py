@@ -63,7 +63,7 @@ class Recorder:
         seen = {site: Seen() for site in sites}
         with ExitStack() as hooks:
             for order, site in enumerate(sites):
-                linear = self.replay.transformer.get_submodule(site.consumers[0])
+                linear = self.replay.transformer.get_submodule(site.linears[0])
                 hook = partial(self._on_site, site, order, seen[site])
                 hooks.callback(linear.register_forward_pre_hook(hook).remove)
             yield seen
@@ -81,8 +81,8 @@ class Recorder:
             seen.absmax = absmax_D if earlier is None else torch.maximum(earlier, absmax_D)
         if self.level:
             x_TD = x_TD / x_TD.float().square().mean().sqrt().clamp_min(1e-30).to(x_TD.dtype)
-        if seen.total is None and (seen.tokens + len(x_TD)) > site.dim // 2:
-            seen.total = second_moment.new(site.dim, x_TD.device)
+        if seen.total is None and (seen.tokens + len(x_TD)) > site.in_features // 2:
+            seen.total = second_moment.new(site.in_features, x_TD.device)
             for rows in seen.whole:
                 second_moment.accumulate(seen.total, rows)
             seen.whole = []
@@ -116,7 +116,7 @@ def _refuse_empty_or_damaged(seen: Mapping[Site, Seen]) -> None:
                 "calls never reach it. Record more calls (capture.calls) or check the model"
             )
         if found.total is not None:
-            finite = bool(second_moment.trace(found.total, site.dim).isfinite())
+            finite = bool(second_moment.trace(found.total, site.in_features).isfinite())
         else:
             finite = all(bool(rows.isfinite().all()) for rows in found.whole)
         if not finite:

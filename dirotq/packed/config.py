@@ -51,7 +51,7 @@ def read_packing(sites: Any, packing: Any) -> list[Entry]:
     entries = [_entry(value, f"site {i} of {len(sites)}") for i, value in enumerate(sites, 1)]
     taken: dict[str, str] = {}
     for site, _ in entries:
-        for name in {site.name, *site.consumers}:
+        for name in {site.name, *site.linears}:
             if name in taken:
                 raise _damaged(f"{name} belongs to the sites {taken[name]} and {site.name}")
             taken[name] = site.name
@@ -69,37 +69,37 @@ def check_places(transformer: nn.Module, entries: Iterable[Entry]) -> None:
     """
     modules = dict(transformer.named_modules())
     family = known_family(type(transformer).__name__)
-    table = {} if family is None else {s.name: s.consumers for s in family.sites(transformer)}
+    table = {} if family is None else {s.name: s.linears for s in family.sites(transformer)}
     for site, _ in entries:
-        for consumer, rows in zip(site.consumers, site.rows, strict=True):
+        for consumer, rows in zip(site.linears, site.out_features, strict=True):
             linear: Any = modules.get(consumer)
             if linear is None or not is_linear(linear):
                 raise _damaged(f"{consumer} is no linear of a {type(transformer).__name__}")
             found = (*linear.weight.shape[:2], linear.bias is not None, is_pointwise(linear))
-            wanted = (rows, site.dim, site.bias, site.pointwise)
+            wanted = (rows, site.in_features, site.bias, site.pointwise)
             if found != wanted:
                 raise _damaged(
                     f"{consumer} has (outputs, inputs, bias, 1x1 convolution) = {found} in this "
                     f"{type(transformer).__name__}, {wanted} in site {site.name}"
                 )
         parent, _, leaf = site.name.rpartition(".")
-        alone = site.consumers == (site.name,) and not site.pointwise
+        alone = site.linears == (site.name,) and not site.pointwise
         around = modules.get(parent)
         if not alone and (around is None or is_linear(around) or hasattr(around, leaf)):
             raise _damaged(f"site {site.name}: its path is taken, or leads nowhere")
-        if (known := table.get(site.name, site.consumers)) != site.consumers:
+        if (known := table.get(site.name, site.linears)) != site.linears:
             # Fused blocks read a site's outputs in the order of the family's table.
-            raise _damaged(f"site {site.name} has the consumers {site.consumers}, not {known}")
+            raise _damaged(f"site {site.name} has the consumers {site.linears}, not {known}")
 
 
 def _entry(value: Any, where: str) -> Entry:
     if not isinstance(value, Mapping) or value.keys() != {"site", "spec"}:
         raise _damaged(f"{where} is {value!r:.60}, not an object of `site` and `spec`")
     site, spec = _site(value["site"], where), _spec(value["spec"], where)
-    if (site.dim, site.rows) != (spec.dim, spec.rows):
+    if (site.in_features, site.out_features) != (spec.in_features, spec.out_features):
         raise _damaged(
-            f"{site.name} has {site.dim} channels and rows {list(site.rows)}, its spec {spec.dim} "
-            f"and {list(spec.rows)}"
+            f"{site.name} has {site.in_features} channels and rows {list(site.out_features)}, "
+            f"its spec {spec.in_features} and {list(spec.out_features)}"
         )
     return site, spec
 
@@ -118,7 +118,7 @@ def _site(value: Any, where: str) -> Site:
         if not isinstance(fields.get(flag, False), bool):
             raise _damaged(f"{where}: {flag} is {fields[flag]!r:.60}, not true or false")
     _number(fields["dim"], f"{where}: dim", least=1)
-    return Site(**fields | {"consumers": tuple(consumers), "rows": rows})
+    return Site.from_record(fields)
 
 
 def _spec(value: Any, where: str) -> QuantSpec:

@@ -25,7 +25,7 @@ def swap_sites(
         wide = build(site)
         _put(transformer, site.name, wide)
         for consumer, rows in site.slices():
-            part = wide if len(site.consumers) == 1 else SiteView(wide, rows)
+            part = wide if len(site.linears) == 1 else SiteView(wide, rows)
             if consumer != site.name:
                 _put(transformer, consumer, PointwiseView(part) if site.pointwise else part)
     family = known_family(type(transformer).__name__)

@@ -55,7 +55,7 @@ def capture(work: Workload, machine: Machine, vram: str | int | None, rows: int)
     recording = max(work.encoders, 2 * block if streams else weights + alive)
     replaying = block + alive + waiting * (FRAGMENTS if machine.gpu and not parked else 1)
     host = work.components + work.call_bytes + 2 * largest + _block_read(work) + parked
-    disk = work.moments + sum(2 * rows * site.dim for site in work.sites)
+    disk = work.moments + sum(2 * rows * site.in_features for site in work.sites)
     adapts = machine.gpu and vram is None  # as yet it takes what is free
     lower = f"capture.vram={0.9 * limit / 1e9:.0f}GB, " if adapts else ""
     lower += "capture.batch=1, a smaller model.call.height and width"
@@ -208,7 +208,7 @@ def _waiting(work: Workload, machine: Machine, count: int, limit: int) -> tuple[
 
 def _activations(work: Workload, samples: int, width: int) -> float:
     """Bytes alive within a block, ``width`` bytes a number."""
-    largest = max(work.tokens(s) * (s.dim + sum(s.rows)) for s in work.block_sites)
+    largest = max(work.tokens(s) * (s.in_features + sum(s.out_features)) for s in work.block_sites)
     return ALIVE * samples * width * largest
 
 

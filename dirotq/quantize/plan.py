@@ -129,13 +129,13 @@ class Method:
         # A dense rotation fills its last group with zero columns, so any group fits it; those of an
         # FP4 format are fixed.
         if self.transform.kind != "dense" and weights.element == "int4":
-            weights = replace(weights, group=fitting_group(weights.group, site.dim))
-            acts = replace(acts, group=fitting_group(acts.group, site.dim))
+            weights = replace(weights, group=fitting_group(weights.group, site.in_features))
+            acts = replace(acts, group=fitting_group(acts.group, site.in_features))
         return QuantSpec(
-            dim=site.dim,
-            rows=site.rows,
+            in_features=site.in_features,
+            out_features=site.out_features,
             rank=0 if self.branch is None else rank,
-            transform=replace(self.transform, block=self.transform.largest_block(site.dim)),
+            transform=replace(self.transform, block=self.transform.largest_block(site.in_features)),
             branch=self.branch or PROJECT,
             weights=weights,
             activations=acts,
@@ -146,14 +146,16 @@ class Method:
         if self.modulator_group is None:
             return None
         return QuantSpec(
-            dim=site.dim,
-            rows=site.rows,
+            in_features=site.in_features,
+            out_features=site.out_features,
             rank=0,
             transform=NO_TRANSFORM,
             branch=PROJECT,
-            weights=weight.recorded_format("group", fitting_group(self.modulator_group, site.dim)),
+            weights=weight.recorded_format(
+                "group", fitting_group(self.modulator_group, site.in_features)
+            ),
             activations=recorded_format(
-                16, "token", fitting_group(self.activations.group, site.dim)
+                16, "token", fitting_group(self.activations.group, site.in_features)
             ),
         )
 
@@ -186,7 +188,10 @@ class SitePlan:
 
 def write_plan(path: Path, plan: Iterable[SitePlan]) -> None:
     """The plan as readable JSON, in the order of the network."""
-    rows = [asdict(entry) | {"spec": entry.spec.recorded()} for entry in plan]
+    rows = [
+        asdict(entry) | {"site": entry.site.recorded(), "spec": entry.spec.recorded()}
+        for entry in plan
+    ]
     path.write_text(json.dumps(rows, indent=1) + "\n")
 
 
@@ -194,7 +199,7 @@ def read_plan(path: Path) -> list[SitePlan]:
     """Inverse of :func:`write_plan`."""
     return [
         SitePlan(
-            site_from_dict(row["site"]),
+            Site.from_record(row["site"]),
             QuantSpec.from_dict(row["spec"]),
             row["rounding"],
             row["clip"],
@@ -202,8 +207,3 @@ def read_plan(path: Path) -> list[SitePlan]:
         )
         for row in json.loads(path.read_text())
     ]
-
-
-def site_from_dict(value: dict) -> Site:
-    """A :class:`Site` from the JSON of ``dataclasses.asdict``."""
-    return Site(**value | {"consumers": tuple(value["consumers"]), "rows": tuple(value["rows"])})

@@ -46,7 +46,7 @@ class Spectrum:
 
     def told(self, rank: int, site: Site) -> str:
         """A rank in words, for the plan."""
-        return f"{rank} of {site.dim} directions hold {self.held(rank):.1%} of the energy"
+        return f"{rank} of {site.in_features} directions hold {self.held(rank):.1%} of the energy"
 
 
 def read_spectrum(basis: Artifact, site: Site) -> Spectrum:
@@ -143,4 +143,4 @@ def check_plan(
 
 def largest_rank(method: Method, site: Site, grid: int) -> int:
     """The most directions that can be protected: kept by ``basis``, on the grid."""
-    return min(method.leading or site.dim, site.dim) // grid * grid
+    return min(method.leading or site.in_features, site.in_features) // grid * grid

@@ -57,9 +57,11 @@ class Rotation:
         if spec.transform.kind != "dense":
             return cls(spec, protected, None, smooth, dual)
         vectors_DD = found["vectors"]
-        rest = vectors_DD[:, : spec.dim - spec.rank].double()
+        rest = vectors_DD[:, : spec.in_features - spec.rank].double()
         mixed = rest @ haar(rest.shape[1], SEED).to(rest.device)
-        rotation = torch.zeros(spec.dim, spec.width, dtype=torch.bfloat16, device=rest.device)
+        rotation = torch.zeros(
+            spec.in_features, spec.width, dtype=torch.bfloat16, device=rest.device
+        )
         rotation[:, : rest.shape[1]] = mixed.to(torch.bfloat16)
         return cls(spec, protected, rotation)
 
@@ -70,7 +72,7 @@ class Rotation:
         basis = None if self.basis_DR is None else self.basis_DR.double()
         if self.rotation_DK is not None:
             both = (w_ND.double() @ self._dual_DD).to(w_ND.dtype)
-            kept = self.spec.dim - self.spec.rank
+            kept = self.spec.in_features - self.spec.rank
             main = both.new_zeros(both.shape[0], self.spec.width)
             main[:, :kept] = both[:, :kept]
             return main, both[:, kept:] if basis is not None else None
@@ -130,7 +132,7 @@ class Rotation:
         """[T P]⁻ᵀ without T's zero columns: the dual frame, W [T P]⁻ᵀ = [W_z V]."""
         p, t = self._exact
         assert t is not None
-        kept = t[:, : self.spec.dim - self.spec.rank]
+        kept = t[:, : self.spec.in_features - self.spec.rank]
         inverse, singular = torch.linalg.inv_ex(kept if p is None else torch.cat([kept, p], 1))
         if singular:
             raise NumericalError("the stored rotation is singular: the basis is damaged")

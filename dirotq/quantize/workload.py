@@ -135,7 +135,7 @@ class Workload:
     @cached_property
     def channels(self) -> int:
         """Width of the residual stream."""
-        return min(site.dim for site in self.block_sites)
+        return min(site.in_features for site in self.block_sites)
 
     def tokens(self, site: Site) -> int:
         """Rows that a site sees in one call for one prompt (one branch of guidance)."""
@@ -151,14 +151,14 @@ class Workload:
     @cached_property
     def forward_flops(self) -> float:
         """One forward for one prompt (one branch of guidance): linears and attention."""
-        total = sum(2.0 * self.tokens(s) * s.dim * sum(s.rows) for s in self.sites)
+        total = sum(2.0 * self.tokens(s) * s.in_features * sum(s.out_features) for s in self.sites)
         everything = self.image_tokens + self.text_tokens
         for sites in self.by_block.values():
             inside = [s for s in sites if s.kind == "block"]
             if inside and self._joint:
-                total += 4.0 * everything**2 * inside[0].dim
+                total += 4.0 * everything**2 * inside[0].in_features
             elif inside:  # and cross-attention to the text
-                total += 4.0 * self.image_tokens * everything * inside[0].dim
+                total += 4.0 * self.image_tokens * everything * inside[0].in_features
         return total
 
     @property
@@ -181,9 +181,9 @@ class Workload:
     def moment_bytes(self, site: Site) -> int:
         """What ``capture`` keeps of a site: its triangle, or its rows where those are fewer."""
         seen = self.tokens(site) * self.recorded
-        if seen <= site.dim // 2:
-            return 2 * seen * site.dim
-        return TILE_BYTES * tiles(site.dim)
+        if seen <= site.in_features // 2:
+            return 2 * seen * site.in_features
+        return TILE_BYTES * tiles(site.in_features)
 
     @property
     def moments(self) -> int:
@@ -198,16 +198,18 @@ class Workload:
     @property
     def widest(self) -> int:
         """Most channels of a block site."""
-        return max(site.dim for site in self.block_sites)
+        return max(site.in_features for site in self.block_sites)
 
     @property
     def largest_weight(self) -> int:
         """Parameters of the largest site."""
-        return max(spec.outputs * spec.dim for _, spec in self.planned)
+        return max(spec.outputs * spec.in_features for _, spec in self.planned)
 
     def directions(self, leading: int | None) -> int:
         """Numbers of all sites' directions, ``leading`` of them (None: all) kept for each."""
-        return sum(s.dim * min(leading or s.dim, s.dim) for s in self.block_sites)
+        return sum(
+            s.in_features * min(leading or s.in_features, s.in_features) for s in self.block_sites
+        )
 
     @cached_property
     def planned(self) -> list[tuple[Site, QuantSpec]]:
@@ -216,7 +218,7 @@ class Workload:
         found = []
         for site in self.sites:
             rank = expected[site.name] if self.method.protects(site) else 0
-            spec = self.method.spec(site, min(rank, site.dim))
+            spec = self.method.spec(site, min(rank, site.in_features))
             if spec is not None:
                 found.append((site, spec))
         return found
@@ -289,4 +291,4 @@ class Workload:
 
 
 def _reads_text(site: Site) -> bool:
-    return site.text or bool(TEXT.search(f".{site.consumers[0]}"))
+    return site.text or bool(TEXT.search(f".{site.linears[0]}"))

@@ -64,8 +64,8 @@ class Weights:
 
         Raises NumericalError naming the linear whose weights are not finite.
         """
-        names = [f"{consumer}.weight" for consumer in site.consumers]
-        biases = [f"{consumer}.bias" for consumer in site.consumers] if site.bias else []
+        names = [f"{consumer}.weight" for consumer in site.linears]
+        biases = [f"{consumer}.bias" for consumer in site.linears] if site.bias else []
         found = self.tensors([*names, *biases], device)
         for name, tensor in found.items():
             if not bool(tensor.isfinite().all()):

@@ -23,7 +23,7 @@ FIELDS = {
 class QuantSpec:
     """Shapes and number formats of the linears that read one site (docs/method.md).
 
-    ``dim`` channels come in, ``rows`` outputs per consumer go out, ``rank`` directions are
+    ``in_features`` come in, ``out_features`` of each linear go out, ``rank`` directions are
     protected in 16 bits, and the main branch is ``width`` codes wide.
 
     Files hold it flat (:meth:`to_dict`), in the words of the first versions.
@@ -31,8 +31,8 @@ class QuantSpec:
     Raises ValueError for parts that don't go together.
     """
 
-    dim: int
-    rows: tuple[int, ...]
+    in_features: int
+    out_features: tuple[int, ...]
     rank: int
     transform: Transform
     branch: LowRank
@@ -40,7 +40,7 @@ class QuantSpec:
     activations: ActFormat
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", tuple(self.rows))
+        object.__setattr__(self, "out_features", tuple(self.out_features))
         for problem in (*self._shape_problems(), *self._part_problems(), *self._group_problems()):
             raise ValueError(problem)
 
@@ -54,15 +54,15 @@ class QuantSpec:
     def width(self) -> int:
         """Codes per row of the main branch (K)."""
         if self.transform.kind != "dense":
-            return self.dim
+            return self.in_features
         # A dense rotation keeps d - r channels; zero columns fill its last group (2: one byte).
         sides = (self.weights.group_size, self.activations.group_size)
         step = math.lcm(2, *(group for group in sides if group))
-        return -(-(self.dim - self.rank) // step) * step
+        return -(-(self.in_features - self.rank) // step) * step
 
     @property
     def outputs(self) -> int:
-        return sum(self.rows)
+        return sum(self.out_features)
 
     @property
     def weight_group_size(self) -> int:
@@ -92,7 +92,7 @@ class QuantSpec:
 
     def recorded(self) -> dict[str, Any]:
         """Flat, every field, as plan.json has it."""
-        shape = {"dim": self.dim, "rows": list(self.rows), "rank": self.rank}
+        shape = {"dim": self.in_features, "rows": list(self.out_features), "rank": self.rank}
         return shape | flat(self.transform, self.branch, self.weights, self.activations)
 
     def to_dict(self) -> dict[str, Any]:
@@ -115,8 +115,8 @@ class QuantSpec:
             )
         smooth, block = fields["smooth"], fields["block"]
         return cls(
-            dim=fields["dim"],
-            rows=fields["rows"],
+            in_features=fields["dim"],
+            out_features=fields["rows"],
             rank=fields["rank"],
             transform=Transform(kind=fields["transform"], block=block, smooth=smooth),
             branch=LowRank(kind=fields["branch"], bits=fields["protected_bits"]),
@@ -127,19 +127,19 @@ class QuantSpec:
         )
 
     def _shape_problems(self) -> list[str]:
-        found = []
-        if not 0 <= self.rank <= self.dim:
-            found.append(f"rank {self.rank} is not in 0 ... {self.dim} (the site's channels)")
-        if self.transform.kind == "dense" and self.rank == self.dim:
+        found, dim = [], self.in_features
+        if not 0 <= self.rank <= dim:
+            found.append(f"rank {self.rank} is not in 0 ... {dim} (the site's channels)")
+        if self.transform.kind == "dense" and self.rank == dim:
             found.append(
-                f"rank {self.rank} leaves no channel of {self.dim} for the dense rotation; use a "
-                "lower rank"
+                f"rank {self.rank} leaves no channel of {dim} for the dense rotation; use a lower "
+                "rank"
             )
         block = self.transform.block
-        if self.transform.kind != "dense" and block != self.transform.largest_block(self.dim):
+        if self.transform.kind != "dense" and block != self.transform.largest_block(dim):
             power = "four" if self.transform.matrix == "regular" else "two"
             found.append(
-                f"Hadamard block {block} is not a power of {power} dividing {self.dim} channels"
+                f"Hadamard block {block} is not a power of {power} dividing {dim} channels"
             )
         return found
 

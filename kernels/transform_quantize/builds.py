@@ -74,7 +74,7 @@ def _rotations() -> list[Build]:
             # Of a concatenation, each part is launched.
             for gelu in (False, True) if kind == "concat" else (kind == "gelu",):
                 config = configs.rotate(
-                    spec, chip, torch.bfloat16, sweeps, channels=spec.dim, gelu=gelu,
+                    spec, chip, torch.bfloat16, sweeps, channels=spec.in_features, gelu=gelu,
                     protected=spec.rank > 0, codes=codes,
                 )  # fmt: skip
                 part = "-gelu" if gelu and kind == "concat" else ""

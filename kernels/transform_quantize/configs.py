@@ -44,8 +44,8 @@ def project(
     """``squares``: it adds up x's squares; ``amax``: it zeroes each row's largest, if whole."""
     s = project_sweep(chosen, spec.rank, _memory(chip))
     constants = _shared(spec, chip, dtype) | {
-        "R": spec.rank, "EVEN": spec.dim % s.width == 0, "BM": s.bm, "BK": s.width, "PARTS": parts,
-        "SQUARES": squares, "AMAX": amax, "KIND": kind,
+        "R": spec.rank, "EVEN": spec.in_features % s.width == 0, "BM": s.bm, "BK": s.width, "PARTS":
+        parts, "SQUARES": squares, "AMAX": amax, "KIND": kind,
     }  # fmt: skip
     return Config(
         kernel=projection.project, constants=constants, warps=s.warps, stages=s.stages,

@@ -92,7 +92,7 @@ def tile(spec: QuantSpec) -> int:
 
 def tiles(spec: QuantSpec) -> int:
     """Tiles of the main branch."""
-    return triton.cdiv(spec.dim, tile(spec))
+    return triton.cdiv(spec.in_features, tile(spec))
 
 
 def width_of_c(rank: int) -> int:

@@ -93,7 +93,7 @@ def site_inputs(transformer: nn.Module, sites: list[Site], probe: Call) -> dict[
     """What every site reads in one call with ``probe``, float64 on the CPU."""
     found: dict[str, Tensor] = {}
     hooks = [
-        transformer.get_submodule(site.consumers[0]).register_forward_pre_hook(
+        transformer.get_submodule(site.linears[0]).register_forward_pre_hook(
             lambda _, args, name=site.name: found.__setitem__(name, args[0].double().cpu())
         )
         for site in sites

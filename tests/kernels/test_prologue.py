@@ -44,7 +44,7 @@ CASES += [(KINDS[i % 4], name) for i, name in enumerate(n for n in SPECS if n no
 def prologue_of(kind: str, name: str, images: int = 3, tokens: int = 11) -> Prologue:
     """Of x with outliers and a mean, as slices of longer rows and longer sequences."""
     g = torch.Generator().manual_seed(0)
-    d, behind = SPECS[name].dim, BEHIND[name]
+    d, behind = SPECS[name].in_features, BEHIND[name]
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=g).half().to(DEVICE)
@@ -65,7 +65,7 @@ def prologue_of(kind: str, name: str, images: int = 3, tokens: int = 11) -> Prol
 
 def basis_of(name: str) -> Tensor | None:
     spec, g = SPECS[name], torch.Generator().manual_seed(1)
-    vectors = torch.linalg.qr(torch.randn(spec.dim, spec.dim, generator=g)).Q
+    vectors = torch.linalg.qr(torch.randn(spec.in_features, spec.in_features, generator=g)).Q
     return vectors[:, : spec.rank].contiguous().bfloat16().to(DEVICE) if spec.rank else None
 
 
@@ -78,7 +78,7 @@ def double(prologue: Prologue) -> Prologue:
 @pytest.mark.parametrize(("kind", "name"), CASES)
 def test_codes_are_as_good_as_without_fusion(kind, name):
     spec, prologue, p = SPECS[name], prologue_of(kind, name), basis_of(name)
-    rows = double(prologue).value().reshape(prologue.rows, spec.dim)
+    rows = double(prologue).value().reshape(prologue.rows, spec.in_features)
     z, c = transform(rows, None if p is None else p.double(), None, spec)
 
     def errors(x: Tensor | Prologue) -> tuple[float, float]:
@@ -89,7 +89,7 @@ def test_codes_are_as_good_as_without_fusion(kind, name):
         off = 0.0 if c is None or got_c is None else (got_c.double() - c).norm() / c.norm()
         return float((got - z).norm() / z.norm()), float(off)
 
-    plain_z, plain_c = errors(prologue.value().reshape(prologue.rows, spec.dim))
+    plain_z, plain_c = errors(prologue.value().reshape(prologue.rows, spec.in_features))
     fused_z, fused_c = errors(prologue)
     exact_codes, exact_scale = quantize_rows(z, spec)
     floor = float((exact_codes.double() * exact_scale.double() - z).norm() / z.norm())
@@ -139,7 +139,7 @@ def test_rows_do_not_depend_on_their_neighbours(kind):
 def test_the_columns_appended_behind_scales_of_the_root_mean_square(name, bias, empty_is):
     """Codes, coefficients and the bias's direction: what the product makes of them is right."""
     spec, prologue, p = SPECS[name], prologue_of("gelu", name), basis_of(name)
-    rows = double(prologue).value().reshape(prologue.rows, spec.dim)
+    rows = double(prologue).value().reshape(prologue.rows, spec.in_features)
     z, c = transform(rows, None if p is None else p.double(), None, spec)
     with empty_is(255):
         codes, scale, none = launch(

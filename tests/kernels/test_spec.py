@@ -140,7 +140,7 @@ def test_sixteen_bit_activations_have_no_groups_to_check():
 )
 def test_round_trip_through_json(rank, block, act, rows):
     spec = tiny_spec(rank=rank, block=block, act_bits=act[0], act_scale=act[1], rows=rows)
-    assert isinstance(spec.rows, tuple)
+    assert isinstance(spec.out_features, tuple)
     assert QuantSpec.from_dict(json.loads(json.dumps(spec.to_dict()))) == spec
     assert hash(spec) == hash(QuantSpec.from_dict(spec.to_dict()))
 

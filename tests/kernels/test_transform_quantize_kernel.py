@@ -102,9 +102,13 @@ def close_case(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gaussian x (fp16) with an outlier channel, an orthonormal P and a rotation (bf16)."""
     g = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, spec.dim, generator=g)
+    x = torch.randn(rows, spec.in_features, generator=g)
     x[:, 3] *= 20
-    vectors = torch.linalg.qr(torch.randn(spec.dim, spec.dim, generator=g)).Q.bfloat16().to(DEVICE)
+    vectors = (
+        torch.linalg.qr(torch.randn(spec.in_features, spec.in_features, generator=g))
+        .Q.bfloat16()
+        .to(DEVICE)
+    )
     p = vectors[:, : spec.rank].contiguous() if spec.rank else None
     rest = vectors[:, spec.rank :]
     pad = (0, spec.width - rest.shape[1])
@@ -184,10 +188,10 @@ def test_few_rows(name, rows):
 def test_rows_may_lie_anywhere(name):
     spec = CLOSE[name]
     x, p, t = close_case(spec, 9)
-    wide = x.new_full((9, spec.dim + 24), torch.nan)
-    wide[:, 5 : 5 + spec.dim] = x
+    wide = x.new_full((9, spec.in_features + 24), torch.nan)
+    wide[:, 5 : 5 + spec.in_features] = x
     for got, want in zip(
-        launch(wide[:, 5 : 5 + spec.dim], p, t, spec, container=INT8),
+        launch(wide[:, 5 : 5 + spec.in_features], p, t, spec, container=INT8),
         launch(x, p, t, spec, container=INT8),
         strict=True,
     ):
@@ -219,7 +223,7 @@ def test_rows_of_nothing(name, appended):
     codes, scale, c = launch(
         x, p, None, spec, container=container, appended=appended, bias=appended
     )
-    assert not codes.float()[1, : padded(spec.dim)].any()
+    assert not codes.float()[1, : padded(spec.in_features)].any()
     assert scale.isfinite().all()
     assert c is None or not c[1].any()
     others = [0, 3, 4]

@@ -44,14 +44,14 @@ class FamilyContract:
         transformer = self.transformer()
         sites = self.family.sites(transformer)
         linears = [n for n, m in transformer.named_modules() if is_linear(m)]
-        claimed = [c for site in sites for c in site.consumers]
+        claimed = [c for site in sites for c in site.linears]
         assert len(claimed) == len(set(claimed))
         assert set(claimed) < set(linears)
         assert len({site.name for site in sites}) == len(sites)
         for site in sites:
-            for consumer, rows in zip(site.consumers, site.rows, strict=True):
+            for consumer, rows in zip(site.linears, site.out_features, strict=True):
                 linear = transformer.get_submodule(consumer)
-                assert linear.weight.shape[:2] == (rows, site.dim)
+                assert linear.weight.shape[:2] == (rows, site.in_features)
                 assert (linear.bias is not None) == site.bias
                 assert is_pointwise(linear) == site.pointwise
 
@@ -76,7 +76,7 @@ class FamilyContract:
         sites = self.family.sites(transformer)
         blocks = {site.block for site in sites} - {""}
         assert all(isinstance(transformer.get_submodule(block), nn.Module) for block in blocks)
-        claimed = {c for site in sites for c in site.consumers}
+        claimed = {c for site in sites for c in site.linears}
         inside = [
             name
             for name, module in transformer.named_modules()
@@ -95,20 +95,20 @@ class FamilyContract:
     def test_sites_of_the_text_stream_see_the_text(self):
         transformer = self.transformer()
         sites = self.family.sites(transformer)
-        read = self.inputs_read(transformer, [site.consumers[0] for site in sites])
+        read = self.inputs_read(transformer, [site.linears[0] for site in sites])
         for site in sites:
-            x = read[site.consumers[0]]
-            assert len(site.tokens_of(x)) == x.numel() // site.dim
+            x = read[site.linears[0]]
+            assert len(site.tokens_of(x)) == x.numel() // site.in_features
             if not site.pointwise and site.kind == "block":
                 assert (x.shape[-2] == self.text_tokens) == site.text, site.name
 
     def test_consumers_of_a_site_read_one_tensor(self):
         transformer = self.transformer()
         sites = self.family.sites(transformer)
-        read = self.inputs_read(transformer, [c for site in sites for c in site.consumers])
+        read = self.inputs_read(transformer, [c for site in sites for c in site.linears])
         for site in sites:
-            first, *others = (read[consumer] for consumer in site.consumers)
-            assert first.shape[1 if site.pointwise else -1] == site.dim
+            first, *others = (read[consumer] for consumer in site.linears)
+            assert first.shape[1 if site.pointwise else -1] == site.in_features
             for other in others:
                 assert other.data_ptr() == first.data_ptr(), site.name
                 assert torch.equal(other, first), site.name
@@ -144,7 +144,7 @@ class FamilyContract:
         after = {name.rpartition(".")[0] for name in transformer.state_dict()}
         assert after - before <= {site.name for site in sites}
         assert {site.name for site in sites} <= after
-        assert before - after <= {consumer for site in sites for consumer in site.consumers}
+        assert before - after <= {consumer for site in sites for consumer in site.linears}
 
     def test_shapes_alone_tell_what_the_packed_model_weighs(self):
         real, meta = self.transformer(), self.transformer().to("meta")
@@ -177,14 +177,21 @@ class FamilyContract:
 
 def spec_of(site: Site) -> QuantSpec:
     rank = 8 if site.kind == "block" else 0
-    return tiny_spec(dim=site.dim, rows=site.rows, rank=rank, block=hadamard_block(site.dim, 64))
+    return tiny_spec(
+        dim=site.in_features,
+        rows=site.out_features,
+        rank=rank,
+        block=hadamard_block(site.in_features, 64),
+    )
 
 
 def fused(transformer: nn.Module, site: Site) -> FusedLinear:
     """The site, rotated but not quantized, in the precision of the transformer."""
     spec = spec_of(site)
-    vectors = torch.linalg.qr(torch.randn(site.dim, site.dim, dtype=torch.float64)).Q
-    linears = [transformer.get_submodule(c) for c in site.consumers]
+    vectors = torch.linalg.qr(
+        torch.randn(site.in_features, site.in_features, dtype=torch.float64)
+    ).Q
+    linears = [transformer.get_submodule(c) for c in site.linears]
     weight = torch.cat([linear.weight.detach().flatten(1) for linear in linears])
     bias = torch.cat([linear.bias.detach() for linear in linears]) if site.bias else None
     return FusedLinear(Rotation.cut({"vectors": vectors}, spec), weight, bias)

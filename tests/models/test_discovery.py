@@ -166,8 +166,8 @@ def found(discovered: Discovered) -> set[str]:
 
 def content(site: Site) -> tuple[Any, ...]:
     """Everything but its name, the order of its consumers, and what masks say."""
-    rows = frozenset(zip(site.consumers, site.rows, strict=True))
-    return rows, site.dim, site.kind, site.bias, site.pointwise
+    rows = frozenset(zip(site.linears, site.out_features, strict=True))
+    return rows, site.in_features, site.kind, site.bias, site.pointwise
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -183,14 +183,14 @@ def test_the_sites_of_an_unknown_architecture(architecture):
     network, *call = made(architecture)
     discovered = discover(network, *call)
     assert found(discovered) == {pattern(name) for name in UNKNOWN[architecture]}
-    consumers = [consumer for site in discovered.sites for consumer in site.consumers]
+    consumers = [consumer for site in discovered.sites for consumer in site.linears]
     linears = {name for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     assert len(consumers) == len(set(consumers))
     assert set(consumers).isdisjoint(discovered.kept)
     assert linears <= {*consumers, *discovered.kept}
     for site in discovered.sites:
-        for consumer, rows in zip(site.consumers, site.rows, strict=True):
-            assert network.get_submodule(consumer).weight.shape == (rows, site.dim)
+        for consumer, rows in zip(site.linears, site.out_features, strict=True):
+            assert network.get_submodule(consumer).weight.shape == (rows, site.in_features)
             assert (network.get_submodule(consumer).bias is not None) == site.bias
 
 
@@ -201,7 +201,7 @@ def test_sites_can_be_swapped(architecture):
     want = network(**kwargs).sample
     sites = discover(network, args, kwargs).sites
     names = {name for name, _ in network.named_modules()}
-    assert not {site.name for site in sites if len(site.consumers) > 1} & names
+    assert not {site.name for site in sites if len(site.linears) > 1} & names
     swap_sites(network, sites, lambda site: fused(network, site))
     assert (network(**kwargs).sample - want).norm() < 1e-5 * want.norm()
 

@@ -123,7 +123,9 @@ def test_shared_modulation_lies_outside_of_the_blocks():
 
 def test_convolutions_of_sana_are_sites():
     sites = TINY["sana"].family.sites(TINY["sana"].build())
-    found = {s.name: (s.consumers, s.dim, s.rows, s.bias) for s in sites if s.pointwise}
+    found = {
+        s.name: (s.linears, s.in_features, s.out_features, s.bias) for s in sites if s.pointwise
+    }
     ff = "transformer_blocks.0.ff"
     assert len(found) == 4
     assert found[f"{ff}.inverted"] == ((f"{ff}.conv_inverted",), 64, (320,), True)
@@ -167,7 +169,7 @@ def test_every_method_fits_the_published_widths(family, methods):
             spec = method.spec(site, 64)
             assert spec is not None
             if spec.activations.group != method.activations.group:
-                halved.add((site.dim, spec.activations.group))
+                halved.add((site.in_features, spec.activations.group))
     assert halved == ({(5600, 32)} if family is SANA else set())
 
 

@@ -41,8 +41,8 @@ def test_consumers_stack_in_the_order_of_the_rule():
     assert first == Site(
         "blocks.0.qkv",
         ("blocks.0.q", "blocks.0.k", "blocks.0.v"),
-        dim=8,
-        rows=(8, 4, 4),
+        in_features=8,
+        out_features=(8, 4, 4),
         kind="block",
         bias=True,
     )
@@ -67,7 +67,7 @@ def test_a_site_with_one_consumer_is_named_after_it():
 def test_consumers_that_a_variant_lacks_are_left_out():
     net = Net()
     del net.blocks[1].v
-    assert [s.rows for s in FAMILY.sites(net)] == [(8, 4, 4), (8, 4)]
+    assert [s.out_features for s in FAMILY.sites(net)] == [(8, 4, 4), (8, 4)]
 
 
 def test_a_star_stands_for_one_component():

@@ -27,7 +27,7 @@ class TestFlux(FamilyContract):
 
 def test_sites_of_a_block_in_order():
     sites = FLUX.sites(build_transformer())
-    assert [(site.name, site.kind, site.dim, site.rows) for site in sites] == [
+    assert [(site.name, site.kind, site.in_features, site.out_features) for site in sites] == [
         ("transformer_blocks.0.norm1.linear", "modulator", 64, (384,)),
         ("transformer_blocks.0.norm1_context.linear", "modulator", 64, (384,)),
         ("transformer_blocks.0.attn.qkv", "block", 64, (64, 64, 64)),

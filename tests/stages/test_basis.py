@@ -73,7 +73,7 @@ def test_every_block_site_has_an_orthonormal_basis_of_its_moment(finished, line)
         error = vectors.T @ vectors - torch.eye(vectors.shape[1])
         assert error.abs().max() < 1e-5
         s = read_moment(moments, site.name)
-        assert vectors.shape == (site.dim, min(site.dim, 128))
+        assert vectors.shape == (site.in_features, min(site.in_features, 128))
         assert float(found["energy"]) == pytest.approx(float(s.diagonal().double().sum()))
         image = s.double() @ vectors.double()
         assert (image - vectors.double() * variances).norm() < 1e-5 * s.norm()

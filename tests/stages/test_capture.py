@@ -50,8 +50,8 @@ def activations(stage: module.Capture) -> dict[str, list[Tensor]]:
     sites, prompts = stage.model.sites(), stage.prompts.load()
     now: dict[str, list[Tensor]] = {}
     for site in sites:
-        pipe.transformer.get_submodule(site.consumers[-1]).register_forward_pre_hook(
-            lambda _, args, site=site: now[site.name].append(args[0].reshape(-1, site.dim))
+        pipe.transformer.get_submodule(site.linears[-1]).register_forward_pre_hook(
+            lambda _, args, site=site: now[site.name].append(args[0].reshape(-1, site.in_features))
         )
     seen: dict[str, list[Tensor]] = {site.name: [] for site in sites}
     shards = [prompts[i : i + stage.batch] for i in range(0, len(prompts), stage.batch)]
@@ -85,7 +85,9 @@ def test_moments_are_the_mean_of_outer_products(capture, calls, tmp_path):
 def test_a_site_of_few_rows_is_kept_as_its_rows(capture, whole):
     group = zarr.open_group(whole / "moments.zarr", mode="r")
     forms = {site.name: group[site.name].attrs["form"] for site in capture.model.sites()}
-    few = {s.name: group[s.name].attrs["tokens"] <= s.dim // 2 for s in capture.model.sites()}
+    few = {
+        s.name: group[s.name].attrs["tokens"] <= s.in_features // 2 for s in capture.model.sites()
+    }
     assert forms == {name: "rows" if few[name] else "triangle" for name in forms}
     assert {name for name, is_few in few.items() if is_few} >= {n for n in forms if "norm" in n}
 

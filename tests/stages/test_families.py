@@ -88,10 +88,10 @@ def test_masked_text_tokens_are_not_counted(tiny_root, line):
 
 def test_a_transformer_without_a_table_is_discovered(line, monkeypatch):
     table = TINY["flux"].family
-    blocks = {frozenset(s.consumers) for s in table.sites(TINY["flux"].build())}
+    blocks = {frozenset(s.linears) for s in table.sites(TINY["flux"].build())}
     monkeypatch.setattr(families, "FAMILIES", ())
     artifacts = run(line("flux"))
-    assert {frozenset(site.consumers) for site in planned(artifacts)} == blocks
+    assert {frozenset(site.linears) for site in planned(artifacts)} == blocks
     assert artifacts["fuse"].metrics["network_error"] < 1e-5
     assert artifacts["validate"].metrics["sqnr_db"] > 10
 

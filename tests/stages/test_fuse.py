@@ -74,7 +74,7 @@ def test_a_weight_that_is_wrong_by_a_thousandth_names_the_site(
 
     def tampered(self, weight):
         halves = list(right(self, weight))
-        if self.spec.rows == (256,):
+        if self.spec.out_features == (256,):
             halves[half] = halves[half] * 1.001
         return tuple(halves)
 

@@ -116,7 +116,7 @@ def test_a_large_bias_raises_the_scale_of_its_row(line, own_folder, tmp_path, me
         dataclasses.replace(stage(built, "gptq"), model=model), tmp_path / "gptq", **inputs
     )
     plan = read_plan(inputs["rank"].file("plan.json"))
-    entry = next(e for e in plan if f"{linear}" in e.site.consumers)
+    entry = next(e for e in plan if f"{linear}" in e.site.linears)
     _, rows = next(part for part in entry.site.slices() if part[0] == linear)
     found = load_site(tmp_path / "gptq" / "sites" / site_file(entry.site.name))
     row, zero = rows.start + 3, rows.start + 5

@@ -44,9 +44,11 @@ def test_groups_of_128(line):
     groups = ("weight_format.group=128", "act_format.group=128")
     artifacts = run(line("method=groups", *groups))
     plan = read_plan(artifacts["rank"].file("plan.json"))
-    taken = {e.site.dim: e.spec.activations.group for e in plan if e.site.kind == "block"}
+    taken = {e.site.in_features: e.spec.activations.group for e in plan if e.site.kind == "block"}
     assert taken == {64: 64, 256: 128, 320: 64}
-    assert all(e.spec.weights.group == taken[e.site.dim] for e in plan if e.site.kind == "block")
+    assert all(
+        e.spec.weights.group == taken[e.site.in_features] for e in plan if e.site.kind == "block"
+    )
     metrics = artifacts["validate"].metrics
     assert metrics["psnr"] > 30
     assert metrics["sqnr_db"] > 10

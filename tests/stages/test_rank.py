@@ -82,7 +82,7 @@ def test_the_plan_lists_every_site_in_order(finished, line, name):
         modulator = entry.site.kind == "modulator"
         assert entry.spec.rank == (0 if modulator or used.branch is None else 16)
         assert entry.spec.activations.bits == (16 if modulator else used.activations.bits)
-        assert entry.spec.rows == entry.site.rows
+        assert entry.spec.out_features == entry.site.out_features
         assert (entry.rounding, entry.clip) == (used.rounding, used.weight_clip)
         assert entry.why
     assert "16 of 64 directions hold" in plan[2].why or used.branch is None
@@ -115,7 +115,7 @@ def test_energy_takes_the_smallest_rank_on_the_grid_that_holds_it(
     chosen = dataclasses.replace(rank, r=None, energy=energy)
     run_stage(chosen, tmp_path, capture=finished["capture"], basis=basis)
     plan = {e.site.name: e for e in read_plan(tmp_path / "plan.json")}
-    got = {s.dim: plan[s.name].spec.rank for s in narrow if s.dim == 64}
+    got = {s.in_features: plan[s.name].spec.rank for s in narrow if s.in_features == 64}
     assert got == ranks
     assert "energy: " in plan[narrow[0].name].why
 
@@ -135,7 +135,7 @@ def test_a_fraction_takes_the_nearest_multiple_of_the_grid(
     chosen.check()
     run_stage(chosen, tmp_path, capture=finished["capture"], basis=finished["basis"])
     plan = [e for e in read_plan(tmp_path / "plan.json") if e.site.kind == "block"]
-    assert {entry.spec.dim: entry.spec.rank for entry in plan} == ranks
+    assert {entry.spec.in_features: entry.spec.rank for entry in plan} == ranks
     assert plan[0].why.startswith(f"fraction: {ranks[64]} of 64 directions hold")
 
 

@@ -95,7 +95,7 @@ def test_a_plan_keeps_within_its_bits_and_leaves_less_than_a_step(budget, captur
     parameters = sum(p.numel() for p in skeleton.parameters())
     found = effective_bits(skeleton, [(line.site, line.spec) for line in plan.values()])
     assert found == metrics["bits_per_parameter"] <= bits
-    dearest = max(8 * 16 * (line.spec.dim + line.spec.outputs) for line in plan.values())
+    dearest = max(8 * 16 * (line.spec.in_features + line.spec.outputs) for line in plan.values())
     assert bits - found < dearest / parameters
     assert metrics["budget_spent"] == pytest.approx(found / bits)
     assert all(line.spec.rank % 8 == 0 for line in plan.values())

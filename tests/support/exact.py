@@ -14,7 +14,7 @@ def exact_case(spec: QuantSpec, rows: int) -> tuple[Tensor, Tensor | None, Tenso
     P's columns are those of the Hadamard matrix where z is 0; z is codes times powers of two.
     """
     g = torch.Generator().manual_seed(rows)
-    d, qmax = spec.dim, 2 ** (spec.activations.bits - 1) - 1
+    d, qmax = spec.in_features, 2 ** (spec.activations.bits - 1) - 1
     group = spec.activations.group if spec.activations.name != "token" else d
     z = torch.randint(-qmax, qmax + 1, (rows, d // group, group), generator=g).double()
     z[..., 0] = qmax  # every group reaches its largest code

@@ -50,10 +50,10 @@ def spec_of(name: str, dim: int, outputs: int) -> QuantSpec:
 
 def random_linear(spec: QuantSpec, *, bias: bool = True) -> QuantLinear:
     """Random codes, scales, bias and protected columns; an orthonormal basis and rotation."""
-    torch.manual_seed(spec.dim)
+    torch.manual_seed(spec.in_features)
     module = QuantLinear(spec, bias=bias, device=DEVICE)
-    columns = spec.dim if spec.transform.kind == "dense" else spec.rank
-    vectors = torch.linalg.qr(torch.randn(spec.dim, max(columns, 1), device=DEVICE)).Q
+    columns = spec.in_features if spec.transform.kind == "dense" else spec.rank
+    vectors = torch.linalg.qr(torch.randn(spec.in_features, max(columns, 1), device=DEVICE)).Q
     rest = vectors[:, spec.rank :]
     codes = torch.randint(-7, 8, (spec.outputs, spec.width), device=DEVICE, dtype=torch.int8)
     content = {

@@ -15,7 +15,7 @@ from dirotq.packed.swap import swap_sites
 def build(device: str = "cuda") -> Any:
     """Two blocks of width 512, packed and shared, in bfloat16."""
     network = build_transformer(num_layers=1, num_single_layers=1, num_attention_heads=16)
-    site_module = lambda site: packed(spec_of("rms", site.dim, sum(site.rows)))  # noqa: E731
+    site_module = lambda site: packed(spec_of("rms", site.in_features, sum(site.out_features)))  # noqa: E731
     swap_sites(network, FLUX.sites(network), site_module)
     return network.to(device, torch.bfloat16)
 

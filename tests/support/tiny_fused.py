@@ -52,7 +52,7 @@ def original(name: str, **changes: Any) -> Any:
 def stack(network: Any) -> Any:
     """Swap every site for a Wide of its linears."""
     linear = network.get_submodule
-    wide = lambda site: Wide([linear(c) for c in site.consumers])  # noqa: E731
+    wide = lambda site: Wide([linear(c) for c in site.linears])  # noqa: E731
     swap_sites(network, family(network).sites(network), wide)
     return network
 
@@ -61,7 +61,7 @@ def quantize(network: Any) -> Any:
     """Swap every site for a packed linear with random content."""
 
     def build(site: Any) -> QuantLinear:
-        made = packed(tiny_spec(dim=site.dim, rows=site.rows), bias=True)
+        made = packed(tiny_spec(dim=site.in_features, rows=site.out_features), bias=True)
         made.wscale.mul_(0.3)
         made.bias = made.bias if site.bias else None
         return made

@@ -57,7 +57,9 @@ def network(name: str) -> Any:
 
     def build(site: Any) -> QuantLinear:
         special = {"rank": 16, "transform": "dense"} if site is sites[-1] else {"rank": 8}
-        linear = packed(tiny_spec(dim=site.dim, rows=site.rows, **special), bias=site.bias)
+        linear = packed(
+            tiny_spec(dim=site.in_features, rows=site.out_features, **special), bias=site.bias
+        )
         linear.wscale.mul_(0.1)
         return linear
 

@@ -13,13 +13,15 @@ def packed(spec: QuantSpec, *, bias: bool = True, seed: int = 0) -> QuantLinear:
     module = QuantLinear(spec, bias=bias)
     shape = (spec.outputs, spec.width)
     codes = torch.randint(-7, 8, shape, generator=generator, dtype=torch.int8)
-    vectors = torch.linalg.qr(torch.randn(spec.dim, spec.dim, generator=generator)).Q
+    vectors = torch.linalg.qr(
+        torch.randn(spec.in_features, spec.in_features, generator=generator)
+    ).Q
     content = {
         "qweight": pack_int4(codes),
         "wscale": torch.rand(module.wscale.shape, generator=generator) * 0.1 + 0.01,
         "bias": torch.randn(spec.outputs, generator=generator),
         "wp": torch.randn(spec.outputs, spec.rank, generator=generator),
-        "basis": vectors[:, spec.dim - spec.rank :],
+        "basis": vectors[:, spec.in_features - spec.rank :],
         "rotation": vectors[:, : spec.width],
     }
     if spec.weights.element == "e2m1":

@@ -66,7 +66,7 @@ def test_a_pointwise_convolution_becomes_a_view_of_a_linear(memory, dtype):
     root = pointwise_net().to(dtype)
     x = torch.randn(2, 64, 3, 5, dtype=dtype).to(memory_format=memory)
     want = [conv(x) for conv in (root.conv, root.one, root.two)]
-    linears = {site: [as_linear(root.get_submodule(c)) for c in site.consumers] for site in SITES}
+    linears = {site: [as_linear(root.get_submodule(c)) for c in site.linears] for site in SITES}
     swap_sites(root, SITES, lambda site: Stacked(linears[site]))
     assert isinstance(root.conv, PointwiseView)
     assert isinstance(root.points, Stacked)

@@ -26,7 +26,12 @@ def test_plan_round_trip(name, tmp_path):
 
 def test_a_block_takes_the_method_and_the_largest_hadamard_block_that_fits():
     spec = method("dirotq", "act_format.group=32").spec(BLOCK, 16)
-    assert (spec.dim, spec.rows, spec.rank, spec.transform.block) == (96, (8, 8, 16), 16, 32)
+    assert (spec.in_features, spec.out_features, spec.rank, spec.transform.block) == (
+        96,
+        (8, 8, 16),
+        16,
+        32,
+    )
     assert (spec.transform.kind, spec.activations.element) == ("hadamard", "int4")
     assert (spec.activations.statistic, spec.activations.shifted) == ("rms", True)
 
@@ -65,7 +70,7 @@ def test_a_group_that_does_not_fit_is_halved(group, channels, fitting):
 def test_the_spec_tells_which_group_a_site_took():
     spec = method("groups").spec(BLOCK, 16)
     assert (spec.activations.group, spec.weights.group) == (32, 32)
-    narrow = dataclasses.replace(MODULATOR, dim=96)
+    narrow = dataclasses.replace(MODULATOR, in_features=96)
     assert method("dirotq").spec(narrow, 0).weights.group == 32
 
 
@@ -80,7 +85,7 @@ def test_fp4_groups_are_the_formats_own():
 
 
 def test_fp4_groups_that_do_not_divide_a_site_are_refused():
-    narrow = dataclasses.replace(BLOCK, dim=80)
+    narrow = dataclasses.replace(BLOCK, in_features=80)
     assert method("dirotq_nvfp4").spec(narrow, 0).weights.group == 16
     with pytest.raises(ConfigError, match=r"site a\.qkv.*weight group 32 does not divide the 80"):
         method("dirotq_mxfp4").spec(narrow, 0)
@@ -91,7 +96,7 @@ def test_fp4_groups_that_do_not_divide_a_site_are_refused():
 
 
 def test_a_group_of_128():
-    wide = dataclasses.replace(BLOCK, dim=3072)
+    wide = dataclasses.replace(BLOCK, in_features=3072)
     spec = method("groups", "weight_format.group=128", "act_format.group=128").spec(wide, 64)
     assert (spec.weight_group_size, spec.act_group_size) == (128, 128)
     assert (

@@ -6,7 +6,7 @@ from dirotq.quantize.prefetch import ahead, unfinished
 from dirotq.quantize.tensors import site_file
 
 SITES = [
-    Site(name=name, consumers=(name,), dim=8, rows=(8,), kind="block", bias=False)
+    Site(name=name, linears=(name,), in_features=8, out_features=(8,), kind="block", bias=False)
     for name in ("a", "b", "c", "d")
 ]
 

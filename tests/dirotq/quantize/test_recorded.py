@@ -2,7 +2,6 @@
 were: methods_as_recorded.json was written by commit 93eb306."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -42,7 +41,7 @@ def test_a_plan_has_the_same_bytes(name, tmp_path):
     plan = [SitePlan(site, used.spec(site, 16), "gptq", True, "because") for site in SITES]
     write_plan(tmp_path / "plan.json", plan)
     rows = [
-        {"site": asdict(site), "spec": spec, "rounding": "gptq", "clip": True, "why": "because"}
+        {"site": site.recorded(), "spec": spec, "rounding": "gptq", "clip": True, "why": "because"}
         for site, spec in zip(SITES, old, strict=True)
     ]
     assert (tmp_path / "plan.json").read_text() == json.dumps(rows, indent=1) + "\n"

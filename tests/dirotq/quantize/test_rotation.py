@@ -117,7 +117,7 @@ def test_filling_columns_are_zero_on_both_sides():
     spec = SPECS["dense-15-filled"]
     rotation = Rotation.cut({"vectors": vectors()}, spec)
     main, _ = rotation.weights(torch.randn(20, DIM))
-    assert (spec.dim - spec.rank, spec.width) == (49, 64)
+    assert (spec.in_features - spec.rank, spec.width) == (49, 64)
     assert not rotation.rotation_DK[:, 49:].any()
     assert not main[:, 49:].any()
     assert main[:, :49].any(0).all()
@@ -169,7 +169,7 @@ def test_site_rotation_reads_the_basis_artifact(finished):
     entry: SitePlan = next(e for e in plan if e.spec.rank)
     cpu = torch.device("cpu")
     rotation = site_rotation(entry, finished["basis"], cpu)
-    assert rotation.basis_DR.shape == (entry.site.dim, entry.spec.rank)
+    assert rotation.basis_DR.shape == (entry.site.in_features, entry.spec.rank)
     modulator = next(e for e in plan if e.site.kind == "modulator")
     bare = site_rotation(modulator, finished["basis"], cpu)
     assert bare.basis_DR is None

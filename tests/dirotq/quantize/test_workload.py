@@ -40,7 +40,7 @@ def test_flux_is_as_large_as_published(flux):
 
 
 def test_flux_bytes(flux):
-    one = next(site for site in flux.sites if site.dim == 15360)
+    one = next(site for site in flux.sites if site.in_features == 15360)
     assert flux.moment_bytes(one) == 60 * 61 // 2 * 256 * 256 * 4  # its tiles in float32
     modulator = next(site for site in flux.sites if site.kind == "modulator")
     assert flux.moment_bytes(modulator) == 2 * 512 * 3072  # its rows in bfloat16

@@ -35,13 +35,13 @@ def stack(network: Any, *, leave: str = "nothing") -> Any:
     """Swap every site, but for those whose name ends with ``leave``, for a Wide of its linears."""
     sites = [site for site in FLUX.sites(network) if not site.name.endswith(leave)]
     linear = network.get_submodule
-    swap_sites(network, sites, lambda site: Wide([linear(c) for c in site.consumers]))
+    swap_sites(network, sites, lambda site: Wide([linear(c) for c in site.linears]))
     return network
 
 
 def quantize(network: Any) -> Any:
     """Swap every site for a packed linear with random content."""
-    build = lambda site: packed(tiny_spec(dim=site.dim, rows=site.rows))  # noqa: E731
+    build = lambda site: packed(tiny_spec(dim=site.in_features, rows=site.out_features))  # noqa: E731
     swap_sites(network, FLUX.sites(network), build)
     return network
 

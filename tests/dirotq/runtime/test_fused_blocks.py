@@ -271,7 +271,7 @@ def test_swapping_block_by_block_fuses_as_at_once(name):
     linear = network.get_submodule
     for place in dict.fromkeys(site.block for site in sites):
         inside = [site for site in sites if site.block == place]
-        swap_sites(network, inside, lambda s: Wide([linear(c) for c in s.consumers]))
+        swap_sites(network, inside, lambda s: Wide([linear(c) for c in s.linears]))
     unfused = fallen(network)
     assert torch.equal(call(network, name), call(whole, name))
     assert not unfused
@@ -283,7 +283,7 @@ def test_swapping_block_by_block_fuses_as_at_once(name):
 def test_what_is_not_swapped_is_not_fused():
     network = original("pixart").double()
     sites = [s for s in family(network).sites(network) if s.name.endswith("0.proj")]
-    swap_sites(network, sites, lambda s: Wide([network.get_submodule(c) for c in s.consumers]))
+    swap_sites(network, sites, lambda s: Wide([network.get_submodule(c) for c in s.linears]))
     assert not any("forward" in vars(block) for block in blocks(network))
     assert off(call(network, "pixart"), call(original("pixart").double(), "pixart")) < 1e-9
 
@@ -320,7 +320,7 @@ def test_a_family_fuses_what_its_table_says(table, monkeypatch):
     forward = QuantLinear.forward
 
     def read(self: Any, x: Any, rows: slice | None = None) -> Tensor:
-        used["shared_sites" if len(self.spec.rows) > 1 and rows is None else "other"] += 1
+        used["shared_sites" if len(self.spec.out_features) > 1 and rows is None else "other"] += 1
         assert rows is None
         return forward(self, x, rows)
 

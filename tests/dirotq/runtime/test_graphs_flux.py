@@ -29,7 +29,7 @@ from dirotq.runtime.graphs import graph_forward
 def flux() -> Any:
     """A tiny FLUX whose sites are packed and shared."""
     network = build_transformer(num_layers=1, num_single_layers=1)
-    build = lambda site: packed(tiny_spec(dim=site.dim, rows=site.rows))  # noqa: E731
+    build = lambda site: packed(tiny_spec(dim=site.in_features, rows=site.out_features))  # noqa: E731
     swap_sites(network, FLUX.sites(network), build)
     return network
 

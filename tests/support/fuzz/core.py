@@ -96,7 +96,9 @@ def read_digests(folder: Path, content: bytes) -> None:
 def _packed() -> tuple[dict[str, Any], dict[str, Any]]:
     """The configuration of a packed transformer, and of the transformer."""
     network = build_transformer()
-    entries = [(s, tiny_spec(dim=s.dim, rows=s.rows, rank=16)) for s in FLUX.sites(network)]
+    entries = [
+        (s, tiny_spec(dim=s.in_features, rows=s.out_features, rank=16)) for s in FLUX.sites(network)
+    ]
     return json.loads(json.dumps(DirotqConfig.of(entries).to_dict())), dict(network.config)
 
 
