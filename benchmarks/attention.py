@@ -1,10 +1,10 @@
-"""Attention on a GPU: torch's exact one against ours in 8 bits, every tile of the chip.
+"""Attention on a GPU: torch's exact one against ours in 8 bits.
 
-usage: python benchmarks/attention.py [--cases TEXT] [--best]
+usage: python benchmarks/attention.py [--cases TEXT]
 
 Prints a table: microseconds, TFLOP/s (of 4 T S hd a head; what else is done is not counted) and the
 relative error against attention in float32. ``fp8`` includes the making of codes, ``codes`` is that
-alone, ``product`` the rest. A tile that fails to compile or to run gets a line that says so.
+alone, ``product`` the rest.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def row(name: str, case: Case, us: float, loss: float | None) -> None:
     print(f"  {name:<34}{us:>10.1f}{rate:>10.0f}{shown:>10}", flush=True)
 
 
-def measure(case: Case, every_tile: bool) -> None:
+def measure(case: Case) -> None:
     """Print the case's rows."""
     size = 3 * 2 * case.tokens * case.heads * case.d
     inputs = [qkv(case, seed) for seed in range(min(8, copies(size)))]
@@ -85,33 +85,14 @@ def measure(case: Case, every_tile: bool) -> None:
     if reason := why_not(capability(torch.device("cuda", torch.cuda.current_device())), case.d):
         print(f"  {reason}")
         return
-    from dirotq.kernels.attention.kernel import attend, launch, quantized, tiles
+    from dirotq.kernels.attention.kernel import attend, quantized, usual
 
-    scale = case.d**-0.5
+    scale, tile = case.d**-0.5, usual(capability(inputs[0][0].device))
     row("codes", case, timed(lambda *a: quantized(*a, scale=scale), inputs), None)
     codes = [(quantized(*a, scale=scale), torch.empty_like(a[0])) for a in inputs]
-    best = None
-    for tile in tiles(capability(inputs[0][0].device)):
-        name = f"{tile.bm}x{tile.bn} w{tile.warps} s{tile.stages}"
-        name += " precise" if tile.precise else ""
-        name += f" r{tile.registers}" if tile.registers else ""
-        try:
-            got = launch(*inputs[0], scale=scale, tile=tile)
-            us = timed(lambda c, y, t=tile: attend(c, y, case.tokens, t), codes)
-        except Exception as failure:  # noqa: BLE001 - whatever a compiler raises is the finding
-            print(f"  product {name}: {type(failure).__name__}: {str(failure)[:200]}")
-            continue
-        loss = error(got, want)
-        if every_tile:
-            row(f"product {name}", case, us, loss)
-        if best is None or us < best[0]:
-            best = us, loss, tile, name
-    if best is not None:
-        us, loss, tile, name = best
-        whole = timed(lambda *a: launch(*a, scale=scale, tile=tile), inputs)
-        row(f"fp8, best: {name}", case, whole, loss)
-    default = timed(lambda *a: attention(*a, mode="fp8"), inputs)
-    row("fp8, as it runs", case, default, error(attention(*inputs[0], mode="fp8"), want))
+    row("product", case, timed(lambda c, y: attend(c, y, case.tokens, tile), codes), None)
+    us = timed(lambda *a: attention(*a, mode="fp8"), inputs)
+    row("fp8", case, us, error(attention(*inputs[0], mode="fp8"), want))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -119,13 +100,12 @@ def main(arguments: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--cases", default="", help="only those whose name has this in it")
-    parser.add_argument("--best", action="store_true", help="no row for each tile")
     options = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("highest")
     print(torch.cuda.get_device_name(), "torch", torch.__version__)
     for case in CASES:
         if options.cases.lower() in case.name.lower():
-            measure(case, not options.best)
+            measure(case)
     return 0
 
 

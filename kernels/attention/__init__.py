@@ -5,15 +5,19 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
-from ..chip import capability
-from . import exact, reference
-from .limits import why_not
+from ..build import FP8_CHIPS
+from ..chip import capability, why_reference
+from . import reference
 
 __all__ = ["MODES", "Mode", "attention", "why_not"]
 
 Mode = Literal["exact", "fp8"]
 MODES: tuple[Mode, ...] = ("exact", "fp8")
+
+MAX_HEAD = 128
+"""Widest head: sums of 128 products of INT8 codes stay below 2^22, which the kernel counts on."""
 
 
 def attention(
@@ -25,7 +29,7 @@ def attention(
     mask: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale q kᵀ + mask) v, head by head.
+    """Compute softmax(scale q kᵀ + mask) v, head by head.
 
     q_BTHd   bf16, fp16 or float32, [B, T, H, hd]; rows may lie any distance apart
     k_BSHd   the same dtype, [B, S, H, hd]
@@ -43,7 +47,11 @@ def attention(
     """
     _check(q_BTHd, k_BSHd, v_BSHd, mode)
     if mode == "exact" or mask is not None:
-        return exact.attention(q_BTHd, k_BSHd, v_BSHd, mask=mask, scale=scale)
+        # Torch takes the fastest backend: on Hopper cuDNN, from torch 2.11 on. Asking for one is no
+        # business of ours: those switches are the whole process's.
+        q_BHTd, k_BHSd, v_BHSd = (t.transpose(1, 2) for t in (q_BTHd, k_BSHd, v_BSHd))
+        out = scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, scale=scale)
+        return out.transpose(1, 2)
     scale = 1 / math.sqrt(q_BTHd.shape[-1]) if scale is None else scale
     if scale < 0:  # the kernel looks for the largest product before it multiplies
         raise ValueError(f"8-bit attention can't use a scale of {scale}; negate q instead")
@@ -55,6 +63,27 @@ def attention(
     from .kernel import launch
 
     return launch(q_BTHd, k_BSHd, v_BSHd, scale=scale)
+
+
+def why_not(chip: int | None, head: int = MAX_HEAD) -> str | None:
+    """Return why heads of ``head`` channels have no 8-bit attention on a chip; None if they have.
+
+    chip  compute capability (90: 9.0), or None for what is no NVIDIA GPU
+    """
+    if reason := why_reference(chip):
+        return f"8-bit attention can't run: {reason}; use mode='exact'"
+    assert chip is not None
+    if chip < FP8_CHIPS[0]:
+        return (
+            f"8-bit attention can't run: the GPU has compute capability {chip / 10}, and FP8 takes "
+            f"{FP8_CHIPS[0] / 10} or newer; use mode='exact'"
+        )
+    if not 0 < head <= MAX_HEAD:
+        return (
+            f"8-bit attention can't run: heads are {head} channels wide, and the kernel takes 1 to "
+            f"{MAX_HEAD}; use mode='exact'"
+        )
+    return None
 
 
 def _check(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, mode: str) -> None:

@@ -26,8 +26,8 @@ ZERO = tl.constexpr(TINY)
 
 @triton.jit
 def place(o_k):
-    """Token that stands at place ``o_k`` of v's codes: within every 16, bits h a q q b of the token
-    number are at h q q a b.
+    """Return the token at place ``o_k`` of v's codes: within every 16, bits h a q q b of
+    the token number are at h q q a b.
 
     So a thread's logits in the accumulator of q kᵀ are, in their order, the P that it must hold as
     left operand of P v (FlashAttention-3, arXiv 2407.08608, section 3.3): see forward.py.
@@ -41,7 +41,7 @@ def summarize(
     k_batch, k_row, k_head, v_batch, v_row, v_head, chunk,
     D: tl.constexpr, HD: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """What is asked of whole heads before anything can be rounded, per chunk of tokens.
+    """Add up what is asked of whole heads before anything is rounded, per chunk of tokens.
 
     p_sums  float32 [B H, 4, CHUNKS, HD]: Σ k, Σ v, max v, min v; a program writes k's or v's
     """
@@ -80,20 +80,20 @@ def summarize(
 
 @triton.jit
 def _inverse(amax, LARGEST: tl.constexpr):
-    """Codes per unit: 0 where all is zero, NaN where a NaN must show."""
+    """Return codes per unit: 0 where all is zero, NaN where a NaN must show."""
     some = (amax > ZERO) | (amax != amax)
     return tl.where(some, LARGEST / tl.where(some, amax, 1.0), 0.0)
 
 
 @triton.jit
 def _rounded(x):
-    """To the nearest integer, half to even; |x| < 2^22."""
+    """Round to the nearest integer, half to even; |x| < 2^22."""
     return ((x + 12582912.0) - 12582912.0).to(tl.int8)
 
 
 @triton.jit
 def _tile(p_x, rows, row_stride, m_x, o_d):
-    """float32 [ROWS, HD]; 0 where the mask is off."""
+    """Load float32 [ROWS, HD]; 0 where the mask is off."""
     at = rows.to(tl.int64)[:, None] * row_stride + o_d[None, :]
     return tl.load(p_x + at, mask=m_x, other=0.0).to(tl.float32)
 
@@ -155,7 +155,7 @@ def round_codes(
     n_q, n_s, factor,
     D: tl.constexpr, HD: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """ROWS tokens of q (programs 0 ... n_q - 1 of a head), of k (n_s more) or of v (n_s more).
+    """Round ROWS tokens of q (programs 0 ... n_q - 1 of a head), of k (n_s more) or v (n_s more).
 
     p_sums   from ``summarize``
     p_sq     float32 [B H, n_q ROWS]: with ``factor``, what logits are multiplied with

@@ -30,7 +30,7 @@ UP = tl.constexpr(P_BITS)
 
 @triton.jit
 def _renamed(p, BM: tl.constexpr, BN: tl.constexpr):
-    """Columns h a q q b (bits of their number, 16 at a time) become h q q a b: codes.place."""
+    """Rename columns h a q q b (bits of their number, 16 at a time) to h q q a b: codes.place."""
     p = tl.reshape(p, (BM, BN // 16, 2, 4, 2))
     return tl.reshape(tl.permute(p, (0, 1, 3, 2, 4)), (BM, BN))
 
@@ -39,7 +39,7 @@ def _renamed(p, BM: tl.constexpr, BN: tl.constexpr):
 def _logits(
     q, k_codes, row, start, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr
 ):  # fmt: skip
-    """1.5 2^23 + q kᵀ of BN keys as the bits of a float32, int32 [BM, BN]."""
+    """Return 1.5 2^23 + q kᵀ of BN keys as the bits of a float32, int32 [BM, BN]."""
     if TMA:
         k = k_codes.load([row + start, 0])
     else:
@@ -53,7 +53,7 @@ def _soften(
     x, unit, total, peak, start, S,
     BM: tl.constexpr, BN: tl.constexpr, MASKED: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """P of BN keys in FP8, renamed; what sums of earlier ones fade by; total and peak after them.
+    """Return P of BN keys in FP8, renamed; what earlier sums fade by; total and peak after them.
 
     unit  float32 [BM]: a logit's worth of the INT8 product's one
     """
@@ -76,17 +76,14 @@ def _soften(
 @triton.jit
 def _added(
     acc, p, fade, v_codes, row, start, stride,
-    HD: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr, PRECISE: tl.constexpr,
+    HD: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """acc fade + P v of BN keys, float32 [BM, HD]."""
+    """Return acc fade + P v of BN keys, float32 [BM, HD]."""
     if TMA:
         v = v_codes.load([row, start])
     else:
         o_n = start + tl.arange(0, BN)
         v = tl.load(v_codes + tl.arange(0, HD)[:, None] * stride + o_n[None, :])
-    if PRECISE:
-        # Hopper adds up FP8 products with 13 bits: only those of a block, then in float32.
-        return tl.fma(acc, fade[:, None], tl.dot(p, tl.trans(v), out_dtype=tl.float32))
     return tl.dot(p, tl.trans(v), acc * fade[:, None])
 
 
@@ -95,16 +92,15 @@ def forward(
     q_codes, k_codes, v_codes, p_sq, p_sk, p_sv, p_mean, p_y, T, S, H, n_q, n_s,
     y_batch, y_row, y_head,
     D: tl.constexpr, HD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, TMA: tl.constexpr,
-    EVEN: tl.constexpr, PRECISE: tl.constexpr, BY_HAND: tl.constexpr,
+    EVEN: tl.constexpr, BY_HAND: tl.constexpr,
 ):  # fmt: skip
-    """y [BM, D] of one block of queries.
+    """Compute y [BM, D] of one block of queries.
 
     q_codes  int8 [B H n_q ROWS, HD]; TMA: as a descriptor of blocks [BM, HD]
     k_codes  int8 [B H n_s ROWS, HD]; TMA: of blocks [BN, HD]
     v_codes  float8 [B H HD, n_s ROWS]; TMA: of blocks [HD, BN]
     n_q, n_s blocks of ROWS that queries and keys of a head fill
     EVEN     S is a multiple of BN
-    PRECISE  sums over more than BN keys are float32's; Hopper's own keep fewer bits
     """
     blocks = tl.cdiv(T, BM)
     block, head = tl.program_id(0) % blocks, tl.program_id(0) // blocks
@@ -131,12 +127,12 @@ def forward(
         s_next = tl.load(p_sk + tl.minimum((start + BN) // ROWS, n_s - 1))
         x = _logits(q, k_codes, k_row, start, HD, BM, BN, TMA)
         p, fade, total, peak = _soften(x, s_q * s_k, total, peak, start, S, BM, BN, False, BY_HAND)
-        acc = _added(acc, p, fade, v_codes, v_row, start, stride, HD, BN, TMA, PRECISE)
+        acc = _added(acc, p, fade, v_codes, v_row, start, stride, HD, BN, TMA)
         s_k = s_next
     if not EVEN:
         x = _logits(q, k_codes, k_row, whole, HD, BM, BN, TMA)
         p, fade, total, peak = _soften(x, s_q * s_k, total, peak, whole, S, BM, BN, True, BY_HAND)
-        acc = _added(acc, p, fade, v_codes, v_row, whole, stride, HD, BN, TMA, PRECISE)
+        acc = _added(acc, p, fade, v_codes, v_row, whole, stride, HD, BN, TMA)
     s_v, mean = tl.load(p_sv + wide * HD + o_d), tl.load(p_mean + wide * HD + o_d)
     y = tl.fma(acc * (1 / total)[:, None], s_v[None, :], mean[None, :])
     p_out = p_y + b * y_batch + h * y_head + o_m.to(tl.int64)[:, None] * y_row + o_d[None, :]

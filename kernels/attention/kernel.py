@@ -11,7 +11,6 @@ from ..build import FP8_CHIPS, Build, Config
 from ..chip import capability
 from . import codes as quantizing
 from .forward import forward
-from .limits import why_not
 from .reference import K_BLOCK
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
@@ -26,7 +25,6 @@ class Tile:
     """Launch configuration of ``forward``: queries and keys at a time, warps, pipeline stages.
 
     tma        the tensor memory accelerator reads the codes
-    precise    sums over blocks of keys in float32, where the chip's own keep fewer bits
     registers  a thread's at most: few, so that more programs share a processor, or 255, so that
                none spill to get there, where keys end with a block; None: the compiler's choice
     """
@@ -36,29 +34,12 @@ class Tile:
     warps: int
     stages: int
     tma: bool
-    precise: bool = False
     registers: int | None = None
 
 
-TILES = {
-    90: (
-        Tile(bm=64, bn=128, warps=4, stages=2, tma=True, registers=168),
-        Tile(bm=128, bn=128, warps=8, stages=3, tma=True, precise=True),
-        Tile(bm=128, bn=128, warps=8, stages=2, tma=True, precise=True),
-        Tile(bm=128, bn=64, warps=8, stages=3, tma=True, precise=True),
-        Tile(bm=64, bn=64, warps=4, stages=3, tma=True, precise=True),
-        Tile(bm=128, bn=128, warps=8, stages=3, tma=True),
-        Tile(bm=128, bn=64, warps=8, stages=3, tma=True, registers=128),
-        Tile(bm=64, bn=128, warps=4, stages=2, tma=True),
-        Tile(bm=64, bn=64, warps=4, stages=3, tma=True),
-        Tile(bm=64, bn=64, warps=4, stages=3, tma=True, registers=128),
-    ),
-    89: (
-        Tile(bm=128, bn=64, warps=8, stages=2, tma=False, registers=255),
-        Tile(bm=64, bn=64, warps=4, stages=2, tma=False),
-    ),
-}
-"""By the oldest chip they are for; the first one runs, the others are for measuring."""
+HOPPER = Tile(bm=64, bn=128, warps=4, stages=2, tma=True, registers=168)
+OTHERS = Tile(bm=128, bn=64, warps=8, stages=2, tma=False, registers=255)
+"""Without descriptors: those of Hopper's successors are not Hopper's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,34 +58,28 @@ class Stored:
 def launch(
     q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, *, scale: float, tile: Tile | None = None
 ) -> Tensor:
-    """8-bit attention, contiguous [B, T, H, d] in q's dtype; specification: ``reference.py``.
+    """Compute :func:`.reference.attention`: contiguous [B, T, H, d] in q's dtype.
 
     q_BTHd, k_BSHd, v_BSHd  bf16, fp16 or float32; of other strides than channels' being 1, a copy
                             is made
     scale                   factor of the logits
-    tile                    None: the chip's
-
-    Raises ValueError where there is no such kernel (``limits.why_not``).
+    tile                    None: the chip's, which :func:`..attention.why_not` must allow
     """
-    chip = capability(q_BTHd.device)
-    if not INTERPRETED and (reason := why_not(chip, q_BTHd.shape[-1])):
-        raise ValueError(reason)
     y_BTHd = q_BTHd.new_empty(q_BTHd.shape)
     if y_BTHd.numel() == 0:
         return y_BTHd
     with torch.cuda.device_of(q_BTHd):
         stored = quantized(q_BTHd, k_BSHd, v_BSHd, scale=scale)
-        attend(stored, y_BTHd, k_BSHd.shape[1], tile or tiles(chip)[0])
+        attend(stored, y_BTHd, k_BSHd.shape[1], tile or usual(capability(q_BTHd.device)))
     return y_BTHd
 
 
-def tiles(chip: int | None) -> tuple[Tile, ...]:
-    """What a chip may run; the descriptors of Hopper's successors are not Hopper's."""
-    return TILES[90 if chip == 90 else 89]
+def usual(chip: int | None) -> Tile:
+    return HOPPER if chip == 90 else OTHERS
 
 
 def quantized(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, *, scale: float) -> Stored:
-    """Codes and scales (:func:`.reference.quantize`), filled up to whole blocks."""
+    """Compute codes and scales (:func:`.reference.quantize`), filled up to whole blocks."""
     q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q_BTHd, k_BSHd, v_BSHd))
     (b, t, h, d), s = q.shape, k.shape[1]
     hd, n_q, n_s = _width(d), triton.cdiv(t, K_BLOCK), triton.cdiv(s, K_BLOCK)
@@ -160,7 +135,7 @@ def forward_config(tile: Tile, d: int, keys: int) -> Config:
     even = keys % tile.bn == 0
     constants = {
         "D": d, "EVEN": even, "BY_HAND": INTERPRETED, "HD": _width(d), "BM": tile.bm,
-        "BN": tile.bn, "TMA": tile.tma, "PRECISE": tile.precise,
+        "BN": tile.bn, "TMA": tile.tma,
     }  # fmt: skip
     # The mask of a ragged end takes more registers.
     return Config(
@@ -175,24 +150,17 @@ def _width(d: int) -> int:
 
 
 def builds() -> list[Build]:
-    """Both kernels that make codes, and every tile: heads of 128 channels, and of 72 and 64."""
-    found = []
-    for d in (128, 72):
-        for config in (summarize_config(d), round_config(d)):
-            found.append(_build(f"d{d}", config, FP8_CHIPS, tensor_core=False))
-    for oldest, configurations in TILES.items():
-        chips = tuple(c for c in FP8_CHIPS if (c == 90) == (oldest == 90))
-        for tile in configurations:
-            first = tile is configurations[0]
-            for d, even in ((128, True), (128, False), (72, True), (64, True)):
-                if not first and (d, even) != (128, True):
-                    continue
-                name = f"d{d}-{tile.bm}x{tile.bn}-w{tile.warps}-s{tile.stages}"
-                name += "-precise" if tile.precise else ""
-                name += f"-r{tile.registers}" if tile.registers else ""
-                name += "" if even else "-masked"
-                config = forward_config(tile, d, 4096 if even else 4097)
-                found.append(_build(name, config, chips))
+    """Return the kernels that make codes, and every tile: heads of 128, 72 and 64 channels."""
+    found = [
+        _build(f"d{d}", config, FP8_CHIPS, tensor_core=False)
+        for d in (128, 72)
+        for config in (summarize_config(d), round_config(d))
+    ]
+    for tile in (HOPPER, OTHERS):
+        chips = tuple(chip for chip in FP8_CHIPS if usual(chip) == tile)
+        for d, keys in ((128, 4096), (128, 4097), (72, 4096), (64, 4096)):
+            name = f"d{d}-{tile.bm}x{tile.bn}{'' if keys % tile.bn == 0 else '-masked'}"
+            found.append(_build(name, forward_config(tile, d, keys), chips))
     return found
 
 

@@ -15,19 +15,18 @@ pytest.importorskip("triton")
 from dirotq.kernels import attention as op
 from dirotq.kernels.attention import kernel as engine
 from dirotq.kernels.attention import reference
-from dirotq.kernels.attention.kernel import TILES, Tile, builds, launch, quantized, tiles
+from dirotq.kernels.attention.kernel import HOPPER, OTHERS, builds, launch, quantized, usual
 from dirotq.kernels.attention.reference import K_BLOCK
 from dirotq.kernels.build import FP8_CHIPS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TMA, POINTERS = TILES[90][0], TILES[89][1]
+POINTERS = dataclasses.replace(OTHERS, bm=64, warps=4)
 ON = pytest.mark.parametrize(
     "tile",
     [
         pytest.param(POINTERS, id="pointers"),
-        pytest.param(dataclasses.replace(POINTERS, bm=128, bn=128, precise=True), id="precise"),
         pytest.param(
-            TMA,
+            HOPPER,
             id="tma",
             marks=pytest.mark.skipif(
                 torch.cuda.is_available() and torch.cuda.get_device_capability() != (9, 0),
@@ -178,13 +177,13 @@ def test_a_gpu_takes_the_kernel(monkeypatch):
 
 
 def test_a_block_of_keys_holds_whole_steps():
-    for tile in sum(TILES.values(), ()):
+    for tile in (HOPPER, OTHERS):
         assert K_BLOCK % tile.bn == K_BLOCK % tile.bm == 0
 
 
 def test_hopper_and_the_others_have_tiles_of_their_own():
-    assert all(tile.tma for tile in tiles(90))
-    assert not any(tile.tma for chip in FP8_CHIPS if chip != 90 for tile in tiles(chip))
+    assert usual(90).tma
+    assert not any(usual(chip).tma for chip in FP8_CHIPS if chip != 90)
 
 
 def test_builds_cover_every_tile():
@@ -192,10 +191,5 @@ def test_builds_cover_every_tile():
     assert len(set(names)) == len(names)
     forward = [b for b in builds() if b.tensor_core]
     for chip in FP8_CHIPS:
-        ours = {(b.constants["BM"], b.constants["BN"], b.constants["PRECISE"]) for b in forward
-                if chip in b.chips}  # fmt: skip
-        assert ours == {(t.bm, t.bn, t.precise) for t in tiles(chip)}
-
-
-def test_tiles_fit_the_interpreter_too():
-    assert isinstance(TMA, Tile)
+        ours = {(b.constants["BM"], b.constants["BN"]) for b in forward if chip in b.chips}
+        assert ours == {(usual(chip).bm, usual(chip).bn)}
