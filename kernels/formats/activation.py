@@ -110,8 +110,8 @@ class ActFormat:
         return POW2_LEVELS if self.shifted else 0
 
     def in_bits(self, bits: int) -> "ActFormat":
-        """The same scales with codes of ``bits``; in 8, integers with one scale per row in place of
-        powers of two, which run on every chip.
+        """Return the same scales with codes of ``bits``; in 8, integers with one scale per row in
+        place of powers of two, which run on every chip.
 
         Raises ValueError for FP4, which has 4 bits.
         """
@@ -124,7 +124,7 @@ class ActFormat:
 
 
 def recorded_format(bits: int, name: str, group: int) -> ActFormat:
-    """The format that a file records as ``act_bits``, ``act_scale`` and ``act_group``.
+    """Return the format that a file records as ``act_bits``, ``act_scale`` and ``act_group``.
 
     Raises ValueError for a scale that there is not, or that codes of ``bits`` can't have.
     """

@@ -9,8 +9,6 @@ Letters: N rows, K columns, G groups. A group's scale is one byte: E4M3 under a 
 (NVFP4), or E8M0 alone (MXFP4). Functions that take a global scale mean MXFP4 where it is None.
 """
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -26,8 +24,6 @@ SCALE_LARGEST = 448.0
 CODES = (0, 1, 2, 3, 4, 6, 8, 12)
 """Magnitude of a code by the lower three bits of its nibble; the fourth is the sign."""
 
-NO_CODE = 255
-
 ZERO = 2.0**-100
 """A group whose step is no larger has codes 0: its weights over its step might overflow."""
 
@@ -36,7 +32,7 @@ E8M0_NAN = 255
 
 
 def nearest_e2m1(v: Tensor, step: Tensor) -> Tensor:
-    """The nearest codes of v, ties to the even mantissa, saturating: floating, in v's shape.
+    """Return the nearest codes of v, ties to the even mantissa, saturating: floating, in v's shape.
 
     v     floating
     step  value of a code of 1, broadcast against v; where it is (all but) zero, codes are 0
@@ -61,21 +57,23 @@ def pack_e2m1(code_NK: Tensor) -> Tensor:
         raise ValueError(
             f"codes must be int8 with an even last dim, got {code_NK.dtype} {tuple(code_NK.shape)}"
         )
-    nibbles = _nibble_of_magnitude().to(code_NK.device)[code_NK.long().abs()]
-    if bool((unknown := nibbles == NO_CODE).any()):
+    codes = torch.tensor(CODES, dtype=torch.int16, device=code_NK.device)
+    magnitude_NK = code_NK.short().abs()
+    nibbles = torch.bucketize(magnitude_NK, codes).clamp_max(len(CODES) - 1)
+    if bool((unknown := codes[nibbles] != magnitude_NK).any()):
         raise ValueError(f"{int(code_NK[unknown][0])} is no code: those are 0 and +-{CODES[1:]}")
-    nibbles |= (code_NK < 0).to(torch.uint8) << 3
+    nibbles = nibbles.to(torch.uint8) | (code_NK < 0).to(torch.uint8) << 3
     return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
 
 
 def unpack_e2m1(packed_NK2: Tensor) -> Tensor:
-    """Inverse of :func:`pack_e2m1`: uint8 [N, K // 2] -> int8 [N, K]."""
-    code = _code_of_nibble().to(packed_NK2.device)
+    """Undo :func:`pack_e2m1`: uint8 [N, K // 2] -> int8 [N, K]."""
+    code = torch.tensor([*CODES, *(-c for c in CODES)], dtype=torch.int8, device=packed_NK2.device)
     return code[torch.stack([packed_NK2 & 0xF, packed_NK2 >> 4], -1).flatten(-2).long()]
 
 
 def global_scale(amax: Tensor) -> Tensor:
-    """NVFP4's outer scale, which brings the largest group's E4M3 scale to its end.
+    """Return NVFP4's outer scale, which brings the largest group's E4M3 scale to its end.
 
     amax     floating >= 0: largest magnitude of what shares the scale
     returns  float32, amax / (6 * 448), and 1 where amax is 0; NaN stays NaN
@@ -85,7 +83,7 @@ def global_scale(amax: Tensor) -> Tensor:
 
 
 def group_scales(amax_NG: Tensor, global_: Tensor | None) -> Tensor:
-    """Scale bytes of groups whose largest magnitude is ``amax_NG``.
+    """Return scale bytes of groups whose largest magnitude is ``amax_NG``.
 
     amax_NG  floating >= 0
     global_  float32, of :func:`global_scale`, broadcast against ``amax_NG``; or None
@@ -104,7 +102,7 @@ def group_scales(amax_NG: Tensor, global_: Tensor | None) -> Tensor:
 
 
 def steps(scale_NG: Tensor, global_: Tensor | None) -> Tensor:
-    """Value of a code of 1, half the scale that the bytes mean: float32, [N, G].
+    """Return the value of a code of 1, half the scale that bytes mean: float32, [N, G].
 
     scale_NG  uint8: E4M3 with a global scale, E8M0 without
     global_   float32, broadcast against ``scale_NG``; or None
@@ -113,18 +111,3 @@ def steps(scale_NG: Tensor, global_: Tensor | None) -> Tensor:
         return scale_NG.view(torch.float8_e4m3fn).float() * 0.5 * global_
     power = torch.ldexp(torch.ones_like(scale_NG, dtype=torch.float32), scale_NG.int() - 128)
     return torch.where(scale_NG == E8M0_NAN, torch.nan, power)
-
-
-@functools.lru_cache
-def _nibble_of_magnitude() -> Tensor:
-    """uint8, [129]: the lower three bits of an int8 code by its magnitude, or NO_CODE."""
-    nibble = torch.full((129,), NO_CODE, dtype=torch.uint8, device="cpu")
-    for pattern, magnitude in enumerate(CODES):
-        nibble[magnitude] = pattern
-    return nibble
-
-
-@functools.lru_cache
-def _code_of_nibble() -> Tensor:
-    """int8, [16]."""
-    return torch.tensor([*CODES, *(-c for c in CODES)], dtype=torch.int8, device="cpu")

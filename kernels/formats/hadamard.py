@@ -15,7 +15,7 @@ REGULAR_4 = ((1, 1, 1, -1), (1, 1, -1, 1), (1, -1, 1, 1), (-1, 1, 1, 1))
 
 
 def hadamard_block(dim: int, limit: int, kind: Kind = "sylvester") -> int:
-    """Largest order <= ``limit`` that divides ``dim`` (1 means no transform).
+    """Return the largest order <= ``limit`` that divides ``dim`` (1 means no transform).
 
     Orders are powers of two; of regular matrices, of four.
     """
@@ -30,7 +30,7 @@ def hadamard_block(dim: int, limit: int, kind: Kind = "sylvester") -> int:
 def hadamard_matrix(
     block: int, dtype: torch.dtype, device: torch.device, kind: Kind = "sylvester"
 ) -> Tensor:
-    """A Hadamard matrix over sqrt(B): [B, B], symmetric and orthogonal.
+    """Return a Hadamard matrix over sqrt(B): [B, B], symmetric and orthogonal.
 
     ``sylvester``  has a column of equal signs, into which a constant offset of a row all goes
     ``regular``    Kronecker powers of an order-4 matrix whose rows and columns sum to 2: no column
@@ -50,7 +50,7 @@ def hadamard_matrix(
 
 
 def block_hadamard(x_MD: Tensor, block: int, kind: Kind = "sylvester") -> Tensor:
-    """x H with H = blockdiag of B x B Hadamard matrices / sqrt(B).
+    """Compute x H with H = blockdiag of B x B Hadamard matrices / sqrt(B).
 
     x_MD     floating, [..., D], D a multiple of ``block``
     returns  same shape and dtype; block 1 returns x itself

@@ -26,7 +26,7 @@ def pack_int4(q_NK: Tensor) -> Tensor:
 
 
 def unpack_int4(packed_NK2: Tensor) -> Tensor:
-    """Inverse of :func:`pack_int4`: uint8 [N, K // 2] -> int8 [N, K]."""
+    """Undo :func:`pack_int4`: uint8 [N, K // 2] -> int8 [N, K]."""
     pairs = packed_NK2.view(torch.int8)
     # Arithmetic shifts on int8 extend the sign; << wraps within the byte.
     return torch.stack([(pairs << 4) >> 4, pairs >> 4], -1).flatten(-2)

@@ -4,7 +4,6 @@ Letters: N outputs, K main-branch inputs, G groups per row, R protected directio
 """
 
 import itertools
-from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -29,7 +28,7 @@ CHUNK = 1 << 25
 
 
 def nearest_codes(w: Tensor, step: Tensor, element: Element = "int4") -> Tensor:
-    """The nearest codes of w on the grid ``code * step``: floating, in w's shape."""
+    """Return the nearest codes of w on the grid ``code * step``: floating, in w's shape."""
     if element == "e2m1":
         return fp4.nearest_e2m1(w, step)
     # An all-zero group has scale 0: its codes are 0, not 0/0.
@@ -37,7 +36,7 @@ def nearest_codes(w: Tensor, step: Tensor, element: Element = "int4") -> Tensor:
 
 
 def codes_on_grid(w_NK: Tensor, step_NG: Tensor, element: Element = "int4") -> Tensor:
-    """Nearest codes on a given grid: float [N, K], steps [N, G] -> int8 [N, K].
+    """Round to the nearest codes on a given grid: float [N, K], steps [N, G] -> int8 [N, K].
 
     step_NG  value of a code of 1 (:func:`weight_steps`): for ``int4`` the bf16 scales themselves
     """
@@ -47,18 +46,18 @@ def codes_on_grid(w_NK: Tensor, step_NG: Tensor, element: Element = "int4") -> T
 
 
 def dequantize_weight(q_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Codes int8 [N, K] times steps [N, G] (bf16 scales, for ``int4``), in ``dtype``."""
+    """Multiply codes int8 [N, K] by steps [N, G] (bf16 scales, for ``int4``), in ``dtype``."""
     q_NGk = q_NK.to(dtype).unflatten(-1, (scale_NG.shape[-1], -1))
     return (q_NGk * scale_NG.to(dtype).unsqueeze(-1)).flatten(-2)
 
 
 def pack_codes(q_NK: Tensor, element: Element) -> Tensor:
-    """int8 codes [N, K] as nibbles, uint8 [N, K // 2]: layout L1 for ``int4``, L2 for ``e2m1``."""
+    """Pack int8 codes [N, K] as uint8 [N, K // 2]: layout L1 for ``int4``, L2 for ``e2m1``."""
     return fp4.pack_e2m1(q_NK) if element == "e2m1" else pack_int4(q_NK)
 
 
 def weight_steps(wscale_NG: Tensor, wglobal_1: Tensor | None) -> Tensor:
-    """Value of a code of 1 by what is stored, [N, G]: bf16 scales are it, bytes mean float32.
+    """Return the value of a code of 1, [N, G]: bf16 scales are it, bytes mean float32.
 
     wscale_NG  bf16 (INT4); or uint8, E4M3 with ``wglobal_1`` (NVFP4), E8M0 without (MXFP4)
     wglobal_1  float32, [1], or None
@@ -69,7 +68,7 @@ def weight_steps(wscale_NG: Tensor, wglobal_1: Tensor | None) -> Tensor:
 def unpack_weight(
     qweight_NK2: Tensor, wscale_NG: Tensor, wglobal_1: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Codes int8 [N, K] and their steps [N, G], of a packed linear's buffers in any format."""
+    """Return codes int8 [N, K] and steps [N, G] of a packed linear's buffers, in any format."""
     unpack = fp4.unpack_e2m1 if wscale_NG.dtype == torch.uint8 else unpack_int4
     return unpack(qweight_NK2), weight_steps(wscale_NG, wglobal_1)
 
@@ -82,20 +81,19 @@ def stored_scales(
     importance_K: Tensor | None = None,
     floor_N1: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """``wscale`` and ``wglobal`` of a weight as a packed linear of ``spec`` has them.
+    """Choose ``wscale`` and ``wglobal`` of a weight as a packed linear of ``spec`` has them.
 
     See :func:`weight_scales` and :func:`fp4_weight_scales`; ``floor_N1`` is for channel scales.
     """
     if spec.weights.element == "e2m1":
         return fp4_weight_scales(w_NK, spec.weights.name, clip=clip, importance_K=importance_K)
     groups = spec.width // spec.weight_group_size
-    return weight_scales(
-        w_NK, groups, clip=clip, importance_K=importance_K, floor_N1=floor_N1
-    ), None
+    scales = weight_scales(w_NK, groups, clip=clip, importance_K=importance_K, floor_N1=floor_N1)
+    return scales, None
 
 
 def scale_floor(wp_NR: Tensor | None, bias_N: Tensor | None) -> Tensor | None:
-    """Least channel scale with which an output's FP8 tail holds its protected weights and bias.
+    """Return the least channel scale with which an output's appended columns hold WP and bias.
 
     wp_NR    W P, bf16 as stored, [N, R], or None at rank 0
     bias_N   bf16 as stored, [N], or None
@@ -103,23 +101,23 @@ def scale_floor(wp_NR: Tensor | None, bias_N: Tensor | None) -> Tensor | None:
              unless both are zero (docs/method.md Eq. 9); None without wp and bias
     """
     needs = []
-    if wp_NR is not None and wp_NR.shape[1]:
-        needs.append(wp_NR.float().abs().amax(1, keepdim=True) / LIMIT)
+    if wp_NR is not None:
+        needs.append(wp_NR.float().abs() / LIMIT)
     if bias_N is not None:
         needs.append(bias_N.float().abs()[:, None] / BIAS_LIMIT)
-    if not needs:
+    if not any(need.shape[1] for need in needs):
         return None
-    floor_N1 = torch.stack(needs).amax(0)
+    floor_N1 = torch.cat(needs, 1).amax(1, keepdim=True)
     # Denormal scales have no reciprocal.
     floor_N1 = torch.where(floor_N1 > 0, floor_N1.clamp_min(TINY), 0.0)
     # bf16 is the upper half of a float32. Carrying into it whatever the lower half holds rounds a
-    # positive number up; rounding to nearest could fall below what the tail needs.
+    # positive number up; rounding to nearest could fall below what the columns need.
     bits_N1 = floor_N1.view(torch.int32) + 0xFFFF
     return (bits_N1 & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 
 def tail_floor(spec: QuantSpec, wp_NR: Tensor | None, bias_N: Tensor | None) -> Tensor | None:
-    """:func:`scale_floor` of a linear as it is stored; None for one that can have no FP8 tail.
+    """Return :func:`scale_floor` of a linear as it is stored; None if nothing can be appended.
 
     wp_NR, bias_N  float, rounded to bf16 here: the runtime and the loader meet the rounded values
     """
@@ -136,7 +134,7 @@ def weight_scales(
     importance_K: Tensor | None = None,
     floor_N1: Tensor | None = None,
 ) -> Tensor:
-    """One scale per row and group: amax/7, or the clipped amax with the least weighted error.
+    """Choose one scale per row and group: amax/7, or a clipped one with the least weighted error.
 
     w_NK          float, [N, K], K a multiple of ``groups``
     importance_K  float >= 0, [K]: weight of a column's squared error (the diagonal of the second
@@ -148,66 +146,54 @@ def weight_scales(
     rows = max(CHUNK // w_NK.shape[1], 1)
     floors = itertools.repeat(None) if floor_N1 is None else floor_N1.split(rows)
     parts = zip(w_NK.split(rows), floors)  # rows do not see each other
-    return torch.cat([_scales(w, groups, clip, columns_K, floor) for w, floor in parts])
-
-
-def _scales(
-    w_NK: Tensor, groups: int, clip: bool, columns_K: Tensor, floor_N1: Tensor | None
-) -> Tensor:
-    """:func:`weight_scales` of some rows; a column's squared error counts ``columns_K`` times."""
-    amax_NG = w_NK.unflatten(-1, (groups, -1)).abs().amax(-1)
-    if not clip:
-        return _at_least(floor_N1, (amax_NG / QMAX).to(torch.bfloat16))
-    # Raised before they are compared: the search sees only grids that may be stored.
-    grids = (_at_least(floor_N1, (amax_NG * (f / QMAX)).to(torch.bfloat16)) for f in CLIPS)
-    return _least_error(w_NK, ((grid, grid) for grid in grids), columns_K, "int4")
+    found = []
+    for w, floor in parts:
+        amax_NG = w.unflatten(-1, (groups, -1)).abs().amax(-1)
+        scales = [amax_NG * (f / QMAX) for f in CLIPS] if clip else [amax_NG / QMAX]
+        # Raised before they are compared: the search sees only grids that may be stored.
+        grids = [scale.to(torch.bfloat16) for scale in scales]
+        grids = grids if floor is None else [torch.maximum(grid, floor) for grid in grids]
+        found.append(_least_error(w, [(grid, grid) for grid in grids], columns_K, "int4"))
+    return torch.cat(found)
 
 
 def fp4_weight_scales(
     w_NK: Tensor, weight_scale: str, *, clip: bool, importance_K: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale bytes of ``nvfp4`` or ``mxfp4``, and NVFP4's global scale: of amax, or searched.
+    """Choose scale bytes of ``nvfp4`` or ``mxfp4``, and NVFP4's global scale: of amax, or searched.
 
     w_NK          float, [N, K], K a multiple of the format's group
     importance_K  as for :func:`weight_scales`
     returns       uint8, [N, G], and float32, [1], or None (MXFP4)
     """
-    groups = w_NK.shape[1] // fp4.GROUPS[weight_scale]
     columns_K = torch.ones_like(w_NK[0]) if importance_K is None else importance_K.to(w_NK.dtype)
+    fractions = FP4_CLIPS[weight_scale] if clip else (1.0,)
     global_1 = None
     if weight_scale == "nvfp4":
         global_1 = fp4.global_scale(w_NK.abs().amax().reshape(1))
     parts = []
     for w in w_NK.split(max(CHUNK // w_NK.shape[1], 1)):
-        amax_NG = w.unflatten(-1, (groups, -1)).abs().amax(-1)
-        stored = [
-            fp4.group_scales(amax_NG * fraction, global_1)
-            for fraction in (FP4_CLIPS[weight_scale] if clip else (1.0,))
-        ]
-        grids = ((scale, fp4.steps(scale, global_1)) for scale in stored)
+        amax_NG = w.unflatten(-1, (-1, fp4.GROUPS[weight_scale])).abs().amax(-1)
+        stored = [fp4.group_scales(amax_NG * fraction, global_1) for fraction in fractions]
+        grids = [(scale, fp4.steps(scale, global_1)) for scale in stored]
         parts.append(_least_error(w, grids, columns_K, "e2m1"))
     return torch.cat(parts), global_1
 
 
 def _least_error(
-    w_NK: Tensor, grids: Iterable[tuple[Tensor, Tensor]], columns_K: Tensor, element: Element
+    w_NK: Tensor, grids: list[tuple[Tensor, Tensor]], columns_K: Tensor, element: Element
 ) -> Tensor:
-    """Of (stored scale, step) pairs, each [N, G], per group the stored scale that loses least."""
-    best = best_error = None
+    """Of (stored scale, step) pairs, each [N, G], return per group the scale that loses least."""
+    best = grids[0][0]
+    if len(grids) == 1:
+        return best
+    least = torch.full(best.shape, torch.inf, dtype=w_NK.dtype, device=w_NK.device)
     for stored_NG, step_NG in grids:
         codes_NK = codes_on_grid(w_NK, step_NG, element)
         error_NK = dequantize_weight(codes_NK, step_NG, w_NK.dtype) - w_NK
         lost_NK = error_NK.square() * columns_K
         error_NG = lost_NK.unflatten(-1, (stored_NG.shape[-1], -1)).sum(-1)
-        if best is None or best_error is None:
-            best, best_error = stored_NG, error_NG
-            continue
-        better = error_NG < best_error
+        better = error_NG < least
         best = torch.where(better, stored_NG, best)
-        best_error = torch.where(better, error_NG, best_error)
-    assert best is not None
+        least = torch.where(better, error_NG, least)
     return best
-
-
-def _at_least(floor_N1: Tensor | None, scale_NG: Tensor) -> Tensor:
-    return scale_NG if floor_N1 is None else torch.maximum(scale_NG, floor_N1)

@@ -41,8 +41,9 @@ class QuantSpec:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "out_features", tuple(self.out_features))
-        for problem in (*self._shape_problems(), *self._part_problems(), *self._group_problems()):
-            raise ValueError(problem)
+        self._check_shape()
+        self._check_parts()
+        self._check_groups()
 
     @property
     def format(self) -> str:
@@ -85,23 +86,23 @@ class QuantSpec:
 
     @property
     def has_tail(self) -> bool:
-        """Whether the protected branch and the bias may be FP8 columns of the product (Eq. 9)."""
+        """Whether low-rank branch and bias may be FP8 columns of the product (Eq. 9)."""
         whole = self.rank == 0 or self.branch == PROJECT
         plain = self.transform.kind != "regular" and not self.transform.smooth
         return self.weights.name == "channel" and plain and whole
 
     def recorded(self) -> dict[str, Any]:
-        """Flat, every field, as plan.json has it."""
+        """Return every field flat, as plan.json has it."""
         shape = {"dim": self.in_features, "rows": list(self.out_features), "rank": self.rank}
         return shape | flat(self.transform, self.branch, self.weights, self.activations)
 
     def to_dict(self) -> dict[str, Any]:
-        """Flat, for packed folders: a field that format 1 lacks is left out at its default."""
+        """Return it flat for packed folders: what format 1 lacks is left out at its default."""
         return {k: v for k, v in self.recorded().items() if k not in ADDED or v != ADDED[k]}
 
     @classmethod
     def from_dict(cls, value: Mapping[str, Any]) -> "QuantSpec":
-        """Inverse of :meth:`to_dict` and :meth:`recorded`.
+        """Undo :meth:`to_dict` and :meth:`recorded`.
 
         Raises TypeError for a field that is missing or unknown, ValueError for a wrong value.
         """
@@ -126,30 +127,30 @@ class QuantSpec:
             ),
         )
 
-    def _shape_problems(self) -> list[str]:
-        found, dim = [], self.in_features
+    def _check_shape(self) -> None:
+        dim, block = self.in_features, self.transform.block
         if not 0 <= self.rank <= dim:
-            found.append(f"rank {self.rank} is not in 0 ... {dim} (the site's channels)")
-        if self.transform.kind == "dense" and self.rank == dim:
-            found.append(
-                f"rank {self.rank} leaves no channel of {dim} for the dense rotation; use a lower "
-                "rank"
-            )
-        block = self.transform.block
-        if self.transform.kind != "dense" and block != self.transform.largest_block(dim):
+            raise ValueError(f"rank {self.rank} is not in 0 ... {dim} (the site's channels)")
+        if self.transform.kind == "dense":
+            if self.rank == dim:
+                raise ValueError(
+                    f"rank {self.rank} leaves no channel of {dim} for the dense rotation; use a "
+                    "lower rank"
+                )
+        elif block != self.transform.largest_block(dim):
             power = "four" if self.transform.matrix == "regular" else "two"
-            found.append(
+            raise ValueError(
                 f"Hadamard block {block} is not a power of {power} dividing {dim} channels"
             )
-        return found
 
-    def _part_problems(self) -> list[str]:
-        found = []
+    def _check_parts(self) -> None:
         projects = self.branch.kind == "project"
         if not projects and self.transform.kind == "dense":
-            found.append("a dense rotation takes its directions out of the input: branch 'project'")
+            raise ValueError(
+                "a dense rotation takes its directions out of the input: branch 'project'"
+            )
         if self.transform.smooth and self.rank and projects:
-            found.append(
+            raise ValueError(
                 "smoothing goes with Hadamard transforms, and with protected directions only in "
                 "branch 'beside'"
             )
@@ -157,32 +158,29 @@ class QuantSpec:
         weights, acts = self.weights, self.activations
         either = "e2m1" in (weights.element, acts.element)
         if acts.bits != 16 and either and weights.name != acts.name:
-            found.append(
+            raise ValueError(
                 f"weights in {weights.name!r} and activations in {acts.name!r} share no matrix "
                 "unit: use one FP4 format for both, or 16-bit activations"
             )
-        return found
 
-    def _group_problems(self) -> list[str]:
-        found = []
-        if self.width % 2:
-            found.append(f"the main branch is {self.width} codes wide; two codes share a byte")
-        for what, group in (
-            ("weight", self.weight_group_size),
-            ("activation", self.act_group_size),
-        ):
-            if group < 1 or self.width % group:
-                found.append(
-                    f"{what} group {group} does not divide the {self.width} channels of the main "
-                    f"branch; use one of {_divisors(self.width)}"
+    def _check_groups(self) -> None:
+        width = self.width
+        if width % 2:
+            raise ValueError(f"the main branch is {width} codes wide; two codes share a byte")
+        sizes = {"weight": self.weight_group_size, "activation": self.act_group_size}
+        for what, group in sizes.items():
+            if group < 1 or width % group:
+                divisors = [g for g in (16, 32, 48, 64, 80, 96, 128, 256) if width % g == 0]
+                raise ValueError(
+                    f"{what} group {group} does not divide the {width} channels of the main "
+                    f"branch; use one of {divisors}"
                 )
-        return found
 
 
 def flat(
     transform: Transform, branch: LowRank, weights: WeightFormat, activations: ActFormat
 ) -> dict[str, Any]:
-    """The parts of a spec or a method in the words of files and recipes."""
+    """Return the parts of a spec or a method in the words of files and recipes."""
     return {
         "transform": transform.kind,
         "block": transform.block,
@@ -196,7 +194,3 @@ def flat(
         "smooth": transform.smooth,
         "protected_bits": branch.bits,
     }
-
-
-def _divisors(width: int) -> list[int]:
-    return [g for g in (16, 32, 48, 64, 80, 96, 128, 256) if width % g == 0]

@@ -34,11 +34,11 @@ class Transform:
 
     @property
     def matrix(self) -> Kind:
-        """Of a Hadamard matrix."""
+        """Kind of the Hadamard matrix."""
         return "regular" if self.kind == "regular" else "sylvester"
 
     def largest_block(self, dim: int) -> int:
-        """The largest block up to ``block`` that divides ``dim`` channels."""
+        """Return the largest block up to ``block`` that divides ``dim`` channels."""
         return hadamard_block(dim, self.block, self.matrix)
 
 

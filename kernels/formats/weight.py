@@ -64,7 +64,7 @@ class WeightFormat:
 
 
 def recorded_format(name: str, group: int) -> WeightFormat:
-    """The format that a file records as ``weight_scale`` and ``weight_group``.
+    """Return the format that a file records as ``weight_scale`` and ``weight_group``.
 
     Raises ValueError for one that there is not.
     """

@@ -1,4 +1,4 @@
-"""What the Triton sweeps of ``transform_quantize`` can do. Needs neither triton nor a GPU."""
+"""What the Triton passes of ``transform_quantize`` can do. Needs neither triton nor a GPU."""
 
 GROUPS = (16, 32, 64, 128, 256)
 """Channels that may share an activation scale, if not the whole row does."""

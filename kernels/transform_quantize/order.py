@@ -1,5 +1,5 @@
 """Which column and row stands where: the rotation's columns, and what a product is renamed to.
-Letters as in sweeps.py.
+Letters as in passes.py.
 """
 
 import triton

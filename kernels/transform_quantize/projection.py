@@ -1,4 +1,4 @@
-"""What ``transform_quantize`` does first (sweeps.py tells of all): LayerNorm with modulation,
+"""What ``transform_quantize`` does first (passes.py tells of all): LayerNorm with modulation,
 c = x P, and the spread basis. Letters as there.
 """
 

@@ -1,5 +1,5 @@
 """Scales of ``transform_quantize``'s rows, and what stands behind their codes. Letters as in
-sweeps.py.
+passes.py.
 """
 
 import triton

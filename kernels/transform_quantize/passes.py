@@ -1,4 +1,4 @@
-"""Triton ``transform_quantize``, three sweeps:
+"""Triton ``transform_quantize``, three passes:
 
     project     c = x P, and the spread basis P'' = (I (x) H_W)ᵀ P (``gather`` adds up its parts)
     rotate      z = (x - c Pᵀ) H in x's dtype, and the largest |z| of each row
@@ -15,11 +15,11 @@ W columns in registers (Sylvester: H_ab = H_a (x) H_b); the projection goes into
 accumulator as -c P''ᵀ. Columns leave in R1 order because the columns of H_W are permuted that way
 (kernels/permuted.py). Its entries are +-1, exact in 16 bits; 1 / sqrt(b) comes last.
 
-CHAIN: a sweep starts while the one before still runs (programmatic dependent launch, sm_90+) and
+CHAIN: a pass starts while the one before still runs (programmatic dependent launch, sm_90+) and
 waits before it reads what that one wrote.
 
 KIND, GELU: what happens to x on the way in (kernels/prologue.py), in float32 and rounded to 16 bits
-once, so that c and z are of the same x. LayerNorm alone takes a sweep of its own, ``normalize``.
+once, so that c and z are of the same x. LayerNorm alone takes a pass of its own, ``normalize``.
 
 Letters: M rows (T of each image), D channels, K main-branch width, R protected directions (RP:
 padded to a power of two, RT: columns of one part of the appended columns, kernels/appended.py).
@@ -228,7 +228,7 @@ def _codes(
         HALF: tl.constexpr = 2 if G < 64 else 1
         y = tl.reshape(y, (BM, W // 64, HALF, 64 // G, G // HALF))
         share = tl.max(tl.max(tl.abs(y), 4), 2) * (factor * (CLIP / QMAX))[:, None, None]
-        # 2^e of ``exponent`` and its inverse without leaving the float's bits: this is the sweep
+        # 2^e of ``exponent`` and its inverse without leaving the float's bits: this is the pass
         # that instructions bound.
         up = ((share.to(tl.int32, bitcast=True) + 0x7FFFFF) & -8388608).to(tl.float32, bitcast=True)
         up = tl.minimum(tl.maximum(up, 1.0 / (1 << LEVELS)), 1.0)
