@@ -11,7 +11,7 @@ import torch
 from . import chip as chips
 from .build import CHIPS, FP8_CHIPS
 from .formats.spec import QuantSpec
-from .transform_quantize.limits import GROUPS, MAX_BLOCK
+from .transform_quantize import GROUPS, MAX_BLOCK
 from .w4a4_linear.tiles import packed_fits, scales_fit
 from .w4a16_linear import tiles as w4a16
 

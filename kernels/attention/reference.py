@@ -55,13 +55,13 @@ class Codes:
 
 
 def attention(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, *, scale: float) -> Tensor:
-    """8-bit attention, [B, T, H, d] in q's dtype; arguments: :func:`..attention.attention`."""
+    """Compute 8-bit attention, [B, T, H, d] in q's dtype (:func:`..attention.attention`)."""
     y_BHTd = attend(quantize(q_BTHd, k_BSHd, v_BSHd, scale=scale))
     return y_BHTd.transpose(1, 2).to(q_BTHd.dtype, memory_format=torch.contiguous_format)
 
 
 def quantize(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, *, scale: float) -> Codes:
-    """Codes of q (a scale per row), k (per block of K_BLOCK rows) and v (per channel).
+    """Round q (a scale per row), k (per block of K_BLOCK rows) and v (per channel).
 
     q_BTHd  floating, [B, T, H, d]
     k_BSHd  floating, [B, S, H, d]
@@ -90,7 +90,7 @@ def quantize(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, *, scale: float) ->
 
 
 def attend(codes: Codes, *, block: int = K_BLOCK) -> Tensor:
-    """y of codes, float32 [B, H, T, d].
+    """Compute y of codes, float32 [B, H, T, d].
 
     block  keys per step; K_BLOCK is a multiple of it. P is rounded against the largest logit so
            far, and what came before is scaled again whenever that grows
@@ -115,6 +115,6 @@ def attend(codes: Codes, *, block: int = K_BLOCK) -> Tensor:
 
 
 def _steps(amax: Tensor, largest: float) -> Tensor:
-    """Codes per unit; 0 where all is zero, NaN where a NaN must show."""
+    """Return codes per unit; 0 where all is zero, NaN where a NaN must show."""
     some = ~(amax <= TINY)
     return torch.where(some, largest / torch.where(some, amax, 1.0), 0.0)

@@ -13,7 +13,7 @@ __all__ = ["gated_residual", "gated_residual_norm"]
 
 
 def gated_residual(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
-    """x + gate * y, [B, T, D] in x's dtype (:mod:`.reference`).
+    """Compute x + gate * y, [B, T, D] in x's dtype (:mod:`.reference`).
 
     An NVIDIA GPU takes bf16 and fp16 in one pass, rounded once.
     """
@@ -27,7 +27,7 @@ def gated_residual(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
 def gated_residual_norm(
     x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor, scale_BD: Tensor, shift_BD: Tensor, *, eps: float
 ) -> tuple[Tensor, Prologue]:
-    """x + gate * y, and its LayerNorm with modulation (:func:`..prologue.modulated_norm`).
+    """Compute x + gate * y, and its LayerNorm with modulation (:func:`..prologue.modulated_norm`).
 
     An NVIDIA GPU computes both in one pass; elsewhere the norm waits for who reads the prologue.
     """

@@ -12,8 +12,8 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..build import CHIPS, Build, Config, by_launch
 from ..chip import capability, chained
+from ..transform_quantize.configs import warps_of_row
 from ..transform_quantize.projection import modulated_row
-from ..transform_quantize.shapes import warps_of_row
 
 ROWS, COLUMNS = 4, 1024
 """Of one program."""
@@ -24,7 +24,7 @@ def gate_and_add(
     p_x, p_gate, p_y, p_out, T, D, blocks, image_x, stride_x, image_y, stride_y, stride_gate,
     BM: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """BM tokens of an image, BD channels; out [B, T, D] lies row after row."""
+    """Compute BM tokens of an image, BD channels; out [B, T, D] lies row after row."""
     n_col = tl.cdiv(D, BD)
     pid = tl.program_id(0)
     index = pid // n_col
@@ -43,7 +43,7 @@ def gate_and_add(
 
 
 def launch(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
-    """:func:`.reference.gated_residual` for bf16 and fp16, rounded once; any strides but of D."""
+    """Run :func:`.reference.gated_residual` on bf16 and fp16, rounded once; rows may lie apart."""
     x, gate, y = (t if t.stride(-1) == 1 else t.contiguous() for t in (x_BTD, gate_BD, y_BTD))
     images, tokens, d = x.shape
     out = torch.empty((images, tokens, d), dtype=x.dtype, device=x.device)
@@ -63,7 +63,7 @@ def add_and_normalize(
     image_x, stride_x, image_y, stride_y, stride_gate, stride_scale, eps,
     BD: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """One row of x + gate * y, of its modulated LayerNorm, and the sum of that's squares.
+    """Compute a row of x + gate * y, of its modulated LayerNorm, and the sum of that's squares.
 
     The norm is of what was rounded and stored, as if it had been read again.
     """
@@ -89,8 +89,8 @@ def add_and_normalize(
 def launch_with_norm(
     x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor, scale_BD: Tensor, shift_BD: Tensor, *, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x + gate * y [B, T, D], its modulated LayerNorm [1, B T, D], and the sums of that's squares,
-    float32 [1, B T]."""
+    """Return x + gate * y [B, T, D], its modulated LayerNorm [1, B T, D], and the sums of that's
+    squares, float32 [1, B T]."""
     tensors = x_BTD, gate_BD, y_BTD, scale_BD, shift_BD
     x, gate, y, scale, shift = (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
     if scale.stride(0) != shift.stride(0):
@@ -123,7 +123,7 @@ def norm_config(channels: int, chip: int | None) -> Config:
 
 
 def builds() -> list[Build]:
-    """bf16 and fp16."""
+    """Return both kernels in bf16 and fp16."""
     found = []
     for dtype in ("bf16", "fp16"):
         found.append(_build(dtype, add_config(), CHIPS))

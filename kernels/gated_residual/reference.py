@@ -4,7 +4,7 @@ from torch import Tensor
 
 
 def gated_residual(x_BTD: Tensor, gate_BD: Tensor, y_BTD: Tensor) -> Tensor:
-    """x + gate * y in x's dtype.
+    """Compute x + gate * y in x's dtype.
 
     x_BTD    floating, [B, T, D]
     gate_BD  [B, D], a factor per image and channel

@@ -15,7 +15,7 @@ __all__ = ["FactorizationError", "gptq", "hessian_error"]
 def gptq(
     w_NK: Tensor, s_KK: Tensor, scale_NG: Tensor, *, damping: float, element: Element = "int4"
 ) -> tuple[Tensor, dict[str, int]]:
-    """Codes on the grid ``scale_NG``, int8 [N, K], and counts: see :func:`.reference.gptq`.
+    """Choose codes on the grid ``scale_NG``, int8 [N, K], and counts: see :func:`.reference.gptq`.
 
     On an NVIDIA GPU a Triton kernel rounds float32 weights to INT4 within a block of columns; other
     devices, dtypes and elements take the reference's loop.

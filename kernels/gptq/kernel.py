@@ -23,7 +23,7 @@ def sweep(
     w_stride, target_stride, step_stride, step_next,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Codes and errors of ROWS rows.
+    """Compute codes and errors of ROWS rows.
 
     p_turned   the triangle turned on its side, [B, B]: column k of it stands in one row
     step_next  from one column's steps to the next one's; 0: a row has one step
@@ -55,7 +55,7 @@ def sweep(
 
 
 def launch(w_NB: Tensor, target_NB: Tensor, step_NB: Tensor, f_BB: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`.reference.sweep` of at most COLUMNS columns in float32.
+    """Run :func:`.reference.sweep` on at most COLUMNS columns in float32.
 
     Raises ValueError for more columns than that.
     """
@@ -79,7 +79,7 @@ def config() -> Config:
 
 
 def builds() -> list[Build]:
-    """One scale per row, and one per row and group."""
+    """Return the kernel for one scale per row, and for one per row and group."""
     return [
         _build("channel", "step_stride", "step_next"),
         _build("group", "step_next", "step_stride"),
@@ -87,7 +87,7 @@ def builds() -> list[Build]:
 
 
 def _build(name: str, one: str, aligned: str) -> Build:
-    """The kernel where the stride ``one`` is 1, as launches find it."""
+    """Build the kernel where the stride ``one`` is 1, as launches find it."""
     types = {n: "*fp32" for n in sweep.arg_names if n.startswith("p_")} | {"p_codes": "*i8"}
     return Build.of(
         config(), types, aligned=("w_stride", "target_stride", aligned), given={one: 1},

@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al., arXiv 2210.17323) with act-order and static grids (docs/method.md M5).
 
 Computed as LDLQ (Chee et al., arXiv 2307.13304), which finds the same codes from one Cholesky
-factor and no inverse. Letters: N outputs (the stacked rows of all consumers of a site), K columns
+factor and no inverse. Letters: N outputs (the stacked rows of all linears of a site), K columns
 in the order of rounding, G groups, B columns of a block.
 """
 
@@ -31,7 +31,7 @@ class FactorizationError(ArithmeticError):
 
 
 def hessian_error(error_NK: Tensor, s_KK: Tensor) -> Tensor:
-    """Row-wise e S eᵀ, [N]: the expected squared output error of each row."""
+    """Compute e S eᵀ row by row, [N]: the expected squared output error of each row."""
     loss_N = error_NK.new_empty(len(error_NK))
     with full_float32():
         for rows in _chunks(error_NK):
@@ -77,7 +77,7 @@ def gptq(
     element: Element = "int4",
     sweep: Sweep = sweep,
 ) -> tuple[Tensor, dict[str, int]]:
-    """Codes on the grid ``scale_NG``, column by column, each error passed on to later columns.
+    """Choose codes on the grid ``scale_NG`` by columns, each error passed on to later columns.
 
     w_NK      float32, [N, K]
     s_KK      float64, [K, K], the second moment of the linear's main-branch input; may be singular
@@ -117,7 +117,7 @@ def gptq(
 def _all_blocks(
     w_NK: Tensor, scale_NG: Tensor, order: Tensor, f_KK: Tensor, sweep: Sweep
 ) -> Tensor:
-    """Codes in the order of rounding: a product for what earlier blocks left, then a sweep."""
+    """Choose codes in that order: a product for what earlier blocks left, then a sweep."""
     codes_NK = torch.empty_like(w_NK, dtype=torch.int8)
     error_NK = torch.empty_like(w_NK)
     scale_NG = scale_NG.to(w_NK.dtype)
@@ -136,7 +136,7 @@ def _all_blocks(
 def _unit_factor(
     s_KK: Tensor, order: Tensor, damping: float, dtype: torch.dtype
 ) -> tuple[Tensor, int]:
-    """F, upper triangular with unit diagonal, [K, K] in ``dtype``, and how often damping grew.
+    """Return F, upper triangular with unit diagonal, [K, K] in ``dtype``, and growths of damping.
 
     S + damp I = F diag(d) Fᵀ, its columns in the order of rounding: the lower Cholesky factor of
     the matrix with its columns backwards, turned back, its columns divided by their diagonal.
@@ -161,7 +161,7 @@ def _unit_factor(
 
 
 def _chunks(rows_NK: Tensor) -> Iterator[slice]:
-    """Slices of rows with about CHUNK elements each."""
+    """Yield slices of rows with about CHUNK elements each."""
     size = max(CHUNK // rows_NK.shape[1], 1)
     for start in range(0, len(rows_NK), size):
         yield slice(start, start + size)

@@ -19,7 +19,7 @@ WIDEST = 256
 def qk_norm_rope(
     parts: Sequence[Part], rope: Rope | None, *, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q and k normed and turned, and v, [B, T, H, D] each (:func:`.reference.qk_norm_rope`).
+    """Return q and k normed and turned, and v, [B, T, H, D] each (:func:`.reference.qk_norm_rope`).
 
     On an NVIDIA GPU a Triton kernel takes bf16 and fp16 and rounds once, at the end; it has no
     gradients. Other devices and dtypes, and ``torch.compile``, which fuses plain torch by itself,
@@ -39,7 +39,7 @@ def qk_norm_rope(
 
 
 def why_not(x: Tensor, dim: int) -> str | None:
-    """Why the kernel can't take heads of ``dim`` channels in x's dtype, where x is; None if so."""
+    """Return why the kernel can't take heads of ``dim`` channels of x; None if it can."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return f"{str(x.dtype).removeprefix('torch.')} is computed as specified"
     if dim % 8 or dim > WIDEST:

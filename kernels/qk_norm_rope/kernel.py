@@ -28,7 +28,7 @@ WARPS = 4
 
 @triton.jit
 def _pairs(x, BT: tl.constexpr, DP: tl.constexpr):
-    """[BT, DP] -> even and odd channels, [BT, DP / 2] each."""
+    """Split [BT, DP] into even and odd channels, [BT, DP / 2] each."""
     return tl.split(tl.reshape(x, [BT, DP // 2, 2]))
 
 
@@ -57,7 +57,7 @@ def norm_rope(
     Q_WEIGHT: tl.constexpr, K_WEIGHT: tl.constexpr, ROPE: tl.constexpr, COPY: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """q, k and with COPY v of BT tokens and BH heads of one image.
+    """Compute q, k and with COPY v of BT tokens and BH heads of one image.
 
     p_a, p_b        the parts, [B, tokens_*, C]: batches lie ``*_batch`` apart and rows ``*_row``
     p_a_q ... p_cos  [D] each, [tokens_a + tokens_b, D]; anything where Q_WEIGHT ... ROPE say so
@@ -113,7 +113,7 @@ def norm_rope(
 def launch(
     parts: Sequence[Part], rope: Rope | None, *, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`.reference.qk_norm_rope` of bf16 or fp16 on the GPU, rounded once; one launch.
+    """Run :func:`.reference.qk_norm_rope` on bf16 or fp16 on the GPU, rounded once; one launch.
 
     D is a multiple of 8 up to 256. Allocates q and k, and v of two parts.
     """
@@ -159,7 +159,7 @@ def norm_config(
 
 
 def builds() -> list[Build]:
-    """FLUX's two kinds of blocks in both dtypes; other heads; without weights or rope."""
+    """Return FLUX's two kinds of blocks in both dtypes; other heads; without weights or rope."""
     both = {"rope": True, "copy": True, "q_weight": True, "k_weight": True}
     alone, plain = both | {"copy": False}, dict.fromkeys(both, False)
     kinds = [

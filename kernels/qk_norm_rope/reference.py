@@ -38,7 +38,7 @@ class Part:
 def qk_norm_rope(
     parts: Sequence[Part], rope: Rope | None, *, heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Normed and turned q and k, and v, of all parts' tokens, one part after the other.
+    """Return normed and turned q and k, and v, of all parts' tokens, one part after the other.
 
     rope     [T, D] each, T the tokens of all parts; None: nothing is turned
     eps      is added to the mean of squares
@@ -59,7 +59,7 @@ def qk_norm_rope(
 
 
 def columns(qkv_BTC: Tensor, heads: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of a wide linear's outputs: views, [B, T, H, D] each."""
+    """Return q, k and v of a wide linear's outputs: views, [B, T, H, D] each."""
     q, k, v = (
         qkv_BTC[..., i * heads * dim : (i + 1) * heads * dim].unflatten(-1, (heads, dim))
         for i in range(3)
@@ -72,7 +72,7 @@ def _normed(x_BTHD: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
 
 
 def _turned(x_BTHD: Tensor, rope: Rope) -> Tensor:
-    """In float32 (float64 for float64), rounded to x's dtype."""
+    """Turn in float32 (float64 for float64), round to x's dtype."""
     wide = torch.promote_types(x_BTHD.dtype, torch.float32)
     cos, sin = (t[:, None].to(wide) for t in rope)  # [T, 1, D]
     first, second = x_BTHD.unflatten(-1, (-1, 2)).unbind(-1)
@@ -81,7 +81,7 @@ def _turned(x_BTHD: Tensor, rope: Rope) -> Tensor:
 
 
 def check(parts: Sequence[Part], rope: Rope | None, heads: int) -> int:
-    """D, the channels of a head: what weights and rope have, or a third of the columns / H.
+    """Return D, the channels of a head: what weights and rope have, or a third of the columns / H.
 
     Raises ValueError for anything but one or two parts alike in batch, dtype, device and weights,
     with columns for H heads, and a rope of their tokens.

@@ -42,7 +42,7 @@ TILES = (
 
 @triton.jit
 def _row_of(index):
-    """Row i of a triangle's element i (i + 1) / 2 + j."""
+    """Return row i of a triangle's element i (i + 1) / 2 + j."""
     row = ((tl.sqrt(8.0 * index.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     row -= (row * (row + 1) // 2 > index).to(tl.int32)  # the root may be off by an ulp
     return row + ((row + 1) * (row + 2) // 2 <= index).to(tl.int32)
@@ -50,7 +50,7 @@ def _row_of(index):
 
 @triton.jit
 def _tile_at(index, n):
-    """Row and column of the ``index``-th tile: bands of rows, in a band column by column."""
+    """Return row and column of the ``index``-th tile: bands of rows, in a band by columns."""
     first = _row_of(index) // BAND * BAND
     height = tl.minimum(n - first, BAND)
     place = index - first * (first + 1) // 2
@@ -66,7 +66,7 @@ def _tile_at(index, n):
 def add_gram(
     p_total, p_x, T, D, n, row_stride, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
 ):  # fmt: skip
-    """One BM x BN part of one tile."""
+    """Add one BM x BN part of one tile."""
     PARTS: tl.constexpr = (SIDE // BM) * (SIDE // BN)
     i, j = _tile_at(tl.program_id(0) // PARTS, n)
     part = tl.program_id(0) % PARTS
@@ -102,7 +102,7 @@ def add_gram_tma(
     total, x_left, x_right, T, n, programs,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """All parts by one program per multiprocessor; descriptors read zeros past the end.
+    """Add all parts by one program per multiprocessor; descriptors read zeros past the end.
 
     total    float32 [L * SIDE, SIDE], blocks [BM, BN / 4]
     x_left   [T, D], blocks [BK, BM]; x_right: the same X, blocks [BK, BN]
@@ -132,7 +132,7 @@ def add_gram_tma(
 
 
 def launch(total_LBB: Tensor, x_TD: Tensor, *, tile: Tile | None = None) -> None:
-    """:func:`.reference.accumulate` of bf16 or fp16 activations.
+    """Run :func:`.reference.accumulate` on bf16 or fp16 activations.
 
     ``tile``  which one to run; None: what suits the chip and the address
     """
@@ -176,7 +176,7 @@ def tma_reads(x_TD: Tensor) -> bool:
 
 
 def builds() -> list[Build]:
-    """Every tile, bf16 and fp16, and channels that are no multiple of 16."""
+    """Return every tile, bf16 and fp16, and channels that are no multiple of 16."""
     found = [_build(tile, kind) for tile in TILES for kind in ("bf16", "fp16")]
     return [*found, _build(TILES[-1], "bf16", ragged=True)]
 

@@ -15,18 +15,18 @@ TILE = 256
 
 
 def tiles(dim: int) -> int:
-    """Tiles in the lower triangle of ``dim`` channels."""
+    """Count the tiles in the lower triangle of ``dim`` channels."""
     n = -(-dim // TILE)
     return n * (n + 1) // 2
 
 
 def new(dim: int, device: torch.device | str = "cpu") -> Tensor:
-    """An empty sum: float32 zeros, [tiles(dim), TILE, TILE]."""
+    """Return an empty sum: float32 zeros, [tiles(dim), TILE, TILE]."""
     return torch.zeros(tiles(dim), TILE, TILE, device=device)
 
 
 def accumulate(total_LBB: Tensor, x_TD: Tensor) -> None:
-    """total += XᵀX in place: products of float32 numbers, added up in float32.
+    """Add XᵀX to total in place: products of float32 numbers, added up in float32.
 
     total_LBB  float32, [tiles(D), TILE, TILE]
     x_TD       float, [T, D]
@@ -45,7 +45,7 @@ def accumulate(total_LBB: Tensor, x_TD: Tensor) -> None:
 
 
 def unpack(total_LBB: Tensor, dim: int) -> Tensor:
-    """The whole matrix, [dim, dim], exactly symmetric, in the sum's dtype."""
+    """Return the whole matrix, [dim, dim], exactly symmetric, in the sum's dtype."""
     _check_dim(total_LBB, dim)
     n = -(-dim // TILE)
     whole = total_LBB.new_empty(n, TILE, n, TILE)
@@ -60,7 +60,7 @@ def unpack(total_LBB: Tensor, dim: int) -> Tensor:
 
 
 def trace(total_LBB: Tensor, dim: int) -> Tensor:
-    """Sum of squares of all that was added up, [] in the sum's dtype; NaN or inf if any was."""
+    """Return the sum of squares of all that was added up, [] in its dtype; NaN or inf if any was."""
     _check_dim(total_LBB, dim)
     i = torch.arange(-(-dim // TILE), device=total_LBB.device)
     return total_LBB[i * (i + 3) // 2].diagonal(dim1=1, dim2=2).sum()

@@ -5,6 +5,15 @@ from .reference import dequantize_rows, quantize_rows, transform, transform_quan
 
 __all__ = ["CASES", "dequantize_rows", "quantize_rows", "transform", "transform_quantize"]
 
+GROUPS = (16, 32, 64, 128, 256)
+"""Channels that may share an activation scale in the kernels, if not the whole row does."""
+
+MAX_BLOCK = 512
+"""Their largest Hadamard block."""
+
+MAX_RANK = 128
+"""Largest rank that ``rotate`` projects out; above it, plain matrix products do."""
+
 CASES = (
     Case(name="FLUX qkv", m=4608, k=3072, n=9216, reach=3.0, stretch=2.0),
     Case(name="FLUX mlp down", m=4608, k=12288, n=3072, reach=2.2, stretch=1.6),

@@ -1,4 +1,4 @@
-"""What is compiled of ``transform_quantize`` for chips that are not here."""
+"""Configurations of ``transform_quantize`` that are compiled for chips that are not here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,6 @@ from ..formats.spec import QuantSpec
 from ..permuted import padded
 from ..prologue import Kind
 from . import configs
-from .shapes import usual
 
 POINTERS = {
     "p_x": "*bf16", "p_basis": "*bf16", "p_c": "*bf16", "p_spread": "*bf16", "p_z": "*bf16",
@@ -49,7 +48,7 @@ def _large() -> list[Build]:
     ):
         read: Kind = "plain" if kind == "norm" else kind  # ``normalize`` has added up squares
         for chip in FP8_CHIPS if spec.activations.element == "e4m3" else CHIPS:
-            shapes = usual(read, chip)
+            shapes = configs.usual(read, chip)
             if spec.rank:
                 config = configs.project(
                     spec, read, chip, torch.bfloat16, shapes, parts=PARTS if codes else 1,

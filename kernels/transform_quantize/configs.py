@@ -1,19 +1,20 @@
-"""What each pass is compiled from, by the linear's spec, launch shape and chip."""
+"""The passes' configurations: launch shapes and constants, by the linear's spec and the chip."""
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from ..appended import TINY, appended_part
-from ..build import Config
-from ..chip import chained
+from ..build import CHIPS, Config, shared_bytes
+from ..chip import chained, processors
 from ..formats.spec import QuantSpec
 from ..prologue import Kind
 from . import passes, projection, scales
 from .reference import POW2_CLIP, RMS_TOP
-from .shapes import STEP, Shapes, project_shape, rotate_shape, tile, warps_of_row, width_of_c
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 DOTS = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -21,6 +22,48 @@ ROWS = 16
 """Of a program of ``gather`` and of ``scale_rows``."""
 ROUND_ROWS, ROUND_COLUMNS = 4, 512
 """Of a program of ``round_rows``."""
+STEP = 64
+"""Channels of a step of ``project``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Rows per step, warps, pipeline stages, programs per multiprocessor."""
+
+    bm: int = 64
+    warps: int = 4
+    stages: int
+    per_sm: int = 1
+    stacked: bool = False
+    """``rotate``: the four tiles of x are one product's rows (passes.py)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shapes:
+    project: Shape
+    rotate: Shape
+
+
+_STACKED = Shape(stages=2, per_sm=2, stacked=True)
+_HOPPER_PLAIN = Shapes(project=Shape(stages=5, per_sm=2), rotate=_STACKED)
+_HOPPER = Shapes(project=Shape(stages=4, per_sm=3), rotate=_STACKED)
+"""With GELU on the way in. Measured on an H100 and an H200 at FLUX's sizes."""
+
+_WARPS = Shapes(project=Shape(stages=3, per_sm=2), rotate=Shape(stages=1, per_sm=2))
+"""Where a product is a warp's: rows fill the warps, or each would compute GELU for all columns."""
+
+_BLACKWELL = Shapes(project=Shape(bm=32, stages=3, per_sm=2), rotate=Shape(stages=2))
+_BLACKWELL_PLAIN = replace(_BLACKWELL, rotate=Shape(bm=32, stages=2, per_sm=3))
+
+
+def usual(kind: Kind, chip: int | None) -> Shapes:
+    """Return the shapes for a prologue on compute capability ``chip``: on others than Hopper, by
+    what their machine code shows."""
+    if chip in (None, 90):
+        return _HOPPER_PLAIN if kind == "plain" else _HOPPER
+    if chip == 100:
+        return _BLACKWELL_PLAIN if kind == "plain" else _BLACKWELL
+    return _WARPS
 
 
 def normalize(channels: int, *, squares: bool) -> Config:
@@ -41,7 +84,8 @@ def project(
     amax: bool,
 ) -> Config:
     """``squares``: it adds up x's squares; ``amax``: it zeroes each row's largest, if whole."""
-    s = project_shape(shapes, spec.rank, chip)
+    s = shapes.project
+    s = _within(s, 2 * STEP * (s.bm + width_of_c(spec.rank)), 0, chip)
     constants = _shared(spec, chip, dtype) | {
         "R": spec.rank, "EVEN": spec.in_features % STEP == 0, "BM": s.bm, "BK": STEP, "PARTS":
         parts, "SQUARES": squares, "AMAX": amax, "KIND": kind,
@@ -80,8 +124,11 @@ def rotate(
     codes: bool,
 ) -> Config:
     """``channels`` of one part of x; ``protected``: c is projected out; ``codes``: not z, leave."""
-    s = rotate_shape(shapes, spec.transform.block, spec.rank if protected else 0, chip)
-    width, acts = tile(spec), spec.activations
+    s, width, acts = shapes.rotate, tile(spec), spec.activations
+    if width == 128:  # the same registers for twice the threads
+        s = replace(s, warps=2 * s.warps, stacked=False)
+    rp = width_of_c(spec.rank) if protected else 0
+    s = _within(s, 2 * s.bm * (4 * width + rp), 2 * width * (4 * rp + width), chip)
     rounding: dict[str, Any] = {"G": 0, "QMAX": 0, "LEVELS": 0, "CLIP": 0.0}
     if codes:
         group = acts.group_size or 1
@@ -127,3 +174,46 @@ def _scales(spec: QuantSpec, columns: int | None, bias: bool) -> dict[str, Any]:
         "APPENDED": columns is not None, "T": triton.next_power_of_2(columns) if columns else 0,
         "QMAX": acts.largest, "UNIT": 2.0**acts.levels, "TINY": TINY,
     }  # fmt: skip
+
+
+def _within(s: Shape, each: int, fixed: int, chip: int | None) -> Shape:
+    """Return ``s`` with as many of its stages (``each`` bytes) as fit the chip's shared memory
+    beside ``fixed`` bytes."""
+    room = shared_bytes(chip or CHIPS[-1]) - fixed
+    return replace(s, stages=max(1, min(s.stages, room // each)))
+
+
+def parts(x_BTD: Tensor, d: int, s: Shape) -> tuple[int, int]:
+    """Return into how many parts of how many columns ``project`` is cut, so as to fill the chip."""
+    programs = x_BTD.shape[0] * triton.cdiv(x_BTD.shape[1], s.bm)
+    steps = triton.cdiv(d, STEP)
+    wanted = processors(x_BTD.device) * s.per_sm // max(programs, 1)
+    part = triton.cdiv(steps, max(1, min(wanted, steps // 3)))
+    return triton.cdiv(steps, part), part * STEP
+
+
+def programs(x: Tensor, n_row: int, n_col: int, s: Shape, block: int) -> int:
+    """Count ``rotate``'s: a multiple of the column blocks that fills the chip, at most one program
+    per row block."""
+    slots = processors(x.device) * (1 if block == 512 else s.per_sm)
+    return n_col * max(1, min(n_row, slots // n_col))
+
+
+def tile(spec: QuantSpec) -> int:
+    """Return the columns of a tile of ``rotate``."""
+    return 128 if spec.transform.block == 512 else 64
+
+
+def tiles(spec: QuantSpec) -> int:
+    """Count the tiles of the main branch."""
+    return triton.cdiv(spec.in_features, tile(spec))
+
+
+def width_of_c(rank: int) -> int:
+    """Return the columns of c and of the basis in the kernels: a power of two."""
+    return max(16, triton.next_power_of_2(rank))
+
+
+def warps_of_row(width: int) -> int:
+    """Return the warps of a program that holds one row of ``width`` channels, a power of two."""
+    return min(16, max(1, width // 1024))

@@ -14,11 +14,10 @@ from ..chip import capability
 from ..formats.spec import QuantSpec
 from ..permuted import padded, permuted_columns
 from ..prologue import Prologue, plain
-from . import configs
+from . import MAX_RANK, configs
 from .builds import builds
-from .limits import MAX_RANK
+from .configs import parts, programs, tile, tiles, usual, width_of_c
 from .reference import RMS_TOP
-from .shapes import parts, programs, tile, tiles, usual, width_of_c
 
 __all__ = ["MAX_RANK", "builds", "launch", "usual"]
 

@@ -1,6 +1,4 @@
-"""Which column and row stands where: the rotation's columns, and what a product is renamed to.
-Letters as in passes.py.
-"""
+"""Order of columns and rows: the rotation's, and a product's. Letters as in passes.py."""
 
 import triton
 import triton.language as tl
@@ -8,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def _parity_sign(v):
-    """-1 where the number of set bits of v (< 512) is odd, else 1."""
+    """Return -1 where the number of set bits of v (< 512) is odd, else 1."""
     v = v ^ (v >> 8)
     v = v ^ (v >> 4)
     v = v ^ (v >> 2)
@@ -18,7 +16,7 @@ def _parity_sign(v):
 
 @triton.jit
 def rotation(B: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """sqrt(b) blockdiag(H_b) [W, W] for b <= W: entries 0 and +-1. Its columns are in R1 order
+    """Return sqrt(b) blockdiag(H_b) [W, W], b <= W: entries 0 and +-1. Its columns are in R1 order
     once :func:`renamed`."""
     i = tl.arange(0, W)
     place = i // 64 * 64 + i // 2 % 4 * 16 + i // 8 % 8 * 2 + i % 2
@@ -35,7 +33,7 @@ def rotation(B: tl.constexpr, W: tl.constexpr, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def renamed(y):
-    """y [BM, W], a product with :func:`rotation`, with columns in R1 order and rows as
+    """Rename y [BM, W], a product with :func:`rotation`: columns to R1 order, rows as
     :func:`row_at` says.
 
     Nothing moves. Of 64 columns of a row, thread t of four holds 8 j + 2 t + (0, 1), j = 0 ... 7.
@@ -50,7 +48,7 @@ def renamed(y):
 
 @triton.jit
 def row_at(BM: tl.constexpr):
-    """The row of the product that stands in each row of :func:`renamed`, [BM]."""
+    """Return the row of the product that stands in each row of :func:`renamed`, [BM]."""
     i = tl.arange(0, BM)
     HALF: tl.constexpr = BM // 2
     return i % HALF // 8 * 16 + i // HALF * 8 + i % 8

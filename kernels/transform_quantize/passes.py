@@ -39,8 +39,7 @@ def _spread(
     p_spread, col, D, RP: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """COLUMNS rows of the spread basis, transposed: [RP, COLUMNS]. In R1 order, they fill whole
-    tiles."""
+    """Read COLUMNS rows of the spread basis, transposed: [RP, COLUMNS]. They fill whole tiles."""
     o_d = col + tl.arange(0, COLUMNS)
     o_p = o_d[None, :] * RP + tl.arange(0, RP)[:, None]
     if EVEN:
@@ -51,7 +50,7 @@ def _spread(
 
 @triton.jit
 def _tile(x, c, basis, turn, PROJECT: tl.constexpr):
-    """W columns of (x - c Pᵀ) blockdiag(H_W) sqrt(W), before the butterfly: float32 [BM, W]."""
+    """Compute W columns of (x - c Pᵀ) blockdiag(H_W) sqrt(W), before the butterfly: float32."""
     y = tl.dot(x, turn)
     if PROJECT:
         y = tl.dot(c, basis, y)
@@ -64,8 +63,8 @@ def _stacked_tiles(
     PROJECT: tl.constexpr, GELU: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """Four tiles at once, each float32 [BM, W]: x_rows (int64 [4 BM]) are the rows of the first
-    tile, then those of the second, and so on; basis [RP, 4 W].
+    """Compute four tiles at once, each float32 [BM, W]: x_rows (int64 [4 BM]) are the rows of the
+    first tile, then those of the second, and so on; basis [RP, 4 W].
 
     Hopper's products run beside their warps, which Triton makes wait for each: two products are two
     waits, where tile by tile there are eight. Taking turns is only words: a thread's part of the
@@ -109,7 +108,7 @@ def rotate(
     CHAIN: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, STACKED: tl.constexpr,
     G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
-    """z [M, columns] in R1 order, and amax [M] int32: the bits of each row's largest |z|.
+    """Compute z [M, columns] in R1 order, and amax [M] int32: the bits of each row's largest |z|.
 
     G  not 0: codes in place of z, in groups of so many, by what ``scale_rows`` left in p_row
 
@@ -203,7 +202,7 @@ def _store(p_z, value, m_m, room, W: tl.constexpr, EVEN: tl.constexpr):
 
 @triton.jit
 def _clamped(v, QMAX: tl.constexpr):
-    """v within +-QMAX; an FP8 code knows NaN."""
+    """Clamp v to +-QMAX; an FP8 code knows NaN."""
     v = tl.maximum(v, -1.0 * QMAX, propagate_nan=tl.PropagateNan.ALL)
     return tl.minimum(v, 1.0 * QMAX, propagate_nan=tl.PropagateNan.ALL)
 
@@ -213,7 +212,7 @@ def _codes(
     y, factor, unit, FAST: tl.constexpr, W: tl.constexpr,
     G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
 ):  # fmt: skip
-    """Codes of y [BM, W] in units of the product; y times ``factor`` is z in steps.
+    """Return codes of y [BM, W] in units of the product; y times ``factor`` is z in steps.
 
     G  channels that share a power of two; 1: each number has its own, it is an E4M3 float, which
        the store rounds (right, if FAST: not so when interpreted)
@@ -249,8 +248,8 @@ def round_rows(
     CLIP: tl.constexpr, TINY: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
     CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """Codes [M, padded(K)] in R1 order and scales; the last of n_col programs writes what is
-    appended.
+    """Compute codes [M, padded(K)] in R1 order and scales; the last of n_col programs writes what
+    is appended.
 
     APPENDED codes stand in the units of a product with appended columns, however many there are
     T    columns appended, padded to a power of two (0: none)

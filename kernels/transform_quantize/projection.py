@@ -11,8 +11,8 @@ from .order import rotation
 
 @triton.jit
 def _gelu(v, FAST: tl.constexpr):
-    """GELU by its tanh approximation, float32. FAST: the hardware's tanh, right to 2^-11, far below
-    what rounding the result to bf16 costs a row."""
+    """Compute GELU by its tanh approximation, float32. FAST: the hardware's, right to 2^-11, far
+    below what rounding the result to bf16 costs a row."""
     u = v * (0.7978845608028654 + 0.035677408136300125 * (v * v))
     if FAST:
         turn = tl.inline_asm_elementwise(
@@ -26,7 +26,7 @@ def _gelu(v, FAST: tl.constexpr):
 
 @triton.jit
 def _gelu_pairs(v):
-    """:func:`_gelu` of bf16, two at a time: h = v / 2 is exact in bf16, and all follows from it."""
+    """Compute :func:`_gelu` of bf16, two at a time, from h = v / 2, which is exact in bf16."""
     return tl.inline_asm_elementwise(
         """{
         .reg .b32 h, k, p, q;
@@ -56,7 +56,7 @@ def _gelu_pairs(v):
 
 @triton.jit
 def activated(v, GELU: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr):
-    """v or its GELU, in DOT."""
+    """Return v or its GELU, in DOT."""
     if GELU:
         v = _gelu_pairs(v) if FAST and v.dtype == tl.bfloat16 else _gelu(v.to(tl.float32), FAST)
     return v.to(DOT)
@@ -67,7 +67,7 @@ def read_columns(
     p_x, x_row, m_m, o_d, D,
     GELU: tl.constexpr, EVEN: tl.constexpr, FAST: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Columns o_d of the rows that begin at x_row (int64 [BM]), in DOT; zeros outside."""
+    """Read columns o_d of the rows that begin at x_row (int64 [BM]), in DOT; zeros outside."""
     mask = m_m[:, None]
     if not EVEN:
         mask = mask & (o_d < D)[None, :]
@@ -77,7 +77,7 @@ def read_columns(
 
 @triton.jit
 def modulated_row(x, p_scale, p_shift, o_d, D, eps):
-    """LayerNorm of a row [BD] of D channels, times 1 + scale, plus shift; float32."""
+    """Compute LayerNorm of a row [BD] of D channels, times 1 + scale, plus shift; float32."""
     m_d = o_d < D
     x = tl.where(m_d, x - tl.sum(x) / D, 0.0)
     x *= tl.rsqrt(tl.sum(x * x) / D + eps)
@@ -91,7 +91,7 @@ def normalize(
     p_x, p_scale, p_shift, p_y, p_squares, T, D, image_x, stride_x, stride_scale, eps,
     SQUARES: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
-    """y [M, D]: one row of LayerNorm, times 1 + scale, plus shift; rounded once.
+    """Compute one row of y [M, D]: LayerNorm, times 1 + scale, plus shift; rounded once.
 
     SQUARES  and the sum of y's squares, float32 [M]
     """
@@ -115,7 +115,7 @@ def _times_basis(
     GELU: tl.constexpr, R: tl.constexpr, RP: tl.constexpr, EVEN: tl.constexpr, BK: tl.constexpr,
     DOT: tl.constexpr, FAST: tl.constexpr, SQUARES: tl.constexpr,
 ):  # fmt: skip
-    """acc [BM, RP] + columns ``first`` to ``last`` of x P, and squares [BM, 16] + x's, 16 times.
+    """Return acc [BM, RP] + columns ``first`` to ``last`` of x P, and squares [BM, 16] + x's.
 
     A product with ones adds squares up: a sum over columns would make the compiler compute x twice,
     once as the products read it and once as the sum does.
@@ -148,7 +148,7 @@ def project(
     KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr,
     SQUARES: tl.constexpr, AMAX: tl.constexpr,
 ):  # fmt: skip
-    """c = x P, [M, RP], and, in the last programs, the spread basis -P''.
+    """Compute c = x P, [M, RP], and, in the last programs, the spread basis -P''.
 
     Row t of image i begins at i * image_x + t * stride_x; ``blocks`` row blocks per image
     split  first column that lies behind (``concat``), a multiple of BK
@@ -206,7 +206,7 @@ def project(
 
 @triton.jit
 def sum_of_parts(p_parts, M, row, m_m, RP: tl.constexpr, PARTS: tl.constexpr):
-    """Rows (int64 [BM]) of c, float32 [BM, RP], of its PARTS, always added in the same order."""
+    """Add up rows (int64 [BM]) of c, float32 [BM, RP], of its PARTS, always in the same order."""
     acc = tl.zeros((row.shape[0], RP), dtype=tl.float32)
     for part in tl.static_range(PARTS):
         o_p = (part * M + row)[:, None] * RP + tl.arange(0, RP)[None, :]
@@ -219,7 +219,7 @@ def gather(
     p_parts, p_c, p_amax, M,
     RP: tl.constexpr, PARTS: tl.constexpr, BM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """c [M, RP] of its PARTS; amax = 0."""
+    """Add up c [M, RP] of its PARTS; amax = 0."""
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
     m_m = o_m < M
     if CHAIN:

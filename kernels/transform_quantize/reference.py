@@ -50,7 +50,7 @@ def transform(
 
 
 def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Dynamic symmetric codes of each row: z = codes * scale, up to rounding.
+    """Compute symmetric codes of each row: z = codes * scale, up to rounding.
 
     z_MK     floating, [M, K]
     returns  codes int8 [M, K] and scale float32 [M, G] (G = 1 but for ``group``):
@@ -95,7 +95,7 @@ def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def dequantize_rows(codes_MK: Tensor, scale_MG: Tensor) -> Tensor:
-    """float32 [M, K]: codes of :func:`quantize_rows` times their scales."""
+    """Return float32 [M, K]: codes of :func:`quantize_rows` times their scales."""
     codes_MGk = codes_MK.float().unflatten(-1, (scale_MG.shape[-1], -1))
     return (codes_MGk * scale_MG[..., None]).flatten(-2)
 
@@ -107,7 +107,7 @@ def transform_quantize(
     spec: QuantSpec,
     smooth_D: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """codes int8 [M, K], scale float32 [M, G], c [M, R] in x's dtype: see the two parts above."""
+    """Return codes int8 [M, K], scale float32 [M, G], c [M, R] in x's dtype: the parts above."""
     z_MK, c_MR = transform(x_MD, p_DR, t_DK, spec, smooth_D)
     return *quantize_rows(z_MK, spec), c_MR
 
@@ -123,5 +123,5 @@ def _fp4_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:
-    """a / b, and 0 where b is (all but) zero: such a row has codes 0, not inf * 0."""
+    """Return a / b, and 0 where b is (all but) zero: such a row has codes 0, not inf * 0."""
     return torch.where(b > TINY, a / b, 0.0)

@@ -1,6 +1,4 @@
-"""Scales of ``transform_quantize``'s rows, and what stands behind their codes. Letters as in
-passes.py.
-"""
+"""Scales of rows, and what stands behind their codes. Letters as in passes.py."""
 
 import triton
 import triton.language as tl
@@ -11,19 +9,19 @@ from .projection import sum_of_parts
 
 @triton.jit
 def exponent(v):
-    """Smallest e with 2^e >= v > 0, from the bits of the float."""
+    """Return the smallest e with 2^e >= v > 0, from the bits of the float."""
     return ((v.to(tl.int32, bitcast=True) + 0x7FFFFF) >> 23) - 127
 
 
 @triton.jit
 def power(e):
-    """2^e as float32, -126 <= e <= 127."""
+    """Return 2^e as float32, -126 <= e <= 127."""
     return ((e + 127) << 23).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def e4m3(v):
-    """v rounded to float8_e4m3fn, half to even, as float32; |v| <= 448.
+    """Round v to float8_e4m3fn, half to even, as float32; |v| <= 448.
 
     By hand: converting back from FP8 went wrong on sm_90 with triton 3.6.
     """
@@ -37,7 +35,7 @@ def e4m3(v):
 def row_units(
     amax, peak, QMAX: tl.constexpr, UNIT: tl.constexpr, TINY: tl.constexpr, APPENDED: tl.constexpr
 ):
-    """Per row: codes per unit of z, what a step is in units of the codes, and the scale."""
+    """Return per row: codes per unit of z, what a step is in units of the codes, and the scale."""
     some = (amax > TINY) | (amax != amax)
     inverse = tl.where(some, QMAX / tl.where(some, amax, 1.0), 0.0)
     scale = amax / QMAX
@@ -56,7 +54,7 @@ def store_appended(
     p_codes, c, row_codes, m_m, scale, main, stride_codes, one,
     R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Behind the codes of rows that begin at row_codes (int64 [BM]): (high, low, high) of c
+    """Store behind the codes of rows that begin at row_codes (int64 [BM]): (high, low, high) of c
     [BM, RP] in float32 and of the bias's coefficient, and zeros up to the end."""
     unit = 2 / scale
     o_r = tl.arange(0, RP)[None, :]
@@ -89,7 +87,7 @@ def scale_rows(
     PARTS: tl.constexpr, SQUARES: tl.constexpr, QMAX: tl.constexpr, UNIT: tl.constexpr,
     TOP: tl.constexpr, TINY: tl.constexpr, BM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
-    """c [M, RP] of its PARTS, each row's scale from its root mean square, and the appended
+    """Compute c [M, RP] of its PARTS, each row's scale from its root mean square, and the appended
     columns.
 
     z = (x - c Pᵀ) H is as long as x less c: rotations keep lengths, and P is orthonormal.

@@ -22,8 +22,8 @@ from dirotq.kernels.prologue import Prologue, concat_gelu, gelu, modulated_norm,
 from dirotq.kernels.qk_norm_rope import kernel as qk_norm_rope
 from dirotq.kernels.qk_norm_rope.reference import Part
 from dirotq.kernels.second_moment import kernel as second_moment
+from dirotq.kernels.transform_quantize import configs
 from dirotq.kernels.transform_quantize import kernel as transform_quantize
-from dirotq.kernels.transform_quantize import shapes
 from dirotq.kernels.w4a16_linear.kernel import launch_many
 from dirotq.kernels.w4a16_linear.tiles import TILES
 
@@ -92,11 +92,11 @@ def prologue_of(kind: str, rows: int) -> Prologue:
 def test_linears(chip, name, kind, launched, builds, monkeypatch):
     spec = FORMATS[name]
     read = "plain" if kind == "norm" else kind
-    project = shapes.usual(read, chip).project
+    project = configs.usual(read, chip).project
     parts = 4 if spec.activations.statistic == "rms" else 1
     rows = 64 * project.bm
     wanted = -(-parts * 64 // project.per_sm)
-    monkeypatch.setattr(shapes, "processors", lambda device: wanted)
+    monkeypatch.setattr(configs, "processors", lambda device: wanted)
     packed = QuantLinear(spec, bias=True).packed()
     plans = candidates_for(chip, rows, spec.outputs, spec, BF16)
     for plan in plans if chip == 90 else [choose(chip, m, 1024, spec, BF16) for m in (1, 600)]:
