@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..build import Build, Config
+from ..build import Config
 from ..formats.quantize_weight import QMAX
 
 LIMIT = tl.constexpr(float(QMAX))
@@ -76,20 +76,3 @@ def launch(w_NB: Tensor, target_NB: Tensor, step_NB: Tensor, f_BB: Tensor) -> tu
 
 def config() -> Config:
     return Config(kernel=sweep, constants={"ROWS": ROWS, "COLUMNS": COLUMNS}, warps=WARPS)
-
-
-def builds() -> list[Build]:
-    """Return the kernel for one scale per row, and for one per row and group."""
-    return [
-        _build("channel", "step_stride", "step_next"),
-        _build("group", "step_next", "step_stride"),
-    ]
-
-
-def _build(name: str, one: str, aligned: str) -> Build:
-    """Build the kernel where the stride ``one`` is 1, as launches find it."""
-    types = {n: "*fp32" for n in sweep.arg_names if n.startswith("p_")} | {"p_codes": "*i8"}
-    return Build.of(
-        config(), types, aligned=("w_stride", "target_stride", aligned), given={one: 1},
-        name=f"gptq-sweep-{name}", tensor_core=False,
-    )  # fmt: skip

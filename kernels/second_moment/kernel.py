@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..build import CHIPS, Build, Config
+from ..build import CHIPS, Config
 from ..chip import capability, processors
 from .reference import TILE
 
@@ -173,25 +173,3 @@ def _chosen(x_TD: Tensor) -> Tile:
 def tma_reads(x_TD: Tensor) -> bool:
     """Whether a descriptor can address ``x_TD``: row starts at multiples of 16 bytes."""
     return x_TD.data_ptr() % 16 == 0 and x_TD.stride(0) * x_TD.element_size() % 16 == 0
-
-
-def builds() -> list[Build]:
-    """Return every tile, bf16 and fp16, and channels that are no multiple of 16."""
-    found = [_build(tile, kind) for tile in TILES for kind in ("bf16", "fp16")]
-    return [*found, _build(TILES[-1], "bf16", ragged=True)]
-
-
-def _build(tile: Tile, kind: str, *, ragged: bool = False) -> Build:
-    made = config(tile)
-    types = {
-        "p_total": "*fp32",
-        "p_x": f"*{kind}",
-        "total": f"tensordesc<fp32[{tile.bm}, {tile.bn // 4}]>",
-        "x_left": f"tensordesc<{kind}[{tile.bk}, {tile.bm}]>",
-        "x_right": f"tensordesc<{kind}[{tile.bk}, {tile.bn}]>",
-    }
-    return Build.of(
-        made, types, aligned=() if ragged else ("D", "row_stride"),
-        name=f"second_moment-{made.kernel.__name__}-{kind}{'-ragged' if ragged else ''}",
-        chips=tile.chips,
-    )  # fmt: skip

@@ -60,7 +60,7 @@ def unpack(total_LBB: Tensor, dim: int) -> Tensor:
 
 
 def trace(total_LBB: Tensor, dim: int) -> Tensor:
-    """Return the sum of squares of all that was added up, [] in its dtype; NaN or inf if any was."""
+    """Return the sum of squares of all that was added up, []; NaN or inf if any was."""
     _check_dim(total_LBB, dim)
     i = torch.arange(-(-dim // TILE), device=total_LBB.device)
     return total_LBB[i * (i + 3) // 2].diagonal(dim1=1, dim2=2).sum()

@@ -15,11 +15,10 @@ from ..formats.spec import QuantSpec
 from ..permuted import padded, permuted_columns
 from ..prologue import Prologue, plain
 from . import MAX_RANK, configs
-from .builds import builds
 from .configs import parts, programs, tile, tiles, usual, width_of_c
 from .reference import RMS_TOP
 
-__all__ = ["MAX_RANK", "builds", "launch", "usual"]
+__all__ = ["MAX_RANK", "launch", "usual"]
 
 
 def launch(

@@ -12,10 +12,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from builds.attention import builds
+
 from dirotq.kernels import attention as op
 from dirotq.kernels.attention import kernel as engine
 from dirotq.kernels.attention import reference
-from dirotq.kernels.attention.kernel import HOPPER, OTHERS, builds, launch, quantized, usual
+from dirotq.kernels.attention.kernel import HOPPER, OTHERS, launch, quantized, usual
 from dirotq.kernels.attention.reference import K_BLOCK
 from dirotq.kernels.build import FP8_CHIPS
 

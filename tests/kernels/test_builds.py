@@ -45,7 +45,7 @@ FORMATS = {
 
 @pytest.fixture(scope="module")
 def builds() -> list[Build]:
-    modules = (importlib.import_module(f"dirotq.kernels.{op}.kernel") for op in OPS)
+    modules = (importlib.import_module(f"builds.{op}") for op in OPS)
     return [build for module in modules for build in module.builds()]
 
 

@@ -8,9 +8,11 @@ import torch
 
 pytest.importorskip("triton")
 
+from builds.gptq import builds
+
 from dirotq.kernels import gptq as op
 from dirotq.kernels.gptq import reference
-from dirotq.kernels.gptq.kernel import COLUMNS, ROWS, builds, launch
+from dirotq.kernels.gptq.kernel import COLUMNS, ROWS, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

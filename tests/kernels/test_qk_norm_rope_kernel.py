@@ -10,9 +10,11 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from builds.qk_norm_rope import builds
+
 from dirotq.kernels.qk_norm_rope import Part
 from dirotq.kernels.qk_norm_rope import reference as specification
-from dirotq.kernels.qk_norm_rope.kernel import builds, launch
+from dirotq.kernels.qk_norm_rope.kernel import launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6

@@ -11,12 +11,13 @@ import torch
 triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
+from builds.second_moment import builds  # noqa: E402
 
 from dirotq.kernels import second_moment as op  # noqa: E402
 from dirotq.kernels.chip import capability  # noqa: E402
 from dirotq.kernels.second_moment import TILE, new, reference, tiles  # noqa: E402
 from dirotq.kernels.second_moment import kernel as engine  # noqa: E402
-from dirotq.kernels.second_moment.kernel import TILES, builds, launch, tma_reads  # noqa: E402
+from dirotq.kernels.second_moment.kernel import TILES, launch, tma_reads  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TMA, POINTERS = TILES

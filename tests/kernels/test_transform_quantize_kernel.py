@@ -18,13 +18,15 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from builds.transform_quantize import builds
+
 from dirotq.kernels.appended import columns_with_appended, with_appended
 from dirotq.kernels.formats.activation import POW2_LEVELS
 from dirotq.kernels.formats.hadamard import block_hadamard
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.permuted import from_permuted, padded
 from dirotq.kernels.transform_quantize import quantize_rows, transform
-from dirotq.kernels.transform_quantize.kernel import MAX_RANK, builds, launch
+from dirotq.kernels.transform_quantize.kernel import MAX_RANK, launch
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 

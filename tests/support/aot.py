@@ -166,7 +166,7 @@ def _rows(op: str, family: tuple[int, ...]) -> list[dict[str, Any]]:
 
 
 def _builds(op: str) -> list[Build]:
-    return importlib.import_module(f"dirotq.kernels.{op}.kernel").builds()
+    return importlib.import_module(f"builds.{op}").builds()
 
 
 def main(ops: Sequence[str]) -> None:

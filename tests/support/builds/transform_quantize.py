@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from ..appended import columns_with_appended
-from ..build import CHIPS, FP8_CHIPS, Build, Config, by_launch
-from ..formats.spec import QuantSpec
-from ..permuted import padded
-from ..prologue import Kind
-from . import configs
+from dirotq.kernels.appended import columns_with_appended
+from dirotq.kernels.build import CHIPS, FP8_CHIPS, Build, Config, by_launch
+from dirotq.kernels.formats.spec import QuantSpec
+from dirotq.kernels.permuted import padded
+from dirotq.kernels.prologue import Kind
+from dirotq.kernels.transform_quantize import configs
 
 POINTERS = {
     "p_x": "*bf16", "p_basis": "*bf16", "p_c": "*bf16", "p_spread": "*bf16", "p_z": "*bf16",

@@ -1,0 +1,3 @@
+from dirotq.kernels.unpack_w4.kernel import builds
+
+__all__ = ["builds"]
