@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.files.sums import check_part
-from dirotq.kernels.formats.quantize_weight import tail_floor
+from dirotq.kernels.formats.quantize_weight import appended_floor
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.models.family import Site
@@ -259,7 +259,7 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
             )
     if packed.wscale.dtype == torch.uint8 and not packed.wscale.is_meta:
         _check_scale_bytes(name, packed)
-    floor = tail_floor(packed.spec, tensors.get("wp"), tensors.get("bias"))
+    floor = appended_floor(packed.spec, tensors.get("wp"), tensors.get("bias"))
     if floor is None or "wscale" not in tensors:
         return
     missing = floor.float() * (1 - FLOOR_GRACE) - packed.wscale.float()

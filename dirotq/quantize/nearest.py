@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from dirotq.kernels.formats.quantize_weight import (
+    appended_floor,
     codes_on_grid,
     dequantize_weight,
     pack_codes,
     stored_scales,
-    tail_floor,
     weight_steps,
 )
 from dirotq.kernels.formats.spec import QuantSpec
@@ -66,7 +66,7 @@ def nearest(
     importance_K  float >= 0, [K]: weight of a column's squared error in that search; None counts
                   all columns alike
     """
-    floor = tail_floor(spec, wp_NR, bias_N)
+    floor = appended_floor(spec, wp_NR, bias_N)
     stored = stored_scales(w_NK, spec, clip=clip, importance_K=importance_K, floor_N1=floor)
     step = weight_steps(*stored)
     return Rounded(codes_on_grid(w_NK, step, spec.weights.element), step, *stored, floor)

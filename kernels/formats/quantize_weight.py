@@ -116,12 +116,12 @@ def scale_floor(wp_NR: Tensor | None, bias_N: Tensor | None) -> Tensor | None:
     return (bits_N1 & ~0xFFFF).view(torch.float32).to(torch.bfloat16)
 
 
-def tail_floor(spec: QuantSpec, wp_NR: Tensor | None, bias_N: Tensor | None) -> Tensor | None:
+def appended_floor(spec: QuantSpec, wp_NR: Tensor | None, bias_N: Tensor | None) -> Tensor | None:
     """Return :func:`scale_floor` of a linear as it is stored; None if nothing can be appended.
 
     wp_NR, bias_N  float, rounded to bf16 here: the runtime and the loader meet the rounded values
     """
-    if not spec.has_tail:
+    if not spec.can_append:
         return None
     return scale_floor(*(None if t is None else t.to(torch.bfloat16) for t in (wp_NR, bias_N)))
 

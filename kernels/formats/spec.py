@@ -85,7 +85,7 @@ class QuantSpec:
         return 2 if new or self.to_dict().keys() & ADDED.keys() else 1
 
     @property
-    def has_tail(self) -> bool:
+    def can_append(self) -> bool:
         """Whether low-rank branch and bias may be FP8 columns of the product (Eq. 9)."""
         whole = self.rank == 0 or self.branch == PROJECT
         plain = self.transform.kind != "regular" and not self.transform.smooth

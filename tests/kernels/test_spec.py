@@ -162,11 +162,11 @@ def test_a_folder_packed_before_a_field_existed_still_loads():
 
 
 def test_only_what_the_runtime_can_put_into_a_tail_has_one():
-    assert tiny_spec(rank=8).has_tail
-    assert tiny_spec(branch="beside").has_tail  # without directions there is no branch
-    assert tiny_spec(transform="dense").has_tail
+    assert tiny_spec(rank=8).can_append
+    assert tiny_spec(branch="beside").can_append  # without directions there is no branch
+    assert tiny_spec(transform="dense").can_append
     for changes in (
         {"rank": 8, "branch": "beside"}, {"smooth": True}, {"rank": 8, "protected_bits": 8},
         {"transform": "regular", "block": 16}, {"weight_scale": "group"},
     ):  # fmt: skip
-        assert not tiny_spec(**changes).has_tail, changes
+        assert not tiny_spec(**changes).can_append, changes
