@@ -36,6 +36,7 @@ class FitBasis:
 
     version: ClassVar[str] = "2"
     resumable: ClassVar[bool] = True
+    needs = memory.basis
 
     model: DiffusersModel
     method: Method = untracked()  # noqa: RUF009 (a field without a default)
@@ -68,9 +69,6 @@ class FitBasis:
             found = {"vectors": vectors.float(), "variances": variances, "energy": energy}
             save_site(out / "sites", site.name, found)
         return {"sites": len(sites), "rank_deficient": _deficient(out, sites)}
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.basis(work, machine, self.leading)
 
 
 def _deficient(out: Path, sites: list[Site]) -> int:

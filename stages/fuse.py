@@ -47,6 +47,7 @@ class Fuse:
     """
 
     version: ClassVar[str] = "3"
+    needs = memory.fuse
 
     model: DiffusersModel
     layer_tolerance: float
@@ -101,9 +102,6 @@ class Fuse:
                 f"captured call, more than fuse.network_tolerance={self.network_tolerance:g}"
             )
         return worst | {"network_error": network}
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.fuse(work, machine)
 
 
 class FusedLinear(nn.Module):

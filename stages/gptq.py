@@ -47,6 +47,7 @@ class QuantizeWeights:
 
     version: ClassVar[str] = "4"
     resumable: ClassVar[bool] = True
+    needs = memory.gptq
 
     model: DiffusersModel
     damping: float
@@ -78,9 +79,6 @@ class QuantizeWeights:
             tensors = quantize_regularized(w_z, s_z, energy, entry, self.damping, protected, bias)
             save_site(out / "sites", site.name, tensors)
         return _summary(out, plan)
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.gptq(work, machine)
 
 
 def quantize_regularized(

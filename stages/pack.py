@@ -52,6 +52,7 @@ class Pack:
     """
 
     version: ClassVar[str] = "4"
+    needs = memory.pack
 
     model: DiffusersModel
     shard: str | int
@@ -118,9 +119,6 @@ class Pack:
             "compression": 16 * parameters / (8 * size),
             "block_parameters_kept": kept_share,
         }
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.pack(work, machine, parse_bytes(self.shard))
 
 
 class _Packed:

@@ -41,6 +41,7 @@ class ChooseRank:
     """
 
     version: ClassVar[str] = "3"
+    needs = memory.rank
 
     model: DiffusersModel
     method: Method
@@ -104,9 +105,6 @@ class ChooseRank:
     def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
         """Rank of each block site; where the energy decides, all that may be chosen from."""
         return {site.name: self._expected(site) for site in sites if site.kind == "block"}
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return (memory.sensitivities if self.worst else memory.rank)(work, machine)
 
     def _expected(self, site: Site) -> int:
         if self.r is not None:

@@ -3,9 +3,9 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -48,8 +48,6 @@ class AllocateRank:
     ``overhead``     predicted FLOPs of the protected branches as a share of a 16-bit forward's; or
                      null
     ``grid``         ranks are multiples of this (the kernels' granularity)
-    ``sensitivity``  ``measured``: each site alone is quantized and the probe calls run;
-                     ``equal``: relative errors of all sites count alike
     ``gate``         calibration prompts whose images decide between this plan and the uniform
                      rank of the same budget; 0 leaves the comparison out
     ``prompts``      where they come from; ``batch`` of them per pipeline call
@@ -64,6 +62,7 @@ class AllocateRank:
     """
 
     version: ClassVar[str] = "1"
+    needs = memory.rank_budget
 
     model: DiffusersModel
     method: Method
@@ -72,12 +71,13 @@ class AllocateRank:
     like: int | None
     overhead: float | None
     grid: int
-    sensitivity: Literal["measured", "equal"]
     gate: int
     batch: int
     worst: Mapping[str, Any] | None
     least_packed: float = untracked()
     device: str = untracked()
+    sensitivity: str = field(init=False, default="measured")
+    """Another option lost 0.3 to 0.4 dB and is gone (docs/quality.md): a constant of the recipe."""
 
     def __post_init__(self) -> None:
         budgets = {name: getattr(self, name) for name in ("bits", "like", "overhead")}
@@ -89,10 +89,6 @@ class AllocateRank:
         if self.like is not None and (self.like < 0 or self.like % self.grid):
             raise ConfigError(
                 f"rank.like={self.like} is not on the grid: use a multiple of {self.grid}"
-            )
-        if self.sensitivity not in ("measured", "equal"):
-            raise ConfigError(
-                f"rank.sensitivity={self.sensitivity!r} is unknown; use 'measured' or 'equal'"
             )
         if self.gate < 0 or self.batch < 1:
             raise ConfigError(
@@ -135,9 +131,7 @@ class AllocateRank:
 
         prices, limit = self._budget(method, sites)
         uniform = uniform_plan()
-        errors: dict[str, float] = {}
-        if self.sensitivity == "measured" or self.worst is not None:
-            errors = errors_of(uniform, set(spectra))
+        errors = errors_of(uniform, set(spectra))
         if worst := parse_worst(self.worst, method.activations.bits):
             added = worst.overrides(errors)
             method = replace(method, overrides=[*method.overrides, *added])
@@ -146,18 +140,25 @@ class AllocateRank:
             errors |= errors_of(uniform, {entry["sites"] for entry in added})
         ranks_before = {line.site.name: line.spec.rank for line in uniform.blocks}
         gains = {
-            name: _sensitivity(spectra[name], ranks_before[name], errors.get(name))
-            if self.sensitivity == "measured"
-            else 1 / max(spectra[name].energy, 1e-300)
+            name: _sensitivity(spectra[name], ranks_before[name], errors[name])
             for name in prices.each
         }
         ranks = self._filled(prices, limit, spectra, gains)
-        left = {
-            what: {name: gains[name] * spectra[name].tail(chosen[name]) for name in gains}
-            for what, chosen in (("uniform", ranks_before), ("budget", ranks))
-        }
-        _write_allocation(out, ranks_before, ranks, gains, errors, left)
-        before, after = (sum(left[what].values()) for what in ("uniform", "budget"))
+        rows = [
+            {
+                "site": name,
+                "rank": ranks[name],
+                "uniform_rank": ranks_before[name],
+                "sensitivity": gain,
+                "error_alone": errors[name],
+                "predicted_error": gain * spectra[name].tail(ranks[name]),
+                "predicted_error_uniform": gain * spectra[name].tail(ranks_before[name]),
+            }
+            for name, gain in gains.items()
+        ]
+        (out / "allocation.json").write_text(json.dumps(rows, indent=1) + "\n")
+        before = sum(row["predicted_error_uniform"] for row in rows)
+        after = sum(row["predicted_error"] for row in rows)
         metrics = {
             "uniform_rank": max(prices.uniform(prices.largest_uniform(limit, self.grid)).values()),
             "budget_spent": prices.total(ranks) / limit,
@@ -181,10 +182,6 @@ class AllocateRank:
             prices, limit = self._budget(self.method, sites)
             rank = prices.largest_uniform(limit, self.grid)
         return {s.name: min(rank, largest_rank(self.method, s, self.grid)) for s in blocks}
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        measures = self.sensitivity == "measured" or self.worst is not None
-        return memory.rank_budget(work, machine, measures, self.gate, self.batch)
 
     def _budget(self, method: Method, sites: Sequence[Site]) -> tuple[Prices, float]:
         """What directions cost under ``method``, and the limit in the setting's unit."""
@@ -266,33 +263,10 @@ def _planned(
     return make_plan(method, sites, choose)
 
 
-def _sensitivity(spectrum: Spectrum, rank: int, error: float | None) -> float:
-    """g: error of the network per unit of energy that the site's main branch quantizes."""
+def _sensitivity(spectrum: Spectrum, rank: int, error: float) -> float:
+    """Return g: error of the network per unit of energy that the site's main branch quantizes."""
     tail = spectrum.tail(rank)
-    return (error or 0.0) / tail if tail > 1e-12 * spectrum.energy else 0.0
-
-
-def _write_allocation(
-    out: Path,
-    uniform: Mapping[str, int],
-    ranks: Mapping[str, int],
-    gains: Mapping[str, float],
-    errors: Mapping[str, float],
-    left: Mapping[str, Mapping[str, float]],
-) -> None:
-    rows = [
-        {
-            "site": name,
-            "rank": ranks[name],
-            "uniform_rank": uniform[name],
-            "sensitivity": gain,
-            "error_alone": errors.get(name),
-            "predicted_error": left["budget"][name],
-            "predicted_error_uniform": left["uniform"][name],
-        }
-        for name, gain in gains.items()
-    ]
-    (out / "allocation.json").write_text(json.dumps(rows, indent=1) + "\n")
+    return error / tail if tail > 1e-12 * spectrum.energy else 0.0
 
 
 def _db(before: float, after: float) -> float:

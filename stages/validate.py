@@ -58,6 +58,7 @@ class Validate:
 
     version: ClassVar[str] = "3"
     resumable: ClassVar[bool] = True
+    needs = memory.validate
 
     model: DiffusersModel
     prompts: PromptSet
@@ -144,10 +145,6 @@ class Validate:
         if self.pairs:
             write_pairs(out / "pairs.png", *shown)
         return metrics
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        beside = self.pairs * 6 * work.pixels + 1500 * len(work.planned)
-        return memory.generation(work, machine, "validate", self.batch, self.dtype, beside)
 
     def _sets(self, out: Path, reference: Artifact) -> ImageSets:
         """Where the images to compare are."""

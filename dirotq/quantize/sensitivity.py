@@ -8,13 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from dirotq.calibrate.replay import Replay
-from dirotq.device import compute_dtype, free_host_memory
+from dirotq.device import compute_dtype
 from dirotq.errors import NumericalError
 from dirotq.kernels.linear import PointwiseView, SiteView
 from dirotq.models.call import Call
 from dirotq.pipeline.artifact import Artifact
 from dirotq.progress import track
-from dirotq.quantize.memory import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.quantize.nearest import pack_nearest
 from dirotq.quantize.plan import SitePlan
 from dirotq.sources.model import DiffusersModel
@@ -33,12 +32,12 @@ def site_errors(
     Every call passes through the network once as it is and once per site, all of these block by
     block together (dirotq/calibrate/replay.py): one block's weights are in memory, and a waiting
     call per site, in as many passes as their memory asks for. In bfloat16 (on a GPU) the rounding
-    of the network itself is a floor under every error.
+    of the network itself is a noise floor under every error.
 
     Raises NumericalError naming the site whose error is not finite.
     """
     replay = Replay.of(model, device, compute_dtype(device))
-    at_once = _copies_at_once(replay, calls, len(lines) + 1, device)
+    at_once = max(replay.make_room(calls[0], len(lines) + 1), 2)  # the plain copy and another
     sums = dict.fromkeys((line.site.name for line in lines), 0.0)
     parts = [lines[i : i + at_once - 1] for i in range(0, len(lines), at_once - 1)]
     passes = [(call, part) for call in calls for part in parts]
@@ -65,7 +64,7 @@ def _perturbed(
             if line.site.block != block:
                 continue
             packed = pack_nearest(line, basis, replay.weights, replay.device)
-            for consumer, rows in line.site.slices():
+            for linear, rows in line.site.slices():
                 view: nn.Module = SiteView(packed, rows)
                 if line.site.pointwise:
                     view = PointwiseView(view)
@@ -76,7 +75,7 @@ def _perturbed(
                     # None leaves the output as it is.
                     return view(args[0]) if replay.current == copy else None
 
-                module = replay.transformer.get_submodule(consumer)
+                module = replay.transformer.get_submodule(linear)
                 hooks.callback(module.register_forward_hook(perturb).remove)
         yield
 
@@ -89,13 +88,3 @@ def _squared_error(got: Tensor, want: Tensor, site: str) -> float:
             "captured calls; the model overflows in this precision"
         )
     return error
-
-
-def _copies_at_once(replay: Replay, calls: Sequence[Call], count: int, device: torch.device) -> int:
-    """How many copies of a call to keep on their way, at least the plain one and another."""
-    each = max(replay.state_bytes(calls[0]), 1)
-    host = HOST_SHARE * free_host_memory()
-    room = host if device.type == "cpu" else STATE_SHARE * torch.cuda.mem_get_info(device)[0]
-    at_once, replay.park = calls_at_once(each, count, room, host)
-    replay.park &= device.type == "cuda"
-    return max(at_once, 2)

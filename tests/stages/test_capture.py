@@ -125,7 +125,7 @@ def test_levelled_calls_count_alike(capture, seen, tmp_path):
 
 
 def test_calls_that_do_not_fit_go_in_several_passes(capture, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_pass_size", lambda *_: (4, False))
+    monkeypatch.setattr(module.Replay, "make_room", lambda *_: 4)
     run_stage(capture, tmp_path / "several")
     one, several = (
         zarr.open_group(folder / "moments.zarr", mode="r")
@@ -221,7 +221,7 @@ def test_an_interrupted_replay_goes_on_at_the_next_block(capture, whole, tmp_pat
 def test_an_interrupted_replay_counts_no_call_twice_however_passes_fall(
     capture, tmp_path, monkeypatch, before, after
 ):
-    monkeypatch.setattr(module, "_pass_size", lambda *_: (after, False))
+    monkeypatch.setattr(module.Replay, "make_room", lambda *_: after)
     run_stage(capture, tmp_path / "undisturbed")
     write, written = module.write_moment, []
 
@@ -232,7 +232,7 @@ def test_an_interrupted_replay_counts_no_call_twice_however_passes_fall(
         write(group, name, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_pass_size", lambda *_: (before, False))
+        patch.setattr(module.Replay, "make_room", lambda *_: before)
         patch.setattr(module, "write_moment", interrupted)
         if before == 100:
             written += ["a site"] * 3

@@ -68,5 +68,5 @@ def test_more_protected_directions_and_finer_codes_disturb_less(folder, captured
 
 
 def test_passes_and_repeated_calls_change_nothing(folder, captured, plain, monkeypatch):
-    monkeypatch.setattr(sensitivity, "calls_at_once", lambda *_: (4, False))
+    monkeypatch.setattr(sensitivity.Replay, "make_room", lambda *_: 4)
     assert measured(folder, captured, calls=2) == pytest.approx(plain, rel=1e-6)
