@@ -30,7 +30,7 @@ from dirotq.pipeline.units import Units
 from dirotq.progress import track
 from dirotq.quantize import memory
 from dirotq.quantize.moments import add_earlier, read_stored, write_moment
-from dirotq.quantize.tensors import create_array, read_array, write_rows
+from dirotq.quantize.tensors import create_array, read_array, write_array, write_rows
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
 
@@ -231,8 +231,7 @@ def _store(
             moments, site.name, site.in_features, one.tokens, total=one.total, rows=stacked
         )
         assert one.absmax is not None
-        create_array(absmax, site.name, (site.in_features,), torch.float32)
-        write_rows(absmax, site.name, 0, one.absmax)
+        write_array(absmax, site.name, one.absmax)
         if first:
             create_array(samples, site.name, (of, site.in_features), torch.bfloat16)
         if rows:

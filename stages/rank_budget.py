@@ -29,6 +29,7 @@ from dirotq.quantize.planning import (
     largest_rank,
     make_plan,
     read_spectrum,
+    refuse_rules,
 )
 from dirotq.quantize.prices import Prices, in_bits, in_forwards, refuse_unpriced
 from dirotq.quantize.sensitivity import site_errors
@@ -45,7 +46,7 @@ class AllocateRank:
 
     ``bits``         bits per parameter to stay within, everything counted; or null
     ``like``         the bits that this rank takes if every site has it; or null
-    ``overhead``     predicted FLOPs of the protected branches as a share of a 16-bit forward's; or
+    ``overhead``     predicted FLOPs of the low-rank branches as a share of a 16-bit forward's; or
                      null
     ``grid``         ranks are multiples of this (the kernels' granularity)
     ``gate``         calibration prompts whose images decide between this plan and the uniform
@@ -57,7 +58,7 @@ class AllocateRank:
     Exactly one of ``bits``, ``like`` and ``overhead`` is set. Writes ``plan.json``, ``kept.json``
     and ``allocation.json`` (per site: rank, sensitivity, energy left, at both plans).
 
-    Raises ConfigError for a budget that can't be met or can't be spent, or a method whose protected
+    Raises ConfigError for a budget that can't be met or can't be spent, or a method whose low-rank
     branch does not project; :meth:`check` does so before anything runs.
     """
 
@@ -80,12 +81,9 @@ class AllocateRank:
     """Another option lost 0.3 to 0.4 dB and is gone (docs/quality.md): a constant of the recipe."""
 
     def __post_init__(self) -> None:
-        budgets = {name: getattr(self, name) for name in ("bits", "like", "overhead")}
-        if sum(value is not None for value in budgets.values()) != 1:
-            said = ", ".join(f"rank.{name}={value}" for name, value in budgets.items())
-            raise ConfigError(f"{said}: set exactly one of them and leave the others null")
-        if self.grid < 1:
-            raise ConfigError(f"rank.grid={self.grid}: use at least 1; the kernels want 8")
+        refuse_rules(
+            {name: getattr(self, name) for name in ("bits", "like", "overhead")}, self.grid
+        )
         if self.like is not None and (self.like < 0 or self.like % self.grid):
             raise ConfigError(
                 f"rank.like={self.like} is not on the grid: use a multiple of {self.grid}"
@@ -98,7 +96,7 @@ class AllocateRank:
         refuse_unpriced(self.method)
 
     def check(self) -> None:
-        """Everything about the plan that shapes and prompts can refute."""
+        """Refuse, before anything runs, what shapes and prompts can refute."""
         sites = self.model.sites()
         refuse_few(self.model.skeleton(), sites, self.least_packed)
         check_plan(self.method, sites, self.grid, lambda s: largest_rank(self.method, s, self.grid))
@@ -143,7 +141,14 @@ class AllocateRank:
             name: _sensitivity(spectra[name], ranks_before[name], errors[name])
             for name in prices.each
         }
-        ranks = self._filled(prices, limit, spectra, gains)
+        names = list(gains)
+        steps, _ = water_fill(
+            [gains[n] * spectra[n].steps(self.grid, prices.most[n]) for n in names],
+            [self.grid * prices.each[n] for n in names],
+            # A budget that is a sum of prices must not be missed by its last bit.
+            prices.room(limit) * (1 + 1e-12),
+        )
+        ranks = {name: self.grid * count for name, count in zip(names, steps, strict=True)}
         rows = [
             {
                 "site": name,
@@ -159,10 +164,12 @@ class AllocateRank:
         (out / "allocation.json").write_text(json.dumps(rows, indent=1) + "\n")
         before = sum(row["predicted_error_uniform"] for row in rows)
         after = sum(row["predicted_error"] for row in rows)
+        # How many dB of error are predicted to go; 0 where there is none.
+        ratio = torch.tensor([before, after], dtype=torch.float64).clamp_min(1e-300)
         metrics = {
             "uniform_rank": max(prices.uniform(prices.largest_uniform(limit, self.grid)).values()),
             "budget_spent": prices.total(ranks) / limit,
-            "predicted_gain_db": _db(before, after),
+            "predicted_gain_db": float(10 * (ratio[0] / ratio[1]).log10()),
         }
         if after < before:
             budgeted = _planned(method, sites, ranks, spectra, "budget")
@@ -175,7 +182,7 @@ class AllocateRank:
         return planned.metrics(self.model) | metrics | judged
 
     def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
-        """The uniform rank of the same budget."""
+        """Return the uniform rank of the same budget, per block site."""
         blocks = [site for site in sites if site.kind == "block"]
         rank = self.like
         if rank is None:
@@ -184,7 +191,7 @@ class AllocateRank:
         return {s.name: min(rank, largest_rank(self.method, s, self.grid)) for s in blocks}
 
     def _budget(self, method: Method, sites: Sequence[Site]) -> tuple[Prices, float]:
-        """What directions cost under ``method``, and the limit in the setting's unit."""
+        """Return what directions cost under ``method``, and the limit in the setting's unit."""
         if self.overhead is not None:
             work = Workload(
                 model=self.model, method=method, ranks=self, calibration=1, heldout=1, batch=1,
@@ -199,26 +206,10 @@ class AllocateRank:
         prices.check(limit, "rank.bits" if self.overhead is None else "rank.overhead")
         return prices, limit
 
-    def _filled(
-        self,
-        prices: Prices,
-        limit: float,
-        spectra: Mapping[str, Spectrum],
-        gains: Mapping[str, float],
-    ) -> dict[str, int]:
-        names = list(prices.each)
-        steps, _ = water_fill(
-            [gains[n] * spectra[n].steps(self.grid, prices.most[n]) for n in names],
-            [self.grid * prices.each[n] for n in names],
-            # A budget that is a sum of prices must not be missed by its last bit.
-            prices.room(limit) * (1 + 1e-12),
-        )
-        return {name: self.grid * count for name, count in zip(names, steps, strict=True)}
-
     def _gated(
         self, budgeted: Planned, uniform: Planned, basis: Artifact, device: torch.device
     ) -> tuple[Planned, dict[str, float]]:
-        """The plan whose images are nearer to the 16-bit ones, and how the two compare."""
+        """Return the plan whose images are nearer to the 16-bit ones, and how the two compare."""
         if not self.gate:
             log.info("rank: the budget plan was not compared with a uniform rank (rank.gate=0)")
             return budgeted, {"fell_back": 0}
@@ -267,9 +258,3 @@ def _sensitivity(spectrum: Spectrum, rank: int, error: float) -> float:
     """Return g: error of the network per unit of energy that the site's main branch quantizes."""
     tail = spectrum.tail(rank)
     return error / tail if tail > 1e-12 * spectrum.energy else 0.0
-
-
-def _db(before: float, after: float) -> float:
-    """How many dB of error are predicted to go; 0 where there is none."""
-    ratio = torch.tensor([before, after], dtype=torch.float64).clamp_min(1e-300)
-    return float(10 * (ratio[0] / ratio[1]).log10())

@@ -19,7 +19,7 @@ class HostArena:
         self._used = 0
 
     def take(self, size: int) -> Tensor:
-        """``size`` bytes, uint8, uninitialized."""
+        """Return ``size`` bytes, uint8, uninitialized."""
         if self._used + size > len(self._slab):
             slab = max(SLAB, 1 << (size - 1).bit_length())
             self._slab = torch.empty(slab, dtype=torch.uint8, pin_memory=True)
@@ -29,7 +29,7 @@ class HostArena:
         return self._slab[start : start + size]
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of ``tensor`` here."""
+        """Return a copy of ``tensor`` here."""
         tensor = tensor.contiguous()
         copy = self.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
         return copy.copy_(tensor)

@@ -109,7 +109,7 @@ class Replay:
         return at_once
 
     def _state_bytes(self, call: Call) -> int:
-        """What one waiting call holds on to: the tensors that its first block is given."""
+        """Return what one waiting call holds on to: the tensors that its first block is given."""
         forward = _Forward(self, 0, call)
         forward.proceed()
         size = sum(storage.nbytes() for storage in forward.storages)

@@ -29,19 +29,19 @@ class Prices:
     unit: float
 
     def total(self, ranks: Mapping[str, int]) -> float:
-        """In the setting's unit."""
+        """Return the cost in the setting's unit."""
         return (self.base + sum(self.each[s] * ranks[s] for s in self.each)) / self.unit
 
     def uniform(self, rank: int) -> dict[str, int]:
-        """The same rank everywhere, as far as each site has it."""
+        """Return the same rank everywhere, as far as each site has it."""
         return {site: min(rank, most) for site, most in self.most.items()}
 
     def room(self, limit: float) -> float:
-        """What ``limit`` (the setting's unit) leaves for directions, in the unit of ``each``."""
+        """Return what ``limit`` (the setting's unit) leaves for directions, in that of ``each``."""
         return limit * self.unit - self.base
 
     def largest_uniform(self, limit: float, grid: int) -> int:
-        """The largest rank that, taken everywhere, stays within ``limit``."""
+        """Return the largest rank that, taken everywhere, stays within ``limit``."""
         rank = 0
         while rank < max(self.most.values()) and self.total(self.uniform(rank + grid)) <= limit:
             rank += grid
@@ -60,7 +60,7 @@ class Prices:
 
 
 def in_bits(model: DiffusersModel, method: Method, sites: Sequence[Site], grid: int) -> Prices:
-    """Bits per parameter of the packed transformer, everything counted (dirotq/packed/swap.py)."""
+    """Price bits per parameter of the packed transformer (dirotq/packed/swap.py)."""
     free, most = _free(method, sites, grid)
     entries = [(site, spec) for site in sites if (spec := method.spec(site, 0)) is not None]
     skeleton = model.skeleton()
@@ -70,8 +70,9 @@ def in_bits(model: DiffusersModel, method: Method, sites: Sequence[Site], grid: 
 
 
 def in_forwards(work: Workload, method: Method, grid: int) -> Prices:
-    """Overhead of a denoiser call: FLOPs of the protected branches over those of its
-    16-bit forward, at the size the model is called with.
+    """Price FLOPs of the low-rank branches as a share of the 16-bit forward's.
+
+    Of one denoiser call, at the size the model is called with.
 
     A direction of a site costs 2 (2 D + N) FLOPs per token: c = x P, c Pᵀ and c Vᵀ. Both sides of
     the share run in 16 bits, so a machine's rate cancels out. No measurement stands behind it.
@@ -90,8 +91,9 @@ def in_forwards(work: Workload, method: Method, grid: int) -> Prices:
 
 
 def refuse_unpriced(method: Method) -> None:
-    """Raise ConfigError for a method whose protected branch does not take energy out of the main
-    one at a price per direction."""
+    """Raise ConfigError for a method whose directions take no energy out of the main branch at a
+    price each.
+    """
     branch = method.branch
     if branch != PROJECT or method.transform.kind == "dense":
         raise ConfigError(
@@ -103,20 +105,19 @@ def refuse_unpriced(method: Method) -> None:
 
 
 def _free(method: Method, sites: Sequence[Site], grid: int) -> tuple[list[Site], dict[str, int]]:
-    """Block sites whose rank nothing fixes, and the most that each can have."""
-    free = []
-    for site in sites:
-        override = method.override(site)
-        fixed = override is not None and (override.keep, override.rank) != (None, None)
-        if method.protects(site) and not fixed:
-            free.append(site)
+    """Return block sites whose rank nothing fixes, and the most that each can have."""
+    free = [
+        site
+        for site in sites
+        if method.protects(site) and not ((o := method.override(site)) and o.decides)
+    ]
     if not free:
         raise ConfigError("rank=budget: method.overrides fix every site; nothing is left to choose")
     return free, {site.name: largest_rank(method, site, grid) for site in free}
 
 
 def _direction_bits(method: Method, site: Site, grid: int) -> float:
-    """Bits of one more direction, P's and V's columns: 16 (D + N) with both in 16 bits."""
+    """Return bits of one more direction, P's and V's columns: 16 (D + N) with both in 16 bits."""
     most = largest_rank(method, site, grid)
     low, high = method.spec(site, 0), method.spec(site, most)
     assert low is not None and high is not None

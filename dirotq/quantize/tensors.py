@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 import zarr
 from safetensors import SafetensorError
@@ -17,13 +16,8 @@ BYTES_PER_CHUNK = 16 << 20
 AGAIN = "run the same command again: it makes that part anew"
 
 
-def create_array(
-    group: zarr.Group,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-) -> None:
-    """An array in chunks along its first axis, replacing one of that name.
+def create_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Create an array in chunks along its first axis, replacing one of that name.
 
     bfloat16, which Zarr lacks, is kept as its bits.
     """
@@ -42,15 +36,22 @@ def create_array(
     )
 
 
+def write_array(group: zarr.Group, name: str, tensor: Tensor) -> None:
+    """Write a whole array, replacing one of that name."""
+    create_array(group, name, tuple(tensor.shape), tensor.dtype)
+    write_rows(group, name, 0, tensor)
+
+
 def write_rows(group: zarr.Group, name: str, start: int, rows: Tensor) -> None:
     """Write ``rows`` [n, ...] at row ``start``, in the array's dtype. One writer per chunk."""
     array = _array(group, name)
     rows = rows.to(_dtype(array)).cpu().contiguous()
-    array[start : start + len(rows)] = _numpy(rows)
+    bits = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
+    array[start : start + len(rows)] = bits.numpy()
 
 
 def read_array(group: zarr.Group, name: str) -> Tensor:
-    """The whole array as a tensor of the dtype it was written in.
+    """Read the whole array as a tensor of the dtype it was written in.
 
     Raises ArtifactError if it is not there, damaged, or lacks a chunk (Zarr would read zeros).
     """
@@ -78,7 +79,7 @@ def save_site(folder: Path, site: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_site(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """What :func:`save_site` wrote, on ``device``.
+    """Read what :func:`save_site` wrote, on ``device``.
 
     Raises ArtifactError if the file is gone or no whole safetensors file.
     """
@@ -89,7 +90,7 @@ def load_site(path: Path, device: torch.device | str = "cpu") -> dict[str, Tenso
 
 
 def site_file(site: str) -> str:
-    """The name of a site's file. Raises UnsupportedError for a site that names a folder too."""
+    """Return the name of a site's file. Raises UnsupportedError for one that names a folder too."""
     if "/" in site:
         raise UnsupportedError(f"site {site}: a module with '/' in its name has no file of its own")
     return f"{site}.safetensors"
@@ -112,7 +113,3 @@ def _place(group: zarr.Group, name: str) -> str:
 
 def _dtype(array: zarr.Array) -> torch.dtype:
     return getattr(torch, str(array.attrs["torch_dtype"]))
-
-
-def _numpy(rows: Tensor) -> np.ndarray:
-    return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()
