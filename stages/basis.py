@@ -14,9 +14,8 @@ from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
-from dirotq.quantize.prefetch import unfinished
 from dirotq.quantize.spectrum import principal_basis
-from dirotq.quantize.tensors import load_site, save_site, site_file
+from dirotq.quantize.tensors import load_site, save_site, site_file, unfinished
 from dirotq.sources.model import DiffusersModel
 
 

@@ -18,9 +18,8 @@ from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.nearest import nearest
 from dirotq.quantize.plan import SitePlan, read_plan
-from dirotq.quantize.prefetch import unfinished
 from dirotq.quantize.rotation import site_rotation
-from dirotq.quantize.tensors import load_site, save_site, site_file
+from dirotq.quantize.tensors import load_site, save_site, site_file, unfinished
 from dirotq.sources.model import DiffusersModel
 
 ROUNDING = (2.0**-22, 2.0**-18, 2.0**-14)

@@ -18,14 +18,12 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
-from dirotq.quantize.low_rank import svd_branch, weighted_branch
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
-from dirotq.quantize.prefetch import unfinished
+from dirotq.quantize.rivals import best, smoothing, svd_branch, weighted_branch
 from dirotq.quantize.rotation import Rotation
-from dirotq.quantize.smoothing import best, smoothing
 from dirotq.quantize.spectrum import principal_basis
-from dirotq.quantize.tensors import load_site, save_site, site_file
+from dirotq.quantize.tensors import load_site, save_site, site_file, unfinished
 from dirotq.sources.model import DiffusersModel
 
 

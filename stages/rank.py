@@ -13,10 +13,10 @@ from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.quantize import memory
+from dirotq.quantize.measure import site_errors
 from dirotq.quantize.overrides import check_worst, parse_worst
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import check_plan, make_plan, read_spectrum, refuse_rules
-from dirotq.quantize.sensitivity import site_errors
 from dirotq.sources.model import DiffusersModel
 
 
@@ -98,7 +98,7 @@ class ChooseRank:
         return planned.metrics(self.model)
 
     def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
-        """Return the rank of each block site; where the energy decides, all that may be chosen from."""
+        """Return the rank of each block site, or where the energy decides, the most it may be."""
         return {site.name: self._expected(site) for site in sites if site.kind == "block"}
 
     def _expected(self, site: Site) -> int:

@@ -18,8 +18,8 @@ from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.quantize import memory
-from dirotq.quantize.ab_check import plans_psnr
-from dirotq.quantize.allocation import water_fill
+from dirotq.quantize.budget import Prices, in_bits, in_forwards, refuse_unpriced, water_fill
+from dirotq.quantize.measure import plans_psnr, site_errors
 from dirotq.quantize.overrides import check_worst, parse_worst
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import (
@@ -31,8 +31,6 @@ from dirotq.quantize.planning import (
     read_spectrum,
     refuse_rules,
 )
-from dirotq.quantize.prices import Prices, in_bits, in_forwards, refuse_unpriced
-from dirotq.quantize.sensitivity import site_errors
 from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet

@@ -20,7 +20,7 @@ from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import Prompt
 
-from .host import HostArena
+from .replay import HostArena
 
 log = logging.getLogger(__name__)
 

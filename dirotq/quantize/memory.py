@@ -84,7 +84,7 @@ def rank(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 def rank_budget(stage: Any, work: Workload, machine: Machine) -> Needs:
     """The most that its parts need: spectra, sensitivities, and the images of the A/B check's
-    prompts (dirotq/quantize/ab_check.py).
+    prompts (dirotq/quantize/measure.py).
     """
     parts = [_spectra(work, machine), _sensitivities(work, machine)]
     if stage.gate:
@@ -157,7 +157,7 @@ def _spectra(work: Workload, machine: Machine) -> Needs:
 
 
 def _sensitivities(work: Workload, machine: Machine) -> Needs:
-    """One block, and a waiting call for each of its sites (dirotq/quantize/sensitivity.py)."""
+    """One block, and a waiting call for each of its sites (dirotq/quantize/measure.py)."""
     waiting, parked = _waiting(work, machine, len(work.block_sites) + 1, machine.vram)
     block = 2 * machine.width * work.block_parameters + 8 * 3 * work.largest_weight
     device = block + _activations(work, work.samples, machine.width) + waiting

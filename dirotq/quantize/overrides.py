@@ -135,8 +135,8 @@ def check_overrides(
             )
         if override.rank is not None and override.rank % grid:
             raise ConfigError(
-                f"method.overrides[{index}].rank={override.rank} is not on the grid: use a multiple "
-                f"of {grid}"
+                f"method.overrides[{index}].rank={override.rank} is not on the grid: use a "
+                f"multiple of {grid}"
             )
     blocks = [site for site in sites if site.kind == "block"]
     if blocks and all((o := override_of(overrides, s)) and o.keep for s in blocks):

@@ -10,9 +10,9 @@ from tiny_line import method, overrides, run, run_stage, with_spectra
 from dirotq.errors import ConfigError
 from dirotq.packed.swap import effective_bits
 from dirotq.pipeline.config import compose_config
+from dirotq.quantize.measure import site_errors
 from dirotq.quantize.plan import read_plan
 from dirotq.quantize.planning import read_spectrum
-from dirotq.quantize.sensitivity import site_errors
 from dirotq.stages import rank_budget
 from dirotq.stages.rank_budget import AllocateRank
 
