@@ -71,14 +71,15 @@ class FitBasis:
 
 
 def _deficient(out: Path, sites: list[Site]) -> int:
-    """Sites whose kept directions hold all there is, though they are not all directions, and
-    sites with a variance of zero."""
+    """Count sites whose kept directions hold all there is, though they are not all directions.
+
+    Sites with a variance of zero count too.
+    """
     count = 0
     for site in sites:
         found = load_site(out / "sites" / site_file(site.name))
         variances, energy = found["variances"], float(found["energy"])
-        all_held = (
-            len(variances) < site.in_features and float(variances.sum()) > (1 - 1e-9) * energy
-        )
+        few = len(variances) < site.in_features
+        all_held = few and float(variances.sum()) > (1 - 1e-9) * energy
         count += all_held or bool(variances[0] < 1e-9 * variances[-1])
     return count

@@ -72,8 +72,8 @@ class Fuse:
             rotation = site_rotation(entries[site], basis, device)
             linear = FusedLinear(rotation, weight, bias)
             rows = captured.rows(site).to(device)
-            error = prove_layer(site, linear, weight, bias, rows, self.layer_tolerance)
-            stored, rounding = stored_halves(linear, rotation, bias)
+            error = prove_layer(site, linear, weight, rows, self.layer_tolerance)
+            stored, rounding = stored_halves(linear, rotation)
             save_site(out / "sites", site.name, stored)
             worst["layer_error"] = max(worst["layer_error"], error)
             worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
@@ -134,19 +134,14 @@ class FusedLinear(nn.Module):
 
 
 def prove_layer(
-    site: Site,
-    linear: FusedLinear,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    tolerance: float,
+    site: Site, linear: FusedLinear, weight: Tensor, x: Tensor, tolerance: float
 ) -> float:
     """Return the relative error of a fused linear on rows x, in float64.
 
     Raises NumericalError naming the site if it exceeds ``tolerance``.
     """
     x = x.double()
-    want = x @ weight.double().mT + (0 if bias is None else bias.double())
+    want = x @ weight.double().mT + (0 if linear.bias is None else linear.bias.double())
     error = relative_error(linear(x), want)
     if not error <= tolerance:
         raise NumericalError(
@@ -157,20 +152,14 @@ def prove_layer(
     return error
 
 
-def stored_halves(
-    linear: FusedLinear, rotation: Rotation, bias: Tensor | None
-) -> tuple[dict[str, Tensor], float]:
+def stored_halves(linear: FusedLinear, rotation: Rotation) -> tuple[dict[str, Tensor], float]:
     """Return what is stored of a site besides its codes, and the relative rounding error of wp."""
-    halves = {
-        "basis": linear.basis, "rotation": linear.rotation, "smooth": linear.smooth, "bias": bias
-    }  # fmt: skip
+    halves = {name: getattr(linear, name) for name in ("basis", "rotation", "smooth", "bias")}
     stored = {name: t.to(torch.bfloat16) for name, t in halves.items() if t is not None}
     if linear.protected is None:
         return stored, 0.0
     wp = rotation.stored(linear.protected)
-    kept = (
-        wp["wp"].float() * wp.get("wpscale", torch.ones(1, device=linear.protected.device)).float()
-    )
+    kept = wp["wp"].float() * (wp["wpscale"].float() if "wpscale" in wp else 1)
     return stored | wp, relative_error(kept, linear.protected)
 
 

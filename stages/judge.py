@@ -205,7 +205,7 @@ class Judge:
 
 
 def _headline(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The scalars that a sweep compares; shares that nothing was found for are left out."""
+    """Return the scalars that a multirun compares; shares that were not found are left out."""
     metrics: dict[str, float] = {}
     for name, comparison in found.items():
         prefix = "" if name == "packed" else f"{name}_"

@@ -63,12 +63,8 @@ class Pack:
     def run(
         self, out: Path, *, rank: Artifact, gptq: Artifact, fuse: Artifact
     ) -> Mapping[str, float]:
-        from dirotq.quantizer import (
-            STORED,
-            DirotqConfig,
-            mark_packed,
-            stored_dtype,
-        )  # slow: diffusers
+        # Slow: diffusers.
+        from dirotq.quantizer import STORED, DirotqConfig, mark_packed, stored_dtype
 
         plan = read_plan(rank.file("plan.json"))
         folder = out / "model"

@@ -147,7 +147,7 @@ class AllocateRank:
             prices.room(limit) * (1 + 1e-12),
         )
         ranks = {name: self.grid * count for name, count in zip(names, steps, strict=True)}
-        rows = [
+        rows: list[dict[str, Any]] = [
             {
                 "site": name,
                 "rank": ranks[name],

@@ -29,8 +29,8 @@ class Reference:
     ``dtype``   ``float32``, ``bfloat16``, or ``auto``: what the device computes in
 
     Writes ``images.zarr`` (dirotq/evaluate/images.py) with ``original`` and, if asked for,
-    ``floor``: the same prompts and noise through other kernels, as another machine would run them.
-    No method can be expected to be closer to ``original`` than ``floor`` is.
+    ``floor`` (the noise floor): the same prompts and noise through other kernels, as another
+    machine would run them. No method can be expected to be closer to ``original``.
     """
 
     version: ClassVar[str] = "1"

@@ -147,7 +147,7 @@ class Validate:
         return metrics
 
     def _sets(self, out: Path, reference: Artifact) -> ImageSets:
-        """Where the images to compare are."""
+        """Find the images to compare."""
         theirs = reference.tree("images.zarr")
         places = {PACKED: (out / "images.zarr", PACKED), ORIGINAL: (theirs, ORIGINAL)}
         if (count := len(read_seconds(theirs, ORIGINAL))) != self.prompts.count:
@@ -160,7 +160,7 @@ class Validate:
         return ImageSets(places, self.prompts.count, self.batch)
 
     def _pipeline(self, pack: Artifact, device: torch.device, theirs: Path) -> Any:
-        """The packed pipeline, in the precision that the 16-bit images were made in."""
+        """Load the packed pipeline, in the precision that the 16-bit images were made in."""
         dtype = choose_dtype(self.dtype, device)
         made = made_in(theirs, ORIGINAL)
         if made != _plain(dtype):
@@ -181,7 +181,7 @@ class Validate:
     def _sites(
         self, packed: nn.Module, plan: list[SitePlan], capture: Artifact, device: torch.device
     ) -> list[dict[str, Any]]:
-        """Output SQNR of every site on its sampled rows, with its line of the plan."""
+        """Measure the output SQNR of every site on its sampled rows, with its line of the plan."""
         captured, weights = Captured(capture), self.model.weights()
         found = []
         for entry in plan:
@@ -206,7 +206,7 @@ class Validate:
 
 
 def _headline(report: Mapping[str, Any], scores: Scores) -> dict[str, float]:
-    """The scalars that a sweep compares."""
+    """Return the scalars that a multirun compares."""
     seconds = report["seconds_per_image"]
     block = [site["sqnr_db"] for site in report["sites"] if site["kind"] == "block"]
     metrics = scores.headline() | {

@@ -113,7 +113,7 @@ def refuse_unpriced(method: Method) -> None:
 def water_fill(
     gains_SK: Sequence[Tensor], prices_S: Sequence[float], budget: float
 ) -> tuple[list[int], float]:
-    """Steps that each site takes, and what is left of the budget.
+    """Return steps that each site takes, and what is left of the budget.
 
     gains_SK  what each site's 1st, 2nd, ... step gains, >= 0 and falling, one [K_s] per site
     prices_S  what one step of a site costs, > 0

@@ -83,23 +83,17 @@ def rank(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 
 def rank_budget(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """The most that its parts need: spectra, sensitivities, and the images of the A/B check's
-    prompts (dirotq/quantize/measure.py).
-    """
+    """Take the most of spectra, sensitivities and the A/B check's images (quantize/measure.py)."""
     parts = [_spectra(work, machine), _sensitivities(work, machine)]
     if stage.gate:
-        device = machine.width * work.parameters + _components(work)
-        device += _image_peak(work, stage.batch, machine.width)
+        images = _image_peak(work, stage.batch, machine.width)
+        device = machine.width * work.parameters + _components(work) + images
         host, disk = 24 * stage.gate * work.pixels, 1200 * len(work.sites)
         lower = "rank.gate=0 (which leaves the comparison out), rank.batch=1"
         parts.append(_needs(machine, device, host, disk, lower, bound=True))
-    return Needs(
-        vram=max(part.vram for part in parts),
-        ram=max(part.ram for part in parts),
-        disk=max(part.disk for part in parts),
-        bound=True,
-        lower=", ".join(part.lower for part in parts if part.lower),
-    )
+    vram, ram, disk = (max(getattr(p, what) for p in parts) for what in ("vram", "ram", "disk"))
+    lower = ", ".join(part.lower for part in parts if part.lower)
+    return Needs(vram=vram, ram=ram, disk=disk, bound=True, lower=lower)
 
 
 def gptq(stage: Any, work: Workload, machine: Machine) -> Needs:
@@ -121,7 +115,7 @@ def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 
 def pack(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """The packed transformer, a shard at a time, and a copy of all other components."""
+    """Write the packed transformer, a shard at a time, and copy all other components."""
     packed = sum(work.packed.values())
     host, disk = SHARDS * min(packed, parse_bytes(stage.shard)), packed + _components(work)
     return _needs(machine, 0, host, disk, "pack.shard=1GB", bound=True)
@@ -168,7 +162,7 @@ def _sensitivities(work: Workload, machine: Machine) -> Needs:
 def _generation(
     work: Workload, machine: Machine, stage: str, batch: int, dtype: str, beside: int, sets: int
 ) -> Needs:
-    """The whole pipeline, and ``batch`` of the held-out images at a time.
+    """Hold the whole pipeline, and ``batch`` of the held-out images at a time.
 
     stage   whose settings they are;  dtype  as of dirotq.device.choose_dtype
     beside  further bytes on the disk;  sets  how many times all images are made
@@ -214,7 +208,7 @@ def _image_peak(work: Workload, batch: int, width: int) -> float:
 
 
 def _block_read(work: Workload) -> int:
-    """A block's weights as they pass through host memory, 16 bits each."""
+    """Return a block's weights as they pass through host memory, 2 bytes each."""
     return 2 * work.block_parameters
 
 

@@ -39,11 +39,11 @@ class Rounded(NamedTuple):
     """Least scale of each row for its FP8 tail, bfloat16 [N, 1]."""
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes times steps, [N, K]."""
+        """Return codes times steps, [N, K]."""
         return dequantize_weight(self.codes, self.step, dtype)
 
     def stored(self, spec: QuantSpec) -> dict[str, Tensor]:
-        """The buffers of a packed linear that hold them."""
+        """Return the buffers of a packed linear that hold them."""
         found = {"qweight": pack_codes(self.codes, spec.weights.element), "wscale": self.wscale}
         return found if self.wglobal is None else found | {"wglobal": self.wglobal}
 
@@ -75,7 +75,7 @@ def nearest(
 def pack_nearest(
     entry: SitePlan, basis: Artifact, weights: Weights, device: torch.device
 ) -> QuantLinear:
-    """What ``gptq``, ``fuse`` and ``pack`` would make of a site with method.rounding=nearest.
+    """Make what ``gptq``, ``fuse`` and ``pack`` would of a site with method.rounding=nearest.
 
     All columns count alike in the search for a clipped scale: second moments of the main branch
     are not computed here.

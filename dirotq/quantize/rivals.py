@@ -41,7 +41,7 @@ class LowRank:
 
 
 def svd_branch(w_ND: Tensor, smooth_D: Tensor | None, leading: int | None) -> LowRank:
-    """The best approximation of the smoothed weights W / m (SVDQuant, arXiv 2411.05007).
+    """Return the best approximation of the smoothed weights W / m (SVDQuant, arXiv 2411.05007).
 
     w_ND      float, [N, D]
     smooth_D  m, [D]: the main branch reads x * m; None for ones
@@ -57,7 +57,7 @@ def svd_branch(w_ND: Tensor, smooth_D: Tensor | None, leading: int | None) -> Lo
 def weighted_branch(
     w_ND: Tensor, s_DD: Tensor, regularization: float, leading: int | None
 ) -> LowRank:
-    """The branch with the least output error: argmin_L E|x (W - L)ᵀ|² over rank-R L.
+    """Return the branch of least output error: argmin_L E|x (W - L)ᵀ|² over rank-R L.
 
     With S + λ mean(diag S) I = C Cᵀ it is the truncated SVD of W C, times C⁻¹ (weighted
     Eckart-Young; SVD-LLM, arXiv 2403.07378, compresses by it).
@@ -84,7 +84,7 @@ def weighted_branch(
 
 
 def smoothing(absmax_D: Tensor, w_ND: Tensor, alpha: float) -> Tensor:
-    """The factor of each channel, float32 [D], geometric mean 1 (SmoothQuant, arXiv 2211.10438).
+    """Return each channel's factor, float32 [D], geometric mean 1 (SmoothQuant, arXiv 2211.10438).
 
     absmax_D  largest magnitudes of the activation, [D]
     alpha   0 smooths nothing but levels the weights, 1 moves all of the activation's range
@@ -97,7 +97,7 @@ def smoothing(absmax_D: Tensor, w_ND: Tensor, alpha: float) -> Tensor:
 
 
 def simulated(rotation: Rotation, w_ND: Tensor, x_TD: Tensor, *, clip: bool) -> Tensor:
-    """x Wᵀ with codes of nearest rounding on both sides: float32 [T, N].
+    """Compute x Wᵀ with codes of nearest rounding on both sides: float32 [T, N].
 
     What a candidate is compared by before GPTQ: the packed linear's own arithmetic, without bias.
     """
@@ -113,7 +113,7 @@ def simulated(rotation: Rotation, w_ND: Tensor, x_TD: Tensor, *, clip: bool) -> 
 
 
 def best(candidates: Iterable[tuple[Rotation, T]], w_ND: Tensor, x_TD: Tensor, *, clip: bool) -> T:
-    """What comes with the rotation that has the least output error on sampled rows."""
+    """Return what comes with the rotation of the least output error on sampled rows."""
     want = x_TD @ w_ND.mT
 
     def error(candidate: tuple[Rotation, T]) -> float:

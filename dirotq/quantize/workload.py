@@ -5,10 +5,9 @@ Letters: T tokens of a site in one call for one prompt, D channels, N outputs, R
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from dirotq.files.json_file import read_json
 from dirotq.kernels.formats.spec import QuantSpec
@@ -28,19 +27,12 @@ SEPARATE = ("WanTransformer3DModel", "QwenImageTransformer2DModel")
 TILE_BYTES = 4 * TILE**2
 
 
-class Ranks(Protocol):
-    """What chooses ranks, before it has seen an activation."""
-
-    def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
-        """The rank of each block site: what will be chosen, or an upper estimate of it."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """A model, how it is called, and how much of that a run asks for (conf: ``workload``).
 
-    ``ranks``        stage ``rank``: tells how many directions a site will protect, as far as known
+    ``ranks``        stage ``rank``: its ``expected(sites)`` tells {site: directions that it will
+                     protect}, or an upper estimate
     ``calibration``  prompts to capture; ``heldout`` prompts to validate on
     ``batch``        prompts per pipeline call; ``calls`` denoiser calls to record (per prompt)
 
@@ -50,7 +42,7 @@ class Workload:
 
     model: DiffusersModel
     method: Method
-    ranks: Ranks
+    ranks: Any
     calibration: int
     heldout: int
     batch: int
@@ -179,7 +171,7 @@ class Workload:
         return 2 * (latents + self.text_tokens * text)
 
     def moment_bytes(self, site: Site) -> int:
-        """What ``capture`` keeps of a site: its triangle, or its rows where those are fewer."""
+        """Return bytes that ``capture`` keeps of a site: a triangle, or rows if those are fewer."""
         seen = self.tokens(site) * self.recorded
         if seen <= site.in_features // 2:
             return 2 * seen * site.in_features
