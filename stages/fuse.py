@@ -73,10 +73,13 @@ class Fuse:
             linear = FusedLinear(rotation, weight, bias)
             rows = captured.rows(site).to(device)
             error = prove_layer(site, linear, weight, rows, self.layer_tolerance)
-            stored, rounding = stored_halves(linear, rotation)
+            stored = rotation.stored(linear.protected, bias)
             save_site(out / "sites", site.name, stored)
             worst["layer_error"] = max(worst["layer_error"], error)
-            worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
+            if linear.protected is not None:
+                kept = stored["wp"].float() * stored.get("wpscale", linear.protected.new_ones(1))
+                rounding = relative_error(kept, linear.protected)
+                worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
             return linear
 
         with full_float32():
@@ -150,17 +153,6 @@ def prove_layer(
             "are damaged"
         )
     return error
-
-
-def stored_halves(linear: FusedLinear, rotation: Rotation) -> tuple[dict[str, Tensor], float]:
-    """Return what is stored of a site besides its codes, and the relative rounding error of wp."""
-    halves = {name: getattr(linear, name) for name in ("basis", "rotation", "smooth", "bias")}
-    stored = {name: t.to(torch.bfloat16) for name, t in halves.items() if t is not None}
-    if linear.protected is None:
-        return stored, 0.0
-    wp = rotation.stored(linear.protected)
-    kept = wp["wp"].float() * (wp["wpscale"].float() if "wpscale" in wp else 1)
-    return stored | wp, relative_error(kept, linear.protected)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

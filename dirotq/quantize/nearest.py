@@ -83,17 +83,9 @@ def pack_nearest(
     rotation = site_rotation(entry, basis, device)
     weight, bias = weights.stacked(entry.site, device)
     main, protected = rotation.weights(weight)
-    stored = {
-        "basis": rotation.basis_DR,
-        "rotation": rotation.rotation_DK,
-        "smooth": rotation.smooth_D,
-        "bias": None if bias is None else bias.to(torch.bfloat16),
-    }
     rounded = nearest(main, entry.spec, clip=entry.clip, wp_NR=protected, bias_N=bias)
-    stored |= rounded.stored(entry.spec)
-    stored |= rotation.stored(protected)
+    stored = rotation.stored(protected, bias) | rounded.stored(entry.spec)
     packed = QuantLinear(entry.spec, bias=entry.site.bias, device=device)
     for name, tensor in stored.items():
-        if tensor is not None:
-            getattr(packed, name).copy_(tensor)
+        getattr(packed, name).copy_(tensor)
     return packed

@@ -37,6 +37,10 @@ class Spectrum:
         """Return the energy outside of the ``rank`` leading directions: what will be quantized."""
         return max(self.energy - float(self.variances_L[:rank].sum()), 0.0)
 
+    def left(self) -> Tensor:
+        """Return shares of the energy outside of 1, 2, ... leading directions, float64 [L]."""
+        return 1 - self.variances_L.cumsum(0) / self.energy
+
     def steps(self, grid: int, most: int) -> Tensor:
         """Return variances of the 1st, 2nd, ... ``grid`` directions, up to ``most``: float64."""
         return self.variances_L[:most].unflatten(0, (-1, grid)).sum(1)

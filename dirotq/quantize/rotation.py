@@ -94,14 +94,20 @@ class Rotation:
         del half
         return s_KK.add_(s_KK.mT.clone()).div_(2)
 
-    def stored(self, v_NR: Tensor | None) -> dict[str, Tensor]:
-        """Return V as the packed linear holds it: ``wp``, with ``wpscale`` if in 8 bits."""
-        if v_NR is None:
-            return {}
-        if self.spec.branch.bits == 8:
-            codes, scale = quantize_protected(v_NR)
-            return {"wp": codes, "wpscale": scale}
-        return {"wp": v_NR.to(torch.bfloat16)}
+    def stored(self, v_NR: Tensor | None, bias_N: Tensor | None) -> dict[str, Tensor]:
+        """Return what a packed linear holds besides its codes, in bfloat16.
+
+        Of ``basis``, ``rotation``, ``smooth``, ``wp`` (V) and ``bias`` those that exist; V in 8
+        bits as codes with ``wpscale``.
+        """
+        held = {
+            "basis": self.basis_DR, "rotation": self.rotation_DK, "smooth": self.smooth_D,
+            "bias": bias_N, "wp": v_NR,
+        }  # fmt: skip
+        found = {name: t.to(torch.bfloat16) for name, t in held.items() if t is not None}
+        if v_NR is not None and self.spec.branch.bits == 8:
+            found["wp"], found["wpscale"] = quantize_protected(v_NR)
+        return found
 
     def _beside(self, w_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """V = W dual as it is stored: the main branch makes up for its rounding (Eq. 12)."""
