@@ -121,9 +121,16 @@ class AllocateRank:
             lines = [line for line in plan.blocks if line.site.name in names]
             return site_errors(self.model, lines, basis, probes, device)
 
+        def plan_of(ranks: Mapping[str, int], mode: str) -> Planned:
+            def choose(site: Site) -> tuple[int, str]:
+                rank = ranks[site.name]
+                return rank, f"{mode}: {spectra[site.name].told(rank, site)}"
+
+            return make_plan(method, sites, choose)
+
         def uniform_plan() -> Planned:
-            ranks = prices.uniform(prices.largest_uniform(limit, self.grid))
-            return _planned(method, sites, ranks, spectra, "uniform")
+            rank = prices.largest_uniform(limit, self.grid)
+            return plan_of(prices.uniform(rank), "uniform")
 
         prices, limit = self._budget(method, sites)
         uniform = uniform_plan()
@@ -170,7 +177,7 @@ class AllocateRank:
             "predicted_gain_db": float(10 * (ratio[0] / ratio[1]).log10()),
         }
         if after < before:
-            budgeted = _planned(method, sites, ranks, spectra, "budget")
+            budgeted = plan_of(ranks, "budget")
             planned, judged = self._gated(budgeted, uniform, basis, device)
         else:  # steps are coarse: what was too dear at the end can outweigh what was gained
             log.warning("rank: fell back to the uniform rank: no gain is predicted for the budget")
@@ -236,20 +243,6 @@ class AllocateRank:
             "gate_psnr_uniform": float(theirs.mean()),
             "fell_back": int(fell_back),
         }
-
-
-def _planned(
-    method: Method,
-    sites: Sequence[Site],
-    ranks: Mapping[str, int],
-    spectra: Mapping[str, Spectrum],
-    mode: str,
-) -> Planned:
-    def choose(site: Site) -> tuple[int, str]:
-        rank = ranks[site.name]
-        return rank, f"{mode}: {spectra[site.name].told(rank, site)}"
-
-    return make_plan(method, sites, choose)
 
 
 def _sensitivity(spectrum: Spectrum, rank: int, error: float) -> float:

@@ -79,11 +79,6 @@ def moment(stored: tuple[Tensor, dict], device: torch.device | str) -> Tensor:
     return second_moment.unpack(tensor, attributes["dim"])
 
 
-def read_moment(group: zarr.Group, name: str, device: torch.device | str = "cpu") -> Tensor:
-    """Return S of one site, float32 [D, D]."""
-    return moment(read_stored(group, name), device)
-
-
 def add_earlier(seen: Seen, dim: int, stored: tuple[Tensor, dict], absmax_D: Tensor) -> None:
     """Add to what one pass has seen of a site what earlier passes left on disk, in place.
 

@@ -62,7 +62,7 @@ class Planned:
     """Lines of the plan, and the sites that stay in 16 bits with the reason."""
 
     lines: list[SitePlan] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
 
     @property
     def blocks(self) -> list[SitePlan]:
@@ -74,12 +74,12 @@ class Planned:
             replace(line, why=f"{line.why}; {reason}") if line.site.kind == "block" else line
             for line in self.lines
         ]
-        return Planned(lines, self.kept)
+        return Planned(lines, self.ignored)
 
     def write(self, out: Path) -> None:
         """Write ``plan.json`` and ``kept.json``."""
         write_plan(out / "plan.json", self.lines)
-        (out / "kept.json").write_text(json.dumps(self.kept, indent=1) + "\n")
+        (out / "kept.json").write_text(json.dumps(self.ignored, indent=1) + "\n")
 
     def metrics(self, model: DiffusersModel) -> dict[str, float]:
         skeleton, ranks = model.skeleton(), [line.spec.rank for line in self.blocks]
@@ -87,7 +87,7 @@ class Planned:
         return {
             "mean_rank": sum(ranks) / max(len(ranks), 1),
             "bits_per_parameter": effective_bits(skeleton, packed),
-            "sites_kept": len(self.kept),
+            "sites_kept": len(self.ignored),
             "block_parameters_kept": share_kept(skeleton, (site for site, _ in packed)),
         }
 
@@ -112,7 +112,7 @@ def make_plan(
             why = override.why if decided else f"{why}; {override.why}"
         spec = method.spec(site, rank)
         if spec is None:
-            made.kept[site.name] = why if override else "modulators stay in 16 bits"
+            made.ignored[site.name] = why if override else "modulators stay in 16 bits"
         else:
             made.lines.append(SitePlan(site, spec, method.rounding, method.weight_clip, why))
     return made
