@@ -34,8 +34,9 @@ def site_errors(
     calls: Sequence[Call],
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean squared error of the denoiser's output over ``calls`` when one site alone is quantized
-    as its line says, by nearest rounding: {site: error}.
+    """Measure the mean squared error of the denoiser's output over ``calls``: {site: error}.
+
+    One site alone is quantized as its line says, by nearest rounding.
 
     Every call passes through the network once as it is and once per site, all of these block by
     block together (dirotq/calibrate/replay.py): one block's weights are in memory, and a waiting
