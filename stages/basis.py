@@ -14,9 +14,8 @@ from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
-from dirotq.quantize.prefetch import unfinished
 from dirotq.quantize.spectrum import principal_basis
-from dirotq.quantize.tensors import load_site, save_site, site_file
+from dirotq.quantize.tensors import load_site, save_site, site_file, unfinished
 from dirotq.sources.model import DiffusersModel
 
 
@@ -36,6 +35,7 @@ class FitBasis:
 
     version: ClassVar[str] = "2"
     resumable: ClassVar[bool] = True
+    needs = memory.basis
 
     model: DiffusersModel
     method: Method = untracked()  # noqa: RUF009 (a field without a default)
@@ -69,19 +69,17 @@ class FitBasis:
             save_site(out / "sites", site.name, found)
         return {"sites": len(sites), "rank_deficient": _deficient(out, sites)}
 
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.basis(work, machine, self.leading)
-
 
 def _deficient(out: Path, sites: list[Site]) -> int:
-    """Sites whose kept directions hold all there is, though they are not all directions, and
-    sites with a variance of zero."""
+    """Count sites whose kept directions hold all there is, though they are not all directions.
+
+    Sites with a variance of zero count too.
+    """
     count = 0
     for site in sites:
         found = load_site(out / "sites" / site_file(site.name))
         variances, energy = found["variances"], float(found["energy"])
-        all_held = (
-            len(variances) < site.in_features and float(variances.sum()) > (1 - 1e-9) * energy
-        )
+        few = len(variances) < site.in_features
+        all_held = few and float(variances.sum()) > (1 - 1e-9) * energy
         count += all_held or bool(variances[0] < 1e-9 * variances[-1])
     return count

@@ -20,7 +20,7 @@ import zarr
 from dirotq.calibrate.recorder import Recorder, Seen
 from dirotq.calibrate.replay import Replay
 from dirotq.calibrate.trajectory import Trajectories
-from dirotq.device import compute_dtype, free_host_memory, pick_device
+from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls
 from dirotq.models.family import Site
@@ -29,9 +29,8 @@ from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.progress import track
 from dirotq.quantize import memory
-from dirotq.quantize.memory import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.quantize.moments import add_earlier, read_stored, write_moment
-from dirotq.quantize.tensors import create_array, read_array, write_rows
+from dirotq.quantize.tensors import create_array, read_array, write_array, write_rows
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
 
@@ -65,6 +64,7 @@ class Capture:
 
     version: ClassVar[str] = "3"
     resumable: ClassVar[bool] = True
+    needs = memory.capture
 
     model: DiffusersModel
     prompts: PromptSet
@@ -109,9 +109,6 @@ class Capture:
             ),
         }
 
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.capture(work, machine, self.vram, self.rows)
-
 
 def record_calls(
     stage: Capture, out: Path, units: Units, device: torch.device
@@ -155,7 +152,8 @@ def replay_calls(
     """
     sites, mask = stage.model.sites(), stage.model.family.mask
     replay = Replay.of(stage.model, device, compute_dtype(device))
-    at_once, replay.park = _pass_size(replay, calls, stage.vram, device)
+    vram = None if stage.vram is None else parse_bytes(stage.vram)
+    at_once = replay.make_room(calls[0], len(calls), vram)
     passes = [range(i, min(i + at_once, len(calls))) for i in range(0, len(calls), at_once)]
     if len(passes) > 1:
         log.info("capture: %d passes of up to %d calls each", len(passes), at_once)
@@ -233,8 +231,7 @@ def _store(
             moments, site.name, site.in_features, one.tokens, total=one.total, rows=stacked
         )
         assert one.absmax is not None
-        create_array(absmax, site.name, (site.in_features,), torch.float32)
-        write_rows(absmax, site.name, 0, one.absmax)
+        write_array(absmax, site.name, one.absmax)
         if first:
             create_array(samples, site.name, (of, site.in_features), torch.bfloat16)
         if rows:
@@ -252,15 +249,3 @@ def _name_the_site(stage: Capture, out: Path, device: torch.device, calls: list[
         replay_calls(stage, out, Units(out, stage), device, calls)
     finally:
         shutil.rmtree(out)
-
-
-def _pass_size(
-    replay: Replay, calls: Sequence[Call], vram: str | int | None, device: torch.device
-) -> tuple[int, bool]:
-    """How many calls to keep on their way at a time, and whether to park them in host memory."""
-    each, host = max(replay.state_bytes(calls[0]), 1), int(HOST_SHARE * free_host_memory())
-    if device.type == "cpu":
-        return calls_at_once(each, len(calls), host, host)[0], False
-    limit = torch.cuda.mem_get_info(device)[0] if vram is None else parse_bytes(vram)
-    room = int(STATE_SHARE * limit) - torch.cuda.memory_allocated(device)
-    return calls_at_once(each, len(calls), room, host)

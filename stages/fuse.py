@@ -47,6 +47,7 @@ class Fuse:
     """
 
     version: ClassVar[str] = "3"
+    needs = memory.fuse
 
     model: DiffusersModel
     layer_tolerance: float
@@ -71,11 +72,14 @@ class Fuse:
             rotation = site_rotation(entries[site], basis, device)
             linear = FusedLinear(rotation, weight, bias)
             rows = captured.rows(site).to(device)
-            error = prove_layer(site, linear, weight, bias, rows, self.layer_tolerance)
-            stored, rounding = stored_halves(linear, rotation, bias)
+            error = prove_layer(site, linear, weight, rows, self.layer_tolerance)
+            stored = rotation.stored(linear.protected, bias)
             save_site(out / "sites", site.name, stored)
             worst["layer_error"] = max(worst["layer_error"], error)
-            worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
+            if linear.protected is not None:
+                kept = stored["wp"].float() * stored.get("wpscale", linear.protected.new_ones(1))
+                rounding = relative_error(kept, linear.protected)
+                worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
             return linear
 
         with full_float32():
@@ -101,9 +105,6 @@ class Fuse:
                 f"captured call, more than fuse.network_tolerance={self.network_tolerance:g}"
             )
         return worst | {"network_error": network}
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.fuse(work, machine)
 
 
 class FusedLinear(nn.Module):
@@ -136,19 +137,14 @@ class FusedLinear(nn.Module):
 
 
 def prove_layer(
-    site: Site,
-    linear: FusedLinear,
-    weight: Tensor,
-    bias: Tensor | None,
-    x: Tensor,
-    tolerance: float,
+    site: Site, linear: FusedLinear, weight: Tensor, x: Tensor, tolerance: float
 ) -> float:
     """Return the relative error of a fused linear on rows x, in float64.
 
     Raises NumericalError naming the site if it exceeds ``tolerance``.
     """
     x = x.double()
-    want = x @ weight.double().mT + (0 if bias is None else bias.double())
+    want = x @ weight.double().mT + (0 if linear.bias is None else linear.bias.double())
     error = relative_error(linear(x), want)
     if not error <= tolerance:
         raise NumericalError(
@@ -157,23 +153,6 @@ def prove_layer(
             "are damaged"
         )
     return error
-
-
-def stored_halves(
-    linear: FusedLinear, rotation: Rotation, bias: Tensor | None
-) -> tuple[dict[str, Tensor], float]:
-    """Return what is stored of a site besides its codes, and the relative rounding error of wp."""
-    halves = {
-        "basis": linear.basis, "rotation": linear.rotation, "smooth": linear.smooth, "bias": bias
-    }  # fmt: skip
-    stored = {name: t.to(torch.bfloat16) for name, t in halves.items() if t is not None}
-    if linear.protected is None:
-        return stored, 0.0
-    wp = rotation.stored(linear.protected)
-    kept = (
-        wp["wp"].float() * wp.get("wpscale", torch.ones(1, device=linear.protected.device)).float()
-    )
-    return stored | wp, relative_error(kept, linear.protected)
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:

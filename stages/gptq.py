@@ -18,9 +18,8 @@ from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.nearest import nearest
 from dirotq.quantize.plan import SitePlan, read_plan
-from dirotq.quantize.prefetch import unfinished
 from dirotq.quantize.rotation import site_rotation
-from dirotq.quantize.tensors import load_site, save_site, site_file
+from dirotq.quantize.tensors import load_site, save_site, site_file, unfinished
 from dirotq.sources.model import DiffusersModel
 
 ROUNDING = (2.0**-22, 2.0**-18, 2.0**-14)
@@ -32,7 +31,7 @@ then, where that fails, what matrix units may lose while they add up."""
 class QuantizeWeights:
     """Rotate each site's stacked weights on the fly and round them (docs/method.md M2, M5).
 
-    Scales per channel are large enough for the runtime's FP8 tail (docs/method.md Eq. 9); the
+    Scales per channel are large enough for the runtime's FP8 columns (docs/method.md Eq. 9); the
     metric ``rows_on_scale_floor`` is the share of rows whose scale that decided.
 
     ``damping``  share of the mean diagonal that is added to the second moment before factoring it
@@ -47,6 +46,7 @@ class QuantizeWeights:
 
     version: ClassVar[str] = "4"
     resumable: ClassVar[bool] = True
+    needs = memory.gptq
 
     model: DiffusersModel
     damping: float
@@ -75,87 +75,71 @@ class QuantizeWeights:
             s_DD = moment(stored, device)
             s_z, energy = rotation.moments(s_DD), s_DD.diagonal().double().sum()
             del s_DD
-            tensors = quantize_regularized(w_z, s_z, energy, entry, self.damping, protected, bias)
+            tensors = quantize_site(w_z, s_z, energy, entry, self.damping, protected, bias)
             save_site(out / "sites", site.name, tensors)
         return _summary(out, plan)
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.gptq(work, machine)
-
-
-def quantize_regularized(
-    w_z: Tensor,
-    s_z: Tensor,
-    energy: Tensor,
-    entry: SitePlan,
-    damping: float,
-    protected: Tensor | None,
-    bias: Tensor | None,
-) -> dict[str, Tensor]:
-    """Regularize a site's second moment by what its float32 entries cannot say; quantize it.
-
-    Where P holds nearly all energy, what is left of S is partly its rounding, and may not even
-    be positive. Rounding is taken for larger only where a factorization fails: counted.
-
-    Raises NumericalError naming the site if all of that fails.
-    """
-    before = 0.0
-    for attempt, share in enumerate(ROUNDING):
-        s_z.diagonal().add_((share - before) * energy)
-        before = share
-        try:
-            tensors = quantize_site(w_z, s_z, entry, damping, protected, bias)
-        except FactorizationError as error:
-            failure = error
-        else:
-            tensors["counts"][0] += attempt
-            return tensors
-    raise NumericalError(
-        f"site {entry.site.name}: {failure}. Capture more tokens "
-        f"(capture.calls) or raise gptq.damping (now {damping})"
-    ) from failure
 
 
 def quantize_site(
     w_NK: Tensor,
     s_KK: Tensor,
+    energy: Tensor,
     entry: SitePlan,
     damping: float,
     wp_NR: Tensor | None,
     bias_N: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Codes and scales of one site, with what its manifest line needs.
+    """Return codes and scales of one site, with what its manifest line needs.
 
-    w_NK     float32, [N, K], rotated weights of all consumers
-    s_KK     float64, [K, K], second moment of the main branch
+    Where P holds nearly all energy, what is left of S is partly the rounding of its float32
+    entries, and may not even be positive: that rounding is added to its diagonal, in place. It is
+    taken for larger only where a factorization fails: counted.
+
+    w_NK     float32, [N, K], rotated weights of all linears
+    s_KK     float64, [K, K], second moment of the main branch;  energy  the trace of S
     wp_NR    float32, [N, R], the protected columns, or None at rank 0
     bias_N   float32, [N], or None
     returns  ``qweight``, ``wscale``, ``wglobal`` where there is one, ``loss`` (float64 [2]: E|zΔ|²
-             over E|zW|² by our codes and by nearest rounding) and ``counts`` (int64 [4]: damping
-             escalations, rows that kept nearest rounding, rows whose scale is the tail's floor,
-             rows)
+             over E|zW|² by our codes and by nearest rounding) and ``counts`` (int64 [4]:
+             escalations, rows that kept nearest rounding, rows whose scale is the least that the
+             appended columns allow, rows)
+
+    Raises NumericalError naming the site if no factorization succeeds.
     """
-    spec, importance_K = entry.spec, s_KK.diagonal()
-    rounded = nearest(
-        w_NK, spec, clip=entry.clip, wp_NR=wp_NR, bias_N=bias_N, importance_K=importance_K
-    )
+    spec, before, failures = entry.spec, 0.0, 0
+    for share in ROUNDING:
+        s_KK.diagonal().add_((share - before) * energy)
+        before = share
+        rounded = nearest(
+            w_NK, spec, clip=entry.clip, wp_NR=wp_NR, bias_N=bias_N, importance_K=s_KK.diagonal()
+        )
+        codes, counts = rounded.codes, {"escalations": 0, "nearest": len(w_NK)}
+        if entry.rounding == "nearest":
+            break
+        try:
+            codes, counts = gptq(
+                w_NK, s_KK, rounded.step, damping=damping, element=spec.weights.element
+            )
+            break
+        except FactorizationError as error:
+            failure, failures = error, failures + 1
+    else:
+        raise NumericalError(
+            f"site {entry.site.name}: {failure}. Capture more tokens "
+            f"(capture.calls) or raise gptq.damping (now {damping})"
+        ) from failure
     floor = rounded.floor
     on_floor = 0 if floor is None else int(((rounded.wscale == floor) & (floor > 0)).sum())
-    chosen, counts = rounded, {"escalations": 0, "nearest": len(w_NK)}
-    if entry.rounding == "gptq":
-        codes, counts = gptq(
-            w_NK, s_KK, rounded.step, damping=damping, element=spec.weights.element
-        )
-        chosen = rounded._replace(codes=codes)
-    s_w = s_KK.to(w_NK.dtype)
+    chosen, s_w = rounded._replace(codes=codes), s_KK.to(w_NK.dtype)
     signal = hessian_error(w_NK, s_w).sum().clamp_min(1e-30)
     loss = [
         hessian_error(one.values(w_NK.dtype) - w_NK, s_w).sum() / signal
         for one in (chosen, rounded)
     ]
+    escalations = counts["escalations"] + failures
     return chosen.stored(spec) | {
         "loss": torch.stack(loss).double(),
-        "counts": torch.tensor([counts["escalations"], counts["nearest"], on_floor, len(w_NK)]),
+        "counts": torch.tensor([escalations, counts["nearest"], on_floor, len(w_NK)]),
     }
 
 

@@ -100,7 +100,7 @@ class Judge:
         self.backend.check()
         prompts = self._prompts()
         if self.against is not None:
-            self._hold(self._rival(self.against), prompts)
+            _refuse_other_prompts(self._rival(self.against), prompts)
 
     def run(self, out: Path, *, reference: Artifact, validate: Artifact) -> Mapping[str, float]:
         # The run keeps its own artifacts from other processes; the rival is not one of them.
@@ -109,7 +109,7 @@ class Judge:
 
     def _judge(self, out: Path, reference: Artifact, validate: Artifact) -> Mapping[str, float]:
         prompts = self._prompts()
-        self._hold(validate, prompts)
+        _refuse_other_prompts(validate, prompts)
         comparisons = self._comparisons(reference, validate)
         asked = questions(comparisons, len(prompts), self.repeats)
         log.info("%d questions to %s", len(asked), self.backend.name)
@@ -189,23 +189,24 @@ class Judge:
             )
         return found
 
-    def _hold(self, validated: Artifact, prompts: Sequence[Prompt]) -> None:
-        """Raise ConfigError unless the images are those of ``prompts``, in their order."""
-        report = json.loads(validated.file("report.json").read_text())
-        shown = [(image["prompt"], image["seed"]) for image in report["images"]]
-        for index, prompt in enumerate(prompts):
-            if shown[index : index + 1] != [(prompt.text, prompt.seed)]:
-                what = f"{shown[index]}" if index < len(shown) else "nothing"
-                raise ConfigError(
-                    f"{validated} has images of other prompts or seeds: its image {index} is of "
-                    f"{what}, prompts.heldout has {(prompt.text, prompt.seed)}. Only images of the "
-                    "same prompts and noise can be compared: run both lines with the same "
-                    "prompts.heldout (a smaller judge.count may do)"
-                )
+
+def _refuse_other_prompts(validated: Artifact, prompts: Sequence[Prompt]) -> None:
+    """Raise ConfigError unless the images are those of ``prompts``, in their order."""
+    report = json.loads(validated.file("report.json").read_text())
+    shown = [(image["prompt"], image["seed"]) for image in report["images"]]
+    for index, prompt in enumerate(prompts):
+        if shown[index : index + 1] != [(prompt.text, prompt.seed)]:
+            what = f"{shown[index]}" if index < len(shown) else "nothing"
+            raise ConfigError(
+                f"{validated} has images of other prompts or seeds: its image {index} is of "
+                f"{what}, prompts.heldout has {(prompt.text, prompt.seed)}. Only images of the "
+                "same prompts and noise can be compared: run both lines with the same "
+                "prompts.heldout (a smaller judge.count may do)"
+            )
 
 
 def _headline(found: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """The scalars that a sweep compares; shares that nothing was found for are left out."""
+    """Return the scalars that a multirun compares; shares that were not found are left out."""
     metrics: dict[str, float] = {}
     for name, comparison in found.items():
         prefix = "" if name == "packed" else f"{name}_"

@@ -3,7 +3,7 @@
 Stands in the place of ``basis`` (conf/basis): what it writes, every later stage reads alike.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -18,14 +18,12 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
-from dirotq.quantize.low_rank import LowRank, svd_branch, weighted_branch
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
-from dirotq.quantize.prefetch import unfinished
+from dirotq.quantize.rivals import best, smoothing, svd_branch, weighted_branch
 from dirotq.quantize.rotation import Rotation
-from dirotq.quantize.smoothing import best, smoothing
 from dirotq.quantize.spectrum import principal_basis
-from dirotq.quantize.tensors import load_site, save_site, site_file
+from dirotq.quantize.tensors import load_site, save_site, site_file, unfinished
 from dirotq.sources.model import DiffusersModel
 
 
@@ -52,6 +50,7 @@ class FitLowRank:
 
     version: ClassVar[str] = "1"
     resumable: ClassVar[bool] = True
+    needs = memory.low_rank
 
     model: DiffusersModel
     method: Method
@@ -118,9 +117,6 @@ class FitLowRank:
         alphas = [float(a) for a in chosen if a is not None]
         return {"sites": len(sites)} | ({"mean_alpha": sum(alphas) / len(alphas)} if alphas else {})
 
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.low_rank(work, machine, self.leading)
-
 
 def fit_site(
     stage: FitLowRank, site: Site, w_ND: Tensor, s_DD: Tensor, absmax_D: Tensor, x_TD: Tensor
@@ -132,55 +128,37 @@ def fit_site(
     absmax_D  float32 [D], largest magnitude of each channel
     x_TD      float32 [T, D], sampled rows
     """
-    if stage.smoothing == "none":
-        return _tensors(_low_rank(stage, w_ND, s_DD, None), None, None)
+
+    def smoothed(alpha: float | None) -> dict[str, Tensor]:
+        smooth_D = torch.ones_like(w_ND[0])
+        if alpha is not None:  # as the packed linear holds it
+            smooth_D = smoothing(absmax_D, w_ND, alpha).to(torch.bfloat16).float()
+        strength = torch.tensor([-1.0 if alpha is None else alpha]).double()
+        branch = _branch(stage, w_ND, s_DD, smooth_D)
+        return branch | {"smooth": smooth_D, "alpha": strength}
+
     if stage.smoothing == "fixed":
-        smooth = _rounded(smoothing(absmax_D, w_ND, stage.alpha))
-        return _tensors(_low_rank(stage, w_ND, s_DD, smooth), smooth, stage.alpha)
-    assert stage.rank is not None
-    spec = stage.method.spec(site, stage.rank)
-    if spec is None:  # an override keeps the site in 16 bits
-        return _tensors(_low_rank(stage, w_ND, s_DD, None), None, None)
-
-    def tried() -> Iterator[tuple[Rotation, dict[str, Tensor]]]:
-        for alpha in (None, *(k / stage.candidates for k in range(1, stage.candidates + 1))):
-            smooth = torch.ones_like(w_ND[0])
-            if alpha is not None:
-                smooth = _rounded(smoothing(absmax_D, w_ND, alpha))
-            branch = _low_rank(stage, w_ND, s_DD, smooth)
-            found = _tensors(branch, smooth, alpha)
-            yield Rotation.cut(found, spec), found
-
-    return best(tried(), w_ND, x_TD, clip=stage.method.weight_clip)
+        return smoothed(stage.alpha)
+    spec = stage.method.spec(site, stage.rank or 0) if stage.smoothing == "grid" else None
+    if spec is None:  # no smoothing, or an override leaves the site in 16 bits
+        return _branch(stage, w_ND, s_DD, None)
+    strengths = (None, *(k / stage.candidates for k in range(1, stage.candidates + 1)))
+    tried = ((Rotation.cut(found, spec), found) for found in map(smoothed, strengths))
+    return best(tried, w_ND, x_TD, clip=stage.method.weight_clip)
 
 
-def _low_rank(
+def _branch(
     stage: FitLowRank, w_ND: Tensor, s_DD: Tensor, smooth_D: Tensor | None
-) -> LowRank | None:
-    if stage.branch == "svd":
-        return svd_branch(w_ND, smooth_D, stage.leading)
-    if stage.branch == "weighted":
-        return weighted_branch(w_ND, s_DD, stage.regularization, stage.leading)
-    return None
-
-
-def _tensors(
-    branch: LowRank | None, smooth: Tensor | None, alpha: float | None
 ) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    if branch is not None:
-        found = {
-            "vectors": branch.vectors.float(),
-            "duals": branch.duals.float(),
-            "variances": branch.variances,
-            "energy": torch.tensor([branch.energy]).double(),
-        }
-    if smooth is not None:
-        found["smooth"] = smooth
-        found["alpha"] = torch.tensor([-1.0 if alpha is None else alpha]).double()
-    return found
-
-
-def _rounded(smooth_D: Tensor) -> Tensor:
-    """As the packed linear holds it."""
-    return smooth_D.to(torch.bfloat16).float()
+    if stage.branch == "none":
+        return {}
+    if stage.branch == "svd":
+        found = svd_branch(w_ND, smooth_D, stage.leading)
+    else:
+        found = weighted_branch(w_ND, s_DD, stage.regularization, stage.leading)
+    return {
+        "vectors": found.vectors.float(),
+        "duals": found.duals.float(),
+        "variances": found.variances,
+        "energy": torch.tensor([found.energy]).double(),
+    }

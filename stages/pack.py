@@ -1,8 +1,9 @@
 """The folder people download: a standard diffusers pipeline whose transformer is packed."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -52,6 +53,7 @@ class Pack:
     """
 
     version: ClassVar[str] = "4"
+    needs = memory.pack
 
     model: DiffusersModel
     shard: str | int
@@ -62,12 +64,8 @@ class Pack:
     def run(
         self, out: Path, *, rank: Artifact, gptq: Artifact, fuse: Artifact
     ) -> Mapping[str, float]:
-        from dirotq.quantizer import (
-            STORED,
-            DirotqConfig,
-            mark_packed,
-            stored_dtype,
-        )  # slow: diffusers
+        # Slow: diffusers.
+        from dirotq.quantizer import STORED, DirotqConfig, mark_packed, stored_dtype
 
         plan = read_plan(rank.file("plan.json"))
         folder = out / "model"
@@ -81,7 +79,7 @@ class Pack:
         mark_packed(transformer, DirotqConfig.of((e.site, e.spec) for e in plan))
         (folder / "transformer").mkdir(parents=True)
         transformer.save_config(folder / "transformer")
-        sites = _Packed(plan, gptq, fuse)
+        tensor, sites = _site_tensors(plan, gptq, fuse), {e.site.name for e in plan}
         sizes = {
             name: tensor.numel() * stored_dtype(name, tensor).itemsize
             for name, tensor in transformer.state_dict().items()
@@ -90,10 +88,10 @@ class Pack:
         weights = self.model.weights()
         for file, names in track(shards.filename_to_tensors.items(), "pack"):
             inside = {name: name.rpartition(".") for name in names}
-            packed = {n: parts for n, parts in inside.items() if parts[0] in sites.entries}
+            packed = {n: parts for n, parts in inside.items() if parts[0] in sites}
             kept = weights.tensors(n for n in names if n not in packed)
             tensors = {n: t.to(STORED) if t.is_floating_point() else t for n, t in kept.items()}
-            tensors |= {n: sites.tensor(site, buffer) for n, (site, _, buffer) in packed.items()}
+            tensors |= {n: tensor(site, buffer) for n, (site, _, buffer) in packed.items()}
             save_file(
                 {name: tensors[name].contiguous() for name in names},
                 folder / "transformer" / file,
@@ -119,29 +117,22 @@ class Pack:
             "block_parameters_kept": kept_share,
         }
 
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.pack(work, machine, parse_bytes(self.shard))
 
+def _site_tensors(
+    plan: Sequence[SitePlan], gptq: Artifact, fuse: Artifact
+) -> Callable[[str, str], Tensor]:
+    """Return a function of (site, buffer): codes and scales of ``gptq``, all else of ``fuse``."""
+    entries = {entry.site.name: entry for entry in plan}
 
-class _Packed:
-    """Packed sites' tensors: codes and scales of ``gptq``, everything else of ``fuse``.
+    @lru_cache(1)  # a site's tensors follow each other
+    def stored(site: str) -> dict[str, Tensor]:
+        file = f"sites/{site_file(site)}"
+        quantized, fused = (load_site(source.file(file)) for source in (gptq, fuse))
+        return fused | {b: quantized[b] for b in CODED if b in quantized}
 
-    The files of the site that was asked for last stay open: a site's tensors follow each other.
-    """
-
-    def __init__(self, plan: Sequence[SitePlan], gptq: Artifact, fuse: Artifact) -> None:
-        self.entries = {entry.site.name: entry for entry in plan}
-        self.sources = (gptq, fuse)
-        self._last: tuple[str, dict[str, Tensor]] = ("", {})
-
-    def tensor(self, site: str, buffer: str) -> Tensor:
-        if self._last[0] != site:
-            file = f"sites/{site_file(site)}"
-            quantized, fused = (load_site(source.file(file)) for source in self.sources)
-            self._last = (site, fused | {b: quantized[b] for b in CODED if b in quantized})
-        entry = self.entries[site]
-        want = buffer_shapes(entry.spec, bias=entry.site.bias)[buffer]
-        found = self._last[1][buffer]
+    def tensor(site: str, buffer: str) -> Tensor:
+        want = buffer_shapes(entries[site].spec, bias=entries[site].site.bias)[buffer]
+        found = stored(site)[buffer]
         if tuple(found.shape) != want:
             raise ArtifactError(
                 f"{site}.{buffer} has the shape {tuple(found.shape)}, the plan says {want}: the "
@@ -149,6 +140,8 @@ class _Packed:
                 "force=[gptq,fuse]"
             )
         return found
+
+    return tensor
 
 
 def _neutral_dtype(config: Path) -> None:

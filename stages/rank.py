@@ -13,10 +13,10 @@ from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.quantize import memory
+from dirotq.quantize.measure import site_errors
 from dirotq.quantize.overrides import check_worst, parse_worst
 from dirotq.quantize.plan import Method
-from dirotq.quantize.planning import check_plan, make_plan, read_spectrum
-from dirotq.quantize.sensitivity import site_errors
+from dirotq.quantize.planning import check_plan, make_plan, read_spectrum, refuse_rules
 from dirotq.sources.model import DiffusersModel
 
 
@@ -41,6 +41,7 @@ class ChooseRank:
     """
 
     version: ClassVar[str] = "3"
+    needs = memory.rank
 
     model: DiffusersModel
     method: Method
@@ -54,11 +55,7 @@ class ChooseRank:
 
     def __post_init__(self) -> None:
         rules = {name: getattr(self, name) for name in ("r", "fraction", "energy")}
-        if sum(value is not None for value in rules.values()) != 1:
-            said = ", ".join(f"rank.{name}={value}" for name, value in rules.items())
-            raise ConfigError(f"{said}: set exactly one of them and leave the others null")
-        if self.grid < 1:
-            raise ConfigError(f"rank.grid={self.grid}: use at least 1; the kernels want 8")
+        refuse_rules(rules, self.grid)
         if self.r is not None and (self.r < 0 or self.r % self.grid):
             raise ConfigError(
                 f"rank.r={self.r} is not on the grid: use a multiple of {self.grid}, such as "
@@ -71,7 +68,7 @@ class ChooseRank:
         parse_worst(self.worst, self.method.activations.bits)
 
     def check(self) -> None:
-        """Everything about the plan that the shapes alone can refute."""
+        """Refuse, before anything runs, what the shapes alone can refute."""
         sites = self.model.sites()
         refuse_few(self.model.skeleton(), sites, self.least_packed)
         ranks = self.expected(sites)
@@ -93,8 +90,7 @@ class ChooseRank:
 
         planned = make_plan(self.method, sites, choose)
         if worst := parse_worst(self.worst, self.method.activations.bits):
-            probes = load_probe(capture)
-            device = pick_device(self.device)
+            probes, device = load_probe(capture), pick_device(self.device)
             errors = site_errors(self.model, planned.blocks, basis, probes, device)
             overrides = [*self.method.overrides, *worst.overrides(errors)]
             planned = make_plan(replace(self.method, overrides=overrides), sites, choose)
@@ -102,11 +98,8 @@ class ChooseRank:
         return planned.metrics(self.model)
 
     def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
-        """Rank of each block site; where the energy decides, all that may be chosen from."""
+        """Return the rank of each block site, or where the energy decides, the most it may be."""
         return {site.name: self._expected(site) for site in sites if site.kind == "block"}
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return (memory.sensitivities if self.worst else memory.rank)(work, machine)
 
     def _expected(self, site: Site) -> int:
         if self.r is not None:

@@ -3,9 +3,9 @@
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -18,8 +18,8 @@ from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.quantize import memory
-from dirotq.quantize.ab_check import plans_psnr
-from dirotq.quantize.allocation import water_fill
+from dirotq.quantize.budget import Prices, in_bits, in_forwards, refuse_unpriced, water_fill
+from dirotq.quantize.measure import plans_psnr, site_errors
 from dirotq.quantize.overrides import check_worst, parse_worst
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import (
@@ -29,9 +29,8 @@ from dirotq.quantize.planning import (
     largest_rank,
     make_plan,
     read_spectrum,
+    refuse_rules,
 )
-from dirotq.quantize.prices import Prices, in_bits, in_forwards, refuse_unpriced
-from dirotq.quantize.sensitivity import site_errors
 from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
@@ -45,11 +44,9 @@ class AllocateRank:
 
     ``bits``         bits per parameter to stay within, everything counted; or null
     ``like``         the bits that this rank takes if every site has it; or null
-    ``overhead``     predicted FLOPs of the protected branches as a share of a 16-bit forward's; or
+    ``overhead``     predicted FLOPs of the low-rank branches as a share of a 16-bit forward's; or
                      null
     ``grid``         ranks are multiples of this (the kernels' granularity)
-    ``sensitivity``  ``measured``: each site alone is quantized and the probe calls run;
-                     ``equal``: relative errors of all sites count alike
     ``gate``         calibration prompts whose images decide between this plan and the uniform
                      rank of the same budget; 0 leaves the comparison out
     ``prompts``      where they come from; ``batch`` of them per pipeline call
@@ -59,11 +56,12 @@ class AllocateRank:
     Exactly one of ``bits``, ``like`` and ``overhead`` is set. Writes ``plan.json``, ``kept.json``
     and ``allocation.json`` (per site: rank, sensitivity, energy left, at both plans).
 
-    Raises ConfigError for a budget that can't be met or can't be spent, or a method whose protected
+    Raises ConfigError for a budget that can't be met or can't be spent, or a method whose low-rank
     branch does not project; :meth:`check` does so before anything runs.
     """
 
     version: ClassVar[str] = "1"
+    needs = memory.rank_budget
 
     model: DiffusersModel
     method: Method
@@ -72,27 +70,21 @@ class AllocateRank:
     like: int | None
     overhead: float | None
     grid: int
-    sensitivity: Literal["measured", "equal"]
     gate: int
     batch: int
     worst: Mapping[str, Any] | None
     least_packed: float = untracked()
     device: str = untracked()
+    sensitivity: str = field(init=False, default="measured")
+    """Another option lost 0.3 to 0.4 dB and is gone (docs/quality.md): a constant of the recipe."""
 
     def __post_init__(self) -> None:
-        budgets = {name: getattr(self, name) for name in ("bits", "like", "overhead")}
-        if sum(value is not None for value in budgets.values()) != 1:
-            said = ", ".join(f"rank.{name}={value}" for name, value in budgets.items())
-            raise ConfigError(f"{said}: set exactly one of them and leave the others null")
-        if self.grid < 1:
-            raise ConfigError(f"rank.grid={self.grid}: use at least 1; the kernels want 8")
+        refuse_rules(
+            {name: getattr(self, name) for name in ("bits", "like", "overhead")}, self.grid
+        )
         if self.like is not None and (self.like < 0 or self.like % self.grid):
             raise ConfigError(
                 f"rank.like={self.like} is not on the grid: use a multiple of {self.grid}"
-            )
-        if self.sensitivity not in ("measured", "equal"):
-            raise ConfigError(
-                f"rank.sensitivity={self.sensitivity!r} is unknown; use 'measured' or 'equal'"
             )
         if self.gate < 0 or self.batch < 1:
             raise ConfigError(
@@ -102,7 +94,7 @@ class AllocateRank:
         refuse_unpriced(self.method)
 
     def check(self) -> None:
-        """Everything about the plan that shapes and prompts can refute."""
+        """Refuse, before anything runs, what shapes and prompts can refute."""
         sites = self.model.sites()
         refuse_few(self.model.skeleton(), sites, self.least_packed)
         check_plan(self.method, sites, self.grid, lambda s: largest_rank(self.method, s, self.grid))
@@ -129,15 +121,20 @@ class AllocateRank:
             lines = [line for line in plan.blocks if line.site.name in names]
             return site_errors(self.model, lines, basis, probes, device)
 
+        def plan_of(ranks: Mapping[str, int], mode: str) -> Planned:
+            def choose(site: Site) -> tuple[int, str]:
+                rank = ranks[site.name]
+                return rank, f"{mode}: {spectra[site.name].told(rank, site)}"
+
+            return make_plan(method, sites, choose)
+
         def uniform_plan() -> Planned:
-            ranks = prices.uniform(prices.largest_uniform(limit, self.grid))
-            return _planned(method, sites, ranks, spectra, "uniform")
+            rank = prices.largest_uniform(limit, self.grid)
+            return plan_of(prices.uniform(rank), "uniform")
 
         prices, limit = self._budget(method, sites)
         uniform = uniform_plan()
-        errors: dict[str, float] = {}
-        if self.sensitivity == "measured" or self.worst is not None:
-            errors = errors_of(uniform, set(spectra))
+        errors = errors_of(uniform, set(spectra))
         if worst := parse_worst(self.worst, method.activations.bits):
             added = worst.overrides(errors)
             method = replace(method, overrides=[*method.overrides, *added])
@@ -146,25 +143,41 @@ class AllocateRank:
             errors |= errors_of(uniform, {entry["sites"] for entry in added})
         ranks_before = {line.site.name: line.spec.rank for line in uniform.blocks}
         gains = {
-            name: _sensitivity(spectra[name], ranks_before[name], errors.get(name))
-            if self.sensitivity == "measured"
-            else 1 / max(spectra[name].energy, 1e-300)
+            name: _sensitivity(spectra[name], ranks_before[name], errors[name])
             for name in prices.each
         }
-        ranks = self._filled(prices, limit, spectra, gains)
-        left = {
-            what: {name: gains[name] * spectra[name].tail(chosen[name]) for name in gains}
-            for what, chosen in (("uniform", ranks_before), ("budget", ranks))
-        }
-        _write_allocation(out, ranks_before, ranks, gains, errors, left)
-        before, after = (sum(left[what].values()) for what in ("uniform", "budget"))
+        names = list(gains)
+        steps, _ = water_fill(
+            [gains[n] * spectra[n].steps(self.grid, prices.most[n]) for n in names],
+            [self.grid * prices.each[n] for n in names],
+            # A budget that is a sum of prices must not be missed by its last bit.
+            prices.room(limit) * (1 + 1e-12),
+        )
+        ranks = {name: self.grid * count for name, count in zip(names, steps, strict=True)}
+        rows: list[dict[str, Any]] = [
+            {
+                "site": name,
+                "rank": ranks[name],
+                "uniform_rank": ranks_before[name],
+                "sensitivity": gain,
+                "error_alone": errors[name],
+                "predicted_error": gain * spectra[name].tail(ranks[name]),
+                "predicted_error_uniform": gain * spectra[name].tail(ranks_before[name]),
+            }
+            for name, gain in gains.items()
+        ]
+        (out / "allocation.json").write_text(json.dumps(rows, indent=1) + "\n")
+        before = sum(row["predicted_error_uniform"] for row in rows)
+        after = sum(row["predicted_error"] for row in rows)
+        # How many dB of error are predicted to go; 0 where there is none.
+        ratio = torch.tensor([before, after], dtype=torch.float64).clamp_min(1e-300)
         metrics = {
             "uniform_rank": max(prices.uniform(prices.largest_uniform(limit, self.grid)).values()),
             "budget_spent": prices.total(ranks) / limit,
-            "predicted_gain_db": _db(before, after),
+            "predicted_gain_db": float(10 * (ratio[0] / ratio[1]).log10()),
         }
         if after < before:
-            budgeted = _planned(method, sites, ranks, spectra, "budget")
+            budgeted = plan_of(ranks, "budget")
             planned, judged = self._gated(budgeted, uniform, basis, device)
         else:  # steps are coarse: what was too dear at the end can outweigh what was gained
             log.warning("rank: fell back to the uniform rank: no gain is predicted for the budget")
@@ -174,7 +187,7 @@ class AllocateRank:
         return planned.metrics(self.model) | metrics | judged
 
     def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
-        """The uniform rank of the same budget."""
+        """Return the uniform rank of the same budget, per block site."""
         blocks = [site for site in sites if site.kind == "block"]
         rank = self.like
         if rank is None:
@@ -182,12 +195,8 @@ class AllocateRank:
             rank = prices.largest_uniform(limit, self.grid)
         return {s.name: min(rank, largest_rank(self.method, s, self.grid)) for s in blocks}
 
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        measures = self.sensitivity == "measured" or self.worst is not None
-        return memory.rank_budget(work, machine, measures, self.gate, self.batch)
-
     def _budget(self, method: Method, sites: Sequence[Site]) -> tuple[Prices, float]:
-        """What directions cost under ``method``, and the limit in the setting's unit."""
+        """Return what directions cost under ``method``, and the limit in the setting's unit."""
         if self.overhead is not None:
             work = Workload(
                 model=self.model, method=method, ranks=self, calibration=1, heldout=1, batch=1,
@@ -202,26 +211,10 @@ class AllocateRank:
         prices.check(limit, "rank.bits" if self.overhead is None else "rank.overhead")
         return prices, limit
 
-    def _filled(
-        self,
-        prices: Prices,
-        limit: float,
-        spectra: Mapping[str, Spectrum],
-        gains: Mapping[str, float],
-    ) -> dict[str, int]:
-        names = list(prices.each)
-        steps, _ = water_fill(
-            [gains[n] * spectra[n].steps(self.grid, prices.most[n]) for n in names],
-            [self.grid * prices.each[n] for n in names],
-            # A budget that is a sum of prices must not be missed by its last bit.
-            prices.room(limit) * (1 + 1e-12),
-        )
-        return {name: self.grid * count for name, count in zip(names, steps, strict=True)}
-
     def _gated(
         self, budgeted: Planned, uniform: Planned, basis: Artifact, device: torch.device
     ) -> tuple[Planned, dict[str, float]]:
-        """The plan whose images are nearer to the 16-bit ones, and how the two compare."""
+        """Return the plan whose images are nearer to the 16-bit ones, and how the two compare."""
         if not self.gate:
             log.info("rank: the budget plan was not compared with a uniform rank (rank.gate=0)")
             return budgeted, {"fell_back": 0}
@@ -252,50 +245,7 @@ class AllocateRank:
         }
 
 
-def _planned(
-    method: Method,
-    sites: Sequence[Site],
-    ranks: Mapping[str, int],
-    spectra: Mapping[str, Spectrum],
-    mode: str,
-) -> Planned:
-    def choose(site: Site) -> tuple[int, str]:
-        rank = ranks[site.name]
-        return rank, f"{mode}: {spectra[site.name].told(rank, site)}"
-
-    return make_plan(method, sites, choose)
-
-
-def _sensitivity(spectrum: Spectrum, rank: int, error: float | None) -> float:
-    """g: error of the network per unit of energy that the site's main branch quantizes."""
+def _sensitivity(spectrum: Spectrum, rank: int, error: float) -> float:
+    """Return g: error of the network per unit of energy that the site's main branch quantizes."""
     tail = spectrum.tail(rank)
-    return (error or 0.0) / tail if tail > 1e-12 * spectrum.energy else 0.0
-
-
-def _write_allocation(
-    out: Path,
-    uniform: Mapping[str, int],
-    ranks: Mapping[str, int],
-    gains: Mapping[str, float],
-    errors: Mapping[str, float],
-    left: Mapping[str, Mapping[str, float]],
-) -> None:
-    rows = [
-        {
-            "site": name,
-            "rank": ranks[name],
-            "uniform_rank": uniform[name],
-            "sensitivity": gain,
-            "error_alone": errors.get(name),
-            "predicted_error": left["budget"][name],
-            "predicted_error_uniform": left["uniform"][name],
-        }
-        for name, gain in gains.items()
-    ]
-    (out / "allocation.json").write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def _db(before: float, after: float) -> float:
-    """How many dB of error are predicted to go; 0 where there is none."""
-    ratio = torch.tensor([before, after], dtype=torch.float64).clamp_min(1e-300)
-    return float(10 * (ratio[0] / ratio[1]).log10())
+    return error / tail if tail > 1e-12 * spectrum.energy else 0.0

@@ -29,12 +29,13 @@ class Reference:
     ``dtype``   ``float32``, ``bfloat16``, or ``auto``: what the device computes in
 
     Writes ``images.zarr`` (dirotq/evaluate/images.py) with ``original`` and, if asked for,
-    ``floor``: the same prompts and noise through other kernels, as another machine would run them.
-    No method can be expected to be closer to ``original`` than ``floor`` is.
+    ``floor`` (the noise floor): the same prompts and noise through other kernels, as another
+    machine would run them. No method can be expected to be closer to ``original``.
     """
 
     version: ClassVar[str] = "1"
     resumable: ClassVar[bool] = True
+    needs = memory.reference
 
     model: DiffusersModel
     prompts: PromptSet
@@ -83,11 +84,6 @@ class Reference:
         """{name of the images: prompts per pipeline call}."""
         again = {"floor": floor_batch(self.batch)} if self.floor else {}
         return {"original": self.batch} | again
-
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        return memory.generation(
-            work, machine, "reference", max(self.batches.values()), self.dtype, 0, len(self.batches)
-        )
 
 
 def floor_batch(batch: int) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import linear
 
 from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
@@ -34,9 +34,10 @@ from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured
 from dirotq.quantize.plan import SitePlan, read_plan
-from dirotq.quantize.tensors import load_site, site_file
+from dirotq.quantize.planning import read_spectrum
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet, refuse_shared
+from dirotq.sources.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +59,7 @@ class Validate:
 
     version: ClassVar[str] = "3"
     resumable: ClassVar[bool] = True
+    needs = memory.validate
 
     model: DiffusersModel
     prompts: PromptSet
@@ -98,19 +100,26 @@ class Validate:
     ) -> Mapping[str, float]:
         device = pick_device(self.device)
         plan = read_plan(rank.file("plan.json"))
-        sets = self._sets(out, reference)
+        sets = _sets(self, out, reference)
         tree, theirs = out / "images.zarr", reference.tree("images.zarr")
 
-        pipe = self._pipeline(pack, device, theirs)
-        self._generate(pipe, tree, Units(out, self), device)
-        sites = self._sites(pipe.transformer, plan, capture, device)
+        dtype = choose_dtype(self.dtype, device)
+        pipe = _pipeline(pack, device, dtype, theirs)
+        prompts = self.prompts.load()
+        where = "CPU, reference path" if device.type == "cpu" else device_name(device)
+        units = Units(out, self)
+        writer = ImageWriter(
+            tree, PACKED, len(prompts), device=where, dtype=_plain(dtype), units=units
+        )
+        call = self.model.call_arguments()
+        generate_all(writer, pipe, prompts, call, self.batch, "packed images")
+        sites = _sites(self.model.weights(), pipe.transformer, plan, Captured(capture), device)
         size = footprint(pipe.transformer)
         parameters = sum(p.numel() for p in self.model.skeleton().parameters())
         del pipe
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
-        prompts = self.prompts.load()
         scores = score(sets, prompts, self.reader, self.learned, device)
         report = {
             "images": scores.rows(prompts),
@@ -134,9 +143,9 @@ class Validate:
         report["metrics"] = metrics
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
         spectra = {
-            e.site.name: _left(load_site(basis.file(f"sites/{site_file(e.site.name)}")))
-            for e in plan
-            if e.site.kind == "block"
+            entry.site.name: read_spectrum(basis, entry.site).left()
+            for entry in plan
+            if entry.site.kind == "block"
         }
         few = slice(min(self.pairs, len(prompts)))
         shown = [stills(read_images(*sets.places[name], few)) for name in (ORIGINAL, PACKED)]
@@ -145,71 +154,65 @@ class Validate:
             write_pairs(out / "pairs.png", *shown)
         return metrics
 
-    def needs(self, work: memory.Workload, machine: memory.Machine) -> memory.Needs:
-        beside = self.pairs * 6 * work.pixels + 1500 * len(work.planned)
-        return memory.generation(work, machine, "validate", self.batch, self.dtype, beside)
 
-    def _sets(self, out: Path, reference: Artifact) -> ImageSets:
-        """Where the images to compare are."""
-        theirs = reference.tree("images.zarr")
-        places = {PACKED: (out / "images.zarr", PACKED), ORIGINAL: (theirs, ORIGINAL)}
-        if (count := len(read_seconds(theirs, ORIGINAL))) != self.prompts.count:
-            raise ArtifactError(
-                f"{reference} holds {count} images, {self.prompts.count} are to be compared: give "
-                "reference.prompts and validate.prompts the same prompts"
-            )
-        if has_images(theirs, FLOOR):
-            places[FLOOR] = (theirs, FLOOR)
-        return ImageSets(places, self.prompts.count, self.batch)
+def _sets(stage: Validate, out: Path, reference: Artifact) -> ImageSets:
+    """Find the images to compare."""
+    theirs = reference.tree("images.zarr")
+    places = {PACKED: (out / "images.zarr", PACKED), ORIGINAL: (theirs, ORIGINAL)}
+    if (count := len(read_seconds(theirs, ORIGINAL))) != stage.prompts.count:
+        raise ArtifactError(
+            f"{reference} holds {count} images, {stage.prompts.count} are to be compared: give "
+            "reference.prompts and validate.prompts the same prompts"
+        )
+    if has_images(theirs, FLOOR):
+        places[FLOOR] = (theirs, FLOOR)
+    return ImageSets(places, stage.prompts.count, stage.batch)
 
-    def _pipeline(self, pack: Artifact, device: torch.device, theirs: Path) -> Any:
-        """The packed pipeline, in the precision that the 16-bit images were made in."""
-        dtype = choose_dtype(self.dtype, device)
-        made = made_in(theirs, ORIGINAL)
-        if made != _plain(dtype):
-            raise ArtifactError(
-                f"the 16-bit images were made in {made} ({made_on(theirs, ORIGINAL)}) and the "
-                f"packed ones would be made in {_plain(dtype)}: their difference would be that of "
-                f"the precisions too. Run with dtype={made}, or give both stages one device"
-            )
-        return load(pack.tree("model"), device=str(device), dtype=dtype)
 
-    def _generate(self, pipe: Any, tree: Path, units: Units, device: torch.device) -> None:
-        prompts, call = self.prompts.load(), self.model.call_arguments()
-        name = "CPU, reference path" if device.type == "cpu" else device_name(device)
-        dtype = _plain(choose_dtype(self.dtype, device))
-        writer = ImageWriter(tree, PACKED, len(prompts), device=name, dtype=dtype, units=units)
-        generate_all(writer, pipe, prompts, call, self.batch, "packed images")
+def _pipeline(pack: Artifact, device: torch.device, dtype: torch.dtype, theirs: Path) -> Any:
+    """Load the packed pipeline, in the precision that the 16-bit images were made in."""
+    made = made_in(theirs, ORIGINAL)
+    if made != _plain(dtype):
+        raise ArtifactError(
+            f"the 16-bit images were made in {made} ({made_on(theirs, ORIGINAL)}) and the "
+            f"packed ones would be made in {_plain(dtype)}: their difference would be that of "
+            f"the precisions too. Run with dtype={made}, or give both stages one device"
+        )
+    return load(pack.tree("model"), device=str(device), dtype=dtype)
 
-    def _sites(
-        self, packed: nn.Module, plan: list[SitePlan], capture: Artifact, device: torch.device
-    ) -> list[dict[str, Any]]:
-        """Output SQNR of every site on its sampled rows, with its line of the plan."""
-        captured, weights = Captured(capture), self.model.weights()
-        found = []
-        for entry in plan:
-            x = captured.rows(entry.site).to(device, torch.float32)
-            weight, bias = weights.stacked(entry.site, device)
-            want = linear(x, weight, bias)
-            got = packed.get_submodule(entry.site.name)(x)
-            noise = (got - want).square().sum().clamp_min(1e-30)
-            found.append(
-                {
-                    "site": entry.site.name,
-                    "kind": entry.site.kind,
-                    "dim": entry.site.in_features,
-                    "outputs": entry.spec.outputs,
-                    "rank": entry.spec.rank,
-                    "format": entry.spec.format,
-                    "sqnr_db": float(10 * torch.log10(want.square().sum() / noise)),
-                    "why": entry.why,
-                }
-            )
-        return found
+
+def _sites(
+    weights: Weights,
+    packed: nn.Module,
+    plan: list[SitePlan],
+    captured: Captured,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Measure the output SQNR of every site on its sampled rows, with its line of the plan."""
+    found = []
+    for entry in plan:
+        x = captured.rows(entry.site).to(device, torch.float32)
+        weight, bias = weights.stacked(entry.site, device)
+        want = linear(x, weight, bias)
+        got = packed.get_submodule(entry.site.name)(x)
+        noise = (got - want).square().sum().clamp_min(1e-30)
+        found.append(
+            {
+                "site": entry.site.name,
+                "kind": entry.site.kind,
+                "dim": entry.site.in_features,
+                "outputs": entry.spec.outputs,
+                "rank": entry.spec.rank,
+                "format": entry.spec.format,
+                "sqnr_db": float(10 * torch.log10(want.square().sum() / noise)),
+                "why": entry.why,
+            }
+        )
+    return found
 
 
 def _headline(report: Mapping[str, Any], scores: Scores) -> dict[str, float]:
-    """The scalars that a sweep compares."""
+    """Return the scalars that a multirun compares."""
     seconds = report["seconds_per_image"]
     block = [site["sqnr_db"] for site in report["sites"] if site["kind"] == "block"]
     metrics = scores.headline() | {
@@ -222,11 +225,6 @@ def _headline(report: Mapping[str, Any], scores: Scores) -> dict[str, float]:
     for name, shares in scores.attributes.items():
         metrics["attributes" if name == PACKED else f"attributes_{name}"] = shares["mean"]
     return metrics
-
-
-def _left(found: Mapping[str, Tensor]) -> Tensor:
-    """Share of a site's energy outside of its 1, 2, ... leading directions, [L]."""
-    return 1 - found["variances"].flip(0).cumsum(0) / found["energy"]
 
 
 def _plain(dtype: torch.dtype) -> str:

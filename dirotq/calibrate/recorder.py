@@ -34,6 +34,15 @@ class Seen:
     sample: list[Tensor] = field(default_factory=list)
     """Sampled rows [?, D]."""
 
+    def triangle(self, dim: int, device: torch.device) -> Tensor:
+        """Return the sum as a triangle, on ``device`` if it was none yet."""
+        if self.total is None:
+            self.total = second_moment.new(dim, device)
+            for rows in self.whole:
+                second_moment.accumulate(self.total, rows)
+            self.whole = []
+        return self.total
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recorder:
@@ -81,15 +90,10 @@ class Recorder:
             seen.absmax = absmax_D if earlier is None else torch.maximum(earlier, absmax_D)
         if self.level:
             x_TD = x_TD / x_TD.float().square().mean().sqrt().clamp_min(1e-30).to(x_TD.dtype)
-        if seen.total is None and (seen.tokens + len(x_TD)) > site.in_features // 2:
-            seen.total = second_moment.new(site.in_features, x_TD.device)
-            for rows in seen.whole:
-                second_moment.accumulate(seen.total, rows)
-            seen.whole = []
-        if seen.total is None:
+        if seen.total is None and seen.tokens + len(x_TD) <= site.in_features // 2:
             seen.whole.append(x_TD.clone())
         else:
-            second_moment.accumulate(seen.total, x_TD)
+            second_moment.accumulate(seen.triangle(site.in_features, x_TD.device), x_TD)
         seen.tokens += len(x_TD)
 
     def _counted(self, site: Site, x: Tensor, call: Call) -> Tensor:

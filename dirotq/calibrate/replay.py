@@ -17,15 +17,20 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from dirotq.device import free_host_memory
 from dirotq.models.call import Call
 from dirotq.models.skeleton import drop, move_buffers, names_in, names_outside
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.weights import Weights
 
-from .host import HostArena
-
 SMALL = 1 << 20
 """Tensors of fewer bytes stay on the GPU when a waiting call is parked."""
+SLAB = 1 << 30
+ALIGNMENT = 256
+STATE_SHARE = 0.6
+"""Share of the GPU's budget for waiting calls; the rest is a block's and one call's own."""
+HOST_SHARE = 0.6
+"""Share of free host memory for calls that are parked there."""
 
 
 class Replay:
@@ -36,7 +41,7 @@ class Replay:
     blocks       paths of the modules to stream; all others are loaded now
     dtype        compute dtype; with float32, 16-bit arguments are widened too
 
-    ``park`` may be set: waiting calls' activations are kept in page-locked host memory then.
+    ``park`` waiting calls' activations are kept in page-locked host memory (:meth:`make_room`).
     ``current`` is the index of the call that is running, in the sequence given to :meth:`steps`;
     ``outputs`` has what each call of the last pass returned.
     """
@@ -90,13 +95,37 @@ class Replay:
             for forward in forwards:
                 forward.cancel()
 
-    def state_bytes(self, call: Call) -> int:
-        """What one waiting call holds on to: the tensors that its first block is given."""
+    def make_room(self, call: Call, count: int, vram: int | None = None) -> int:
+        """Return how many of ``count`` calls like ``call`` to keep on their way; set ``park``.
+
+        vram  bytes of GPU memory to stay within; None for what is free
+        """
+        each, host = max(self._state_bytes(call), 1), int(HOST_SHARE * free_host_memory())
+        if self.device.type == "cpu":
+            return calls_at_once(each, count, host, host)[0]
+        limit = torch.cuda.mem_get_info(self.device)[0] if vram is None else vram
+        room = int(STATE_SHARE * limit) - torch.cuda.memory_allocated(self.device)
+        at_once, self.park = calls_at_once(each, count, room, host)
+        return at_once
+
+    def _state_bytes(self, call: Call) -> int:
+        """Return what one waiting call holds on to: the tensors that its first block is given."""
         forward = _Forward(self, 0, call)
         forward.proceed()
         size = sum(storage.nbytes() for storage in forward.storages)
         forward.cancel()
         return size
+
+
+def calls_at_once(each: float, count: int, room: float, host: float) -> tuple[int, bool]:
+    """Return how many calls to keep on their way, and whether to park them in host memory.
+
+    each, count  bytes of one waiting call, and how many calls there are
+    room, host   bytes of GPU memory and of host memory that they may take
+    """
+    if each * count <= room:
+        return count, False
+    return max(1, min(count, int(host // max(each, 1)))), True
 
 
 @dataclass(frozen=True)
@@ -178,3 +207,31 @@ def _stop(block: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
 
 def _bytes(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
+
+
+class HostArena:
+    """Page-locked memory cut from large slabs.
+
+    torch rounds each page-locked tensor up to a power of two: 24 GB of weights would take 38.
+    Memory comes back when the arena and everything taken from it are gone.
+    """
+
+    def __init__(self) -> None:
+        self._slab = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def take(self, size: int) -> Tensor:
+        """Return ``size`` bytes, uint8, uninitialized."""
+        if self._used + size > len(self._slab):
+            slab = max(SLAB, 1 << (size - 1).bit_length())
+            self._slab = torch.empty(slab, dtype=torch.uint8, pin_memory=True)
+            self._used = 0
+        start = self._used
+        self._used += -(-size // ALIGNMENT) * ALIGNMENT
+        return self._slab[start : start + size]
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Return a copy of ``tensor`` here."""
+        tensor = tensor.contiguous()
+        copy = self.take(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+        return copy.copy_(tensor)

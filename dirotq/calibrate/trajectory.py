@@ -20,7 +20,7 @@ from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import Prompt
 
-from .host import HostArena
+from .replay import HostArena
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Trajectories:
         if not hasattr(pipe, "encode_prompt"):
             return
         plain = pipe.encode_prompt
-        pipe.encode_prompt = self._remembering(plain)
+        pipe.encode_prompt = self._remembering(plain, anew=True)
         hook = pipe.transformer.register_forward_pre_hook(_raise_reached)
         try:
             for shard in shards:
@@ -67,7 +67,7 @@ class Trajectories:
                     generate(pipe, shard, self.call, output="latent")
         finally:
             hook.remove()
-        pipe.encode_prompt = self._recalling(plain)
+        pipe.encode_prompt = self._remembering(plain, anew=False)
         pipe.register_modules(**dict.fromkeys(encoders))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -95,7 +95,9 @@ class Trajectories:
             move_buffers(transformer, self.device)
 
     def record(self, shard: Sequence[Prompt], choose: Callable[[int], Sequence[int]]) -> list[Call]:
-        """Generate one batch; the calls that ``choose(number of calls made)`` names, on the CPU."""
+        """Generate one batch; return the calls that ``choose(number of calls made)`` names, on the
+        CPU.
+        """
         self.made = made = []
         copies: dict[int, tuple[Tensor, int, Tensor]] = {}
 
@@ -120,25 +122,21 @@ class Trajectories:
             hook.remove()
         return [made[i] for i in choose(len(made))]
 
-    def _remembering(self, plain: Callable[..., Any]) -> Callable[..., Any]:
+    def _remembering(self, plain: Callable[..., Any], *, anew: bool) -> Callable[..., Any]:
+        """Return an ``encode_prompt`` that knows all earlier results; ``anew`` adds others to them.
+
+        Without it, what is not known are given embeddings: a pipeline only reshapes them, and needs
+        no encoder for that.
+        """
+
         def encode_prompt(*args: Any, **kwargs: Any) -> Any:
             key = repr((args, kwargs))
             if key not in self._encoded:
+                if not anew:
+                    return plain(*args, **kwargs)
                 with torch.no_grad():
                     self._encoded[key] = _to(plain(*args, **kwargs), torch.device("cpu"))
             return _to(self._encoded[key], self.device)
-
-        return encode_prompt
-
-    def _recalling(self, plain: Callable[..., Any]) -> Callable[..., Any]:
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            key = repr((args, kwargs))
-            # Given embeddings, a pipeline only reshapes them: that needs no encoder.
-            return (
-                _to(self._encoded[key], self.device)
-                if key in self._encoded
-                else plain(*args, **kwargs)
-            )
 
         return encode_prompt
 
@@ -156,7 +154,7 @@ def _to(value: Any, device: torch.device) -> Any:
 
 
 def _open(model: DiffusersModel, dtype: torch.dtype, device: torch.device) -> Any:
-    """The pipeline on the CPU, its transformer without weights, on paper at home on ``device``."""
+    """Open the pipeline on the CPU, its transformer without weights; it says ``device``."""
     import diffusers
 
     folder = model.folder()

@@ -1,20 +1,17 @@
 """Bytes that each stage needs at its peak and leaves on the disk, from shapes alone.
 
-A function per stage, which the stage's ``needs`` calls; pipeline/preflight.py holds them against
-the machine. docs/compress.md has them beside what was measured.
+A function per stage, which is the stage's ``needs``; pipeline/preflight.py holds them against the
+machine. docs/compress.md has them beside what was measured.
 """
 
+from typing import Any
+
+from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.errors import ConfigError
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.quantize.spectrum import DENSE, MARGIN
 from dirotq.quantize.workload import Workload
-
-__all__ = [
-    "HOST_SHARE", "STATE_SHARE", "Machine", "Needs", "Workload", "basis", "budget",
-    "calls_at_once", "capture", "fuse", "generation", "gptq", "low_rank", "pack", "rank",
-    "rank_budget", "sensitivities",
-]  # fmt: skip
 
 GPU_RAM = 3.0e9
 """Host memory of a process with torch and a CUDA context: gptq of FLUX.1 on an H200 took 2.9 GB."""
@@ -32,95 +29,74 @@ DECODED = 512
 """Numbers alive in an image decoder, per pixel."""
 IMAGE_BYTES = 1.8
 """Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
-
-STATE_SHARE = 0.6
-"""Share of the GPU's budget for waiting calls; the rest is a block's and one call's own."""
-HOST_SHARE = 0.6
-"""Share of free host memory for calls that are parked there."""
 FRAGMENTS = 1.15
 """What waiting calls reserve on a GPU over what they hold: their tensors change size on the way."""
 
 
-def capture(work: Workload, machine: Machine, vram: str | int | None, rows: int) -> Needs:
-    """Latents of all prompts with the whole network; then the recorded calls block by block.
-
-    vram  the setting ``capture.vram``;  rows  sampled activation rows per site
-    """
-    limit, weights = budget(machine, vram), machine.width * work.parameters
-    streams = machine.gpu and vram is not None and weights > 0.75 * limit
-    count, largest = -(-work.recorded // work.samples), max(map(work.moment_bytes, work.sites))
-    waiting, parked = _waiting(work, machine, count, limit)
-    block = machine.width * work.block_parameters + work.block_moments + largest
+def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
+    """Latents of all prompts with the whole network; then the recorded calls block by block."""
+    limit, weights = budget(machine, stage.vram), machine.width * work.parameters
+    streams = machine.gpu and stage.vram is not None and weights > 0.75 * limit
+    moments = {site.name: work.moment_bytes(site) for site in work.sites}
+    largest = max(moments.values())
+    of_block = max(sum(moments[s.name] for s in sites) for sites in work.by_block.values())
+    waiting, parked = _waiting(work, machine, -(-work.recorded // work.samples), limit)
+    block = machine.width * work.block_parameters + of_block + largest
     alive = _activations(work, work.samples, machine.width)
-    recording = max(work.encoders, 2 * block if streams else weights + alive)
+    encoders = sum(
+        size for name, size in work.components.items() if name.startswith("text_encoder")
+    )
+    recording = max(encoders, 2 * block if streams else weights + alive)
     replaying = block + alive + waiting * (FRAGMENTS if machine.gpu and not parked else 1)
-    host = work.components + work.call_bytes + 2 * largest + _block_read(work) + parked
-    disk = work.moments + sum(2 * rows * site.in_features for site in work.sites)
-    adapts = machine.gpu and vram is None  # as yet it takes what is free
+    # An upper bound of the recorded calls, as a prompt's steps share its text.
+    calls = work.recorded * work.argument_bytes
+    host = _components(work) + calls + 2 * largest + _block_read(work) + parked
+    host += weights if streams else 0
+    disk = sum(moments.values()) + sum(2 * stage.rows * site.in_features for site in work.sites)
+    adapts = machine.gpu and stage.vram is None  # as yet it takes what is free
     lower = f"capture.vram={0.9 * limit / 1e9:.0f}GB, " if adapts else ""
     lower += "capture.batch=1, a smaller model.call.height and width"
-    host += weights if streams else 0
     return _needs(machine, max(recording, replaying), host, disk, lower, bound=True)
 
 
-def basis(work: Workload, machine: Machine, leading: int | None) -> Needs:
+def basis(stage: Any, work: Workload, machine: Machine) -> Needs:
     """One site at a time: S as stored and as a square, then its directions in float64."""
     widest, stored = work.widest, max(map(work.moment_bytes, work.block_sites))
-    dense = leading is None or widest <= DENSE
+    dense = stage.leading is None or widest <= DENSE
     matrices = 8 * 5 * widest**2 if dense else 4 * widest**2 + stored
-    thin = 6 * 8 * widest * ((leading or widest) + MARGIN)
+    thin = 6 * 8 * widest * ((stage.leading or widest) + MARGIN)
     lower = "method.leading=64 (the rank needs no more)"
-    return _needs(machine, matrices + thin, stored, 4 * work.directions(leading), lower)
+    return _needs(machine, matrices + thin, stored, 4 * _directions(work, stage.leading), lower)
 
 
-def low_rank(work: Workload, machine: Machine, leading: int | None) -> Needs:
+def low_rank(stage: Any, work: Workload, machine: Machine) -> Needs:
     """One site at a time: its moments and the weights' Gram matrix, all of it in float64."""
-    square, thin = work.widest**2, work.widest * min(leading or work.widest, work.widest)
+    square, thin = work.widest**2, work.widest * min(stage.leading or work.widest, work.widest)
     lower = "basis.candidates=5, method.leading=64"
-    disk = 8 * work.directions(leading)
+    disk = 8 * _directions(work, stage.leading)
     return _needs(machine, 40 * square + 16 * thin, 8 * square, disk, lower, bound=True)
 
 
-def rank(work: Workload, machine: Machine) -> Needs:
-    """One site's spectrum at a time."""
-    kept = min(work.method.leading or work.widest, work.widest)
-    return _needs(machine, 0, 4 * work.widest * kept, 800 * len(work.sites))
+def rank(stage: Any, work: Workload, machine: Machine) -> Needs:
+    """One site's spectrum at a time, or what measuring the worst sites takes."""
+    return _sensitivities(work, machine) if stage.worst else _spectra(work, machine)
 
 
-def sensitivities(work: Workload, machine: Machine) -> Needs:
-    """One block, and a waiting call for each of its sites (dirotq/quantize/sensitivity.py)."""
-    waiting, parked = _waiting(work, machine, len(work.block_sites) + 1, machine.vram)
-    block = 2 * machine.width * work.block_parameters + 8 * 3 * work.largest_weight
-    device = block + _activations(work, work.samples, machine.width) + waiting
-    lower = "rank.sensitivity=equal, capture.batch=1"
-    host, disk = _block_read(work) + parked, 1200 * len(work.sites)
-    return _needs(machine, device, host, disk, lower, bound=True)
-
-
-def rank_budget(
-    work: Workload, machine: Machine, measures: bool, prompts: int, batch: int
-) -> Needs:
-    """The most that its parts need: spectra, sensitivities where it ``measures`` them, and the
-    images of ``prompts`` prompts for its A/B check (dirotq/quantize/ab_check.py).
-    """
-    parts = [rank(work, machine)]
-    if measures:
-        parts.append(sensitivities(work, machine))
-    if prompts:
-        weights = machine.width * work.parameters + work.components
-        device, host = weights + _image_peak(work, batch, machine.width), 24 * prompts * work.pixels
+def rank_budget(stage: Any, work: Workload, machine: Machine) -> Needs:
+    """Take the most of spectra, sensitivities and the A/B check's images (quantize/measure.py)."""
+    parts = [_spectra(work, machine), _sensitivities(work, machine)]
+    if stage.gate:
+        images = _image_peak(work, stage.batch, machine.width)
+        device = machine.width * work.parameters + _components(work) + images
+        host, disk = 24 * stage.gate * work.pixels, 1200 * len(work.sites)
         lower = "rank.gate=0 (which leaves the comparison out), rank.batch=1"
-        parts.append(_needs(machine, device, host, 1200 * len(work.sites), lower, bound=True))
-    return Needs(
-        vram=max(part.vram for part in parts),
-        ram=max(part.ram for part in parts),
-        disk=max(part.disk for part in parts),
-        bound=any(part.bound for part in parts),
-        lower=", ".join(part.lower for part in parts if part.lower),
-    )
+        parts.append(_needs(machine, device, host, disk, lower, bound=True))
+    vram, ram, disk = (max(getattr(p, what) for p in parts) for what in ("vram", "ram", "disk"))
+    lower = ", ".join(part.lower for part in parts if part.lower)
+    return Needs(vram=vram, ram=ram, disk=disk, bound=True, lower=lower)
 
 
-def gptq(work: Workload, machine: Machine) -> Needs:
+def gptq(stage: Any, work: Workload, machine: Machine) -> Needs:
     """One site at a time: S, its rotation and its factor in float64, weights in float32."""
     sizes = ((spec.width, spec.outputs) for _, spec in work.planned)
     device = max(8 * 4 * wide**2 + 4 * 6 * outputs * wide for wide, outputs in sizes)
@@ -129,7 +105,7 @@ def gptq(work: Workload, machine: Machine) -> Needs:
     return _needs(machine, device, host, disk, "method.rounding=nearest (lower quality)")
 
 
-def fuse(work: Workload, machine: Machine) -> Needs:
+def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
     """One block of both networks in float32 with the captured call; a site's halves in float64."""
     device = 2.0 * 4 * work.block_parameters + 8 * 2 * work.largest_weight
     device += _activations(work, work.samples, 4) + 3 * work.samples * work.state
@@ -138,28 +114,21 @@ def fuse(work: Workload, machine: Machine) -> Needs:
     return _needs(machine, device, _block_read(work), disk, lower, bound=True)
 
 
-def pack(work: Workload, machine: Machine, shard: int) -> Needs:
-    """The packed transformer, ``shard`` bytes at a time, and a copy of all other components."""
+def pack(stage: Any, work: Workload, machine: Machine) -> Needs:
+    """Write the packed transformer, a shard at a time, and copy all other components."""
     packed = sum(work.packed.values())
-    host, disk = SHARDS * min(packed, shard), packed + work.components
+    host, disk = SHARDS * min(packed, parse_bytes(stage.shard)), packed + _components(work)
     return _needs(machine, 0, host, disk, "pack.shard=1GB", bound=True)
 
 
-def generation(
-    work: Workload, machine: Machine, stage: str, batch: int, dtype: str, beside: int, sets: int = 1
-) -> Needs:
-    """The whole pipeline, and ``batch`` of the held-out images at a time.
+def reference(stage: Any, work: Workload, machine: Machine) -> Needs:
+    batches = stage.batches.values()
+    return _generation(work, machine, "reference", max(batches), stage.dtype, 0, len(batches))
 
-    stage   whose settings they are;  dtype  as of dirotq.device.choose_dtype
-    beside  further bytes on the disk;  sets  how many times all images are made
-    """
-    width = {"auto": machine.width, "float32": 4, "bfloat16": 2}[dtype]
-    device = width * work.parameters + work.components + _image_peak(work, batch, width)
-    picture = 3 * work.pixels
-    host = batch * picture * (4 + 8 + 2)  # as they came, in the writer's float64, rounded
-    disk = sets * work.heldout * picture * IMAGE_BYTES + beside
-    lower = f"{stage}.batch=1, until=pack (which leaves it out)"
-    return _needs(machine, device, host, disk, lower, bound=True)
+
+def validate(stage: Any, work: Workload, machine: Machine) -> Needs:
+    beside = stage.pairs * 6 * work.pixels + 1500 * len(work.planned)
+    return _generation(work, machine, "validate", stage.batch, stage.dtype, beside, 1)
 
 
 def budget(machine: Machine, vram: str | int | None) -> int:
@@ -176,15 +145,35 @@ def budget(machine: Machine, vram: str | int | None) -> int:
     return wanted
 
 
-def calls_at_once(each: float, count: int, room: float, host: float) -> tuple[int, bool]:
-    """How many calls to keep on their way at a time, and whether to park them in host memory.
+def _spectra(work: Workload, machine: Machine) -> Needs:
+    kept = min(work.method.leading or work.widest, work.widest)
+    return _needs(machine, 0, 4 * work.widest * kept, 800 * len(work.sites))
 
-    each, count  bytes of one waiting call, and how many calls there are
-    room, host   bytes of GPU memory and of host memory that they may take
+
+def _sensitivities(work: Workload, machine: Machine) -> Needs:
+    """One block, and a waiting call for each of its sites (dirotq/quantize/measure.py)."""
+    waiting, parked = _waiting(work, machine, len(work.block_sites) + 1, machine.vram)
+    block = 2 * machine.width * work.block_parameters + 8 * 3 * work.largest_weight
+    device = block + _activations(work, work.samples, machine.width) + waiting
+    host, disk = _block_read(work) + parked, 1200 * len(work.sites)
+    return _needs(machine, device, host, disk, "capture.batch=1", bound=True)
+
+
+def _generation(
+    work: Workload, machine: Machine, stage: str, batch: int, dtype: str, beside: int, sets: int
+) -> Needs:
+    """Hold the whole pipeline, and ``batch`` of the held-out images at a time.
+
+    stage   whose settings they are;  dtype  as of dirotq.device.choose_dtype
+    beside  further bytes on the disk;  sets  how many times all images are made
     """
-    if each * count <= room:
-        return count, False
-    return max(1, min(count, int(host // max(each, 1)))), True
+    width = {"auto": machine.width, "float32": 4, "bfloat16": 2}[dtype]
+    device = width * work.parameters + _components(work) + _image_peak(work, batch, width)
+    picture = 3 * work.pixels
+    host = batch * picture * (4 + 8 + 2)  # as they came, in the writer's float64, rounded
+    disk = sets * work.heldout * picture * IMAGE_BYTES + beside
+    lower = f"{stage}.batch=1, until=pack (which leaves it out)"
+    return _needs(machine, device, host, disk, lower, bound=True)
 
 
 def _needs(
@@ -219,5 +208,16 @@ def _image_peak(work: Workload, batch: int, width: int) -> float:
 
 
 def _block_read(work: Workload) -> int:
-    """A block's weights as they pass through host memory, 16 bits each."""
+    """Return a block's weights as they pass through host memory, 2 bytes each."""
     return 2 * work.block_parameters
+
+
+def _components(work: Workload) -> int:
+    return sum(work.components.values())
+
+
+def _directions(work: Workload, leading: int | None) -> int:
+    """Numbers of all sites' directions, ``leading`` of them (None: all) kept for each."""
+    return sum(
+        s.in_features * min(leading or s.in_features, s.in_features) for s in work.block_sites
+    )

@@ -14,7 +14,7 @@ from dirotq.kernels import second_moment
 from dirotq.kernels.full_float32 import full_float32
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.quantize.tensors import create_array, read_array, write_rows
+from dirotq.quantize.tensors import read_array, write_array
 
 
 class Captured:
@@ -25,15 +25,15 @@ class Captured:
         self._trees: dict[str, zarr.Group] = {}
 
     def stored_moment(self, site: Site) -> tuple[Tensor, dict]:
-        """What :func:`moment` makes S of, on the CPU."""
+        """Return what :func:`moment` makes S of, on the CPU."""
         return read_stored(self._tree("moments.zarr"), site.name)
 
     def rows(self, site: Site) -> Tensor:
-        """Sampled activation rows, bfloat16 [T, D], on the CPU."""
+        """Return sampled activation rows, bfloat16 [T, D], on the CPU."""
         return read_array(self._tree("rows.zarr"), site.name)
 
     def absmax(self, site: Site) -> Tensor:
-        """Largest magnitude of each channel, float32 [D], on the CPU."""
+        """Return the largest magnitude of each channel, float32 [D], on the CPU."""
         return read_array(self._tree("peaks.zarr"), site.name)
 
     def _tree(self, name: str) -> zarr.Group:
@@ -58,19 +58,18 @@ def write_moment(
     """
     stored = total / tokens if total is not None else rows
     assert stored is not None
-    create_array(group, name, tuple(stored.shape), stored.dtype)
-    write_rows(group, name, 0, stored)
+    write_array(group, name, stored)
     form = "rows" if total is None else "triangle"
     group[name].attrs.update({"form": form, "tokens": tokens, "dim": dim})
 
 
 def read_stored(group: zarr.Group, name: str) -> tuple[Tensor, dict]:
-    """What :func:`write_moment` stored, on the CPU, with its attributes."""
+    """Return what :func:`write_moment` stored, on the CPU, with its attributes."""
     return read_array(group, name), dict(group[name].attrs)
 
 
 def moment(stored: tuple[Tensor, dict], device: torch.device | str) -> Tensor:
-    """S, float32 [D, D], symmetric, from what :func:`read_stored` returned."""
+    """Return S, float32 [D, D], symmetric, from what :func:`read_stored` returned."""
     tensor, attributes = stored
     tensor = tensor.to(device)
     if attributes["form"] == "rows":
@@ -80,30 +79,22 @@ def moment(stored: tuple[Tensor, dict], device: torch.device | str) -> Tensor:
     return second_moment.unpack(tensor, attributes["dim"])
 
 
-def read_moment(group: zarr.Group, name: str, device: torch.device | str = "cpu") -> Tensor:
-    """S of one site, float32 [D, D]."""
-    return moment(read_stored(group, name), device)
-
-
 def add_earlier(seen: Seen, dim: int, stored: tuple[Tensor, dict], absmax_D: Tensor) -> None:
     """Add to what one pass has seen of a site what earlier passes left on disk, in place.
 
     stored  what :func:`read_stored` returned
     """
     earlier, attributes = stored
-    tokens = int(attributes["tokens"])
+    tokens, absmax = int(attributes["tokens"]), seen.absmax
+    assert absmax is not None
     if seen.total is None and attributes["form"] == "rows":
         seen.whole = [earlier, *(rows.cpu() for rows in seen.whole)]
     else:
-        if seen.total is None:
-            seen.total = second_moment.new(dim, seen.whole[0].device)
-            for rows in seen.whole:
-                second_moment.accumulate(seen.total, rows)
-        earlier = earlier.to(seen.total.device)
+        total = seen.triangle(dim, absmax.device)
+        earlier = earlier.to(total.device)
         if attributes["form"] == "rows":
-            second_moment.accumulate(seen.total, earlier)
+            second_moment.accumulate(total, earlier)
         else:
-            seen.total += earlier * tokens
+            total += earlier * tokens
     seen.tokens += tokens
-    assert seen.absmax is not None
-    seen.absmax = torch.maximum(seen.absmax.cpu(), absmax_D)
+    seen.absmax = torch.maximum(absmax.cpu(), absmax_D)

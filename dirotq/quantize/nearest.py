@@ -39,11 +39,11 @@ class Rounded(NamedTuple):
     """Least scale of each row for its FP8 tail, bfloat16 [N, 1]."""
 
     def values(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Codes times steps, [N, K]."""
+        """Return codes times steps, [N, K]."""
         return dequantize_weight(self.codes, self.step, dtype)
 
     def stored(self, spec: QuantSpec) -> dict[str, Tensor]:
-        """The buffers of a packed linear that hold them."""
+        """Return the buffers of a packed linear that hold them."""
         found = {"qweight": pack_codes(self.codes, spec.weights.element), "wscale": self.wscale}
         return found if self.wglobal is None else found | {"wglobal": self.wglobal}
 
@@ -75,7 +75,7 @@ def nearest(
 def pack_nearest(
     entry: SitePlan, basis: Artifact, weights: Weights, device: torch.device
 ) -> QuantLinear:
-    """What ``gptq``, ``fuse`` and ``pack`` would make of a site with method.rounding=nearest.
+    """Make what ``gptq``, ``fuse`` and ``pack`` would of a site with method.rounding=nearest.
 
     All columns count alike in the search for a clipped scale: second moments of the main branch
     are not computed here.
@@ -83,17 +83,9 @@ def pack_nearest(
     rotation = site_rotation(entry, basis, device)
     weight, bias = weights.stacked(entry.site, device)
     main, protected = rotation.weights(weight)
-    stored = {
-        "basis": rotation.basis_DR,
-        "rotation": rotation.rotation_DK,
-        "smooth": rotation.smooth_D,
-        "bias": None if bias is None else bias.to(torch.bfloat16),
-    }
     rounded = nearest(main, entry.spec, clip=entry.clip, wp_NR=protected, bias_N=bias)
-    stored |= rounded.stored(entry.spec)
-    stored |= rotation.stored(protected)
+    stored = rotation.stored(protected, bias) | rounded.stored(entry.spec)
     packed = QuantLinear(entry.spec, bias=entry.site.bias, device=device)
     for name, tensor in stored.items():
-        if tensor is not None:
-            getattr(packed, name).copy_(tensor)
+        getattr(packed, name).copy_(tensor)
     return packed

@@ -41,18 +41,23 @@ class Override:
         made = ", ".join(said[name] for name in CHANGES if getattr(self, name) is not None)
         return f"{self.why or f'override {self.sites}'}: {made}"
 
+    @property
+    def decides(self) -> bool:
+        """It leaves no rank to choose."""
+        return (self.keep, self.rank) != (None, None)
+
     def matches(self, site: Site) -> bool:
         return fnmatchcase(site.name, self.sites)
 
 
 def parse_overrides(
-    values: Iterable[Mapping[str, Any]], setting: str = "method.overrides"
+    values: Iterable[Mapping[str, Any]],
 ) -> tuple[Override, ...]:
-    """The list that conf/method holds, checked.
+    """Check the list that conf/method holds.
 
     Raises ConfigError for an entry with an unknown or missing key, or a value out of range.
     """
-    return tuple(_parsed(value, f"{setting}[{i}]") for i, value in enumerate(values))
+    return tuple(_parsed(value, f"method.overrides[{i}]") for i, value in enumerate(values))
 
 
 def _parsed(value: Mapping[str, Any], setting: str) -> Override:
@@ -85,8 +90,10 @@ def _parsed(value: Mapping[str, Any], setting: str) -> Override:
 
 
 def override_of(overrides: Iterable[Override], site: Site) -> Override | None:
-    """What all entries that match ``site`` say together, with ``why`` in words for the plan; None
-    if none matches. Later ones win, ``keep`` over all."""
+    """Return what all entries that match ``site`` say together, ``why`` in words for the plan.
+
+    None if none matches. Later ones win, ``keep`` over all.
+    """
     found = [override for override in overrides if override.matches(site)]
     if site.kind != "block":
         found = [override for override in found if override.keep is not None]
@@ -104,9 +111,7 @@ def override_of(overrides: Iterable[Override], site: Site) -> Override | None:
 def check_overrides(
     overrides: Sequence[Override],
     sites: Sequence[Site],
-    *,
     grid: int,
-    setting: str = "method.overrides",
 ) -> None:
     """Hold overrides against the sites of a model.
 
@@ -119,24 +124,24 @@ def check_overrides(
             names = [site.name for site in sites]
             close = difflib.get_close_matches(override.sites, names, n=3, cutoff=0)
             raise ConfigError(
-                f"{setting}[{index}].sites={override.sites!r} matches none of the model's "
+                f"method.overrides[{index}].sites={override.sites!r} matches none of the model's "
                 f"{len(names)} sites; the closest are {', '.join(close)}"
             )
         if override.keep is None and all(site.kind != "block" for site in matched):
             raise ConfigError(
-                f"{setting}[{index}].sites={override.sites!r} matches modulators only "
+                f"method.overrides[{index}].sites={override.sites!r} matches modulators only "
                 f"({matched[0].name}, ...), which have 16-bit activations and no rank: use "
                 "keep: 16 for them, or match block sites"
             )
         if override.rank is not None and override.rank % grid:
             raise ConfigError(
-                f"{setting}[{index}].rank={override.rank} is not on the grid: use a multiple of "
-                f"{grid}"
+                f"method.overrides[{index}].rank={override.rank} is not on the grid: use a "
+                f"multiple of {grid}"
             )
     blocks = [site for site in sites if site.kind == "block"]
     if blocks and all((o := override_of(overrides, s)) and o.keep for s in blocks):
         raise ConfigError(
-            f"{setting} keep every block site in 16 bits: nothing is left to quantize; use "
+            "method.overrides keep every block site in 16 bits: nothing is left to quantize; use "
             "narrower patterns"
         )
 
@@ -151,17 +156,17 @@ class Worst:
     act_bits: int | None = None
 
     def overrides(self, errors: Mapping[str, float]) -> list[dict[str, Any]]:
-        """Entries for ``method.overrides``.
+        """Return entries for ``method.overrides``.
 
         errors  what each site alone adds to the network's error, {site: any unit}
         """
         total = sum(errors.values()) or 1.0
         ranked = sorted(errors, key=lambda name: -errors[name])[: self.count]
-        change = {"keep": self.keep, "act_bits": self.act_bits}
+        change = {"keep": self.keep} if self.keep else {"act_bits": self.act_bits}
         return [
             {
                 "sites": name,
-                **{key: bits for key, bits in change.items() if bits is not None},
+                **change,
                 "why": f"number {place} in measured error ({errors[name] / total:.1%} of the sum)",
             }
             for place, name in enumerate(ranked, 1)

@@ -25,7 +25,7 @@ class Method:
     """A quantization method (conf/method): what it does to inputs and weights, and their formats.
 
     ``transform``        conf/transform; ``block`` is the largest Hadamard block
-    ``branch``           conf/branch: how the protected directions are computed; None protects none
+    ``branch``           conf/branch: how the low-rank branch is computed; None for no branch
     ``weights``          conf/weight_format
     ``weight_clip``      search the weights' scales below their largest value
     ``activations``      conf/act_format
@@ -81,7 +81,7 @@ class Method:
                 )
 
     def override(self, site: Site) -> Override | None:
-        """What ``overrides`` say about one site, together."""
+        """Return what ``overrides`` say about one site, together."""
         return override_of(parse_overrides(self.overrides), site)
 
     def protects(self, site: Site) -> bool:
@@ -89,7 +89,7 @@ class Method:
         return self.branch is not None and site.kind == "block"
 
     def spec(self, site: Site, rank: int) -> QuantSpec | None:
-        """Formats of one site that protects ``rank`` directions; None if it stays in 16 bits.
+        """Return formats of one site that protects ``rank`` directions; None if it is ignored.
 
         An override's rank takes the place of ``rank``, and its activations in 8 bits one scale per
         token that of power-of-two groups, which 8 bits can't have.
@@ -107,7 +107,7 @@ class Method:
             raise ConfigError(f"site {site.name}, method {self.name}: {error}") from error
 
     def identity(self) -> dict[str, Any]:
-        """The recipe: flat, as the first versions of DiRotQ had it, whose stores go on counting."""
+        """Return the recipe: flat, as the first versions had it, whose stores go on counting."""
         parts = flat(self.transform, self.branch or PROJECT, self.weights, self.activations)
         del parts["weight_bits"]
         return parts | {
@@ -161,7 +161,7 @@ class Method:
 
 
 def fitting_group(group: int, channels: int) -> int:
-    """The largest of ``group``, its half, quarter, ... down to 16 that divides ``channels``.
+    """Return the largest of ``group``, its half, quarter, ... down to 16 that divides ``channels``.
 
     ``group`` itself if none does, for QuantSpec to refuse.
     """
@@ -187,7 +187,7 @@ class SitePlan:
 
 
 def write_plan(path: Path, plan: Iterable[SitePlan]) -> None:
-    """The plan as readable JSON, in the order of the network."""
+    """Write the plan as readable JSON, in the order of the network."""
     rows = [
         asdict(entry) | {"site": entry.site.recorded(), "spec": entry.spec.recorded()}
         for entry in plan
@@ -196,7 +196,7 @@ def write_plan(path: Path, plan: Iterable[SitePlan]) -> None:
 
 
 def read_plan(path: Path) -> list[SitePlan]:
-    """Inverse of :func:`write_plan`."""
+    """Read what :func:`write_plan` wrote."""
     return [
         SitePlan(
             Site.from_record(row["site"]),

@@ -4,9 +4,10 @@ Letters: L leading directions that ``basis`` kept.
 """
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -32,25 +33,26 @@ class Spectrum:
     variances_L: Tensor
     energy: float
 
-    def held(self, rank: int) -> float:
-        """Share of the energy in the ``rank`` leading directions."""
-        return float(self.variances_L[:rank].sum()) / max(self.energy, 1e-300)
-
     def tail(self, rank: int) -> float:
-        """Energy outside of the ``rank`` leading directions: what will be quantized."""
+        """Return the energy outside of the ``rank`` leading directions: what will be quantized."""
         return max(self.energy - float(self.variances_L[:rank].sum()), 0.0)
 
+    def left(self) -> Tensor:
+        """Return shares of the energy outside of 1, 2, ... leading directions, float64 [L]."""
+        return 1 - self.variances_L.cumsum(0) / self.energy
+
     def steps(self, grid: int, most: int) -> Tensor:
-        """Variance of the 1st, 2nd, ... ``grid`` directions, up to ``most``: float64, falling."""
+        """Return variances of the 1st, 2nd, ... ``grid`` directions, up to ``most``: float64."""
         return self.variances_L[:most].unflatten(0, (-1, grid)).sum(1)
 
     def told(self, rank: int, site: Site) -> str:
-        """A rank in words, for the plan."""
-        return f"{rank} of {site.in_features} directions hold {self.held(rank):.1%} of the energy"
+        """Say what a rank does, for the plan."""
+        share = float(self.variances_L[:rank].sum()) / max(self.energy, 1e-300)
+        return f"{rank} of {site.in_features} directions hold {share:.1%} of the energy"
 
 
 def read_spectrum(basis: Artifact, site: Site) -> Spectrum:
-    """Of one site, from the ``basis`` artifact."""
+    """Read that of one site from the ``basis`` artifact."""
     found = load_site(basis.file(f"sites/{site_file(site.name)}"))
     return Spectrum(found["variances"].flip(0), float(found["energy"]))
 
@@ -60,39 +62,40 @@ class Planned:
     """Lines of the plan, and the sites that stay in 16 bits with the reason."""
 
     lines: list[SitePlan] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)
+    ignored: dict[str, str] = field(default_factory=dict)
 
     @property
     def blocks(self) -> list[SitePlan]:
         return [line for line in self.lines if line.site.kind == "block"]
 
     def because(self, reason: str) -> "Planned":
-        """The same plan with a further reason for the ranks of block sites."""
-        return Planned([_because(line, reason) for line in self.lines], self.kept)
+        """Return the same plan with a further reason for the ranks of block sites."""
+        lines = [
+            replace(line, why=f"{line.why}; {reason}") if line.site.kind == "block" else line
+            for line in self.lines
+        ]
+        return Planned(lines, self.ignored)
 
     def write(self, out: Path) -> None:
-        """``plan.json`` and ``kept.json``."""
+        """Write ``plan.json`` and ``kept.json``."""
         write_plan(out / "plan.json", self.lines)
-        (out / "kept.json").write_text(json.dumps(self.kept, indent=1) + "\n")
-
-    def bits(self, model: DiffusersModel) -> float:
-        """Bits per parameter of a transformer packed by this plan, everything counted."""
-        return effective_bits(model.skeleton(), [(line.site, line.spec) for line in self.lines])
+        (out / "kept.json").write_text(json.dumps(self.ignored, indent=1) + "\n")
 
     def metrics(self, model: DiffusersModel) -> dict[str, float]:
-        ranks = [line.spec.rank for line in self.blocks]
+        skeleton, ranks = model.skeleton(), [line.spec.rank for line in self.blocks]
+        packed = [(line.site, line.spec) for line in self.lines]
         return {
             "mean_rank": sum(ranks) / max(len(ranks), 1),
-            "bits_per_parameter": self.bits(model),
-            "sites_kept": len(self.kept),
-            "block_parameters_kept": share_kept(model.skeleton(), (s.site for s in self.lines)),
+            "bits_per_parameter": effective_bits(skeleton, packed),
+            "sites_kept": len(self.ignored),
+            "block_parameters_kept": share_kept(skeleton, (site for site, _ in packed)),
         }
 
 
 def make_plan(
     method: Method, sites: Iterable[Site], choose: Callable[[Site], tuple[int, str]]
 ) -> Planned:
-    """A line for every site that the method quantizes, in the order of ``sites``.
+    """Return a line for every site that the method quantizes, in the order of ``sites``.
 
     choose  the rank of a site that protects directions, and why; not asked where an override says
     """
@@ -102,34 +105,39 @@ def make_plan(
         rank, why = 0, f"method {method.name} protects no direction"
         if site.kind == "modulator":
             why = "modulator: one row per image, so 16-bit activations cost nothing"
-        decided = override is not None and (override.keep, override.rank) != (None, None)
+        decided = override is not None and override.decides
         if method.protects(site) and not decided:
             rank, why = choose(site)
         if override is not None:
             why = override.why if decided else f"{why}; {override.why}"
         spec = method.spec(site, rank)
         if spec is None:
-            made.kept[site.name] = why if override else "modulators stay in 16 bits"
+            made.ignored[site.name] = why if override else "modulators stay in 16 bits"
         else:
             made.lines.append(SitePlan(site, spec, method.rounding, method.weight_clip, why))
     return made
 
 
-def _because(line: SitePlan, reason: str) -> SitePlan:
-    return line if line.site.kind != "block" else replace(line, why=f"{line.why}; {reason}")
+def refuse_rules(rules: Mapping[str, Any], grid: int) -> None:
+    """Raise ConfigError unless exactly one of ``rules``, {setting of rank: value}, is given."""
+    if sum(value is not None for value in rules.values()) != 1:
+        said = ", ".join(f"rank.{name}={value}" for name, value in rules.items())
+        raise ConfigError(f"{said}: set exactly one of them and leave the others null")
+    if grid < 1:
+        raise ConfigError(f"rank.grid={grid}: use at least 1; the kernels want 8")
 
 
 def check_plan(
     method: Method, sites: Sequence[Site], grid: int, rank: Callable[[Site], int]
 ) -> None:
-    """Everything about a plan that the shapes alone can refute.
+    """Refuse what the shapes alone can refute.
 
     rank  of a site that protects directions, as far as it is known
 
     Raises ConfigError naming the setting or the site.
     """
     overrides = parse_overrides(method.overrides)
-    check_overrides(overrides, sites, grid=grid)
+    check_overrides(overrides, sites, grid)
     for index, override in enumerate(overrides):
         if method.leading is not None and (override.rank or 0) > method.leading:
             raise ConfigError(
@@ -142,5 +150,5 @@ def check_plan(
 
 
 def largest_rank(method: Method, site: Site, grid: int) -> int:
-    """The most directions that can be protected: kept by ``basis``, on the grid."""
+    """Return the most directions that can be protected: kept by ``basis``, on the grid."""
     return min(method.leading or site.in_features, site.in_features) // grid * grid

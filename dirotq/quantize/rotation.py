@@ -66,7 +66,7 @@ class Rotation:
         return cls(spec, protected, rotation)
 
     def weights(self, w_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-        """W_z [N, K] and V [N, R] (None at rank 0), in W's dtype."""
+        """Return W_z [N, K] and V [N, R] (None at rank 0), in W's dtype."""
         if self.spec.branch.kind == "beside":
             return self._beside(w_ND)
         basis = None if self.basis_DR is None else self.basis_DR.double()
@@ -86,7 +86,7 @@ class Rotation:
         return main, (w_ND.double() @ basis @ correction).to(w_ND.dtype)
 
     def moments(self, s_DD: Tensor) -> Tensor:
-        """S_z = E[zᵀz], float64 [K, K], from S = E[xᵀx]: the transform applied from both sides."""
+        """Return S_z = E[zᵀz], float64 [K, K], from S = E[xᵀx], transformed from both sides."""
         p, t = self._exact
         half, _ = transform(s_DD.double(), p, t, self.spec, self.smooth_D)
         half = half.mT.contiguous()  # of 15360 channels each of these is 1.9 GB
@@ -94,14 +94,20 @@ class Rotation:
         del half
         return s_KK.add_(s_KK.mT.clone()).div_(2)
 
-    def stored(self, v_NR: Tensor | None) -> dict[str, Tensor]:
-        """V as the packed linear holds it: ``wp``, with ``wpscale`` where it takes 8 bits."""
-        if v_NR is None:
-            return {}
-        if self.spec.branch.bits == 8:
-            codes, scale = quantize_protected(v_NR)
-            return {"wp": codes, "wpscale": scale}
-        return {"wp": v_NR.to(torch.bfloat16)}
+    def stored(self, v_NR: Tensor | None, bias_N: Tensor | None) -> dict[str, Tensor]:
+        """Return what a packed linear holds besides its codes, in bfloat16.
+
+        Of ``basis``, ``rotation``, ``smooth``, ``wp`` (V) and ``bias`` those that exist; V in 8
+        bits as codes with ``wpscale``.
+        """
+        held = {
+            "basis": self.basis_DR, "rotation": self.rotation_DK, "smooth": self.smooth_D,
+            "bias": bias_N, "wp": v_NR,
+        }  # fmt: skip
+        found = {name: t.to(torch.bfloat16) for name, t in held.items() if t is not None}
+        if v_NR is not None and self.spec.branch.bits == 8:
+            found["wp"], found["wpscale"] = quantize_protected(v_NR)
+        return found
 
     def _beside(self, w_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """V = W dual as it is stored: the main branch makes up for its rounding (Eq. 12)."""
@@ -140,14 +146,14 @@ class Rotation:
 
 
 def site_rotation(entry: SitePlan, basis: Artifact, device: torch.device) -> Rotation:
-    """The rotation of a planned site, cut from the ``basis`` artifact."""
+    """Cut the rotation of a planned site from the ``basis`` artifact."""
     needed = entry.spec.rank or entry.spec.transform.kind == "dense" or entry.spec.transform.smooth
     file = f"sites/{site_file(entry.site.name)}"
     return Rotation.cut(load_site(basis.file(file), device) if needed else {}, entry.spec)
 
 
 def haar(dim: int, seed: int) -> Tensor:
-    """A random orthogonal matrix, uniform in the Haar measure: float64 [dim, dim]."""
+    """Draw a random orthogonal matrix, uniform in the Haar measure: float64 [dim, dim]."""
     generator = torch.Generator().manual_seed(seed)
     gauss = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
     q, r = torch.linalg.qr(gauss)

@@ -18,7 +18,7 @@ TOLERANCE = 1e-7
 
 
 def principal_basis(s_DD: Tensor, leading: int | None = None) -> tuple[Tensor, Tensor]:
-    """Variances [L] and eigenvectors [D, L] of S = U diag(λ) Uᵀ, float64 (docs/method.md Eq. 2).
+    """Return λ [L] and eigenvectors [D, L] of S = U diag(λ) Uᵀ, float64 (docs/method.md Eq. 2).
 
     leading  how many of the largest to return; None for all D
 
@@ -38,7 +38,7 @@ def principal_basis(s_DD: Tensor, leading: int | None = None) -> tuple[Tensor, T
 
 
 def leading_basis(s_DD: Tensor, leading: int) -> tuple[Tensor, Tensor]:
-    """The same from randomized subspace iteration with Rayleigh-Ritz (arXiv 0909.4061).
+    """Compute the same by randomized subspace iteration with Rayleigh-Ritz (arXiv 0909.4061).
 
     Products with S are in S's own precision (float32), orthogonalization and the small
     eigenproblem in float64. Two products a round, so that an eigenvalue λ_i is separated from the

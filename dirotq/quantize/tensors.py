@@ -1,10 +1,14 @@
-"""Tensors in files: Zarr arrays for what is read in part, safetensors for what is read whole."""
+"""Tensors in files: Zarr arrays for what is read in part, safetensors for what is read whole.
+
+And the loop over sites that writes them: skip finished ones, read ahead, hash behind.
+"""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
-import numpy as np
 import torch
 import zarr
 from safetensors import SafetensorError
@@ -12,18 +16,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.models.family import Site
+from dirotq.pipeline.units import Units
+from dirotq.progress import track
 
+T = TypeVar("T")
+R = TypeVar("R")
 BYTES_PER_CHUNK = 16 << 20
 AGAIN = "run the same command again: it makes that part anew"
 
 
-def create_array(
-    group: zarr.Group,
-    name: str,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-) -> None:
-    """An array in chunks along its first axis, replacing one of that name.
+def create_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Create an array in chunks along its first axis, replacing one of that name.
 
     bfloat16, which Zarr lacks, is kept as its bits.
     """
@@ -42,15 +46,22 @@ def create_array(
     )
 
 
+def write_array(group: zarr.Group, name: str, tensor: Tensor) -> None:
+    """Write a whole array, replacing one of that name."""
+    create_array(group, name, tuple(tensor.shape), tensor.dtype)
+    write_rows(group, name, 0, tensor)
+
+
 def write_rows(group: zarr.Group, name: str, start: int, rows: Tensor) -> None:
     """Write ``rows`` [n, ...] at row ``start``, in the array's dtype. One writer per chunk."""
     array = _array(group, name)
     rows = rows.to(_dtype(array)).cpu().contiguous()
-    array[start : start + len(rows)] = _numpy(rows)
+    bits = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
+    array[start : start + len(rows)] = bits.numpy()
 
 
 def read_array(group: zarr.Group, name: str) -> Tensor:
-    """The whole array as a tensor of the dtype it was written in.
+    """Read the whole array as a tensor of the dtype it was written in.
 
     Raises ArtifactError if it is not there, damaged, or lacks a chunk (Zarr would read zeros).
     """
@@ -78,7 +89,7 @@ def save_site(folder: Path, site: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_site(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """What :func:`save_site` wrote, on ``device``.
+    """Read what :func:`save_site` wrote, on ``device``.
 
     Raises ArtifactError if the file is gone or no whole safetensors file.
     """
@@ -89,10 +100,41 @@ def load_site(path: Path, device: torch.device | str = "cpu") -> dict[str, Tenso
 
 
 def site_file(site: str) -> str:
-    """The name of a site's file. Raises UnsupportedError for a site that names a folder too."""
+    """Return the name of a site's file. Raises UnsupportedError for one that names a folder too."""
     if "/" in site:
         raise UnsupportedError(f"site {site}: a module with '/' in its name has no file of its own")
     return f"{site}.safetensors"
+
+
+def unfinished(
+    sites: Iterable[Site], units: Units, folder: Path, load: Callable[[Site], R], what: str
+) -> Iterator[tuple[Site, R]]:
+    """Yield ``(site, load(site))``, in order, of every site whose file is not finished.
+
+    The loop's body writes the site's file in ``folder`` (dirotq/quantize/tensors.py:save_site); it
+    is finished, as the unit of the site's name, while the next site is computed.
+
+    what  names the loop where its progress is shown
+    """
+    todo = units.todo(sites, lambda site: site.name, what)
+    loaded = track(ahead(load, todo), what, total=len(todo))
+    return units.finishing(loaded, lambda item: (item[0].name, folder / site_file(item[0].name)))
+
+
+def ahead(load: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+    """Yield ``(item, load(item))`` in order, loading one item ahead in a thread.
+
+    At most two loaded items are alive: the one yielded and the next.
+    """
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            following = (item, pool.submit(load, item))
+            if waiting is not None:
+                yield waiting[0], waiting[1].result()
+            waiting = following
+        if waiting is not None:
+            yield waiting[0], waiting[1].result()
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:
@@ -112,7 +154,3 @@ def _place(group: zarr.Group, name: str) -> str:
 
 def _dtype(array: zarr.Array) -> torch.dtype:
     return getattr(torch, str(array.attrs["torch_dtype"]))
-
-
-def _numpy(rows: Tensor) -> np.ndarray:
-    return rows.view(torch.uint16).numpy() if rows.dtype == torch.bfloat16 else rows.numpy()

@@ -5,10 +5,9 @@ Letters: T tokens of a site in one call for one prompt, D channels, N outputs, R
 
 import math
 import re
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 from dirotq.files.json_file import read_json
 from dirotq.kernels.formats.spec import QuantSpec
@@ -17,6 +16,7 @@ from dirotq.models.coverage import share_kept, told
 from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.quantize.plan import Method
+from dirotq.quantize.planning import make_plan
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.weight_bytes import cache_bytes, component_bytes
 
@@ -27,19 +27,12 @@ SEPARATE = ("WanTransformer3DModel", "QwenImageTransformer2DModel")
 TILE_BYTES = 4 * TILE**2
 
 
-class Ranks(Protocol):
-    """What chooses ranks, before it has seen an activation."""
-
-    def expected(self, sites: Sequence[Site]) -> Mapping[str, int]:
-        """The rank of each block site: what will be chosen, or an upper estimate of it."""
-        ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Workload:
     """A model, how it is called, and how much of that a run asks for (conf: ``workload``).
 
-    ``ranks``        stage ``rank``: tells how many directions a site will protect, as far as known
+    ``ranks``        stage ``rank``: its ``expected(sites)`` tells {site: directions that it will
+                     protect}, or an upper estimate
     ``calibration``  prompts to capture; ``heldout`` prompts to validate on
     ``batch``        prompts per pipeline call; ``calls`` denoiser calls to record (per prompt)
 
@@ -49,17 +42,21 @@ class Workload:
 
     model: DiffusersModel
     method: Method
-    ranks: Ranks
+    ranks: Any
     calibration: int
     heldout: int
     batch: int
     calls: int
 
+    @cached_property
+    def size(self) -> tuple[int, int, int]:
+        """Height, width and frames of one image (one frame) or video."""
+        height, width = (int(self.call.get(side, 1024)) for side in ("height", "width"))
+        return height, width, int(self.call.get("num_frames", 1))
+
     @property
     def pixels(self) -> int:
-        """Of one image, or of all of a video's frames."""
-        height, width = (int(self.call.get(side, 1024)) for side in ("height", "width"))
-        return height * width * int(self.call.get("num_frames", 1))
+        return math.prod(self.size)
 
     @cached_property
     def transformer(self) -> Any:
@@ -81,17 +78,13 @@ class Workload:
     @cached_property
     def image_tokens(self) -> int:
         """Of one image or video."""
-        height, width = (int(self.call.get(side, 1024)) for side in ("height", "width"))
-        frames = (int(self.call.get("num_frames", 1)) - 1) // self._latent_frames + 1
+        height, width, frames = self.size
+        frames = (frames - 1) // int(self._autoencoder.get("scale_factor_temporal", 4)) + 1
         return max(round(height * width / self._pixels_per_token**2) * frames, 1)
 
     @property
     def text_tokens(self) -> int:
         return int(self.call.get("max_sequence_length", 256))
-
-    @property
-    def steps(self) -> int:
-        return int(self.call.get("num_inference_steps", 20))
 
     @property
     def guided(self) -> int:
@@ -104,7 +97,8 @@ class Workload:
     @property
     def recorded(self) -> int:
         """Samples that pass through the network when the recorded calls are replayed."""
-        made = self.calibration * self.steps * self.guided
+        steps = int(self.call.get("num_inference_steps", 20))
+        made = self.calibration * steps * self.guided
         doubled = 1 if type(self.transformer).__name__ in SEPARATE else self.guided
         return min(self.calls * doubled, made)
 
@@ -165,35 +159,23 @@ class Workload:
     def state(self) -> int:
         """Bytes that a sample on its way between two blocks holds on to, 16 bits a number."""
         tokens = self.image_tokens + self.text_tokens
-        return 2 * tokens * self.channels + self._argument_bytes
+        return 2 * tokens * self.channels + self.argument_bytes
 
     @property
-    def _argument_bytes(self) -> int:
+    def argument_bytes(self) -> int:
         """Of one sample's call: latents and text encoding."""
-        latents = self.image_tokens * int(self.transformer.config.get("in_channels") or 64)
-        return 2 * (latents + self.text_tokens * self._text_channels)
-
-    @property
-    def call_bytes(self) -> int:
-        """Of the recorded calls: an upper bound, as a prompt's steps share its text."""
-        return self.recorded * self._argument_bytes
+        config = self.transformer.config
+        names = ("joint_attention_dim", "caption_channels", "text_dim", "cap_feat_dim")
+        text = int(next((config[n] for n in names if config.get(n)), self.channels))
+        latents = self.image_tokens * int(config.get("in_channels") or 64)
+        return 2 * (latents + self.text_tokens * text)
 
     def moment_bytes(self, site: Site) -> int:
-        """What ``capture`` keeps of a site: its triangle, or its rows where those are fewer."""
+        """Return bytes that ``capture`` keeps of a site: a triangle, or rows if those are fewer."""
         seen = self.tokens(site) * self.recorded
         if seen <= site.in_features // 2:
             return 2 * seen * site.in_features
         return TILE_BYTES * tiles(site.in_features)
-
-    @property
-    def moments(self) -> int:
-        """Bytes of all of them."""
-        return sum(self.moment_bytes(site) for site in self.sites)
-
-    @property
-    def block_moments(self) -> int:
-        """Bytes of those of the block that has most."""
-        return max(sum(map(self.moment_bytes, sites)) for sites in self.by_block.values())
 
     @property
     def widest(self) -> int:
@@ -205,23 +187,14 @@ class Workload:
         """Parameters of the largest site."""
         return max(spec.outputs * spec.in_features for _, spec in self.planned)
 
-    def directions(self, leading: int | None) -> int:
-        """Numbers of all sites' directions, ``leading`` of them (None: all) kept for each."""
-        return sum(
-            s.in_features * min(leading or s.in_features, s.in_features) for s in self.block_sites
-        )
-
     @cached_property
     def planned(self) -> list[tuple[Site, QuantSpec]]:
         """Sites that will be packed, at the ranks that are expected."""
-        expected = self.ranks.expected(self.sites)
-        found = []
-        for site in self.sites:
-            rank = expected[site.name] if self.method.protects(site) else 0
-            spec = self.method.spec(site, min(rank, site.in_features))
-            if spec is not None:
-                found.append((site, spec))
-        return found
+        ranks = self.ranks.expected(self.sites)
+        made = make_plan(
+            self.method, self.sites, lambda site: (min(ranks[site.name], site.in_features), "")
+        )
+        return [(line.site, line.spec) for line in made.lines]
 
     @property
     def notes(self) -> list[str]:
@@ -236,15 +209,10 @@ class Workload:
         return footprint(skeleton)
 
     @cached_property
-    def components(self) -> int:
+    def components(self) -> dict[str, int]:
         """Bytes of the pipeline's other weights (encoders, decoder), as far as they are known."""
-        return sum(size for name, size in self._components.items() if name != "transformer")
-
-    @property
-    def encoders(self) -> int:
-        """Bytes of the text encoders among them."""
-        names = (name for name in self._components if name.startswith("text_encoder"))
-        return sum(self._components[name] for name in names)
+        sizes = component_bytes(self.model)
+        return {name: size for name, size in sizes.items() if name != "transformer"}
 
     @property
     def cache_bytes(self) -> int:
@@ -252,29 +220,14 @@ class Workload:
         return cache_bytes(self.model)
 
     @cached_property
-    def _components(self) -> dict[str, int]:
-        return component_bytes(self.model)
-
-    @cached_property
     def _joint(self) -> bool:
         """Text and image are one sequence in attention; without, image attends to text."""
         return any(_reads_text(site) for site in self.sites)
 
     @cached_property
-    def _text_channels(self) -> int:
-        config = self.transformer.config
-        names = ("joint_attention_dim", "caption_channels", "text_dim", "cap_feat_dim")
-        return int(next((config[n] for n in names if config.get(n)), self.channels))
-
-    @cached_property
     def _autoencoder(self) -> dict[str, Any]:
         file = self.model.folder(weights=False) / "vae" / "config.json"
         return read_json(file) if file.is_file() else {}
-
-    @property
-    def _latent_frames(self) -> int:
-        """Frames per frame of the latents."""
-        return int(self._autoencoder.get("scale_factor_temporal", 4))
 
     @property
     def _pixels_per_token(self) -> float:

@@ -5,7 +5,8 @@ from tiny_line import run_stage, stage, with_moment
 
 from dirotq.errors import NumericalError
 from dirotq.quantize import spectrum as module
-from dirotq.quantize.moments import read_moment
+from dirotq.quantize.moments import moment as unpacked
+from dirotq.quantize.moments import read_stored
 from dirotq.quantize.spectrum import leading_basis, principal_basis
 from dirotq.quantize.tensors import load_site
 
@@ -72,7 +73,7 @@ def test_every_block_site_has_an_orthonormal_basis_of_its_moment(finished, line)
         assert (vectors.dtype, variances.dtype) == (torch.float32, torch.float64)
         error = vectors.T @ vectors - torch.eye(vectors.shape[1])
         assert error.abs().max() < 1e-5
-        s = read_moment(moments, site.name)
+        s = unpacked(read_stored(moments, site.name), "cpu")
         assert vectors.shape == (site.in_features, min(site.in_features, 128))
         assert float(found["energy"]) == pytest.approx(float(s.diagonal().double().sum()))
         image = s.double() @ vectors.double()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.call import load_calls
-from dirotq.quantize.moments import read_moment
+from dirotq.quantize.moments import moment, read_stored
 from dirotq.quantize.tensors import read_array
 from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
@@ -73,7 +73,7 @@ def test_moments_are_the_mean_of_outer_products(capture, calls, tmp_path):
     seen = {name: torch.cat(x).double() for name, x in activations(capture).items()}
     assert set(group.array_keys()) == set(seen)
     for name, x in seen.items():
-        got = read_moment(group, name)
+        got = moment(read_stored(group, name), "cpu")
         assert got.dtype == torch.float32
         assert group[name].attrs["tokens"] == len(x)
         want = x.T @ x / len(x)
@@ -119,13 +119,13 @@ def test_levelled_calls_count_alike(capture, seen, tmp_path):
         level = [x.double() / x.double().square().mean().sqrt() for x in calls]
         x = torch.cat(level)
         want = x.T @ x / len(x)
-        assert (read_moment(group, name) - want).norm() < 1e-5 * want.norm(), name
+        assert (moment(read_stored(group, name), "cpu") - want).norm() < 1e-5 * want.norm(), name
     with pytest.raises(ConfigError, match=r"capture.weighting='even' is unknown"):
         dataclasses.replace(capture, weighting="even")
 
 
 def test_calls_that_do_not_fit_go_in_several_passes(capture, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "_pass_size", lambda *_: (4, False))
+    monkeypatch.setattr(module.Replay, "make_room", lambda *_: 4)
     run_stage(capture, tmp_path / "several")
     one, several = (
         zarr.open_group(folder / "moments.zarr", mode="r")
@@ -133,8 +133,10 @@ def test_calls_that_do_not_fit_go_in_several_passes(capture, whole, tmp_path, mo
     )
     for site in capture.model.sites():
         assert one[site.name].attrs["tokens"] == several[site.name].attrs["tokens"]
-        want = read_moment(one, site.name)
-        assert (read_moment(several, site.name) - want).norm() < 1e-5 * want.norm(), site.name
+        want = moment(read_stored(one, site.name), "cpu")
+        assert (
+            moment(read_stored(several, site.name), "cpu") - want
+        ).norm() < 1e-5 * want.norm(), site.name
         absmax = [
             read_array(zarr.open_group(folder / "peaks.zarr", mode="r"), site.name)
             for folder in (whole, tmp_path / "several")
@@ -221,7 +223,7 @@ def test_an_interrupted_replay_goes_on_at_the_next_block(capture, whole, tmp_pat
 def test_an_interrupted_replay_counts_no_call_twice_however_passes_fall(
     capture, tmp_path, monkeypatch, before, after
 ):
-    monkeypatch.setattr(module, "_pass_size", lambda *_: (after, False))
+    monkeypatch.setattr(module.Replay, "make_room", lambda *_: after)
     run_stage(capture, tmp_path / "undisturbed")
     write, written = module.write_moment, []
 
@@ -232,7 +234,7 @@ def test_an_interrupted_replay_counts_no_call_twice_however_passes_fall(
         write(group, name, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_pass_size", lambda *_: (before, False))
+        patch.setattr(module.Replay, "make_room", lambda *_: before)
         patch.setattr(module, "write_moment", interrupted)
         if before == 100:
             written += ["a site"] * 3

@@ -10,7 +10,9 @@ from tiny_line import method, overrides, run, run_stage, with_spectra
 from dirotq.errors import ConfigError
 from dirotq.packed.swap import effective_bits
 from dirotq.pipeline.config import compose_config
+from dirotq.quantize.measure import site_errors
 from dirotq.quantize.plan import read_plan
+from dirotq.quantize.planning import read_spectrum
 from dirotq.stages import rank_budget
 from dirotq.stages.rank_budget import AllocateRank
 
@@ -22,10 +24,21 @@ def captured(line):
 
 @pytest.fixture(scope="module")
 def budget(tiny_root) -> AllocateRank:
-    """``rank=budget`` at the bits of r = 16; equal sensitivities and no gate unless a test says."""
+    """``rank=budget`` at the bits of r = 16, without an A/B check unless a test says."""
     cfg = compose_config(overrides(tiny_root, tiny_root / "store", "rank=budget"), "dirotq.conf")
-    changes = {"like": 16, "sensitivity": "equal", "gate": 0}
-    return dataclasses.replace(instantiate(cfg.rank, _convert_="all"), **changes)
+    return dataclasses.replace(instantiate(cfg.rank, _convert_="all"), like=16, gate=0)
+
+
+@pytest.fixture(autouse=True)
+def alike(monkeypatch):
+    """Relative errors of all sites count alike unless a test says otherwise."""
+
+    def errors(model, lines, basis, *_):
+        spectra = {line.site.name: read_spectrum(basis, line.site) for line in lines}
+        ranks = {line.site.name: line.spec.rank for line in lines}
+        return {name: one.tail(ranks[name]) / one.energy for name, one in spectra.items()}
+
+    monkeypatch.setattr(rank_budget, "site_errors", errors)
 
 
 def planned(stage, captured, out):
@@ -44,7 +57,6 @@ def block_ranks(plan):
         ({"like": None}, r"rank\.bits=None, rank\.like=None, rank\.overhead=None: set exactly one"),
         ({"bits": 6.0}, r"rank\.bits=6\.0, rank\.like=16.*: set exactly one"),
         ({"like": 12}, r"rank\.like=12 is not on the grid: use a multiple of 8"),
-        ({"sensitivity": "guessed"}, "'guessed' is unknown; use 'measured' or 'equal'"),
         ({"gate": -1}, r"rank\.gate=-1, rank\.batch=4"),
         ({"batch": 0}, r"rank\.batch=0: use at least 0 and 1"),
         ({"worst": {"count": 0, "keep": 16}}, r"rank\.worst\.count=0"),
@@ -187,8 +199,7 @@ def test_measured_sensitivities_move_directions(budget, captured, tmp_path, monk
         return {line.site.name: 1.0 if line.site.name == favoured else 1e-4 for line in lines}
 
     monkeypatch.setattr(rank_budget, "site_errors", errors)
-    stage = dataclasses.replace(budget, sensitivity="measured")
-    plan, _ = planned(stage, captured, tmp_path)
+    plan, _ = planned(budget, captured, tmp_path)
     ranks = block_ranks(plan)
     assert ranks[favoured] == max(ranks.values()) > 16
 
@@ -200,7 +211,7 @@ def perverse(stage, captured, monkeypatch, wasted):
         return {line.site.name: float(line.site.name in wasted) for line in lines}
 
     monkeypatch.setattr(rank_budget, "site_errors", errors)
-    return dataclasses.replace(stage, sensitivity="measured", gate=4)
+    return dataclasses.replace(stage, gate=4)
 
 
 def test_a_plan_with_worse_images_falls_back_to_uniform(budget, captured, tmp_path, monkeypatch):
@@ -252,7 +263,8 @@ def test_the_check_decides_by_the_mean_and_by_no_end_of_its_interval(
     assert metrics["gate_gain_high"] == max(differences)
 
 
-def test_the_line_runs_on_a_budget(line):
+def test_the_line_runs_on_a_budget(line, monkeypatch):
+    monkeypatch.setattr(rank_budget, "site_errors", site_errors)
     built = line("rank=budget", "rank.like=24", "rank.gate=2", "until=pack")
     artifacts = run(built)
     assert all(

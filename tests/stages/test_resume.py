@@ -253,7 +253,7 @@ def test_passes_that_fall_otherwise_drop_what_a_single_one_left(
     cases, prepared, tmp_path, monkeypatch
 ):
     case, (left, _) = cases["replay"], prepared("replay")
-    monkeypatch.setattr(capture, "_pass_size", lambda *_: (1, False))
+    monkeypatch.setattr(capture.Replay, "make_room", lambda *_: 1)
     case.run(tmp_path / "whole")
     out = Path(shutil.copytree(left, tmp_path / "out"))
     assert case.run(out) == list(case.every)

@@ -25,7 +25,7 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line, build, compose_config
 from dirotq.pipeline.settings import make
 from dirotq.pipeline.store import ArtifactStore
-from dirotq.quantize.moments import read_moment, write_moment
+from dirotq.quantize.moments import moment, read_stored, write_moment
 from dirotq.quantize.plan import Method
 from dirotq.quantize.tensors import save_site
 
@@ -193,7 +193,7 @@ def with_moment(
         shutil.copytree(capture.data, data, dirs_exist_ok=True)
         group = zarr.open_group(data / "moments.zarr", mode="r+")
         attributes = group[site].attrs
-        s_DD = change(read_moment(group, site))
+        s_DD = change(moment(read_stored(group, site), "cpu"))
         total = pack_moment(s_DD) * attributes["tokens"]
         write_moment(group, site, len(s_DD), attributes["tokens"], total=total, rows=None)
 

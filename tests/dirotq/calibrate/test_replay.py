@@ -117,6 +117,6 @@ def test_a_loop_that_is_left_early_leaves_no_call_behind(replay):
 
 def test_the_size_of_a_waiting_call_is_that_of_its_activations(replay):
     tokens, width = 16 + 8, 64
-    assert replay.state_bytes(call(1)) >= 4 * tokens * width
-    assert replay.state_bytes(call(1, tokens=160)) > 4 * replay.state_bytes(call(1))
+    assert replay._state_bytes(call(1)) >= 4 * tokens * width
+    assert replay._state_bytes(call(1, tokens=160)) > 4 * replay._state_bytes(call(1))
     assert not under_way()

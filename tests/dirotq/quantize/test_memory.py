@@ -90,11 +90,10 @@ def test_parts_of_a_rank_that_measures():
     assert (worst.bound, plain.vram) == (True, 0)
     assert worst.vram > 0
     on_budget = needs(H200, "tiny_flux", "until=rank", "rank=budget", "rank.like=16")["rank"]
-    assert "rank.sensitivity=equal" in on_budget.lower
-    assert "rank.gate=0" in on_budget.lower
-    parts = ("rank=budget", "rank.like=16", "rank.gate=0", "rank.sensitivity=equal")
+    assert "capture.batch=1, rank.gate=0" in on_budget.lower
+    parts = ("rank=budget", "rank.like=16", "rank.gate=0")
     alone = needs(H200, "tiny_flux", "until=rank", *parts)["rank"]
-    assert (alone.vram, alone.ram, alone.lower) == (0, plain.ram, "")
+    assert (alone.vram, alone.lower) == (worst.vram, "capture.batch=1")
 
 
 def test_without_a_gpu_all_memory_is_host_memory():

@@ -90,11 +90,11 @@ def test_a_branch_beside_the_input_leaves_it_whole():
 def test_eight_bit_protected_columns_are_codes_and_scales():
     rotation = Rotation.cut(found(), tiny_spec(rank=16, protected_bits=8))
     _, v = rotation.weights(torch.randn(20, DIM))
-    stored = rotation.stored(v)
+    stored = rotation.stored(v, None)
     assert stored["wp"].dtype == torch.int8
     step = stored["wpscale"].float()
     assert ((stored["wp"] * step - v).abs() <= 0.51 * step).all()
-    assert Rotation.cut({}, tiny_spec()).stored(None) == {}
+    assert Rotation.cut({}, tiny_spec()).stored(None, None) == {}
 
 
 def test_the_last_columns_are_protected():

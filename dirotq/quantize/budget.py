@@ -1,9 +1,15 @@
-"""What protected directions cost, in bits or in FLOPs, and what a budget of it buys."""
+"""What directions cost, in bits or in FLOPs, and what a budget of it buys (docs/method.md M6).
 
+Letters: S sites, K_s steps that site s can take.
+"""
+
+import heapq
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dirotq.errors import ConfigError
+from torch import Tensor
+
+from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.formats.transform import PROJECT
 from dirotq.models.family import Site
 from dirotq.packed.swap import effective_bits, packed_bits
@@ -29,19 +35,19 @@ class Prices:
     unit: float
 
     def total(self, ranks: Mapping[str, int]) -> float:
-        """In the setting's unit."""
+        """Return the cost in the setting's unit."""
         return (self.base + sum(self.each[s] * ranks[s] for s in self.each)) / self.unit
 
     def uniform(self, rank: int) -> dict[str, int]:
-        """The same rank everywhere, as far as each site has it."""
+        """Return the same rank everywhere, as far as each site has it."""
         return {site: min(rank, most) for site, most in self.most.items()}
 
     def room(self, limit: float) -> float:
-        """What ``limit`` (the setting's unit) leaves for directions, in the unit of ``each``."""
+        """Return what ``limit`` (the setting's unit) leaves for directions, in that of ``each``."""
         return limit * self.unit - self.base
 
     def largest_uniform(self, limit: float, grid: int) -> int:
-        """The largest rank that, taken everywhere, stays within ``limit``."""
+        """Return the largest rank that, taken everywhere, stays within ``limit``."""
         rank = 0
         while rank < max(self.most.values()) and self.total(self.uniform(rank + grid)) <= limit:
             rank += grid
@@ -60,7 +66,7 @@ class Prices:
 
 
 def in_bits(model: DiffusersModel, method: Method, sites: Sequence[Site], grid: int) -> Prices:
-    """Bits per parameter of the packed transformer, everything counted (dirotq/packed/swap.py)."""
+    """Price bits per parameter of the packed transformer (dirotq/packed/swap.py)."""
     free, most = _free(method, sites, grid)
     entries = [(site, spec) for site in sites if (spec := method.spec(site, 0)) is not None]
     skeleton = model.skeleton()
@@ -70,8 +76,9 @@ def in_bits(model: DiffusersModel, method: Method, sites: Sequence[Site], grid: 
 
 
 def in_forwards(work: Workload, method: Method, grid: int) -> Prices:
-    """Overhead of a denoiser call: FLOPs of the protected branches over those of its
-    16-bit forward, at the size the model is called with.
+    """Price FLOPs of the low-rank branches as a share of the 16-bit forward's.
+
+    Of one denoiser call, at the size the model is called with.
 
     A direction of a site costs 2 (2 D + N) FLOPs per token: c = x P, c Pᵀ and c Vᵀ. Both sides of
     the share run in 16 bits, so a machine's rate cancels out. No measurement stands behind it.
@@ -90,8 +97,9 @@ def in_forwards(work: Workload, method: Method, grid: int) -> Prices:
 
 
 def refuse_unpriced(method: Method) -> None:
-    """Raise ConfigError for a method whose protected branch does not take energy out of the main
-    one at a price per direction."""
+    """Raise ConfigError for a method whose directions take no energy out of the main branch at a
+    price each.
+    """
     branch = method.branch
     if branch != PROJECT or method.transform.kind == "dense":
         raise ConfigError(
@@ -102,21 +110,60 @@ def refuse_unpriced(method: Method) -> None:
         )
 
 
+def water_fill(
+    gains_SK: Sequence[Tensor], prices_S: Sequence[float], budget: float
+) -> tuple[list[int], float]:
+    """Return steps that each site takes, and what is left of the budget.
+
+    gains_SK  what each site's 1st, 2nd, ... step gains, >= 0 and falling, one [K_s] per site
+    prices_S  what one step of a site costs, > 0
+    budget    to spend, >= 0
+
+    Greedy: the step with the most gain per price first. A site whose next step is too dear takes no
+    more; steps that gain nothing are not taken. As gains fall, no choice of the same total price
+    gains more as long as nothing was too dear (Fox, 1966); where something was, less is lost than
+    the first such step would have gained. With equal prices the result is optimal for every budget.
+    More budget never gains less.
+
+    Raises NumericalError for gains that rise, are negative or not finite.
+    """
+    for site, gains_K in enumerate(gains_SK):
+        falling = bool((gains_K[1:] <= gains_K[:-1] * (1 + 1e-9)).all())
+        if not bool(gains_K.isfinite().all()) or bool((gains_K < 0).any()) or not falling:
+            raise NumericalError(
+                f"the gains of site number {site} are not finite and falling to zero: {gains_K}"
+            )
+    steps_S = [0] * len(gains_SK)
+    gains = [gains_K.tolist() for gains_K in gains_SK]
+    # Ties go to the earlier site.
+    heap = [(-g[0] / prices_S[s], s) for s, g in enumerate(gains) if g and g[0] > 0]
+    heapq.heapify(heap)
+    while heap:
+        _, site = heapq.heappop(heap)
+        if prices_S[site] > budget:
+            continue
+        budget -= prices_S[site]
+        steps_S[site] += 1
+        taken = steps_S[site]
+        if taken < len(gains[site]) and gains[site][taken] > 0:
+            heapq.heappush(heap, (-gains[site][taken] / prices_S[site], site))
+    return steps_S, budget
+
+
 def _free(method: Method, sites: Sequence[Site], grid: int) -> tuple[list[Site], dict[str, int]]:
-    """Block sites whose rank nothing fixes, and the most that each can have."""
-    free = []
-    for site in sites:
-        override = method.override(site)
-        fixed = override is not None and (override.keep, override.rank) != (None, None)
-        if method.protects(site) and not fixed:
-            free.append(site)
+    """Return block sites whose rank nothing fixes, and the most that each can have."""
+    free = [
+        site
+        for site in sites
+        if method.protects(site) and not ((o := method.override(site)) and o.decides)
+    ]
     if not free:
         raise ConfigError("rank=budget: method.overrides fix every site; nothing is left to choose")
     return free, {site.name: largest_rank(method, site, grid) for site in free}
 
 
 def _direction_bits(method: Method, site: Site, grid: int) -> float:
-    """Bits of one more direction, P's and V's columns: 16 (D + N) with both in 16 bits."""
+    """Return bits of one more direction, P's and V's columns: 16 (D + N) with both in 16 bits."""
     most = largest_rank(method, site, grid)
     low, high = method.spec(site, 0), method.spec(site, most)
     assert low is not None and high is not None

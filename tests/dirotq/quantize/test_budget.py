@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dirotq.errors import NumericalError
-from dirotq.quantize.allocation import water_fill
+from dirotq.quantize.budget import water_fill
 
 FALLING = st.lists(st.integers(0, 50), min_size=0, max_size=4).map(lambda g: sorted(g)[::-1])
 SITES = st.lists(FALLING, min_size=1, max_size=4)

@@ -4,9 +4,9 @@ from diffusers import FluxTransformer2DModel
 from tiny_line import method, run
 
 from dirotq.models.call import load_calls
-from dirotq.quantize import sensitivity
+from dirotq.quantize import measure
+from dirotq.quantize.measure import site_errors
 from dirotq.quantize.planning import make_plan
-from dirotq.quantize.sensitivity import site_errors
 from dirotq.sources.model import DiffusersModel
 
 CPU = torch.device("cpu")
@@ -68,5 +68,5 @@ def test_more_protected_directions_and_finer_codes_disturb_less(folder, captured
 
 
 def test_passes_and_repeated_calls_change_nothing(folder, captured, plain, monkeypatch):
-    monkeypatch.setattr(sensitivity, "calls_at_once", lambda *_: (4, False))
+    monkeypatch.setattr(measure.Replay, "make_room", lambda *_: 4)
     assert measured(folder, captured, calls=2) == pytest.approx(plain, rel=1e-6)

@@ -1,4 +1,8 @@
-"""How much each site alone disturbs the denoiser's output (docs/method.md M6)."""
+"""What plans do to the network, packed in memory by nearest rounding (docs/method.md M6).
+
+How much each site alone disturbs the denoiser's output, and the A/B check: images of calibration
+prompts by several plans, before anything is built on one.
+"""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,16 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from dirotq.calibrate.replay import Replay
-from dirotq.device import compute_dtype, free_host_memory
+from dirotq.device import compute_dtype
 from dirotq.errors import NumericalError
+from dirotq.evaluate.fidelity import psnr
 from dirotq.kernels.linear import PointwiseView, SiteView
 from dirotq.models.call import Call
+from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
 from dirotq.progress import track
-from dirotq.quantize.memory import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.quantize.nearest import pack_nearest
 from dirotq.quantize.plan import SitePlan
+from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
+from dirotq.sources.prompts import Prompt
 
 
 def site_errors(
@@ -27,18 +34,19 @@ def site_errors(
     calls: Sequence[Call],
     device: torch.device,
 ) -> dict[str, float]:
-    """Mean squared error of the denoiser's output over ``calls`` when one site alone is quantized
-    as its line says, by nearest rounding: {site: error}.
+    """Measure the mean squared error of the denoiser's output over ``calls``: {site: error}.
+
+    One site alone is quantized as its line says, by nearest rounding.
 
     Every call passes through the network once as it is and once per site, all of these block by
     block together (dirotq/calibrate/replay.py): one block's weights are in memory, and a waiting
     call per site, in as many passes as their memory asks for. In bfloat16 (on a GPU) the rounding
-    of the network itself is a floor under every error.
+    of the network itself is a noise floor under every error.
 
     Raises NumericalError naming the site whose error is not finite.
     """
     replay = Replay.of(model, device, compute_dtype(device))
-    at_once = _copies_at_once(replay, calls, len(lines) + 1, device)
+    at_once = max(replay.make_room(calls[0], len(lines) + 1), 2)  # the plain copy and another
     sums = dict.fromkeys((line.site.name for line in lines), 0.0)
     parts = [lines[i : i + at_once - 1] for i in range(0, len(lines), at_once - 1)]
     passes = [(call, part) for call in calls for part in parts]
@@ -55,6 +63,42 @@ def site_errors(
     return sums
 
 
+def plans_psnr(
+    model: DiffusersModel,
+    plans: Sequence[Sequence[SitePlan]],
+    basis: Artifact,
+    prompts: Sequence[Prompt],
+    *,
+    batch: int,
+    device: torch.device,
+) -> list[Tensor]:
+    """PSNR (dB, range 1) of each plan's images to the 16-bit ones, float64 [B] per plan.
+
+    Plans are packed in memory by nearest rounding, one after the other, in a pipeline that is
+    loaded anew for each: memory for the whole 16-bit pipeline is needed, as in ``reference``.
+    """
+    call = model.call_arguments()
+
+    def images(plan: Sequence[SitePlan] | None, what: str) -> Tensor:
+        pipe = model.pipeline(compute_dtype(device), device)
+        if plan is not None:
+            lines, weights = {line.site: line for line in plan}, model.weights()
+            swap_sites(
+                pipe.transformer,
+                lines,
+                lambda site: pack_nearest(lines[site], basis, weights, device),
+            )
+        starts = track(range(0, len(prompts), batch), what)
+        return torch.cat([generate(pipe, prompts[i : i + batch], call) for i in starts])
+
+    want = images(None, "A/B check: 16-bit images")
+    found = []
+    for number, plan in enumerate(plans, 1):
+        got = images(plan, f"A/B check: plan {number} of {len(plans)}")
+        found.append(psnr(got, want).double())
+    return found
+
+
 @contextmanager
 def _perturbed(
     replay: Replay, lines: Sequence[SitePlan], block: str, basis: Artifact
@@ -65,7 +109,7 @@ def _perturbed(
             if line.site.block != block:
                 continue
             packed = pack_nearest(line, basis, replay.weights, replay.device)
-            for consumer, rows in line.site.slices():
+            for linear, rows in line.site.slices():
                 view: nn.Module = SiteView(packed, rows)
                 if line.site.pointwise:
                     view = PointwiseView(view)
@@ -76,7 +120,7 @@ def _perturbed(
                     # None leaves the output as it is.
                     return view(args[0]) if replay.current == copy else None
 
-                module = replay.transformer.get_submodule(consumer)
+                module = replay.transformer.get_submodule(linear)
                 hooks.callback(module.register_forward_hook(perturb).remove)
         yield
 
@@ -89,13 +133,3 @@ def _squared_error(got: Tensor, want: Tensor, site: str) -> float:
             "captured calls; the model overflows in this precision"
         )
     return error
-
-
-def _copies_at_once(replay: Replay, calls: Sequence[Call], count: int, device: torch.device) -> int:
-    """How many copies of a call to keep on their way, at least the plain one and another."""
-    each = max(replay.state_bytes(calls[0]), 1)
-    host = HOST_SHARE * free_host_memory()
-    room = host if device.type == "cpu" else STATE_SHARE * torch.cuda.mem_get_info(device)[0]
-    at_once, replay.park = calls_at_once(each, count, room, host)
-    replay.park &= device.type == "cuda"
-    return max(at_once, 2)
