@@ -128,10 +128,11 @@ def quantized(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Callable[[], Cod
 
 def unpacked(plan: Plan, linear: QuantLinear) -> Unpacked | None:
     """The scratch that the plan wants, filled."""
-    weights = engine.allocate(plan, linear.packed())
-    if weights is not None:
-        engine.unpack(plan, linear.packed(), weights)
-    return weights
+    if plan.engine == "packed":
+        return None
+    from dirotq.kernels.unpack_w4.kernel import launch
+
+    return launch(linear.packed(), plan.dtype, appended=plan.appended)
 
 
 def multiplied(

@@ -1,4 +1,4 @@
-"""The protected branch and the bias as further columns of the 8-bit product (docs/kernels.md).
+"""The low-rank branch and the bias as further columns of the 8-bit product (docs/kernels.md).
 
 c (W P)ᵀ + bias joins the main branch's accumulator as FP8 columns. A bfloat16 value is high + low,
 two E4M3 numbers of four significant bits each, so three column blocks hold the product but for low
@@ -24,17 +24,17 @@ BIAS_LIMIT = LIMIT * BIAS_COEFFICIENT
 
 
 def appended_part(rank: int, bias: bool) -> int:
-    """Columns of each of the three appended blocks: a direction each, rounded up to 16."""
+    """Return the columns of each of the three appended blocks: a direction each, in whole 16s."""
     return -(-(rank + bias) // 16) * 16
 
 
 def columns_with_appended(width: int, rank: int, bias: bool) -> int:
-    """Columns of codes and appended ones; zeros up to whole 128s, which matrix units like best."""
+    """Return columns of codes and appended ones, in whole 128s, which matrix units like best."""
     return -(-(padded(width) + 3 * appended_part(rank, bias)) // 128) * 128
 
 
 def split_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
-    """v = high + low in float8_e4m3fn: exact for bfloat16 values of magnitude 2^-2 ... 448."""
+    """Split v = high + low in float8_e4m3fn: exact for bf16 of magnitude 2^-2 ... 448."""
     high = v.to(torch.float8_e4m3fn)
     return high, (v.float() - high.float()).to(torch.float8_e4m3fn)
 
@@ -42,7 +42,7 @@ def split_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
 def with_appended(
     codes_MK: Tensor, scale_M1: Tensor, c_MR: Tensor | None, *, bits_below: int, bias: bool
 ) -> tuple[Tensor, Tensor]:
-    """Codes of ``quantize_rows`` in FP8, in R1 order, with c behind them: what the kernel writes.
+    """Return codes of ``quantize_rows`` in FP8, R1 order, c behind them: as the kernel writes.
 
     codes_MK    int8 or float8_e4m3fn, [M, K], one scale per row
     bits_below  the powers of two that the codes carry below a step (``ActFormat.levels``)
@@ -59,9 +59,9 @@ def with_appended(
     directions = [] if c_MR is None else [c_MR.float()]
     directions += [torch.full_like(scale_M1, BIAS_COEFFICIENT)] if bias else []
     v_Mr = torch.cat([scale_M1.new_zeros(m, 0), *directions], 1)
-    peak_M1 = v_Mr.abs().amax(1, keepdim=True) if v_Mr.shape[1] else torch.zeros_like(scale_M1)
-    step_M1 = torch.where(step_M1 > TINY / 7, step_M1, peak_M1.clamp_min(TINY) / 256)
-    mantissa, exponent = torch.frexp(peak_M1 / (step_M1 * 1792))
+    absmax_M1 = v_Mr.abs().amax(1, keepdim=True) if v_Mr.shape[1] else torch.zeros_like(scale_M1)
+    step_M1 = torch.where(step_M1 > TINY / 7, step_M1, absmax_M1.clamp_min(TINY) / 256)
+    mantissa, exponent = torch.frexp(absmax_M1 / (step_M1 * 1792))
     k_M1 = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(0, 60)
     unit_M1 = torch.ldexp(torch.ones_like(step_M1), 6 - bits_below - k_M1)
     out_scale_M1 = torch.ldexp(step_M1, k_M1 + 3)

@@ -1,6 +1,6 @@
 """What passes between the parts of a packed linear: its tensors, codes and unpacked weights.
 
-Letters: M rows, N outputs of all consumers, K main-branch width, D channels, R protected, G groups.
+Letters: M rows, N outputs of all linears, K main-branch width, D channels, R rank, G groups.
 """
 
 from typing import NamedTuple
@@ -41,7 +41,7 @@ class Packed(NamedTuple):
         return 0 if self.wp is None else self.wp.shape[1]
 
     def rows(self, rows: slice) -> "Packed":
-        """The same linear with some of its outputs."""
+        """Return the same linear with some of its outputs."""
         return Packed(
             self.qweight[rows], self.wscale[rows], self.wglobal, self.basis, self.rotation,
             self.smooth,
@@ -70,7 +70,7 @@ class Unpacked(NamedTuple):
 
 
 def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] | None]:
-    """Shape of every tensor of a packed linear; None for one it doesn't have."""
+    """Return the shape of every tensor of a packed linear; None for one it doesn't have."""
     n, k, r = spec.outputs, spec.width, spec.rank
     return {
         "qweight": (n, k // 2),
@@ -86,7 +86,7 @@ def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] |
 
 
 def buffer_dtype(spec: QuantSpec, name: str) -> torch.dtype:
-    """dtype of a packed linear's tensor, in memory and on disk."""
+    """Return the dtype of a packed linear's tensor, in memory and on disk."""
     if name == "qweight" or (name == "wscale" and spec.weights.element == "e2m1"):
         return torch.uint8
     if name == "wp" and spec.branch.bits == 8:

@@ -81,7 +81,7 @@ class Build:
         given: Mapping[str, Any] = MappingProxyType({}),
         **more: Any,
     ) -> "Build":
-        """A build whose arguments are i32 but for ``types``; pointers are aligned too."""
+        """Make a build whose arguments are i32 but for ``types``; pointers are aligned too."""
         known = {*config.constants, *given}
         signature = {n: types.get(n, "i32") for n in config.kernel.arg_names if n not in known}
         lined = {n for n, kind in signature.items() if kind.startswith("*")}.union(aligned)
@@ -100,11 +100,11 @@ class Build:
 
 
 def shared_bytes(chip: int) -> int:
-    """Shared memory a program may use on ``chip``: an unknown chip has its predecessor's."""
+    """Return the shared memory a program may use: an unknown chip has its predecessor's."""
     return 1024 * SHARED_KIB[max((c for c in SHARED_KIB if c <= chip), default=80)]
 
 
 def by_launch(chips: Iterable[int] = CHIPS) -> list[tuple[int, ...]]:
-    """Chips apart by whether launches chain there, which is a constant of the kernels."""
+    """Return chips apart by whether launches chain there, which is a constant of the kernels."""
     found = [tuple(c for c in chips if chained(c) == chain) for chain in (False, True)]
     return [some for some in found if some]

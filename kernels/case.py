@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """A linear of ``m`` rows, ``k`` channels, ``n`` outputs and ``rank`` protected directions.
+    """A linear of ``m`` rows, ``k`` channels, ``n`` outputs and ``rank`` low-rank directions.
 
     ``reach`` and ``stretch`` are ratios: how many times faster than 16 bits a linear is, and how
     many times longer than its memory traffic alone an elementwise op takes (there, less is better).
@@ -50,4 +50,4 @@ LINEARS = (
     *(Case(name=s, m=18432, k=k, n=n, reach=round(r + 0.1, 2)) for s, k, n, r, _ in _FLUX),
     *(Case(name=s, m=m, k=k, n=n, reach=1.0, stretch=1.2) for s, m, k, n in _SMALL),
 )
-"""Whole packed linears: transform, quantize, unpack, product, protected branch and bias."""
+"""Whole packed linears: transform, quantize, unpack, product, low-rank branch and bias."""

@@ -14,7 +14,7 @@ OLDEST = 80
 
 @functools.lru_cache
 def capability(device: torch.device) -> int | None:
-    """90 for compute capability 9.0; None if it is no NVIDIA GPU."""
+    """Return 90 for compute capability 9.0; None if it is no NVIDIA GPU."""
     if device.type != "cuda" or torch.version.hip:
         return None
     major, minor = torch.cuda.get_device_capability(device)
@@ -23,21 +23,21 @@ def capability(device: torch.device) -> int | None:
 
 @functools.lru_cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 2 elsewhere, so that interpreted programs take turns there too."""
+    """Count multiprocessors; 2 without a GPU, so that interpreted programs take turns too."""
     if device.type != "cuda":
         return 2
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def chained(chip: int | None) -> bool:
-    """Whether a kernel may be launched while the one before ends (programmatic dependent launch):
-    such a kernel waits for it (``gdc_wait``) before it reads or writes."""
+    """Tell whether a kernel may be launched while the one before ends (programmatic dependent
+    launch): it waits for that one (``gdc_wait``) before it reads or writes."""
     return chip is not None and chip >= 90
 
 
 @functools.lru_cache
 def why_reference(chip: int | None) -> str | None:
-    """Why the kernels can't run on a chip at all; None if they can."""
+    """Say why the kernels can't run on a chip at all; None if they can."""
     if chip is None:
         return "the kernels need an NVIDIA GPU"
     if chip < OLDEST:

@@ -1,6 +1,6 @@
 """A packed linear: its algorithm, and the same by the kernels of a plan.
 
-Letters: M rows, D channels, N outputs, R protected directions, G groups.
+Letters: M rows, D channels, N outputs, R low-rank directions, G groups.
 """
 
 import logging
@@ -23,7 +23,7 @@ from .w4a16_linear import w4a16_linear
 
 
 def reference(x_MD: Tensor, packed: Packed, spec: QuantSpec) -> Tensor:
-    """y [M, N] in x's dtype by the specification: any device, any floating dtype."""
+    """Return y [M, N] in x's dtype by the specification: any device, any floating dtype."""
     z, c = transform(x_MD, packed.basis, packed.rotation, spec, packed.smooth)
     wp = packed.wp
     if c is not None and wp is not None and packed.wpscale is not None:
@@ -40,7 +40,7 @@ def reference(x_MD: Tensor, packed: Packed, spec: QuantSpec) -> Tensor:
 
 
 def linear(plan: Plan, x: Tensor | Prologue, packed: Packed, spec: QuantSpec) -> Tensor:
-    """y [M, N] of rows [M, D], or of a prologue of so many rows, by the kernels of ``plan``.
+    """Return y [M, N] of rows [M, D], or of a prologue of so many rows, by a plan's kernels.
 
     The transform mostly waits for memory; unpacking the weights beside it fills some of the gaps.
     """
@@ -54,40 +54,27 @@ def linear(plan: Plan, x: Tensor | Prologue, packed: Packed, spec: QuantSpec) ->
         return reference(x_MD, packed, spec)
     prologue = x if isinstance(x, Prologue) else plain(_contiguous(x)[None])
     with torch.cuda.device_of(prologue.x_BTD):
-        weights = allocate(plan, packed)
-        start = None if weights is None else fork(prologue.x_BTD.device)
-        codes = quantize(plan, prologue, packed, spec)
-        if weights is not None:
+        if plan.engine == "packed":
+            codes, weights = quantize(plan, prologue, packed, spec), None
+        else:
+            from .unpack_w4.kernel import allocate, launch
+
+            weights = allocate(packed, plan.dtype, appended=plan.appended)
+            start = fork(prologue.x_BTD.device)
+            codes = quantize(plan, prologue, packed, spec)
             with beside(start):
-                unpack(plan, packed, weights)
+                launch(packed, plan.dtype, appended=plan.appended, out=weights)
         return multiply(plan, codes, packed, weights, spec, prologue.x_BTD.dtype)
 
 
 def quantize(plan: Plan, x: Prologue, packed: Packed, spec: QuantSpec) -> Codes:
-    """Codes, scales and, but for ``scaled_mm``, c of x, as the plan's product wants them."""
+    """Return codes, scales and, but for ``scaled_mm``, c of x, as the plan's product wants them."""
     from .transform_quantize.kernel import launch
 
-    appended = plan.engine == "scaled_mm"
     return launch(
-        x, packed.basis, packed.rotation, spec, container=plan.dtype, appended=appended,
-        bias=appended and packed.bias is not None,
+        x, packed.basis, packed.rotation, spec, container=plan.dtype, appended=plan.appended,
+        bias=plan.appended and packed.bias is not None,
     )  # fmt: skip
-
-
-def allocate(plan: Plan, packed: Packed) -> Unpacked | None:
-    """Memory for the unpacked weights; None where the product reads the packed ones."""
-    from .unpack_w4.kernel import allocate
-
-    if plan.engine == "packed":
-        return None
-    return allocate(packed, plan.dtype, appended=plan.engine == "scaled_mm")
-
-
-def unpack(plan: Plan, packed: Packed, weights: Unpacked) -> None:
-    """Fill what :func:`allocate` gave."""
-    from .unpack_w4.kernel import launch
-
-    launch(packed, plan.dtype, appended=plan.engine == "scaled_mm", out=weights)
 
 
 def multiply(
@@ -98,8 +85,8 @@ def multiply(
     spec: QuantSpec,
     dtype: torch.dtype,
 ) -> Tensor:
-    """y [M, N] in ``dtype`` of what :func:`quantize` and :func:`unpack` made."""
-    if plan.engine == "scaled_mm":
+    """Return y [M, N] in ``dtype``; ``weights`` are unpacked ones, None: the packed are read."""
+    if plan.appended:
         assert weights is not None and weights.scale is not None
         return torch._scaled_mm(
             codes.codes, weights.weights.t(), scale_a=codes.scale, scale_b=weights.scale,
@@ -115,7 +102,7 @@ def multiply(
 
 
 def sixteen_bits(plan: Plan, x_MD: Tensor, packed: Packed, spec: QuantSpec) -> Tensor:
-    """y [M, N] of activations that stay as they are."""
+    """Return y [M, N] of activations that stay as they are."""
     from .w4a16_linear.kernel import launch
 
     assert isinstance(plan.tile, w4a16_tiles.Tile)

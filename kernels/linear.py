@@ -1,6 +1,6 @@
 """The packed linear: what ``pack`` writes, the loader rebuilds and the runtime calls.
 
-Letters: M rows, N outputs of all consumers, K main-branch width, D channels, R protected, G groups.
+Letters: M rows, N outputs of all linears, D channels.
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ class QuantLinear(nn.Module):
             self.register_parameter(name, None if empty is None else frozen(empty))
 
     def forward(self, x: Tensor | Prologue, rows: slice | None = None) -> Tensor:
-        """x [..., D] -> [..., N], every consumer's outputs side by side, or ``rows`` of them alone.
+        """Map x [..., D] to [..., N], all linears' outputs side by side, or ``rows`` of them alone.
 
         A prologue is computed by the kernels on the way in, or before where they can't; of it all
         outputs are.
@@ -63,18 +63,21 @@ class QuantLinear(nn.Module):
                 return y_MN.view(*x.x_BTD.shape[:2], -1)
             x = x.value()
         self._check(x, x.shape[-1])
-        packed = self.packed()
-        return ops.call(x, packed if rows is None else packed.rows(rows), self._key)
+        p = self.packed() if rows is None else self.packed().rows(rows)
+        return ops.quant_linear(
+            x, p.qweight, p.wscale, p.wglobal, p.basis, p.rotation, p.wp, p.bias, self._key,
+            p.smooth, p.wpscale,
+        )  # fmt: skip
 
     def packed(self) -> Packed:
-        """The tensors, as kernels take them."""
+        """Return the tensors, as kernels take them."""
         return Packed(
             self.qweight, self.wscale, self.wglobal, self.basis, self.rotation, self.smooth,
             self.wp, self.wpscale, self.bias,
         )  # fmt: skip
 
     def plan(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
-        """Which kernels run a call with so many rows of ``dtype`` where the module now is."""
+        """Return which kernels run a call of so many rows of ``dtype`` where the module now is."""
         return choose(capability(self.qweight.device), rows, self.spec.outputs, self.spec, dtype)
 
     def _check(self, x: Tensor, channels: int) -> None:
@@ -107,7 +110,7 @@ class QuantLinear(nn.Module):
 
 
 class SiteView(nn.Module):
-    """One consumer of a shared site: rows of the site's wide linear, without state of its own."""
+    """One linear of a shared site: rows of the site's wide linear, without state of its own."""
 
     site: Any
 
@@ -137,10 +140,10 @@ class PointwiseView(nn.Module):
         object.__setattr__(self, "linear", linear)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, D, ...] -> [B, N, ...], in channels-last memory: tokens stay as they lie there."""
+        """Return [B, N, ...] of x [B, D, ...], in channels-last memory: tokens stay as they lie."""
         return self.linear(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:
-    """A tensor as a packed linear holds it."""
+    """Return a tensor as a packed linear holds it."""
     return nn.Parameter(tensor, requires_grad=False)

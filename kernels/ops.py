@@ -14,16 +14,7 @@ from . import engine
 from .buffers import Packed
 from .chip import capability
 from .formats.spec import QuantSpec
-from .plan import Plan, choose
-
-
-def call(x: Tensor, packed: Packed, key: str) -> Tensor:
-    """:func:`quant_linear`, whose order of arguments graphs that were exported know."""
-    p = packed
-    return quant_linear(
-        x, p.qweight, p.wscale, p.wglobal, p.basis, p.rotation, p.wp, p.bias, key, p.smooth,
-        p.wpscale,
-    )  # fmt: skip
+from .plan import choose
 
 
 @functools.lru_cache(maxsize=4096)
@@ -32,13 +23,8 @@ def spec_from_key(key: str) -> QuantSpec:
 
 
 def spec_key(spec: QuantSpec) -> str:
-    """A spec as an operator's argument."""
+    """Return a spec as an operator's argument."""
     return json.dumps(spec.to_dict())
-
-
-def plan_for(x_MD: Tensor, outputs: int, spec: QuantSpec) -> Plan:
-    """The plan that a call with this input takes."""
-    return choose(capability(x_MD.device), x_MD.shape[0], outputs, spec, x_MD.dtype)
 
 
 @torch.library.custom_op("dirotq::quant_linear", mutates_args=())
@@ -55,14 +41,18 @@ def quant_linear(
     smooth: Tensor | None = None,
     wpscale: Tensor | None = None,
 ) -> Tensor:
-    """y [..., N] of x [..., D]; tensors as :class:`.buffers.Packed` describes them."""
+    """Return y [..., N] of x [..., D]; tensors as :class:`.buffers.Packed` describes them.
+
+    Exported graphs know the order of the arguments.
+    """
     known = spec_from_key(spec)
     flat = x.reshape(-1, known.in_features)
     outputs = wscale.shape[0]
     if flat.shape[0] == 0:
         return x.new_empty((*x.shape[:-1], outputs))
+    plan = choose(capability(x.device), flat.shape[0], outputs, known, x.dtype)
     packed = Packed(qweight, wscale, wglobal, basis, rotation, smooth, wp, wpscale, bias)
-    y = engine.linear(plan_for(flat, outputs, known), flat, packed, known)
+    y = engine.linear(plan, flat, packed, known)
     return y.view(*x.shape[:-1], outputs)
 
 

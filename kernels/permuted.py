@@ -13,12 +13,12 @@ BLOCK = 64
 
 
 def padded(width: int) -> int:
-    """Columns of a code matrix in R1 order: ``width`` filled up with zeros to whole blocks."""
+    """Return the columns of a code matrix in R1 order: ``width`` filled up to whole blocks."""
     return -(-width // BLOCK) * BLOCK
 
 
 def to_permuted(codes_MK: Tensor) -> Tensor:
-    """[M, K] in the network's order -> [M, padded(K)] in R1 order, same dtype."""
+    """Bring [M, K] from the network's order to R1 order, [M, padded(K)], same dtype."""
     columns = codes_MK.shape[-1]
     out = codes_MK.new_zeros(*codes_MK.shape[:-1], padded(columns))
     out[..., :columns] = codes_MK
@@ -26,13 +26,13 @@ def to_permuted(codes_MK: Tensor) -> Tensor:
 
 
 def from_permuted(codes_MK: Tensor, width: int) -> Tensor:
-    """Inverse of :func:`to_permuted`: the first ``width`` columns in the network's order."""
+    """Undo :func:`to_permuted`: the first ``width`` columns in the network's order."""
     blocks = codes_MK[..., : padded(width)].unflatten(-1, (-1, 2, BLOCK // 2))
     return torch.flatten(blocks.mT, -3)[..., :width]
 
 
 def permuted_columns(width: int, device: torch.device) -> Tensor:
-    """The column of the network's order at each place of R1 order: int64 [padded(width)].
+    """Return the network's column at each place of R1 order: int64 [padded(width)].
 
     Places behind the last column of a ragged block name columns >= ``width``.
     """

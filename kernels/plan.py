@@ -8,13 +8,12 @@ that nobody measured take the rules in :func:`unmeasured`. Letters: M rows, N ou
 import functools
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from . import chip as chips
 from .build import FP8_CHIPS
 from .formats.spec import QuantSpec
 from .support import unsupported
@@ -31,10 +30,10 @@ class Plan:
     """How one linear runs.
 
     ``reference``  plain torch, the specification
-    ``scaled_mm``  weights unpacked to FP8 scratch, ``torch._scaled_mm``, protected branch and bias
-                   as FP8 columns (kernels/appended.py)
-    ``packed``     Triton GEMM that decodes nibbles in registers, protected branch as a 16-bit tail
-    ``unpacked``   Triton GEMM on unpacked scratch, protected branch as a 16-bit tail
+    ``scaled_mm``  weights unpacked to FP8 scratch, ``torch._scaled_mm``, low-rank branch and bias
+                   as appended FP8 columns (kernels/appended.py)
+    ``packed``     Triton GEMM that decodes nibbles in registers, low-rank branch in 16 bits
+    ``unpacked``   Triton GEMM on unpacked scratch, low-rank branch in 16 bits
     ``w4a16``      Triton, 16-bit activations
     """
 
@@ -42,6 +41,11 @@ class Plan:
     container: Literal["fp8", "int8", "none"]
     tile: Tile | w4a16.Tile | None = None
     why: str = ""
+
+    @property
+    def appended(self) -> bool:
+        """Whether low-rank branch and bias are columns of the product."""
+        return self.engine == "scaled_mm"
 
     @property
     def dtype(self) -> torch.dtype:
@@ -54,27 +58,20 @@ class Plan:
 
     def __str__(self) -> str:
         codes = "" if self.container == "none" else f" on {self.container.upper()} codes"
-        shape = ""
-        if self.tile is not None:
-            shape = f", tile {self.tile.bm} x {self.tile.bn}"
+        shape = f", tile {self.tile.bm} x {self.tile.bn}" if self.tile is not None else ""
         return f"{self.engine}{codes}{shape} ({self.why})"
 
 
+@functools.lru_cache(maxsize=4096)
 def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> Plan:
-    """The plan for M rows and N outputs of a linear on compute capability ``chip`` (90: 9.0).
+    """Return the plan for M rows and N outputs of a linear on a chip.
 
+    chip   compute capability (90: 9.0), or None for what is no NVIDIA GPU
     dtype  of the input; float32 and float64 always take the reference path
     """
-    why = chips.why_reference(chip)
-    if why or chip is None:
+    if (why := unsupported(spec, chip, dtype)) or chip is None:
         return Plan(engine="reference", container="none", why=why or "")
-    return _choose(chip, max(m, 1), max(n, 1), spec, dtype)
-
-
-@functools.lru_cache(maxsize=4096)
-def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> Plan:
-    if why := unsupported(spec, chip, dtype):
-        return Plan(engine="reference", container="none", why=why)
+    m = max(m, 1)
     candidates = {name_of(plan): plan for plan in candidates_for(chip, m, n, spec, dtype)}
     kind = kind_of(spec)
     rows = [r for r in _table().get(str(chip), {}).get(kind, []) if r["plan"] in candidates]
@@ -86,7 +83,7 @@ def _choose(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> P
     else:
         plan = unmeasured(chip, m, list(candidates.values()))
         why = f"no measurement for sm_{chip}"
-    return Plan(engine=plan.engine, container=plan.container, tile=plan.tile, why=why)
+    return replace(plan, why=why)
 
 
 def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> list[Plan]:
@@ -106,16 +103,13 @@ def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtyp
     library = dtype == torch.bfloat16 and n % 16 == 0  # what torch._scaled_mm takes
     if fp8 and by_row and library and spec.transform.kind == "hadamard":
         found.append(Plan(engine="scaled_mm", container="fp8"))
-    if by_row:
-        variants: tuple[Variant, ...] = ("packed", "unpacked", "tma")
-        for variant in variants:
-            engine: Engine = "packed" if variant == "packed" else "unpacked"
-            for tile in TILES[variant]:
-                if fits(tile, variant, chip, fp8=fp8):
-                    found.append(Plan(engine=engine, container=container, tile=tile))
-        return found
-    tiles = [tile for tile in TILES["grouped"] if fits(tile, "grouped", chip, fp8=fp8)]
-    return [Plan(engine="packed", container=container, tile=tile) for tile in tiles]
+    variants: tuple[Variant, ...] = ("packed", "unpacked", "tma") if by_row else ("grouped",)
+    for variant in variants:
+        engine: Engine = "packed" if variant in ("packed", "grouped") else "unpacked"
+        for tile in TILES[variant]:
+            if fits(tile, variant, chip, fp8=fp8):
+                found.append(Plan(engine=engine, container=container, tile=tile))
+    return found
 
 
 def unmeasured(chip: int, m: int, candidates: list[Plan]) -> Plan:
@@ -144,11 +138,11 @@ def _grouped(spec: QuantSpec) -> bool:
 
 
 def name_of(plan: Plan) -> str:
-    """The plan's name in the table."""
+    """Return the plan's name in the table."""
     if plan.tile is None:
         return plan.engine
-    fields = [getattr(plan.tile, name) for name in type(plan.tile).__dataclass_fields__]
-    return "-".join(str(v) for v in (plan.engine, plan.container, *fields))
+    values = [getattr(plan.tile, field.name) for field in fields(plan.tile)]
+    return "-".join(map(str, (plan.engine, plan.container, *values)))
 
 
 @functools.lru_cache

@@ -42,7 +42,7 @@ class Prologue:
         return self.x_BTD.shape[-1] + behind
 
     def value(self) -> Tensor:
-        """[B, T, channels] in x's dtype, as the network computes it without fusion."""
+        """Return [B, T, channels] in x's dtype, as the network computes it without fusion."""
         x = self.x_BTD
         if self.known is not None:
             return self.known[0].view(x.shape)
@@ -58,7 +58,7 @@ class Prologue:
         return x
 
     def laid_out(self) -> "Prologue":
-        """The same prologue as kernels read it: neighbouring channels, and one image of all rows
+        """Return it as kernels read it: neighbouring channels, and one image of all rows
         where nothing depends on the image and the rows lie evenly."""
         x = _contiguous(self.x_BTD)
         if self.kind == "norm":
@@ -84,22 +84,22 @@ def _even(x_BTD: Tensor) -> bool:
 
 
 def plain(x_BTD: Tensor) -> Prologue:
-    """x itself; a slice of a longer sequence is read where it lies."""
+    """Read x itself; a slice of a longer sequence is read where it lies."""
     return Prologue(kind="plain", x_BTD=x_BTD)
 
 
 def modulated_norm(
     x_BTD: Tensor, scale_BD: Tensor, shift_BD: Tensor, *, eps: float = 1e-6
 ) -> Prologue:
-    """LayerNorm without weights, times 1 + scale, plus shift (adaLN; Peebles & Xie 2022)."""
+    """Apply LayerNorm without weights, times 1 + scale, plus shift (adaLN; Peebles & Xie 2022)."""
     return Prologue(kind="norm", x_BTD=x_BTD, scale_BD=scale_BD, shift_BD=shift_BD, eps=eps)
 
 
 def gelu(x_BTF: Tensor) -> Prologue:
-    """GELU by its tanh approximation."""
+    """Apply GELU by its tanh approximation."""
     return Prologue(kind="gelu", x_BTD=x_BTF)
 
 
 def concat_gelu(x_BTD: Tensor, behind_BTF: Tensor) -> Prologue:
-    """x's channels, then GELU (tanh) of ``behind``."""
+    """Join x's channels and GELU (tanh) of ``behind``."""
     return Prologue(kind="concat", x_BTD=x_BTD, behind_BTF=behind_BTF)

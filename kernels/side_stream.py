@@ -13,7 +13,7 @@ def _side_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def fork(device: torch.device) -> torch.cuda.Event | None:
-    """This point of the current stream; None on a CPU."""
+    """Mark this point of the current stream; None on a CPU."""
     return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
 

@@ -86,7 +86,7 @@ LIMITS = (
 def unsupported(
     spec: QuantSpec, chip: int | None, dtype: torch.dtype = torch.bfloat16
 ) -> str | None:
-    """Why no kernel computes a linear of ``spec``; None if one does.
+    """Say why no kernel computes a linear of ``spec``; None if one does.
 
     chip   compute capability (90: 9.0), or None for what is no NVIDIA GPU
     dtype  of the input
@@ -106,12 +106,12 @@ def unsupported(
 
 
 def _rounds(spec: QuantSpec) -> bool:
-    """Whether the input is rounded: ``transform_quantize`` runs, and ``w4a4_linear``."""
+    """Tell whether the input is rounded: ``transform_quantize`` runs, and ``w4a4_linear``."""
     return spec.activations.bits < 16
 
 
 def _scales(spec: QuantSpec) -> tuple[int, int]:
-    """Scales per row of activations and of weights."""
+    """Count scales per row of activations and of weights."""
     grouped = spec.activations.granularity == "group" and _rounds(spec)
     acts = spec.width // spec.act_group_size if grouped else 1
     return acts, spec.width // spec.weight_group_size

@@ -44,7 +44,7 @@ class Together:
         return vars(self) | {"_addresses": [], "_table_FL": None}  # this process's
 
     def __call__(self, x: Tensor) -> list[Tensor]:
-        """x [..., K] -> [..., N] of every linear, each contiguous, in x's dtype."""
+        """Return [..., N] of every linear for x [..., K], each contiguous, in x's dtype."""
         table_FL = self._table_for(x)
         if table_FL is None:
             return [linear(x) for linear in self.linears]
@@ -53,17 +53,13 @@ class Together:
         spec = self.linears[0].spec
         outputs = [linear.spec.outputs for linear in self.linears]
         many = launch_many(
-            x.reshape(-1, spec.width),
-            table_FL,
-            outputs,
-            spec.width // spec.weight_group_size,
-            bias=self.linears[0].bias is not None,
-            tile=self._tile,
-        )
+            x.reshape(-1, spec.width), table_FL, outputs, spec.width // spec.weight_group_size,
+            bias=self.linears[0].bias is not None, tile=self._tile,
+        )  # fmt: skip
         return [y.view(*x.shape[:-1], n) for y, n in zip(many, outputs)]
 
     def _table_for(self, x: Tensor) -> Tensor | None:
-        """Where all tensors lie, if x can go through them in one launch."""
+        """Return where all tensors lie, if x can go through them in one launch."""
         if self.why_not is not None or torch.compiler.is_compiling():
             return None
         if x.dtype not in (torch.bfloat16, torch.float16):
@@ -87,7 +83,7 @@ class Together:
 
 
 def _why_apart(linears: Sequence[QuantLinear]) -> str | None:
-    """Why linears never run together, wherever they are; None if they may."""
+    """Say why linears never run together, wherever they are; None if they may."""
     if not linears:
         return "there are no linears"
     kinds = set()
@@ -108,15 +104,15 @@ def _why_apart(linears: Sequence[QuantLinear]) -> str | None:
 
 
 def _tile(linears: Sequence[QuantLinear], device: torch.device) -> Tile:
-    """What one row of the widest linear was measured to be fastest with."""
+    """Choose what one row of the widest linear was measured to be fastest with."""
     spec = max((linear.spec for linear in linears), key=lambda spec: spec.outputs)
     tile = choose(capability(device), 1, spec.outputs, spec, torch.bfloat16).tile
     return tile if isinstance(tile, Tile) and tile.kind == "row" else TILES["row"][0]
 
 
 def _table(linears: Sequence[QuantLinear], addresses: list[int], tile: Tile) -> Tensor | None:
-    """int64, [6, L], rows as ``row.FIELDS`` says, beside the tensors; None if a kernel can't read
-    them there."""
+    """Make an int64 [6, L] table beside the tensors, rows as ``row.FIELDS`` says; None if a kernel
+    can't read them there."""
     found = [
         t for linear in linears for name in TENSORS if (t := linear._parameters[name]) is not None
     ]

@@ -1,6 +1,6 @@
 """Triton ``unpack_w4``: eight nibbles at a time, in 32-bit words; bound by memory.
 
-Letters: N outputs, K main-branch inputs, R protected directions (RT: rounded up to 16).
+Letters: N outputs, K main-branch inputs, R low-rank directions (RT: rounded up to 16).
 """
 
 import torch
@@ -22,7 +22,7 @@ ROWS = 16
 
 @triton.jit
 def _bytes(nibbles, FP8: tl.constexpr):
-    """Four two's complement nibbles, one per byte, as four int8 or four E4M3 subnormals."""
+    """Make four two's complement nibbles, one per byte, four int8 or four E4M3 subnormals."""
     sign = (nibbles >> 3) & 0x01010101
     if FP8:
         magnitude = (nibbles ^ ((sign << 4) - sign)) + sign
@@ -37,8 +37,7 @@ def unpack(
     R: tl.constexpr, RT: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, BIAS: tl.constexpr,
     RAGGED: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """Programs below ``n_main`` unpack BB 64-column blocks each; the others append to
-    BN rows.
+    """Unpack BB 64-column blocks each (programs below ``n_main``), or append to BN rows.
 
     blocks  64-column blocks of a row; words: int32 words of a row of ``p_q``
     p_codes p_out as codes; main: columns before the appended ones
@@ -86,7 +85,7 @@ def unpack(
 
 
 def allocate(packed: Packed, container: torch.dtype, *, appended: bool = False) -> Unpacked:
-    """Memory for what :func:`launch` returns."""
+    """Allocate what :func:`launch` returns."""
     n, k = len(packed.qweight), 2 * packed.qweight.shape[1]
     new = packed.qweight.new_empty
     if not appended:
@@ -103,9 +102,9 @@ def launch(
     out: Unpacked | None = None,
     blocks_per_program: int = 128,
 ) -> Unpacked:
-    """:func:`.reference.unpack_w4`, and with ``appended`` columns ``wscale`` in float32 [1, N].
+    """Unpack as in ``reference.py``; with ``appended`` columns also ``wscale`` in float32 [1, N].
 
-    K must be a multiple of 8 (:func:`fits`); ``out`` comes from :func:`allocate`.
+    K must be a multiple of 8; ``out`` comes from :func:`allocate`.
     """
     out = out or allocate(packed, container, appended=appended)
     q, wp, bias = packed.qweight, packed.wp, packed.bias
@@ -131,7 +130,7 @@ def launch(
 def config(
     width: int, columns: int, rank: int, *, bias: bool, fp8: bool, blocks: int = 128
 ) -> Config:
-    """Of rows of ``width`` codes that leave as ``columns``: appended ones for ``rank`` and bias."""
+    """Configure rows of ``width`` codes that leave as ``columns``, for ``rank`` and bias."""
     constants = {
         "R": rank, "RT": max(1, appended_part(rank, bias)),
         "T": triton.next_power_of_2(max(16, columns - padded(width))), "FP8": fp8, "BIAS": bias,
@@ -140,13 +139,8 @@ def config(
     return Config(kernel=unpack, constants=constants)
 
 
-def fits(width: int) -> bool:
-    """Whether rows of codes are whole 32-bit words."""
-    return width % 8 == 0
-
-
 def builds() -> list[Build]:
-    """FP8 with and without (rank None) appended columns and INT8, whole and ragged rows."""
+    """List FP8 with and without (rank None) appended columns and INT8, whole and ragged rows."""
     types = {"p_q": "*i32", "p_out": "*i32", "p_codes": "*fp8e4nv", "p_scale": "*bf16"}
     types |= {"p_wp": "*bf16", "p_bias": "*bf16", "p_scale32": "*fp32", "one": "fp32"}
     found = []

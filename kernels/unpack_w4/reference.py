@@ -1,6 +1,6 @@
 """Specification of ``unpack_w4`` (docs/kernels.md).
 
-Letters: N outputs, K main-branch inputs, R protected directions.
+Letters: N outputs, K main-branch inputs, R low-rank directions.
 """
 
 import torch
@@ -21,11 +21,11 @@ def unpack_w4(
     wp_NR: Tensor | None = None,
     bias_N: Tensor | None = None,
 ) -> Tensor:
-    """Codes of layout L1 as 8-bit columns in R1 order, with the tail behind them.
+    """Unpack layout L1 to 8-bit columns in R1 order, with appended columns behind them.
 
     qweight_NK2  uint8, [N, K // 2], layout L1
     container    int8 (q itself) or float8_e4m3fn (q 2^-9)
-    wscale_N1    bf16, [N, 1]; float8 only: asks for the tail (kernels/appended.py), which holds
+    wscale_N1    bf16, [N, 1]; float8 only: asks for appended columns (kernels/appended.py) of
                  wp / (2 wscale) and bias / (2 BIAS_COEFFICIENT wscale)
     wp_NR        W P, bf16 [N, R], or None at rank 0
     bias_N       bf16, [N], or None

@@ -22,9 +22,7 @@ from torch import Tensor
 from ..buffers import Packed
 from ..build import CHIPS, Build, Config
 from .row import HIGH, LOW, one_row, one_row_of_many, parts
-from .tiles import TILES, WIDE_CHIPS, Tile, fits, usual
-
-__all__ = ["TILES", "Tile", "builds", "fits", "launch", "launch_many", "usual"]
+from .tiles import TILES, WIDE_CHIPS, Tile, fits
 
 HALVES = {torch.bfloat16: (0x43084308, 136.0), torch.float16: (0x64086408, 1032.0)}
 """Two 16-bit floats in a word, code bits at 0 ... 3 of each; and the offset they carry."""
@@ -32,7 +30,7 @@ HALVES = {torch.bfloat16: (0x43084308, 136.0), torch.float16: (0x64086408, 1032.
 
 @triton.jit
 def _halves(bits, magic, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
-    """Codes i and i + 4 of every word (``bits`` shifted right by 4 i), [BN, W] -> [BN, W, 2]."""
+    """Decode codes i, i + 4 of words (``bits`` shifted right by 4 i), [BN, W] -> [BN, W, 2]."""
     pair = (bits & 0x000F000F) ^ magic
     low = pair.to(tl.int16).to(DTYPE, bitcast=True)
     high = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True)
@@ -41,7 +39,7 @@ def _halves(bits, magic, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _multiply(bits, x, s, acc, magic, OFFSET: tl.constexpr, SCALED: tl.constexpr):
-    """acc [BN, BM] + the weights in ``bits`` (see _halves) times their columns x [BM, W, 2]."""
+    """Add to acc [BN, BM] the weights in ``bits`` (see _halves) times their columns x [BM, W, 2]."""
     BM: tl.constexpr = x.shape[0]
     BN: tl.constexpr = bits.shape[0]
     W: tl.constexpr = bits.shape[1]
@@ -53,7 +51,7 @@ def _multiply(bits, x, s, acc, magic, OFFSET: tl.constexpr, SCALED: tl.constexpr
 
 @triton.jit
 def _largest(p_rows, groups, BN: tl.constexpr):
-    """Largest scale of each of BN rows in float32, and at least 1e-30 so that it has an inverse."""
+    """Return the largest scale of each of BN rows in float32, at least 1e-30 to have an inverse."""
     top = tl.full([BN], 1e-30, tl.float32)
     for start in range(0, groups, 32):
         o_g = start + tl.arange(0, 32)
@@ -69,7 +67,7 @@ def dots(
     SUMS: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of BM rows and BN outputs; weights are the left operand. Arguments as in row.py.
+    """Compute y of BM rows and BN outputs; weights are the left operand. Arguments as in row.py.
 
     SUMS     scales multiply the float32 sums of a step (GROUP is a multiple of W), not the weights
     """
@@ -131,19 +129,16 @@ def launch(
     x_MK: Tensor,
     packed: Packed,
     *,
-    out_dtype: torch.dtype | None = None,
-    tile: Tile | None = None,
+    tile: Tile,
     out: Tensor | None = None,
 ) -> Tensor:
-    """y = x (s_w q_w)ᵀ + bias on the GPU; specification: ``reference.py``.
+    """Compute y = x (s_w q_w)ᵀ + bias on the GPU; specification: ``reference.py``.
 
-    x_MK       bf16 or fp16, [M, K], any strides
-    packed     weights in layout L1, with bf16 scales [N, 1] or one per group of a multiple of 32
-               columns, and bias
-    out_dtype  of y: bf16, fp16 or float32; None: that of x
-    tile       None: :func:`usual`
-    out        [M, N] to write to, of ``out_dtype`` and with neighbouring columns; None: a new one
-    returns    y, [M, N], accumulated in float32
+    x_MK     bf16 or fp16, [M, K], any strides
+    packed   weights in layout L1, with bf16 scales [N, 1] or one per group of a multiple of 32
+             columns, and bias
+    out      [M, N] to write to, bf16, fp16 or float32 with neighbouring columns; None: a new one
+    returns  y, [M, N], accumulated in float32, in x's dtype or ``out``
 
     Raises ValueError for weights that the kernels can't read (:func:`fits`).
     """
@@ -155,16 +150,13 @@ def launch(
             "multiple of 8 columns and one scale per row or groups of a multiple of 32 columns, or "
             "the reference path"
         )
-    y_MN = x_MK.new_empty(M, N, dtype=out_dtype or x_MK.dtype) if out is None else out
+    y_MN = x_MK.new_empty(M, N) if out is None else out
     if y_MN.numel() == 0:
         return y_MN
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
     if wscale_NG.stride(1) != 1:
         wscale_NG = wscale_NG.contiguous()
-    if tile is None:
-        chip = torch.cuda.get_device_capability(x_MK.device) if x_MK.is_cuda else (0, 0)
-        tile = usual(M, 10 * chip[0] + chip[1])
     made = config(tile, x_MK.dtype, K, groups, bias=bias_N is not None)
     words_NW = packed.qweight.contiguous().view(torch.int32)
     units = words_NW.shape[1] // made.constants["UNIT"]
@@ -181,15 +173,9 @@ def launch(
 
 
 def launch_many(
-    x_MK: Tensor,
-    table_FL: Tensor,
-    outputs: Sequence[int],
-    groups: int,
-    *,
-    bias: bool,
-    tile: Tile,
+    x_MK: Tensor, table_FL: Tensor, outputs: Sequence[int], groups: int, *, bias: bool, tile: Tile
 ) -> list[Tensor]:
-    """:func:`launch` of few rows and many linears at once: y [M, N] of each, side by side.
+    """Launch few rows and many linears at once: y [M, N] of each, side by side.
 
     x_MK      bf16 or fp16, [M, K], any strides
     table_FL  int64, where the linears' buffers lie (together.py)
@@ -219,17 +205,12 @@ def config(
     bias: bool,
     linears: int | None = None,
 ) -> Config:
-    """Of a tile's kernel for x of ``dtype`` and K ``width``; ``linears``: of so many at once."""
+    """Configure a tile's kernel for x of ``dtype`` and K ``width``; ``linears``: so many at once."""
     group = width // groups // 8 if groups > 1 else 0
     constants: dict[str, Any] = {
-        "UNIT": 4 if width % 32 == 0 else 1,
-        "BN": tile.bn,
-        "W": tile.words,
-        "GROUP": group,
-        "BIAS": bias,
-        "EVEN": width % (8 * tile.words) == 0,
-        "STAGES": tile.stages,
-    }
+        "UNIT": 4 if width % 32 == 0 else 1, "BN": tile.bn, "W": tile.words, "GROUP": group,
+        "BIAS": bias, "EVEN": width % (8 * tile.words) == 0, "STAGES": tile.stages,
+    }  # fmt: skip
     kernel = one_row if tile.kind == "row" else dots
     if tile.kind == "dots":
         sums = tile.scale == "sums" and group % tile.words == 0
@@ -240,7 +221,7 @@ def config(
 
 
 def builds() -> list[Build]:
-    """The usual tiles for every chip: groups of 128 and 64, fp16, one scale, masked steps; the
+    """List the usual tiles for every chip: groups of 128 and 64, fp16, one scale, masked steps; the
     others, which only measurements choose, for the chips that they are measured on.
 
     Rows of many linears are ``row`` behind a table of addresses: groups of 128 and 64 stand for all

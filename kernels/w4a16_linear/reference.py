@@ -15,7 +15,7 @@ def w4a16_linear(
     bias_N: Tensor | None,
     wglobal_1: Tensor | None = None,
 ) -> Tensor:
-    """y = z (s_w q_w)ᵀ + bias, accumulated in float32.
+    """Compute y = z (s_w q_w)ᵀ + bias, accumulated in float32.
 
     z_MK         floating, [M, K]
     qweight_NK2  uint8, [N, K // 2], layout L1, or L2 where ``wscale_NG`` are bytes

@@ -21,7 +21,7 @@ FIELDS = ("qweight", "wscale", "bias", "first program", "first output", "outputs
 
 @triton.jit
 def parts(x, SHAPE: tl.constexpr):
-    """x in ``SHAPE`` (..., 2, 2, 2) -> columns i and i + 4 of every word, i = 0 ... 3: (..., 2)."""
+    """Split x in ``SHAPE`` (..., 2, 2, 2) by columns i, i + 4 of a word, i = 0 ... 3: (..., 2)."""
     even, odd = tl.split(tl.reshape(x, SHAPE))
     x0, x2 = tl.split(even)
     x1, x3 = tl.split(odd)
@@ -30,14 +30,14 @@ def parts(x, SHAPE: tl.constexpr):
 
 @triton.jit
 def _columns(pair):
-    """[W, 2] -> two [1, W] in float32."""
+    """Split [W, 2] into two [1, W] in float32."""
     first, second = tl.split(pair)
     return first.to(tl.float32)[None, :], second.to(tl.float32)[None, :]
 
 
 @triton.jit
 def _float(bits, MASK: tl.constexpr, magic):
-    """The code under MASK in every word as float32, plus the offset of ``magic``."""
+    """Make the code under MASK in every word a float32, plus the offset of ``magic``."""
     return ((bits & MASK) ^ magic).to(tl.float32, bitcast=True)
 
 
@@ -47,7 +47,7 @@ def _outputs(
     UNIT: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of the row at p_x and BN outputs, the ``block``-th of N: four words (16 bytes) a thread.
+    """Compute y of the row at p_x and BN outputs, the ``block``-th of N: 16 bytes a thread.
 
     units    words of a weight row / UNIT; UNIT 4 says that rows are whole 16 bytes
     GROUP    words of a group, a multiple of 4; 0: one scale per row
@@ -113,7 +113,7 @@ def one_row(
     UNIT: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of one row and BN outputs. Arguments as in :func:`_outputs`."""
+    """Compute y of one row and BN outputs. Arguments as in :func:`_outputs`."""
     m = tl.program_id(1).to(tl.int64)
     _outputs(
         p_x + m * x_stride, p_w, p_scale, p_bias, p_y + m * y_stride, tl.program_id(0), N, units,
@@ -127,7 +127,7 @@ def one_row_of_many(
     LP: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, W: tl.constexpr,
     GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """y of one row and BN outputs of one of L linears; other arguments as in :func:`_outputs`.
+    """Compute y of one row and BN outputs of one of L linears; the rest as in :func:`_outputs`.
 
     p_table  int64, [6, L], rows as in FIELDS
     p_y      every linear's [M, N], one after the other

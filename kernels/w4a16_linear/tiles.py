@@ -55,13 +55,13 @@ WIDE_CHIPS = (90,)
 
 
 def fits(width: int, groups: int) -> bool:
-    """Whether the kernels can read weights of ``width`` columns with ``groups`` scales per row."""
+    """Tell whether the kernels can read ``width`` columns with ``groups`` scales per row."""
     whole_words = width % 8 == 0
     return whole_words and (groups == 1 or (width % groups == 0 and width // groups % 32 == 0))
 
 
 def usual(rows: int, chip: int) -> Tile:
-    """The tile for ``rows`` rows on compute capability ``chip`` (90: 9.0), unless one measured."""
+    """Return the tile for ``rows`` rows on a chip (90: 9.0), where nobody measured."""
     if rows <= 2:
         return TILES["row"][0]
     if rows <= 16:

@@ -1,4 +1,4 @@
-"""4-bit weights times 4- or 8-bit activations, plus the protected branch and bias."""
+"""4-bit weights times 4- or 8-bit activations, plus the low-rank branch and bias."""
 
 from ..case import Case
 from .reference import w4a4_linear
@@ -11,4 +11,4 @@ CASES = (
     Case(name="FLUX out", m=4608, k=3072, n=3072),
     Case(name="FLUX qkv", m=64, k=3072, n=9216),
 )
-"""Shapes that are measured: unpacking, product, protected branch and bias, on codes at hand."""
+"""Shapes that are measured: unpacking, product, low-rank branch and bias, on codes at hand."""

@@ -1,7 +1,7 @@
-"""Triton engine of ``w4a4_linear``: main term, protected branch and bias in one accumulator.
+"""Triton engine of ``w4a4_linear``: main term, low-rank branch and bias in one accumulator.
 
 Codes stand in layout R1 (``kernels/permuted.py``). Letters: M rows, N outputs, K main-branch width,
-R protected directions, G groups.
+R low-rank directions, G groups.
 """
 
 import itertools
@@ -22,8 +22,6 @@ from .packed import packed_kernel
 from .tiles import TILES, Tile, Variant, fits, packed_fits, scales_fit, step
 from .unpacked import tma_kernel, unpacked_kernel
 
-__all__ = ["TILES", "Tile", "Variant", "builds", "fits", "launch", "packed_fits", "scales_fit"]
-
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 """By an interpreter that computes nonsense in bf16."""
 
@@ -37,9 +35,8 @@ def launch(
     out_dtype: torch.dtype,
     tile: Tile,
     out: Tensor | None = None,
-    precise: bool = False,
 ) -> Tensor:
-    """y = s_x s_w (q_x q_wᵀ) + c (WP)ᵀ + bias on the GPU; specification: ``reference.py``.
+    """Compute y = s_x s_w (q_x q_wᵀ) + c (WP)ᵀ + bias on the GPU; specification: ``reference.py``.
 
     x           codes in layout R1, [M, padded(width)]; further columns are ignored, rows may lie
                 any distance apart; scales [M, 1] or one per group; c bf16 or fp16
@@ -49,7 +46,6 @@ def launch(
     width       columns of the main branch (K)
     out_dtype   of y: bf16, fp16 or float32
     out         [M, N] to write to, of ``out_dtype`` and with neighbouring columns; None: a new one
-    precise     add up FP8 products in float32 every 32 columns: Hopper alone keeps fewer bits
     returns     y, [M, N]
 
     ``tile.tma`` asks for the persistent kernel where it applies: unpacked weights, one scale per
@@ -79,7 +75,6 @@ def launch(
         tile, width, act_groups, weight_groups, rank=0 if x.c is None else x.c.shape[1],
         bias=packed.bias is not None, fp8=codes_MK.dtype == torch.float8_e4m3fn,
         half=x.c is not None and x.c.dtype == torch.float16, packed=weights_NK is None,
-        precise=precise,
     )  # fmt: skip
     programs = triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn)
     columns = padded(width)
@@ -101,15 +96,9 @@ def launch(
 
 
 def _launch_tma(
-    codes_MK: Tensor,
-    weights_NK: Tensor,
-    y_MN: Tensor,
-    x: Codes,
-    packed: Packed,
-    tiles: int,
-    tile: Tile,
-    made: Config,
-) -> None:
+    codes_MK: Tensor, weights_NK: Tensor, y_MN: Tensor, x: Codes, packed: Packed, tiles: int,
+    tile: Tile, made: Config,
+) -> None:  # fmt: skip
     made.launch(
         (min(tiles, processors(codes_MK.device)),),
         TensorDescriptor.from_tensor(codes_MK, [tile.bm, tile.bk]), x.scale, x.c,
@@ -131,9 +120,8 @@ def config(
     fp8: bool,
     packed: bool,
     half: bool = False,
-    precise: bool = False,
 ) -> Config:
-    """Of K ``width`` with so many scales per row; ``half``: c is fp16, not bf16.
+    """Configure K ``width`` with so many scales per row; ``half``: c is fp16, not bf16.
 
     packed  the weights are nibbles; if not, they are unpacked (:func:`persistent` is for those too)
     """
@@ -144,16 +132,15 @@ def config(
     dot = tl.float16 if half else tl.bfloat16  # c's, so that nothing of c is lost
     constants = {
         "R": rank, "BIAS": bias, "FP8": fp8, "DOT": tl.float32 if INTERPRETED else dot,
-        "IMPRECISE": 32 if precise and fp8 else None, "BM": tile.bm, "BN": tile.bn, "BK": bk,
-        "GROUP_M": tile.group_m, "ACT_GROUP": act_group, "WEIGHT_GROUP": weight_group,
-        "EVEN": inner % inner_step == 0,
+        "BM": tile.bm, "BN": tile.bn, "BK": bk, "GROUP_M": tile.group_m, "ACT_GROUP": act_group,
+        "WEIGHT_GROUP": weight_group, "EVEN": inner % inner_step == 0,
     }  # fmt: skip
     kernel = packed_kernel if packed else unpacked_kernel
     return Config(kernel=kernel, constants=constants, warps=tile.warps, stages=tile.stages)
 
 
 def persistent(unpacked: Config) -> Config:
-    """The same product through the tensor memory accelerator."""
+    """Return the same product through the tensor memory accelerator."""
     constants = {k: v for k, v in unpacked.constants.items() if k in tma_kernel.arg_names}
     return replace(unpacked, kernel=tma_kernel, constants=constants)
 
@@ -163,13 +150,13 @@ def _row_stride(matrix: Tensor | None) -> int:
 
 
 def _tma_reads(matrix: Tensor) -> bool:
-    """Whether a descriptor can address ``matrix``: row starts at multiples of 16 bytes."""
+    """Tell whether a descriptor can address ``matrix``: row starts at multiples of 16 bytes."""
     row = matrix.stride(0) * matrix.element_size()
     return matrix.data_ptr() % 16 == 0 and row % 16 == 0 and matrix.stride(1) == 1
 
 
 def builds() -> list[Build]:
-    """Every kernel and configuration that runs, in both containers: rank 64, bias, bf16.
+    """List every kernel and configuration that runs, in both containers: rank 64, bias, bf16.
 
     Masks for widths that are no whole number of steps, and rank 0 without bias, are compiled with
     each variant's first tile; of unpacked weights, which run where somebody measured them, not for

@@ -3,7 +3,7 @@
 Codes stand in layout R1 (``kernels/permuted.py``): in every 64 columns the low nibbles of a weight
 row's 32 bytes meet the first 32 codes, the high nibbles the last 32.
 
-Letters: M rows, N outputs, K main-branch width, R protected directions; BM, BN, BK are tiles.
+Letters: M rows, N outputs, K main-branch width, R low-rank directions; BM, BN, BK are tiles.
 """
 
 import triton
@@ -14,7 +14,7 @@ from .program import finish, multiply, tile_at, weight_scale
 
 @triton.jit
 def decode(words, FP8: tl.constexpr):
-    """The codes in the low nibbles of uint32 words' bytes: [N, W] -> [N, 4 W], int8 or FP8.
+    """Decode the low nibbles of uint32 words' bytes: [N, W] -> [N, 4 W], int8 or FP8.
 
     Four codes at a time, so that few instructions stand between memory and the tensor cores. FP8
     codes are times 2^-9: a subnormal E4M3's bits are its sign and its magnitude.
@@ -33,38 +33,20 @@ def decode(words, FP8: tl.constexpr):
 
 @triton.jit
 def packed_kernel(
-    codes_ptr,
-    scale_ptr,
-    c_ptr,
-    weight_ptr,
-    wscale_ptr,
-    wp_ptr,
-    bias_ptr,
-    y_ptr,
-    M,
-    N,
-    BYTES,  # K / 2, a multiple of 4
-    codes_stride,
-    scale_stride,
-    c_stride,
-    weight_stride,  # in words of 4 bytes
-    wscale_stride,
-    wp_stride,
-    y_stride,
-    R: tl.constexpr,
-    ACT_GROUP: tl.constexpr,  # columns per scale; 0: one scale per row
-    WEIGHT_GROUP: tl.constexpr,
-    BIAS: tl.constexpr,
-    FP8: tl.constexpr,
-    DOT: tl.constexpr,  # type of the protected branch's operands
-    EVEN: tl.constexpr,  # K is a multiple of BK
-    IMPRECISE: tl.constexpr,  # FP8 products Hopper may add up at reduced precision; None: any
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """y [BM, BN] of one tile, computed as yᵀ: only a left operand may come from registers."""
+    codes_ptr, scale_ptr, c_ptr, weight_ptr, wscale_ptr, wp_ptr, bias_ptr, y_ptr, M, N, BYTES,
+    codes_stride, scale_stride, c_stride, weight_stride, wscale_stride, wp_stride, y_stride,
+    R: tl.constexpr, ACT_GROUP: tl.constexpr, WEIGHT_GROUP: tl.constexpr, BIAS: tl.constexpr,
+    FP8: tl.constexpr, DOT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Compute y [BM, BN] of one tile as yᵀ: only a left operand may come from registers.
+
+    BYTES          K / 2, a multiple of 4
+    weight_stride  in words of 4 bytes
+    ACT_GROUP      columns per scale, as WEIGHT_GROUP; 0: one scale per row
+    DOT            type of the low-rank branch's operands
+    EVEN           K is a multiple of BK
+    """
     GROUPED: tl.constexpr = ACT_GROUP + WEIGHT_GROUP > 0
     SUM: tl.constexpr = tl.float32 if FP8 else tl.int32
     m, n = tile_at(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -97,14 +79,14 @@ def packed_kernel(
             high = tl.load(codes_at + (2 * start + 32), mask=more, other=0.0)
         low_w, high_w = decode(words, FP8), decode(words >> 4, FP8)  # [BN, BK / 2]
         if GROUPED:
-            part = multiply(low_w, low, tl.zeros((BN, BM), dtype=SUM), IMPRECISE)
-            part = multiply(high_w, high, part, IMPRECISE)
+            part = multiply(low_w, low, tl.zeros((BN, BM), dtype=SUM))
+            part = multiply(high_w, high, part)
             s_x = tl.load(scale_at + (2 * start // ACT_GROUP if ACT_GROUP else 0))
             s_w_at = wscale_at + (2 * start // WEIGHT_GROUP if WEIGHT_GROUP else 0)
             acc += part.to(tl.float32) * (weight_scale(s_w_at, FP8)[:, None] * s_x[None, :])
         else:
-            acc = multiply(low_w, low, acc, IMPRECISE)
-            acc = multiply(high_w, high, acc, IMPRECISE)
+            acc = multiply(low_w, low, acc)
+            acc = multiply(high_w, high, acc)
 
     acc = acc.to(tl.float32)
     if not GROUPED:

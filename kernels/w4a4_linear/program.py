@@ -1,6 +1,6 @@
 """What every program of the ``w4a4_linear`` kernels does: find its tile, and finish it.
 
-Letters: M rows, N outputs, R protected directions; BM, BN, BR are their tiles.
+Letters: M rows, N outputs, R low-rank directions; BM, BN, BR are their tiles.
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 
 @triton.jit
 def tile_at(index, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
-    """Row tile and output tile of a program: GROUP_M row tiles in turn reuse the same weights."""
+    """Return a program's row tile and output tile: GROUP_M row tiles in turn reuse weights."""
     band = GROUP_M * tl.cdiv(N, BN)
     first = index // band * GROUP_M
     height = min(tl.cdiv(M, BM) - first, GROUP_M)
@@ -17,36 +17,28 @@ def tile_at(index, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constex
 
 
 @triton.jit
-def multiply(left, right, acc, IMPRECISE: tl.constexpr):
-    """acc + left rightᵀ of 8-bit codes; IMPRECISE FP8 products may be added up in fewer bits than
-    float32 has (Hopper only; None: any number of them)."""
-    right = tl.trans(right)
-    return tl.dot(left, right, acc, max_num_imprecise_acc=IMPRECISE, out_dtype=acc.dtype)
+def multiply(left, right, acc):
+    """Return acc + left rightᵀ of 8-bit codes."""
+    return tl.dot(left, tl.trans(right), acc, out_dtype=acc.dtype)
 
 
 @triton.jit
 def weight_scale(wscale_at, FP8: tl.constexpr):
-    """Weight scales in float32; FP8 weights are codes * 2^-9, which is made up for here."""
+    """Load weight scales in float32; FP8 weights are codes * 2^-9, which is made up for here."""
     s_w = tl.load(wscale_at).to(tl.float32)
     return s_w * 512.0 if FP8 else s_w
 
 
 @triton.jit
 def finish(
-    acc,  # float32, scaled: [BM, BN], or [BN, BM] where the weights are the left operand
-    c_ptr,
-    c_stride,
-    wp_ptr,
-    wp_stride,
-    bias_ptr,
-    row,  # [BM] int64, all of them valid
-    col,  # [BN] int64, all of them valid
-    R: tl.constexpr,
-    BIAS: tl.constexpr,
-    DOT: tl.constexpr,
-    WEIGHTS_LEFT: tl.constexpr,
-):
-    """acc + c (WP)ᵀ + bias in float32, [BM, BN]."""
+    acc, c_ptr, c_stride, wp_ptr, wp_stride, bias_ptr, row, col,
+    R: tl.constexpr, BIAS: tl.constexpr, DOT: tl.constexpr, WEIGHTS_LEFT: tl.constexpr,
+):  # fmt: skip
+    """Return acc + c (WP)ᵀ + bias in float32, [BM, BN].
+
+    acc       float32, scaled: [BM, BN], or [BN, BM] where the weights are the left operand
+    row, col  int64, [BM] and [BN], all of them valid
+    """
     if R > 0:  # without a rank there is nothing to point at either
         BR: tl.constexpr = 64 if R > 32 else (32 if R > 16 else 16)
         for start in tl.range(0, R, BR, num_stages=1):

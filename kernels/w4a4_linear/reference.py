@@ -1,6 +1,6 @@
 """Specification of ``w4a4_linear`` (docs/method.md M2).
 
-Letters: M rows, N outputs, K main-branch width, R protected directions, G groups.
+Letters: M rows, N outputs, K main-branch width, R low-rank directions, G groups.
 """
 
 from torch import Tensor
@@ -19,11 +19,11 @@ def w4a4_linear(
     bias_N: Tensor | None,
     wglobal_1: Tensor | None = None,
 ) -> Tensor:
-    """y = s_x s_w (q_x q_wᵀ) + c (WP)ᵀ + bias, accumulated in float32.
+    """Compute y = s_x s_w (q_x q_wᵀ) + c (WP)ᵀ + bias, accumulated in float32.
 
     codes_MK     int8 activation codes (``transform_quantize``), [M, K]
     scale_MG     float32 activation scales, [M, 1] or one per group
-    c_MR         protected coefficients, [M, R] floating; None at rank 0
+    c_MR         low-rank coefficients, [M, R] floating; None at rank 0
     qweight_NK2  uint8, [N, K // 2], layout L1, or L2 where ``wscale_NG`` are bytes
     wscale_NG    bf16 weight scales, [N, 1] or one per group; or bytes (``weight_steps``)
     wp_NR        W P, [N, R] floating; None at rank 0

@@ -31,7 +31,7 @@ class Tile:
     tma: bool = False
 
     def shared_kib(self, variant: Variant) -> float:
-        """Shared memory a program needs at most, in KiB."""
+        """Return the shared memory a program needs at most, in KiB."""
         weight_bytes = self.bk * self.bn // (2 if variant == "packed" else 1)
         steps = self.stages * (self.bk * self.bm + weight_bytes)
         if variant != "tma":
@@ -64,29 +64,29 @@ TILES: Mapping[Variant, tuple[Tile, ...]] = {
 """The configurations worth trying, by variant; :func:`fits` says on which chips."""
 
 
-def fits(tile: Tile, variant: Variant, chip: int, *, fp8: bool, precise: bool = False) -> bool:
-    """Whether ``tile`` runs without spilling registers on compute capability ``chip`` (90: 9.0).
+def fits(tile: Tile, variant: Variant, chip: int, *, fp8: bool) -> bool:
+    """Tell whether ``tile`` runs without spilling registers on compute capability ``chip``.
 
-    ``fp8`` says which container the codes are in, ``precise`` is :func:`launch`'s.
+    ``chip``: 90 is 9.0; ``fp8`` says which container the codes are in.
     """
     if variant == "tma" and chip != 90:
         return False
     shared = shared_bytes(chip) / 1024
     accumulators = tile.bm * tile.bn // (32 * tile.warps)
     # Only Hopper's FP8 instructions leave registers for 128 accumulators a thread: they read both
-    # operands from shared memory. Decoding packed weights and precise sums take registers again.
-    roomy = chip == 90 and fp8 and not precise and variant in ("unpacked", "tma")
+    # operands from shared memory. Decoding packed weights takes registers again.
+    roomy = chip == 90 and fp8 and variant in ("unpacked", "tma")
     limit = 128 if roomy else 64
     return accumulators <= limit and tile.shared_kib(variant) <= shared
 
 
 def packed_fits(width: int) -> bool:
-    """Whether the packed kernel can read the weights: it reads 8 columns at a time."""
+    """Tell whether the packed kernel can read the weights: it reads 8 columns at a time."""
     return width % 8 == 0
 
 
 def scales_fit(width: int, act_groups: int, weight_groups: int) -> bool:
-    """Whether the kernels can read these scales.
+    """Tell whether the kernels can read these scales.
 
     ``act_groups`` and ``weight_groups`` scales per row of ``width`` columns: 1 on both sides, or
     groups of a multiple of 64 columns. Smaller groups would be torn apart by the order of the
@@ -99,7 +99,7 @@ def scales_fit(width: int, act_groups: int, weight_groups: int) -> bool:
 
 
 def step(tile: Tile, act_group: int, weight_group: int) -> int:
-    """Columns a step of the loop: ``tile.bk``, or less so that no step crosses a scale's border.
+    """Return the columns of a step: ``tile.bk``, or less so that no step crosses a scale's border.
 
     Group sizes in columns; 0 for one scale per row.
     """

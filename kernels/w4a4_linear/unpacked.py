@@ -1,6 +1,6 @@
 """The kernels on unpacked weights: 8-bit codes in layout R1 on both sides.
 
-Letters: M rows, N outputs, K main-branch width, R protected directions; BM, BN, BK are tiles.
+Letters: M rows, N outputs, K main-branch width, R low-rank directions; BM, BN, BK are tiles.
 """
 
 import triton
@@ -11,38 +11,16 @@ from .program import finish, multiply, tile_at, weight_scale
 
 @triton.jit
 def unpacked_kernel(
-    codes_ptr,
-    scale_ptr,
-    c_ptr,
-    weight_ptr,
-    wscale_ptr,
-    wp_ptr,
-    bias_ptr,
-    y_ptr,
-    M,
-    N,
-    COLUMNS,  # K, filled up to whole blocks of 64
-    codes_stride,
-    scale_stride,
-    c_stride,
-    weight_stride,
-    wscale_stride,
-    wp_stride,
-    y_stride,
-    R: tl.constexpr,
-    ACT_GROUP: tl.constexpr,  # columns per scale; 0: one scale per row
-    WEIGHT_GROUP: tl.constexpr,
-    BIAS: tl.constexpr,
-    FP8: tl.constexpr,
-    DOT: tl.constexpr,  # type of the protected branch's operands
-    EVEN: tl.constexpr,  # COLUMNS is a multiple of BK
-    IMPRECISE: tl.constexpr,  # FP8 products Hopper may add up at reduced precision; None: any
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """y [BM, BN] of one tile."""
+    codes_ptr, scale_ptr, c_ptr, weight_ptr, wscale_ptr, wp_ptr, bias_ptr, y_ptr, M, N, COLUMNS,
+    codes_stride, scale_stride, c_stride, weight_stride, wscale_stride, wp_stride, y_stride,
+    R: tl.constexpr, ACT_GROUP: tl.constexpr, WEIGHT_GROUP: tl.constexpr, BIAS: tl.constexpr,
+    FP8: tl.constexpr, DOT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+    BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Compute y [BM, BN] of one tile; arguments as of ``packed_kernel``, weights are codes.
+
+    COLUMNS  K, filled up to whole blocks of 64; EVEN: a multiple of BK
+    """
     GROUPED: tl.constexpr = ACT_GROUP + WEIGHT_GROUP > 0
     SUM: tl.constexpr = tl.float32 if FP8 else tl.int32
     m, n = tile_at(tl.program_id(0), M, N, BM, BN, GROUP_M)
@@ -66,12 +44,12 @@ def unpacked_kernel(
             codes = tl.load(codes_at + k, mask=inside, other=0.0)
             weight = tl.load(weight_at + k, mask=inside, other=0.0)
         if GROUPED:
-            part = multiply(codes, weight, tl.zeros((BM, BN), dtype=SUM), IMPRECISE)
+            part = multiply(codes, weight, tl.zeros((BM, BN), dtype=SUM))
             s_x = tl.load(scale_at + (k // ACT_GROUP if ACT_GROUP else 0))
             s_w_at = wscale_at + (k // WEIGHT_GROUP if WEIGHT_GROUP else 0)
             acc += part.to(tl.float32) * (s_x[:, None] * weight_scale(s_w_at, FP8)[None, :])
         else:
-            acc = multiply(codes, weight, acc, IMPRECISE)
+            acc = multiply(codes, weight, acc)
 
     acc = acc.to(tl.float32)
     if not GROUPED:
@@ -83,40 +61,23 @@ def unpacked_kernel(
 
 @triton.jit
 def tma_kernel(
-    codes,  # descriptor, blocks [BM, BK]
-    scale_ptr,
-    c_ptr,
-    weight,  # descriptor, blocks [BN, BK]
-    wscale_ptr,
-    wp_ptr,
-    bias_ptr,
-    y,  # descriptor, blocks [BM, BN / 2]
-    M,
-    N,
-    COLUMNS,  # K, filled up to whole blocks of 64
-    scale_stride,
-    c_stride,
-    wscale_stride,
-    wp_stride,
-    R: tl.constexpr,
-    BIAS: tl.constexpr,
-    FP8: tl.constexpr,
-    DOT: tl.constexpr,
-    IMPRECISE: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    GROUP_M: tl.constexpr,
-):
-    """All of y by one program per multiprocessor: a tile's first loads overlap the last
-    one's end. Descriptors read zeros past the end and don't write there. No group scales."""
+    codes, scale_ptr, c_ptr, weight, wscale_ptr, wp_ptr, bias_ptr, y, M, N, COLUMNS,
+    scale_stride, c_stride, wscale_stride, wp_stride,
+    R: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
+):  # fmt: skip
+    """Compute all of y by one program per multiprocessor: a tile's first loads overlap the last
+    one's end. Descriptors read zeros past the end and don't write there. No group scales.
+
+    codes, weight, y  descriptors of blocks [BM, BK], [BN, BK] and [BM, BN / 2]
+    """
     tiles = tl.cdiv(M, BM) * tl.cdiv(N, BN)
     for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
         m, n = tile_at(index, M, N, BM, BN, GROUP_M)
         acc = tl.zeros((BM, BN), dtype=tl.float32 if FP8 else tl.int32)
         for k in range(0, COLUMNS, BK):
             x, w = codes.load([m * BM, k]), weight.load([n * BN, k])
-            acc = multiply(x, w, acc, IMPRECISE)
+            acc = multiply(x, w, acc)
         row = tl.minimum(m * BM + tl.arange(0, BM), M - 1).to(tl.int64)
         col = tl.minimum(n * BN + tl.arange(0, BN), N - 1).to(tl.int64)
         s_x = tl.load(scale_ptr + row * scale_stride)

@@ -218,7 +218,7 @@ def test_the_trained_model_draws_the_same_images(trained, monkeypatch, capsys):
     assert linears and all(m.plan(64).engine != "reference" for m in linears)
     by_kernels = images(pipe)
     plain = Plan(engine="reference", container="none")
-    monkeypatch.setattr(ops, "plan_for", lambda *_: plain)
+    monkeypatch.setattr(ops, "choose", lambda *_: plain)
     by_torch = images(dirotq.load(folder, device="cuda"))
 
     def apart(a: Tensor, b: Tensor) -> float:

@@ -149,17 +149,17 @@ def test_a_saved_state_runs_in_another_module():
 def test_the_plan_is_chosen_by_the_rows_of_the_call(monkeypatch):
     asked = []
 
-    def plan_for(x: Tensor, outputs: int, spec: QuantSpec) -> Plan:
-        asked.append((tuple(x.shape), x.dtype, outputs, spec))
+    def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> Plan:
+        asked.append((chip, m, n, spec, dtype))
         return Plan(engine="reference", container="none")
 
-    monkeypatch.setattr(ops, "plan_for", plan_for)
+    monkeypatch.setattr(ops, "choose", choose)
     module = packed(SPECS["pow2"])
     module(torch.randn(2, 7, 64))
     module(torch.randn(1, 64, dtype=torch.float16), rows=slice(8, 40))
     assert asked == [
-        ((14, 64), torch.float32, 48, SPECS["pow2"]),
-        ((1, 64), torch.float16, 32, SPECS["pow2"]),
+        (None, 14, 48, SPECS["pow2"], torch.float32),
+        (None, 1, 32, SPECS["pow2"], torch.float16),
     ]
 
 

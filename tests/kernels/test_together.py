@@ -32,7 +32,8 @@ def x_of(rows: int, width: int = 64) -> Tensor:
 
 def alone(one: QuantLinear, x: Tensor) -> Tensor:
     """The same kernel and tile, launched for this linear."""
-    from dirotq.kernels.w4a16_linear.kernel import TILES, launch
+    from dirotq.kernels.w4a16_linear.kernel import launch
+    from dirotq.kernels.w4a16_linear.tiles import TILES
 
     return launch(x, one.packed(), tile=TILES["row"][0])
 

@@ -15,7 +15,7 @@ from dirotq.kernels.buffers import Packed
 from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.permuted import from_permuted, padded
 from dirotq.kernels.unpack_w4 import unpack_w4
-from dirotq.kernels.unpack_w4.kernel import allocate, builds, fits
+from dirotq.kernels.unpack_w4.kernel import allocate, builds
 from dirotq.kernels.unpack_w4.kernel import launch as launch_packed
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
@@ -128,11 +128,6 @@ def test_memory_may_be_given(container):
     got, _ = launch(q, container, out=given)
     assert got is given[0]
     assert torch.equal(raw(got), raw(unpack_w4(q, container)))
-
-
-def test_widths_that_fit():
-    assert fits(8) and fits(2240) and fits(5600)
-    assert not fits(4) and not fits(2242)
 
 
 def test_builds_name_every_argument():

@@ -10,7 +10,8 @@ from torch import Tensor
 from dirotq.kernels.buffers import Packed
 from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.w4a16_linear import w4a16_linear
-from dirotq.kernels.w4a16_linear.kernel import HALVES, TILES, Tile, builds, fits, launch, usual
+from dirotq.kernels.w4a16_linear.kernel import HALVES, builds, launch
+from dirotq.kernels.w4a16_linear.tiles import TILES, Tile, fits, usual
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROW = Tile(kind="row", bn=32, words=16, warps=1)
@@ -76,13 +77,6 @@ def test_rows(tile, M):
     assert_close(launch(x, Packed(qweight, wscale, bias=bias), tile=tile), x, qweight, wscale, bias)
 
 
-@pytest.mark.parametrize("M", [1, 7, 33, 300])
-def test_the_usual_tile_is_chosen(M):
-    qweight, wscale, bias = weights(16, 64, None)
-    x = activations(M, 64)
-    assert_close(launch(x, Packed(qweight, wscale, bias=bias)), x, qweight, wscale, bias)
-
-
 def test_usual_tiles_fit_their_chips():
     wide = TILES["wide"]
     assert all(usual(rows, chip) not in wide for rows in (1, 16, 4096) for chip in (80, 89, 120))
@@ -124,7 +118,8 @@ def test_every_code_at_every_place(tile):
     x = torch.eye(K, dtype=torch.float16, device=DEVICE)
     wanted = codes[(columns[None, :] + columns[:16, None]) % 16]
     one = torch.ones(16, 1, dtype=torch.bfloat16, device=DEVICE)
-    got = launch(x, Packed(pack_int4(wanted).to(DEVICE), one), tile=tile, out_dtype=torch.float32)
+    out = torch.empty(K, 16, device=DEVICE)
+    got = launch(x, Packed(pack_int4(wanted).to(DEVICE), one), tile=tile, out=out)
     assert torch.equal(got.T.cpu(), wanted.float())
 
 
@@ -137,7 +132,8 @@ def test_scales_beyond_the_range_of_fp16(tile, exponent):
     wscale[4, 1:] = 0
     wscale[5, 2] *= 2.0**20
     x = activations(5, 256)
-    got = launch(x, Packed(qweight, wscale), tile=tile, out_dtype=torch.float32)
+    out = torch.empty(5, 16, device=DEVICE)
+    got = launch(x, Packed(qweight, wscale), tile=tile, out=out)
     want = w4a16_linear(x, qweight, wscale, None)
     top = w4a16_linear(x.abs(), magnitudes(qweight), wscale, None)
     assert ((got - want).abs() <= 1e-3 * top).all()
@@ -166,7 +162,8 @@ def test_bf16_of_one_row():
 
 def test_no_rows():
     qweight, wscale, bias = weights(40, 64, None)
-    assert launch(activations(0, 64), Packed(qweight, wscale, bias=bias)).shape == (0, 40)
+    packed = Packed(qweight, wscale, bias=bias)
+    assert launch(activations(0, 64), packed, tile=TILES["row"][0]).shape == (0, 40)
 
 
 def test_what_does_not_fit_is_refused():
@@ -174,7 +171,7 @@ def test_what_does_not_fit_is_refused():
     assert not fits(60, 1) and not fits(96, 2) and not fits(64, 4)
     qweight, wscale, _ = weights(16, 64, 16)
     with pytest.raises(ValueError, match=r"64 columns with 4 scales .* multiple of 32 columns"):
-        launch(activations(1, 64), Packed(qweight, wscale))
+        launch(activations(1, 64), Packed(qweight, wscale), tile=TILES["row"][0])
 
 
 def test_magic_numbers():

@@ -15,7 +15,8 @@ from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.permuted import padded, to_permuted
 from dirotq.kernels.w4a4_linear import kernel as engine
 from dirotq.kernels.w4a4_linear import w4a4_linear
-from dirotq.kernels.w4a4_linear.kernel import TILES, Tile, builds, fits, launch, scales_fit
+from dirotq.kernels.w4a4_linear.kernel import builds, launch
+from dirotq.kernels.w4a4_linear.tiles import TILES, Tile, fits, scales_fit
 
 SMALL = Tile(bm=16, bn=32, bk=64, warps=4, stages=2, group_m=2)
 WIDE = Tile(bm=32, bn=16, bk=128, warps=4, stages=2, group_m=2)
@@ -224,13 +225,6 @@ def test_where_the_persistent_kernel_does_not_apply(why, monkeypatch):
     torch.testing.assert_close(got.float(), w4a4_linear(**args), rtol=2**-10, atol=0)
 
 
-@sources
-def test_precise_sums(from_packed):
-    args = operands(7, 40, 192)
-    got = run(args, container=FP8, from_packed=from_packed, precise=True)
-    assert torch.equal(got, w4a4_linear(**args))
-
-
 def test_no_rows():
     args = operands(0, 40, 64)
     assert run(args).shape == (0, 40)
@@ -271,7 +265,6 @@ def test_scales_fit(width, act_groups, weight_groups, fit):
 def test_large_tiles_stay_off_small_chips():
     big = Tile(bm=256, bn=128, bk=128, warps=8, stages=3)
     assert fits(big, "unpacked", 90, fp8=True)
-    assert not fits(big, "unpacked", 90, fp8=True, precise=True)
     assert not fits(big, "unpacked", 90, fp8=False)
     assert not fits(big, "packed", 90, fp8=True)
     assert not fits(big, "packed", 80, fp8=False)
