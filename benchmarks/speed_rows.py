@@ -13,6 +13,7 @@ from torch import Tensor
 
 from dirotq.benchmarks import rivals
 from dirotq.benchmarks.gpu_timing import Timing, copies, time_calls
+from dirotq.benchmarks.linear_cases import LINEARS
 from dirotq.benchmarks.random_linear import (
     Checker,
     random_linear,
@@ -23,7 +24,7 @@ from dirotq.benchmarks.random_linear import (
 from dirotq.benchmarks.speed_table import OURS, Row
 from dirotq.kernels import engine, transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
 from dirotq.kernels.buffers import Codes, Unpacked
-from dirotq.kernels.case import LINEARS, Case
+from dirotq.kernels.case import Case
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import Plan, name_of
 from dirotq.kernels.prologue import plain

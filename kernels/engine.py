@@ -52,7 +52,7 @@ def linear(plan: Plan, x: Tensor | Prologue, packed: Packed, spec: QuantSpec) ->
         level = logging.WARNING if x_MD.is_cuda else logging.INFO
         say_once(f"packed linears run on the torch reference path: {plan.why}", level)
         return reference(x_MD, packed, spec)
-    prologue = x if isinstance(x, Prologue) else plain(_contiguous(x)[None])
+    prologue = x if isinstance(x, Prologue) else plain(x[None])
     with torch.cuda.device_of(prologue.x_BTD):
         if plan.engine == "packed":
             codes, weights = quantize(plan, prologue, packed, spec), None
@@ -71,9 +71,10 @@ def quantize(plan: Plan, x: Prologue, packed: Packed, spec: QuantSpec) -> Codes:
     """Return codes, scales and, but for ``scaled_mm``, c of x, as the plan's product wants them."""
     from .transform_quantize.kernel import launch
 
+    appended = plan.appended
     return launch(
-        x, packed.basis, packed.rotation, spec, container=plan.dtype, appended=plan.appended,
-        bias=plan.appended and packed.bias is not None,
+        x, packed.basis, packed.rotation, spec, container=plan.dtype, appended=appended,
+        bias=appended and packed.bias is not None,
     )  # fmt: skip
 
 
@@ -106,12 +107,7 @@ def sixteen_bits(plan: Plan, x_MD: Tensor, packed: Packed, spec: QuantSpec) -> T
     from .w4a16_linear.kernel import launch
 
     assert isinstance(plan.tile, w4a16_tiles.Tile)
-    x_MD = _contiguous(x_MD)
     with torch.cuda.device_of(x_MD):
         z, c = transform(x_MD, packed.basis, packed.rotation, spec)
         y = launch(z, packed, tile=plan.tile)
         return y if c is None or packed.wp is None else torch.addmm(y, c, packed.wp.to(c.dtype).mT)
-
-
-def _contiguous(x_MD: Tensor) -> Tensor:
-    return x_MD if x_MD.stride(-1) == 1 else x_MD.contiguous()

@@ -133,7 +133,7 @@ def kind_of(spec: QuantSpec) -> str:
 
 
 def _grouped(spec: QuantSpec) -> bool:
-    """Whether a row has more than one scale on either side."""
+    """Tell whether a row has more than one scale on either side."""
     return "group" in (spec.activations.granularity, spec.weights.granularity)
 
 

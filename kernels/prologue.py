@@ -79,7 +79,7 @@ def _contiguous(x: Tensor) -> Tensor:
 
 
 def _even(x_BTD: Tensor) -> bool:
-    """Whether the rows of all images lie the same distance apart."""
+    """Tell whether the rows of all images lie the same distance apart."""
     return x_BTD.stride(0) == x_BTD.shape[1] * x_BTD.stride(1)
 
 

@@ -15,11 +15,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.pipeline.artifact import Artifact
 
 PLAIN = (bool, int, float, str, type(None))
+
+DAMAGES = SafetensorError, FileNotFoundError, ValueError, LookupError, TypeError, AttributeError
+"""What reading files that are gone or not what was written raises."""
 
 PROBE = "probe"
 PROBES = 4
@@ -35,11 +39,11 @@ class Call:
     kwargs: dict[str, Any]
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
-        """The same call with every tensor changed."""
-        return Call(_map(self.args, change), _map(self.kwargs, change))
+        """Return the same call with every tensor changed."""
+        return Call(*tree_map_only(Tensor, change, (self.args, self.kwargs)))
 
     def on(self, device: torch.device, wide: torch.dtype | None = None) -> "Call":
-        """On ``device``; 16-bit tensors in ``wide`` where that is given."""
+        """Return it on ``device``; 16-bit tensors in ``wide`` where that is given."""
 
         def move(tensor: Tensor) -> Tensor:
             half = tensor.dtype in (torch.bfloat16, torch.float16)
@@ -48,10 +52,8 @@ class Call:
         return self.map(move)
 
     def tensors(self) -> list[Tensor]:
-        """Every tensor, in order."""
-        found: list[Tensor] = []
-        self.map(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
-        return found
+        """List every tensor, in order."""
+        return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
 
 def save_calls(folder: Path, name: str, calls: Sequence[Call]) -> None:
@@ -68,12 +70,12 @@ def save_calls(folder: Path, name: str, calls: Sequence[Call]) -> None:
 
 
 def call_files(folder: Path, name: str) -> tuple[Path, Path]:
-    """``<name>.safetensors``, the tensors, and ``<name>.json``, the arguments that hold them."""
+    """Name ``<name>.safetensors``, the tensors, and ``<name>.json``, what holds them."""
     return folder / f"{name}.safetensors", folder / f"{name}.json"
 
 
 def load_calls(folder: Path, names: Iterable[str]) -> list[Call]:
-    """The calls of :func:`save_calls`, in order, on the CPU.
+    """Read the calls of :func:`save_calls`, in order, on the CPU.
 
     Raises ArtifactError for files that are gone or not what was written.
     """
@@ -84,14 +86,7 @@ def load_calls(folder: Path, names: Iterable[str]) -> list[Call]:
             tensors = load_file(tensor_file)
             for tree in json.loads(tree_file.read_text()):
                 calls.append(Call(_unpack(tree["args"], tensors), _unpack(tree["kwargs"], tensors)))
-        except (
-            SafetensorError,
-            FileNotFoundError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-        ) as error:
+        except DAMAGES as error:
             raise ArtifactError(
                 f"the recorded calls {tensor_file} are damaged ({error!r}); run the same command "
                 "again: it records them anew"
@@ -100,7 +95,7 @@ def load_calls(folder: Path, names: Iterable[str]) -> list[Call]:
 
 
 def load_probe(capture: Artifact) -> list[Call]:
-    """The probe calls of a capture, their files held against its manifest."""
+    """Read the probe calls of a capture, their files held against its manifest."""
     for file in call_files(Path(), PROBE):
         capture.file(file.name)
     return load_calls(capture.data, [PROBE])
@@ -137,13 +132,3 @@ def _unpack(tree: Any, tensors: dict[str, Tensor]) -> Any:
         return {k: _unpack(v, tensors) for k, v in value}
     items = [_unpack(v, tensors) for v in value]
     return items if kind == "list" else tuple(items)
-
-
-def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, list | tuple):
-        return type(value)(_map(v, change) for v in value)
-    if isinstance(value, dict):
-        return {k: _map(v, change) for k, v in value.items()}
-    return value

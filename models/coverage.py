@@ -11,7 +11,7 @@ from .family import Site
 
 
 def share_kept(transformer: nn.Module, sites: Iterable[Site]) -> float:
-    """Share of the parameters of repeated blocks that no site in ``sites`` holds.
+    """Return the share of the parameters of repeated blocks that no site in ``sites`` holds.
 
     transformer  not packed; shapes are enough (meta device)
     """
@@ -22,7 +22,7 @@ def share_kept(transformer: nn.Module, sites: Iterable[Site]) -> float:
 
 
 def told(share: float) -> str:
-    """The share as `plan` says it."""
+    """Put the share in words, as `plan` says it."""
     return f"{100 * share:.1f} % of the block parameters stay in 16 bits"
 
 
@@ -53,5 +53,5 @@ def _in_blocks(transformer: nn.Module) -> dict[str, Any]:
 
 
 def _outside(transformer: nn.Module, sites: Iterable[Site]) -> dict[str, int]:
-    held = {f"{consumer}.weight" for site in sites for consumer in site.linears}
+    held = {f"{linear}.weight" for site in sites for linear in site.linears}
     return {n: p.numel() for n, p in _in_blocks(transformer).items() if n not in held}

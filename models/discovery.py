@@ -7,7 +7,7 @@ meta device will do: a forward there needs no weights and next to no time, howev
 import copy
 import functools
 import inspect
-import json
+import logging
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -19,17 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
 from dirotq.errors import UnsupportedError
-from dirotq.quiet import quiet
 
 from .call import Call
-from .family import Kind, Site, is_linear, is_pointwise
+from .denoiser_call import denoiser_call
+from .family import TABLE, Kind, Site, is_linear, is_pointwise
 from .skeleton import empty_transformer
 
-SIZE, FRAMES = 256, 25
-"""Pixels and frames of a small call: patches divide them (frames but for the first)."""
+log = logging.getLogger(__name__)
+
 View = tuple[int, int, int, tuple[int, ...], tuple[int, ...]]
 """Some memory as one linear reads it: storage, writes to it so far, offset, shape, stride."""
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -45,7 +44,6 @@ ACROSS = "reads a tensor that several blocks read (text: few tokens, the same at
 EXACT = "the model asks to keep it in float32"
 HOMELESS = "the block is a bare container, with no place for what its linears share"
 PARAMETER = "is multiplied as a bare parameter, without a linear around it"
-TABLE = "table for it: CONTRIBUTING.md says how (about 40 lines)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +64,26 @@ class Discovered:
         return [f"{name} ({n}) stays in 16 bits: {why}" for (name, why), n in counts.items()]
 
 
+@functools.lru_cache(maxsize=8)
+def discovered_sites(
+    folder: Path, transformer_class: str, call: tuple[tuple[str, Any], ...]
+) -> tuple[Site, ...]:
+    """Return the sites of a pipeline's transformer, traced once per process, without weights.
+
+    call  the pipeline's arguments, as sorted items
+
+    Raises UnsupportedError with the reason if the forward can't be traced.
+    """
+    import diffusers  # takes seconds, and most models have a table
+
+    cls = getattr(diffusers, transformer_class)
+    skeleton = empty_transformer(cls.load_config(folder / "transformer"), cls)
+    found = discover(skeleton, *denoiser_call(folder, **dict(call)))
+    for note in found.notes:
+        log.info("discovery: %s", note)
+    return tuple(found.sites)
+
+
 def discover(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Discovered:
     """Trace one forward, ``transformer(*args, **kwargs)``, and group what its linears read.
 
@@ -80,8 +98,7 @@ def discover(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     Raises UnsupportedError if the forward fails (on the meta device: where control flow depends on
     data), or shows no site.
     """
-    name = type(transformer).__name__
-    call = Call(args, kwargs)
+    name, call = type(transformer).__name__, Call(args, kwargs)
     if on_meta := any(p.is_meta for p in transformer.parameters()):
         transformer, call = _to_meta(transformer), call.map(lambda t: t.to("meta"))
     trace = _Trace(transformer)
@@ -182,7 +199,7 @@ class _Trace(TorchFunctionMode):
         return result
 
     def discovered(self, batch: int) -> Discovered:
-        """Groups of linears that read the same, block by block."""
+        """Group the linears that read the same, block by block."""
         kinds = self._kinds(batch)
         unfit = {name: self._unfit(name) for name in self.linears}
         kept = {name: why for name, why in unfit.items() if why is not None}
@@ -200,13 +217,13 @@ class _Trace(TorchFunctionMode):
                 traits = (kind, linear.bias is not None, is_pointwise(linear))
                 groups[_block(name), traits, *views].append(name)
         sites: list[Site] = []
-        for (block, traits, *_), consumers in groups.items():
-            path = self._path(block, consumers, pointwise=traits[2])
+        for (block, traits, *_), names in groups.items():
+            path = self._path(block, names, pointwise=traits[2])
             if path is None:
-                kept |= dict.fromkeys(consumers, HOMELESS)
+                kept |= dict.fromkeys(names, HOMELESS)
                 continue
-            rows, dims = zip(*(self.linears[c].weight.shape[:2] for c in consumers), strict=True)
-            sites.append(Site(path, tuple(consumers), dims[0], rows, *traits))
+            rows, dims = zip(*(self.linears[name].weight.shape[:2] for name in names), strict=True)
+            sites.append(Site(path, tuple(names), dims[0], rows, *traits))
         return Discovered(sites, kept | dict.fromkeys(self.products, PARAMETER))
 
     def _kinds(self, batch: int) -> dict[str, Kind]:
@@ -220,7 +237,7 @@ class _Trace(TorchFunctionMode):
         return {name: "modulator" if most[name] <= batch else "block" for name in patterns}
 
     def _unfit(self, name: str) -> str | None:
-        """Why a linear stays in 16 bits, seen on its own."""
+        """Say why a linear stays in 16 bits, seen on its own; None if it needn't."""
         block = _block(name)
         exact = set(getattr(self.root, "_keep_in_fp32_modules", None) or ())
         if block not in self.calls:
@@ -233,17 +250,17 @@ class _Trace(TorchFunctionMode):
             return UNCALLED
         return EXACT if exact & set(name.split(".")) else None
 
-    def _path(self, block: str, consumers: list[str], *, pointwise: bool) -> str | None:
-        """Where the site's module goes: beside its consumers, or in the place of the only one."""
-        if len(consumers) == 1 and not pointwise:
-            return consumers[0]
-        parent = _common(consumer.rpartition(".")[0] for consumer in consumers)
+    def _path(self, block: str, names: list[str], *, pointwise: bool) -> str | None:
+        """Say where the site's module goes: beside its linears, or in the place of the only one."""
+        if len(names) == 1 and not pointwise:
+            return names[0]
+        parent = _common(name.rpartition(".")[0] for name in names)
         while isinstance(self.root.get_submodule(parent), CONTAINERS):
             # A container runs, counts or iterates over what is put into it.
             parent = parent.rpartition(".")[0]
         if not f"{parent}.".startswith(f"{block}."):
             return None
-        below = [consumer[len(parent) + 1 :].replace(".", "_") for consumer in consumers]
+        below = [name[len(parent) + 1 :].replace(".", "_") for name in names]
         leaf = "_".join(["shared", *below])
         while hasattr(self.root.get_submodule(parent), leaf):
             leaf += "_"
@@ -270,7 +287,7 @@ def _common(paths: Iterable[str]) -> str:
 
 
 def _to_meta(transformer: nn.Module) -> nn.Module:
-    """A copy without memory: buffers too, and tensors that modules hold as plain attributes."""
+    """Copy it without memory: buffers too, and tensors that modules hold as plain attributes."""
     twin = copy.deepcopy(transformer).to("meta")
     for module in twin.modules():
         for name, value in vars(module).items():
@@ -280,121 +297,6 @@ def _to_meta(transformer: nn.Module) -> nn.Module:
 
 
 def _batch(transformer: Any, call: Call) -> int:
-    """Samples of a call: the length of its first argument, a tensor or a list of them."""
+    """Count samples of a call: the length of its first argument, a tensor or a list of them."""
     names = [n for n in inspect.signature(transformer.forward).parameters if n in call.kwargs]
     return len((*call.args, *(call.kwargs[n] for n in names), *call.kwargs.values())[0])
-
-
-def denoiser_call(folder: Path, **arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a pipeline's first denoiser call: float32, on the CPU.
-
-    The denoiser is never loaded. Text encoders run on the meta device and hand zeros to the
-    pipeline; where that fails they are loaded and run on the CPU.
-
-    folder     a diffusers folder; of its weights only the encoders' are read, if any
-    arguments  of the pipeline's call, beside the prompt: they win over the smallest sensible ones
-
-    Raises UnsupportedError if the pipeline stops before its denoiser either way.
-    """
-    failures = []
-    for weights in (False, True):
-        try:
-            with quiet():
-                pipe = _pipeline_without_denoiser(folder, weights)
-                pipe.transformer.register_forward_pre_hook(_stop, with_kwargs=True)
-                pipe(**_smallest(pipe) | arguments)
-            failures.append("it ended without a call of its transformer")
-        except _Reached as reached:
-            return reached.call.args, reached.call.kwargs
-        except Exception as error:  # noqa: BLE001  any line of a foreign pipeline
-            failures.append(f"{type(error).__name__}: {error}")
-    raise UnsupportedError(
-        f"{folder}: no family table describes this pipeline, and a call of it to see its "
-        f"denoiser's arguments failed. With encoders on the meta device: {failures[0]}. With their "
-        f"weights on the CPU: {failures[1]}. Pass the call what it lacks, or write a {TABLE}"
-    )
-
-
-class _Reached(BaseException):
-    """The denoiser's arguments on their way out; no pipeline catches a BaseException."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
-
-
-def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    # One precision throughout: encoders may have run in another than the denoiser's float32.
-    raise _Reached(Call(args, kwargs).map(lambda t: t.float() if t.is_floating_point() else t))
-
-
-def _pipeline_without_denoiser(folder: Path, weights: bool) -> Any:
-    import diffusers
-
-    index = json.loads((folder / "model_index.json").read_text())
-    cls: Any = getattr(diffusers, index["_class_name"])
-    # Pipelines ask their first module for the device, which would be the meta device.
-    cpu = property(lambda _: torch.device("cpu"))
-    cls = type(cls.__name__, (cls,), {"device": cpu, "_execution_device": cpu})
-    parts = {
-        name: index[name] for name in inspect.signature(cls.__init__).parameters if name in index
-    }
-    for name, part in parts.items():
-        if isinstance(part, list):  # not an option of the pipeline
-            parts[name] = _component(folder / name, part, weights)
-    pipe = cls(**parts)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
-def _component(path: Path, entry: list[str | None], weights: bool) -> Any:
-    """A component of model_index.json: a model without weights if it can be, others as they are."""
-    import accelerate
-    import diffusers
-    import transformers
-
-    library, name = entry
-    if not (library and name):
-        return None
-    known = {"diffusers": diffusers, "transformers": transformers}
-    # Some pipelines bring an encoder of their own, and name themselves as its library.
-    cls = getattr(known.get(library) or getattr(diffusers.pipelines, library), name)
-    if not issubclass(cls, nn.Module):
-        return cls.from_pretrained(path, local_files_only=True)
-    denoiser = path.name.startswith("transformer")
-    if weights and not denoiser:
-        options = {"use_safetensors": True, "local_files_only": True}
-        return cls.from_pretrained(path, dtype=torch.bfloat16, **options).eval()
-    if hasattr(cls, "load_config"):
-        model = empty_transformer(cls.load_config(path), cls)
-    else:
-        with accelerate.init_empty_weights():
-            model = cls(cls.config_class.from_pretrained(path)).eval()
-        model.set_attn_implementation("eager")  # others look at the mask's values
-    return model if denoiser else _shapes_only(model.to("meta"))
-
-
-def _shapes_only(model: Any) -> Any:
-    """Let a model on the meta device be called from the CPU: zeros come out."""
-    forward = model.forward
-
-    @functools.wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        call = Call(args, kwargs).map(lambda t: t.to("meta"))
-        zeros = lambda t: torch.zeros(t.shape, dtype=t.dtype)  # noqa: E731
-        return tree_map_only(Tensor, zeros, forward(*call.args, **call.kwargs))
-
-    model.forward = run
-    return model
-
-
-def _smallest(pipe: Any) -> dict[str, Any]:
-    """Arguments of the cheapest call, of those that the pipeline takes."""
-    from PIL import Image
-
-    takes = inspect.signature(pipe.__call__).parameters
-    wanted: dict[str, Any] = {"prompt": "a photo", "height": SIZE, "width": SIZE}
-    wanted |= {"num_frames": FRAMES, "num_inference_steps": 2}  # the last may skip its denoiser
-    if "image" in takes and takes["image"].default is inspect.Parameter.empty:
-        wanted["image"] = Image.new("RGB", (SIZE, SIZE))
-    return {name: value for name, value in wanted.items() if name in takes}

@@ -18,13 +18,13 @@ FAMILIES = (FLUX, FLUX2, PIXART, SANA, SD3, QWEN_IMAGE, Z_IMAGE, WAN)
 
 
 def known_family(transformer_class: str) -> ModelFamily | None:
-    """The family of a diffusers transformer class, or None."""
+    """Find the family of a diffusers transformer class; None if no table describes it."""
     return next((family for family in FAMILIES if family.transformer == transformer_class), None)
 
 
 def family_of(transformer_class: str) -> ModelFamily:
-    """The family of a diffusers transformer class: a table, or the name alone for a class of
-    diffusers that has none, whose sites are to be discovered (models/discovered.py).
+    """Return the family of a diffusers transformer class: a table, or the name alone for a class
+    of diffusers that has none, whose sites are to be discovered (models/discovery.py).
 
     Raises UnsupportedError, naming the known ones, for what is no transformer of diffusers.
     """

@@ -1,9 +1,10 @@
 """Model families as data: which linears read one activation, which are modulators, which stay."""
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
+from importlib import import_module
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from dirotq.errors import UnsupportedError
 Kind = Literal["block", "modulator"]
 OLD_WORDS = {"linears": "consumers", "in_features": "dim", "out_features": "rows"}
 """What fields of a site are called in files."""
+TABLE = "table for it: CONTRIBUTING.md says how (about 40 lines)"
 Fusion = Literal["shared_sites", "norm", "gelu", "concat", "qk_norm_rope", "modulators"]
 
 
@@ -50,7 +52,7 @@ class Site:
 
     @classmethod
     def from_record(cls, value: Mapping[str, Any]) -> "Site":
-        """Inverse of :meth:`recorded`; raises KeyError or TypeError for other fields."""
+        """Read what :meth:`recorded` wrote; raises KeyError or TypeError for other fields."""
         words = {old: new for new, old in OLD_WORDS.items()}
         fields: dict[str, Any] = {
             words.get(key, key): tuple(v) if isinstance(v, list) else v for key, v in value.items()
@@ -65,12 +67,12 @@ class Site:
         return ".".join(parts[: number + 1])
 
     def tokens_of(self, x: Tensor) -> Tensor:
-        """A linear's input as rows: [T, D]."""
+        """Return a linear's input as rows: [T, D]."""
         x = x.movedim(1, -1) if self.pointwise else x
         return x.reshape(-1, self.in_features)
 
     def slices(self) -> Iterator[tuple[str, slice]]:
-        """Each linear with its rows of the site's wide linear."""
+        """Yield each linear with its rows of the site's wide linear."""
         start = 0
         for linear, features in zip(self.linears, self.out_features, strict=True):
             yield linear, slice(start, start + features)
@@ -81,8 +83,8 @@ class Site:
 class SiteRule:
     """Linears under each module matching ``parent`` that read the same tensor.
 
-    ``parent`` is a path with ``*`` for one component; ``consumers`` are paths below it, ``name``
-    the site's path below it. A site with one consumer is named after it, unless that is a 1x1
+    ``parent`` is a path with ``*`` for one component; ``linears`` are paths below it, ``name`` the
+    site's path below it. A site with one linear is named after it, unless that is a 1x1
     convolution: its own path keeps a module that reads and writes [B, C, H, W].
     """
 
@@ -108,16 +110,22 @@ class ModelFamily:
     """Defaults of a pipeline call; a folder's generation.json wins over them."""
     mask: str | None = None
     """Argument of the transformer's forward that masks text tokens; None where it masks none."""
-    share: Callable[[nn.Module], None] | None = None
-    """Makes a transformer whose sites were swapped read each shared one once and run its blocks
-    fused, in place. Without it every consumer computes its own rows: the same numbers, slower."""
     fusions: tuple[Fusion, ...] = ()
-    """What ``share`` installs: ``shared_sites``, each read once; adaLN's ``norm``, ``gelu`` and
+    """What :meth:`share` installs: ``shared_sites``, each read once; adaLN's ``norm``, ``gelu`` and
     ``concat`` in the kernels of the linear that reads them; ``qk_norm_rope``, norms of q and k (and
     rotary embeddings, where there are any) in one pass; ``modulators`` of all blocks at once."""
 
+    def share(self, transformer: nn.Module) -> None:
+        """Let a transformer whose sites were swapped read each shared one once and run its blocks
+        fused (dirotq/runtime/<family>_fused.py), in place, if the family has ``fusions``.
+
+        Without it every linear computes its own rows: the same numbers, slower.
+        """
+        if self.fusions:  # it imports diffusers, which reading a table must not
+            import_module(f"dirotq.runtime.{self.name}_fused").fuse_blocks(transformer)
+
     def sites(self, transformer: nn.Module) -> list[Site]:
-        """The sites of ``transformer``, in the order of its blocks.
+        """List the sites of ``transformer``, in the order of its blocks.
 
         Raises UnsupportedError if the class is another one, or a linear or 1x1 convolution is
         claimed by no rule (nothing is skipped silently) or by two.
@@ -134,15 +142,15 @@ class ModelFamily:
             for rule in self.rules:
                 if not _matches(rule.parent, parent):
                     continue
-                consumers = tuple(_join(parent, c) for c in rule.linears)
-                present = tuple(c for c in consumers if c in linears)
+                paths = (_join(parent, path) for path in rule.linears)
+                present = tuple(path for path in paths if path in linears)
                 if not present:
                     continue
-                modules = [linears[c] for c in present]
+                modules = [linears[path] for path in present]
                 alone = len(present) == 1 and not is_pointwise(modules[0])
                 name = present[0] if alone else _join(parent, rule.name)
-                for consumer in present:
-                    _claim(claimed, consumer, f"site {name}")
+                for path in present:
+                    _claim(claimed, path, f"site {name}")
                 sites.append(_site(name, present, modules, rule))
         for linear in linears:
             if any(_matches(pattern, linear) for pattern in self.keep):
@@ -158,7 +166,7 @@ class ModelFamily:
 
 
 def is_pointwise(module: nn.Module) -> bool:
-    """Whether it is a 1x1 convolution: a linear over the channels of [B, C, H, W]."""
+    """Tell whether it is a 1x1 convolution: a linear over the channels of [B, C, H, W]."""
     return (
         isinstance(module, nn.Conv2d)
         and module.kernel_size == module.stride == (1, 1)
@@ -168,37 +176,28 @@ def is_pointwise(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it multiplies every token by one matrix: a linear or a 1x1 convolution."""
+    """Tell whether it multiplies every token by one matrix: a linear or a 1x1 convolution."""
     return isinstance(module, nn.Linear) or is_pointwise(module)
 
 
-def _site(name: str, consumers: tuple[str, ...], linears: list[Any], rule: SiteRule) -> Site:
+def _site(name: str, paths: tuple[str, ...], modules: list[Any], rule: SiteRule) -> Site:
     # [N, D], or [N, D, 1, 1] of a convolution.
-    rows, dims = zip(*(linear.weight.shape[:2] for linear in linears), strict=True)
-    biases = {linear.bias is not None for linear in linears}
-    kinds = {is_pointwise(linear) for linear in linears}
+    rows, dims = zip(*(module.weight.shape[:2] for module in modules), strict=True)
+    biases = {module.bias is not None for module in modules}
+    kinds = {is_pointwise(module) for module in modules}
     if len(set(dims)) > 1 or len(biases) > 1 or len(kinds) > 1:
         raise UnsupportedError(
-            f"site {name}: its consumers {list(consumers)} read {sorted(set(dims))} channels, "
+            f"site {name}: its consumers {list(paths)} read {sorted(set(dims))} channels, "
             f"{'differ' if len(biases) > 1 else 'agree'} in having a bias and "
             f"{'differ' if len(kinds) > 1 else 'agree'} in being 1x1 convolutions; one site has "
             "one input"
         )
     if kinds == {True} and not rule.name:
         raise UnsupportedError(
-            f"the rule for {consumers[0]} names no site: the path of a 1x1 convolution is taken by "
+            f"the rule for {paths[0]} names no site: the path of a 1x1 convolution is taken by "
             "what reads its [B, C, H, W]; give the rule a `name` of its own"
         )
-    return Site(
-        name,
-        consumers,
-        in_features=dims[0],
-        out_features=rows,
-        kind=rule.kind,
-        bias=biases.pop(),
-        pointwise=kinds.pop(),
-        text=rule.text,
-    )
+    return Site(name, paths, dims[0], rows, rule.kind, biases.pop(), kinds.pop(), rule.text)
 
 
 def _claim(claimed: dict[str, str], linear: str, by: str) -> None:

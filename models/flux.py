@@ -3,22 +3,10 @@
 Fused (dirotq/runtime/flux_fused.py): everything that a family can (``ModelFamily.fusions``).
 """
 
-from torch import nn
-
 from .family import ModelFamily, SiteRule
 
 DOUBLE, SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
-
-
-def _share(transformer: nn.Module) -> None:
-    # They import diffusers, which reading the table must not.
-    from dirotq.runtime.flux_fused import fuse_blocks
-    from dirotq.runtime.flux_sharing import share_sites
-
-    share_sites(transformer)
-    fuse_blocks(transformer)
-
 
 FLUX = ModelFamily(
     name="flux",
@@ -53,6 +41,5 @@ FLUX = ModelFamily(
         "width": 1024,
         "max_sequence_length": 512,
     },
-    share=_share,
     fusions=("shared_sites", "norm", "gelu", "concat", "qk_norm_rope", "modulators"),
 )

@@ -4,19 +4,9 @@ Fused (dirotq/runtime/pixart_fused.py): q, k and v in one read, modulated norms,
 modulation serves all blocks, so there are no modulators to join.
 """
 
-from torch import nn
-
 from .family import ModelFamily, SiteRule
 
 BLOCK = "transformer_blocks.*"
-
-
-def _share(transformer: nn.Module) -> None:
-    # It imports diffusers, which reading the table must not.
-    from dirotq.runtime.pixart_fused import fuse_blocks
-
-    fuse_blocks(transformer)
-
 
 PIXART = ModelFamily(
     name="pixart",
@@ -49,6 +39,5 @@ PIXART = ModelFamily(
         "max_sequence_length": 300,
     },
     mask="encoder_attention_mask",
-    share=_share,
     fusions=("shared_sites", "norm", "gelu"),
 )

@@ -4,19 +4,9 @@ Fused (dirotq/runtime/sana_fused.py): q, k and v in one read, modulated norms. T
 stands behind a depthwise convolution, which no linear's kernel computes.
 """
 
-from torch import nn
-
 from .family import ModelFamily, SiteRule
 
 BLOCK = "transformer_blocks.*"
-
-
-def _share(transformer: nn.Module) -> None:
-    # It imports diffusers, which reading the table must not.
-    from dirotq.runtime.sana_fused import fuse_blocks
-
-    fuse_blocks(transformer)
-
 
 SANA = ModelFamily(
     name="sana",
@@ -54,6 +44,5 @@ SANA = ModelFamily(
         "max_sequence_length": 300,
     },
     mask="encoder_attention_mask",
-    share=_share,
     fusions=("shared_sites", "norm"),
 )

@@ -7,20 +7,10 @@ Fused (dirotq/runtime/sd3_fused.py): q, k and v of a stream in one read, modulat
 norms of q and k (3.5) in one pass, modulators of all blocks at once.
 """
 
-from torch import nn
-
 from .family import ModelFamily, SiteRule
 
 BLOCK = "transformer_blocks.*"
 ADDED = ("add_q_proj", "add_k_proj", "add_v_proj")
-
-
-def _share(transformer: nn.Module) -> None:
-    # It imports diffusers, which reading the table must not.
-    from dirotq.runtime.sd3_fused import fuse_blocks
-
-    fuse_blocks(transformer)
-
 
 SD3 = ModelFamily(
     name="sd3",
@@ -53,6 +43,5 @@ SD3 = ModelFamily(
         "width": 1024,
         "max_sequence_length": 256,
     },
-    share=_share,
     fusions=("shared_sites", "norm", "gelu", "qk_norm_rope", "modulators"),
 )

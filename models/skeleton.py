@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 def empty_transformer(config: dict[str, Any], cls: Any) -> Any:
-    """A diffusers transformer whose parameters have no memory yet; buffers have their values."""
+    """Make a diffusers transformer whose parameters have no memory yet; buffers have values."""
     import accelerate
 
     with accelerate.init_empty_weights():
@@ -16,12 +16,12 @@ def empty_transformer(config: dict[str, Any], cls: Any) -> Any:
 
 
 def names_in(root: nn.Module, block: str) -> list[str]:
-    """Names of the tensors that ``block`` of ``root`` stores."""
+    """Name the tensors that ``block`` of ``root`` stores."""
     return [f"{block}.{name}" for name in root.get_submodule(block).state_dict()]
 
 
 def names_outside(root: nn.Module, blocks: Iterable[str]) -> list[str]:
-    """Names of the tensors that ``root`` stores outside of ``blocks``."""
+    """Name the tensors that ``root`` stores outside of ``blocks``."""
     inside = tuple(f"{block}." for block in blocks)
     return [name for name in root.state_dict() if not name.startswith(inside)]
 
@@ -48,6 +48,7 @@ def move_buffers(root: nn.Module, device: torch.device) -> None:
 
 
 def assign(module: nn.Module, name: str, tensor: Tensor) -> None:
+    """Put a tensor in the place of the module's parameter or buffer of that name."""
     if name in module._parameters:
         module._parameters[name] = nn.Parameter(tensor, requires_grad=False)
     else:

@@ -55,7 +55,7 @@ def _to(transformer: Any, *args: Any, **kwargs: Any) -> Any:
 def _fuse_again(transformer: Any) -> None:
     """q, k and v are one packed linear: nothing to concatenate, only its sharing to bring back."""
     family = known_family(type(transformer).__name__)
-    if family is not None and family.share is not None:
+    if family is not None:
         family.share(transformer)
 
 

@@ -29,7 +29,7 @@ def swap_sites(
             if consumer != site.name:
                 _put(transformer, consumer, PointwiseView(part) if site.pointwise else part)
     family = known_family(type(transformer).__name__)
-    if family is not None and family.share is not None:
+    if family is not None:
         family.share(transformer)
 
 

@@ -72,7 +72,7 @@ class Modulators:
         self._last: tuple[Tensor, dict[int, Tensor]] | None = None
 
     def of(self, linear: Any, temb_BD: Tensor) -> Tensor:
-        """linear(silu(temb)), [B, N]."""
+        """Compute linear(silu(temb)), [B, N]."""
         last = self._last  # another thread may put its own there meanwhile
         if last is None or last[0] is not temb_BD:
             if self._together is None or not self._rest(temb_BD.device):
@@ -90,12 +90,12 @@ class Modulators:
         return None if last is None or last[0] is not temb_BD else last[1].get(id(linear))
 
     def after(self, block: nn.Module) -> nn.Module | None:
-        """The block that follows; None after the last one."""
+        """Return the block that follows; None after the last one."""
         where = next((i for i, b in enumerate(self.blocks) if b is block), len(self.blocks))
         return self.blocks[where + 1] if where + 1 < len(self.blocks) else None
 
     def _rest(self, device: torch.device) -> bool:
-        """Whether all weights lie on the device, and nothing brings them in block by block or
+        """Tell whether all weights lie on the device, and nothing brings them in block by block or
         linear by linear, or watches their calls."""
         return (
             all(linear.qweight.device == device for linear in self.linears)
@@ -111,25 +111,24 @@ class Modulators:
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether accelerate or diffusers wraps its calls: offloading, caches, layer skipping."""
+    """Tell whether accelerate or diffusers wraps its calls: offloading, caches, layer skipping."""
     state = vars(module)
     # diffusers leaves its registry behind when the last hook goes.
     return "_hf_hook" in state or bool(getattr(state.get("_diffusers_hook"), "hooks", None))
 
 
 def read(linear: Any, prologue: Prologue) -> Tensor:
-    """linear(prologue), [B, T, N]: inside its kernels where it is packed."""
+    """Compute linear(prologue), [B, T, N]: inside its kernels where it is packed."""
     return linear(prologue if isinstance(linear, QuantLinear) else prologue.value())
 
 
 def clipped(x: Tensor) -> Tensor:
-    """x, its infinities the largest numbers in float16, as some of diffusers' blocks do."""
+    """Make infinities of float16 its largest numbers, as some of diffusers' blocks do."""
     return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
 
 
 def joined(first_BTD: Tensor, second_BTD: Tensor) -> Tensor:
-    """[B, T1 + T2, D]: no copy of what are neighbouring slices already, as a block before left
-    them."""
+    """Join to [B, T1 + T2, D]: no copy of what a block before left as neighbouring slices."""
     if torch.compiler.is_compiling() or not _neighbours(first_BTD, second_BTD):
         return torch.cat([first_BTD, second_BTD], dim=1)
     b, t, d = first_BTD.shape
@@ -150,7 +149,7 @@ def _neighbours(first: Tensor, second: Tensor) -> bool:
 
 
 def runtime_of(transformer: nn.Module) -> Runtime:
-    """How a packed transformer runs."""
+    """Tell how a packed transformer runs."""
     return getattr(transformer, RUNTIME, None) or Runtime(graphs=False)
 
 

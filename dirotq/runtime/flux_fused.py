@@ -20,6 +20,7 @@ from dirotq.kernels.prologue import concat_gelu, plain
 from dirotq.kernels.qk_norm_rope import Part, qk_norm_rope
 
 from .accelerate import Modulators, clipped, joined, read
+from .flux_sharing import share_sites
 from .fused_block import (
     fed_forward,
     install,
@@ -36,9 +37,9 @@ Rope = tuple[Tensor, Tensor] | None
 def fuse_blocks(transformer: Any) -> None:
     """Give each block of a ``FluxTransformer2DModel`` its fused forward, in place.
 
-    The sites must have been swapped and shared before. A block whose sites were not swapped keeps
-    its forward.
+    The sites must have been swapped before. A block whose sites were not keeps its forward.
     """
+    share_sites(transformer)  # what a block falls back to
     doubles = [b for b in transformer.transformer_blocks if hasattr(b.attn, "add_qkv")]
     singles = [b for b in transformer.single_transformer_blocks if hasattr(b, "qkv_mlp")]
     linears = [m.linear for b in doubles for m in (b.norm1, b.norm1_context)]
@@ -139,7 +140,7 @@ def _single_forward(
 
 
 def _after(block: Any, x: Tensor, fusable: Callable[[Any, Tensor], bool]) -> Any | None:
-    """The block that follows, if it is of the same kind and will run fused too."""
+    """Return the block that follows, if it is of the same kind and will run fused too."""
     after = block._dirotq_shared.modulators.after(block)
     return after if type(after) is type(block) and fusable(after, x) else None
 
@@ -149,7 +150,7 @@ def _part(qkv_BTC: Tensor, norm_q: Any, norm_k: Any) -> Part:
 
 
 def _double_fusable(block: Any, x: Tensor) -> bool:
-    """Whether the block may run as one: nothing in it differs from what diffusers made."""
+    """Tell whether the block may run as one: nothing in it differs from what diffusers made."""
     modulated = block.norm1, block.norm1_context
     plain_norms = (*(m.norm for m in modulated), block.norm2, block.norm2_context)
     return (

@@ -1,9 +1,9 @@
 """FLUX.1 reads each of its shared sites once: one transform, one quantization, one wide GEMM.
 
-Without this a shared site's wide linear runs once per consumer (q, k, v, ...), each time for that
-consumer's rows only. Here attentions read q, k and v through diffusers' own fused path, and single
-blocks get a forward that takes their MLP's rows from the same call. The wide linear is handed on in
-plain code; nothing is remembered between calls.
+Without this a shared site's wide linear runs once per linear of the site (q, k, v, ...), each time
+for that one's rows only. Here attentions read q, k and v through diffusers' own fused path, and
+single blocks get a forward that takes their MLP's rows from the same call. Nothing is remembered
+between calls.
 
 Letters: B images, T tokens, D channels, F channels of the MLP.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from dirotq.kernels.linear import SiteView
 
+from .accelerate import clipped
 from .as_made import untouched
 
 QKV = ("to_q", "to_k", "to_v")
@@ -29,20 +30,18 @@ ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 def share_sites(transformer: Any) -> None:
     """Let each block of a ``FluxTransformer2DModel`` run its shared wide linears once, in place.
 
-    The sites must have been swapped before (dirotq/packed/swap.py). An attention or block whose
-    sites were not swapped keeps its linears, and one that cannot share (``share_double``,
-    ``share_single``) still computes the same through its views. Names in the state dict do not
-    change. diffusers'
-    ``unfuse_qkv_projections()`` undoes the sharing.
+    An attention or block whose sites were not swapped (dirotq/packed/swap.py) keeps its linears,
+    and one that cannot share still computes the same through its views. Names in the state dict do
+    not change. diffusers' ``unfuse_qkv_projections()`` undoes the sharing.
     """
     for block in transformer.transformer_blocks:
-        share_double(block.attn)
+        _share_double(block.attn)
     for block in transformer.single_transformer_blocks:
-        share_single(block)
+        _share_single(block)
 
 
-def share_double(attn: Any) -> None:
-    """q, k, v of the image and of the text in one call each, by any processor that honors
+def _share_double(attn: Any) -> None:
+    """Read q, k, v of the image and of the text in one call each, by any processor that honors
     ``fused_projections`` (all of diffusers' for FLUX do; others go on reading the views)."""
     # Fused or not is one switch for both streams.
     if hasattr(attn, "qkv") and hasattr(attn, "add_qkv"):
@@ -51,8 +50,8 @@ def share_double(attn: Any) -> None:
         attn.fused_projections = True
 
 
-def share_single(block: Any) -> None:
-    """q, k, v and the MLP's input in one call, as long as the attention is diffusers' plain one."""
+def _share_single(block: Any) -> None:
+    """Read q, k, v and the MLP's input in one call, while the attention is diffusers' plain one."""
     if hasattr(block, "qkv_mlp"):
         block.attn.to_qkv = Joined(block.attn, QKV, block.qkv_mlp, given=True)
         block.attn.fused_projections = True
@@ -65,7 +64,7 @@ class Joined(nn.Module):
     """q, k, v of an attention side by side, where diffusers' fused path looks for them; without
     own state.
 
-    One call of the site while its consumers are plain views of it. Once one of them is hooked, or
+    One call of the site while its linears are plain views of it. Once one of them is hooked, or
     another module stands in its place, each is called.
 
     given  whether the caller may hand in q, k, v already, which are returned as they are
@@ -85,21 +84,21 @@ class Joined(nn.Module):
         self.output_rows = slice(0, getattr(attn, names[-1]).output_rows.stop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., D] -> [..., N], the outputs of every consumer named."""
+        """Map x [..., D] to [..., N], the outputs of every linear named."""
         if self.given and x.shape[-1] == self.output_rows.stop:
             return x
-        consumers = [getattr(self.attn, name) for name in self.names]
-        if all(plain_view(consumer, self.site) for consumer in consumers):
+        linears = [getattr(self.attn, name) for name in self.names]
+        if all(_plain_view(linear, self.site) for linear in linears):
             return self.site(x, rows=self.output_rows)
-        return torch.cat([consumer(x) for consumer in consumers], dim=-1)
+        return torch.cat([linear(x) for linear in linears], dim=-1)
 
     def extra_repr(self) -> str:
         return f"{', '.join(self.names)} of the site"
 
 
-def plain_view(consumer: nn.Module, site: nn.Module) -> bool:
-    """Whether a consumer is a view of the site whose calls nobody watches or replaces."""
-    return type(consumer) is SiteView and consumer.site is site and untouched(consumer)
+def _plain_view(linear: nn.Module, site: nn.Module) -> bool:
+    """Tell whether a linear is a view of the site whose calls nobody watches or replaces."""
+    return type(linear) is SiteView and linear.site is site and untouched(linear)
 
 
 def _single_forward(
@@ -117,13 +116,9 @@ def _single_forward(
     """
     if not _takes_qkv(self):
         return FluxSingleTransformerBlock.forward(
-            self,
-            hidden_states,
-            encoder_hidden_states,
-            temb,
-            image_rotary_emb,
+            self, hidden_states, encoder_hidden_states, temb, image_rotary_emb,
             joint_attention_kwargs,
-        )
+        )  # fmt: skip
     text_tokens = encoder_hidden_states.shape[1]
     residual = torch.cat([encoder_hidden_states, hidden_states], dim=1)
     x, gate = self.norm(residual, emb=temb)
@@ -132,14 +127,12 @@ def _single_forward(
         hidden_states=qkv, image_rotary_emb=image_rotary_emb, **(joint_attention_kwargs or {})
     )
     y = self.proj_out(torch.cat([attended, self.act_mlp(mlp)], dim=-1))
-    y = residual + gate.unsqueeze(1) * y
-    if y.dtype == torch.float16:
-        y = y.clip(-65504, 65504)
+    y = clipped(residual + gate.unsqueeze(1) * y)
     return y[:, :text_tokens], y[:, text_tokens:]
 
 
 def _takes_qkv(block: Any) -> bool:
-    """Whether the attention needs nothing of its input but q, k and v, and nobody else does.
+    """Tell whether the attention needs nothing of its input but q, k and v, and nobody else does.
 
     Another processor, or a hook around the attention (caches, layer skipping: they set ``forward``
     on the object), may read or return the input itself and has to get the real one.
@@ -151,5 +144,5 @@ def _takes_qkv(block: Any) -> bool:
         and untouched(attn)
         and type(attn.to_qkv) is Joined
         and untouched(attn.to_qkv)
-        and all(plain_view(m, site) for m in (attn.to_q, attn.to_k, attn.to_v, block.proj_mlp))
+        and all(_plain_view(m, site) for m in (attn.to_q, attn.to_k, attn.to_v, block.proj_mlp))
     )

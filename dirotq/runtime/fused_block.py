@@ -54,7 +54,7 @@ def install(
 
 
 def may_fuse(block: Any, x: Tensor) -> bool:
-    """Whether the block may run as one just now: every module inside is as it was made, and
+    """Tell whether the block may run as one just now: every module inside is as it was made, and
     nobody waits for a call of it."""
     return (
         not torch.compiler.is_compiling()
@@ -66,12 +66,12 @@ def may_fuse(block: Any, x: Tensor) -> bool:
 
 
 def plain_norm(norm: Any) -> bool:
-    """Whether it is a LayerNorm without weights."""
+    """Tell whether it is a LayerNorm without weights."""
     return type(norm) is nn.LayerNorm and norm.weight is None
 
 
 def plain_feed_forward(ff: Any) -> bool:
-    """Whether it is diffusers' MLP with GELU (tanh) between two linears."""
+    """Tell whether it is diffusers' MLP with GELU (tanh) between two linears."""
     if type(ff) is not FeedForward or len(ff.net) != 3:
         return False
     up, dropout, _ = ff.net
@@ -79,12 +79,12 @@ def plain_feed_forward(ff: Any) -> bool:
 
 
 def inert(dropout: Any) -> bool:
-    """Whether a dropout drops nothing."""
+    """Tell whether a dropout drops nothing."""
     return not (dropout.training and dropout.p)
 
 
 def plain_attention(attn: Any, processor: type) -> bool:
-    """Whether diffusers' ``Attention`` is what ``processor`` does to its projections.
+    """Tell whether diffusers' ``Attention`` is what ``processor`` does to its projections.
 
     Its norms of q and k are the caller's business.
     """
@@ -99,24 +99,24 @@ def plain_attention(attn: Any, processor: type) -> bool:
 
 
 def plain_backend(processor: Any) -> bool:
-    """Whether a processor that lets diffusers choose a backend gets torch's own attention: its own
+    """Tell whether a processor that lets diffusers choose a backend gets torch's own attention: its
     setting wins, then what ``attention_backend`` and DIFFUSERS_ATTN_BACKEND set for everyone."""
     own = processor._attention_backend
     return (own or _AttentionBackendRegistry._active_backend) == AttentionBackendName.NATIVE
 
 
 def heads_of(qkv_BTC: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v of a shared site's outputs, views, [B, T, heads, D / heads] each."""
+    """Split a shared site's outputs in q, k and v, views, [B, T, heads, D / heads] each."""
     q, k, v = qkv_BTC.unflatten(-1, (3, heads, -1)).unbind(2)
     return q, k, v
 
 
 def from_table(table_CD: Tensor, timestep_BC: Tensor) -> tuple[Tensor, ...]:
-    """A block's own table plus what the network makes of the time for all blocks, [B, D] each."""
+    """Add a block's own table to what the network makes of the time for all blocks, [B, D] each."""
     chunks = len(table_CD)
     return (table_CD[None] + timestep_BC.reshape(len(timestep_BC), chunks, -1)).unbind(1)
 
 
 def fed_forward(ff: Any, prologue: Prologue) -> Tensor:
-    """ff(prologue), [B, T, D]."""
+    """Compute ff(prologue), [B, T, D]."""
     return read(ff.net[2], gelu(read(ff.net[0].proj, prologue)))

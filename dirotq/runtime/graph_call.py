@@ -32,8 +32,11 @@ class Call(NamedTuple):
     def of(
         cls, signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> "Call":
-        """Raises NotGraphable on anything that is neither a tensor, a plain value, nor a tuple,
-        list or dict of these; TypeError if the arguments don't fit the signature."""
+        """Take the arguments of a call apart.
+
+        Raises NotGraphable on anything that is neither a tensor, a plain value, nor a tuple, list
+        or dict of these; TypeError if the arguments don't fit the signature.
+        """
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
@@ -43,7 +46,7 @@ class Call(NamedTuple):
         return cls(_form(dict(bound.arguments), tensors), tensors)
 
     def bind(self, signature: inspect.Signature, tensors: list[Tensor]) -> inspect.BoundArguments:
-        """The same call with other tensors."""
+        """Return the same call with other tensors."""
         return inspect.BoundArguments(signature, _value(self.form, iter(tensors)))
 
 
@@ -55,7 +58,7 @@ def check_result(value: Any) -> None:
 
 
 def copied(value: Any) -> Any:
-    """The same containers (diffusers registers its outputs with pytree) around copied tensors."""
+    """Copy the tensors in the same containers (diffusers registers its outputs with pytree)."""
     return tree_map_only(Tensor, torch.clone, value)
 
 

@@ -4,7 +4,7 @@ import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from threading import RLock
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
@@ -15,35 +15,11 @@ Replay = Callable[[], Any]
 """Does the recorded work again; its result lies in the same tensors each time."""
 
 
-class Recorder(Protocol):
-    """What graphs.py needs of a device; tests bring one that calls the function again."""
-
-    device_type: ClassVar[str]
-    device: torch.device
-
-    def __init__(self, device: torch.device) -> None: ...
-
-    @staticmethod
-    def busy() -> bool:
-        """Whether somebody else is recording."""
-
-    def capture(self, run: Callable[[], Any]) -> Replay:
-        """Record ``run``, which reads and writes tensors that stay where they are.
-
-        Raises whatever ``run`` or the recording raised; the device is usable then."""
-
-    def turn(self) -> Any:
-        """A context for one replay with its inputs and outputs: replays share memory."""
-
-    def settle(self) -> None:
-        """Wait for replays under way, before what they use is dropped."""
-
-    def reserved(self) -> int:
-        """Bytes held for recordings."""
-
-
 class CudaRecorder:
-    """CUDA graphs of one network on one device, in one memory pool."""
+    """CUDA graphs of one network on one device, in one memory pool.
+
+    Tests put in its place one that calls the recorded function again.
+    """
 
     device_type: ClassVar[str] = "cuda"
 
@@ -61,9 +37,14 @@ class CudaRecorder:
 
     @staticmethod
     def busy() -> bool:
+        """Tell whether somebody is recording already."""
         return torch.cuda.is_current_stream_capturing()
 
     def capture(self, run: Callable[[], Any]) -> Replay:
+        """Record ``run``, which reads and writes tensors that stay where they are.
+
+        Raises whatever ``run`` or the recording raised; the device is usable then.
+        """
         with torch.cuda.device(self.device):
             self._warm_up(run)
             if not self.graphs:
@@ -104,7 +85,8 @@ class CudaRecorder:
 
     @contextmanager
     def turn(self) -> Iterator[None]:
-        """Whatever thread or stream a replay comes from, it waits for the one before."""
+        """Let one replay go on with its inputs and outputs: replays share memory, so whatever
+        thread or stream one comes from, it waits for the one before."""
         with self.lock, torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             stream.wait_event(self.done)
@@ -112,9 +94,11 @@ class CudaRecorder:
             self.done.record(stream)
 
     def settle(self) -> None:
+        """Wait for replays under way, before what they use is dropped."""
         torch.cuda.synchronize(self.device)
 
     def reserved(self) -> int:
+        """Count the bytes held for recordings."""
         segments = torch.cuda.memory_snapshot()
         return sum(s["total_size"] for s in segments if tuple(s["segment_pool_id"]) in self.pools)
 
@@ -153,7 +137,7 @@ class CudaRecorder:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the advice that CUDA's errors go on with."""
+    """Return what an error says, without the advice that CUDA's errors go on with."""
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 

@@ -62,7 +62,7 @@ class Watch:
         )
 
     def obstacle(self) -> str | None:
-        """Why this network can't be recorded as it is now; None if it can."""
+        """Say why this network can't be recorded as it is now; None if it can."""
         if getattr(self.network, "_hf_peft_config_loaded", False):
             return "it has adapters loaded"
         if any(self.hooks) or _has_any_global_hook():

@@ -22,7 +22,7 @@ from dirotq.errors import ConfigError
 from dirotq.kernels.chip import say_once
 
 from .graph_call import Call, NotGraphable, check_result, copied
-from .graph_capture import CudaRecorder, Recorder, Replay, first_line
+from .graph_capture import CudaRecorder, Replay, first_line
 from .graph_watch import Watch, runtime_modes
 
 GIVE_UP = 3
@@ -30,7 +30,7 @@ GIVE_UP = 3
 
 
 def graph_forward(
-    transformer: nn.Module, *, limit: int = 4, recorder: type[Recorder] = CudaRecorder
+    transformer: nn.Module, *, limit: int = 4, recorder: type[CudaRecorder] = CudaRecorder
 ) -> None:
     """Let a transformer's forward be recorded into CUDA graphs and replayed, in place.
 
@@ -71,7 +71,7 @@ def ungraph_forward(transformer: nn.Module) -> None:
 class Graph:
     """One recorded call: the tensors it reads, and how to do it again."""
 
-    def __init__(self, original: Callable[..., Any], call: Call, recorder: Recorder) -> None:
+    def __init__(self, original: Callable[..., Any], call: Call, recorder: CudaRecorder) -> None:
         self.recorder = recorder
         # Normal tensors, which can be written to in and outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
@@ -115,7 +115,7 @@ class GraphedForward:
         transformer: nn.Module,
         original: Callable[..., Any],
         limit: int,
-        recorder: type[Recorder],
+        recorder: type[CudaRecorder],
     ) -> None:
         functools.update_wrapper(self, original)  # pipelines inspect the signature
         self.transformer = transformer
@@ -125,7 +125,7 @@ class GraphedForward:
         self.signature = inspect.signature(original)
         self.calls: OrderedDict[Hashable, Graph | None] = OrderedDict()
         self.failed: set[Hashable] = set()
-        self.recorder: Recorder | None = None
+        self.recorder: CudaRecorder | None = None
         # A deep copy's is made by its first call: it is still being filled when this is copied.
         self.watch: Watch | None = None
         self.token: Any = None
@@ -180,7 +180,7 @@ class GraphedForward:
             self.failed.clear()
 
     def memory(self) -> int:
-        """Bytes the graphs' intermediate results and outputs hold, also between calls."""
+        """Count the bytes that intermediate results and outputs hold, also between calls."""
         return 0 if self.recorder is None else self.recorder.reserved()
 
     def _graphable(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Call, Hashable]:
@@ -218,7 +218,7 @@ class GraphedForward:
         return obstacle
 
     def _graph(self, call: Call, key: Hashable) -> Graph | None:
-        """The graph of this kind of call, recorded now if it comes the second time."""
+        """Return the graph of this kind of call, recorded now if it comes the second time."""
         if key not in self.calls:
             return None
         self.calls.move_to_end(key)

@@ -33,8 +33,8 @@ class Ahead:
 def norm_ahead(
     shared: Shared, norm: Any, x_BTD: Tensor, temb_BD: Tensor, scale: Tensor, shift: Tensor
 ) -> Prologue:
-    """A block's first norm (``norm.linear`` its modulator): the one computed ahead, if it is of
-    this x, or a new one."""
+    """Return a block's first norm (``norm.linear`` its modulator): the one computed ahead, if it is
+    of this x, or a new one."""
     for ahead in shared.ahead:
         if ahead.linear is norm.linear and ahead.temb is temb_BD and _unchanged(ahead, x_BTD):
             return ahead.prologue
@@ -44,7 +44,7 @@ def norm_ahead(
 def last_residual(
     shared: Shared, norm: Any | None, x_BTD: Tensor, gate: Tensor, y_BTD: Tensor, temb_BD: Tensor
 ) -> tuple[Tensor, tuple[Ahead, ...]]:
-    """x + gate * y, and the next block's first norm of it.
+    """Return x + gate * y, and the next block's first norm of it.
 
     norm     that the next block begins with, shift and scale first of its modulation; None: there
              is none
@@ -64,7 +64,7 @@ def last_residual(
 
 
 def _watched(x: Tensor) -> bool:
-    """Whether a change in place leaves a trace, and blocks don't clip in between (float16)."""
+    """Tell whether a change in place leaves a trace, and blocks don't clip in between (float16)."""
     return x.dtype != torch.float16 and not torch.is_inference_mode_enabled()
 
 

@@ -78,7 +78,7 @@ def _forward(
 
 
 def _cross_attention(attn: Any, x_BTD: Tensor, text_BSD: Tensor, mask: Tensor | None) -> Tensor:
-    """[B, T, D]. Always exact: with so few keys there is no time to win."""
+    """Attend to the text, [B, T, D]. Always exact: with so few keys there is no time to win."""
     projected = read(attn.to_q, plain(x_BTD)), attn.to_k(text_BSD), attn.to_v(text_BSD)
     q, k, v = (t.unflatten(-1, (attn.heads, -1)) for t in projected)
     attended = attention(q, k, v, mask=None if mask is None else mask[:, None]).flatten(2)
@@ -86,12 +86,12 @@ def _cross_attention(attn: Any, x_BTD: Tensor, text_BSD: Tensor, mask: Tensor | 
 
 
 def _broadcasts(mask: Tensor, text_BSD: Tensor) -> bool:
-    """Whether it is a mask per image, the same for all heads; diffusers pads or repeats others."""
+    """Tell whether it is one mask per image for all heads; diffusers pads or repeats others."""
     return mask.ndim == 3 and (mask.shape[0], mask.shape[2]) == text_BSD.shape[:2]
 
 
 def _fusable(block: Any, x: Tensor, timestep: Tensor) -> bool:
-    """Whether the block may run as one: nothing in it differs from what diffusers made."""
+    """Tell whether the block may run as one: nothing in it differs from what diffusers made."""
     attentions = block.attn1, block.attn2
     return (
         may_fuse(block, x)

@@ -92,7 +92,7 @@ def _convolved(ff: Any, prologue: Prologue, height: int, width: int) -> Tensor:
 
 
 def _fusable(block: Any, x: Tensor, timestep: Any) -> bool:
-    """Whether the block may run as one: nothing in it differs from what diffusers made."""
+    """Tell whether the block may run as one: nothing in it differs from what diffusers made."""
     ff = block.ff
     return (
         may_fuse(block, x)

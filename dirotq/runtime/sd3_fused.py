@@ -103,7 +103,7 @@ def _forward(
 def _residual_and_fed(
     ff: Any, norm: Any, x: Tensor, gate: Tensor, y: Tensor, of_ff: Sequence[Tensor]
 ) -> Tensor:
-    """x + gate * y, and what the MLP behind ``norm`` adds to it; of_ff: its shift, scale, gate."""
+    """Return x + gate * y and what the MLP behind ``norm`` adds; of_ff: its shift, scale, gate."""
     shift, scale, ff_gate = of_ff
     x, prologue = gated_residual_norm(x, gate, y, scale, shift, eps=norm.eps)
     return gated_residual(x, ff_gate, fed_forward(ff, prologue))
@@ -122,7 +122,7 @@ def _normed(attn: Any, qkv_BTC: Tensor, text_BSC: Tensor | None = None) -> Heads
 
 
 def _fusable(block: Any, x: Tensor, text: Tensor, temb: Tensor) -> bool:
-    """Whether the block may run as one: nothing in it differs from what diffusers made."""
+    """Tell whether the block may run as one: nothing in it differs from what diffusers made."""
     norm1 = SD35AdaLayerNormZeroX if block.use_dual_attention else AdaLayerNormZero
     norm1_context = AdaLayerNormContinuous if block.context_pre_only else AdaLayerNormZero
     attn, attn2 = block.attn, block.attn2
@@ -145,13 +145,13 @@ def _fusable(block: Any, x: Tensor, text: Tensor, temb: Tensor) -> bool:
 
 
 def _plain_modulated(norm: Any, made: Any) -> bool:
-    """Whether it is such a norm, modulated by the embedding that the block is given."""
+    """Tell whether it is such a norm, modulated by the embedding that the block is given."""
     given = getattr(norm, "emb", None) is None
     return type(norm) is made and given and plain_norm(norm.norm)
 
 
 def _plain(attn: Any, x: Tensor, *, added: bool) -> bool:
-    """Whether q and k of all tokens are used as they are, or normed as ``qk_norm_rope`` does."""
+    """Tell whether q and k of all tokens are used as they are, or normed as by ``qk_norm_rope``."""
     norms = [attn.norm_q, attn.norm_k]
     norms += [attn.norm_added_q, attn.norm_added_k] if added else []
     normed = all(norm is None for norm in norms) or all(

@@ -9,7 +9,7 @@ import torch
 
 from dirotq.errors import ConfigError
 from dirotq.files.digest import input_digests
-from dirotq.models.discovered import discovered_sites
+from dirotq.models.discovery import discovered_sites
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
 from dirotq.models.skeleton import empty_transformer

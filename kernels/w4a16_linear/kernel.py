@@ -39,7 +39,7 @@ def _halves(bits, magic, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
 
 @triton.jit
 def _multiply(bits, x, s, acc, magic, OFFSET: tl.constexpr, SCALED: tl.constexpr):
-    """Add to acc [BN, BM] the weights in ``bits`` (see _halves) times their columns x [BM, W, 2]."""
+    """Add to acc [BN, BM] weights in ``bits`` (see _halves) times their columns x [BM, W, 2]."""
     BM: tl.constexpr = x.shape[0]
     BN: tl.constexpr = bits.shape[0]
     W: tl.constexpr = bits.shape[1]
@@ -205,7 +205,7 @@ def config(
     bias: bool,
     linears: int | None = None,
 ) -> Config:
-    """Configure a tile's kernel for x of ``dtype`` and K ``width``; ``linears``: so many at once."""
+    """Configure a tile's kernel for x of ``dtype``, K ``width``; ``linears``: so many at once."""
     group = width // groups // 8 if groups > 1 else 0
     constants: dict[str, Any] = {
         "UNIT": 4 if width % 32 == 0 else 1, "BN": tile.bn, "W": tile.words, "GROUP": group,

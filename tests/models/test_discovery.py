@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from dirotq.errors import UnsupportedError
 from dirotq.models import discovery
 from dirotq.models.call import Call
-from dirotq.models.discovery import Discovered, denoiser_call, discover
+from dirotq.models.denoiser_call import denoiser_call
+from dirotq.models.discovery import Discovered, discover
 from dirotq.models.family import Site
 from dirotq.models.flux import FLUX
 from dirotq.models.skeleton import empty_transformer
@@ -385,7 +386,7 @@ def test_encoders_that_need_data_run_with_their_weights(folder, monkeypatch):
         model.forward = lambda ids, *a, **k: run(ids, *a, **k) if ids.sum().item() else None
         return model
 
-    monkeypatch.setattr(discovery, "_shapes_only", needs_data)
+    monkeypatch.setattr("dirotq.models.denoiser_call._shapes_only", needs_data)
     text = denoiser_call(folder)[1]["encoder_hidden_states"]
     assert text.dtype == torch.float32
     assert text.any()

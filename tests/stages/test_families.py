@@ -13,7 +13,7 @@ from tiny_pipelines import LONG_CAPTION, family_folder
 
 from dirotq.errors import UnsupportedError
 from dirotq.models import families
-from dirotq.models.discovered import discovered_sites
+from dirotq.models.discovery import discovered_sites
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Line, build, compose_config

@@ -290,8 +290,8 @@ def test_what_is_not_swapped_is_not_fused():
 
 @pytest.mark.parametrize("table", FAMILIES, ids=lambda table: table.name)
 def test_a_family_fuses_what_its_table_says(table, monkeypatch):
-    assert (table.share is not None) == bool(table.fusions)
     if not table.fusions:
+        table.share(torch.nn.Module())  # nothing to install
         return
     module = import_module(f"dirotq.runtime.{table.name}_fused")
     used = Counter()

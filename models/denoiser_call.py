@@ -1,0 +1,136 @@
+"""The arguments that a pipeline hands its denoiser, seen without the denoiser's weights."""
+
+import functools
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from dirotq.errors import UnsupportedError
+from dirotq.quiet import quiet
+
+from .call import Call
+from .family import TABLE
+from .skeleton import empty_transformer
+
+SIZE, FRAMES = 256, 25
+"""Pixels and frames of a small call: patches divide them (frames but for the first)."""
+
+
+def denoiser_call(folder: Path, **arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return positional and keyword arguments of a pipeline's first denoiser call, float32, CPU.
+
+    The denoiser is never loaded. Text encoders run on the meta device and hand zeros to the
+    pipeline; where that fails they are loaded and run on the CPU.
+
+    folder     a diffusers folder; of its weights only the encoders' are read, if any
+    arguments  of the pipeline's call, beside the prompt: they win over the smallest sensible ones
+
+    Raises UnsupportedError if the pipeline stops before its denoiser either way.
+    """
+    failures = []
+    for weights in (False, True):
+        try:
+            with quiet():
+                pipe = _pipeline_without_denoiser(folder, weights)
+                pipe.transformer.register_forward_pre_hook(_stop, with_kwargs=True)
+                pipe(**_smallest(pipe) | arguments)
+            failures.append("it ended without a call of its transformer")
+        except _Reached as reached:
+            return reached.call.args, reached.call.kwargs
+        except Exception as error:  # noqa: BLE001  any line of a foreign pipeline
+            failures.append(f"{type(error).__name__}: {error}")
+    raise UnsupportedError(
+        f"{folder}: no family table describes this pipeline, and a call of it to see its "
+        f"denoiser's arguments failed. With encoders on the meta device: {failures[0]}. With their "
+        f"weights on the CPU: {failures[1]}. Pass the call what it lacks, or write a {TABLE}"
+    )
+
+
+class _Reached(BaseException):
+    """The denoiser's arguments on their way out; no pipeline catches a BaseException."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+
+def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    # One precision throughout: encoders may have run in another than the denoiser's float32.
+    raise _Reached(Call(args, kwargs).map(lambda t: t.float() if t.is_floating_point() else t))
+
+
+def _pipeline_without_denoiser(folder: Path, weights: bool) -> Any:
+    import diffusers
+
+    index = json.loads((folder / "model_index.json").read_text())
+    cls: Any = getattr(diffusers, index["_class_name"])
+    # Pipelines ask their first module for the device, which would be the meta device.
+    cpu = property(lambda _: torch.device("cpu"))
+    cls = type(cls.__name__, (cls,), {"device": cpu, "_execution_device": cpu})
+    parts = {
+        name: index[name] for name in inspect.signature(cls.__init__).parameters if name in index
+    }
+    for name, part in parts.items():
+        if isinstance(part, list):  # not an option of the pipeline
+            parts[name] = _component(folder / name, part, weights)
+    pipe = cls(**parts)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _component(path: Path, entry: list[str | None], weights: bool) -> Any:
+    """Load a component of model_index.json: a model without weights if it can be, others whole."""
+    import accelerate
+    import diffusers
+    import transformers
+
+    library, name = entry
+    if not (library and name):
+        return None
+    known = {"diffusers": diffusers, "transformers": transformers}
+    # Some pipelines bring an encoder of their own, and name themselves as its library.
+    cls = getattr(known.get(library) or getattr(diffusers.pipelines, library), name)
+    if not issubclass(cls, nn.Module):
+        return cls.from_pretrained(path, local_files_only=True)
+    denoiser = path.name.startswith("transformer")
+    if weights and not denoiser:
+        options = {"use_safetensors": True, "local_files_only": True}
+        return cls.from_pretrained(path, dtype=torch.bfloat16, **options).eval()
+    if hasattr(cls, "load_config"):
+        model = empty_transformer(cls.load_config(path), cls)
+    else:
+        with accelerate.init_empty_weights():
+            model = cls(cls.config_class.from_pretrained(path)).eval()
+        model.set_attn_implementation("eager")  # others look at the mask's values
+    return model if denoiser else _shapes_only(model.to("meta"))
+
+
+def _shapes_only(model: Any) -> Any:
+    """Let a model on the meta device be called from the CPU: zeros come out."""
+    forward = model.forward
+
+    @functools.wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        call = Call(args, kwargs).map(lambda t: t.to("meta"))
+        zeros = lambda t: torch.zeros(t.shape, dtype=t.dtype)  # noqa: E731
+        return tree_map_only(Tensor, zeros, forward(*call.args, **call.kwargs))
+
+    model.forward = run
+    return model
+
+
+def _smallest(pipe: Any) -> dict[str, Any]:
+    """Choose arguments of the cheapest call, of those that the pipeline takes."""
+    from PIL import Image
+
+    takes = inspect.signature(pipe.__call__).parameters
+    wanted: dict[str, Any] = {"prompt": "a photo", "height": SIZE, "width": SIZE}
+    wanted |= {"num_frames": FRAMES, "num_inference_steps": 2}  # the last may skip its denoiser
+    if "image" in takes and takes["image"].default is inspect.Parameter.empty:
+        wanted["image"] = Image.new("RGB", (SIZE, SIZE))
+    return {name: value for name, value in wanted.items() if name in takes}
