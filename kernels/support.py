@@ -3,7 +3,7 @@
 What :func:`unsupported` refuses runs all the same: as specified, in plain torch, slowly.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -40,49 +40,6 @@ PRODUCTS = {
 }
 
 
-class Limit(NamedTuple):
-    """What no kernel computes, whatever the elements, and why in words."""
-
-    meets: Callable[[QuantSpec], bool]
-    why: str
-
-
-LIMITS = (
-    Limit(
-        lambda spec: spec.transform.kind == "regular", "regular Hadamard matrices have no kernel"
-    ),
-    Limit(lambda spec: spec.transform.smooth, "smoothed activations have no kernel"),
-    Limit(
-        lambda spec: spec.rank > 0 and spec.branch.kind == "beside",
-        "a protected branch beside the whole input has no kernel",
-    ),
-    Limit(
-        lambda spec: spec.rank > 0 and spec.branch.bits == 8,
-        "8-bit protected branches have no kernel",
-    ),
-    Limit(
-        lambda spec: _rounds(spec) and spec.transform.block > MAX_BLOCK,
-        f"Hadamard block {{block}} is larger than {MAX_BLOCK}",
-    ),
-    Limit(
-        lambda spec: _rounds(spec) and (spec.activations.group_size or GROUPS[0]) not in GROUPS,
-        f"activation groups of {{group}} fit no kernel; {', '.join(map(str, GROUPS[:-1]))} and "
-        f"{GROUPS[-1]} do",
-    ),
-    Limit(
-        lambda spec: (
-            _rounds(spec)
-            and not (scales_fit(spec.width, *_scales(spec)) and packed_fits(spec.width))
-        ),
-        "{act_scales} x {weight_scales} scales per {width} columns fit no kernel",
-    ),
-    Limit(
-        lambda spec: not _rounds(spec) and not w4a16.fits(spec.width, _scales(spec)[1]),
-        "{weight_scales} weight scales per {width} columns fit no kernel",
-    ),
-)
-
-
 def unsupported(
     spec: QuantSpec, chip: int | None, dtype: torch.dtype = torch.bfloat16
 ) -> str | None:
@@ -96,22 +53,32 @@ def unsupported(
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{str(dtype).removeprefix('torch.')} inputs are computed as specified"
     product = PRODUCTS[spec.weights.element, spec.activations.element]
-    refused = product.kernel is None or chip < product.oldest
-    whys = [product.why] if refused else [limit.why for limit in LIMITS if limit.meets(spec)]
-    acts, weights = _scales(spec)
-    return next(iter(whys), "").format(
-        weights=spec.weights.name.upper(), block=spec.transform.block, width=spec.width,
-        group=spec.activations.group, act_scales=acts, weight_scales=weights,
-    ) or None  # fmt: skip
+    if product.kernel is None or chip < product.oldest:
+        return product.why.format(weights=spec.weights.name.upper())
+    return next(_limits(spec), None)
 
 
-def _rounds(spec: QuantSpec) -> bool:
-    """Tell whether the input is rounded: ``transform_quantize`` runs, and ``w4a4_linear``."""
-    return spec.activations.bits < 16
-
-
-def _scales(spec: QuantSpec) -> tuple[int, int]:
-    """Count scales per row of activations and of weights."""
-    grouped = spec.activations.granularity == "group" and _rounds(spec)
-    acts = spec.width // spec.act_group_size if grouped else 1
-    return acts, spec.width // spec.weight_group_size
+def _limits(spec: QuantSpec) -> Iterator[str]:
+    """Yield what of a linear no kernel computes, whatever the elements."""
+    group, grouped = spec.activations.group, spec.activations.granularity == "group"
+    width, weight_scales = spec.width, spec.width // spec.weight_group_size
+    if spec.transform.kind == "regular":
+        yield "regular Hadamard matrices have no kernel"
+    if spec.transform.smooth:
+        yield "smoothed activations have no kernel"
+    if spec.rank > 0 and spec.branch.kind == "beside":
+        yield "a protected branch beside the whole input has no kernel"
+    if spec.rank > 0 and spec.branch.bits == 8:
+        yield "8-bit protected branches have no kernel"
+    if spec.activations.bits == 16:  # the input is not rounded: ``w4a16_linear``
+        if not w4a16.fits(width, weight_scales):
+            yield f"{weight_scales} weight scales per {width} columns fit no kernel"
+        return
+    if spec.transform.block > MAX_BLOCK:
+        yield f"Hadamard block {spec.transform.block} is larger than {MAX_BLOCK}"
+    if (spec.activations.group_size or GROUPS[0]) not in GROUPS:
+        sizes = f"{', '.join(map(str, GROUPS[:-1]))} and {GROUPS[-1]}"
+        yield f"activation groups of {group} fit no kernel; {sizes} do"
+    act_scales = width // spec.act_group_size if grouped else 1
+    if not (scales_fit(width, act_scales, weight_scales) and packed_fits(width)):
+        yield f"{act_scales} x {weight_scales} scales per {width} columns fit no kernel"

@@ -155,8 +155,6 @@ def launch(
         return y_MN
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
-    if wscale_NG.stride(1) != 1:
-        wscale_NG = wscale_NG.contiguous()
     made = config(tile, x_MK.dtype, K, groups, bias=bias_N is not None)
     words_NW = packed.qweight.contiguous().view(torch.int32)
     units = words_NW.shape[1] // made.constants["UNIT"]
