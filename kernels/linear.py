@@ -71,7 +71,10 @@ class QuantLinear(nn.Module):
 
     def packed(self) -> Packed:
         """Return the tensors, as kernels take them."""
-        return Packed(*(getattr(self, name) for name in Packed._fields))
+        return Packed(
+            self.qweight, self.wscale, self.wglobal, self.basis, self.rotation, self.smooth,
+            self.wp, self.wpscale, self.bias,
+        )  # fmt: skip
 
     def plan(self, rows: int, dtype: torch.dtype = torch.bfloat16) -> Plan:
         """Return which kernels run a call of so many rows of ``dtype`` where the module now is."""
