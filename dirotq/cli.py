@@ -25,8 +25,6 @@ from dirotq.pipeline.faults import explained
 from dirotq.pipeline.secrecy import refuse_secrets
 from dirotq.pipeline.settings import close_to
 
-__all__ = ["command_line", "main"]
-
 
 def main(argv: Sequence[str] | None = None, *, config: str = compress.CONFIG) -> None:
     """Entry point of the console script. Always leaves through SystemExit."""

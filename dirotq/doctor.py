@@ -3,7 +3,6 @@
 import argparse
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from importlib import import_module
 
@@ -11,10 +10,9 @@ from rich.filesize import decimal
 
 from dirotq.errors import DirotqError
 from dirotq.pipeline.place import store_place
-from dirotq.pipeline.provenance import LIBRARIES, gpu, versions
+from dirotq.pipeline.preflight import free_disk
+from dirotq.pipeline.provenance import gpu, versions
 from dirotq.pipeline.store import default_root
-
-__all__ = ["add_doctor", "findings"]
 
 FLUX_LINEARS = (
     # name, rows at 1024 x 1024 pixels, channels, outputs
@@ -47,7 +45,6 @@ def findings() -> dict[str, str]:
             import_module(name)
         except Exception as error:  # noqa: BLE001 - whatever a broken install raises is the finding
             found[name] += f" (import fails: {type(error).__name__}: {error})"
-    assert set(LIBRARIES) <= set(found)
     found["gpu"] = "; ".join(gpu()) or "none that nvidia-smi knows"
     usable, found["cuda"] = _cuda()
     fast, found["kernels"] = _kernels()
@@ -64,8 +61,7 @@ def findings() -> dict[str, str]:
 def _store() -> str:
     try:
         store = store_place(default_root())
-        place = next(path for path in (store, *store.parents) if path.exists())
-        return f"{store}, {decimal(shutil.disk_usage(place).free)} free"
+        return f"{store}, {decimal(free_disk(store))} free"
     except (DirotqError, OSError) as error:
         return f"unusable: {error}"
 

@@ -16,8 +16,6 @@ from dirotq.pipeline.manifest import read_json
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.sources.calls import arguments, pipeline_class, refuse_call
 
-__all__ = ["add_generate", "model_folder"]
-
 STILL, MOVING = "image.png", "video.webp"
 """Where a result goes unless told otherwise."""
 SEEDS = 1 << 64

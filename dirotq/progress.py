@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["log_handler", "track"]
-
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,12 @@ from dirotq.pipeline import locks
 from dirotq.pipeline.disk import denied, kind, printable
 from dirotq.pipeline.manifest import (
     MANIFEST,
-    SCHEMA,
     DamagedError,
     is_file,
     names_below,
     read_json,
     read_manifest,
 )
-
-__all__ = ["MANIFEST", "SCHEMA", "Artifact", "DamagedError"]
 
 
 @dataclass(frozen=True)

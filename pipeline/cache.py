@@ -22,8 +22,6 @@ from dirotq.files.digest import cache_root
 from dirotq.pipeline.disk import denied
 from dirotq.pipeline.locks import InUseError
 
-__all__ = ["remove", "unused"]
-
 _NAME = re.compile(r"\.?(?P<digest>[0-9a-f]{32})(?P<draft>-.*)?")
 _DAY = 24 * 60 * 60
 

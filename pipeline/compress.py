@@ -22,10 +22,8 @@ from dirotq.pipeline.config import (
     search_path,
     with_model_folder,
 )
+from dirotq.pipeline.quoting import parsed, quoted
 from dirotq.pipeline.store import Artifact
-from dirotq.pipeline.sweeps import variants
-
-__all__ = ["CONFIG", "add_compress", "add_overrides", "add_plan", "compress"]
 
 CONFIG = "dirotq.conf"  # the package of the config tree
 
@@ -133,10 +131,38 @@ def _try_out(options: argparse.Namespace) -> None:
         )
     added = [search_path(options.config, options.config_dir)] if options.config_dir else []
     prints = any((options.hydra_help, options.info, options.cfg))
-    for overrides in variants(options.overrides, sweep=options.multirun):
+    typed = options.overrides
+    for overrides in _each_value(typed) if options.multirun else [typed]:
         cfg = compose_config([*added, *overrides], options.config)
         if not prints:
             build(cfg)
+
+
+def _each_value(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Yield overrides without sweeps: the first values together, then every other one in its place.
+
+    Wrong values show without the whole product. What can't be parsed or counted stays as it is.
+    """
+    choices = [_values(word) for word in overrides]
+    first = [values[0] for values in choices]
+    yield first
+    for place, values in enumerate(choices):
+        for value in values[1:]:
+            yield [*first[:place], value, *first[place + 1 :]]
+
+
+def _values(override: str) -> list[str]:
+    """Return an override with each value of its sweep."""
+    if override.startswith("model="):  # names or one path, which pipeline/config.py tells apart
+        names = override.partition("=")[2]
+        whole = "," not in names or os.path.lexists(names)
+        return [override] if whole else [f"model={name}" for name in names.split(",")]
+    word = quoted(override, sweep=True)
+    found = parsed(word)
+    if found is None or not found.is_sweep_override() or not found.is_discrete_sweep():
+        return [word]
+    name = found.get_key_element()
+    return [f"{name}={value}" for value in found.sweep_string_iterator()] or [word]
 
 
 def _job(cfg: DictConfig) -> None:

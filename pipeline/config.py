@@ -44,10 +44,6 @@ STUMBLES = (
 )  # fmt: skip
 """What composing raises: Hydra has no word of its own for some values."""
 
-__all__ = [
-    "Line", "build", "compose_config", "groups", "hydra_words", "search_path", "with_model_folder",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Line:
@@ -72,7 +68,7 @@ def build(cfg: DictConfig) -> Line:
     Raises ConfigError for a setting of the wrong type, a wrong wiring, an unknown name in ``until``
     or ``force``, a device that isn't there, or whatever the checks of a stage to run refuse.
     """
-    with hydra_words():
+    try:
         refuse_secret_settings(cfg)
         for key in sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(f"{key} has no value; set it with {key}=...")
@@ -91,6 +87,8 @@ def build(cfg: DictConfig) -> Line:
                 )
         stages = {name: make(cfg[name], name) for name in dag.order(wiring, cfg.until)}
         executor = make(cfg.executor, "executor")
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(reworded(error)) from error
     for name, stage in stages.items():
         if isinstance(device := getattr(stage, "device", None), str):
             refuse_device(device, "device" if device == cfg.get("device") else f"{name}.device")
@@ -132,7 +130,8 @@ def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = Fa
     same name, and a folder over a hub id. Raises ConfigError if the value is nothing of these.
     """
     result = []
-    for override, words in zip(overrides, quoted(overrides, sweep=sweep), strict=True):
+    for override in overrides:
+        words = quoted(override, sweep=sweep)  # refuses what can be no setting, whatever it names
         group, _, value = override.partition("=")
         if group != "model" or not value:
             result.append(words)
@@ -158,15 +157,6 @@ def groups(module: str) -> dict[str, list[str]]:
         loader = GlobalHydra.instance().config_loader()
         names = [name for name in loader.list_groups("") if name != "hydra"]
         return {name: loader.get_group_options(name) for name in names}
-
-
-@contextmanager
-def hydra_words() -> Iterator[None]:
-    """What Hydra and OmegaConf raise in the block, as ConfigError (pipeline/wording.py)."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(reworded(error)) from error
 
 
 def _model_path(value: str) -> str | None:

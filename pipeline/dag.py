@@ -16,8 +16,6 @@ from dirotq.pipeline.differences import differences
 from dirotq.pipeline.stage import Stage, fingerprint, recipe
 from dirotq.pipeline.store import Artifact, ArtifactStore
 
-__all__ = ["Outcome", "Step", "plan", "run"]
-
 log = logging.getLogger(__name__)
 
 Wiring = Mapping[str, Mapping[str, str]]  # stage -> {input slot: stage that fills it}

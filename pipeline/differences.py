@@ -3,8 +3,6 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["differences"]
-
 _SHORT = {"stage": "recipe", "inputs": "input"}  # what people read for the two halves of a recipe
 
 

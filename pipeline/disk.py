@@ -11,23 +11,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = [
-    "denied",
-    "files_below",
-    "is_disk_full",
-    "kind",
-    "open_modes",
-    "printable",
-    "scratch_of",
-    "size_of",
-    "sync",
-    "sync_tree",
-    "user_name",
-    "whose",
-    "writable",
-    "write_json",
-]
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
-__all__ = ["LocalExecutor"]
-
 
 class LocalExecutor(Executor):
     """Runs each call at once, in this process and thread, so that Ctrl-C reaches it."""

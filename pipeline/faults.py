@@ -20,8 +20,6 @@ from dirotq.errors import DirotqError
 from dirotq.pipeline.disk import is_disk_full, user_name, whose
 from dirotq.pipeline.wording import reworded
 
-__all__ = ["explained"]
-
 SHARED = Path("/dev/shm")
 ELSEWHERE = "Choose a writable store with store=FOLDER or DIROTQ_STORE"
 RESUME = "finished work is kept; the same command resumes"

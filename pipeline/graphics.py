@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pynvml
 
-__all__ = ["Graphics", "hidden", "installed", "visible"]
-
 DRIVER = Path("/proc/driver/nvidia/version")
 """Is there where the kernel has NVIDIA's driver."""
 

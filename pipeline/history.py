@@ -11,8 +11,6 @@ from dirotq.errors import ArtifactError
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.dag import Step
 
-__all__ = ["Took", "last_run_here", "took"]
-
 
 @dataclass(frozen=True, slots=True)
 class Took:

@@ -9,12 +9,11 @@ from rich.filesize import decimal
 
 from dirotq.errors import ArtifactError
 from dirotq.pipeline import cache, runs
-from dirotq.pipeline.artifact import Artifact, DamagedError
+from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.disk import printable, size_of
 from dirotq.pipeline.locks import InUseError
+from dirotq.pipeline.manifest import DamagedError
 from dirotq.pipeline.store import ArtifactStore, default_root
-
-__all__ = ["add_gc", "add_verify", "garbage", "gc", "store_option", "verify"]
 
 
 def add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:

@@ -16,8 +16,6 @@ from pathlib import Path
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.disk import is_disk_full
 
-__all__ = ["InUseError", "alone", "is_held", "lock_of", "shared"]
-
 log = logging.getLogger(__name__)
 
 FOLDER = ".locks"  # of the store's root

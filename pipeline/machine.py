@@ -11,8 +11,6 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import graphics
 from dirotq.pipeline.provenance import versions
 
-__all__ = ["Machine", "Needs", "find", "refuse_device"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:

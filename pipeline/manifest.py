@@ -13,19 +13,6 @@ from dirotq.files.digest import file_digest
 from dirotq.pipeline.disk import denied, files_below, kind, printable
 from dirotq.pipeline.units import JOURNAL
 
-__all__ = [
-    "MANIFEST",
-    "SCHEMA",
-    "DamagedError",
-    "inventory",
-    "is_file",
-    "names_below",
-    "read_json",
-    "read_manifest",
-    "refuse_newer",
-    "sealed",
-]
-
 SCHEMA = 1  # of manifest.json and of the store's marker; newer ones are refused
 MANIFEST = "manifest.json"
 _SHAPE = {"stage": str, "fingerprint": str, "recipe": dict, "files": dict, "metrics": dict}

@@ -5,8 +5,6 @@ from pathlib import Path
 
 from dirotq.errors import ArtifactError
 
-__all__ = ["store_place"]
-
 
 def store_place(root: str | Path) -> Path:
     """The absolute path of a store; the folder itself may be still to come.

@@ -20,8 +20,6 @@ from dirotq.pipeline.disk import size_of
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.settings import make
 
-__all__ = ["Estimate", "Preflight", "examine", "free_disk", "refuse"]
-
 MARGIN = 1.05
 """Files of a run beside its artifacts: recorded calls, manifests, logs."""
 

@@ -7,7 +7,6 @@ is any other value that the grammar can't read. Lists, mappings, sweeps and inte
 
 import os
 import re
-from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
@@ -15,21 +14,41 @@ from hydra.errors import HydraException
 
 from dirotq.errors import ConfigError
 
-__all__ = ["parsed", "quote", "quoted", "setting"]
-
 PATHS = ("store", "weights", "path", "base", "lora", "config", "ground_truth")
 """Last words of the settings that name a file or a folder (hydra's own keep Hydra's grammar)."""
 _STRUCTURE = re.compile(r"([\[\]{},]|:\s)")
 
 
-def quoted(args: Sequence[str], *, sweep: bool = False) -> list[str]:
-    """``args`` of a command line as Hydra must see them.
+def quoted(arg: str, *, sweep: bool = False) -> str:
+    """Return an argument of the command line as Hydra must see it.
 
     sweep  whether commas mean a sweep
 
-    Raises ConfigError for an argument that no file system and no configuration can hold.
+    Raises ConfigError for one that no file system and no configuration can hold.
     """
-    return [_quoted(arg, sweep) for arg in args]
+    try:
+        arg.encode()
+    except UnicodeEncodeError as error:
+        raise ConfigError(
+            f"{arg!a} is no valid UTF-8 text: rename the file or folder, give a link to it with "
+            "a plain name, or use a UTF-8 locale (LC_ALL=C.UTF-8)"
+        ) from error
+    if "\0" in arg:
+        raise ConfigError(f"{arg!r} holds a NUL character, which no path and no setting can have")
+    head, equals, value = arg.partition("=")
+    mark, key, _ = setting(arg)
+    if not equals or not value or mark == "~" or head.startswith("-"):
+        return arg
+    words = re.split(r"[./]", key.partition("@")[0])
+    if words[-1] in PATHS and words[0] != "hydra":
+        return f"{head}={_path(words[-1], value, sweep)}"
+    if parsed(arg) is not None:
+        return arg
+    if value.lstrip().startswith(("[", "{")):
+        repaired = f"{head}={_elements(value)}"
+        return arg if parsed(repaired) is None else repaired
+    attempt = f"{head}={quote(value)}"
+    return arg if parsed(attempt) is None else attempt
 
 
 def setting(arg: str) -> tuple[str, str, str]:
@@ -55,32 +74,6 @@ def quote(value: str) -> str:
     # Hydra takes backslashes before a quote in pairs.
     value = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
     return f"'{value}'"
-
-
-def _quoted(arg: str, sweep: bool) -> str:
-    try:
-        arg.encode()
-    except UnicodeEncodeError as error:
-        raise ConfigError(
-            f"{arg!a} is no valid UTF-8 text: rename the file or folder, give a link to it with "
-            "a plain name, or use a UTF-8 locale (LC_ALL=C.UTF-8)"
-        ) from error
-    if "\0" in arg:
-        raise ConfigError(f"{arg!r} holds a NUL character, which no path and no setting can have")
-    head, equals, value = arg.partition("=")
-    mark, key, _ = setting(arg)
-    if not equals or not value or mark == "~" or head.startswith("-"):
-        return arg
-    words = re.split(r"[./]", key.partition("@")[0])
-    if words[-1] in PATHS and words[0] != "hydra":
-        return f"{head}={_path(words[-1], value, sweep)}"
-    if parsed(arg) is not None:
-        return arg
-    if value.lstrip().startswith(("[", "{")):
-        repaired = f"{head}={_elements(value)}"
-        return arg if parsed(repaired) is None else repaired
-    attempt = f"{head}={quote(value)}"
-    return arg if parsed(attempt) is None else attempt
 
 
 def _path(name: str, value: str, sweep: bool) -> str:

@@ -15,8 +15,6 @@ from dirotq.pipeline.machine import Needs
 from dirotq.pipeline.preflight import Preflight, free_disk
 from dirotq.pipeline.store import Artifact
 
-__all__ = ["duration_text", "plan", "seconds_text", "summary"]
-
 
 def plan(line: Line, found: Preflight) -> None:
     """Per stage: cached or to run. Of a cached one, what it took; of one to run, the seconds of its

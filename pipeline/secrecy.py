@@ -15,8 +15,6 @@ from omegaconf.errors import OmegaConfBaseException
 from dirotq.errors import ConfigError
 from dirotq.pipeline.quoting import setting
 
-__all__ = ["refuse_secret_settings", "refuse_secrets", "without_secrets"]
-
 HIDDEN = "(not shown)"
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WORD = (

@@ -19,8 +19,6 @@ from omegaconf import DictConfig, ListConfig
 
 from dirotq.errors import ConfigError
 
-__all__ = ["close_to", "fields_of", "fits", "make", "moved", "no_such_setting", "refuse_misfit"]
-
 TARGET = "_target_"
 IGNORED = ("_convert_", "_recursive_")  # what configurations for Hydra's own `instantiate` say
 UNIONS = (Union, types.UnionType)
@@ -53,8 +51,8 @@ def make(node: Any, name: str) -> Any:
         if hints is not None:
             refuse_misfit(value, hints[entry], names[entry])
     try:
-        _signature(called).bind(**made)
-    except TypeError as error:
+        inspect.signature(called).bind(**made)
+    except (TypeError, ValueError) as error:  # a wrong call; a builtin without a signature
         raise ConfigError(
             f"{name} can't be made from its settings: {error}; conf/ holds a value for each, so "
             "choose one of its groups, or set what is missing with +"
@@ -175,14 +173,6 @@ def _target(node: DictConfig, name: str) -> Any:
     if not callable(found):
         raise ConfigError(f"{name}.{TARGET}={path} is no class")
     return found
-
-
-def _signature(called: Any) -> inspect.Signature:
-    try:
-        return inspect.signature(called)
-    except ValueError:  # a builtin that has none
-        anything = inspect.Parameter("settings", inspect.Parameter.VAR_KEYWORD)
-        return inspect.Signature([anything])
 
 
 def _name(node: DictConfig, key: Any, parent: str) -> str:

@@ -1,7 +1,6 @@
 """What a stage is, and how its configuration becomes a fingerprint."""
 
 import dataclasses
-import enum
 import hashlib
 import json
 from collections.abc import Mapping
@@ -9,8 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from dirotq.errors import ConfigError
-
-__all__ = ["Stage", "fingerprint", "recipe", "untracked"]
 
 
 @runtime_checkable
@@ -49,8 +46,6 @@ def recipe(obj: Any) -> Any:
     """
     if obj is None or isinstance(obj, bool | int | float | str):
         return obj
-    if isinstance(obj, enum.Enum):
-        return obj.name
     if isinstance(obj, Path):
         raise ConfigError(
             f"cannot fingerprint the path {obj}: a path says nothing about the content behind it; "

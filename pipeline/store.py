@@ -42,9 +42,8 @@ from dirotq.pipeline.manifest import (
     refuse_newer,
     sealed,
 )
-from dirotq.pipeline.peaks import reset_peaks
 from dirotq.pipeline.place import store_place
-from dirotq.pipeline.provenance import provenance
+from dirotq.pipeline.provenance import provenance, reset_peaks
 from dirotq.pipeline.stage import fingerprint
 from dirotq.pipeline.units import retire
 

@@ -22,8 +22,6 @@ from dirotq.files.digest import file_digest
 from dirotq.pipeline.disk import files_below, sync, write_json
 from dirotq.pipeline.stage import recipe
 
-__all__ = ["JOURNAL", "Units", "retire"]
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")

@@ -7,8 +7,6 @@ from omegaconf import DictConfig
 
 from dirotq.pipeline.settings import close_to, moved, no_such_setting
 
-__all__ = ["reworded"]
-
 EXTRAS = {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 """Launchers, and the extras of this package that install them."""
 NOISE = re.compile(
