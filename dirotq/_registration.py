@@ -29,10 +29,7 @@ class _Watch(importlib.abc.MetaPathFinder):
     """Steps aside for every module but HOST, whose loader it wraps once."""
 
     def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: ModuleType | None = None,
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != HOST:
             return None

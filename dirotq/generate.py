@@ -75,7 +75,7 @@ def _generate(options: argparse.Namespace) -> int:
 
 
 def model_folder(name: str, store: str) -> Path:
-    """The diffusers folder called ``name``: a path, or an artifact of the store that holds one.
+    """Find the diffusers folder ``name``: a path, or an artifact of the store that holds one.
 
     Raises ConfigError for a folder that holds no pipeline, ArtifactError for an unknown artifact.
     """
@@ -105,13 +105,13 @@ def _refuse_options(options: argparse.Namespace) -> None:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """The call's defaults that the model brings with it; none if it brings none."""
+    """Read the call's defaults that the model brings with it; none if it brings none."""
     path = folder / "generation.json"
     return dict(read_json(path)) if path.is_file() else {}
 
 
 def _images(options: argparse.Namespace) -> dict[str, Any]:
-    """What an editing pipeline starts from, by the names of its arguments."""
+    """Open what an editing pipeline starts from, by the names of its arguments."""
     found = {}
     for name, option in (("image", "image"), ("mask_image", "mask")):
         if (file := getattr(options, option)) is None:
@@ -169,7 +169,7 @@ def _refuse_place(out: Path, *, moving: bool) -> None:
 
 
 def _savable(suffix: str, *, moving: bool) -> bool:
-    """Whether Pillow can write colours, several images of them if ``moving``, in this format here.
+    """Tell whether Pillow can write colours, several images if ``moving``, in this format here.
 
     Tried out: some formats take black and white only, others a library that isn't there.
     """

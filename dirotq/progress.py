@@ -34,7 +34,7 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
 
 
 def log_handler() -> logging.Handler:
-    """Console handler for Hydra's logging: lines and bars share one terminal without clashing."""
+    """Make Hydra's console handler: log lines and bars share one terminal without clashing."""
     if _console().is_terminal:
         return RichHandler(console=_console(), show_path=False, show_level=False, markup=False)
     handler = logging.StreamHandler(sys.stderr)

@@ -89,7 +89,7 @@ class Artifact:
             yield self.published
 
     def file(self, name: str) -> Path:
-        """The result file ``name`` (relative to data/), its digest checked.
+        """Return the result file ``name`` (relative to data/), its digest checked.
 
         Raises ArtifactError if there is no such file, or if a byte of it changed.
         """
@@ -99,7 +99,7 @@ class Artifact:
         return self.data / name
 
     def tree(self, name: str) -> Path:
-        """The result folder ``name`` (a Zarr store, a model), every file in it checked.
+        """Return the result folder ``name`` (a Zarr store, a model), every file in it checked.
 
         Raises ArtifactError if there is no such folder, or if a file in it is missing (Zarr would
         read zeros and say nothing), changed, or was not written by the stage.
@@ -130,7 +130,7 @@ class Artifact:
         return {}
 
     def _stamp(self, name: str) -> tuple[int, ...] | None:
-        """What tells a file from any other that was ever there; None if there is no file."""
+        """Return what tells a file from any other that was ever there; None if there is no file."""
         try:
             found = (self.data / name).lstat()
         except FileNotFoundError:
@@ -184,7 +184,7 @@ class Artifact:
         )
 
     def _misplaced(self) -> str | None:
-        """What is wrong with the folder itself, where there is no manifest to be read in it."""
+        """Say what is wrong with the folder itself, where no manifest can be read in it."""
         if self.path.is_dir():
             return None
         if self.path.is_symlink():

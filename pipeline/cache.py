@@ -27,7 +27,7 @@ _DAY = 24 * 60 * 60
 
 
 def unused(days: int) -> Iterator[tuple[Path, str]]:
-    """(folder, why) of models and runs that were not used for ``days`` days, and of drafts.
+    """Yield (folder, why) of models and runs that were not used for ``days`` days, and of drafts.
 
     What is being made is passed over.
     """

@@ -1,4 +1,4 @@
-"""From overrides to a line that can be planned or run. Nothing behind it sees a DictConfig."""
+"""From overrides to a pipeline that can be planned or run. Nothing behind sees a DictConfig."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.quoting import parsed, quote, quoted, setting
 from dirotq.pipeline.secrecy import refuse_secret_settings, refuse_secrets
 from dirotq.pipeline.settings import TARGET, fields_of, make, moved, no_such_setting, refuse_misfit
-from dirotq.pipeline.store import ArtifactStore
+from dirotq.pipeline.store import Artifact, ArtifactStore
 from dirotq.pipeline.wording import reworded
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@\s,]+)?")
@@ -46,7 +46,7 @@ STUMBLES = (
 
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Pipeline:
     """Everything a configuration says, built."""
 
     steps: list[dag.Step]
@@ -54,13 +54,13 @@ class Line:
     executor: Executor
     force: frozenset[str]
 
-    def cached(self, step: dag.Step) -> bool:
-        """Whether the step's artifact is there, and nobody asked to make it again."""
-        there = self.store.get(step.name, step.fingerprint) is not None
-        return there and step.name not in self.force
+    def cached(self, step: dag.Step) -> Artifact | None:
+        """Return the step's artifact if it is there, and nobody asked to make it again."""
+        forced = step.name in self.force
+        return None if forced else self.store.get(step.name, step.fingerprint)
 
 
-def build(cfg: DictConfig) -> Line:
+def build(cfg: DictConfig) -> Pipeline:
     """Instantiate the stages that ``cfg.pipeline`` wires, up to ``cfg.until``.
 
     What a cached step would check before it runs was checked when it ran.
@@ -92,20 +92,20 @@ def build(cfg: DictConfig) -> Line:
     for name, stage in stages.items():
         if isinstance(device := getattr(stage, "device", None), str):
             refuse_device(device, "device" if device == cfg.get("device") else f"{name}.device")
-    line = Line(
+    pipeline = Pipeline(
         steps=dag.plan(stages, wiring),
         store=ArtifactStore(cfg.store),
         executor=executor,
         force=frozenset(force),
     )
-    for step in line.steps:
-        if callable(check := getattr(step.stage, "check", None)) and not line.cached(step):
+    for step in pipeline.steps:
+        if callable(check := getattr(step.stage, "check", None)) and not pipeline.cached(step):
             check()
-    return line
+    return pipeline
 
 
 def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
-    """The configuration that ``overrides`` make of the config tree in the package ``module``.
+    """Compose what ``overrides`` make of the config tree in the package ``module``.
 
     Raises ConfigError for an override that can't be read, that names no setting, or that holds
     what looks like a key or a password.
@@ -123,8 +123,8 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
 
 
 def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = False) -> list[str]:
-    """``model=<folder>`` becomes ``model=local model.path=<folder>``; the rest stays as it is, but
-    for the quotes that Hydra wants (pipeline/quoting.py).
+    """Turn ``model=<folder>`` into ``model=local model.path=<folder>``; the rest stays as it is,
+    but for the quotes that Hydra wants (pipeline/quoting.py).
 
     So do a file and a hub id (``org/name[@revision]``). A config name wins over a folder of the
     same name, and a folder over a hub id. Raises ConfigError if the value is nothing of these.
@@ -152,7 +152,7 @@ def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = Fa
 
 
 def groups(module: str) -> dict[str, list[str]]:
-    """{group: its choices} of the config tree in the package ``module``."""
+    """Return {group: its choices} of the config tree in the package ``module``."""
     with _hydra(module):
         loader = GlobalHydra.instance().config_loader()
         names = [name for name in loader.list_groups("") if name != "hydra"]
@@ -160,7 +160,7 @@ def groups(module: str) -> dict[str, list[str]]:
 
 
 def _model_path(value: str) -> str | None:
-    """An existing folder or file, absolute; a hub id as it is; else None."""
+    """Return an existing folder or file, absolute; a hub id as it is; else None."""
     local = Path(os.path.expanduser(value))  # noqa: PTH111 (Path's raises where HOME is unknown)
     if local.exists() or local.suffix == ".safetensors":  # a missing file has a message of its own
         return str(local.absolute())
@@ -184,7 +184,7 @@ def _refuse_unreadable(words: Sequence[str]) -> None:
 
 @contextmanager
 def _hydra(module: str) -> Iterator[None]:
-    """Hydra's compose API on ``module``, unless Hydra is running already."""
+    """Start Hydra's compose API on ``module``, unless Hydra is running already."""
     if GlobalHydra.instance().is_initialized():
         yield
     else:
@@ -220,7 +220,7 @@ def _refuse_unknown(cfg: DictConfig, words: Sequence[str], module: str) -> None:
 
 
 def search_path(module: str, folder: str) -> str:
-    """The override that adds a folder of the user's to where the tree's groups are looked up."""
+    """Return the override that has groups looked up in a folder of the user's too."""
     there = _primary(module).get("hydra", {}).get("searchpath", [])
     added = quote(f"file://{Path(folder).absolute()}")
     return f"hydra.searchpath=[{','.join([*there, added])}]"
@@ -231,7 +231,7 @@ def _primary(module: str) -> Any:
 
 
 def _roots(module: str) -> list[str]:
-    """What the tree's config.yaml holds: settings, and the groups in its list of defaults."""
+    """List what the tree's config.yaml holds: settings, and the groups in its list of defaults."""
     tree = _primary(module)
     groups = [str(name) for entry in tree.defaults if OmegaConf.is_config(entry) for name in entry]
     names = [*(str(key) for key in tree if key not in ("defaults", "hydra")), *groups]

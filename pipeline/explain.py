@@ -30,14 +30,14 @@ def _explain(options: argparse.Namespace) -> int:
     words = options.overrides
     if any("=" not in word and not word.startswith(("~", "-", "+")) for word in words):
         return _compare(words)
-    line = build(compose_config(words, options.config))
-    for step in line.steps:
-        if step.name in line.force:
+    pipeline = build(compose_config(words, options.config))
+    for step in pipeline.steps:
+        if step.name in pipeline.force:
             print(f"{step.name} would run because of force")
-        elif line.store.get(step.name, step.fingerprint):
+        elif pipeline.store.get(step.name, step.fingerprint):
             print(f"{step.name} is cached: {step}")
         else:
-            print(f"{step.name} would run because {reason(step.name, step.recipe, line.store)}")
+            print(f"{step.name} would run because {reason(step.name, step.recipe, pipeline.store)}")
     return 0
 
 

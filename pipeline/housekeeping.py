@@ -88,7 +88,7 @@ def gc(options: argparse.Namespace) -> int:
 
 
 def garbage(store: ArtifactStore, keep: int) -> Iterator[tuple[Path, str]]:
-    """(path, why) of everything in the store that is not needed by the last ``keep`` runs.
+    """Yield (path, why) of everything in the store that is not needed by the last ``keep`` runs.
 
     Damaged artifacts too; not those that can't be read for another reason.
     """
@@ -125,7 +125,7 @@ def _state(store: ArtifactStore, artifact: Artifact) -> tuple[str, str]:
 
 
 def _removed(remove: Callable[[Path], None], path: Path) -> tuple[int, str] | None:
-    """Remove ``path``; the exit status and the reason if it stays."""
+    """Remove ``path``. Returns the exit status and the reason if it stays."""
     try:
         remove(path)
     except InUseError:

@@ -46,7 +46,7 @@ class Machine:
 
 
 def find(device: str) -> Machine:
-    """The machine behind ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``)."""
+    """Describe the machine behind ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``)."""
     found = graphics.visible() if device != "cpu" else ()
     if not found or (versions()["torch"] or "").endswith("+cpu"):
         return Machine(name=f"CPU, {os.cpu_count() or 1} cores", vram=0, ram=_ram())
@@ -85,7 +85,7 @@ def refuse_device(device: str, setting: str) -> None:
 
 
 def _ram() -> int:
-    """Bytes of host memory that can be had: what is available, within a container's limit."""
+    """Count the bytes of host memory that are available, within a container's limit."""
     limits = [int(psutil.virtual_memory().available)]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups 2 and 1
         file = Path("/sys/fs/cgroup") / name

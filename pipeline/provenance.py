@@ -42,7 +42,7 @@ def provenance(started: float, overrides: Sequence[str]) -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "libraries": versions(),
-        "gpu": gpu(),
+        "gpu": [str(found) for found in graphics.installed()],
     }
 
 
@@ -64,11 +64,6 @@ def versions() -> Mapping[str, str | None]:
         with contextlib.suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     return found
-
-
-def gpu() -> list[str]:
-    """Return name, compute capability and driver of each NVIDIA GPU, without loading torch."""
-    return [str(found) for found in graphics.installed()]
 
 
 @functools.cache

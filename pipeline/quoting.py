@@ -52,14 +52,14 @@ def quoted(arg: str, *, sweep: bool = False) -> str:
 
 
 def setting(arg: str) -> tuple[str, str, str]:
-    """``++a.b@c=value`` as ("++", "a.b@c", "value"); no value for a flag or a lone word."""
+    """Split ``++a.b@c=value`` into ("++", "a.b@c", "value"); a flag or lone word has no value."""
     head, _, value = arg.partition("=")
     key = head.lstrip("+~")
     return head[: len(head) - len(key)], key, value
 
 
 def parsed(arg: str) -> Override | None:
-    """What Hydra makes of one override; None if its grammar can't read it."""
+    """Parse one override as Hydra does; None if its grammar can't read it."""
     try:
         override: Override = OverridesParser.create().parse_override(arg)
     except HydraException:
@@ -68,7 +68,7 @@ def parsed(arg: str) -> Override | None:
 
 
 def quote(value: str) -> str:
-    """``value`` as quoted text of Hydra's grammar, which neither Hydra nor OmegaConf change."""
+    """Write ``value`` as quoted text of Hydra's grammar: neither Hydra nor OmegaConf change it."""
     # OmegaConf takes backslashes before ${ in pairs, and an odd one as "no interpolation".
     value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
     # Hydra takes backslashes before a quote in pairs.
@@ -77,7 +77,7 @@ def quote(value: str) -> str:
 
 
 def _path(name: str, value: str, sweep: bool) -> str:
-    """The value of a setting that names a file or folder."""
+    """Quote the value of a setting that names a file or folder."""
     expanded = os.path.expanduser(value)  # noqa: PTH111 (Path's raises where HOME is unknown)
     if value.lower() == "null" or os.path.lexists(expanded):
         return value if value.lower() == "null" else quote(expanded)
@@ -98,7 +98,7 @@ def _path(name: str, value: str, sweep: bool) -> str:
 
 
 def _elements(value: str) -> str:
-    """A list or mapping whose words are quoted where Hydra can't read them."""
+    """Quote those words of a list or mapping that Hydra can't read."""
     if "'" in value or '"' in value:
         return value
     made = []

@@ -37,12 +37,12 @@ class Needed:
     doubtful: Sequence[Path]
 
     def spares(self, name: str) -> bool:
-        """Whether the artifact ``stage/fingerprint`` is needed, or may be."""
+        """Tell whether the artifact ``stage/fingerprint`` is needed, or may be."""
         return name in self.artifacts or (bool(self.doubtful) and name not in self.forgotten)
 
 
 def folder_of(root: str | Path) -> Path:
-    """Where the runs on the store ``root`` keep their folders: ``<root>/runs``.
+    """Return where the runs on the store ``root`` keep their folders: ``<root>/runs``.
 
     For a store that can only be read it is in the cache, or where the system keeps such things.
     """
@@ -107,7 +107,7 @@ def needed(store: ArtifactStore, count: int) -> Needed:
 
 
 def leftovers(store: ArtifactStore) -> list[Path]:
-    """Half-written records of processes that died."""
+    """List half-written records of processes that died."""
     return sorted((store.root / "runs").rglob(f".{RECORD}.*"))
 
 

@@ -57,7 +57,7 @@ def refuse_secret_settings(node: Any, name: str = "") -> None:
 
 
 def without_secrets(args: Sequence[str]) -> list[str]:
-    """A command line for a record: whatever may be a secret is left out."""
+    """Return a command line for a record, without whatever may be a secret."""
     shown: list[str] = []
     expected = False  # after `--token`
     for arg in args:
@@ -70,7 +70,7 @@ def without_secrets(args: Sequence[str]) -> list[str]:
 
 
 def _split(arg: str) -> tuple[str, str]:
-    """(name, value); a lone word is a value, a flag's name has no dashes."""
+    """Return (name, value); a lone word is a value, a flag's name has no dashes."""
     if "=" not in arg:
         return "", arg
     _, key, value = setting(arg)

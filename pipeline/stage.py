@@ -30,12 +30,12 @@ class Stage(Protocol):
 
 
 def untracked(**options: Any) -> Any:
-    """A dataclass field that cannot change the result (device, a batch size proven harmless)."""
+    """Declare a field that cannot change the result (device, a batch size proven harmless)."""
     return dataclasses.field(metadata={"tracked": False}, **options)
 
 
 def recipe(obj: Any) -> Any:
-    """The JSON value that identifies ``obj``.
+    """Return the JSON value that identifies ``obj``.
 
     An object with a method ``identity()`` is identified by what that returns (the content digest of
     a model folder, the sha256 of a prompt file) instead of by its fields; any other dataclass by
@@ -67,7 +67,7 @@ def recipe(obj: Any) -> Any:
 
 
 def fingerprint(value: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of ``value`` as canonical JSON.
+    """Return the first 16 hex digits of the SHA-256 of ``value`` as canonical JSON.
 
     Raises ConfigError if ``value`` holds nan or an infinity, which JSON cannot carry.
     """
