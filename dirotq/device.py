@@ -2,7 +2,6 @@
 
 import re
 
-import psutil
 import torch
 
 from dirotq.errors import ConfigError
@@ -51,8 +50,3 @@ def refuse_dtype(name: str) -> None:
 def device_name(device: torch.device) -> str:
     """Name the card, or the CPU, for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def free_host_memory() -> int:
-    """Count the bytes of RAM that can be taken without swapping."""
-    return int(psutil.virtual_memory().available)

@@ -45,7 +45,8 @@ def _generate(options: argparse.Namespace) -> int:
     """Load a packed model and write one image, or one video as an animated image."""
     _refuse_options(options)
     folder = model_folder(options.model, options.store)
-    settings = _settings(folder)
+    defaults = folder / "generation.json"
+    settings = dict(read_json(defaults)) if defaults.is_file() else {}
     if options.steps is not None:
         settings["num_inference_steps"] = options.steps
     images = _images(options)
@@ -68,7 +69,7 @@ def _generate(options: argparse.Namespace) -> int:
     except (ValueError, TypeError) as error:  # how pipelines refuse their arguments
         raise ConfigError(
             f"{type(pipeline).__name__} refuses this call: {error}. Its arguments are those of "
-            f"{folder / 'generation.json'}, --prompt, --steps, --image and --mask"
+            f"{defaults}, --prompt, --steps, --image and --mask"
         ) from error
     print(_write(made, out, options.fps))
     return 0
@@ -102,12 +103,6 @@ def _refuse_options(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value}: use a whole number from 1 on")
     refuse_device(options.device, "--device")
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    """Read the call's defaults that the model brings with it; none if it brings none."""
-    path = folder / "generation.json"
-    return dict(read_json(path)) if path.is_file() else {}
 
 
 def _images(options: argparse.Namespace) -> dict[str, Any]:

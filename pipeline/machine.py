@@ -49,10 +49,10 @@ def find(device: str) -> Machine:
     """Describe the machine behind ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``)."""
     found = graphics.visible() if device != "cpu" else ()
     if not found or (versions()["torch"] or "").endswith("+cpu"):
-        return Machine(name=f"CPU, {os.cpu_count() or 1} cores", vram=0, ram=_ram())
+        return Machine(name=f"CPU, {os.cpu_count() or 1} cores", vram=0, ram=free_ram())
     index = int(device.partition(":")[2] or 0)
     chosen = found[min(index, len(found) - 1)]
-    return Machine(name=chosen.name, vram=chosen.memory, ram=_ram())
+    return Machine(name=chosen.name, vram=chosen.memory, ram=free_ram())
 
 
 def refuse_device(device: str, setting: str) -> None:
@@ -84,7 +84,7 @@ def refuse_device(device: str, setting: str) -> None:
         )
 
 
-def _ram() -> int:
+def free_ram() -> int:
     """Count the bytes of host memory that are available, within a container's limit."""
     limits = [int(psutil.virtual_memory().available)]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups 2 and 1

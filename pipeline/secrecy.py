@@ -61,20 +61,13 @@ def without_secrets(args: Sequence[str]) -> list[str]:
     shown: list[str] = []
     expected = False  # after `--token`
     for arg in args:
-        name, value = _split(arg)
+        _, key, value = setting(arg)
+        name, value = (key.lstrip("-"), value) if "=" in arg else ("", arg)
         secret = expected or _is_secret(name, value)
         named = name and not _VALUE.search(name)
         shown.append(arg if not secret else f"{name}={HIDDEN}" if named else HIDDEN)
         expected = arg.startswith("-") and bool(_NAME.fullmatch(arg.lstrip("-")))  # no value yet
     return shown
-
-
-def _split(arg: str) -> tuple[str, str]:
-    """Return (name, value); a lone word is a value, a flag's name has no dashes."""
-    if "=" not in arg:
-        return "", arg
-    _, key, value = setting(arg)
-    return key.lstrip("-"), value
 
 
 def _is_secret(name: str, value: str) -> bool:
