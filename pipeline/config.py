@@ -151,6 +151,13 @@ def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = Fa
     return result
 
 
+def search_path(module: str, folder: str) -> str:
+    """Return the override that has groups looked up in a folder of the user's too."""
+    there = _primary(module).get("hydra", {}).get("searchpath", [])
+    added = quote(f"file://{Path(folder).absolute()}")
+    return f"hydra.searchpath=[{','.join([*there, added])}]"
+
+
 def groups(module: str) -> dict[str, list[str]]:
     """Return {group: its choices} of the config tree in the package ``module``."""
     with _hydra(module):
@@ -217,13 +224,6 @@ def _refuse_unknown(cfg: DictConfig, words: Sequence[str], module: str) -> None:
             and parts[0] not in ("hydra", "pipeline")
         ):
             _refuse_appended(cfg, parts)
-
-
-def search_path(module: str, folder: str) -> str:
-    """Return the override that has groups looked up in a folder of the user's too."""
-    there = _primary(module).get("hydra", {}).get("searchpath", [])
-    added = quote(f"file://{Path(folder).absolute()}")
-    return f"hydra.searchpath=[{','.join([*there, added])}]"
 
 
 def _primary(module: str) -> Any:

@@ -43,9 +43,8 @@ def _explain(options: argparse.Namespace) -> int:
 
 def reason(stage: str, recipe: Mapping[str, Any], store: ArtifactStore) -> str:
     """Say what differs between ``recipe`` and the most similar artifact of the stage."""
-    known = [artifact for artifact in store.list() if artifact.stage == stage]
     candidates = []
-    for artifact in known:
+    for artifact in (a for a in store.list() if a.stage == stage):
         with contextlib.suppress(ArtifactError):  # damaged, or removed meanwhile: `verify` tells
             candidates.append((differences(artifact.manifest["recipe"], recipe), artifact))
     if not candidates:
