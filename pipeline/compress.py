@@ -101,7 +101,7 @@ def _compress(options: argparse.Namespace) -> int:
         options.overrides, options.config, sweep=options.multirun
     )
     version.setbase("1.3")
-    full = os.environ.get("HYDRA_FULL_ERROR", "0")
+    full = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
     try:
         _run_hydra(
@@ -112,7 +112,9 @@ def _compress(options: argparse.Namespace) -> int:
             config_name="config",
         )
     finally:
-        os.environ["HYDRA_FULL_ERROR"] = full
+        del os.environ["HYDRA_FULL_ERROR"]
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
     return 0
 
 
