@@ -82,7 +82,7 @@ def examine(pipeline: Pipeline, cfg: DictConfig) -> Preflight:
 
 
 def refuse(found: Preflight, root: Path) -> None:
-    """Raise ConfigError if the machine, or the disk of the store ``root`` or cache, is too small."""
+    """Raise ConfigError if the machine, or the disk of the store or the cache, is too small."""
     if found.machine is None:
         return
     problems = [*_memory(found.machine, found.estimates), *_disk(found, root)]
