@@ -26,32 +26,21 @@ def register_when_imported() -> None:
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Steps aside for every module but HOST, whose loader it wraps once."""
+    """Steps aside for every module but HOST, after which it registers, once."""
 
     def find_spec(
-        self,
-        fullname: str,
-        path: Sequence[str] | None,
-        target: ModuleType | None = None,
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         if fullname != HOST:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisterAfter(spec.loader)
+            loader, execute = spec.loader, spec.loader.exec_module
+
+            def execute_and_register(module: ModuleType) -> None:
+                execute(module)
+                importlib.import_module(REGISTRAR)
+
+            loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec
-
-
-class _RegisterAfter(importlib.abc.Loader):
-    """Executes the module as its own loader would, then registers."""
-
-    def __init__(self, loader: importlib.abc.Loader) -> None:
-        self.loader = loader
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> ModuleType | None:
-        return self.loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        self.loader.exec_module(module)
-        importlib.import_module(REGISTRAR)

@@ -25,8 +25,6 @@ from dirotq.pipeline.faults import explained
 from dirotq.pipeline.secrecy import refuse_secrets
 from dirotq.pipeline.settings import close_to
 
-__all__ = ["command_line", "main"]
-
 
 def main(argv: Sequence[str] | None = None, *, config: str = compress.CONFIG) -> None:
     """Entry point of the console script. Always leaves through SystemExit."""
@@ -64,7 +62,7 @@ def main(argv: Sequence[str] | None = None, *, config: str = compress.CONFIG) ->
 def command_line(
     config: str = compress.CONFIG,
 ) -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the command line, and {verb: its own parser}.
+    """Return the parser of the command line, and {verb: its own parser}.
 
     config  package of the config tree
     """
@@ -99,7 +97,7 @@ def command_line(
 
 
 def _options(words: Sequence[str], config: str) -> argparse.Namespace:
-    """What ``words`` say. Raises ConfigError, or SystemExit with what argparse printed."""
+    """Parse ``words``. Raises ConfigError, or SystemExit with what argparse printed."""
     first, *rest = words or ["--help"]
     prompted = first == "generate"  # a prompt may say what it likes
     refuse_secrets([

@@ -2,7 +2,6 @@
 
 import re
 
-import psutil
 import torch
 
 from dirotq.errors import ConfigError
@@ -11,7 +10,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+    """Return the device ``auto`` (a GPU when there is one), ``cpu``, ``cuda`` or ``cuda:N``.
 
     Raises ConfigError for any other name, and for a CUDA device on a machine without one.
     """
@@ -29,12 +28,12 @@ def pick_device(name: str) -> torch.device:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU, float32 on a CPU (where bf16 matrix products are several times slower)."""
+    """Return bfloat16 on a GPU, float32 on a CPU (where bf16 products are several times slower)."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``float32`` or ``bfloat16``; ``auto`` is what :func:`compute_dtype` says of the device.
+    """Return ``float32`` or ``bfloat16``; for ``auto``, what :func:`compute_dtype` returns.
 
     Raises ConfigError for any other name.
     """
@@ -49,10 +48,5 @@ def refuse_dtype(name: str) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """For people: the card's name, or CPU."""
+    """Name the card, or the CPU, for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def free_host_memory() -> int:
-    """Bytes of RAM that can be taken without swapping."""
-    return int(psutil.virtual_memory().available)

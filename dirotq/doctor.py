@@ -3,18 +3,17 @@
 import argparse
 import os
 import platform
-import shutil
 from collections.abc import Callable
 from importlib import import_module
 
 from rich.filesize import decimal
 
 from dirotq.errors import DirotqError
+from dirotq.pipeline import graphics
 from dirotq.pipeline.place import store_place
-from dirotq.pipeline.provenance import LIBRARIES, gpu, versions
+from dirotq.pipeline.preflight import free_disk
+from dirotq.pipeline.provenance import versions
 from dirotq.pipeline.store import default_root
-
-__all__ = ["add_doctor", "findings"]
 
 FLUX_LINEARS = (
     # name, rows at 1024 x 1024 pixels, channels, outputs
@@ -38,7 +37,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def findings() -> dict[str, str]:
-    """{topic: what was found}; a thing that is missing or broken is a finding, not an error."""
+    """Return {topic: what was found}; what is missing or broken is a finding, not an error."""
     found = {"python": platform.python_version(), "platform": platform.platform()}
     for name, version in versions().items():
         found[name] = version or "missing: pip install -e ."
@@ -47,8 +46,7 @@ def findings() -> dict[str, str]:
             import_module(name)
         except Exception as error:  # noqa: BLE001 - whatever a broken install raises is the finding
             found[name] += f" (import fails: {type(error).__name__}: {error})"
-    assert set(LIBRARIES) <= set(found)
-    found["gpu"] = "; ".join(gpu()) or "none that nvidia-smi knows"
+    found["gpu"] = "; ".join(map(str, graphics.installed())) or "none that nvidia-smi knows"
     usable, found["cuda"] = _cuda()
     fast, found["kernels"] = _kernels()
     found["store"] = _store()
@@ -64,8 +62,7 @@ def findings() -> dict[str, str]:
 def _store() -> str:
     try:
         store = store_place(default_root())
-        place = next(path for path in (store, *store.parents) if path.exists())
-        return f"{store}, {decimal(shutil.disk_usage(place).free)} free"
+        return f"{store}, {decimal(free_disk(store))} free"
     except (DirotqError, OSError) as error:
         return f"unusable: {error}"
 
@@ -87,7 +84,7 @@ def _cuda() -> tuple[bool, str]:
 
 
 def _kernels() -> tuple[bool, str]:
-    """Whether packed linears run on kernels here, and on which; or why they don't."""
+    """Tell whether packed linears run on kernels here, and on which; or why they don't."""
     try:
         import torch
 

@@ -4,8 +4,6 @@ A message is one paragraph: what is wrong, what was found, what is allowed, what
 The command line prints it without a traceback and exits with status 2.
 """
 
-__all__ = ["ArtifactError", "ConfigError", "DirotqError", "NumericalError", "UnsupportedError"]
-
 
 class DirotqError(Exception):
     """Base class of every error that a user can meet and mend."""

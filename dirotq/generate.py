@@ -16,8 +16,6 @@ from dirotq.pipeline.manifest import read_json
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.sources.calls import arguments, pipeline_class, refuse_call
 
-__all__ = ["add_generate", "model_folder"]
-
 STILL, MOVING = "image.png", "video.webp"
 """Where a result goes unless told otherwise."""
 SEEDS = 1 << 64
@@ -47,7 +45,8 @@ def _generate(options: argparse.Namespace) -> int:
     """Load a packed model and write one image, or one video as an animated image."""
     _refuse_options(options)
     folder = model_folder(options.model, options.store)
-    settings = _settings(folder)
+    defaults = folder / "generation.json"
+    settings = dict(read_json(defaults)) if defaults.is_file() else {}
     if options.steps is not None:
         settings["num_inference_steps"] = options.steps
     images = _images(options)
@@ -70,14 +69,14 @@ def _generate(options: argparse.Namespace) -> int:
     except (ValueError, TypeError) as error:  # how pipelines refuse their arguments
         raise ConfigError(
             f"{type(pipeline).__name__} refuses this call: {error}. Its arguments are those of "
-            f"{folder / 'generation.json'}, --prompt, --steps, --image and --mask"
+            f"{defaults}, --prompt, --steps, --image and --mask"
         ) from error
     print(_write(made, out, options.fps))
     return 0
 
 
 def model_folder(name: str, store: str) -> Path:
-    """The diffusers folder called ``name``: a path, or an artifact of the store that holds one.
+    """Find the diffusers folder ``name``: a path, or an artifact of the store that holds one.
 
     Raises ConfigError for a folder that holds no pipeline, ArtifactError for an unknown artifact.
     """
@@ -106,14 +105,8 @@ def _refuse_options(options: argparse.Namespace) -> None:
     refuse_device(options.device, "--device")
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    """The call's defaults that the model brings with it; none if it brings none."""
-    path = folder / "generation.json"
-    return dict(read_json(path)) if path.is_file() else {}
-
-
 def _images(options: argparse.Namespace) -> dict[str, Any]:
-    """What an editing pipeline starts from, by the names of its arguments."""
+    """Open what an editing pipeline starts from, by the names of its arguments."""
     found = {}
     for name, option in (("image", "image"), ("mask_image", "mask")):
         if (file := getattr(options, option)) is None:
@@ -171,7 +164,7 @@ def _refuse_place(out: Path, *, moving: bool) -> None:
 
 
 def _savable(suffix: str, *, moving: bool) -> bool:
-    """Whether Pillow can write colours, several images of them if ``moving``, in this format here.
+    """Tell whether Pillow can write colours, several images if ``moving``, in this format here.
 
     Tried out: some formats take black and white only, others a library that isn't there.
     """

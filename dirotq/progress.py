@@ -12,8 +12,6 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["log_handler", "track"]
-
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -36,7 +34,7 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
 
 
 def log_handler() -> logging.Handler:
-    """Console handler for Hydra's logging: lines and bars share one terminal without clashing."""
+    """Make Hydra's console handler: log lines and bars share one terminal without clashing."""
     if _console().is_terminal:
         return RichHandler(console=_console(), show_path=False, show_level=False, markup=False)
     handler = logging.StreamHandler(sys.stderr)

@@ -16,15 +16,12 @@ from dirotq.pipeline import locks
 from dirotq.pipeline.disk import denied, kind, printable
 from dirotq.pipeline.manifest import (
     MANIFEST,
-    SCHEMA,
     DamagedError,
     is_file,
     names_below,
     read_json,
     read_manifest,
 )
-
-__all__ = ["MANIFEST", "SCHEMA", "Artifact", "DamagedError"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +89,7 @@ class Artifact:
             yield self.published
 
     def file(self, name: str) -> Path:
-        """The result file ``name`` (relative to data/), its digest checked.
+        """Return the result file ``name`` (relative to data/), its digest checked.
 
         Raises ArtifactError if there is no such file, or if a byte of it changed.
         """
@@ -102,7 +99,7 @@ class Artifact:
         return self.data / name
 
     def tree(self, name: str) -> Path:
-        """The result folder ``name`` (a Zarr store, a model), every file in it checked.
+        """Return the result folder ``name`` (a Zarr store, a model), every file in it checked.
 
         Raises ArtifactError if there is no such folder, or if a file in it is missing (Zarr would
         read zeros and say nothing), changed, or was not written by the stage.
@@ -133,7 +130,7 @@ class Artifact:
         return {}
 
     def _stamp(self, name: str) -> tuple[int, ...] | None:
-        """What tells a file from any other that was ever there; None if there is no file."""
+        """Return what tells a file from any other that was ever there; None if there is no file."""
         try:
             found = (self.data / name).lstat()
         except FileNotFoundError:
@@ -187,7 +184,7 @@ class Artifact:
         )
 
     def _misplaced(self) -> str | None:
-        """What is wrong with the folder itself, where there is no manifest to be read in it."""
+        """Say what is wrong with the folder itself, where no manifest can be read in it."""
         if self.path.is_dir():
             return None
         if self.path.is_symlink():

@@ -22,14 +22,12 @@ from dirotq.files.digest import cache_root
 from dirotq.pipeline.disk import denied
 from dirotq.pipeline.locks import InUseError
 
-__all__ = ["remove", "unused"]
-
 _NAME = re.compile(r"\.?(?P<digest>[0-9a-f]{32})(?P<draft>-.*)?")
 _DAY = 24 * 60 * 60
 
 
 def unused(days: int) -> Iterator[tuple[Path, str]]:
-    """(folder, why) of models and runs that were not used for ``days`` days, and of drafts.
+    """Yield (folder, why) of models and runs that were not used for ``days`` days, and of drafts.
 
     What is being made is passed over.
     """

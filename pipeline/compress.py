@@ -1,9 +1,8 @@
-"""``dirotq compress`` and ``dirotq plan``: run the line under Hydra, or say what would run."""
+"""``dirotq compress`` and ``dirotq plan``: run the pipeline under Hydra, or say what would run."""
 
 import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dirotq.errors import ConfigError
-from dirotq.pipeline import dag, preflight, report, runs
-from dirotq.pipeline.config import (
-    Line,
-    build,
-    compose_config,
-    groups,
-    search_path,
-    with_model_folder,
-)
+from dirotq.pipeline import config, dag, preflight, report, runs
+from dirotq.pipeline.config import Pipeline, build, compose_config
+from dirotq.pipeline.quoting import parsed, quoted
 from dirotq.pipeline.store import Artifact
-from dirotq.pipeline.sweeps import variants
-
-__all__ = ["CONFIG", "add_compress", "add_overrides", "add_plan", "compress"]
 
 CONFIG = "dirotq.conf"  # the package of the config tree
 
@@ -80,16 +70,16 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 
 
 def compress(*overrides: str) -> dict[str, Artifact]:
-    """Run the line from Python: ``compress("model=tiny_flux", "rank.r=32")["pack"].path``.
+    """Run the pipeline from Python: ``compress("model=tiny_flux", "rank.r=32")["pack"].path``.
 
     returns {stage: artifact}. Raises DirotqError.
     """
     cfg = compose_config(overrides, CONFIG)
-    line = build(cfg)
-    folder = runs.new_folder(line.store)
+    pipeline = build(cfg)
+    folder = runs.new_folder(pipeline.store)
     folder.mkdir(parents=True)
     OmegaConf.save(cfg, folder / "config.yaml")
-    outcomes = _run(line, cfg, folder, overrides)
+    outcomes = _run(pipeline, cfg, folder, overrides)
     return {name: outcome.artifact for name, outcome in outcomes.items()}
 
 
@@ -101,15 +91,19 @@ def _compress(options: argparse.Namespace) -> int:
     if options.help:
         options.parser.print_help()
         print("\ngroups (GROUP=CHOICE):")
-        for name, choices in groups(options.config).items():
+        for name, choices in config.groups(options.config).items():
             print(f"  {name}: {', '.join(choices)}")
         return 0
     if options.resolve and not options.cfg:
         options.parser.error("--resolve goes with --cfg only")
     _try_out(options)
-    options.overrides = with_model_folder(options.overrides, options.config, sweep=options.multirun)
+    options.overrides = config.with_model_folder(
+        options.overrides, options.config, sweep=options.multirun
+    )
     version.setbase("1.3")
-    with _raising():
+    full = os.environ.get("HYDRA_FULL_ERROR")
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
+    try:
         _run_hydra(
             args=options,
             args_parser=get_args_parser(),
@@ -117,11 +111,15 @@ def _compress(options: argparse.Namespace) -> int:
             config_path=f"pkg://{options.config}",
             config_name="config",
         )
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+        if full is not None:
+            os.environ["HYDRA_FULL_ERROR"] = full
     return 0
 
 
 def _try_out(options: argparse.Namespace) -> None:
-    """Build the line, of a sweep each value's, before Hydra puts a folder into the store.
+    """Build the pipeline, of a sweep each value's, before Hydra puts a folder into the store.
 
     Where Hydra will only print something, the configuration alone has to be right.
     """
@@ -131,39 +129,63 @@ def _try_out(options: argparse.Namespace) -> None:
             ".yaml's. Files of your own: --config-dir FOLDER adds a folder with groups such as "
             "experiment/mine.yaml"
         )
-    added = [search_path(options.config, options.config_dir)] if options.config_dir else []
+    added = [config.search_path(options.config, options.config_dir)] if options.config_dir else []
     prints = any((options.hydra_help, options.info, options.cfg))
-    for overrides in variants(options.overrides, sweep=options.multirun):
+    typed = options.overrides
+    for overrides in _each_value(typed) if options.multirun else [typed]:
         cfg = compose_config([*added, *overrides], options.config)
         if not prints:
             build(cfg)
 
 
+def _each_value(overrides: Sequence[str]) -> Iterator[list[str]]:
+    """Yield overrides without sweeps: the first values together, then every other one in its place.
+
+    Wrong values show without the whole product. What can't be parsed or counted stays as it is.
+    """
+    choices = [_values(word) for word in overrides]
+    first = [values[0] for values in choices]
+    yield first
+    for place, values in enumerate(choices):
+        for value in values[1:]:
+            yield [*first[:place], value, *first[place + 1 :]]
+
+
+def _values(override: str) -> list[str]:
+    """Return an override with each value of its sweep."""
+    if override.startswith("model="):  # names or one path, which pipeline/config.py tells apart
+        names = override.partition("=")[2]
+        whole = "," not in names or os.path.lexists(names)
+        return [override] if whole else [f"model={name}" for name in names.split(",")]
+    word = quoted(override, sweep=True)
+    found = parsed(word)
+    if found is None or not found.is_sweep_override() or not found.is_discrete_sweep():
+        return [word]
+    name = found.get_key_element()
+    return [f"{name}={value}" for value in found.sweep_string_iterator()] or [word]
+
+
 def _job(cfg: DictConfig) -> None:
-    """One run under Hydra; at module level because launchers send it to other processes."""
-    line = build(cfg)
+    """Run once under Hydra; at module level because launchers send it to other processes."""
+    pipeline = build(cfg)
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir).absolute()
     # As typed: what an interpolation takes from the environment stays there.
     overrides: Any = OmegaConf.to_container(context.overrides.task, resolve=False)
-    outcomes = _run(line, cfg, folder, overrides)
+    outcomes = _run(pipeline, cfg, folder, overrides)
     report.summary(outcomes, folder)
 
 
 def _run(
-    line: Line, cfg: DictConfig, folder: Path, overrides: Sequence[str]
+    pipeline: Pipeline, cfg: DictConfig, folder: Path, overrides: Sequence[str]
 ) -> dict[str, dag.Outcome]:
-    found = preflight.examine(line, cfg)
-    preflight.refuse(found, line.store.root)
-    runs.record(folder, line.store, {step.name: str(step) for step in line.steps})
+    found = preflight.examine(pipeline, cfg)
+    preflight.refuse(found, pipeline.store.root)
+    runs.record(folder, pipeline.store, {step.name: str(step) for step in pipeline.steps})
     return dag.run(
-        line.steps,
-        line.store,
-        line.executor,
-        force=line.force,
-        overrides=list(overrides),
-        estimates=found.records,
-    )
+        pipeline.steps, pipeline.store, pipeline.executor, force=pipeline.force,
+        overrides=list(overrides), estimates=found.records,
+    )  # fmt: skip
 
 
 def _plan(options: argparse.Namespace) -> int:
@@ -172,22 +194,8 @@ def _plan(options: argparse.Namespace) -> int:
     Nothing is written. A `~` stands before an estimate.
     """
     cfg = compose_config(options.overrides, options.config)
-    line = build(cfg)
-    found = preflight.examine(line, cfg)
-    report.plan(line, found)
-    preflight.refuse(found, line.store.root)
+    pipeline = build(cfg)
+    found = preflight.examine(pipeline, cfg)
+    report.plan(pipeline, found)
+    preflight.refuse(found, pipeline.store.root)
     return 0
-
-
-@contextmanager
-def _raising() -> Iterator[None]:
-    """Let Hydra raise errors in the block instead of printing them."""
-    full = os.environ.get("HYDRA_FULL_ERROR")
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        if full is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full

@@ -1,4 +1,4 @@
-"""From overrides to a line that can be planned or run. Nothing behind it sees a DictConfig."""
+"""From overrides to a pipeline that can be planned or run. Nothing behind sees a DictConfig."""
 
 import os
 import re
@@ -22,7 +22,7 @@ from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.quoting import parsed, quote, quoted, setting
 from dirotq.pipeline.secrecy import refuse_secret_settings, refuse_secrets
 from dirotq.pipeline.settings import TARGET, fields_of, make, moved, no_such_setting, refuse_misfit
-from dirotq.pipeline.store import ArtifactStore
+from dirotq.pipeline.store import Artifact, ArtifactStore
 from dirotq.pipeline.wording import reworded
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@\s,]+)?")
@@ -44,13 +44,9 @@ STUMBLES = (
 )  # fmt: skip
 """What composing raises: Hydra has no word of its own for some values."""
 
-__all__ = [
-    "Line", "build", "compose_config", "groups", "hydra_words", "search_path", "with_model_folder",
-]  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
-class Line:
+class Pipeline:
     """Everything a configuration says, built."""
 
     steps: list[dag.Step]
@@ -58,13 +54,13 @@ class Line:
     executor: Executor
     force: frozenset[str]
 
-    def cached(self, step: dag.Step) -> bool:
-        """Whether the step's artifact is there, and nobody asked to make it again."""
-        there = self.store.get(step.name, step.fingerprint) is not None
-        return there and step.name not in self.force
+    def cached(self, step: dag.Step) -> Artifact | None:
+        """Return the step's artifact if it is there, and nobody asked to make it again."""
+        forced = step.name in self.force
+        return None if forced else self.store.get(step.name, step.fingerprint)
 
 
-def build(cfg: DictConfig) -> Line:
+def build(cfg: DictConfig) -> Pipeline:
     """Instantiate the stages that ``cfg.pipeline`` wires, up to ``cfg.until``.
 
     What a cached step would check before it runs was checked when it ran.
@@ -72,7 +68,7 @@ def build(cfg: DictConfig) -> Line:
     Raises ConfigError for a setting of the wrong type, a wrong wiring, an unknown name in ``until``
     or ``force``, a device that isn't there, or whatever the checks of a stage to run refuse.
     """
-    with hydra_words():
+    try:
         refuse_secret_settings(cfg)
         for key in sorted(OmegaConf.missing_keys(cfg)):
             raise ConfigError(f"{key} has no value; set it with {key}=...")
@@ -91,23 +87,25 @@ def build(cfg: DictConfig) -> Line:
                 )
         stages = {name: make(cfg[name], name) for name in dag.order(wiring, cfg.until)}
         executor = make(cfg.executor, "executor")
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(reworded(error)) from error
     for name, stage in stages.items():
         if isinstance(device := getattr(stage, "device", None), str):
             refuse_device(device, "device" if device == cfg.get("device") else f"{name}.device")
-    line = Line(
+    pipeline = Pipeline(
         steps=dag.plan(stages, wiring),
         store=ArtifactStore(cfg.store),
         executor=executor,
         force=frozenset(force),
     )
-    for step in line.steps:
-        if callable(check := getattr(step.stage, "check", None)) and not line.cached(step):
+    for step in pipeline.steps:
+        if callable(check := getattr(step.stage, "check", None)) and not pipeline.cached(step):
             check()
-    return line
+    return pipeline
 
 
 def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
-    """The configuration that ``overrides`` make of the config tree in the package ``module``.
+    """Compose what ``overrides`` make of the config tree in the package ``module``.
 
     Raises ConfigError for an override that can't be read, that names no setting, or that holds
     what looks like a key or a password.
@@ -125,14 +123,15 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
 
 
 def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = False) -> list[str]:
-    """``model=<folder>`` becomes ``model=local model.path=<folder>``; the rest stays as it is, but
-    for the quotes that Hydra wants (pipeline/quoting.py).
+    """Turn ``model=<folder>`` into ``model=local model.path=<folder>``; the rest stays as it is,
+    but for the quotes that Hydra wants (pipeline/quoting.py).
 
     So do a file and a hub id (``org/name[@revision]``). A config name wins over a folder of the
     same name, and a folder over a hub id. Raises ConfigError if the value is nothing of these.
     """
     result = []
-    for override, words in zip(overrides, quoted(overrides, sweep=sweep), strict=True):
+    for override in overrides:
+        words = quoted(override, sweep=sweep)  # refuses what can be no setting, whatever it names
         group, _, value = override.partition("=")
         if group != "model" or not value:
             result.append(words)
@@ -152,25 +151,23 @@ def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = Fa
     return result
 
 
+def search_path(module: str, folder: str) -> str:
+    """Return the override that has groups looked up in a folder of the user's too."""
+    there = _primary(module).get("hydra", {}).get("searchpath", [])
+    added = quote(f"file://{Path(folder).absolute()}")
+    return f"hydra.searchpath=[{','.join([*there, added])}]"
+
+
 def groups(module: str) -> dict[str, list[str]]:
-    """{group: its choices} of the config tree in the package ``module``."""
+    """Return {group: its choices} of the config tree in the package ``module``."""
     with _hydra(module):
         loader = GlobalHydra.instance().config_loader()
         names = [name for name in loader.list_groups("") if name != "hydra"]
         return {name: loader.get_group_options(name) for name in names}
 
 
-@contextmanager
-def hydra_words() -> Iterator[None]:
-    """What Hydra and OmegaConf raise in the block, as ConfigError (pipeline/wording.py)."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(reworded(error)) from error
-
-
 def _model_path(value: str) -> str | None:
-    """An existing folder or file, absolute; a hub id as it is; else None."""
+    """Return an existing folder or file, absolute; a hub id as it is; else None."""
     local = Path(os.path.expanduser(value))  # noqa: PTH111 (Path's raises where HOME is unknown)
     if local.exists() or local.suffix == ".safetensors":  # a missing file has a message of its own
         return str(local.absolute())
@@ -194,7 +191,7 @@ def _refuse_unreadable(words: Sequence[str]) -> None:
 
 @contextmanager
 def _hydra(module: str) -> Iterator[None]:
-    """Hydra's compose API on ``module``, unless Hydra is running already."""
+    """Start Hydra's compose API on ``module``, unless Hydra is running already."""
     if GlobalHydra.instance().is_initialized():
         yield
     else:
@@ -229,19 +226,12 @@ def _refuse_unknown(cfg: DictConfig, words: Sequence[str], module: str) -> None:
             _refuse_appended(cfg, parts)
 
 
-def search_path(module: str, folder: str) -> str:
-    """The override that adds a folder of the user's to where the tree's groups are looked up."""
-    there = _primary(module).get("hydra", {}).get("searchpath", [])
-    added = quote(f"file://{Path(folder).absolute()}")
-    return f"hydra.searchpath=[{','.join([*there, added])}]"
-
-
 def _primary(module: str) -> Any:
     return OmegaConf.load(str(files(module).joinpath("config.yaml")))
 
 
 def _roots(module: str) -> list[str]:
-    """What the tree's config.yaml holds: settings, and the groups in its list of defaults."""
+    """List what the tree's config.yaml holds: settings, and the groups in its list of defaults."""
     tree = _primary(module)
     groups = [str(name) for entry in tree.defaults if OmegaConf.is_config(entry) for name in entry]
     names = [*(str(key) for key in tree if key not in ("defaults", "hydra")), *groups]

@@ -16,8 +16,6 @@ from dirotq.pipeline.differences import differences
 from dirotq.pipeline.stage import Stage, fingerprint, recipe
 from dirotq.pipeline.store import Artifact, ArtifactStore
 
-__all__ = ["Outcome", "Step", "plan", "run"]
-
 log = logging.getLogger(__name__)
 
 Wiring = Mapping[str, Mapping[str, str]]  # stage -> {input slot: stage that fills it}
@@ -49,7 +47,7 @@ class Outcome:
 
 
 def order(wiring: Wiring, until: str | None = None) -> list[str]:
-    """Stage names in dependency order, as written where the wires leave a choice.
+    """Return stage names in dependency order, as written where the wires leave a choice.
 
     With ``until``, only that stage and what it needs.
 
@@ -75,7 +73,7 @@ def order(wiring: Wiring, until: str | None = None) -> list[str]:
 
 
 def plan(stages: Mapping[str, Stage], wiring: Wiring) -> list[Step]:
-    """Steps in dependency order, each with its recipe. Touches neither the store nor a GPU.
+    """Return steps in dependency order, each with its recipe. Touches neither the store nor a GPU.
 
     Raises ConfigError if a stage's input slots and its wiring differ.
     """
@@ -146,7 +144,7 @@ def _obtain(
     start: Callable[[], Future[float | None]],
     force: bool,
 ) -> Outcome:
-    """The step's artifact, started where it is missing; ``held`` keeps it from other processes.
+    """Get the step's artifact, made where it is missing; ``held`` keeps it from other processes.
 
     Between its publication and that, nobody holds it: if it is gone by then, it is made again.
     """
@@ -219,7 +217,7 @@ def _unmixed(
 
 
 def _changed(step: Step, inputs: Mapping[str, Artifact]) -> str:
-    """What a step reads otherwise than its recipe says; empty if nothing."""
+    """Say what a step reads otherwise than its recipe says; empty if nothing."""
     try:
         now = recipe(step.stage)
         for artifact in inputs.values():

@@ -3,13 +3,11 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-__all__ = ["differences"]
-
 _SHORT = {"stage": "recipe", "inputs": "input"}  # what people read for the two halves of a recipe
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """{dotted name: (old, new)} of every leaf in which two recipes differ."""
+    """Return {dotted name: (old, new)} of every leaf in which two recipes differ."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     names = [*before, *(name for name in after if name not in before)]
     pairs = {name: (before.get(name, "(absent)"), after.get(name, "(absent)")) for name in names}
@@ -17,7 +15,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Leaves of nested recipes; a stage's own fields are called recipe.<field>."""
+    """Yield the leaves of nested recipes; a stage's own fields are called recipe.<field>."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
             path = f"{name}.{key}" if name else _SHORT.get(str(key), str(key))

@@ -11,28 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = [
-    "denied",
-    "files_below",
-    "is_disk_full",
-    "kind",
-    "open_modes",
-    "printable",
-    "scratch_of",
-    "size_of",
-    "sync",
-    "sync_tree",
-    "user_name",
-    "whose",
-    "writable",
-    "write_json",
-]
-
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether a full disk or quota is at the root of ``error``, however a library wrapped it."""
+    """Tell whether a full disk or quota caused ``error``, however a library wrapped it."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in FULL:
             return True
@@ -72,7 +55,7 @@ def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = False) -
 
 
 def scratch_of(folder: Path, name: str) -> Iterator[Path]:
-    """What processes that died while they wrote ``folder/name`` with :func:`write_json` left."""
+    """Yield what processes left that died in :func:`write_json` to ``folder/name``."""
     return folder.glob(f".{name}.*")
 
 
@@ -114,7 +97,7 @@ def sync(path: Path) -> None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Everything under ``folder`` that is no folder, links included; no link is followed.
+    """Yield all under ``folder`` that is no folder, links included; no link is followed.
 
     A ``folder`` that is not there has nothing. Raises OSError for one that can't be listed.
     """
@@ -127,7 +110,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files below a folder, as far as they are there and can be seen."""
+    """Count the bytes of a file, or of all files below a folder that can be seen."""
     total = 0
     with contextlib.suppress(OSError):
         total = 0 if path.is_dir() else path.lstat().st_size
@@ -138,7 +121,7 @@ def size_of(path: Path) -> int:
 
 
 def kind(mode: int) -> str:
-    """What a ``st_mode`` says a path is, in words."""
+    """Say in words what a path with this ``st_mode`` is."""
     tests = {
         "a file": stat.S_ISREG,
         "a folder": stat.S_ISDIR,
@@ -150,7 +133,7 @@ def kind(mode: int) -> str:
 
 
 def writable(folder: Path) -> bool:
-    """Whether this user can make files in ``folder``, or make it where it is missing."""
+    """Tell whether this user can make files in ``folder``, or make it where it is missing."""
     for place in (folder, *folder.parents):
         if os.path.lexists(place):
             return place.is_dir() and os.access(place, os.W_OK | os.X_OK)
@@ -158,7 +141,7 @@ def writable(folder: Path) -> bool:
 
 
 def denied(path: Path, to: Literal["read", "write"] = "read") -> str:
-    """A sentence or two about a path that this user may not read or write: whose it is."""
+    """Say whose a path is that this user may not read or write."""
     inside = [place for place in reversed(path.parents) if not os.access(place, os.X_OK)]
     there = [place for place in (path, *path.parents) if os.path.lexists(place)]
     if to == "write" and os.access(there[0], os.W_OK):
@@ -175,19 +158,19 @@ def denied(path: Path, to: Literal["read", "write"] = "read") -> str:
 
 
 def whose(barred: Path, path: Path) -> tuple[str, int]:
-    """ "it belongs to NAME" for what is in the way to ``path``, and its mode. Raises OSError."""
+    """Say whose that is what bars the way to ``path``; and its mode. Raises OSError."""
     found = barred.stat()
     which = "it" if barred == path else printable(barred)
     return f"{which} belongs to {user_name(found.st_uid)}", found.st_mode
 
 
 def printable(text: object) -> str:
-    """``text`` for a terminal: what is no valid UTF-8 in a file's name becomes an escape."""
+    """Return ``text`` for a terminal: what is no valid UTF-8 in a file's name becomes an escape."""
     return str(text).encode("utf-8", "backslashreplace").decode()
 
 
 def user_name(uid: int) -> str:
-    """What a user is called here; the number if nobody knows it."""
+    """Name a user; by the number if nobody knows the name."""
     try:
         return pwd.getpwuid(uid).pw_name
     except KeyError:
@@ -195,7 +178,7 @@ def user_name(uid: int) -> str:
 
 
 def _umask() -> int:
-    """This process's umask. Asking os.umask for it would change it for a moment, in all threads."""
+    """Read the umask. Asking os.umask for it would change it for a moment, in all threads."""
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/self/status").read_text().splitlines()
         return int(next(line.split()[1] for line in lines if line.startswith("Umask:")), 8)

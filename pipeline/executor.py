@@ -4,14 +4,12 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any
 
-__all__ = ["LocalExecutor"]
-
 
 class LocalExecutor(Executor):
     """Runs each call at once, in this process and thread, so that Ctrl-C reaches it."""
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """A finished future with the result of ``fn(*args, **kwargs)``, or with what it raised."""
+        """Return a finished future with the result of ``fn(*args, **kwargs)``, or its error."""
         future: Future[Any] = Future()
         try:
             future.set_result(fn(*args, **kwargs))

@@ -9,9 +9,7 @@ from dirotq.errors import ArtifactError, ConfigError
 from dirotq.pipeline.compress import add_overrides
 from dirotq.pipeline.config import build, compose_config
 from dirotq.pipeline.differences import differences
-from dirotq.pipeline.store import Artifact, ArtifactStore, default_root
-
-__all__ = ["add_explain", "reason"]
+from dirotq.pipeline.store import ArtifactStore, default_root
 
 
 def add_explain(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -32,24 +30,23 @@ def _explain(options: argparse.Namespace) -> int:
     words = options.overrides
     if any("=" not in word and not word.startswith(("~", "-", "+")) for word in words):
         return _compare(words)
-    line = build(compose_config(words, options.config))
-    for step in line.steps:
-        if step.name in line.force:
+    pipeline = build(compose_config(words, options.config))
+    for step in pipeline.steps:
+        if step.name in pipeline.force:
             print(f"{step.name} would run because of force")
-        elif line.store.get(step.name, step.fingerprint):
+        elif pipeline.store.get(step.name, step.fingerprint):
             print(f"{step.name} is cached: {step}")
         else:
-            print(f"{step.name} would run because {reason(step.name, step.recipe, line.store)}")
+            print(f"{step.name} would run because {reason(step.name, step.recipe, pipeline.store)}")
     return 0
 
 
 def reason(stage: str, recipe: Mapping[str, Any], store: ArtifactStore) -> str:
-    """What differs between ``recipe`` and the most similar artifact of the stage."""
-    known = [artifact for artifact in store.list() if artifact.stage == stage]
+    """Say what differs between ``recipe`` and the most similar artifact of the stage."""
     candidates = []
-    for artifact in known:
+    for artifact in (a for a in store.list() if a.stage == stage):
         with contextlib.suppress(ArtifactError):  # damaged, or removed meanwhile: `verify` tells
-            candidates.append((differences(_recipe(artifact), recipe), artifact))
+            candidates.append((differences(artifact.manifest["recipe"], recipe), artifact))
     if not candidates:
         return "the store has no artifact of this stage"
     # Of equally many differences, own settings say more than changed inputs do; then the newest.
@@ -68,14 +65,9 @@ def _compare(words: list[str]) -> int:
             f"explain takes two artifacts or only overrides (name=value), found {' '.join(names)}"
         )
     one, other = (store.find(name) for name in names)
-    changed = differences(_recipe(one), _recipe(other))
+    changed = differences(one.manifest["recipe"], other.manifest["recipe"])
     print(f"{one} -> {other}: {_text(changed) or 'the same recipe'}")
     return 0
-
-
-def _recipe(artifact: Artifact) -> Mapping[str, Any]:
-    recipe: Mapping[str, Any] = artifact.manifest["recipe"]
-    return recipe
 
 
 def _text(changed: Mapping[str, tuple[str, str]]) -> str:

@@ -20,8 +20,6 @@ from dirotq.errors import DirotqError
 from dirotq.pipeline.disk import is_disk_full, user_name, whose
 from dirotq.pipeline.wording import reworded
 
-__all__ = ["explained"]
-
 SHARED = Path("/dev/shm")
 ELSEWHERE = "Choose a writable store with store=FOLDER or DIROTQ_STORE"
 RESUME = "finished work is kept; the same command resumes"
@@ -44,7 +42,7 @@ REASONS = {
 
 
 def explained(error: BaseException) -> tuple[str, int]:
-    """The paragraph to print for ``error``, and the exit status."""
+    """Return the paragraph to print for ``error``, and the exit status."""
     if isinstance(error, DirotqError):
         return str(error), 2
     if isinstance(error, HydraException | OmegaConfBaseException):
@@ -66,7 +64,7 @@ def explained(error: BaseException) -> tuple[str, int]:
 
 
 def _memory(error: BaseException) -> str | None:
-    """Memory that ran out. torch is known by its words alone: it may not be there."""
+    """Explain memory that ran out. torch is known by its words alone: it may not be there."""
     names = {cls.__name__ for cls in type(error).__mro__}
     ran_out = isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error))
     if not ({"MemoryError", "OutOfMemoryError"} & names or ran_out):
@@ -84,7 +82,7 @@ def _memory(error: BaseException) -> str | None:
 
 
 def _system(error: BaseException) -> str | None:
-    """What the operating system refused."""
+    """Explain what the operating system refused."""
     found = next((e for e in _chain(error) if isinstance(e, OSError)), None)
     text = " ".join(str(e) for e in _chain(error))
     where = _where(error)
@@ -149,7 +147,7 @@ def _home(error: BaseException) -> str | None:
 
 
 def _denied(error: PermissionError, where: str) -> str:
-    """The path, whose it is and who may what, and what to do."""
+    """Name the path, whose it is, who may what, and what to do."""
     if error.filename is None:
         return f"permission denied{where}: {_line(error)}. {ELSEWHERE}"
     path = Path(os.fsdecode(error.filename))
@@ -174,7 +172,7 @@ def _cwd() -> bool:
 
 
 def _has(error: BaseException, code: int) -> bool:
-    """Whether the system's error ``code`` is at the root, as a number or as text (safetensors)."""
+    """Tell whether the system's error ``code`` is the cause, as a number or text (safetensors)."""
     return any(
         (isinstance(e, OSError) and e.errno == code) or f"os error {code})" in str(e)
         for e in _chain(error)
@@ -189,7 +187,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _where(error: BaseException) -> str:
-    """The stage, which pipeline/dag.py notes."""
+    """Name the stage, which pipeline/dag.py notes."""
     notes = [note for note in getattr(error, "__notes__", ()) if note.startswith("in stage ")]
     return f" ({notes[0]})" if notes else ""
 
@@ -201,7 +199,7 @@ def _type(error: BaseException) -> str:
 
 
 def _line(error: BaseException) -> str:
-    """The first line of what it says, without torch's page on its allocator."""
+    """Return the first line of what it says, without torch's page on its allocator."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     text = lines[0] if lines else "no word of explanation"
     return text.rstrip(".") if len(text) <= 300 else f"{text[:300]} ..."

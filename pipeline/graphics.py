@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pynvml
 
-__all__ = ["Graphics", "hidden", "installed", "visible"]
-
 DRIVER = Path("/proc/driver/nvidia/version")
 """Is there where the kernel has NVIDIA's driver."""
 
@@ -27,12 +25,12 @@ class Graphics:
 
 
 def installed() -> tuple[Graphics, ...]:
-    """The GPUs of this machine; none where there is no driver, or it fails."""
+    """List the GPUs of this machine; none where there is no driver, or it fails."""
     return _asked() or ()
 
 
 def visible() -> tuple[Graphics, ...]:
-    """Those of them that CUDA would see."""
+    """List those of them that CUDA would see."""
     found, wanted = installed(), os.environ.get("CUDA_VISIBLE_DEVICES")
     if wanted is None:
         return found
@@ -43,13 +41,13 @@ def visible() -> tuple[Graphics, ...]:
 
 
 def hidden() -> bool:
-    """Whether there is a driver that can't be asked, as in a container without its library."""
+    """Tell whether there is a driver that can't be asked, as in a container without its library."""
     return _asked() is None and DRIVER.exists()
 
 
 @functools.cache
 def _asked() -> tuple[Graphics, ...] | None:
-    """What the library says; None where it is missing or fails."""
+    """Ask the library; None where it is missing or fails."""
     try:
         pynvml.nvmlInit()
         try:

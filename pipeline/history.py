@@ -11,8 +11,6 @@ from dirotq.errors import ArtifactError
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.dag import Step
 
-__all__ = ["Took", "last_run_here", "took"]
-
 
 @dataclass(frozen=True, slots=True)
 class Took:
@@ -25,7 +23,7 @@ class Took:
 
 
 def last_run_here(step: Step, past: Iterable[Artifact], machine: str | None) -> Took | None:
-    """The latest whole run of ``step``'s stage on its model and on this machine; None without one.
+    """Find the last whole run of ``step``'s stage on its model and this machine; None without one.
 
     past     artifacts of any stage, by time of publication
     machine  name of the device, as ``estimate`` in provenance.json has it; None: any of this host
@@ -45,7 +43,7 @@ def last_run_here(step: Step, past: Iterable[Artifact], machine: str | None) -> 
 
 
 def took(artifact: Artifact) -> Took | None:
-    """What its provenance tells; None if that is lost, damaged or nonsense."""
+    """Return what its provenance tells; None if that is lost, damaged or nonsense."""
     match artifact.provenance:
         case {"seconds": int() | float() as seconds, "peak_rss_bytes": int() as ram, **more}:
             vram: Any = more.get("peak_vram_bytes", 0)
@@ -57,5 +55,5 @@ def took(artifact: Artifact) -> Took | None:
 
 
 def _model(recipe: Any) -> Any:
-    """The stage's model, with the arguments it is called with."""
+    """Return the stage's model, with the arguments it is called with."""
     return recipe["stage"].get("model")

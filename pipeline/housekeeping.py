@@ -9,12 +9,11 @@ from rich.filesize import decimal
 
 from dirotq.errors import ArtifactError
 from dirotq.pipeline import cache, runs
-from dirotq.pipeline.artifact import Artifact, DamagedError
+from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.disk import printable, size_of
 from dirotq.pipeline.locks import InUseError
+from dirotq.pipeline.manifest import DamagedError
 from dirotq.pipeline.store import ArtifactStore, default_root
-
-__all__ = ["add_gc", "add_verify", "garbage", "gc", "store_option", "verify"]
 
 
 def add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -89,7 +88,7 @@ def gc(options: argparse.Namespace) -> int:
 
 
 def garbage(store: ArtifactStore, keep: int) -> Iterator[tuple[Path, str]]:
-    """(path, why) of everything in the store that is not needed by the last ``keep`` runs.
+    """Yield (path, why) of everything in the store that is not needed by the last ``keep`` runs.
 
     Damaged artifacts too; not those that can't be read for another reason.
     """
@@ -126,7 +125,7 @@ def _state(store: ArtifactStore, artifact: Artifact) -> tuple[str, str]:
 
 
 def _removed(remove: Callable[[Path], None], path: Path) -> tuple[int, str] | None:
-    """Remove ``path``; the exit status and the reason if it stays."""
+    """Remove ``path``. Returns the exit status and the reason if it stays."""
     try:
         remove(path)
     except InUseError:

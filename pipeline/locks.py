@@ -16,8 +16,6 @@ from pathlib import Path
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.disk import is_disk_full
 
-__all__ = ["InUseError", "alone", "is_held", "lock_of", "shared"]
-
 log = logging.getLogger(__name__)
 
 FOLDER = ".locks"  # of the store's root
@@ -28,7 +26,7 @@ class InUseError(ArtifactError):
 
 
 def lock_of(artifact: Path) -> Path:
-    """The lock file of ``<store>/<stage>/<fingerprint>``, and of what is made under that name."""
+    """Return the lock file of ``<store>/<stage>/<fingerprint>`` and of what becomes that."""
     stage, key = artifact.absolute().parent, artifact.name.split(".")[0]
     return stage.parent / FOLDER / f"{stage.name}-{key}.lock"
 
@@ -59,7 +57,7 @@ def shared(artifact: Path, *, wait: bool = True) -> Iterator[None]:
 
 
 def is_held(artifact: Path) -> bool:
-    """Whether a living process reads or makes the artifact, as far as this user can tell."""
+    """Tell whether a living process reads or makes the artifact, as far as this user can tell."""
     file = lock_of(artifact)
     try:
         if not file.exists():
@@ -107,7 +105,7 @@ def _locked(file: Path, how: int, wait: bool) -> int:
 
 
 def _opened(file: Path) -> int:
-    """Made for everybody whom the umask allows. Another user's file can be locked all the same."""
+    """Open it, made for all whom the umask allows. Another user's can be locked all the same."""
     errors = []
     for way in (os.O_RDWR | os.O_CREAT, os.O_RDWR, os.O_RDONLY):
         try:

@@ -11,8 +11,6 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import graphics
 from dirotq.pipeline.provenance import versions
 
-__all__ = ["Machine", "Needs", "find", "refuse_device"]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
@@ -48,13 +46,13 @@ class Machine:
 
 
 def find(device: str) -> Machine:
-    """The machine behind ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``)."""
+    """Describe the machine behind ``device`` (``auto``, ``cpu``, ``cuda`` or ``cuda:N``)."""
     found = graphics.visible() if device != "cpu" else ()
     if not found or (versions()["torch"] or "").endswith("+cpu"):
-        return Machine(name=f"CPU, {os.cpu_count() or 1} cores", vram=0, ram=_ram())
+        return Machine(name=f"CPU, {os.cpu_count() or 1} cores", vram=0, ram=free_ram())
     index = int(device.partition(":")[2] or 0)
     chosen = found[min(index, len(found) - 1)]
-    return Machine(name=chosen.name, vram=chosen.memory, ram=_ram())
+    return Machine(name=chosen.name, vram=chosen.memory, ram=free_ram())
 
 
 def refuse_device(device: str, setting: str) -> None:
@@ -86,8 +84,8 @@ def refuse_device(device: str, setting: str) -> None:
         )
 
 
-def _ram() -> int:
-    """Bytes of host memory that can be had: what is available, within a container's limit."""
+def free_ram() -> int:
+    """Count the bytes of host memory that are available, within a container's limit."""
     limits = [int(psutil.virtual_memory().available)]
     for name in ("memory.max", "memory/memory.limit_in_bytes"):  # cgroups 2 and 1
         file = Path("/sys/fs/cgroup") / name

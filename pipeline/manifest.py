@@ -13,19 +13,6 @@ from dirotq.files.digest import file_digest
 from dirotq.pipeline.disk import denied, files_below, kind, printable
 from dirotq.pipeline.units import JOURNAL
 
-__all__ = [
-    "MANIFEST",
-    "SCHEMA",
-    "DamagedError",
-    "inventory",
-    "is_file",
-    "names_below",
-    "read_json",
-    "read_manifest",
-    "refuse_newer",
-    "sealed",
-]
-
 SCHEMA = 1  # of manifest.json and of the store's marker; newer ones are refused
 MANIFEST = "manifest.json"
 _SHAPE = {"stage": str, "fingerprint": str, "recipe": dict, "files": dict, "metrics": dict}
@@ -37,7 +24,7 @@ class DamagedError(ArtifactError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file ``path``; NaN and infinities are no JSON.
+    """Read the JSON object in the file ``path``; NaN and infinities are no JSON.
 
     Raises DamagedError if it is absent or no such file, ArtifactError if it may not be read.
     """
@@ -61,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The content of a manifest, of the shape that ``ArtifactStore.create`` writes.
+    """Read a manifest, of the shape that ``ArtifactStore.create`` writes.
 
     schema, stage, fingerprint, recipe, files {path below data/: {sha256, bytes}}, metrics, and the
     digest of all these (which manifests of older versions lack)
@@ -77,7 +64,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
-    """A manifest with the digest of all that it says: nothing else covers its metrics."""
+    """Add to a manifest the digest of all that it says: nothing else covers its metrics."""
     plain = {key: value for key, value in content.items() if key != "digest"}
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"))
     return plain | {"digest": hashlib.sha256(text.encode()).hexdigest()}
@@ -95,7 +82,7 @@ def refuse_newer(content: dict[str, Any], path: Path) -> None:
 
 
 def inventory(data: Path) -> dict[str, dict[str, Any]]:
-    """{relative path: {sha256, bytes}} of every file under ``data`` but the journal of units.
+    """Return {relative path: {sha256, bytes}} of all files under ``data`` but the journal of units.
 
     Raises ArtifactError for a link, a pipe, ...: an artifact is files.
     """
@@ -113,12 +100,12 @@ def inventory(data: Path) -> dict[str, dict[str, Any]]:
 
 
 def names_below(folder: Path, data: Path) -> list[str]:
-    """Paths below ``data`` of all that is in ``folder`` and is no folder."""
+    """List paths below ``data`` of all that is in ``folder`` and is no folder."""
     return sorted(path.relative_to(data).as_posix() for path in files_below(folder))
 
 
 def is_file(path: Path) -> bool:
-    """Whether there is a file, and no link to one. Raises ArtifactError if that may not be seen."""
+    """Tell whether there is a file, no link to one. Raises ArtifactError if it may not be seen."""
     try:
         return stat.S_ISREG(path.lstat().st_mode)
     except PermissionError as error:

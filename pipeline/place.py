@@ -5,11 +5,9 @@ from pathlib import Path
 
 from dirotq.errors import ArtifactError
 
-__all__ = ["store_place"]
-
 
 def store_place(root: str | Path) -> Path:
-    """The absolute path of a store; the folder itself may be still to come.
+    """Return the absolute path of a store; the folder itself may be still to come.
 
     Raises ArtifactError for nothing at all, for a path through a file, and for a relative one where
     the current folder was removed.

@@ -15,12 +15,10 @@ from omegaconf import DictConfig
 from dirotq.errors import ConfigError
 from dirotq.files.digest import cache_root
 from dirotq.pipeline import machine
-from dirotq.pipeline.config import Line
+from dirotq.pipeline.config import Pipeline
 from dirotq.pipeline.disk import size_of
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.settings import make
-
-__all__ = ["Estimate", "Preflight", "examine", "free_disk", "refuse"]
 
 MARGIN = 1.05
 """Files of a run beside its artifacts: recorded calls, manifests, logs."""
@@ -60,13 +58,13 @@ class Preflight:
         }
 
 
-def examine(line: Line, cfg: DictConfig) -> Preflight:
-    """Estimate every stage of ``line`` that would run; nothing with ``preflight=false``.
+def examine(pipeline: Pipeline, cfg: DictConfig) -> Preflight:
+    """Estimate every stage of ``pipeline`` that would run; nothing with ``preflight=false``.
 
     Touches no GPU. Raises ConfigError for a setting that contradicts the machine, and what the
     workload raises for a model that can't be read.
     """
-    todo = [step for step in line.steps if not line.cached(step)]
+    todo = [step for step in pipeline.steps if not pipeline.cached(step)]
     telling = any(hasattr(step.stage, "needs") for step in todo)
     if not telling or not cfg.get("preflight") or "workload" not in cfg:
         return Preflight()
@@ -76,7 +74,7 @@ def examine(line: Line, cfg: DictConfig) -> Preflight:
     for step in todo:
         stage: Any = step.stage
         needs = stage.needs(workload, here) if hasattr(stage, "needs") else Needs()
-        partial = line.store.root / step.name / f"{step.fingerprint}.partial"
+        partial = pipeline.store.root / step.name / f"{step.fingerprint}.partial"
         present = size_of(partial) if getattr(stage, "resumable", False) else 0
         estimates[step.name] = Estimate(needs, present)
     notes = tuple(getattr(workload, "notes", ()))
@@ -84,9 +82,7 @@ def examine(line: Line, cfg: DictConfig) -> Preflight:
 
 
 def refuse(found: Preflight, root: Path) -> None:
-    """Raise ConfigError if the machine, or the disk of the store ``root`` or of the cache, can't
-    hold the run.
-    """
+    """Raise ConfigError if the machine, or the disk of the store or the cache, is too small."""
     if found.machine is None:
         return
     problems = [*_memory(found.machine, found.estimates), *_disk(found, root)]
@@ -98,7 +94,7 @@ def refuse(found: Preflight, root: Path) -> None:
 
 
 def free_disk(root: Path) -> int:
-    """Bytes free where the folder ``root`` is, or will be."""
+    """Count the bytes free where the folder ``root`` is, or will be."""
     return shutil.disk_usage(_place(root)).free
 
 
@@ -145,7 +141,7 @@ def _disk(found: Preflight, root: Path) -> Iterator[str]:
 
 
 def _place(folder: Path) -> Path:
-    """The folder, or the innermost one above it that exists."""
+    """Return the folder, or the innermost one above it that exists."""
     return next(path for path in (folder, *folder.absolute().parents) if path.exists())
 
 

@@ -7,7 +7,6 @@ is any other value that the grammar can't read. Lists, mappings, sweeps and inte
 
 import os
 import re
-from collections.abc import Sequence
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, QuotedString
@@ -15,49 +14,18 @@ from hydra.errors import HydraException
 
 from dirotq.errors import ConfigError
 
-__all__ = ["parsed", "quote", "quoted", "setting"]
-
 PATHS = ("store", "weights", "path", "base", "lora", "config", "ground_truth")
 """Last words of the settings that name a file or a folder (hydra's own keep Hydra's grammar)."""
 _STRUCTURE = re.compile(r"([\[\]{},]|:\s)")
 
 
-def quoted(args: Sequence[str], *, sweep: bool = False) -> list[str]:
-    """``args`` of a command line as Hydra must see them.
+def quoted(arg: str, *, sweep: bool = False) -> str:
+    """Return an argument of the command line as Hydra must see it.
 
     sweep  whether commas mean a sweep
 
-    Raises ConfigError for an argument that no file system and no configuration can hold.
+    Raises ConfigError for one that no file system and no configuration can hold.
     """
-    return [_quoted(arg, sweep) for arg in args]
-
-
-def setting(arg: str) -> tuple[str, str, str]:
-    """``++a.b@c=value`` as ("++", "a.b@c", "value"); no value for a flag or a lone word."""
-    head, _, value = arg.partition("=")
-    key = head.lstrip("+~")
-    return head[: len(head) - len(key)], key, value
-
-
-def parsed(arg: str) -> Override | None:
-    """What Hydra makes of one override; None if its grammar can't read it."""
-    try:
-        override: Override = OverridesParser.create().parse_override(arg)
-    except HydraException:
-        return None
-    return override
-
-
-def quote(value: str) -> str:
-    """``value`` as quoted text of Hydra's grammar, which neither Hydra nor OmegaConf change."""
-    # OmegaConf takes backslashes before ${ in pairs, and an odd one as "no interpolation".
-    value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
-    # Hydra takes backslashes before a quote in pairs.
-    value = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
-    return f"'{value}'"
-
-
-def _quoted(arg: str, sweep: bool) -> str:
     try:
         arg.encode()
     except UnicodeEncodeError as error:
@@ -83,8 +51,33 @@ def _quoted(arg: str, sweep: bool) -> str:
     return arg if parsed(attempt) is None else attempt
 
 
+def setting(arg: str) -> tuple[str, str, str]:
+    """Split ``++a.b@c=value`` into ("++", "a.b@c", "value"); a flag or lone word has no value."""
+    head, _, value = arg.partition("=")
+    key = head.lstrip("+~")
+    return head[: len(head) - len(key)], key, value
+
+
+def parsed(arg: str) -> Override | None:
+    """Parse one override as Hydra does; None if its grammar can't read it."""
+    try:
+        override: Override = OverridesParser.create().parse_override(arg)
+    except HydraException:
+        return None
+    return override
+
+
+def quote(value: str) -> str:
+    """Write ``value`` as quoted text of Hydra's grammar: neither Hydra nor OmegaConf change it."""
+    # OmegaConf takes backslashes before ${ in pairs, and an odd one as "no interpolation".
+    value = re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    # Hydra takes backslashes before a quote in pairs.
+    value = re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value)
+    return f"'{value}'"
+
+
 def _path(name: str, value: str, sweep: bool) -> str:
-    """The value of a setting that names a file or folder."""
+    """Quote the value of a setting that names a file or folder."""
     expanded = os.path.expanduser(value)  # noqa: PTH111 (Path's raises where HOME is unknown)
     if value.lower() == "null" or os.path.lexists(expanded):
         return value if value.lower() == "null" else quote(expanded)
@@ -105,7 +98,7 @@ def _path(name: str, value: str, sweep: bool) -> str:
 
 
 def _elements(value: str) -> str:
-    """A list or mapping whose words are quoted where Hydra can't read them."""
+    """Quote those words of a list or mapping that Hydra can't read."""
     if "'" in value or '"' in value:
         return value
     made = []

@@ -8,30 +8,28 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from dirotq.files.digest import cache_root
-from dirotq.pipeline.config import Line
+from dirotq.pipeline.config import Pipeline
 from dirotq.pipeline.dag import Outcome
 from dirotq.pipeline.history import Took, last_run_here, took
 from dirotq.pipeline.machine import Needs
 from dirotq.pipeline.preflight import Preflight, free_disk
 from dirotq.pipeline.store import Artifact
 
-__all__ = ["duration_text", "plan", "seconds_text", "summary"]
 
-
-def plan(line: Line, found: Preflight) -> None:
-    """Per stage: cached or to run. Of a cached one, what it took; of one to run, the seconds of its
-    last run here, and what it needs: an estimate (``~``) or an upper bound (``<``).
+def plan(pipeline: Pipeline, found: Preflight) -> None:
+    """Print per stage: cached or to run; of a cached one, what it took; of one to run, the seconds
+    of its last run here, and what it needs: an estimate (``~``) or an upper bound (``<``).
 
     Without a workload, what that run took. Memory is the peak.
     """
     table = Table("stage", "state", "artifact", box=None, pad_edge=False)
     for name in ("seconds", "VRAM", "RAM", "disk"):
         table.add_column(name, justify="right")
-    past = line.store.list()  # sorted by time
+    past = pipeline.store.list()  # sorted by time
     machine = found.machine.name if found.machine else None
     missing: dict[str, float | None] = {}  # seconds of stages to run, where they ran before
-    for step in line.steps:
-        cached = None if step.name in line.force else line.store.get(step.name, step.fingerprint)
+    for step in pipeline.steps:
+        cached = pipeline.cached(step)
         if cached:
             cached.manifest  # noqa: B018 - a damaged one is no plan
             known = took(cached)
@@ -42,7 +40,7 @@ def plan(line: Line, found: Preflight) -> None:
         cells = _cells(known, estimate.needs if estimate else None)
         table.add_row(step.name, "cached" if cached else "to run", step.fingerprint, *cells)
     Console().print(table)
-    print(f"\n{_outlook(missing, found, line.store.root)}")
+    print(f"\n{_outlook(missing, found, pipeline.store.root)}")
     for note in found.notes:
         print(note)
 
@@ -80,21 +78,22 @@ def _outlook(missing: Mapping[str, float | None], found: Preflight, root: Path) 
 
 
 def duration_text(seconds: float) -> str:
-    """A time for people: 45 s, 12 min, 3.5 h."""
+    """Write a time for people: 45 s, 12 min, 3.5 h."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def summary(outcomes: Mapping[str, Outcome], folder: Path) -> None:
-    """Per stage: what happened and its metrics; then where to look."""
+    """Print per stage what happened and its metrics; then where to look."""
     table = Table("stage", "state", box=None, pad_edge=False)
     table.add_column("seconds", justify="right")
     table.add_column("metrics", overflow="fold")
     for name, outcome in outcomes.items():
         state = "cached" if outcome.seconds is None else "ran"
         seconds = seconds_text(outcome.seconds) if outcome.seconds is not None else ""
-        table.add_row(name, state, seconds, metrics_text(outcome.artifact))
+        metrics = sorted(outcome.artifact.metrics.items())
+        table.add_row(name, state, seconds, " ".join(f"{k}={v:.4g}" for k, v in metrics))
     Console().print(table)
     artifacts = [outcome.artifact for outcome in outcomes.values()]
     for what, path in [
@@ -107,17 +106,12 @@ def summary(outcomes: Mapping[str, Outcome], folder: Path) -> None:
             print(f"{what:<13}{path}")
 
 
-def metrics_text(artifact: Artifact) -> str:
-    """``psnr=47.3 sites=44``, in the order of the names."""
-    return " ".join(f"{name}={value:.4g}" for name, value in sorted(artifact.metrics.items()))
-
-
 def seconds_text(seconds: float) -> str:
     return f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
 
 
 def _holding(artifacts: list[Artifact], name: str, *, folder: bool = False) -> Path | None:
-    """The last artifact's file called ``name`` (the least deep one), or the folder it lies in."""
+    """Find the last artifact's file ``name`` (the least deep one), or the folder it lies in."""
     for artifact in reversed(artifacts):
         found = [f for f in artifact.manifest["files"] if PurePosixPath(f).name == name]
         if found:

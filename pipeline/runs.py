@@ -2,9 +2,9 @@
 
 import logging
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from os import getuid
 from pathlib import Path
 
@@ -15,8 +15,6 @@ from dirotq.files.digest import cache_root
 from dirotq.pipeline.disk import writable, write_json
 from dirotq.pipeline.manifest import DamagedError, read_json
 from dirotq.pipeline.store import ArtifactStore
-
-__all__ = ["Needed", "folder_of", "leftovers", "needed", "new_folder", "record"]
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +37,12 @@ class Needed:
     doubtful: Sequence[Path]
 
     def spares(self, name: str) -> bool:
-        """Whether the artifact ``stage/fingerprint`` is needed, or may be."""
+        """Tell whether the artifact ``stage/fingerprint`` is needed, or may be."""
         return name in self.artifacts or (bool(self.doubtful) and name not in self.forgotten)
 
 
 def folder_of(root: str | Path) -> Path:
-    """Where the runs on the store ``root`` keep their folders: ``<root>/runs``.
+    """Return where the runs on the store ``root`` keep their folders: ``<root>/runs``.
 
     For a store that can only be read it is in the cache, or where the system keeps such things.
     """
@@ -61,10 +59,8 @@ OmegaConf.register_new_resolver("runs_folder", lambda root: str(folder_of(root))
 
 
 def new_folder(store: ArtifactStore) -> Path:
-    """A fresh folder in :func:`folder_of`, named for the time like Hydra's; not made yet."""
-    now = time.time()
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(now))
-    return folder_of(store.root) / f"{stamp}_{int(now % 1 * 1e6):06d}"
+    """Name a fresh folder in :func:`folder_of`, named for the time like Hydra's; not made yet."""
+    return folder_of(store.root) / f"{datetime.now().astimezone():%Y-%m-%d_%H-%M-%S_%f}"
 
 
 def record(folder: Path, store: ArtifactStore, artifacts: Mapping[str, str]) -> None:
@@ -85,7 +81,7 @@ def record(folder: Path, store: ArtifactStore, artifacts: Mapping[str, str]) -> 
 
 
 def needed(store: ArtifactStore, count: int) -> Needed:
-    """The artifacts that the last ``count`` runs refer to (a multirun is one run).
+    """Return the artifacts that the last ``count`` runs refer to (a multirun is one run).
 
     A record that can't be read never stops anybody: it is named, and as long as it is there and
     recent, what only it can refer to is spared.
@@ -111,7 +107,7 @@ def needed(store: ArtifactStore, count: int) -> Needed:
 
 
 def leftovers(store: ArtifactStore) -> list[Path]:
-    """Half-written records of processes that died."""
+    """List half-written records of processes that died."""
     return sorted((store.root / "runs").rglob(f".{RECORD}.*"))
 
 

@@ -15,8 +15,6 @@ from omegaconf.errors import OmegaConfBaseException
 from dirotq.errors import ConfigError
 from dirotq.pipeline.quoting import setting
 
-__all__ = ["refuse_secret_settings", "refuse_secrets", "without_secrets"]
-
 HIDDEN = "(not shown)"
 ENV_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _WORD = (
@@ -59,24 +57,17 @@ def refuse_secret_settings(node: Any, name: str = "") -> None:
 
 
 def without_secrets(args: Sequence[str]) -> list[str]:
-    """A command line for a record: whatever may be a secret is left out."""
+    """Return a command line for a record, without whatever may be a secret."""
     shown: list[str] = []
     expected = False  # after `--token`
     for arg in args:
-        name, value = _split(arg)
+        _, key, value = setting(arg)
+        name, value = (key.lstrip("-"), value) if "=" in arg else ("", arg)
         secret = expected or _is_secret(name, value)
         named = name and not _VALUE.search(name)
         shown.append(arg if not secret else f"{name}={HIDDEN}" if named else HIDDEN)
         expected = arg.startswith("-") and bool(_NAME.fullmatch(arg.lstrip("-")))  # no value yet
     return shown
-
-
-def _split(arg: str) -> tuple[str, str]:
-    """(name, value); a lone word is a value, a flag's name has no dashes."""
-    if "=" not in arg:
-        return "", arg
-    _, key, value = setting(arg)
-    return key.lstrip("-"), value
 
 
 def _is_secret(name: str, value: str) -> bool:

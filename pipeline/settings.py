@@ -4,6 +4,7 @@ The annotations of a dataclass are the types of its settings: whatever a stage, 
 would stumble over hours later is refused here, by the name under which people set it.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import inspect
@@ -19,8 +20,6 @@ from omegaconf import DictConfig, ListConfig
 
 from dirotq.errors import ConfigError
 
-__all__ = ["close_to", "fields_of", "fits", "make", "moved", "no_such_setting", "refuse_misfit"]
-
 TARGET = "_target_"
 IGNORED = ("_convert_", "_recursive_")  # what configurations for Hydra's own `instantiate` say
 UNIONS = (Union, types.UnionType)
@@ -28,7 +27,7 @@ _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 
 def make(node: Any, name: str) -> Any:
-    """What ``node`` describes: its ``_target_`` called with its other entries, or plain values.
+    """Make what ``node`` describes: ``_target_`` called with the other entries, or plain values.
 
     name  of the node, as overrides spell it
 
@@ -53,7 +52,8 @@ def make(node: Any, name: str) -> Any:
         if hints is not None:
             refuse_misfit(value, hints[entry], names[entry])
     try:
-        _signature(called).bind(**made)
+        with contextlib.suppress(ValueError):  # a builtin that has no signature
+            inspect.signature(called).bind(**made)
     except TypeError as error:
         raise ConfigError(
             f"{name} can't be made from its settings: {error}; conf/ holds a value for each, so "
@@ -66,7 +66,7 @@ def make(node: Any, name: str) -> Any:
 
 
 def moved(node: DictConfig, name: str, entry: str) -> str:
-    """How the setting ``entry`` of ``node`` is spelled since it went elsewhere; else empty.
+    """Say how the setting ``entry`` of ``node`` is spelled since it went elsewhere; else empty.
 
     Its class says so in ``moved``: ClassVar[Mapping[str, str]].
     """
@@ -74,7 +74,7 @@ def moved(node: DictConfig, name: str, entry: str) -> str:
 
 
 def fields_of(node: DictConfig, name: str) -> dict[str, Any] | None:
-    """{setting: its annotation} of the class that ``node`` names; None if it is no dataclass."""
+    """Return {setting: annotation} of the class that ``node`` names; None if no dataclass."""
     called = _target(node, name)
     if not dataclasses.is_dataclass(called):
         return None
@@ -83,7 +83,7 @@ def fields_of(node: DictConfig, name: str) -> dict[str, Any] | None:
 
 
 def no_such_setting(parent: str, entry: str, known: Iterable[str], moved: str = "") -> ConfigError:
-    """The error for the setting ``entry`` of ``parent``, which has the ``known`` ones.
+    """Return the error for the setting ``entry`` of ``parent``, which has the ``known`` ones.
 
     moved  how it is spelled now, if it once was there
     """
@@ -99,7 +99,7 @@ def no_such_setting(parent: str, entry: str, known: Iterable[str], moved: str = 
 
 
 def close_to(word: str, known: Iterable[str], parent: str = "") -> str:
-    """`` did you mean `x`?``, or nothing."""
+    """Return `` did you mean `x`?``, or nothing."""
     close = difflib.get_close_matches(word, known, n=1)
     prefix = f"{parent}." if parent else ""
     return f" did you mean `{prefix}{close[0]}`?" if close else ""
@@ -120,7 +120,7 @@ def refuse_misfit(value: Any, hint: Any, name: str) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether ``value`` is what the annotation ``hint`` says. Floats are finite; true is no 1.
+    """Tell whether ``value`` is what the annotation ``hint`` says. Floats are finite; true is no 1.
 
     Pydantic's strict mode takes true for ``Literal[1]`` and no protocol or list for a tuple.
     """
@@ -151,7 +151,7 @@ def fits(value: Any, hint: Any) -> bool:
 
 
 def _parts(value: Any, hint: Any) -> Iterator[tuple[Any, Any, str]]:
-    """What a mapping or list holds, each with its annotation and its place."""
+    """Yield what a mapping or list holds, each with its annotation and its place."""
     for option in typing.get_args(hint) if typing.get_origin(hint) in UNIONS else (hint,):
         kind, args = typing.get_origin(option), typing.get_args(option)
         if not isinstance(kind, type) or not args:
@@ -177,16 +177,8 @@ def _target(node: DictConfig, name: str) -> Any:
     return found
 
 
-def _signature(called: Any) -> inspect.Signature:
-    try:
-        return inspect.signature(called)
-    except ValueError:  # a builtin that has none
-        anything = inspect.Parameter("settings", inspect.Parameter.VAR_KEYWORD)
-        return inspect.Signature([anything])
-
-
 def _name(node: DictConfig, key: Any, parent: str) -> str:
-    """How people set this entry: ``model: ${model}`` is set as ``model``, wherever it stands."""
+    """Say how people set an entry: ``model: ${model}`` is set as ``model``, wherever it stands."""
     raw = node._get_node(key)
     said = raw._value() if raw is not None and raw._is_interpolation() else ""
     reference = _REFERENCE.fullmatch(str(said))
@@ -207,7 +199,7 @@ def _kind(value: Any) -> str:
 
 
 def _allowed(hint: Any) -> str:
-    """The annotation for people."""
+    """Say an annotation in words."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in UNIONS:
         return " or ".join(dict.fromkeys(_allowed(option) for option in args))

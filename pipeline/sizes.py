@@ -8,7 +8,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes of "5GB", "800 MB", "1.5TB" or a plain number; units are powers of 1000.
+    """Read "5GB", "800 MB", "1.5TB" or a plain number of bytes; units are powers of 1000.
 
     Raises ConfigError for anything else, and for sizes that are not positive.
     """

@@ -1,7 +1,6 @@
 """What a stage is, and how its configuration becomes a fingerprint."""
 
 import dataclasses
-import enum
 import hashlib
 import json
 from collections.abc import Mapping
@@ -9,8 +8,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from dirotq.errors import ConfigError
-
-__all__ = ["Stage", "fingerprint", "recipe", "untracked"]
 
 
 @runtime_checkable
@@ -33,12 +30,12 @@ class Stage(Protocol):
 
 
 def untracked(**options: Any) -> Any:
-    """A dataclass field that cannot change the result (device, a batch size proven harmless)."""
+    """Declare a field that cannot change the result (device, a batch size proven harmless)."""
     return dataclasses.field(metadata={"tracked": False}, **options)
 
 
 def recipe(obj: Any) -> Any:
-    """The JSON value that identifies ``obj``.
+    """Return the JSON value that identifies ``obj``.
 
     An object with a method ``identity()`` is identified by what that returns (the content digest of
     a model folder, the sha256 of a prompt file) instead of by its fields; any other dataclass by
@@ -49,8 +46,6 @@ def recipe(obj: Any) -> Any:
     """
     if obj is None or isinstance(obj, bool | int | float | str):
         return obj
-    if isinstance(obj, enum.Enum):
-        return obj.name
     if isinstance(obj, Path):
         raise ConfigError(
             f"cannot fingerprint the path {obj}: a path says nothing about the content behind it; "
@@ -72,7 +67,7 @@ def recipe(obj: Any) -> Any:
 
 
 def fingerprint(value: Any) -> str:
-    """The first 16 hex digits of the SHA-256 of ``value`` as canonical JSON.
+    """Return the first 16 hex digits of the SHA-256 of ``value`` as canonical JSON.
 
     Raises ConfigError if ``value`` holds nan or an infinity, which JSON cannot carry.
     """

@@ -42,9 +42,8 @@ from dirotq.pipeline.manifest import (
     refuse_newer,
     sealed,
 )
-from dirotq.pipeline.peaks import reset_peaks
 from dirotq.pipeline.place import store_place
-from dirotq.pipeline.provenance import provenance
+from dirotq.pipeline.provenance import provenance, reset_peaks
 from dirotq.pipeline.stage import fingerprint
 from dirotq.pipeline.units import retire
 
@@ -85,12 +84,12 @@ class ArtifactStore:
         self._marked()
 
     def get(self, stage: str, key: str) -> Artifact | None:
-        """The published artifact of this stage and fingerprint, or None."""
+        """Return the published artifact of this stage and fingerprint, or None."""
         artifact = Artifact(stage, key, self.root / stage / key)
         return artifact if artifact.published else None
 
     def find(self, name: str) -> Artifact:
-        """The artifact called ``stage/fingerprint``; either part, or a beginning, may be enough.
+        """Find the artifact ``stage/fingerprint``; either part, or a beginning, may be enough.
 
         Raises ArtifactError if none or several match.
         """
@@ -108,7 +107,7 @@ class ArtifactStore:
         raise ArtifactError(f"{what} {name!r} in {self.root}: it is one of {known}")
 
     def list(self) -> list[Artifact]:
-        """Every published artifact that may be read, by stage and time of publication."""
+        """List every published artifact that may be read, by stage and time of publication."""
         found = []
         for artifact in self.everything():
             with contextlib.suppress(ArtifactError):
@@ -116,14 +115,14 @@ class ArtifactStore:
         return found
 
     def everything(self) -> Sequence[Artifact]:
-        """All that is named like an artifact, published or damaged, in the order of ``list``."""
+        """List all that is named like an artifact, published or damaged, in ``list``'s order."""
         paths = [path for path in self._entries() if _KEY.fullmatch(path.name)]
         paths.sort(key=lambda path: (path.parent.name, _time(path)))
         return [Artifact(path.parent.name, path.name, path) for path in paths]
 
     @contextlib.contextmanager
     def reading(self, stage: str, key: str) -> Iterator[Artifact | None]:
-        """The published artifact, or None, and nobody replaces or removes it while the block runs.
+        """Yield the published artifact, or None; nobody replaces or removes it in the block.
 
         Waits for a process that is making it.
         """
@@ -238,7 +237,7 @@ class ArtifactStore:
             path.unlink()
 
     def leftovers(self) -> Iterator[Path]:
-        """What dead processes left: partial and half-removed folders, half-written small files."""
+        """Yield what dead processes left: partial and half-removed folders, scratch files."""
         for path in sorted(self._entries()):
             key, dot, _ = path.name.partition(".")
             if dot and _KEY.fullmatch(key) and not locks.is_held(path):
@@ -246,13 +245,13 @@ class ArtifactStore:
         yield from sorted(scratch_of(self.root, MARKER))
 
     def _entries(self) -> Iterator[Path]:
-        """What lies in the folders of the stages."""
+        """Yield what lies in the folders of the stages."""
         for stage in _inside(self.root):
             if stage.is_dir() and not stage.name.startswith("."):
                 yield from _inside(stage)
 
     def _marked(self) -> bool:
-        """Whether the marker is there and whole. Raises ArtifactError for a newer store."""
+        """Tell whether the marker is there and whole. Raises ArtifactError for a newer store."""
         marker = self.root / MARKER
         if not os.path.lexists(marker):
             return False
@@ -265,7 +264,7 @@ class ArtifactStore:
         return type(content.get("schema")) is int
 
     def _prepare(self, partial: Path, resume: bool) -> None:
-        """The draft's folder, with nothing but ``data`` in it, and that only to ``resume``.
+        """Make the draft's folder, with nothing but ``data`` in it, and that only to ``resume``.
 
         What a process that was killed while it removed something left of this key goes too.
         """
@@ -318,7 +317,7 @@ class ArtifactStore:
 
 
 def default_root() -> str:
-    """The store of a command that names none: DIROTQ_STORE, or ``artifacts`` in this folder."""
+    """Return the store of a command that names none: DIROTQ_STORE, or ``artifacts`` here."""
     return os.environ.get("DIROTQ_STORE", "artifacts")
 
 
@@ -328,7 +327,7 @@ def _jsonable(value: float) -> float | str:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """What is in a folder; nothing if it is none, and a warning if it may not be seen."""
+    """List what is in a folder; nothing if it is none, with a warning if it may not be seen."""
     try:
         return list(folder.iterdir())
     except PermissionError:

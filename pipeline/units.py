@@ -22,8 +22,6 @@ from dirotq.files.digest import file_digest
 from dirotq.pipeline.disk import files_below, sync, write_json
 from dirotq.pipeline.stage import recipe
 
-__all__ = ["JOURNAL", "Units", "retire"]
-
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -54,11 +52,11 @@ class Units:
         self._waiting: dict[Path, dict[str, Any]] = {}
 
     def done(self, name: str) -> bool:
-        """Whether the unit was finished, by this run or by one before it."""
+        """Tell whether the unit was finished, by this run or by one before it."""
         return name in self._files
 
     def todo(self, items: Iterable[T], name: Callable[[T], str], what: str) -> list[T]:
-        """The items, in order, whose unit ``name(item)`` is not finished; ``what`` names them."""
+        """List the items, in order, whose unit ``name(item)`` is to do; ``what`` names them."""
         given = list(items)
         left = [item for item in given if not self.done(name(item))]
         if len(left) < len(given):
@@ -123,7 +121,7 @@ class Units:
         self._waiting, self._looked = {}, time.monotonic()
 
     def _intact(self) -> dict[str, frozenset[str]]:
-        """{unit: its files, relative to ``out``} of every unit that is as it was finished."""
+        """Return {unit: its files, relative to ``out``} of all units that are as finished."""
         present = _files(self.out) if self.out.is_dir() else []
         entries = [found for f in present if f.parent == self._journal and (found := _read(f))]
         named = {file for _, files in entries for file in files}
@@ -135,7 +133,7 @@ class Units:
         }
 
     def _hashed(self, files: Iterable[Path]) -> dict[str, dict[str, Any]]:
-        """What the journal says of files, in order of their names; unreadable ones are left out."""
+        """Return the journal's entries of readable files, in order of their names."""
         ordered = sorted(set(files))
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL
             found = zip(map(self._relative, ordered), pool.map(_entry, ordered), strict=True)
@@ -170,7 +168,7 @@ def retire(out: Path) -> None:
 
 
 def _entry(file: Path) -> dict[str, Any] | None:
-    """What the journal says of a file; None for one that can't be read."""
+    """Return the journal's entry of a file; None for one that can't be read."""
     try:
         return {"sha256": file_digest(file), "bytes": file.stat().st_size}
     except OSError:
@@ -178,12 +176,12 @@ def _entry(file: Path) -> dict[str, Any] | None:
 
 
 def _entry_name(unit: str) -> str:
-    """Of the journal's file; a digest, since any name can be a unit's."""
+    """Name the journal's file; a digest, since any name can be a unit's."""
     return f"{hashlib.sha256(unit.encode()).hexdigest()[:32]}.json"
 
 
 def _read(entry: Path) -> tuple[str, dict[str, Any]] | None:
-    """Unit and files of one entry of the journal; None if it is damaged in whatever way."""
+    """Read unit and files of one entry of the journal; None if it is damaged in whatever way."""
     try:
         match json.loads(entry.read_text()):
             case {"unit": str(name), "files": dict(files)} if entry.name == _entry_name(name):
@@ -194,7 +192,7 @@ def _read(entry: Path) -> tuple[str, dict[str, Any]] | None:
 
 
 def _files(part: Path) -> list[Path]:
-    """``part``, or every regular file below it; links are none, wherever they lead."""
+    """List ``part``, or every regular file below it; links are none, wherever they lead."""
     if not part.is_dir():
         return [part]
     return [path for path in files_below(part) if path.is_file() and not path.is_symlink()]

@@ -7,8 +7,6 @@ from omegaconf import DictConfig
 
 from dirotq.pipeline.settings import close_to, moved, no_such_setting
 
-__all__ = ["reworded"]
-
 EXTRAS = {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm"}
 """Launchers, and the extras of this package that install them."""
 NOISE = re.compile(
@@ -17,7 +15,7 @@ NOISE = re.compile(
 
 
 def reworded(error: BaseException, tree: Callable[[], DictConfig] | None = None) -> str:
-    """One paragraph for whatever Hydra or OmegaConf say about overrides.
+    """Return one paragraph for whatever Hydra or OmegaConf say about overrides.
 
     tree  makes the configuration without overrides, to look for names that are meant
     """
@@ -59,29 +57,19 @@ def _not_a_choice(kind: str) -> str:
 
 
 _WORDS: tuple[tuple[str, Callable[..., str]], ...] = (
-    (
-        r"Could not find '(.+?)/([^/']*)'.*Available options in '[^']*':(.*?)Config search",
-        _no_choice,
-    ),
-    (
-        r"Could not (?:find|load) '(.+?)/([^/']*)'",
-        "{}={}: there is no such choice; `dirotq compress --help` lists them".format,
-    ),
-    (
-        r"An item is already at '([^']*)'",
-        "+{0}=...: {0} is there already; write {0}=... without the +".format,
-    ),
-    (
-        r"^(\S+) appears more than once in the final defaults list",
-        "+{0}=...: {0} is chosen already; write {0}=... without the +".format,
-    ),
-    (
-        r"Could not delete from config\. '([^']*)' does not exist",
-        "~{0}: there is nothing called {0} to leave out".format,
-    ),
+    (r"Could not find '(.+?)/([^/']*)'.*Available options in '[^']*':(.*?)Config search",
+     _no_choice),
+    (r"Could not (?:find|load) '(.+?)/([^/']*)'",
+     "{}={}: there is no such choice; `dirotq compress --help` lists them".format),
+    (r"An item is already at '([^']*)'",
+     "+{0}=...: {0} is there already; write {0}=... without the +".format),
+    (r"^(\S+) appears more than once in the final defaults list",
+     "+{0}=...: {0} is chosen already; write {0}=... without the +".format),
+    (r"Could not delete from config\. '([^']*)' does not exist",
+     "~{0}: there is nothing called {0} to leave out".format),
     (r"Ambiguous value for argument '(.*?)'\n", _ambiguous),
     (r"Config group override must be a string or a list\. Got (\w+)", _not_a_choice),
-)
+)  # fmt: skip
 
 
 def _unknown(name: str, tree: Callable[[], DictConfig] | None) -> str:

@@ -17,9 +17,9 @@ import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from dirotq.device import free_host_memory
 from dirotq.models.call import Call
 from dirotq.models.skeleton import drop, move_buffers, names_in, names_outside
+from dirotq.pipeline.machine import free_ram
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.weights import Weights
 
@@ -100,7 +100,7 @@ class Replay:
 
         vram  bytes of GPU memory to stay within; None for what is free
         """
-        each, host = max(self._state_bytes(call), 1), int(HOST_SHARE * free_host_memory())
+        each, host = max(self._state_bytes(call), 1), int(HOST_SHARE * free_ram())
         if self.device.type == "cpu":
             return calls_at_once(each, count, host, host)[0]
         limit = torch.cuda.mem_get_info(self.device)[0] if vram is None else vram

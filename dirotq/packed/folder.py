@@ -12,7 +12,8 @@ from typing import Any
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.files.json_file import read_json
 from dirotq.files.sums import SUMS, check_sums
-from dirotq.pipeline.artifact import MANIFEST, Artifact
+from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.manifest import MANIFEST
 from dirotq.pipeline.store import MARKER
 
 log = logging.getLogger(__name__)

@@ -5,6 +5,7 @@ import torch
 
 from dirotq import doctor
 from dirotq.kernels import chip
+from dirotq.pipeline import provenance
 
 
 def test_says_what_there_is(dirotq, store_root):
@@ -31,7 +32,7 @@ def test_broken_installs_are_findings_not_failures(monkeypatch):
         raise OSError(f"{name}: undefined symbol")
 
     monkeypatch.setattr(doctor, "import_module", broken)
-    monkeypatch.setattr(doctor, "versions", lambda: dict.fromkeys(doctor.LIBRARIES))
+    monkeypatch.setattr(doctor, "versions", lambda: dict.fromkeys(provenance.LIBRARIES))
     found = doctor.findings()
     assert "missing" in found["torch"]
     assert "undefined symbol" in found["diffusers"]

@@ -43,7 +43,7 @@ def test_what_the_library_tells(nvml):
 
 
 def test_provenance_names_every_gpu(nvml):
-    assert provenance.gpu() == [
+    assert provenance.provenance(0.0, ())["gpu"] == [
         "NVIDIA H200, 9.0, 570.86",
         "NVIDIA GeForce RTX 4090, 8.9, 570.86",
     ]

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from dirotq.errors import ConfigError
 from dirotq.pipeline import dag, machine, preflight, report
-from dirotq.pipeline.config import Line
+from dirotq.pipeline.config import Pipeline
 from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.preflight import Estimate, Preflight
@@ -38,7 +38,7 @@ class Telling:
 
 def line(store, number=1, force=()):
     steps = dag.plan({"telling": Telling(number)}, {"telling": {}})
-    return Line(steps=steps, store=store, executor=LocalExecutor(), force=frozenset(force))
+    return Pipeline(steps=steps, store=store, executor=LocalExecutor(), force=frozenset(force))
 
 
 def run(built):

@@ -89,20 +89,20 @@ def test_interpolations_of_settings_and_of_the_environment_stay(monkeypatch):
     ],
 )  # fmt: skip
 def test_what_is_no_path_stays_what_it_is(given, kept):
-    assert quoted([given]) == [kept]
+    assert quoted(given) == kept
 
 
 def test_a_sweep_over_paths():
-    assert quoted(["store=a,b"], sweep=True) == ["store='a','b'"]
-    assert quoted(["model.lora=a (1).st,null"], sweep=True) == ["model.lora='a (1).st',null"]
-    assert quoted(["store=choice(a,b)"], sweep=True) == ["store=choice(a,b)"]
-    assert quoted(["store=a,b"]) == ["store='a,b'"]
+    assert quoted("store=a,b", sweep=True) == "store='a','b'"
+    assert quoted("model.lora=a (1).st,null", sweep=True) == "model.lora='a (1).st',null"
+    assert quoted("store=choice(a,b)", sweep=True) == "store=choice(a,b)"
+    assert quoted("store=a,b") == "store='a,b'"
 
 
 @pytest.mark.parametrize("value", ["a\0b", "\udce9"])
 def test_what_no_path_can_hold_is_refused(value):
     with pytest.raises(ConfigError, match=r"NUL character|no valid UTF-8"):
-        quoted([f"store={value}"])
+        quoted(f"store={value}")
 
 
 def test_the_store_of_a_run_is_below_nothing_else(tmp_path, monkeypatch):

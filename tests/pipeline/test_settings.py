@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dirotq.errors import ConfigError
+from dirotq.pipeline import wording
 from dirotq.pipeline.config import build, compose_config
 from dirotq.pipeline.settings import fits, refuse_misfit
 
@@ -101,7 +102,6 @@ def test_the_place_inside_of_a_mapping_is_named():
         ("+model.call.guidance_scale=inf", r"model\.call\.guidance_scale=inf does not fit"),
         ("+model.call.generator=1", r"DiRotQ gives generator itself"),
         ("metrics=nix", r"metrics=nix: there is no such choice; metrics has clip_score, fid"),
-        ("hydra/launcher=submitit_slurm", r"pip install 'dirotq\[slurm\]'"),
     ],
 )
 def test_a_wrong_setting_of_the_real_line_is_refused_before_anything_runs(
@@ -110,6 +110,14 @@ def test_a_wrong_setting_of_the_real_line_is_refused_before_anything_runs(
     with pytest.raises(ConfigError, match=says):
         build(compose_config(["model=tiny_flux", override], REAL))
     assert not store_root.exists()
+
+
+def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch):
+    """Whatever is installed here: the launcher exists nowhere."""
+    monkeypatch.setitem(wording.EXTRAS, "nowhere", "slurm")
+    with pytest.raises(ConfigError, match=r"no such choice; .* pip install 'dirotq\[slurm\]'"):
+        build(compose_config(["hydra/launcher=nowhere"], REAL))
+    assert {"joblib", "submitit_local", "submitit_slurm"} <= wording.EXTRAS.keys()
 
 
 def test_every_class_of_the_tree_has_annotations_that_can_be_read():

@@ -1,5 +1,4 @@
 import dataclasses
-import enum
 import json
 from pathlib import Path
 from typing import ClassVar
@@ -19,14 +18,9 @@ JSON = st.recursive(
 )  # fmt: skip
 
 
-class Side(enum.Enum):
-    LEFT = 1
-    RIGHT = 2
-
-
 @dataclasses.dataclass(frozen=True)
 class Part:
-    side: Side
+    side: str
     sizes: tuple[int, ...]
 
 
@@ -51,7 +45,7 @@ class Folder:
         return {"sha256": self.digest}
 
 
-TOY = Toy(Part(Side.LEFT, (1, 2)), 0.5)
+TOY = Toy(Part("LEFT", (1, 2)), 0.5)
 
 
 @given(JSON)
@@ -67,7 +61,7 @@ def test_order_of_keys_does_not_matter(value):
 
 @pytest.mark.parametrize(
     "change",
-    [{"scale": 0.25}, {"part": Part(Side.RIGHT, (1, 2))}, {"part": Part(Side.LEFT, (2, 1))}],
+    [{"scale": 0.25}, {"part": Part("RIGHT", (1, 2))}, {"part": Part("LEFT", (2, 1))}],
 )
 def test_every_tracked_field_counts(change):
     assert fingerprint(recipe(dataclasses.replace(TOY, **change))) != fingerprint(recipe(TOY))

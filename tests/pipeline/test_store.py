@@ -10,7 +10,7 @@ from toy_artifact import RECIPE, publish, rewrite
 
 from dirotq.errors import ArtifactError
 from dirotq.pipeline import locks
-from dirotq.pipeline.artifact import SCHEMA
+from dirotq.pipeline.manifest import SCHEMA
 from dirotq.pipeline.store import ArtifactStore
 
 

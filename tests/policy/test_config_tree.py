@@ -25,8 +25,8 @@ def choices(root):
     """group=option of every file in the tree."""
     conf = root / "conf"
     for path in sorted(conf.rglob("*.yaml")):
-        if path.parent.name == "paper":
-            continue  # test_the_papers_rows_follow_its_protocol composes each of them once
+        if path.parent.name in ("paper", "shared"):
+            continue  # composed once by the paper's rows below; a part of the judges
         *group, option = path.relative_to(conf).with_suffix("").parts
         if group[:1] == ["experiment"]:
             yield f"experiment={'/'.join([*group[1:], option])}"

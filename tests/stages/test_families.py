@@ -16,7 +16,7 @@ from dirotq.models import families
 from dirotq.models.discovery import discovered_sites
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.config import Line, build, compose_config
+from dirotq.pipeline.config import Pipeline, build, compose_config
 from dirotq.quantize.plan import read_plan
 from dirotq.sources.opening import open_pipeline
 
@@ -33,7 +33,7 @@ def line(tiny_root):
     rows = [json.dumps({"prompt": text, "seed": i}) + "\n" for i, text in enumerate(texts)]
     prompts.write_text("".join(rows))
 
-    def configured(name: str, *more: str) -> Line:
+    def configured(name: str, *more: str) -> Pipeline:
         overrides = [
             f"model={family_folder(tiny_root, name)}",
             f"prompts.calibration.path={prompts}",

@@ -22,7 +22,7 @@ from dirotq.assets import tiny_flux
 from dirotq.kernels import second_moment
 from dirotq.pipeline import dag
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.config import Line, build, compose_config
+from dirotq.pipeline.config import Pipeline, build, compose_config
 from dirotq.pipeline.settings import make
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.quantize.moments import moment, read_stored, write_moment
@@ -154,18 +154,18 @@ def overrides(root: Path, store: Path, *more: str) -> list[str]:
     ]
 
 
-def configured(root: Path, store: Path, *more: str) -> Line:
+def configured(root: Path, store: Path, *more: str) -> Pipeline:
     """The line that the real config tree makes of the tiny pipeline."""
     return build(compose_config(overrides(root, store, *more), "dirotq.conf"))
 
 
-def run(built: Line) -> dict[str, Artifact]:
+def run(built: Pipeline) -> dict[str, Artifact]:
     """Run it; {stage: artifact}."""
     outcomes = dag.run(built.steps, built.store, built.executor)
     return {name: outcome.artifact for name, outcome in outcomes.items()}
 
 
-def stage(built: Line, name: str) -> Any:
+def stage(built: Pipeline, name: str) -> Any:
     """One stage object of a line."""
     return next(step.stage for step in built.steps if step.name == name)
 
