@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from dirotq.assets import tiny_flux
 from dirotq.models.skeleton import empty_transformer
 from dirotq.sources.prompts import resolve
-from dirotq.sources.shards import plan_shards, write_index
+from dirotq.sources.weights import plan_shards, write_index
 
 STREAM = 8
 """Directions of the residual stream that hold most of its energy."""

@@ -18,7 +18,6 @@ from diffusers.configuration_utils import ConfigMixin
 from diffusers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from dirotq.errors import ArtifactError, UnsupportedError
@@ -32,7 +31,7 @@ from dirotq.packed.guards import guard
 from dirotq.packed.half import Lost
 from dirotq.packed.swap import put_packed
 from dirotq.runtime.accelerate import accelerate
-from dirotq.sources.weights_file import check_weights
+from dirotq.sources.weights_file import open_weights
 
 METHOD = "dirotq"
 STORED = torch.bfloat16
@@ -101,8 +100,7 @@ class DirotqQuantizer(DiffusersQuantizer):
             check_part(folder)
         packed = {site.name for site, _ in self.quantization_config.entries()}
         for file in checkpoint_files:
-            check_weights(file)
-            with safe_open(file, framework="pt") as tensors:
+            with open_weights(Path(file)) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     tensor = tensors.get_slice(name)
                     found[name] = Signature(tuple(tensor.get_shape()), tensor.get_dtype())

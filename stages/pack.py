@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dirotq.errors import ArtifactError
+from dirotq.files.names import CALL_FILE
 from dirotq.files.sums import write_sums
 from dirotq.kernels.linear import buffer_shapes
 from dirotq.models.coverage import share_kept
@@ -21,10 +22,9 @@ from dirotq.progress import track
 from dirotq.quantize import memory
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.tensors import load_site, site_file
-from dirotq.sources.folder import CALL_FILE
+from dirotq.sources.folder import place_rest
 from dirotq.sources.model import DiffusersModel
-from dirotq.sources.placing import place_rest
-from dirotq.sources.shards import plan_shards, write_index
+from dirotq.sources.weights import plan_shards, write_index
 
 CODED = ("qweight", "wscale", "wglobal")
 """What `gptq` knows better than `fuse`."""

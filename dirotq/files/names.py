@@ -11,17 +11,17 @@ from typing import Any
 from dirotq.errors import ConfigError
 from dirotq.files.json_file import read_json
 
+INDEX = "model_index.json"
+CALL_FILE = "generation.json"
 FORBIDDEN = frozenset('/\\:*?[]"<>|')
 """What separates folders, or means something to globs, somewhere."""
 
 
 def safe_name(name: object, where: str) -> str:
-    """``name``, if it is the plain name of a file or folder.
+    """Return ``name`` if it is the plain name of a file or folder.
 
-    where  what names it, in the error
-
-    Raises ConfigError for everything else: a path, ``..``, anything hidden, an empty name, control
-    characters, no text at all.
+    Raises ConfigError, saying ``where`` it stands, for a path, ``..``, anything hidden, an empty
+    name, control characters, no text at all.
     """
     if (
         isinstance(name, str)
@@ -40,7 +40,7 @@ def safe_name(name: object, where: str) -> str:
 
 
 def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """{component: (library, class)} of a model_index.json, without those that are switched off.
+    """Return {component: (library, class)} of a model_index.json, but for those switched off.
 
     Raises ConfigError if a component's name is no plain name.
     """
@@ -48,12 +48,12 @@ def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     for name, value in index.items():
         match value:
             case [str(library), str(cls)] if not name.startswith("_"):
-                found[safe_name(name, "model_index.json")] = (library, cls)
+                found[safe_name(name, INDEX)] = (library, cls)
     return found
 
 
 def weight_map(index: Path) -> dict[str, str]:
-    """{tensor: file beside ``index``} of a ``*.safetensors.index.json``.
+    """Return {tensor: file beside ``index``} of a ``*.safetensors.index.json``.
 
     Raises ConfigError if it is damaged, or names anything but plain ``*.safetensors`` files: what
     libraries load under another suffix is a pickle, which can run code.
@@ -64,7 +64,7 @@ def weight_map(index: Path) -> dict[str, str]:
             f"{index} is damaged: it has no weight_map of tensors and files, but {found!r:.80}; "
             "download the model again"
         )
-    for file in {str(file): file for file in found.values()}.values():
+    for file in {str(file): file for file in found.values()}.values():  # may be unhashable
         if not safe_name(file, str(index)).endswith(".safetensors"):
             raise ConfigError(
                 f"{index} names {file}: weights are read from .safetensors files only, any other "

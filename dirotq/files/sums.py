@@ -14,9 +14,10 @@ from pathlib import Path, PurePosixPath
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.files.digest import file_digest
+from dirotq.files.names import CALL_FILE, INDEX
 
 SUMS = "SHA256SUMS"
-TOP = ("model_index.json", "generation.json")
+TOP = (INDEX, CALL_FILE)
 """What is read of a packed folder itself."""
 LARGEST = 16 << 20
 """Bytes of a list; longer ones are none of ours."""
@@ -160,7 +161,7 @@ def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
 
 def _read_names(folder: Path) -> set[str]:
     """Files that loading may read, relative to the folder."""
-    index = folder / "model_index.json"
+    index = folder / INDEX
     try:
         values = json.loads(index.read_text(encoding="utf-8"))
         # [null, null] is a component that is switched off.

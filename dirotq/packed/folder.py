@@ -11,6 +11,7 @@ from typing import Any
 
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.files.json_file import read_json
+from dirotq.files.names import INDEX
 from dirotq.files.sums import SUMS, check_sums
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.manifest import MANIFEST
@@ -18,9 +19,7 @@ from dirotq.pipeline.store import MARKER
 
 log = logging.getLogger(__name__)
 
-INDEX = "model_index.json"
 WEIGHTS = "diffusion_pytorch_model"
-AGAIN = "download it again, or make it again with `dirotq compress`"
 
 
 def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:

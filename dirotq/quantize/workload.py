@@ -17,8 +17,7 @@ from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
-from dirotq.sources.model import DiffusersModel
-from dirotq.sources.weight_bytes import cache_bytes, component_bytes
+from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes
 
 TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
 """Linears on text in joint attention, of models that no family table describes."""

@@ -12,8 +12,10 @@ from typing import Any
 
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.files.digest import Stamp, stamp
+from dirotq.files.json_file import read_json
+from dirotq.files.names import INDEX
 from dirotq.quiet import quiet
-from dirotq.sources.components import DENOISER, INDEX, is_entry, problems, read_settings
+from dirotq.sources.components import DENOISER, is_entry, problems
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ def refuse_incomplete(
 
 
 def _stamps(folder: Path) -> tuple[tuple[str, Stamp], ...]:
-    """What changes when a file does."""
+    """Return what changes when a file does."""
     files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
     return tuple((str(file.relative_to(folder)), stamp(file)) for file in files)
 
@@ -66,11 +68,7 @@ def _problems(
 def _all_problems(folder: Path, weights: bool, without: str, prompts: bool) -> Iterator[str]:
     import diffusers
 
-    try:
-        index = read_settings(folder / INDEX)
-    except ConfigError as error:
-        yield f"it {error}"
-        return
+    index = read_json(folder / INDEX)
     name = index.get("_class_name")
     pipeline: Any = getattr(diffusers, str(name), None)
     if not hasattr(pipeline, "_optional_components"):  # of another kind, or not there
@@ -100,16 +98,14 @@ def _all_problems(folder: Path, weights: bool, without: str, prompts: bool) -> I
 
 
 def is_packed(folder: Path) -> bool:
-    """Whether the folder's transformer says that it is quantized."""
-    try:
-        return "quantization_config" in read_settings(folder / DENOISER / "config.json")
-    except ConfigError:
-        return False  # what is wrong with it, :func:`refuse_incomplete` says
+    """Tell whether the folder's transformer says that it is quantized."""
+    config = folder / DENOISER / "config.json"
+    return config.is_file() and "quantization_config" in read_json(config)
 
 
 def absent(folder: Path) -> dict[str, None]:
-    """Components that a pipeline goes on without, as from_pretrained wants to be told of them."""
-    index = read_settings(folder / INDEX)
+    """Return components that a pipeline goes on without, as from_pretrained wants to be told."""
+    index = read_json(folder / INDEX)
     names = [
         part
         for pipeline, parts in DISPENSABLE.items()
@@ -120,7 +116,7 @@ def absent(folder: Path) -> dict[str, None]:
 
 
 def dispensable(pipeline: Any, prompts: bool) -> set[str]:
-    """Components that may be null; where texts are to be encoded, what does that may not."""
+    """Return components that may be null; where texts are encoded, what does that may not."""
     spare = set(pipeline._optional_components) - {DENOISER}
     if prompts:
         spare = {part for part in spare if not part.startswith(TEXT)}

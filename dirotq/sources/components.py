@@ -4,7 +4,6 @@ settings alone (schedulers, processors).
 
 import contextlib
 import inspect
-import json
 import logging
 import math
 import re
@@ -15,12 +14,13 @@ from typing import Any
 import torch
 
 from dirotq.errors import ConfigError, DirotqError
+from dirotq.files.json_file import read_json
+from dirotq.files.names import INDEX
 from dirotq.sources.expected_tensors import difference, stored, too_deep, weight_files
 from dirotq.sources.vocabulary import faults, missing_files
 
 log = logging.getLogger(__name__)
 
-INDEX = "model_index.json"
 SCHEDULER = "scheduler_config.json"
 DENOISER = "transformer"
 VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]|-\d+-of-\d+\.")
@@ -28,12 +28,12 @@ VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]|-\d+-of-\d+\.")
 
 
 def is_entry(entry: Any) -> bool:
-    """Whether a value of model_index.json names a class: [library, class]."""
+    """Tell whether a value of model_index.json names a class: [library, class]."""
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
 
 
 def problems(part: Path, entry: list[str], partner: Any, *, weights: bool) -> Iterator[str]:
-    """What is wrong with a component, as the rest of a sentence that begins with its name.
+    """Yield what is wrong with a component, as the rest of a sentence that begins with its name.
 
     part     its folder; ``entry`` its [library, class] in model_index.json
     partner  the entry of the text encoder that belongs to it, if it is a tokenizer
@@ -60,7 +60,7 @@ def problems(part: Path, entry: list[str], partner: Any, *, weights: bool) -> It
 
 
 def class_named(library: str, name: str) -> Any:
-    """The class of a component as diffusers finds it, or None. Libraries: sources/doors.py."""
+    """Return the class of a component as diffusers finds it, or None (libraries: doors.py)."""
     from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 
     try:
@@ -94,11 +94,11 @@ def _of_model(cls: Any, part: Path, weights: bool) -> Iterator[str]:
         yield f"can't be built by its config.json ({type(error).__name__}: {_short(error)})"
         return
     if found:
-        yield str(found)
+        yield found
 
 
 def _beside(part: Path, files: list[Path]) -> Iterator[str]:
-    """Weights that nobody would read."""
+    """Name weights that nobody would read."""
     for file in sorted(set(part.glob("*.safetensors")) - set(files)):
         names: Collection[str] = ()
         with contextlib.suppress(DirotqError):  # whether it is whole is no matter
@@ -118,7 +118,7 @@ def _of_tokenizer(cls: Any, part: Path, rows: int | None) -> Iterator[str]:
 
 
 def _of_other(cls: Any, part: Path, rows: int | None) -> Iterator[str]:
-    """Schedulers, processors: what can be made is complete."""
+    """Make a scheduler or processor: what can be made is complete."""
     for file in sorted(part.glob("*config.json")):
         values = read_settings(file)
         if file.name == SCHEDULER:
@@ -133,7 +133,7 @@ def _of_other(cls: Any, part: Path, rows: int | None) -> Iterator[str]:
 
 
 def _other_scheduler(cls: Any, config: Mapping[str, Any]) -> Iterator[str]:
-    """Schedulers of one kind read each other's settings: the class of model_index.json counts."""
+    """Hold a scheduler's class against its settings: the class of model_index.json counts."""
     import diffusers
 
     listed = str(config.get("_class_name", cls.__name__))
@@ -143,7 +143,7 @@ def _other_scheduler(cls: Any, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rows(part: Path, partner: Any) -> int | None:
-    """Rows of the embedding of the encoder that a tokenizer belongs to, as its config says."""
+    """Return the rows of the embedding of a tokenizer's encoder, as its config says."""
     encoder = part.parent / part.name.replace("tokenizer", "text_encoder")
     cls = class_named(*partner) if is_entry(partner) and encoder != part else None
     if cls is None or not hasattr(cls, "config_class") or not (encoder / "config.json").is_file():
@@ -161,26 +161,14 @@ def _short(error: Exception) -> str:
 
 
 def read_settings(file: Path) -> dict[str, Any]:
-    """A configuration. Raises ConfigError if it is no JSON object or holds NaN."""
-
-    def constant(name: str) -> float:
-        if name == "NaN":
-            raise ValueError("a value is NaN")
-        return float(name)
-
-    try:
-        values = json.loads(file.read_text(), parse_constant=constant)
-    except FileNotFoundError as error:
-        raise ConfigError(f"has no {file.name}") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"has a damaged {file.name} ({error})") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"has a {file.name} that is no JSON object")
-    return values
+    """Read a configuration. Raises ConfigError if it is missing, no JSON object or holds NaN."""
+    if not file.exists():
+        raise ConfigError(f"has no {file.name}")
+    return read_json(file)
 
 
 def mistyped(cls: Any, config: Mapping[str, Any]) -> Iterator[str]:
-    """Settings of a diffusers class of another kind than its default: text for a number, say."""
+    """Name settings of a diffusers class of another kind than the default: text for a number."""
     for name, parameter in inspect.signature(cls.__init__).parameters.items():
         default, value = parameter.default, config.get(name)
         if not isinstance(default, int | float) or isinstance(default, bool) or value is None:

@@ -2,21 +2,32 @@
 
 diffusers and transformers run code that lies beside weights, fetch kernels that a configuration
 names, and unpickle weights whose index names a ``.bin``. Some of it they refuse themselves, with a
-traceback, or ask for at the terminal; we refuse all of it, with a sentence.
+traceback, or ask for at the terminal; we refuse all of it, with a sentence. So are settings that
+would cost minutes or gigabytes before there is an error.
 """
 
 import importlib.util
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from dirotq.errors import ConfigError, UnsupportedError
+from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
 from dirotq.files.json_file import read_json
-from dirotq.files.names import components, weight_map
+from dirotq.files.names import INDEX, components, weight_map
+from dirotq.sources.weights_file import AGAIN, read_header
 
-INDEX = "model_index.json"
 ASIDE = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """Adapters within a model's folder, which transformers merges unasked (peft)."""
+COUNTS = re.compile("layers|blocks|depth|levels")
+"""In the names of settings that say how often something is built, mostly."""
+MANY = 512
+"""Of anything, which costs a second at most; more of it needs as many tensors."""
+MOST_STEPS = 1_000_000
+"""Largest number in a scheduler's settings: some of them make tables so long."""
+TABLES = re.compile("sample_size|pos_embed_max_size")
+WIDEST_TABLE = 1024
+"""Largest side of a transformer's table of positions, whose area is computed at construction."""
 
 
 def refuse_doors(root: Path) -> None:
@@ -44,7 +55,7 @@ def refuse_doors(root: Path) -> None:
 
 
 def refuse_part(part: Path, *, asks: bool = False) -> None:
-    """As :func:`refuse_doors`, of one component: the folder of a model, tokenizer or processor.
+    """Refuse as :func:`refuse_doors` does one component, of a model, tokenizer or processor.
 
     asks  it is loaded by a class that would ask, at the terminal, whether to run its code
     """
@@ -66,6 +77,36 @@ def refuse_part(part: Path, *, asks: bool = False) -> None:
                 )
 
 
+def refuse_sizes(root: Path) -> None:
+    """Refuse a folder, packed or not, whose settings build more than its files have tensors for.
+
+    Raises ArtifactError naming a weights file that is damaged, or a setting that can't be right;
+    ConfigError for settings that are no JSON object.
+    """
+    for name in components(read_json(root / INDEX)):
+        part = root / name
+        tensors = sum(len(read_header(file)) for file in sorted(part.glob("*.safetensors")))
+        for file in sorted(part.glob("*config.json")):
+            _check_counts(file, read_json(file), tensors)
+
+
+def _check_counts(file: Path, settings: Mapping[str, Any], tensors: int) -> None:
+    for name, value in _pairs(settings):
+        most, why = None, ""
+        if file.name == "scheduler_config.json":
+            most, why = MOST_STEPS, "a scheduler's steps"
+        elif tensors and COUNTS.search(name):
+            most, why = max(tensors, MANY), "what has its tensors beside it"
+        elif file.parent.name.startswith("transformer") and TABLES.search(name):
+            most, why = WIDEST_TABLE, "any transformer's table of positions"
+        count = len(value) if isinstance(value, list) else value
+        if most is not None and isinstance(count, int) and count > most:
+            raise ArtifactError(
+                f"{file} says {name} = {count}, more than {why} can be ({most}): the file is "
+                f"damaged or of another model; {AGAIN}"
+            )
+
+
 def _known(library: str) -> bool:
     """diffusers, transformers, or one of diffusers' folders of pipelines ("stable_diffusion")."""
     if library in ("diffusers", "transformers"):
@@ -77,13 +118,13 @@ def _known(library: str) -> bool:
     )
 
 
-def _pairs(values: Any) -> Iterator[tuple[str, Any]]:
-    """Every key with its value, at any depth."""
-    waiting = [values]
+def _pairs(values: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield every value of nested settings with its nearest name, at any depth."""
+    waiting = list(values.items())
     while waiting:
-        match waiting.pop():
-            case dict() as inside:
-                yield from inside.items()
-                waiting += inside.values()
-            case list() as inside:
-                waiting += inside
+        name, value = waiting.pop()
+        yield name, value
+        if isinstance(value, dict):
+            waiting += value.items()
+        elif isinstance(value, list):
+            waiting += ((name, inside) for inside in value)

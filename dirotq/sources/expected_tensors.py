@@ -10,16 +10,14 @@ import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from dirotq.errors import ArtifactError
 from dirotq.files.names import weight_map
-from dirotq.sources.weights_file import check_weights
+from dirotq.sources.weights_file import read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -29,43 +27,8 @@ DEEP = re.compile(r"(num|n)_\w*(layers|blocks)|depth|(num|n)_layers?")
 """Settings that say how often a block is repeated."""
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """What the files lack, what they hold too much, and what has another shape."""
-
-    missing: Sequence[str] = ()
-    unexpected: Sequence[str] = ()
-    misshapen: Sequence[str] = ()
-
-    def __str__(self) -> str:
-        parts = (
-            ("lacks", self.missing, "which would be random"),
-            ("holds", self.unexpected, "that its class has no place for"),
-            ("holds", self.misshapen, "of another shape than its config.json says"),
-        )
-        said = [f"{verb} {_named(names)} {why}" for verb, names, why in parts if names]
-        return " and ".join(said) + self._hint()
-
-    def __bool__(self) -> bool:
-        return bool(self.missing or self.unexpected or self.misshapen)
-
-    def _hint(self) -> str:
-        """A prefix that wrappers leave before every name (DataParallel, torch.compile)."""
-        wanted = set(self.missing)
-        for name in self.unexpected[:1]:
-            parts = name.split(".")
-            for cut in range(1, min(3, len(parts))):
-                prefix = ".".join(parts[:cut]) + "."
-                if any(n.removeprefix(prefix) in wanted for n in self.unexpected):
-                    return (
-                        f" (every name has {prefix!r} before it, as if the wrapper of a model had "
-                        "been saved: save the model inside of it)"
-                    )
-        return ""
-
-
 def weight_files(part: Path, *, diffusers: bool) -> list[Path]:
-    """The files that will be read of a component, by the rules of the library that reads them.
+    """Return the files that will be read of a component, by the rules of its library.
 
     Raises ArtifactError if there are none, or they do not hold what their index says; ConfigError
     if that is damaged or names something else than safetensors beside it.
@@ -94,23 +57,21 @@ def weight_files(part: Path, *, diffusers: bool) -> list[Path]:
 
 
 def stored(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor in the files, from their headers.
+    """Return name and shape of every tensor in the files, from their headers.
 
     Raises ArtifactError if a file is truncated, or two of them hold the same tensor.
     """
     found: dict[str, tuple[int, ...]] = {}
     for file in files:
-        check_weights(file)
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                if name in found:
-                    raise ArtifactError(f"holds {name} twice, in {file.name} and in another file")
-                found[name] = tuple(tensors.get_slice(name).get_shape())
+        for name, (_, shape) in read_header(file).items():
+            if name in found:
+                raise ArtifactError(f"holds {name} twice, in {file.name} and in another file")
+            found[name] = shape
     return found
 
 
-def difference(cls: Any, part: Path, shapes: Shapes, *, exact: bool = False) -> Difference:
-    """What loading ``shapes`` into ``cls`` as ``part/config.json`` describes it would miss or drop.
+def difference(cls: Any, part: Path, shapes: Shapes, *, exact: bool = False) -> str:
+    """Say what loading ``shapes`` into ``cls`` by ``part/config.json`` would miss or drop, or "".
 
     exact  names are to be the class's own: no old spellings (what reads tensors by name needs this)
 
@@ -122,7 +83,7 @@ def difference(cls: Any, part: Path, shapes: Shapes, *, exact: bool = False) -> 
 
 
 def too_deep(config: Any, count: int) -> str | None:
-    """A setting that repeats blocks more often than the files have tensors, if there is one.
+    """Return a setting that repeats blocks more often than the files have tensors, if there is one.
 
     The class would be built first and compared then, which takes forever for a million layers.
     """
@@ -135,7 +96,7 @@ def too_deep(config: Any, count: int) -> str | None:
     return None
 
 
-def _of_diffusers(cls: Any, part: Path, shapes: Shapes, exact: bool) -> Difference:
+def _of_diffusers(cls: Any, part: Path, shapes: Shapes, exact: bool) -> str:
     import accelerate
 
     with accelerate.init_empty_weights():
@@ -145,7 +106,7 @@ def _of_diffusers(cls: Any, part: Path, shapes: Shapes, exact: bool) -> Differen
         model._fix_state_dict_keys_on_load(found)  # not done for shards
     wanted = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     spare = [*(model._keys_to_ignore_on_load_unexpected or ()), *_computed(model)]
-    return Difference(
+    return _said(
         missing=[n for n in wanted if n not in found and not n.endswith(COUNTER)],
         unexpected=_without(found.keys() - wanted.keys(), spare),
         misshapen=[
@@ -156,7 +117,7 @@ def _of_diffusers(cls: Any, part: Path, shapes: Shapes, exact: bool) -> Differen
     )
 
 
-def _of_transformers(cls: Any, part: Path, shapes: Shapes) -> Difference:
+def _of_transformers(cls: Any, part: Path, shapes: Shapes) -> str:
     model, info = _asked(cls, part, shapes)
     unexpected = set(_without(info["unexpected_keys"], _computed(model)))
     # Not of model.config, which may be one part of what the file says.
@@ -169,7 +130,7 @@ def _of_transformers(cls: Any, part: Path, shapes: Shapes) -> Difference:
         if larger is not None and larger is not cls and hasattr(larger, "base_model_prefix"):
             with contextlib.suppress(Exception):  # then it is not what the file was saved from
                 unexpected &= _asked(larger, part, shapes)[1]["unexpected_keys"]
-    return Difference(
+    return _said(
         missing=sorted(n for n in info["missing_keys"] if not n.endswith(COUNTER)),
         unexpected=sorted(unexpected),
         misshapen=[
@@ -180,7 +141,7 @@ def _of_transformers(cls: Any, part: Path, shapes: Shapes) -> Difference:
 
 
 def _asked(cls: Any, part: Path, shapes: Shapes) -> tuple[Any, dict[str, set[Any]]]:
-    """The model on the meta device, and what transformers says about loading it."""
+    """Return the model on the meta device, and what transformers says about loading it."""
     found = {n: torch.empty(s, dtype=torch.bfloat16, device="meta") for n, s in shapes.items()}
     model, info = cls.from_pretrained(
         None,
@@ -194,8 +155,33 @@ def _asked(cls: Any, part: Path, shapes: Shapes) -> tuple[Any, dict[str, set[Any
     return model, info
 
 
+def _said(missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence[str]) -> str:
+    """Name what the files lack, what they hold too much, and what has another shape."""
+    parts = (
+        ("lacks", missing, "which would be random"),
+        ("holds", unexpected, "that its class has no place for"),
+        ("holds", misshapen, "of another shape than its config.json says"),
+    )
+    said = [f"{verb} {_named(names)} {why}" for verb, names, why in parts if names]
+    return " and ".join(said) + _prefix_hint(missing, unexpected)
+
+
+def _prefix_hint(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Name a prefix that wrappers leave before every name (DataParallel, torch.compile)."""
+    for name in unexpected[:1]:
+        parts = name.split(".")
+        for cut in range(1, min(3, len(parts))):
+            prefix = ".".join(parts[:cut]) + "."
+            if any(n.removeprefix(prefix) in missing for n in unexpected):
+                return (
+                    f" (every name has {prefix!r} before it, as if the wrapper of a model had "
+                    "been saved: save the model inside of it)"
+                )
+    return ""
+
+
 def _computed(model: torch.nn.Module) -> list[str]:
-    """Patterns of buffers that a model computes and older versions of it stored."""
+    """Return patterns of buffers that a model computes and older versions of it stored."""
     stored_too = model.state_dict().keys()
     return [f"^{re.escape(n)}$" for n, _ in model.named_buffers() if n not in stored_too]
 

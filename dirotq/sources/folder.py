@@ -1,4 +1,5 @@
-"""What a pipeline folder is made of: which of its files are read, and which may be copied.
+"""What a pipeline folder is made of: which of its files are read, which may be copied, and copies
+that cost as little as their file system allows.
 
 Reading follows links, as loaders do, and a fingerprint covers what is read. But a link inside a
 component could lead to any file of this machine, and what we copy gets published. So a link leads
@@ -10,24 +11,28 @@ component could lead to any file of this machine, and what we copy gets publishe
 and any other one is refused. Hard links can't be told from files.
 """
 
+import fcntl
+import os
 import re
+import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ConfigError
-from dirotq.files.names import components, weight_map
+from dirotq.files.json_file import read_json
+from dirotq.files.names import CALL_FILE, INDEX, components, weight_map
 from dirotq.files.walk import readable, walk
 from dirotq.sources.blobs import is_blob
 
-INDEX = "model_index.json"
-CALL_FILE = "generation.json"
 IGNORED = ("README.md", "training.json", ".gitattributes")
 STEMS = ("diffusion_pytorch_model", "model")
 """Standard names of weights. Others are variants (fp16, ema) or another program's files."""
 SETTINGS = ("json", "txt", "model", "jinja", "tiktoken")
 """Suffixes of configurations, vocabularies and templates of chats."""
 TEMPLATES = "additional_chat_templates"
+FICLONE = 0x40049409
+"""ioctl of Linux: let a file share another one's blocks until one of them is written to."""
 _LICENCE = re.compile(r"(licen[sc]e|notice|copying|use[_-]policy)([._-].*)?", re.IGNORECASE)
 
 
@@ -99,6 +104,53 @@ def missing_weights(part: Path) -> list[str]:
     if not names:
         return [" or ".join(f"{stem}.safetensors" for stem in STEMS)]
     return sorted(name for name in names if not (part / name).is_file())
+
+
+def place_rest(source: Path, target: Path) -> list[Path]:
+    """Put all of a pipeline but its transformer below ``target``; return the files there.
+
+    Links are resolved. No file is one that the source's owner may write to; all but weights are
+    the caller's to change. Raises ConfigError for what can't be read, and OSError.
+    """
+    copies = []
+    for path in carried_files(source, read_json(source / INDEX), without="transformer"):
+        copy = target / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".safetensors":
+            place(path, copy)
+        else:
+            shutil.copyfile(path, copy)
+        copies.append(copy)
+    return copies
+
+
+def place(source: Path, target: Path) -> None:
+    """Put the content of ``source``, through links, at ``target``, which does not exist yet.
+
+    A blob of a Hugging Face cache, which nobody edits, may become a hard link. Any other file is
+    its owner's to write to, and writing to a hard link changes all of them: it is cloned where the
+    file system can (btrfs, XFS), else copied. Raises OSError.
+    """
+    real = source.resolve()
+    if not (is_blob(real) and _linked(real, target)) and not _cloned(real, target):
+        shutil.copyfile(real, target)
+
+
+def _linked(real: Path, target: Path) -> bool:
+    try:
+        os.link(real, target)
+    except OSError:  # another file system, or one without links
+        return False
+    return True
+
+
+def _cloned(real: Path, target: Path) -> bool:
+    with real.open("rb") as old, target.open("xb") as new:
+        try:
+            fcntl.ioctl(new, FICLONE, old.fileno())
+        except OSError:  # two file systems, or one that can't
+            return False
+    return True
 
 
 def _is_carried(name: str) -> bool:

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from dirotq.errors import ConfigError, NumericalError, UnsupportedError
 from dirotq.files.digest import input_digests
 from dirotq.sources.prompts import resolve, shortly
-from dirotq.sources.weights_file import check_weights
 
 from .lora_layouts import Pair, converted, pairs_in
 from .lora_settings import SETTINGS, Settings, number, read_settings
-from .origin import PICKLES, read_header
+from .origin import PICKLES
+from .weights_file import open_weights, read_header
 
 TEXT = ("text_encoder", "lora_te", "te.", "te1.", "te2.")
 OTHER_KINDS = {
@@ -62,7 +61,7 @@ class Lora:
                 f"model.lora={self.path}: LoRAs are read from .safetensors files only{why}. "
                 "Convert it where you trust it, with safetensors.torch.save_file"
             )
-        check_weights(path)
+        read_header(path)
         return path
 
     def identity(self) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def read_lora(
     name = f"model.lora={lora.path}"
     file = lora.file
     settings = _settings(file)
-    with safe_open(file, framework="pt") as opened:
+    with open_weights(file) as opened:
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     _refuse_other_kinds(name, tensors)
     pairs, rest = pairs_in(tensors, name)
@@ -184,7 +183,7 @@ def add(weight: Tensor, updates: Iterable[tuple[float, Update]], name: str) -> T
 
 
 def _settings(file: Path) -> Settings:
-    with safe_open(file, framework="pt") as opened:
+    with open_weights(file) as opened:
         return read_settings(file, opened.metadata() or {})
 
 

@@ -9,6 +9,8 @@ import torch
 
 from dirotq.errors import ConfigError
 from dirotq.files.digest import input_digests
+from dirotq.files.json_file import read_json
+from dirotq.files.names import CALL_FILE, INDEX, components
 from dirotq.models.discovery import discovered_sites
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
@@ -16,20 +18,13 @@ from dirotq.models.skeleton import empty_transformer
 from dirotq.sources.calls import pipeline_class, refuse_call
 from dirotq.sources.opening import open_pipeline
 
+from .folder import missing_weights, weight_names
 from .lora import Lora, parse_loras
-from .origin import (
-    CALL_FILE,
-    INDEX,
-    pipeline_folder,
-    pipeline_identity,
-    read_header,
-    read_json,
-    refuse_quantized,
-    single_file,
-)
+from .origin import pipeline_folder, pipeline_identity, single_file
 from .single_file import default_base
 from .variant import variant_folder, variant_place
 from .weights import Weights
+from .weights_file import read_header, refuse_quantized
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -176,6 +171,38 @@ class DiffusersModel:
     def pipeline(self, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
         """The whole 16-bit pipeline, in ``dtype`` on ``device``."""
         return open_pipeline(self.folder(), dtype, device)
+
+
+def component_bytes(model: DiffusersModel) -> dict[str, int]:
+    """{component: bytes of its weights}, as far as they are known."""
+    root = model.folder(weights=False)
+    folders = (root / name for name in sorted(components(read_json(root / INDEX))))
+    return {folder.name: _bytes(folder) for folder in folders if folder.is_dir()}
+
+
+def cache_bytes(model: DiffusersModel) -> int:
+    """What a model of a single file, or with LoRAs, is going to take in DiRotQ's cache.
+
+    Components of a Hugging Face cache, which are links, become links to the same files.
+    """
+    place = model.assembled()
+    if place is None or place.is_dir():
+        return 0
+    root = model.folder(weights=False)
+    beside = [f for f in root.glob("*/*.safetensors") if f.parent.name != "transformer"]
+    file = Path(model.path).expanduser()
+    whole = file.stat().st_size if file.is_file() else _bytes(root / "transformer")
+    return whole + sum(f.stat().st_size for f in beside if not f.is_symlink())
+
+
+def _bytes(folder: Path) -> int:
+    files = [folder / name for name in weight_names(folder)]
+    found = sum(file.stat().st_size for file in files if file.is_file())
+    if not missing_weights(folder):
+        return found
+    indexes = [read_json(i).get("metadata") for i in folder.glob("*.safetensors.index.json")]
+    sizes = [m.get("total_size") for m in indexes if isinstance(m, dict)]
+    return max([found, *(size for size in sizes if isinstance(size, int))])
 
 
 def _transformer_class(family: ModelFamily) -> Any:

@@ -12,8 +12,7 @@ import torch
 from dirotq.errors import ArtifactError, DirotqError, UnsupportedError
 from dirotq.quiet import heed, quiet
 
-from .bounds import refuse_sizes
-from .doors import refuse_doors
+from .doors import refuse_doors, refuse_sizes
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

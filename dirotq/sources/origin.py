@@ -4,28 +4,19 @@ Either way the rest of DiRotQ sees a plain, checked folder. Of a repository only
 downloaded: configurations and tokenizers for a plan, safetensors when weights are read.
 """
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from dirotq.errors import ConfigError, UnsupportedError
-from dirotq.files.digest import Stamp, input_digests, stamp
+from dirotq.files.digest import input_digests
 from dirotq.files.json_file import read_json
-from dirotq.files.names import components
+from dirotq.files.names import CALL_FILE, INDEX, components
 from dirotq.models.families import family_of
 from dirotq.sources.blobs import unproven
 from dirotq.sources.completeness import refuse_incomplete
 from dirotq.sources.doors import refuse_doors
-from dirotq.sources.hub import HubPath, hub_path
-from dirotq.sources.prompts import resolve
-from dirotq.sources.weights_file import check_weights
-
-from .folder import (
-    CALL_FILE,
-    INDEX,
+from dirotq.sources.folder import (
     SETTINGS,
     STEMS,
     carried_files,
@@ -33,17 +24,17 @@ from .folder import (
     pipeline_files,
     weight_names,
 )
+from dirotq.sources.hub import HubPath, hub_path
+from dirotq.sources.prompts import resolve
+from dirotq.sources.weights_file import read_header, refuse_quantized
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-
-Header = Mapping[str, tuple[str, tuple[int, ...]]]
-"""{tensor: (dtype as safetensors spells it, shape)}."""
 
 
 def pipeline_folder(
     source: str, *, weights: bool, without: str = "", complete: bool = True
 ) -> Path:
-    """The checked diffusers folder behind a path or hub id.
+    """Return the checked diffusers folder behind a path or hub id.
 
     weights   with the weights of its components; without, those of a repository may be missing
     without   a component whose weights are not needed
@@ -79,7 +70,7 @@ def pipeline_folder(
 
 
 def pipeline_identity(source: str, *, without: str = "") -> dict[str, Any]:
-    """What stands in a fingerprint: a repository's commit, or the digest of every file that counts.
+    """Return what stands in a fingerprint: a repository's commit, or the digest of each file.
 
     A commit stands for its files as far as each is held against the id that the hub gives it
     (dirotq/sources/blobs.py). Files that have none, in a cache that was copied without its links or
@@ -108,13 +99,13 @@ def _digests(root: Path, files: list[Path]) -> dict[str, str]:
 
 
 def _used(root: Path, index: Mapping[str, Any], without: str) -> list[Path]:
-    """Files of a snapshot that are read, as far as they are here."""
+    """List files of a snapshot that are read, as far as they are here."""
     files = carried_files(root, index)
     return [p for p in files if not (p.suffix == ".safetensors" and p.parent.name == without)]
 
 
 def single_file(source: str) -> Path | None:
-    """The .safetensors file that ``source`` names, or None if it names a folder or a repository.
+    """Return the .safetensors file that ``source`` names; None if that is no single file.
 
     Raises ConfigError if the file does not exist or is a pickle, UnsupportedError if it is GGUF.
     """
@@ -136,36 +127,8 @@ def single_file(source: str) -> Path | None:
     return path
 
 
-def read_header(file: Path) -> Header:
-    """Name, dtype and shape of every tensor of a safetensors file.
-
-    Raises ArtifactError if it is truncated.
-    """
-    return _header(file, stamp(file))
-
-
-def refuse_quantized(header: Header, name: str) -> None:
-    """Raise UnsupportedError if weights are stored in fewer than 16 bits."""
-    for tensor, (dtype, _) in header.items():
-        whole = dtype[0] in "IUB" and dtype != "BF16" and tensor.endswith((".weight", ".bias"))
-        if whole or dtype.startswith(("F8", "F6", "F4")) or dtype in ("I8", "U8", "I4", "U4"):
-            raise UnsupportedError(
-                f"{name} is already quantized: {tensor} is stored as {dtype} (fp8, int8, nf4 and "
-                "other files of fewer than 16 bits have lost what DiRotQ would measure). Compress "
-                "the 16-bit model that it was made from"
-            )
-
-
-@functools.lru_cache(maxsize=256)
-def _header(file: Path, stamp: Stamp) -> Header:
-    check_weights(file)
-    with safe_open(file, framework="pt") as tensors:
-        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
-        return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
-
-
 def _on_hub(source: str) -> HubPath | None:
-    """The repository that ``source`` names, unless there is such a folder here."""
+    """Return the repository that ``source`` names, unless there is such a folder here."""
     if "://" in source or resolve(source).exists():
         return None
     place = hub_path(source, "model")
@@ -185,21 +148,14 @@ def _fetch(place: HubPath, *, weights: bool, without: str = "") -> Path:
     here = place.fetch([INDEX, CALL_FILE, *wanted])
     if weights:
         # Of most repositories the standard names; an index may have other ones.
-        named = [
-            f"{stem}{number}.safetensors" for stem in STEMS for number in ("", "-?????-of-?????")
-        ]
-        place.fetch(
-            [
-                f"{part.name}/{name}"
-                for part in _model_parts(here, index, without)
-                for name in sorted({*named, *weight_names(part)})
-            ]
-        )
+        usual = {f"{stem}{n}.safetensors" for stem in STEMS for n in ("", "-?????-of-?????")}
+        parts = _model_parts(here, index, without)
+        place.fetch([f"{p.name}/{n}" for p in parts for n in sorted(usual | weight_names(p))])
     return here
 
 
 def _model_parts(root: Path, index: Mapping[str, Any], without: str) -> list[Path]:
-    """Folders of the components that have weights: schedulers and tokenizers have none."""
+    """List folders of components that have weights: schedulers and tokenizers have none."""
     return [
         root / name
         for name in components(index)

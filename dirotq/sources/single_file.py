@@ -16,10 +16,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from dirotq.errors import ConfigError
+from dirotq.files.json_file import read_json
 from dirotq.models.skeleton import empty_transformer
 
-from .origin import Header, read_header, read_json, refuse_quantized
 from .traced import left_out, plain, traced
+from .weights_file import Header, read_header, refuse_quantized
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class Looks:
 
 
 def looks(file: Path) -> Looks:
-    """What a file seems to hold, from the names and shapes in its header.
+    """Tell what a file seems to hold, from the names and shapes in its header.
 
     Raises ArtifactError if it is truncated, UnsupportedError if it is quantized.
     """
@@ -88,7 +89,7 @@ def looks(file: Path) -> Looks:
 
 
 def default_base(file: Path, source: str) -> str:
-    """The hub id of the pipeline that a file belongs to. Raises ConfigError if that is unknown."""
+    """Return the hub id of the pipeline that a file belongs to; ConfigError if it is unknown."""
     found = looks(file)
     if not found.base:
         raise ConfigError(
@@ -100,7 +101,7 @@ def default_base(file: Path, source: str) -> str:
 
 
 def converted(file: Path, transformer: Path, source: str) -> dict[str, Tensor]:
-    """The file's tensors under diffusers' names, on disk until they are touched.
+    """Return the file's tensors under diffusers' names, on disk until they are touched.
 
     transformer  folder with the config.json of the class
 
@@ -138,7 +139,7 @@ def converted(file: Path, transformer: Path, source: str) -> dict[str, Tensor]:
 
 
 def _transformer_of(file: Path, source: str) -> dict[str, Tensor]:
-    """The file's tensors without the prefix; of a whole pipeline those of its transformer.
+    """Read the file's tensors without the prefix; of a whole pipeline those of its transformer.
 
     Raises ConfigError if tensors are there with and without it.
     """
@@ -166,10 +167,8 @@ def _transformer_of(file: Path, source: str) -> dict[str, Tensor]:
 def _convert(
     tensors: dict[str, Tensor], config: Mapping[str, Any], name: str
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Original names to diffusers' names, and the tensors that diffusers passes over.
-
-    As they are if diffusers can't convert them.
-    """
+    """Return tensors under diffusers' names, or as they are if it can't convert them; and those
+    that it passes over."""
     # Not from_single_file itself: it holds the whole model in memory and passes over tensors that
     # are missing.
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
@@ -186,7 +185,7 @@ def _convert(
 
 
 def _original(header: Header) -> Looks | None:
-    """What diffusers takes a file with original names for."""
+    """Tell what diffusers takes a file with original names for."""
     from diffusers.loaders import single_file_utils as known
 
     shapes = {name: SimpleNamespace(shape=shape) for name, (_, shape) in header.items()}

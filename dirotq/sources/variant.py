@@ -23,17 +23,16 @@ from torch import Tensor
 from dirotq.errors import ConfigError
 from dirotq.files.digest import cache_root, input_digests
 from dirotq.files.json_file import read_json
+from dirotq.files.names import INDEX
 from dirotq.files.walk import walk
 from dirotq.pipeline.disk import is_disk_full, open_modes, sync, sync_tree
 from dirotq.progress import track
 
-from .folder import INDEX
+from .folder import place_rest
 from .lora import Lora, Update, add, read_lora
-from .origin import read_header
-from .placing import place_rest
-from .shards import plan_shards, write_index
 from .single_file import converted
-from .weights import Weights
+from .weights import Weights, plan_shards, write_index
+from .weights_file import read_header
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def variant_folder(
     identity: Callable[[], Mapping[str, Any]],
     source: str,
 ) -> Path:
-    """The folder of ``base`` with the transformer of ``file`` (or its own) and ``loras`` added.
+    """Write ``base`` with the transformer of ``file`` (or its own) and ``loras`` added, once.
 
     identity  what tells this variant from all others, as the disk has it now
     source    its name in errors
@@ -98,13 +97,13 @@ def variant_folder(
 
 
 def variant_place(identity: Mapping[str, Any]) -> Path:
-    """Where a variant lies, or will: in the cache, under the digest of what it is made of."""
+    """Return a variant's place in the cache: under the digest of what it is made of."""
     digest = hashlib.sha256(json.dumps([FORMAT, identity], sort_keys=True).encode()).hexdigest()
     return cache_root() / "sources" / digest[:32]
 
 
 def _intact(folder: Path) -> bool:
-    """Every file that was written is there, no other one, and no byte of them changed.
+    """Tell whether every file that was written is there, no other one, and no byte changed.
 
     Read once: what did not change on disk since is known (dirotq/files/digest.py).
     """
@@ -123,7 +122,7 @@ def _digests(folder: Path) -> dict[str, str]:
 
 @contextmanager
 def _explained(sources: Path, source: str) -> Iterator[None]:
-    """A full or read-only cache as a ConfigError; what fails elsewhere stays as it is."""
+    """Explain a full or read-only cache by a ConfigError; other errors stay as they are."""
     remedy = "choose another place for it with the environment variable DIROTQ_CACHE"
     try:
         yield
@@ -173,7 +172,7 @@ def _write_transformer(
 
 
 def _on_disk(weights: Weights) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """Shapes and bytes of all tensors, from the headers alone."""
+    """Return shapes and bytes of all tensors, from the headers alone."""
     headers = {file: read_header(file) for file in set(weights.files.values())}
     found = {name: headers[file][name] for name, file in weights.files.items()}
     shapes = {name: shape for name, (_, shape) in found.items()}

@@ -1,12 +1,14 @@
 """A transformer's weights on disk, read by name when they are needed: never all at once.
 
-Letters: D channels, N outputs of all consumers of a site.
+Letters: D channels, N outputs of all linears of a site.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -14,7 +16,7 @@ from dirotq.errors import ArtifactError, NumericalError
 from dirotq.files.names import weight_map
 from dirotq.models.family import Site
 from dirotq.models.skeleton import assign
-from dirotq.sources.weights_file import check_weights
+from dirotq.sources.weights_file import read_header
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WHOLE = "diffusion_pytorch_model.safetensors"
@@ -31,14 +33,12 @@ class Weights:
         self.folder = folder
         self.files: dict[str, Path] = {}
         for file in _files(folder):
-            check_weights(file)
-            with safe_open(file, framework="pt") as tensors:
-                self.files |= dict.fromkeys(tensors.keys(), file)
+            self.files |= dict.fromkeys(read_header(file), file)
 
     def tensors(
         self, names: Iterable[str], device: torch.device | str = "cpu"
     ) -> dict[str, Tensor]:
-        """The named tensors as stored, on ``device``; each file is opened once.
+        """Read the named tensors as stored, onto ``device``; each file is opened once.
 
         Raises ArtifactError naming the first tensor that no file holds.
         """
@@ -60,12 +60,12 @@ class Weights:
     def stacked(
         self, site: Site, device: torch.device | str = "cpu"
     ) -> tuple[Tensor, Tensor | None]:
-        """All consumers of a site as one linear: float32 weight [N, D] and bias [N] or None.
+        """Read a site's linears as one: float32 weight [N, D] and bias [N] or None.
 
         Raises NumericalError naming the linear whose weights are not finite.
         """
-        names = [f"{consumer}.weight" for consumer in site.linears]
-        biases = [f"{consumer}.bias" for consumer in site.linears] if site.bias else []
+        names = [f"{linear}.weight" for linear in site.linears]
+        biases = [f"{linear}.bias" for linear in site.linears] if site.bias else []
         found = self.tensors([*names, *biases], device)
         for name, tensor in found.items():
             if not bool(tensor.isfinite().all()):
@@ -101,10 +101,31 @@ class Weights:
     def _in_turn(
         self, names: Iterable[str], device: torch.device | str
     ) -> Iterator[tuple[str, Tensor]]:
-        """As :meth:`tensors`, file by file and a hundred at a time."""
+        """Read as :meth:`tensors`, file by file and a hundred at a time."""
         waiting = sorted(names, key=lambda name: str(self.files.get(name)))
         for start in range(0, len(waiting), 100):
             yield from self.tensors(waiting[start : start + 100], device).items()
+
+
+def plan_shards(sizes: Mapping[str, int], limit: int) -> StateDictSplit:
+    """Return which tensors go into which file.
+
+    sizes  bytes of each tensor as it will be stored
+    limit  bytes of a file; a larger tensor has a file of its own
+    """
+    return split_state_dict_into_shards_factory(
+        dict(sizes),
+        get_storage_size=lambda size: size,
+        filename_pattern=WHOLE.replace(".safetensors", "{suffix}.safetensors"),
+        max_shard_size=limit,
+    )
+
+
+def write_index(folder: Path, shards: StateDictSplit) -> None:
+    """Write the file that says which shard holds which tensor; nothing for a single file."""
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
 
 
 def _files(folder: Path) -> list[Path]:

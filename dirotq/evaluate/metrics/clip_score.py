@@ -12,7 +12,7 @@ from dirotq.errors import ArtifactError, ConfigError
 from dirotq.files.walk import readable
 from dirotq.quiet import quiet
 from dirotq.sources.doors import refuse_part
-from dirotq.sources.weights_file import check_weights
+from dirotq.sources.weights_file import read_header
 
 from .inception_fid import eight_bits
 from .weights import digests, local_folder
@@ -60,7 +60,7 @@ class ClipScore:
             )
         for file in weights:
             try:
-                check_weights(file)
+                read_header(file)
             except ArtifactError as error:
                 raise ConfigError(f"clip_score: {error}") from error
         refuse_part(folder)

@@ -9,6 +9,7 @@ from damaged import *  # noqa: F403
 from damaged import edit, refused
 from safetensors.torch import save_file
 
+from dirotq.errors import ConfigError
 from dirotq.sources.completeness import refuse_incomplete
 
 DAMAGE = [
@@ -49,7 +50,7 @@ def test_configurations_that_cannot_be_right(own, file, change, said):
 @pytest.mark.parametrize(
     "file",
     ["vae/config.json", "text_encoder/config.json", "scheduler/scheduler_config.json",
-     "tokenizer/tokenizer_config.json", "model_index.json"],
+     "tokenizer/tokenizer_config.json"],
 )  # fmt: skip
 def test_configurations_that_are_damaged_or_gone(own, file):
     folder = own("flux")
@@ -58,6 +59,14 @@ def test_configurations_that_are_damaged_or_gone(own, file):
         refused(folder, Path(file).name)
     (folder / file).unlink()
     refused(folder, Path(file).name)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"_class_name": NaN}'])
+def test_an_index_that_is_damaged(own, content):
+    folder = own("flux")
+    (folder / "model_index.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"model_index\.json is"):
+        refuse_incomplete(folder, "the model")
 
 
 def test_infinity_where_a_scheduler_writes_it(own):

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from dirotq.sources.shards import plan_shards, write_index
-from dirotq.sources.weights import INDEX, WHOLE
+from dirotq.sources.weights import INDEX, WHOLE, plan_shards, write_index
 
 SIZES = {"a": 3, "b": 3, "c": 9, "d": 1}
 
