@@ -9,7 +9,7 @@ import os
 import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,6 +25,7 @@ PAUSE = 2 * 10**9
 """Bytes whose hashing somebody will wait for."""
 TICK = 100_000_000
 """Nanoseconds within which two changes of a file may bear the same time."""
+_SHA256 = re.compile("[0-9a-f]{64}")
 
 Stamp = tuple[int, int, int, int]
 """Size, modification time, change time (ns) and inode: `cp -p` keeps the first two, no user can set
@@ -32,10 +33,7 @@ the third."""
 
 
 def cache_root() -> Path:
-    """DiRotQ's folder for what can be made again: $DIROTQ_CACHE, or ~/.cache/dirotq.
-
-    Raises ConfigError if this user has no home.
-    """
+    """Return DiRotQ's folder for what can be made again: $DIROTQ_CACHE, or ~/.cache/dirotq."""
     try:
         return Path(os.environ.get("DIROTQ_CACHE") or "~/.cache/dirotq").expanduser()
     except RuntimeError as error:
@@ -46,7 +44,7 @@ def cache_root() -> Path:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file, as hex; computed once per (path, :data:`Stamp`) and process.
+    """Return the SHA-256 of a file, as hex; computed once per (path, :data:`Stamp`) and process.
 
     For what may have been damaged. Inputs that are only told apart: :func:`input_digests`.
     """
@@ -54,7 +52,7 @@ def file_digest(path: Path) -> str:
 
 
 def content_digest(path: Path, kind: str) -> str:
-    """``sha256`` of a file, or ``git``: the SHA-1 that names it in a git repository.
+    """Return the ``sha256`` of a file, or ``git``: the SHA-1 that names it in a git repository.
 
     A file that changed a moment ago is read each time: the next change may not show in its times.
     """
@@ -63,32 +61,28 @@ def content_digest(path: Path, kind: str) -> str:
 
 
 def input_digests(paths: Iterable[Path]) -> dict[Path, str]:
-    """SHA-256 of each file, as hex, hashed in threads where it is not known already.
+    """Return the SHA-256 of each file, as hex, hashed in threads where it is not known already.
 
     Known are those above 64 MB whose real path and :data:`Stamp` are those of an earlier run
     (digests.json in :func:`cache_root`; a damaged one is started anew).
     """
     files = list(paths)
-    memory = _Memory()
     large = [path for path in files if path.stat().st_size > LARGE]
-    found = {path: digest for path in large if (digest := memory.recall(path)) is not None}
+    found = _recall(large)
     missing = [path for path in files if path not in found]
     stamps = {path: stamp(path) for path in large if path in missing}  # before they are read
     if (size := sum(seen[0] for seen in stamps.values())) > PAUSE:
-        log.info(
-            "%.0f GB of %s and other files are read once, to know them",
-            size / 1e9,
-            next(iter(stamps)),
-        )
+        first = next(iter(stamps))
+        log.info("%.0f GB of %s and other files are read once, to know them", size / 1e9, first)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         # hashlib lets the other threads run while it computes.
         found |= dict(zip(missing, pool.map(file_digest, missing), strict=True))
-    memory.remember({p: (old, found[p]) for p, old in stamps.items() if _settled(old)})
+    _remember({p: (old, found[p]) for p, old in stamps.items() if _settled(old)})
     return found
 
 
 def stamp(path: Path) -> Stamp:
-    """What changes with a file, as far as its file system tells."""
+    """Return what changes with a file, as far as its file system tells."""
     stat = path.stat()
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
@@ -110,41 +104,38 @@ def _hash(path: Path, kind: str) -> str:
         return hashlib.file_digest(f, lambda: head).hexdigest()
 
 
-class _Memory:
-    """digests.json: {real path: [*Stamp, SHA-256]}. Entries of another shape count for nothing.
+# digests.json: {real path: [*Stamp, SHA-256]}. Entries of another shape count for nothing. A folder
+# that can't be read or written costs time, not results.
 
-    A folder that can't be read or written costs time, not results.
-    """
 
-    @functools.cached_property
-    def _known(self) -> dict[str, object]:
-        with contextlib.suppress(OSError, ConfigError):
-            return _remembered(cache_root() / "digests.json")
-        return {}
+def _recall(files: Iterable[Path]) -> dict[Path, str]:
+    """Return the digests that are known of files that did not change since."""
+    known: dict[str, object] = {}
+    with contextlib.suppress(OSError, ConfigError):
+        known = _remembered(cache_root() / "digests.json")
+    found = {}
+    for path in files:
+        match known.get(str(path.resolve())):
+            case [*seen, str(digest)] if seen == list(stamp(path)) and _SHA256.fullmatch(digest):
+                found[path] = digest
+    return found
 
-    def recall(self, path: Path) -> str | None:
-        match self._known.get(str(path.resolve())):
-            case [*seen, str(digest)] if seen == list(stamp(path)) and re.fullmatch(
-                "[0-9a-f]{64}", digest
-            ):
-                return digest
-        return None
 
-    def remember(self, digests: dict[Path, tuple[Stamp, str]]) -> None:
-        """Keep digests, with the stamps that the files had before they were read."""
-        if not digests:
-            return
-        with contextlib.suppress(OSError, ConfigError):
-            file = cache_root() / "digests.json"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(f"{file}.lock", timeout=10):
-                entries = {str(p.resolve()): [*seen, d] for p, (seen, d) in digests.items()}
-                draft = file.with_name(f".digests-{uuid.uuid4().hex[:8]}")
-                try:
-                    draft.write_text(json.dumps(_remembered(file) | entries))
-                    draft.replace(file)
-                finally:
-                    draft.unlink(missing_ok=True)
+def _remember(digests: Mapping[Path, tuple[Stamp, str]]) -> None:
+    """Keep digests, with the stamps that the files had before they were read."""
+    if not digests:
+        return
+    with contextlib.suppress(OSError, ConfigError):
+        file = cache_root() / "digests.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{file}.lock", timeout=10):
+            entries = {str(p.resolve()): [*seen, d] for p, (seen, d) in digests.items()}
+            draft = file.with_name(f".digests-{uuid.uuid4().hex[:8]}")
+            try:
+                draft.write_text(json.dumps(_remembered(file) | entries))
+                draft.replace(file)
+            finally:
+                draft.unlink(missing_ok=True)
 
 
 def _remembered(file: Path) -> dict[str, object]:

@@ -41,8 +41,7 @@ def unchecked() -> Iterator[None]:
 def write_sums(folder: str | Path) -> Path:
     """List the files of a packed folder as they now are, in the place of an older list.
 
-    Raises ArtifactError if model_index.json is missing or damaged; UnsupportedError for a file name
-    that the format can't hold.
+    Raises ArtifactError if model_index.json is damaged; UnsupportedError for an odd file name.
     """
     root = Path(folder)
     names = sorted(_read_names(root))
@@ -58,10 +57,9 @@ def write_sums(folder: str | Path) -> Path:
 
 
 def read_sums(folder: Path) -> dict[str, str]:
-    """{path relative to the folder: sha256 as hex} of the list in a packed folder.
+    """Return {path relative to the folder: sha256 as hex} of the list in a packed folder.
 
-    Raises ArtifactError if it can't be read, or a line isn't a digest and a path inside of the
-    folder, or a path comes twice.
+    Raises ArtifactError if it can't be read, a line is damaged or leads out, or a path comes twice.
     """
     file = folder / SUMS
     try:
@@ -90,10 +88,8 @@ def read_sums(folder: Path) -> dict[str, str]:
 def check_sums(folder: Path) -> bool:
     """Hold a packed folder against its list; False if it has none.
 
-    Every listed file has to be there with its digest, and nothing that loading reads may be missing
-    in the list. Files are hashed in threads, and once per process (:func:`file_digest`).
-
-    Raises ArtifactError naming the first file that differs.
+    Raises ArtifactError naming the first file that is gone or differs, or that loading would read
+    though it is not listed.
     """
     if not _has_list(folder):
         return False
@@ -104,10 +100,7 @@ def check_sums(folder: Path) -> bool:
 
 
 def check_part(part: Path) -> None:
-    """Hold one component's folder against the list beside it; nothing where there is none.
-
-    Raises ArtifactError as :func:`check_sums`.
-    """
+    """Hold one component's folder against the list beside it, if any, as :func:`check_sums`."""
     root = part.parent
     if _skipped.get() or not _has_list(root):
         return
@@ -151,16 +144,15 @@ def _refuse_strangers(folder: Path, read: Iterable[str], listed: dict[str, str])
 
 
 def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Of each file, through links; the largest are begun first, so that no thread ends late."""
+    """Hash files, through links; the largest are begun first, so that no thread ends late."""
     ordered = sorted(names, key=lambda name: -(folder / name).stat().st_size)
     with ThreadPoolExecutor() as pool:  # hashlib lets the other threads run
         found = pool.map(file_digest, [folder / name for name in ordered])
-        digests = dict(zip(ordered, found, strict=True))
-    return {name: digests[name] for name in sorted(digests)}
+        return dict(sorted(zip(ordered, found, strict=True)))
 
 
 def _read_names(folder: Path) -> set[str]:
-    """Files that loading may read, relative to the folder."""
+    """Return the files that loading may read, relative to the folder."""
     index = folder / INDEX
     try:
         values = json.loads(index.read_text(encoding="utf-8"))
@@ -179,7 +171,7 @@ def _read_names(folder: Path) -> set[str]:
 
 
 def _files_below(root: Path, folder: Path) -> set[str]:
-    """What no rule leaves to people, through links to files; a linked folder is one name."""
+    """Return what no rule leaves to people, through links to files; a linked folder is one name."""
     inside = (p for p in folder.rglob("*") if not p.is_dir() or p.is_symlink())
     return {p.relative_to(root).as_posix() for p in inside if not _free(p.relative_to(folder))}
 

@@ -22,7 +22,7 @@ def walk(
     skip: Callable[[Path], bool] = lambda _: False,
     check: Callable[[Path], None] = lambda _: None,
 ) -> list[Path]:
-    """Every file below ``root``, sorted by path, those in linked folders under the link's name.
+    """Return every file below ``root``, sorted; those in linked folders under the link's name.
 
     skip   says of a path that it is passed over, with all below it
     check  sees every link before it is followed, and may refuse it by a ConfigError
@@ -66,7 +66,7 @@ def walk(
 
 
 def readable(path: Path) -> Path:
-    """``path``, a plain file that may be read, through links. Raises ConfigError saying why not."""
+    """Return ``path`` if it is a plain file that may be read, through links; else ConfigError."""
     try:
         mode = path.stat().st_mode
     except OSError as error:

@@ -18,14 +18,14 @@ _ID = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 def is_blob(file: Path) -> bool:
-    """Whether a real path is that of a blob: downloaded, and never written to again."""
+    """Tell whether a real path is a blob's: downloaded, and never written to again."""
     blobs = file.parent
     named = blobs.name == "blobs" and _ID.fullmatch(file.name)
     return bool(named and _HOME.fullmatch(blobs.parent.name))
 
 
 def listing(home: Path, commit: str) -> dict[str, str]:
-    """{file: id} of a commit as the hub listed it; empty if the cache holds no list.
+    """Return {file: id} of a commit as the hub listed it; empty if the cache holds no list.
 
     home  folder of the repository in the cache
     """
@@ -38,7 +38,7 @@ def listing(home: Path, commit: str) -> dict[str, str]:
 
 
 def unproven(root: Path, files: Iterable[Path], ids: Mapping[str, str]) -> list[Path]:
-    """Hold files of a snapshot against their ids; those that have none are returned.
+    """Hold files of a snapshot against their ids, and return those that have none.
 
     root  the snapshot
     ids   what :func:`listing` says; without it, the name of the blob that a link leads to

@@ -8,8 +8,6 @@ from typing import Any
 from dirotq.errors import ConfigError
 from dirotq.pipeline.settings import close_to, refuse_misfit
 
-__all__ = ["OURS", "arguments", "pipeline_class", "refuse_call"]
-
 OURS = ("prompt", "generator", "output_type", "return_dict", "latents", "image", "mask_image")
 """Arguments that DiRotQ gives itself, from prompts and seeds."""
 NATURAL = ("num_inference_steps", "height", "width", "num_frames", "max_sequence_length")
@@ -17,7 +15,7 @@ NATURAL = ("num_inference_steps", "height", "width", "num_frames", "max_sequence
 
 
 def pipeline_class(index: Mapping[str, Any]) -> Any:
-    """The class of diffusers that a model_index.json names; None if it names none."""
+    """Return the class of diffusers that a model_index.json names; None if it names none."""
     import diffusers
 
     from dirotq.quiet import quiet
@@ -27,7 +25,7 @@ def pipeline_class(index: Mapping[str, Any]) -> Any:
 
 
 def arguments(cls: Any) -> Mapping[str, inspect.Parameter]:
-    """The parameters of a pipeline's call, by name."""
+    """Return the parameters of a pipeline's call, by name."""
     return inspect.signature(cls.__call__).parameters
 
 

@@ -37,7 +37,7 @@ _LICENCE = re.compile(r"(licen[sc]e|notice|copying|use[_-]policy)([._-].*)?", re
 
 
 def pipeline_files(root: Path, index: Mapping[str, Any], *, without: str = "") -> list[Path]:
-    """Every file below ``root`` that stands in a fingerprint.
+    """Return every file below ``root`` that stands in a fingerprint.
 
     That is all but pictures, cards, weights of the component ``without``, and linked folders that
     are no component. Raises ConfigError for what can't be read, and for a link that leaves.
@@ -58,11 +58,9 @@ def pipeline_files(root: Path, index: Mapping[str, Any], *, without: str = "") -
 
 
 def carried_files(root: Path, index: Mapping[str, Any], *, without: str = "") -> list[Path]:
-    """What a copy of a pipeline needs: its components' files, index, call and licences.
+    """Return what a copy of a pipeline needs: its components' files, index, call and licences.
 
-    without  a component that is left out
-
-    Raises ConfigError for what can't be read.
+    All but the component ``without``. Raises ConfigError for what can't be read.
     """
     top = [path for path in sorted(root.iterdir()) if _is_carried(path.name)]
     parts = [root / name for name in components(index) if name != without]
@@ -70,25 +68,19 @@ def carried_files(root: Path, index: Mapping[str, Any], *, without: str = "") ->
 
 
 def component_files(part: Path) -> list[Path]:
-    """Files that a component is loaded from: settings, and weights under their standard names.
+    """Return a component's settings, and weights under their standard names: what is loaded.
 
-    Nothing hidden, no other formats, no code, no variants. Raises ConfigError for what can't be
-    read.
+    Nothing hidden, no other formats, no code, no variants; ConfigError for what can't be read.
     """
     if not part.is_dir():
         return []
-    inside = sorted(part.iterdir())
     weights = weight_names(part)
-    settings = [path.name for path in inside if _is_setting(path.name)]
-    templates = sorted((part / TEMPLATES).glob("[!.]*.jinja"))
-    return [
-        *(readable(path) for path in inside if path.name in weights or path.name in settings),
-        *map(readable, templates),
-    ]
+    inside = [p for p in sorted(part.iterdir()) if p.name in weights or _is_setting(p.name)]
+    return [readable(p) for p in (*inside, *sorted((part / TEMPLATES).glob("[!.]*.jinja")))]
 
 
 def weight_names(part: Path) -> set[str]:
-    """Names of the weights files that a component's index, or their standard name, asks for."""
+    """Return the weights files that a component's index, or their standard name, asks for."""
     names = set()
     for stem in STEMS:
         if (index := part / f"{stem}.safetensors.index.json").is_file():
@@ -99,7 +91,7 @@ def weight_names(part: Path) -> set[str]:
 
 
 def missing_weights(part: Path) -> list[str]:
-    """Weights files of a component that are not there, by their standard names."""
+    """Return weights files of a component that are not there, by their standard names."""
     names = weight_names(part)
     if not names:
         return [" or ".join(f"{stem}.safetensors" for stem in STEMS)]

@@ -15,7 +15,7 @@ from .prompts import Prompt
 def generate(
     pipe: Any, prompts: Sequence[Prompt], call: Mapping[str, float | int], *, output: str = "pt"
 ) -> Tensor:
-    """One pipeline call for a batch of prompts, each from the noise of its own seed.
+    """Call the pipeline once for a batch of prompts, each from the noise of its own seed.
 
     returns  float32 on the CPU: images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]
              (``output="pt"``), or latents
@@ -40,7 +40,7 @@ def generate(
 
 
 def _images(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """What editing pipelines take beside prompts ("image", "mask_image"), read from disk."""
+    """Read from disk what editing pipelines take beside prompts ("image", "mask_image")."""
     names = sorted({name for prompt in prompts for name in prompt.inputs})
     for prompt in prompts:
         if missing := [name for name in names if name not in prompt.inputs]:

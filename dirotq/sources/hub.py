@@ -46,12 +46,11 @@ class HubPath:
         return f"https://huggingface.co/{'datasets/' if self.kind == 'dataset' else ''}{self.id}"
 
     def fetch(self, patterns: Sequence[str]) -> Path:
-        """The local folder of the commit, with the files that match ``patterns`` downloaded.
+        """Return the folder of the commit, with the files that match ``patterns`` downloaded.
 
-        A pattern that matches nothing is passed over: the caller knows what must be there. The hub
-        is asked unless the cache holds its list of the commit and all files of it that match: a
-        killed download leaves a folder that looks like any other. Without a network, and without a
-        list, the folder is taken as it is.
+        A pattern that matches nothing is passed over. The hub is asked unless the cache holds its
+        list of the commit and all files of it that match: a killed download leaves a folder that
+        looks like any other. Without a network, and without a list, the folder is taken as it is.
 
         Raises ConfigError, also when there is no network and the commit was never downloaded.
         """
@@ -70,26 +69,22 @@ class HubPath:
         return _home(_cache(), self.kind, self.id) / "snapshots" / self.commit
 
     def listing(self) -> dict[str, str]:
-        """{file: id of its content} of the commit, as far as the cache knows it."""
+        """Return {file: id of its content} of the commit, as far as the cache knows it."""
         return listing(_home(_cache(), self.kind, self.id), self.commit)
 
     def download(self, file: str) -> Path:
-        """One file, from the hub unless it is here already. Raises ConfigError."""
-        import huggingface_hub
+        """Get one file from the hub, unless it is here already. Raises ConfigError."""
+        from huggingface_hub import hf_hub_download
 
         with explained(self, file):
-            return Path(
-                huggingface_hub.hf_hub_download(
-                    self.id, file, repo_type=self.kind, revision=self.commit
-                )
-            )
+            return Path(hf_hub_download(self.id, file, repo_type=self.kind, revision=self.commit))
 
     def identity(self) -> dict[str, str]:
-        """What stands in a fingerprint: repository and commit, instead of digests of its files."""
+        """Return what stands in a fingerprint in place of digests: repository and commit."""
         return {"repo": self.id, "commit": self.commit}
 
     def how_to_download(self) -> str:
-        """The command that makes this source usable without a network."""
+        """Return the command that makes this source usable without a network."""
         kind = " --repo-type dataset" if self.kind == "dataset" else ""
         file = f" {self.file}" if self.file else ""
         pinned = "" if self.revision == "main" else f" --revision {self.revision}"
@@ -97,7 +92,7 @@ class HubPath:
 
 
 def hub_path(text: str, kind: Kind) -> HubPath | None:
-    """``text`` as a place on the hub, or None if it can't be one."""
+    """Parse ``text`` as a place on the hub; None if it can't be one."""
     match = _ID.fullmatch(text)
     if match is None or match["id"].startswith(".") or ".." in (match["file"] or "").split("/"):
         return None
@@ -116,7 +111,7 @@ def _home(cache: str, kind: Kind, repo: str) -> Path:
 
 @functools.lru_cache(maxsize=256)
 def _fetched(place: HubPath, commit: str, patterns: tuple[str, ...], cache: str) -> Path:
-    """Asked for once per process: a hub that does not answer takes its time."""
+    """Ask once per process: a hub that does not answer takes its time."""
     import huggingface_hub
 
     with explained(place, f"all files matching {', '.join(patterns)}"):
@@ -137,9 +132,8 @@ def _commit(repo: str, revision: str, kind: Kind, cache: str) -> str:
     noted = _home(cache, kind, repo) / "refs" / revision
     with explained(place, f"the commit of its revision {revision!r}"):
         try:
-            found = huggingface_hub.HfApi().repo_info(
-                repo, revision=revision, repo_type=kind, timeout=20
-            )
+            hub = huggingface_hub.HfApi()
+            return str(hub.repo_info(repo, revision=revision, repo_type=kind, timeout=20).sha)
         except HfHubHTTPError:
             raise  # the hub answered
         except (HTTPError, OSError) as error:
@@ -154,12 +148,11 @@ def _commit(repo: str, revision: str, kind: Kind, cache: str) -> str:
                 error, repo, revision, commit,
             )  # fmt: skip
             return commit
-    return str(found.sha)
 
 
 @contextmanager
 def explained(place: HubPath, wanted: str) -> Iterator[None]:
-    """What huggingface_hub raises, as a ConfigError that says what to do."""
+    """Turn what huggingface_hub raises into a ConfigError that says what to do."""
     from huggingface_hub import errors
 
     where = f"{place.kind} {place.id} on the Hugging Face Hub"
@@ -190,10 +183,9 @@ def explained(place: HubPath, wanted: str) -> Iterator[None]:
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
         raise ConfigError(_unreachable(place, where, wanted, error)) from error
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code
         raise ConfigError(
-            f"the Hugging Face Hub refused {wanted} of {place.kind} {place.id} (HTTP {status}: "
-            f"{_first_line(error)}). Try again later if it is a server's error (5xx) or a rate "
+            f"the Hugging Face Hub refused {wanted} of {place.kind} {place.id} (HTTP "
+            f"{error.response.status_code}: {_first_line(error)}). Try again later if it is a server's error (5xx) or a rate "
             "limit (429); log in with `hf auth login` if it is 401 or 403"
         ) from error
     except (errors.HTTPError, ConnectionError) as error:

@@ -65,7 +65,7 @@ class Lora:
         return path
 
     def identity(self) -> dict[str, Any]:
-        """Its bytes, the settings noted beside it, and its strength."""
+        """Return its bytes, the settings noted beside it, and its strength."""
         file = self.file
         beside = file.parent / SETTINGS
         files = [file, *([beside] if beside.is_file() else [])]
@@ -106,15 +106,14 @@ def parse_loras(given: Any) -> tuple[Lora, ...]:
 
 
 def _strength(weight: Any) -> bool:
-    if not isinstance(weight, int | float) or isinstance(weight, bool):
-        return False
-    return abs(weight) <= torch.finfo(torch.float32).max  # false for NaN
+    number = isinstance(weight, int | float) and not isinstance(weight, bool)
+    return number and abs(weight) <= torch.finfo(torch.float32).max  # false for NaN
 
 
 def read_lora(
     lora: Lora, shapes: Mapping[str, tuple[int, ...]], pipeline: str
 ) -> dict[str, Update]:
-    """{module: update} of a LoRA for the transformer whose tensors have ``shapes``.
+    """Return {module: update} of a LoRA for the transformer whose tensors have ``shapes``.
 
     pipeline  class of diffusers that converts files of other programs (kohya, XLabs, ...)
 
@@ -163,7 +162,7 @@ def read_lora(
 
 
 def add(weight: Tensor, updates: Iterable[tuple[float, Update]], name: str) -> Tensor:
-    """``weight`` plus every (weight, update), summed in float32, rounded once to its own dtype.
+    """Add every (weight, update) to ``weight`` in float32, rounded once to its own dtype.
 
     Raises NumericalError naming the module if the sum is not finite.
     """
@@ -188,13 +187,13 @@ def _settings(file: Path) -> Settings:
 
 
 def _other_before(file: Path) -> bool:
-    """Did the first rules add it otherwise, silently: peft's patterns, alphas of the last layer?"""
+    """Tell whether the first rules added it otherwise: peft's patterns, last layer's alphas."""
     alphas = [key for key in read_header(file) if key.endswith(".alpha")]
     return _settings(file).patterns or any("final_layer" in key for key in alphas)
 
 
 def _scale(pair: Pair, settings: Settings, name: str) -> float:
-    """alpha / rank, by the file's own tensor or by peft's settings. Raises ConfigError."""
+    """Return alpha / rank, by the file's own tensor or peft's settings. Raises ConfigError."""
     if not pair.rank:
         return 1.0  # a misfit
     if pair.alpha is None:
@@ -277,7 +276,7 @@ def _refuse_misfits(
 
 
 def _changed(pair: Pair) -> tuple[int, ...] | None:
-    """Shape of the weight that up @ down belongs to, [N, K] or [N, K, h, w]; None if none."""
+    """Return the shape of up @ down's weight, [N, K] or [N, K, h, w]; None if there is none."""
     if pair.down is None or pair.up is None:
         return None
     down, up = tuple(pair.down.tensor.shape), _without_ones(pair.up.tensor.shape)
@@ -287,7 +286,7 @@ def _changed(pair: Pair) -> tuple[int, ...] | None:
 
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
-    """A linear is a 1x1 convolution: [N, K, 1, 1] becomes [N, K]."""
+    """Take a linear for a 1x1 convolution: [N, K, 1, 1] becomes [N, K]."""
     kept = list(shape)
     while len(kept) > 2 and kept[-1] == 1:
         kept.pop()

@@ -58,10 +58,9 @@ class Pair:
 
 
 def pairs_in(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Pair], dict[str, Tensor]]:
-    """{module: pair}, and the tensors that belong to none.
+    """Return {module: pair}, and the tensors that belong to none.
 
-    Raises ConfigError if two tensors claim the same place (two adapters in one file, a name with
-    and without prefix).
+    Raises ConfigError if two tensors claim the same place.
     """
     found: dict[str, Pair] = {}
     rest: dict[str, Tensor] = {}
@@ -95,7 +94,7 @@ def converted(
     pipeline: str,
     name: str,
 ) -> tuple[dict[str, Tensor], str]:
-    """The same under diffusers' names, with all alphas worked in; by the pipeline's own converter.
+    """Convert to diffusers' names, with all alphas worked in, by the pipeline's own converter.
 
     scales   by module, worked into ``up`` in float32
     returns  the tensors, or none and why there are none
@@ -139,7 +138,7 @@ def converted(
 
 @contextmanager
 def _warnings() -> Iterator[list[str]]:
-    """What diffusers' LoRA converters warn of, instead of on the screen."""
+    """Collect what diffusers' LoRA converters warn of, instead of on the screen."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]

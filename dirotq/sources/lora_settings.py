@@ -5,7 +5,6 @@ The scale of a module is alpha / r, or alpha / sqrt(r) with ``use_rslora``. ``al
 on; the first one counts.
 """
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ConfigError, UnsupportedError
+from dirotq.files.json_file import json_object, read_json
 
 METADATA = "lora_adapter_metadata"  # where diffusers notes them, in the header of the file
 SETTINGS = "adapter_config.json"  # where peft notes them, beside the file
@@ -22,12 +22,8 @@ DEFAULT_ALPHA = 8
 """What peft takes where settings name none."""
 QUANTIFIERS = 4
 OTHER_KINDS = (
-    "use_dora",
-    "use_qalora",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "use_bdlora",
-)
+    "use_dora", "use_qalora", "alora_invocation_tokens", "layer_replication", "use_bdlora",
+)  # fmt: skip
 OTHER_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Values of ``init_lora_weights`` whose LoRA is no sum with the weights of the model itself."""
 
@@ -40,9 +36,9 @@ class Settings:
     values: Mapping[str, Any]
 
     def scale(self, module: str, rank: int) -> float:
-        """The factor of up @ down for a module (named as in the model that was trained).
+        """Return the factor of up @ down for a module whose tensors have this rank.
 
-        rank  of its tensors
+        module  named as in the model that was trained
 
         Raises ConfigError if peft would refuse the settings for these tensors.
         """
@@ -71,7 +67,7 @@ class Settings:
 
 
 def number(value: Any, what: str) -> float:
-    """An alpha: a finite number that is not zero. Raises ConfigError."""
+    """Return an alpha, a finite number that is not zero. Raises ConfigError."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         raise ConfigError(f"{what} is {value!r:.40}, not a number")
     try:
@@ -87,39 +83,25 @@ def number(value: Any, what: str) -> float:
 
 
 def read_settings(file: Path, metadata: Mapping[str, str]) -> Settings:
-    """Those in the file's header (diffusers), or else beside it (peft).
+    """Read the settings in the file's header (diffusers), or else beside it (peft).
 
     Raises ConfigError if they are damaged, UnsupportedError if they describe another kind.
     """
     beside = file.parent / SETTINGS
     if METADATA in metadata:
         where = f"{METADATA} in the header of {file}"
-        values = _object(metadata[METADATA], where)
+        values = json_object(metadata[METADATA], where, "LoRA")
         # Of other components (text_encoder.r) nothing is used.
         values = {k.removeprefix("transformer."): v for k, v in values.items()}
     elif beside.is_file():
         where = str(beside)
-        try:
-            text = beside.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{where} can't be read ({error})") from error
-        values = _object(text, where)
+        values = read_json(beside, "LoRA")
     else:
         return Settings(str(file), {})
     _refuse_other_kinds(values, where)
     for field in PATTERNS:
         _refuse_patterns(values.get(field), field, where)
     return Settings(where, values)
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{where} is damaged ({error}); download the LoRA again") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{where} is no JSON object; download the LoRA again")
-    return values
 
 
 def _refuse_other_kinds(values: Mapping[str, Any], where: str) -> None:

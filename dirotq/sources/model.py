@@ -19,7 +19,7 @@ from dirotq.sources.calls import pipeline_class, refuse_call
 from dirotq.sources.opening import open_pipeline
 
 from .folder import missing_weights, weight_names
-from .lora import Lora, parse_loras
+from .lora import parse_loras
 from .origin import pipeline_folder, pipeline_identity, single_file
 from .single_file import default_base
 from .variant import variant_folder, variant_place
@@ -54,14 +54,14 @@ class DiffusersModel:
         parse_loras(self.lora)
 
     def identity(self) -> dict[str, Any]:
-        """Every byte that can change a result; places on disk can't. Of a repository, its commit.
+        """Return every byte that can change a result, not its place; of a repository, its commit.
 
         Raises what :meth:`folder` raises, as far as that shows without weights and classes.
         """
         return {**self._parts(), "call": dict(self.call_arguments())}
 
     def folder(self, *, weights: bool = True, complete: bool = True) -> Path:
-        """The checked folder, downloaded and put together where that is needed.
+        """Return the checked folder, downloaded and put together where that is needed.
 
         weights   also the weights; without them only configurations
         complete  hold every component against its class, too; False is quick, and is for questions
@@ -71,23 +71,15 @@ class DiffusersModel:
         pipeline around a transformer (dirotq/sources/origin.py), or a file or LoRA that does not
         fit it.
         """
-        file = self._file()
-        if file is None and not self._loras():
-            return pipeline_folder(self.path, weights=weights, complete=complete)
-        root = pipeline_folder(
-            self._base(), weights=weights, without=self._replaced(), complete=complete
-        )
-        if not weights:
+        base, without = self._base()
+        root = pipeline_folder(base, weights=weights, without=without, complete=complete)
+        if not weights or self._is_plain():
             return root
-        return variant_folder(root, file, self._loras(), self._parts, self.path)
+        return variant_folder(root, self._file(), parse_loras(self.lora), self._parts, self.path)
 
     def assembled(self) -> Path | None:
-        """Where in DiRotQ's cache :meth:`folder` puts a file or LoRAs together; None if it needn't.
-
-        It may lie there already. Raises what :meth:`identity` raises.
-        """
-        plain = self._file() is None and not self._loras()
-        return None if plain else variant_place(self._parts())
+        """Return where in the cache a file or LoRAs are put together, or lie; None if not needed."""
+        return None if self._is_plain() else variant_place(self._parts())
 
     @property
     def family(self) -> ModelFamily:
@@ -95,15 +87,14 @@ class DiffusersModel:
         return family_of(self._config()["_class_name"])
 
     def call_arguments(self) -> dict[str, float | int]:
-        """Pipeline call arguments: of the family, of the folder's generation.json, of ``call``."""
+        """Merge call arguments of the family, of the folder's generation.json, and of ``call``."""
         file = self.folder(weights=False, complete=False) / CALL_FILE
         stored = read_json(file) if file.is_file() else {}
         chosen = {**self.family.call, **stored, **self.call}
         return {name: value for name, value in chosen.items() if value is not None}
 
     def check(self) -> None:
-        """What can be told before a run: the folder is complete, and its pipeline takes the
-        arguments it will be given (dirotq/sources/calls.py).
+        """Refuse what can be told before a run: the folder, and arguments of its pipeline's call.
 
         Raises what :meth:`folder` raises, and ConfigError naming the argument.
         """
@@ -119,9 +110,6 @@ class DiffusersModel:
         folder = self.folder(weights=False, complete=False)
         return read_json(folder / "transformer" / "config.json")
 
-    def _loras(self) -> tuple[Lora, ...]:
-        return parse_loras(self.lora)
-
     def _file(self) -> Path | None:
         file = single_file(self.path)
         if file is None and self.base:
@@ -131,31 +119,34 @@ class DiffusersModel:
             )
         return file
 
-    def _base(self) -> str:
-        """The pipeline whose components are used."""
-        file = self._file()
-        return self.path if file is None else self.base or default_base(file, self.path)
+    def _is_plain(self) -> bool:
+        return self._file() is None and not parse_loras(self.lora)
 
-    def _replaced(self) -> str:
-        return "" if self._file() is None else "transformer"
+    def _base(self) -> tuple[str, str]:
+        """Return the pipeline whose components are used, and the one that is replaced, or ""."""
+        if (file := self._file()) is None:
+            return self.path, ""
+        return self.base or default_base(file, self.path), "transformer"
 
     def _parts(self) -> dict[str, Any]:
-        file, loras = self._file(), self._loras()
-        parts = pipeline_identity(self._base(), without=self._replaced())
-        if file is not None:
+        base, without = self._base()
+        parts = pipeline_identity(base, without=without)
+        if (file := self._file()) is not None:
             refuse_quantized(read_header(file), self.path)
             parts["transformer"] = input_digests([file])[file]
-        if loras:
+        if loras := parse_loras(self.lora):
             parts["lora"] = [lora.identity() for lora in loras]
         return parts
 
     def skeleton(self) -> Any:
-        """The transformer without its weights: parameters on the meta device, buffers computed."""
-        cls = _transformer_class(self.family)
+        """Build the transformer without weights: parameters on the meta device, buffers computed."""
+        import diffusers
+
+        cls = getattr(diffusers, self.family.transformer)
         return empty_transformer(cls.load_config(self.folder(weights=False) / "transformer"), cls)
 
     def sites(self) -> list[Site]:
-        """Every site of the transformer, in order; see :class:`ModelFamily`.
+        """Return every site of the transformer, in order (:class:`ModelFamily`).
 
         Of a class without a table they are discovered, or UnsupportedError says why they can't be.
         """
@@ -165,23 +156,23 @@ class DiffusersModel:
         return list(discovered_sites(folder.resolve(), self.family.transformer, call))
 
     def weights(self) -> Weights:
-        """The transformer's tensors on disk, to be read by name."""
+        """Return the transformer's tensors on disk, to be read by name."""
         return Weights(self.folder() / "transformer")
 
     def pipeline(self, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
-        """The whole 16-bit pipeline, in ``dtype`` on ``device``."""
+        """Open the whole 16-bit pipeline, in ``dtype`` on ``device``."""
         return open_pipeline(self.folder(), dtype, device)
 
 
 def component_bytes(model: DiffusersModel) -> dict[str, int]:
-    """{component: bytes of its weights}, as far as they are known."""
+    """Return {component: bytes of its weights}, as far as they are known."""
     root = model.folder(weights=False)
     folders = (root / name for name in sorted(components(read_json(root / INDEX))))
     return {folder.name: _bytes(folder) for folder in folders if folder.is_dir()}
 
 
 def cache_bytes(model: DiffusersModel) -> int:
-    """What a model of a single file, or with LoRAs, is going to take in DiRotQ's cache.
+    """Return the bytes that a single file, or LoRAs, are going to take in DiRotQ's cache.
 
     Components of a Hugging Face cache, which are links, become links to the same files.
     """
@@ -203,9 +194,3 @@ def _bytes(folder: Path) -> int:
     indexes = [read_json(i).get("metadata") for i in folder.glob("*.safetensors.index.json")]
     sizes = [m.get("total_size") for m in indexes if isinstance(m, dict)]
     return max([found, *(size for size in sizes if isinstance(size, int))])
-
-
-def _transformer_class(family: ModelFamily) -> Any:
-    import diffusers
-
-    return getattr(diffusers, family.transformer)

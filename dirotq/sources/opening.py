@@ -5,7 +5,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 def open_pipeline(
     folder: Path, dtype: torch.dtype, device: torch.device, *, variant: str | None = None
 ) -> "DiffusionPipeline":
-    """A local diffusers folder, packed or not, from safetensors only.
+    """Open a local diffusers folder, packed or not, from safetensors only.
 
     On a GPU that can't hold all components at once they go there one at a time, as they are used.
 
@@ -70,7 +70,7 @@ def open_pipeline(
 
 
 def component_bytes(pipe: "DiffusionPipeline") -> int:
-    """What the weights of all components of a pipeline take."""
+    """Return what the weights of all components of a pipeline take."""
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
     tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
     return sum(t.numel() * t.element_size() for t in tensors)
@@ -106,16 +106,13 @@ def explained(folder: str | Path) -> Iterator[None]:
 
 
 def _place(folder: str | Path, error: BaseException) -> str:
-    """The component that diffusers was loading, if it was, and the folder."""
-    names: list[Any] = [
-        frame.f_locals.get("name")
-        for frame, _ in traceback.walk_tb(error.__traceback__)
-        if frame.f_code.co_name == "load_sub_model"
-    ]
+    """Name the component that diffusers was loading, if it was, and the folder."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    names = [f.f_locals.get("name") for f in frames if f.f_code.co_name == "load_sub_model"]
     return f"the component {names[-1]} of {folder}" if names else str(folder)
 
 
 def _first(error: BaseException) -> str:
-    """The first line of an error that says something, cut."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0]:.300}" if lines else "no message"
+    """Return the first line of an error that says something, cut."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return f"{lines[0].strip():.300}"

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def open_picture(path: str | Path) -> "Image":
-    """The whole picture, decoded. Raises ConfigError if it is missing, truncated or no picture."""
+    """Decode a whole picture. Raises ConfigError if it is missing, truncated or no picture."""
     from PIL import Image
 
     try:

@@ -27,7 +27,7 @@ class Traced(Tensor):
 
 
 def traced(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors, to be handed to a converter."""
+    """Mark tensors, to be handed to a converter."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         found[name] = marked = tensor.as_subclass(Traced)
@@ -36,12 +36,12 @@ def traced(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What came out of it, as ordinary tensors."""
+    """Return what came out of it as ordinary tensors."""
     return {name: tensor.as_subclass(Tensor) for name, tensor in tensors.items()}
 
 
 def left_out(given: Mapping[str, Tensor], made: Mapping[str, Any]) -> list[str]:
-    """Names in ``given`` of tensors that nothing in ``made`` was computed from."""
+    """Name tensors of ``given`` that nothing in ``made`` was computed from."""
     used = frozenset().union(*(tensor.sources for tensor in _traced(list(made.values()))))
     return [name for name in given if name not in used]
 

@@ -15,7 +15,7 @@ lost in part. Embeddings are padded by a few hundred rows, of tens of thousands.
 
 
 def missing_files(cls: Any, part: Path) -> list[str]:
-    """Files without which the class would make a tokenizer that knows no words."""
+    """Name lost files without which the class would make a tokenizer that knows no words."""
     lost = [] if (part / "tokenizer_config.json").is_file() else ["tokenizer_config.json"]
     known = dict(cls.vocab_files_names)
     if not known or any(list(part.glob(pattern)) for pattern in WHOLE):
@@ -29,7 +29,7 @@ def missing_files(cls: Any, part: Path) -> list[str]:
 
 
 def faults(tokenizer: Any, rows: int | None) -> list[str]:
-    """What is wrong with a loaded tokenizer.
+    """Name what is wrong with a loaded tokenizer.
 
     rows  of the embedding of the encoder that reads its ids; None where that is unknown
     """
