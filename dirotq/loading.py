@@ -32,10 +32,9 @@ def load(
              once per process, in threads; False for a folder that was changed on purpose
 
     Raises ConfigError for arguments of another kind; ArtifactError if the folder holds no packed
-    pipeline, a file of it changed, is missing or damaged, or a tensor is missing, extra, misshapen,
-    not finite or out of its range; UnsupportedError if it was packed by a newer format, or needs
-    code or packages that are not here. Running out of memory is told by Python's and torch's own
-    errors.
+    pipeline, or a file or tensor changed, is missing, damaged or extra; UnsupportedError if it was
+    packed by a newer format, or needs code or packages that are not here. Running out of memory is
+    told by Python's and torch's own errors.
     """
     target = pick_device(str(device))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):

@@ -38,6 +38,7 @@ STORED = torch.bfloat16
 """dtype on disk of floating tensors, but for those in EXACT."""
 EXACT = ("wglobal",)
 """Buffers of packed linears that are float32 on disk too."""
+DAMAGED = "the file is damaged; download it again, or pack the model again with `dirotq compress`"
 FLOOR_GRACE = 2.0**-6
 """Part of its floor that a scale may lack: gptq and fuse may have rounded wp on two machines."""
 
@@ -72,8 +73,7 @@ class DirotqConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": METHOD, "format": self.format, "sites": self.sites}
 
-    def to_diff_dict(self) -> dict[str, Any]:
-        return self.to_dict()
+    to_diff_dict = to_dict
 
 
 class DirotqQuantizer(DiffusersQuantizer):
@@ -81,6 +81,9 @@ class DirotqQuantizer(DiffusersQuantizer):
 
     requires_calibration = True
     use_keep_in_fp32_modules = True
+    is_serializable = True
+    is_trainable = False
+    is_compileable = True
 
     def __init__(self, quantization_config: DirotqConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -118,12 +121,7 @@ class DirotqQuantizer(DiffusersQuantizer):
             _compare({n: Signature.of(n, t) for n, t in model.state_dict().items()}, self._found)
 
     def check_if_quantized_param(
-        self,
-        model: nn.Module,
-        param_value: Tensor,
-        param_name: str,
-        state_dict: dict[str, Any],
-        **kwargs: Any,
+        self, model: nn.Module, param_value: Tensor, param_name: str, *_: Any, **kwargs: Any
     ) -> bool:
         return isinstance(model.get_submodule(param_name.rpartition(".")[0]), QuantLinear)
 
@@ -134,7 +132,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         param_name: str,
         target_device: torch.device,
         state_dict: dict[str, Any],
-        unexpected_keys: list[str] | None = None,
+        *_: Any,
         **kwargs: Any,
     ) -> None:
         # From the file, not from `param_value`, which diffusers has already cast to torch_dtype.
@@ -167,18 +165,6 @@ class DirotqQuantizer(DiffusersQuantizer):
         changed = {n: lost.put_back(state_dict[n]) for n, lost in self._lost.items() if n in stored}
         return stored | changed, {}
 
-    @property
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
-
-    @property
-    def is_compileable(self) -> bool:
-        return True
-
 
 def mark_packed(transformer: Any, config: DirotqConfig) -> None:
     """Make ``save_pretrained`` of a freshly packed transformer write what the loader reads."""
@@ -188,7 +174,7 @@ def mark_packed(transformer: Any, config: DirotqConfig) -> None:
 
 
 def stored_dtype(name: str, tensor: Tensor) -> torch.dtype:
-    """dtype on disk of a tensor of a packed transformer's state."""
+    """Return the dtype on disk of a tensor of a packed transformer's state."""
     exact = not tensor.is_floating_point() or name.rpartition(".")[2] in EXACT
     return tensor.dtype if exact else STORED
 
@@ -201,7 +187,7 @@ class Signature(NamedTuple):
 
     @classmethod
     def of(cls, name: str, tensor: Tensor) -> "Signature":
-        """What a tensor of the model is stored as."""
+        """Return what a tensor of the model is stored as."""
         names = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32"}
         return cls(tuple(tensor.shape), names.get(stored_dtype(name, tensor), "BF16"))
 
@@ -220,10 +206,8 @@ def _compare(wanted: dict[str, Signature], found: dict[str, Signature]) -> None:
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise ArtifactError(
-            "the packed transformer does not fit its config: "
-            + "; ".join(problems[:3])
-            + more
-            + ". The files are damaged or mixed from two models; pack or download them again."
+            f"the packed transformer does not fit its config: {'; '.join(problems[:3])}{more}. "
+            "The files are damaged or mixed from two models; pack or download them again."
         )
 
 
@@ -241,19 +225,14 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
     for buffer, tensor in tensors.items():
         low, high = tensor.aminmax()  # NaN comes out on top: one pass, and no mask in memory
         if not bool(low.isfinite() & high.isfinite()):
-            raise ArtifactError(
-                f"{name}.{buffer} holds NaN or infinity: the file is damaged; download it again, "
-                "or pack the model again with `dirotq compress`"
-            )
+            raise ArtifactError(f"{name}.{buffer} holds NaN or infinity: {DAMAGED}")
         if buffer in ("wscale", "wpscale") and bool(low < 0):
             raise ArtifactError(
-                f"{name}.{buffer} holds {low.item():.3g}, but scales are zero or more: the file is "
-                "damaged; download it again, or pack the model again with `dirotq compress`"
+                f"{name}.{buffer} holds {low.item():.3g}, but scales are zero or more: {DAMAGED}"
             )
         if buffer == "wglobal" and not bool(low > 0):
             raise ArtifactError(
-                f"{name}.wglobal is {low.item():.3g}, but a global scale is above zero: the file "
-                "is damaged; download it again, or pack the model again with `dirotq compress`"
+                f"{name}.wglobal is {low.item():.3g}, but a global scale is above zero: {DAMAGED}"
             )
     if packed.wscale.dtype == torch.uint8 and not packed.wscale.is_meta:
         _check_scale_bytes(name, packed)
@@ -272,19 +251,18 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
 
 
 def _check_scale_bytes(name: str, packed: QuantLinear) -> None:
-    """E4M3 scales end at byte 126, 448 (then come NaN and negative numbers), E8M0's at 254."""
+    # E4M3 ends at byte 126, 448 (then come NaN and negative numbers), E8M0 at 254.
     largest = 126 if packed.spec.weights.name == "nvfp4" else 254
     found = int(packed.wscale.max()) if packed.wscale.numel() else 0
     if found > largest:
         raise ArtifactError(
             f"{name}.wscale holds the byte {found}, NaN or a negative number as a scale of "
-            f"{packed.spec.weights.name}, which are 0 ... {largest}: the file is damaged; download "
-            "it again, or pack the model again with `dirotq compress`"
+            f"{packed.spec.weights.name}, which are 0 ... {largest}: {DAMAGED}"
         )
 
 
 def _config_without_path(self: ConfigMixin) -> str:
-    """diffusers notes in the config where it loaded from; a packed folder doesn't carry that on."""
+    """Leave out where diffusers loaded from, which it notes in the config."""
     self._internal_dict = type(self._internal_dict)(
         {key: value for key, value in self._internal_dict.items() if key != "_name_or_path"}
     )

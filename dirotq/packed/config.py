@@ -30,10 +30,7 @@ Entry = tuple[Site, QuantSpec]
 
 
 def read_packing(sites: Any, packing: Any) -> list[Entry]:
-    """The sites of a packed transformer in network order, each with its formats.
-
-    sites    ``sites`` of a ``quantization_config``
-    packing  its ``format``
+    """Read ``sites`` of a ``quantization_config`` in network order; ``packing`` is its ``format``.
 
     Raises UnsupportedError for a newer format; ArtifactError for anything that this version would
     not have written: a missing or unknown field, a value of another kind or out of its range, a
@@ -59,27 +56,25 @@ def read_packing(sites: Any, packing: Any) -> list[Entry]:
 
 
 def check_places(transformer: nn.Module, entries: Iterable[Entry]) -> None:
-    """Hold the sites against the 16-bit transformer that they are about to be put into.
+    """Hold the sites against the 16-bit transformer (on the meta device) that they go into.
 
-    transformer  as its config says; shapes are enough (meta device)
-
-    Raises ArtifactError naming the first consumer that is no linear of these dimensions, or the
-    site whose path is taken; UnsupportedError if the family's table does not fit the class, as with
-    another version of diffusers.
+    Raises ArtifactError naming the first that is no linear of these dimensions, or the site whose
+    path is taken; UnsupportedError if the family's table does not fit the class, as with another
+    version of diffusers.
     """
     modules = dict(transformer.named_modules())
     family = known_family(type(transformer).__name__)
     table = {} if family is None else {s.name: s.linears for s in family.sites(transformer)}
     for site, _ in entries:
-        for consumer, rows in zip(site.linears, site.out_features, strict=True):
-            linear: Any = modules.get(consumer)
+        for name, rows in zip(site.linears, site.out_features, strict=True):
+            linear: Any = modules.get(name)
             if linear is None or not is_linear(linear):
-                raise _damaged(f"{consumer} is no linear of a {type(transformer).__name__}")
+                raise _damaged(f"{name} is no linear of a {type(transformer).__name__}")
             found = (*linear.weight.shape[:2], linear.bias is not None, is_pointwise(linear))
             wanted = (rows, site.in_features, site.bias, site.pointwise)
             if found != wanted:
                 raise _damaged(
-                    f"{consumer} has (outputs, inputs, bias, 1x1 convolution) = {found} in this "
+                    f"{name} has (outputs, inputs, bias, 1x1 convolution) = {found} in this "
                     f"{type(transformer).__name__}, {wanted} in site {site.name}"
                 )
         parent, _, leaf = site.name.rpartition(".")

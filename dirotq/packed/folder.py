@@ -23,11 +23,10 @@ WEIGHTS = "diffusion_pytorch_model"
 
 
 def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
-    """The diffusers folder itself, checked to hold a transformer packed by DiRotQ.
+    """Return the diffusers folder itself, checked to hold a transformer packed by DiRotQ.
 
     folder  it, or the artifact of ``pack`` around it
-    verify  hold every file that will be read against the digests that lie in it (SHA256SUMS) and
-            in the manifest of its artifact
+    verify  hold every file against the digests in it (SHA256SUMS) and in its artifact's manifest
 
     Raises ArtifactError if the folder holds no packed pipeline, or a file differs.
     """
@@ -66,17 +65,15 @@ def held(folder: str | Path) -> AbstractContextManager[Any]:
 
 
 def variant_of(root: Path, wanted: str | None) -> str | None:
-    """Which files of the transformer to read: None for the plain names, else such as ``fp16``.
+    """Choose the transformer's files: None for the plain names, else a variant such as ``fp16``.
 
     wanted  the variant asked for; None takes the only one there is
 
     Raises ArtifactError naming those that there are.
     """
-    names = [file.name for file in (root / "transformer").glob(f"{WEIGHTS}.*")]
-    whole = re.compile(rf"{WEIGHTS}\.(?:([\w-]+?)(?:-\d{{5}}-of-\d{{5}})?\.)?safetensors")
+    names = [file.name for file in (root / "transformer").glob(f"{WEIGHTS}*")]
+    whole = re.compile(rf"{WEIGHTS}(?:\.([\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.safetensors")
     found = sorted({match[1] or "" for name in names if (match := whole.fullmatch(name))})
-    if list((root / "transformer").glob(f"{WEIGHTS}-*-of-*.safetensors")):
-        found.insert(0, "")
     if wanted is None and (not found or found[0] == ""):
         return None
     if wanted in found:
@@ -91,7 +88,7 @@ def variant_of(root: Path, wanted: str | None) -> str | None:
 
 
 def _place(folder: str | Path) -> Path:
-    """The diffusers folder that is meant: this one, or the one in an artifact."""
+    """Return the diffusers folder that is meant: this one, or the one in an artifact."""
     try:
         root = Path(folder).expanduser()
         inside = (root / MANIFEST).is_file() and not (root / INDEX).is_file()
@@ -101,7 +98,7 @@ def _place(folder: str | Path) -> Path:
 
 
 def _artifact_around(root: Path) -> Artifact | None:
-    """The artifact of ``pack`` whose data/model this is, also through a link."""
+    """Return the artifact of ``pack`` whose data/model this is, also through a link."""
     place = root.resolve()
     around = place.parent.parent
     if place.parts[-2:] != ("data", "model") or not (around / MANIFEST).is_file():

@@ -1,8 +1,7 @@
 """diffusers' own habits on a packed transformer: what works is let through, what would go wrong in
 silence is refused.
 
-Everything put on an object here is a function with its arguments bound, so that it pickles and
-deep-copies (a bound method of a foreign function does not).
+What is put on an object is a functools.partial: it pickles and deep-copies, unlike bound methods.
 """
 
 import functools
@@ -38,13 +37,13 @@ def guard(transformer: Any) -> None:
 
 
 def is_packed(model: Any) -> bool:
-    """Whether a model holds packed linears."""
+    """Tell whether a model holds packed linears."""
     return isinstance(model, nn.Module) and any(isinstance(m, PACKED) for m in model.modules())
 
 
 def _to(transformer: Any, *args: Any, **kwargs: Any) -> Any:
-    """``ModelMixin.to``, also to another dtype, which diffusers refuses for quantized models: here
-    packed tensors keep theirs (``QuantLinear._apply``) and only what is in 16 bits is cast."""
+    """Call ``ModelMixin.to``, also to another dtype, which diffusers refuses: packed tensors keep
+    theirs (``QuantLinear._apply``), only what is in 16 bits is cast."""
     transformer.is_quantized = False
     try:
         return type(transformer).to(transformer, *args, **kwargs)
@@ -53,7 +52,7 @@ def _to(transformer: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _fuse_again(transformer: Any) -> None:
-    """q, k and v are one packed linear: nothing to concatenate, only its sharing to bring back."""
+    """Bring back sharing: q, k and v are one packed linear, with nothing to concatenate."""
     family = known_family(type(transformer).__name__)
     if family is not None:
         family.share(transformer)

@@ -21,14 +21,13 @@ class Lost(NamedTuple):
 
     @classmethod
     def of(cls, stored: Tensor) -> "Lost":
-        """Of a bfloat16 tensor."""
+        """Find them in a bfloat16 tensor."""
         flat = stored.flatten()
         places = (flat.half().bfloat16() != flat).nonzero().flatten()
         return cls(places, flat[places])
 
     def put_back(self, tensor: Tensor) -> Tensor:
-        """``tensor`` in bfloat16, with the stored values where it still holds what float16 made of
-        them. A number that was changed since then stays as it is."""
+        """Return ``tensor`` in bfloat16, with the stored values where it did not change since."""
         flat = tensor.flatten()
         places, values = self.places.to(flat.device), self.values.to(flat.device)
         back = flat.bfloat16()

@@ -13,7 +13,7 @@ from dirotq.models.family import Site
 def swap_sites(
     transformer: nn.Module, sites: Iterable[Site], build: Callable[[Site], nn.Module]
 ) -> None:
-    """Replace each site's consumers by ``build(site)``, in place.
+    """Replace each site's linears by ``build(site)``, in place.
 
     The wide module stands at the site's path; where several linears share it, each of them becomes
     a :class:`SiteView` of its rows. A 1x1 convolution becomes a :class:`PointwiseView` of either.
@@ -24,10 +24,10 @@ def swap_sites(
     for site in sites:
         wide = build(site)
         _put(transformer, site.name, wide)
-        for consumer, rows in site.slices():
+        for linear, rows in site.slices():
             part = wide if len(site.linears) == 1 else SiteView(wide, rows)
-            if consumer != site.name:
-                _put(transformer, consumer, PointwiseView(part) if site.pointwise else part)
+            if linear != site.name:
+                _put(transformer, linear, PointwiseView(part) if site.pointwise else part)
     family = known_family(type(transformer).__name__)
     if family is not None:
         family.share(transformer)
@@ -42,22 +42,16 @@ def put_packed(transformer: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]
 
 
 def footprint(transformer: nn.Module) -> dict[str, int]:
-    """Bytes of a packed transformer by category; works on the meta device, from shapes alone.
+    """Count the bytes of a packed transformer by category, from shapes alone (meta device).
 
     ``codes`` 4-bit weights, ``scales``, ``basis`` P (and dense rotations), ``protected`` W P,
     ``bias`` of packed linears, and ``kept``: every other parameter at its stored 16 bits.
     """
     parts = {
-        "qweight": "codes",
-        "wscale": "scales",
-        "wglobal": "scales",
-        "basis": "basis",
-        "rotation": "basis",
-        "smooth": "basis",
-        "wp": "protected",
-        "wpscale": "protected",
-        "bias": "bias",
-    }
+        "qweight": "codes", "wscale": "scales", "wglobal": "scales",
+        "basis": "basis", "rotation": "basis", "smooth": "basis",
+        "wp": "protected", "wpscale": "protected", "bias": "bias",
+    }  # fmt: skip
     total = dict.fromkeys(("codes", "scales", "basis", "protected", "bias", "kept"), 0)
     packed = set()
     for name, module in transformer.named_modules():
@@ -72,13 +66,13 @@ def footprint(transformer: nn.Module) -> dict[str, int]:
 
 
 def packed_bits(site: Site, spec: QuantSpec) -> int:
-    """Bits of one site's packed linear, everything counted."""
+    """Count the bits of one site's packed linear."""
     packed = QuantLinear(spec, bias=site.bias, device="meta")
     return 8 * sum(t.numel() * t.element_size() for t in packed.parameters())
 
 
 def effective_bits(skeleton: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> float:
-    """Bits per original parameter of a transformer packed by this plan, everything counted.
+    """Return bits per original parameter of a transformer packed by this plan, all counted.
 
     skeleton  the 16-bit transformer; shapes are enough (meta device), and it is packed in place
     """

@@ -16,8 +16,8 @@ import torch
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.files.json_file import read_json
 from dirotq.files.names import INDEX
-from dirotq.sources.expected_tensors import difference, stored, too_deep, weight_files
-from dirotq.sources.vocabulary import faults, missing_files
+from dirotq.sources.doors import refuse_counts
+from dirotq.sources.expected_tensors import difference, stored, weight_files
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,13 @@ SCHEDULER = "scheduler_config.json"
 DENOISER = "transformer"
 VARIANT = re.compile(r"\.(fp16|bf16|fp32|ema|non_ema)[.-]|-\d+-of-\d+\.")
 """File names of other precisions and of other divisions of the same weights."""
+TEXT = "the quick brown fox jumps over the lazy dog, 0123456789"
+"""Letters and figures: some of it is known to every vocabulary."""
+WHOLE = ("tokenizer.json", "tekken.json", "*.model", "*.tiktoken", "vocab.txt")
+"""Files of which one alone holds a vocabulary."""
+LEAST_SHARE = 0.5
+"""Of the rows of an encoder's embedding: a vocabulary below it belongs to another encoder, or was
+lost in part. Embeddings are padded by a few hundred rows, of tens of thousands."""
 
 
 def is_entry(entry: Any) -> bool:
@@ -85,9 +92,7 @@ def _of_model(cls: Any, part: Path, weights: bool) -> Iterator[str]:
     files = weight_files(part, diffusers=ours)
     yield from _beside(part, files)
     shapes = stored(files)
-    if deep := too_deep(config, len(shapes)):
-        yield f"has {deep} in its config.json, but only {len(shapes)} tensors"
-        return
+    refuse_counts(part / "config.json", config, len(shapes))
     try:
         found = difference(cls, part, shapes, exact=part.name == DENOISER)
     except Exception as error:  # noqa: BLE001  any line of a foreign class
@@ -110,11 +115,57 @@ def _beside(part: Path, files: list[Path]) -> Iterator[str]:
 
 
 def _of_tokenizer(cls: Any, part: Path, rows: int | None) -> Iterator[str]:
-    if lost := missing_files(cls, part):
+    if lost := _missing_files(cls, part):
         yield f"has no {' and no '.join(lost)}"
         return
     read_settings(part / "tokenizer_config.json")
-    yield from faults(cls.from_pretrained(part, local_files_only=True), rows)
+    yield from _faults(cls.from_pretrained(part, local_files_only=True), rows)
+
+
+def _missing_files(cls: Any, part: Path) -> list[str]:
+    """Name lost files without which the class would make a tokenizer that knows no words."""
+    lost = [] if (part / "tokenizer_config.json").is_file() else ["tokenizer_config.json"]
+    known = dict(cls.vocab_files_names)
+    if not known or any(list(part.glob(pattern)) for pattern in WHOLE):
+        return lost  # bytes need no vocabulary (ByT5)
+    parts = [file for kind, file in known.items() if kind != "tokenizer_file"]
+    here = [file for file in parts if (part / file).is_file()]
+    if here and len(here) == len(parts):
+        return lost
+    apart = f" (or {' and '.join(parts)})" if parts else ""
+    return [*lost, f"tokenizer.json{apart}"]
+
+
+def _faults(tokenizer: Any, rows: int | None) -> list[str]:
+    """Name what is wrong with a loaded tokenizer.
+
+    rows  of the embedding of the encoder that reads its ids; None where that is unknown
+    """
+    made = tokenizer(TEXT)["input_ids"]
+    if len(set(made) - set(tokenizer.all_special_ids)) < 2:
+        return [
+            "knows no words (every prompt becomes the same tokens): its vocabulary is empty or lost"
+        ]
+    if rows is None:
+        return []
+    special = {
+        name: token
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id")
+        if (token := getattr(tokenizer, name, None)) is not None
+    }
+    over = [f"{name} {token}" for name, token in special.items() if token >= rows]
+    if max(made) >= rows or tokenizer.vocab_size > rows or over:
+        what = f" ({', '.join(over)})" if over else ""
+        return [
+            f"has a vocabulary of {tokenizer.vocab_size} tokens{what}, its text encoder an "
+            f"embedding of {rows} rows: they belong to two models"
+        ]
+    if len(tokenizer) < LEAST_SHARE * rows:
+        return [
+            f"knows {len(tokenizer)} tokens, its text encoder {rows}: its vocabulary was lost in "
+            "part, or belongs to another model"
+        ]
+    return []
 
 
 def _of_other(cls: Any, part: Path, rows: int | None) -> Iterator[str]:
@@ -129,7 +180,7 @@ def _of_other(cls: Any, part: Path, rows: int | None) -> Iterator[str]:
         return
     made = cls.from_pretrained(part, local_files_only=True)
     if (tokenizer := getattr(made, "tokenizer", None)) is not None:
-        yield from faults(tokenizer, rows)
+        yield from _faults(tokenizer, rows)
 
 
 def _other_scheduler(cls: Any, config: Mapping[str, Any]) -> Iterator[str]:

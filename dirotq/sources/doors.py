@@ -87,10 +87,14 @@ def refuse_sizes(root: Path) -> None:
         part = root / name
         tensors = sum(len(read_header(file)) for file in sorted(part.glob("*.safetensors")))
         for file in sorted(part.glob("*config.json")):
-            _check_counts(file, read_json(file), tensors)
+            refuse_counts(file, read_json(file), tensors)
 
 
-def _check_counts(file: Path, settings: Mapping[str, Any], tensors: int) -> None:
+def refuse_counts(file: Path, settings: Mapping[str, Any], tensors: int) -> None:
+    """Raise ArtifactError for a setting that says more than the ``tensors`` beside it can be.
+
+    The class would be built first and compared then, which takes forever for a million layers.
+    """
     for name, value in _pairs(settings):
         most, why = None, ""
         if file.name == "scheduler_config.json":

@@ -23,8 +23,6 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 COUNTER = "num_batches_tracked"
 """How often a batch norm was trained: nothing that is computed depends on it."""
-DEEP = re.compile(r"(num|n)_\w*(layers|blocks)|depth|(num|n)_layers?")
-"""Settings that say how often a block is repeated."""
 
 
 def weight_files(part: Path, *, diffusers: bool) -> list[Path]:
@@ -80,20 +78,6 @@ def difference(cls: Any, part: Path, shapes: Shapes, *, exact: bool = False) -> 
     if hasattr(cls, "load_config"):
         return _of_diffusers(cls, part, shapes, exact)
     return _of_transformers(cls, part, shapes)
-
-
-def too_deep(config: Any, count: int) -> str | None:
-    """Return a setting that repeats blocks more often than the files have tensors, if there is one.
-
-    The class would be built first and compared then, which takes forever for a million layers.
-    """
-    if isinstance(config, dict):
-        for key, value in config.items():
-            if DEEP.fullmatch(key) and isinstance(value, int) and value > max(count, 1000):
-                return f"{key}: {value}"
-            if inside := too_deep(value, count):
-                return inside
-    return None
 
 
 def _of_diffusers(cls: Any, part: Path, shapes: Shapes, exact: bool) -> str:

@@ -180,27 +180,22 @@ def explained(place: HubPath, wanted: str) -> Iterator[None]:
             f"{where} has no file {wanted!r} at revision {place.revision!r}; its files are listed "
             f"at {place.url}/tree/{place.revision}"
         ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled) as error:
-        raise ConfigError(_unreachable(place, where, wanted, error)) from error
     except errors.HfHubHTTPError as error:
         raise ConfigError(
             f"the Hugging Face Hub refused {wanted} of {place.kind} {place.id} (HTTP "
-            f"{error.response.status_code}: {_first_line(error)}). Try again later if it is a server's error (5xx) or a rate "
-            "limit (429); log in with `hf auth login` if it is 401 or 403"
+            f"{error.response.status_code}: {_first_line(error)}). Try again later if it is a "
+            "server's error (5xx) or a rate limit (429); log in with `hf auth login` if it is 401 "
+            "or 403"
         ) from error
-    except (errors.HTTPError, ConnectionError) as error:
-        raise ConfigError(_unreachable(place, where, wanted, error)) from error
+    except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError) as error:
+        raise ConfigError(
+            f"{where} can't be read: the hub can't be reached ({_first_line(error)}), and this "
+            f"machine does not hold {wanted}. Connect it, or run {place.how_to_download()} where "
+            "there is a network and copy the cache folder (HF_HOME) here; unset HF_HUB_OFFLINE if "
+            "it is set by mistake"
+        ) from error
     except errors.HFValidationError as error:
         raise ConfigError(f"{place.id!r} can't be the id of a repository: {error}") from error
-
-
-def _unreachable(place: HubPath, where: str, wanted: str, error: Exception) -> str:
-    return (
-        f"{where} can't be read: the hub can't be reached ({_first_line(error)}), and this machine "
-        f"does not hold {wanted}. Connect it, or run {place.how_to_download()} where there is a "
-        "network and copy the cache folder (HF_HOME) here; unset HF_HUB_OFFLINE if it is set by "
-        "mistake"
-    )
 
 
 def _first_line(error: Exception) -> str:

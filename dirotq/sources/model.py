@@ -41,8 +41,7 @@ class DiffusersModel:
               the one that its layout belongs to
     ``lora``  a file, or a list of files and {path, weight}, added to the transformer's weights
 
-    A file and LoRAs are made into a folder once (dirotq/sources/variant.py), so everything else
-    sees a plain diffusers folder.
+    A file and LoRAs are made into a plain diffusers folder once (dirotq/sources/variant.py).
     """
 
     path: str
@@ -64,12 +63,10 @@ class DiffusersModel:
         """Return the checked folder, downloaded and put together where that is needed.
 
         weights   also the weights; without them only configurations
-        complete  hold every component against its class, too; False is quick, and is for questions
-                  that a cached run asks
+        complete  hold every component against its class, too, which takes seconds
 
         Raises ConfigError, UnsupportedError or ArtifactError for what is no 16-bit diffusers
-        pipeline around a transformer (dirotq/sources/origin.py), or a file or LoRA that does not
-        fit it.
+        pipeline around a transformer, or a file or LoRA that does not fit it.
         """
         base, without = self._base()
         root = pipeline_folder(base, weights=weights, without=without, complete=complete)
@@ -78,7 +75,7 @@ class DiffusersModel:
         return variant_folder(root, self._file(), parse_loras(self.lora), self._parts, self.path)
 
     def assembled(self) -> Path | None:
-        """Return where in the cache a file or LoRAs are put together, or lie; None if not needed."""
+        """Return where in the cache a file or LoRAs are, or will be; None if not needed."""
         return None if self._is_plain() else variant_place(self._parts())
 
     @property
@@ -139,7 +136,7 @@ class DiffusersModel:
         return parts
 
     def skeleton(self) -> Any:
-        """Build the transformer without weights: parameters on the meta device, buffers computed."""
+        """Build the transformer, its parameters on the meta device, its buffers computed."""
         import diffusers
 
         cls = getattr(diffusers, self.family.transformer)

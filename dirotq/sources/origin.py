@@ -38,8 +38,7 @@ def pipeline_folder(
 
     weights   with the weights of its components; without, those of a repository may be missing
     without   a component whose weights are not needed
-    complete  hold each component against its class, too, which takes seconds of imports: left out
-              where only names and digests are asked for, as for a run that is all cached
+    complete  hold each component against its class, too, which takes seconds of imports
 
     Raises ConfigError if there is no such pipeline, it is damaged or incomplete, holds weights only
     as pickles, or leads out of its folder (dirotq/sources/folder.py); UnsupportedError if its
@@ -78,8 +77,7 @@ def pipeline_identity(source: str, *, without: str = "") -> dict[str, Any]:
 
     without  a component whose weights don't count
 
-    Raises what :func:`pipeline_folder` raises, but for what is incomplete: whoever reads the folder
-    finds that. Cheap to call again: what did not change on disk is not read again.
+    Raises what :func:`pipeline_folder` raises, but for what is incomplete.
     """
     root = pipeline_folder(source, weights=False, without=without, complete=False)
     index = read_json(root / INDEX)

@@ -33,7 +33,7 @@ Row = Mapping[Any, Any]
 
 
 def rows(file: Path, column: str, start: int) -> Iterator[Row]:
-    """The rows of ``file`` from number ``start`` on, one at a time.
+    """Yield the rows of ``file`` from number ``start`` on.
 
     column  where the text is, for files whose rows are bare texts
 
@@ -140,7 +140,7 @@ def _lines(opened: TextIO) -> Iterator[str]:
 
 
 def _is_array(opened: TextIO) -> bool:
-    """Is it one JSON array, whatever its suffix says? The file is at its beginning again."""
+    """Tell whether it is one JSON array, whatever its suffix; the file is at its start again."""
     head = opened.read(4096).lstrip()
     opened.seek(0)
     return head.startswith("[")
@@ -186,7 +186,7 @@ def _row(row: Any, column: str) -> Row:
 
 
 def _typed(row: dict[str, str | None]) -> Row:
-    """Cells of a CSV row: text, nothing, and a seed that is written as a whole number."""
+    """Type the cells of a CSV row: text, nothing, and a seed written as a whole number."""
     found: dict[str, Any] = {name: None if cell in MISSING else cell for name, cell in row.items()}
     if isinstance(seed := found.get("seed"), str) and (number := _WHOLE_NUMBER.fullmatch(seed)):
         found["seed"] = int(number[1])

@@ -72,7 +72,7 @@ class PromptSet:
                 )
 
     def identity(self) -> dict[str, Any]:
-        """Bytes, not path: a moved or renamed file is the same prompt set. Of the hub, a commit."""
+        """Return what tells the prompts: bytes, not a path; of the hub, a commit."""
         chosen = {"column": self.column, "start": self.start, "count": self.count}
         if (place := self._on_hub()) is not None:
             part = {"subset": self.subset, "split": self.split}
@@ -84,13 +84,13 @@ class PromptSet:
         )
 
     def load(self) -> list[Prompt]:
-        """Raises ConfigError if the set is missing, has fewer rows, or rows without a text."""
+        """Read the prompts. Raises ConfigError if rows, or texts in them, are missing."""
         place = self._on_hub()
         stamp = place.commit if place is not None else file_digest(self._file())
         return list(_load(self, place, stamp))
 
     def _on_hub(self) -> HubPath | None:
-        """The dataset that ``path`` names, unless there is such a file here."""
+        """Return the dataset that ``path`` names, unless there is such a file here."""
         if "://" in self.path or os.path.lexists(resolve(self.path)):
             return None
         return hub_path(self.path, "dataset")
@@ -123,10 +123,7 @@ def refuse_shared(calibration: Sequence[Prompt], heldout: Sequence[Prompt]) -> N
 
 
 def resolve(path: str) -> Path:
-    """A path as the user sees it; ``assets://x`` is a file that ships with the package.
-
-    Raises ConfigError for the home of a user who has none.
-    """
+    """Read a path as the user means it; ``assets://x`` is a file that ships with the package."""
     if path.startswith("assets://"):
         return Path(str(files("dirotq.assets"))) / path.removeprefix("assets://")
     try:
@@ -138,7 +135,7 @@ def resolve(path: str) -> Path:
 
 
 def shortly(value: Any) -> str:
-    """``value`` in a message: as Python writes it, cut where it is long or deep."""
+    """Write ``value`` as Python does, cut where it is long or deep."""
     short = reprlib.Repr()
     short.maxlevel, short.maxstring, short.maxlong, short.maxother = 2, 80, 40, 80
     try:
@@ -179,13 +176,8 @@ def _dataset_rows(chosen: PromptSet, place: HubPath) -> Iterator[Mapping[str, An
 
     with explained(place, "its rows"):
         try:
-            stream = datasets.load_dataset(
-                place.id,
-                chosen.subset,
-                split=chosen.split,
-                revision=place.commit,
-                streaming=True,
-            )
+            part = {"split": chosen.split, "revision": place.commit, "streaming": True}
+            stream = datasets.load_dataset(place.id, chosen.subset, **part)
             wanted = [chosen.column, "seed", "attributes"]
             if stream.column_names and chosen.column in stream.column_names:
                 # Pictures that nobody looks at are not decoded.
@@ -243,7 +235,7 @@ def _text(value: Any, where: str, column: str) -> str:
 
 
 def _seed(value: Any, where: str) -> int:
-    """The very number that the file says: PyTorch's seeds have 64 bits, a float holds 53."""
+    """Return the very number that the file says: seeds have 64 bits, a float holds 53."""
     exact = isinstance(value, int) and not isinstance(value, bool)
     if isinstance(value, float):
         exact = value.is_integer() and abs(value) < EXACT
@@ -256,7 +248,7 @@ def _seed(value: Any, where: str) -> int:
 
 
 def _pictures(row: Mapping[Any, Any], where: str, folder: Path) -> dict[str, str]:
-    """The paths of a row's pictures, relative ones from ``folder``; each can be decoded."""
+    """Return the paths of a row's pictures, relative to ``folder``; each can be decoded."""
     found = {}
     for name in IMAGES:
         if isinstance(given := row.get(name), str):

@@ -13,9 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dirotq.errors import ArtifactError, NumericalError
-from dirotq.files.names import weight_map
 from dirotq.models.family import Site
 from dirotq.models.skeleton import assign
+from dirotq.sources.expected_tensors import weight_files
 from dirotq.sources.weights_file import read_header
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
@@ -25,14 +25,13 @@ WHOLE = "diffusion_pytorch_model.safetensors"
 class Weights:
     """The tensors of a diffusers transformer folder.
 
-    Raises ArtifactError if the folder holds no safetensors, or a file is truncated; ConfigError if
-    its index is damaged, or names anything but safetensors files beside it.
+    Raises ArtifactError or ConfigError as :func:`weight_files`.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
-        for file in _files(folder):
+        for file in weight_files(folder, diffusers=True):
             self.files |= dict.fromkeys(read_header(file), file)
 
     def tensors(
@@ -126,14 +125,3 @@ def write_index(folder: Path, shards: StateDictSplit) -> None:
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-def _files(folder: Path) -> list[Path]:
-    if (folder / INDEX).is_file():
-        return sorted({folder / name for name in weight_map(folder / INDEX).values()})
-    if (folder / WHOLE).is_file():
-        return [folder / WHOLE]
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise ArtifactError(f"{folder} holds no safetensors; the download is incomplete")
-    return files

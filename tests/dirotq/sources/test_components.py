@@ -20,7 +20,7 @@ DAMAGE = [
     ("vae/config.json", {"latent_channels": -3}, "can't be built by its config.json"),
     ("vae/config.json", {"_class_name": "AutoencoderTiny"}, "contradict each other"),
     ("text_encoder/config.json", {"hidden_size": "wide"}, "can't be built by its config.json"),
-    ("text_encoder/config.json", {"num_hidden_layers": 10**6}, "num_hidden_layers: 1000000"),
+    ("text_encoder/config.json", {"num_hidden_layers": 10**6}, "num_hidden_layers = 1000000"),
     ("text_encoder/config.json", {"num_hidden_layers": 2}, "lacks 16 tensors"),
     ("transformer/config.json", {"num_layers": 2}, "lacks 32 tensors (transformer_blocks.1."),
     ("transformer/config.json", {"num_layers": 0}, "holds 32 tensors (transformer_blocks.0."),

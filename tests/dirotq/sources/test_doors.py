@@ -1,9 +1,10 @@
 import json
+from pathlib import Path
 
 import pytest
 
-from dirotq.errors import ConfigError, UnsupportedError
-from dirotq.sources.doors import refuse_doors, refuse_part
+from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
+from dirotq.sources.doors import refuse_counts, refuse_doors, refuse_part
 from dirotq.sources.opening import open_pipeline
 
 
@@ -127,3 +128,19 @@ def test_they_are_shut_before_anything_is_loaded(root):
     index(root, vae=["os", "system"])
     with pytest.raises(UnsupportedError, match="component vae"):
         open_pipeline(root, None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tensors"),
+    [
+        ({"num_layers": 513}, 5),
+        ({"vision_config": {"depth": 2001}}, 2000),
+        ({"blocks": [0] * 513}, 5),
+        ({"block": {"num_layers": [1, 513]}}, 5),
+    ],
+)
+def test_counts_are_held_against_the_number_of_tensors(settings, tensors):
+    with pytest.raises(ArtifactError, match=rf"= {max(tensors, 512) + 1}, more than what has"):
+        refuse_counts(Path("config.json"), settings, tensors)
+    refuse_counts(Path("config.json"), settings, max(tensors, 512) + 1)
+    refuse_counts(Path("config.json"), settings | {"vocab_size": 10**9}, 0)  # none are known
