@@ -121,7 +121,7 @@ class DirotqQuantizer(DiffusersQuantizer):
             _compare({n: Signature.of(n, t) for n, t in model.state_dict().items()}, self._found)
 
     def check_if_quantized_param(
-        self, model: nn.Module, param_value: Tensor, param_name: str, *_: Any, **kwargs: Any
+        self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kwargs: Any
     ) -> bool:
         return isinstance(model.get_submodule(param_name.rpartition(".")[0]), QuantLinear)
 
@@ -132,7 +132,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         param_name: str,
         target_device: torch.device,
         state_dict: dict[str, Any],
-        *_: Any,
+        *args: Any,
         **kwargs: Any,
     ) -> None:
         # From the file, not from `param_value`, which diffusers has already cast to torch_dtype.

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dirotq.errors import ArtifactError
-from dirotq.files.names import CALL_FILE
+from dirotq.files.json_file import CALL_FILE
 from dirotq.files.sums import write_sums
 from dirotq.kernels.linear import buffer_shapes
 from dirotq.models.coverage import share_kept

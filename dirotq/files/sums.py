@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.files.digest import file_digest
-from dirotq.files.names import CALL_FILE, INDEX
+from dirotq.files.json_file import CALL_FILE, INDEX
 
 SUMS = "SHA256SUMS"
 TOP = (INDEX, CALL_FILE)

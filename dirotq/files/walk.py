@@ -53,7 +53,7 @@ def walk(
             try:
                 if path.is_symlink():
                     check(path)
-                if _is_folder(path):
+                if os.path.isdir(path):  # noqa: PTH112 (false without permission to look)
                     enter(path, (*around, real), secret)
                 else:
                     found.append(readable(path))
@@ -83,13 +83,6 @@ def _entries(folder: Path) -> list[Path]:
         return sorted(folder.iterdir())
     except OSError as error:
         raise _unreadable(folder, error) from error
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # without permission to look
-        return False
 
 
 def _special(path: Path, mode: int) -> ConfigError:

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ArtifactError, ConfigError
-from dirotq.files.json_file import read_json
-from dirotq.files.names import INDEX
+from dirotq.files.json_file import INDEX, read_json
 from dirotq.files.sums import SUMS, check_sums
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.manifest import MANIFEST

@@ -12,8 +12,7 @@ from typing import Any
 
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.files.digest import Stamp, stamp
-from dirotq.files.json_file import read_json
-from dirotq.files.names import INDEX
+from dirotq.files.json_file import INDEX, read_json
 from dirotq.quiet import quiet
 from dirotq.sources.components import DENOISER, is_entry, problems
 

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 
 from dirotq.errors import ConfigError, DirotqError
-from dirotq.files.json_file import read_json
-from dirotq.files.names import INDEX
+from dirotq.files.json_file import INDEX, read_json
 from dirotq.sources.doors import refuse_counts
 from dirotq.sources.expected_tensors import difference, stored, weight_files
 

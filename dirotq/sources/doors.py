@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
-from dirotq.files.json_file import read_json
-from dirotq.files.names import INDEX, components, weight_map
+from dirotq.files.json_file import INDEX, components, read_json, weight_map
 from dirotq.sources.weights_file import AGAIN, read_header
 
 ASIDE = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from dirotq.errors import ArtifactError
-from dirotq.files.names import weight_map
+from dirotq.files.json_file import weight_map
 from dirotq.sources.weights_file import read_header
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ConfigError
-from dirotq.files.json_file import read_json
-from dirotq.files.names import CALL_FILE, INDEX, components, weight_map
+from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json, weight_map
 from dirotq.files.walk import readable, walk
-from dirotq.sources.blobs import is_blob
+from dirotq.sources.hub import is_blob
 
 IGNORED = ("README.md", "training.json", ".gitattributes")
 STEMS = ("diffusion_pytorch_model", "model")

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dirotq.errors import ConfigError, NumericalError
 
-from .pictures import open_picture
+from .prompt_files import open_picture
 from .prompts import Prompt
 
 

@@ -16,8 +16,7 @@ from dirotq.errors import ConfigError, NumericalError, UnsupportedError
 from dirotq.files.digest import input_digests
 from dirotq.sources.prompts import resolve, shortly
 
-from .lora_layouts import Pair, converted, pairs_in
-from .lora_settings import SETTINGS, Settings, number, read_settings
+from .lora_files import FUSE, SETTINGS, Pair, Settings, converted, number, pairs_in, read_settings
 from .origin import PICKLES
 from .weights_file import open_weights, read_header
 
@@ -154,8 +153,7 @@ def read_lora(
     if rest:
         raise UnsupportedError(
             f"{name} holds more than pairs of matrices: {len(rest)} tensors, such as "
-            f"{sorted(rest)[:3]}{because}. Without them the images would not be the LoRA's. Fuse "
-            "it with the program that trained it and compress the fused model"
+            f"{sorted(rest)[:3]}{because}. Without them the images would not be the LoRA's. {FUSE}"
         )
     _refuse_misfits(name, pairs, shapes, because)
     return {m: _update(pair, scales[m], name, m) for m, pair in pairs.items()}
@@ -238,7 +236,7 @@ def _refuse_other_kinds(name: str, tensors: Mapping[str, Tensor]) -> None:
             if mark in key:
                 raise UnsupportedError(
                     f"{name} is a {kind} ({key}), not a LoRA: it is no plain sum of low-rank "
-                    "updates. Fuse it with the program that trained it and compress the fused model"
+                    f"updates. {FUSE}"
                 )
     _refuse_text(name, tensors)
 

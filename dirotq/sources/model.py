@@ -9,8 +9,7 @@ import torch
 
 from dirotq.errors import ConfigError
 from dirotq.files.digest import input_digests
-from dirotq.files.json_file import read_json
-from dirotq.files.names import CALL_FILE, INDEX, components
+from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
 from dirotq.models.discovery import discovered_sites
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site

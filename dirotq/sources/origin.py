@@ -10,23 +10,15 @@ from typing import Any
 
 from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.files.digest import input_digests
-from dirotq.files.json_file import read_json
-from dirotq.files.names import CALL_FILE, INDEX, components
+from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
 from dirotq.models.families import family_of
-from dirotq.sources.blobs import unproven
 from dirotq.sources.completeness import refuse_incomplete
 from dirotq.sources.doors import refuse_doors
-from dirotq.sources.folder import (
-    SETTINGS,
-    STEMS,
-    carried_files,
-    missing_weights,
-    pipeline_files,
-    weight_names,
-)
-from dirotq.sources.hub import HubPath, hub_path
 from dirotq.sources.prompts import resolve
-from dirotq.sources.weights_file import read_header, refuse_quantized
+
+from .folder import SETTINGS, STEMS, carried_files, missing_weights, pipeline_files, weight_names
+from .hub import HubPath, hub_path, unproven
+from .weights_file import read_header, refuse_quantized
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -72,7 +64,7 @@ def pipeline_identity(source: str, *, without: str = "") -> dict[str, Any]:
     """Return what stands in a fingerprint: a repository's commit, or the digest of each file.
 
     A commit stands for its files as far as each is held against the id that the hub gives it
-    (dirotq/sources/blobs.py). Files that have none, in a cache that was copied without its links or
+    (dirotq/sources/hub.py). Files that have none, in a cache that was copied without its links or
     edited, count by their digests, as those of a local folder do.
 
     without  a component whose weights don't count

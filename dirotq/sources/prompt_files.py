@@ -1,19 +1,26 @@
-"""Rows of a prompt file, read as they stand: no glob, no cache, no guess at a column's type.
+"""Rows of a prompt file, read as they stand (no guess at a column's type), and their pictures.
 
 What can't be read is a ValueError that names the row; dirotq/sources/prompts.py says what to do
 about it.
 """
 
 import csv
+import functools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import yaml
+
+from dirotq.errors import ConfigError
+from dirotq.files.digest import Stamp, stamp
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 IMAGES = ("image", "mask_image")
 USED = ("seed", "attributes", *IMAGES)
@@ -40,6 +47,33 @@ def rows(file: Path, column: str, start: int) -> Iterator[Row]:
     Raises ValueError or OSError for what can't be read; KeyError for an unknown suffix.
     """
     return READERS[file.suffix.lower()](file, column, start)
+
+
+def open_picture(path: str | Path) -> "Image":
+    """Decode a whole picture. Raises ConfigError if it is missing, truncated or no picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            return opened.convert("RGB")
+    # Beside OSError: what Pillow's decoders raise for damaged files, and for 180 megapixels.
+    except (
+        OSError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,
+        SyntaxError, TypeError, ValueError, Image.DecompressionBombError,
+    ) as error:  # fmt: skip
+        raise ConfigError(
+            f"{path} can't be read as a picture ({type(error).__name__}: {error}); save it anew as "
+            "PNG or JPEG, or name another one"
+        ) from error
+
+
+def check_picture(path: str | Path) -> None:
+    """Raise what :func:`open_picture` raises; decoded again only if the file changed."""
+    try:
+        seen = stamp(Path(path))
+    except OSError as error:
+        raise ConfigError(f"{path} can't be read ({error.strerror})") from error
+    _check(str(path), seen)
 
 
 def _json_lines(file: Path, column: str, start: int) -> Iterator[Row]:
@@ -209,3 +243,8 @@ class _Strict(yaml.SafeLoader):
                     None, None, f"the key {_twice(keys)[1]!r} stands twice", node.start_mark
                 )
         super().flatten_mapping(node)
+
+
+@functools.lru_cache(maxsize=4096)
+def _check(path: str, _: Stamp) -> None:
+    open_picture(path)

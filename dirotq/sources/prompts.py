@@ -15,8 +15,7 @@ from typing import Any
 from dirotq.errors import ConfigError
 from dirotq.files.digest import file_digest, input_digests
 from dirotq.sources.hub import HubPath, explained, hub_path
-from dirotq.sources.pictures import check_picture
-from dirotq.sources.prompt_files import IMAGES, READERS, rows
+from dirotq.sources.prompt_files import IMAGES, READERS, check_picture, rows
 
 SEEDS = (-(2**63), 2**64 - 1)
 """What torch.Generator.manual_seed takes, both included."""

@@ -22,8 +22,7 @@ from torch import Tensor
 
 from dirotq.errors import ConfigError
 from dirotq.files.digest import cache_root, input_digests
-from dirotq.files.json_file import read_json
-from dirotq.files.names import INDEX
+from dirotq.files.json_file import INDEX, read_json
 from dirotq.files.walk import walk
 from dirotq.pipeline.disk import is_disk_full, open_modes, sync, sync_tree
 from dirotq.progress import track

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dirotq.errors import ConfigError
-from dirotq.files.names import safe_name, weight_map
+from dirotq.files.json_file import safe_name, weight_map
 
 
 @pytest.mark.parametrize(

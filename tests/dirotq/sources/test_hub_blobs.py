@@ -4,7 +4,7 @@ import json
 import pytest
 
 from dirotq.errors import ConfigError
-from dirotq.sources.blobs import is_blob, listing, unproven
+from dirotq.sources.hub import is_blob, listing, unproven
 
 COMMIT = "a" * 40
 
