@@ -51,8 +51,7 @@ class _Method(enum.StrEnum):
 class DirotqConfig(QuantizationConfigMixin):
     """``quantization_config`` of a packed transformer: one entry per site, in network order.
 
-    Raises UnsupportedError for a newer format, ArtifactError for what no DiRotQ wrote
-    (dirotq/packed/config.py).
+    Raises what :func:`read_packing` raises.
     """
 
     def __init__(self, *, sites: Any = None, format: Any = FORMAT, **_: Any) -> None:

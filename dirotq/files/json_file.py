@@ -65,10 +65,7 @@ def safe_name(name: object, where: str) -> str:
 
 
 def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return {component: (library, class)} of a model_index.json, but for those switched off.
-
-    Raises ConfigError if a component's name is no plain name.
-    """
+    """Return {component: (library, class)} of a model_index.json, but for those switched off."""
     found = {}
     for name, value in index.items():
         match value:

@@ -1,7 +1,4 @@
-"""What a packed folder has to be like before diffusers and transformers open anything in it.
-
-Some odd folders cost minutes or gigabytes before there is an error.
-"""
+"""What a packed folder has to be like before diffusers and transformers open anything in it."""
 
 import logging
 import re
@@ -66,9 +63,7 @@ def held(folder: str | Path) -> AbstractContextManager[Any]:
 def variant_of(root: Path, wanted: str | None) -> str | None:
     """Choose the transformer's files: None for the plain names, else a variant such as ``fp16``.
 
-    wanted  the variant asked for; None takes the only one there is
-
-    Raises ArtifactError naming those that there are.
+    wanted  the variant asked for, or ArtifactError; None takes the only one there is
     """
     names = [file.name for file in (root / "transformer").glob(f"{WEIGHTS}*")]
     whole = re.compile(rf"{WEIGHTS}(?:\.([\w-]+?))?(?:-\d{{5}}-of-\d{{5}})?\.safetensors")

@@ -18,8 +18,8 @@ from dirotq.sources.components import DENOISER, is_entry, problems
 
 log = logging.getLogger(__name__)
 
-DISPENSABLE = {"StableDiffusion3": ("text_encoder_3", "tokenizer_3")}
-"""Components that pipelines of these names go on without, though their classes don't say so."""
+DISPENSABLE = ("text_encoder_3", "tokenizer_3")
+"""Components that Stable Diffusion 3 goes on without, though its classes don't say so."""
 TEXT = ("text_encoder", "tokenizer")
 
 
@@ -57,9 +57,7 @@ def _stamps(folder: Path) -> tuple[tuple[str, Stamp], ...]:
 
 
 @functools.lru_cache(maxsize=32)
-def _problems(
-    folder: Path, weights: bool, without: str, prompts: bool, _: object
-) -> tuple[str, ...]:
+def _problems(folder: Path, weights: bool, without: str, prompts: bool, _: Any) -> tuple[str, ...]:
     with quiet():
         return tuple(_all_problems(folder, weights, without, prompts))
 
@@ -74,7 +72,7 @@ def _all_problems(folder: Path, weights: bool, without: str, prompts: bool) -> I
         yield f"{INDEX} names the pipeline {name!r}, which the installed diffusers does not have"
         return
     required, optional = map(set, pipeline._get_signature_keys(pipeline))
-    spare = dispensable(pipeline, prompts)
+    spare = _dispensable(pipeline, prompts)
     for part in sorted(required | (optional & index.keys())):
         entry = index.get(part)
         if entry in (None, [None, None]):
@@ -105,21 +103,14 @@ def is_packed(folder: Path) -> bool:
 def absent(folder: Path) -> dict[str, None]:
     """Return components that a pipeline goes on without, as from_pretrained wants to be told."""
     index = read_json(folder / INDEX)
-    names = [
-        part
-        for pipeline, parts in DISPENSABLE.items()
-        for part in parts
-        if str(index.get("_class_name")).startswith(pipeline)
-    ]
-    return {part: None for part in names if index.get(part) in (None, [None, None])}
+    if not str(index.get("_class_name")).startswith("StableDiffusion3"):
+        return {}
+    return {part: None for part in DISPENSABLE if index.get(part) in (None, [None, None])}
 
 
-def dispensable(pipeline: Any, prompts: bool) -> set[str]:
+def _dispensable(pipeline: Any, prompts: bool) -> set[str]:
     """Return components that may be null; where texts are encoded, what does that may not."""
     spare = set(pipeline._optional_components) - {DENOISER}
     if prompts:
         spare = {part for part in spare if not part.startswith(TEXT)}
-    for name, parts in DISPENSABLE.items():
-        if pipeline.__name__.startswith(name):
-            spare |= set(parts)
-    return spare
+    return spare | set(DISPENSABLE if pipeline.__name__.startswith("StableDiffusion3") else ())

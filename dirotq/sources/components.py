@@ -135,36 +135,29 @@ def _missing_files(cls: Any, part: Path) -> list[str]:
     return [*lost, f"tokenizer.json{apart}"]
 
 
-def _faults(tokenizer: Any, rows: int | None) -> list[str]:
-    """Name what is wrong with a loaded tokenizer.
-
-    rows  of the embedding of the encoder that reads its ids; None where that is unknown
-    """
+def _faults(tokenizer: Any, rows: int | None) -> Iterator[str]:
+    """Name what is wrong with a loaded tokenizer; ``rows`` as of :func:`_rows`."""
     made = tokenizer(TEXT)["input_ids"]
     if len(set(made) - set(tokenizer.all_special_ids)) < 2:
-        return [
-            "knows no words (every prompt becomes the same tokens): its vocabulary is empty or lost"
-        ]
+        same = "every prompt becomes the same tokens"
+        yield f"knows no words ({same}): its vocabulary is empty or lost"
+        return
     if rows is None:
-        return []
-    special = {
-        name: token
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id")
-        if (token := getattr(tokenizer, name, None)) is not None
-    }
-    over = [f"{name} {token}" for name, token in special.items() if token >= rows]
+        return
+    special = ("pad_token_id", "eos_token_id", "bos_token_id", "unk_token_id")
+    tokens = {name: getattr(tokenizer, name, None) for name in special}
+    over = [f"{name} {t}" for name, t in tokens.items() if t is not None and t >= rows]
     if max(made) >= rows or tokenizer.vocab_size > rows or over:
         what = f" ({', '.join(over)})" if over else ""
-        return [
+        yield (
             f"has a vocabulary of {tokenizer.vocab_size} tokens{what}, its text encoder an "
             f"embedding of {rows} rows: they belong to two models"
-        ]
-    if len(tokenizer) < LEAST_SHARE * rows:
-        return [
+        )
+    elif len(tokenizer) < LEAST_SHARE * rows:
+        yield (
             f"knows {len(tokenizer)} tokens, its text encoder {rows}: its vocabulary was lost in "
             "part, or belongs to another model"
-        ]
-    return []
+        )
 
 
 def _of_other(cls: Any, part: Path, rows: int | None) -> Iterator[str]:
@@ -193,7 +186,7 @@ def _other_scheduler(cls: Any, config: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _rows(part: Path, partner: Any) -> int | None:
-    """Return the rows of the embedding of a tokenizer's encoder, as its config says."""
+    """Return the rows of the embedding of a tokenizer's encoder; None where that is unknown."""
     encoder = part.parent / part.name.replace("tokenizer", "text_encoder")
     cls = class_named(*partner) if is_entry(partner) and encoder != part else None
     if cls is None or not hasattr(cls, "config_class") or not (encoder / "config.json").is_file():

@@ -79,8 +79,7 @@ def refuse_part(part: Path, *, asks: bool = False) -> None:
 def refuse_sizes(root: Path) -> None:
     """Refuse a folder, packed or not, whose settings build more than its files have tensors for.
 
-    Raises ArtifactError naming a weights file that is damaged, or a setting that can't be right;
-    ConfigError for settings that are no JSON object.
+    Raises ArtifactError naming a weights file that is damaged, or a setting that can't be right.
     """
     for name in components(read_json(root / INDEX)):
         part = root / name

@@ -7,7 +7,6 @@ compares names; so is done here, with its exceptions. No weight is read, no memo
 
 import collections
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 
 from dirotq.errors import ArtifactError
-from dirotq.files.json_file import weight_map
+from dirotq.files.json_file import read_json, weight_map
 from dirotq.sources.weights_file import read_header
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -105,7 +104,7 @@ def _of_transformers(cls: Any, part: Path, shapes: Shapes) -> str:
     model, info = _asked(cls, part, shapes)
     unexpected = set(_without(info["unexpected_keys"], _computed(model)))
     # Not of model.config, which may be one part of what the file says.
-    saved_from = json.loads((part / "config.json").read_text()).get("architectures") or ()
+    saved_from = read_json(part / "config.json").get("architectures") or ()
     for name in saved_from if unexpected else ():
         # Saved by a larger class, whose other parts this pipeline has no use for: nothing is wrong.
         import transformers

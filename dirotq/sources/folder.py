@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,25 +124,15 @@ def place(source: Path, target: Path) -> None:
     file system can (btrfs, XFS), else copied. Raises OSError.
     """
     real = source.resolve()
-    if not (is_blob(real) and _linked(real, target)) and not _cloned(real, target):
-        shutil.copyfile(real, target)
-
-
-def _linked(real: Path, target: Path) -> bool:
-    try:
-        os.link(real, target)
-    except OSError:  # another file system, or one without links
-        return False
-    return True
-
-
-def _cloned(real: Path, target: Path) -> bool:
+    if is_blob(real):
+        with suppress(OSError):  # another file system, or one without links
+            os.link(real, target)
+            return
     with real.open("rb") as old, target.open("xb") as new:
         try:
             fcntl.ioctl(new, FICLONE, old.fileno())
         except OSError:  # two file systems, or one that can't
-            return False
-    return True
+            shutil.copyfile(real, target)
 
 
 def _is_carried(name: str) -> bool:

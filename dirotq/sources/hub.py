@@ -77,8 +77,14 @@ class HubPath:
         return _home(_cache(), self.kind, self.id) / "snapshots" / self.commit
 
     def listing(self) -> dict[str, str]:
-        """Return {file: id of its content} of the commit, as far as the cache knows it."""
-        return listing(_home(_cache(), self.kind, self.id), self.commit)
+        """Return {file: id of its content} of the commit; empty if the cache holds no list."""
+        file = _home(_cache(), self.kind, self.id) / "trees" / f"{self.commit}.json"
+        try:
+            files = json.loads(file.read_text())["files"]
+            ids = {n: entry.get("lfs_sha256") or entry["blob_id"] for n, entry in files.items()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return {}
+        return ids if all(_BLOB.fullmatch(str(i)) for i in ids.values()) else {}
 
     def download(self, file: str) -> Path:
         """Get one file from the hub, unless it is here already. Raises ConfigError."""
@@ -114,24 +120,11 @@ def is_blob(file: Path) -> bool:
     return bool(named and _HOME.fullmatch(blobs.parent.name))
 
 
-def listing(home: Path, commit: str) -> dict[str, str]:
-    """Return {file: id} of a commit as the hub listed it; empty if the cache holds no list.
-
-    home  folder of the repository in the cache
-    """
-    try:
-        files = json.loads((home / "trees" / f"{commit}.json").read_text())["files"]
-        ids = {name: entry.get("lfs_sha256") or entry["blob_id"] for name, entry in files.items()}
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}
-    return ids if all(_BLOB.fullmatch(str(i)) for i in ids.values()) else {}
-
-
 def unproven(root: Path, files: Iterable[Path], ids: Mapping[str, str]) -> list[Path]:
     """Hold files of a snapshot against their ids, and return those that have none.
 
     root  the snapshot
-    ids   what :func:`listing` says; without it, the name of the blob that a link leads to
+    ids   what :meth:`HubPath.listing` says; without it, the name of the blob that a link leads to
 
     Raises ConfigError naming the first file whose content has another id.
     """

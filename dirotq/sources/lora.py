@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from dirotq.errors import ConfigError, NumericalError, UnsupportedError
@@ -82,20 +83,17 @@ class Update:
 
 
 def parse_loras(given: Any) -> tuple[Lora, ...]:
-    """``model.lora``: nothing, a path, or a list of paths and {path, weight}.
-
-    Raises ConfigError for anything else.
-    """
-    entries = list(given or ()) if given is None or isinstance(given, list | tuple) else [given]
+    """Read ``model.lora``: nothing, a path, a list of paths and {path, weight}; or ConfigError."""
+    entries = given if isinstance(given, list | tuple) else [] if given is None else [given]
     found = []
     for entry in entries:
         match entry:
             case str(path):
                 found.append(Lora(path))
-            case {"path": str(path), "weight": weight, **rest} if not rest and _strength(weight):
-                found.append(Lora(path, float(weight)))
             case {"path": str(path), **rest} if not rest:
                 found.append(Lora(path))
+            case {"path": str(path), "weight": weight, **rest} if not rest and _strength(weight):
+                found.append(Lora(path, float(weight)))
             case _:
                 raise ConfigError(
                     f"model.lora: {shortly(entry)} is no LoRA; write model.lora=FILE, or "
@@ -105,8 +103,8 @@ def parse_loras(given: Any) -> tuple[Lora, ...]:
 
 
 def _strength(weight: Any) -> bool:
-    number = isinstance(weight, int | float) and not isinstance(weight, bool)
-    return number and abs(weight) <= torch.finfo(torch.float32).max  # false for NaN
+    # Not true for NaN.
+    return type(weight) in (int, float) and abs(weight) <= torch.finfo(torch.float32).max
 
 
 def read_lora(
@@ -122,8 +120,7 @@ def read_lora(
     name = f"model.lora={lora.path}"
     file = lora.file
     settings = _settings(file)
-    with open_weights(file) as opened:
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+    tensors = load_file(file)
     _refuse_other_kinds(name, tensors)
     pairs, rest = pairs_in(tensors, name)
     _refuse_odd_numbers(name, pairs)
@@ -156,7 +153,16 @@ def read_lora(
             f"{sorted(rest)[:3]}{because}. Without them the images would not be the LoRA's. {FUSE}"
         )
     _refuse_misfits(name, pairs, shapes, because)
-    return {m: _update(pair, scales[m], name, m) for m, pair in pairs.items()}
+    found = {}
+    for module, pair in pairs.items():
+        assert pair.down and pair.up  # else a misfit
+        found[module] = Update(pair.down.tensor, pair.up.tensor, scales[module])
+        if not bool(pair.down.tensor.isfinite().all() & pair.up.tensor.isfinite().all()):
+            raise NumericalError(
+                f"{name}: its part for {module} holds NaN or infinity; the file is damaged, or its "
+                "training diverged"
+            )
+    return found
 
 
 def add(weight: Tensor, updates: Iterable[tuple[float, Update]], name: str) -> Tensor:
@@ -186,8 +192,8 @@ def _settings(file: Path) -> Settings:
 
 def _other_before(file: Path) -> bool:
     """Tell whether the first rules added it otherwise: peft's patterns, last layer's alphas."""
-    alphas = [key for key in read_header(file) if key.endswith(".alpha")]
-    return _settings(file).patterns or any("final_layer" in key for key in alphas)
+    last = (key for key in read_header(file) if key.endswith(".alpha") and "final_layer" in key)
+    return _settings(file).patterns or any(last)
 
 
 def _scale(pair: Pair, settings: Settings, name: str) -> float:
@@ -207,17 +213,6 @@ def _scale(pair: Pair, settings: Settings, name: str) -> float:
             "remove what does not belong to it"
         )
     return scale
-
-
-def _update(pair: Pair, scale: float, name: str, module: str) -> Update:
-    assert pair.down and pair.up  # else a misfit
-    for half in (pair.down.tensor, pair.up.tensor):
-        if not bool(half.isfinite().all()):
-            raise NumericalError(
-                f"{name}: its part for {module} holds NaN or infinity; the file is damaged, or its "
-                "training diverged"
-            )
-    return Update(pair.down.tensor, pair.up.tensor, scale)
 
 
 def _refuse_odd_numbers(name: str, pairs: Mapping[str, Pair]) -> None:

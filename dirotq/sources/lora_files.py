@@ -77,10 +77,7 @@ class Pair:
 
 
 def pairs_in(tensors: Mapping[str, Tensor], name: str) -> tuple[dict[str, Pair], dict[str, Tensor]]:
-    """Return {module: pair}, and the tensors that belong to none.
-
-    Raises ConfigError if two tensors claim the same place.
-    """
+    """Return {module: pair}, and the other tensors; ConfigError if two claim one place."""
     found: dict[str, Pair] = {}
     rest: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
@@ -194,7 +191,7 @@ class Settings:
 
 def number(value: Any, what: str) -> float:
     """Return an alpha, a finite number that is not zero. Raises ConfigError."""
-    if not isinstance(value, int | float) or isinstance(value, bool):
+    if type(value) not in (int, float):
         raise ConfigError(f"{what} is {value!r:.40}, not a number")
     try:
         found = float(value)

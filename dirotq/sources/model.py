@@ -90,10 +90,7 @@ class DiffusersModel:
         return {name: value for name, value in chosen.items() if value is not None}
 
     def check(self) -> None:
-        """Refuse what can be told before a run: the folder, and arguments of its pipeline's call.
-
-        Raises what :meth:`folder` raises, and ConfigError naming the argument.
-        """
+        """Refuse what can be told before a run: the folder, or an argument of its pipeline."""
         folder = self.folder(weights=False)
         if (cls := pipeline_class(read_json(folder / INDEX))) is None:
             return  # pipelines of other libraries are refused where they are opened

@@ -26,12 +26,10 @@ def open_pipeline(
     """Open a local diffusers folder, packed or not, from safetensors only.
 
     On a GPU that can't hold all components at once they go there one at a time, as they are used.
+    ``variant`` is that of the files, where a component has it.
 
-    variant  of the files, where a component has it
-
-    Raises ArtifactError naming the file or component that is damaged or incomplete; ConfigError or
-    UnsupportedError if the folder would run code or read elsewhere (dirotq/sources/doors.py), or
-    needs packages that are not here.
+    Raises ArtifactError naming what is damaged or incomplete; ConfigError or UnsupportedError if
+    the folder would run code or read elsewhere, or needs packages that are not here.
     """
     import diffusers
 
@@ -84,7 +82,7 @@ def explained(folder: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except DirotqError:
+    except (DirotqError, GeneratorExit, KeyboardInterrupt, SystemExit):
         raise
     except (MemoryError, torch.OutOfMemoryError) as error:
         error.add_note(
@@ -95,8 +93,6 @@ def explained(folder: str | Path) -> Iterator[None]:
         raise UnsupportedError(
             f"{_place(folder, error)} needs a package that is not installed here: {_first(error)}"
         ) from error
-    except (GeneratorExit, KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as error:  # tokenizers' panics are no Exceptions
         raise ArtifactError(
             f"{_place(folder, error)} can't be loaded ({type(error).__name__}: {_first(error)}): a "

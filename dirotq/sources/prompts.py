@@ -63,8 +63,7 @@ class PromptSet:
                 raise ConfigError(f"prompts: {name}={given!r} is no text; write it in quotes")
         for name in ("start", "count"):
             given = getattr(self, name)
-            whole = isinstance(given, int) and not isinstance(given, bool)
-            if not whole or not 0 <= given <= sys.maxsize:
+            if type(given) is not int or not 0 <= given <= sys.maxsize:
                 raise ConfigError(
                     f"prompts: {name}={shortly(given)} for {self.path}; {name} is a whole number "
                     "of rows, 0 or more"
@@ -76,11 +75,10 @@ class PromptSet:
         if (place := self._on_hub()) is not None:
             part = {"subset": self.subset, "split": self.split}
             return place.identity() | ({"file": place.file} if place.file else part) | chosen
+        chosen["prompts"] = file_digest(self._file())
         images = [Path(i) for prompt in self.load() for i in prompt.inputs.values()]
         shown = list(input_digests(dict.fromkeys(images)).values())
-        return (
-            {"prompts": file_digest(self._file())} | chosen | ({"images": shown} if shown else {})
-        )
+        return chosen | ({"images": shown} if shown else {})
 
     def load(self) -> list[Prompt]:
         """Read the prompts. Raises ConfigError if rows, or texts in them, are missing."""
@@ -150,7 +148,13 @@ def _load(chosen: PromptSet, place: HubPath | None, stamp: str) -> tuple[Prompt,
         folder, found = None, _dataset_rows(chosen, place)
     else:
         file = chosen._file() if place is None else place.download(str(place.file))
-        folder, found = file.parent if place is None else None, _file_rows(chosen, file)
+        if file.suffix.lower() not in READERS:
+            raise ConfigError(
+                f"{chosen.path}: prompts are read from {', '.join(READERS)} files, not from "
+                f"{file.suffix or 'files without a suffix'}"
+            )
+        folder = file.parent if place is None else None
+        found = rows(file, chosen.column, chosen.start)
     try:
         chosen_rows = list(islice(found, chosen.count))
     except (ValueError, OSError, RuntimeError) as error:
@@ -164,9 +168,8 @@ def _load(chosen: PromptSet, place: HubPath | None, stamp: str) -> tuple[Prompt,
             f"{chosen.count} were asked for; set prompts.calibration.count or "
             "prompts.heldout.count to 1 ... that many"
         )
-    return tuple(
-        _prompt(chosen, row, number, folder) for number, row in enumerate(chosen_rows, chosen.start)
-    )
+    numbered = enumerate(chosen_rows, chosen.start)
+    return tuple(_prompt(chosen, row, number, folder) for number, row in numbered)
 
 
 def _dataset_rows(chosen: PromptSet, place: HubPath) -> Iterator[Mapping[str, Any]]:
@@ -190,15 +193,6 @@ def _dataset_rows(chosen: PromptSet, place: HubPath) -> Iterator[Mapping[str, An
             ) from error
 
 
-def _file_rows(chosen: PromptSet, file: Path) -> Iterator[Mapping[str, Any]]:
-    if file.suffix.lower() not in READERS:
-        raise ConfigError(
-            f"{chosen.path}: prompts are read from {', '.join(READERS)} files, not from "
-            f"{file.suffix or 'files without a suffix'}"
-        )
-    return rows(file, chosen.column, chosen.start)
-
-
 def _prompt(chosen: PromptSet, row: Mapping[Any, Any], number: int, folder: Path | None) -> Prompt:
     where = f"{chosen.path}, row {number + 1}"
     if chosen.column not in row:
@@ -207,11 +201,9 @@ def _prompt(chosen: PromptSet, row: Mapping[Any, Any], number: int, folder: Path
             f"{shortly(sorted(map(str, row)))}; name the one with the text: "
             "prompts.calibration.column=... (and prompts.heldout.column=...)"
         )
-    text = _text(row[chosen.column], where, chosen.column)
-    seed = row.get("seed")
-    attributes = row.get("attributes")
+    seed, attributes = row.get("seed"), row.get("attributes")
     return Prompt(
-        text,
+        _text(row[chosen.column], where, chosen.column),
         number if seed is None else _seed(seed, where),
         attributes if isinstance(attributes, Mapping) else None,
         _pictures(row, where, folder) if folder else {},
@@ -235,9 +227,9 @@ def _text(value: Any, where: str, column: str) -> str:
 
 def _seed(value: Any, where: str) -> int:
     """Return the very number that the file says: seeds have 64 bits, a float holds 53."""
-    exact = isinstance(value, int) and not isinstance(value, bool)
-    if isinstance(value, float):
-        exact = value.is_integer() and abs(value) < EXACT
+    exact = type(value) is int or (
+        isinstance(value, float) and value.is_integer() and abs(value) < EXACT
+    )
     if not exact or not SEEDS[0] <= value <= SEEDS[1]:
         raise ConfigError(
             f"{where}: the seed {shortly(value)} is no whole number from {SEEDS[0]} to {SEEDS[1]} "

@@ -7,10 +7,9 @@ and what they make is held against the class, so that nothing is missing or left
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -65,8 +64,7 @@ MARKS: tuple[tuple[frozenset[str], str, str], ...] = tuple(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Looks:
+class Looks(NamedTuple):
     """What a file's tensors resemble, and the repository of that model's other components."""
 
     like: str
@@ -74,10 +72,7 @@ class Looks:
 
 
 def looks(file: Path) -> Looks:
-    """Tell what a file seems to hold, from the names and shapes in its header.
-
-    Raises ArtifactError if it is truncated, UnsupportedError if it is quantized.
-    """
+    """Tell what a file seems to hold by its header; UnsupportedError if it is quantized."""
     header = read_header(file)
     refuse_quantized(header, str(file))
     if any(".lora_" in name or ".lora." in name for name in header):
@@ -112,10 +107,8 @@ def converted(file: Path, transformer: Path, source: str) -> dict[str, Tensor]:
     refuse_quantized(read_header(file), source)
     config = read_json(transformer / "config.json")
     name = config["_class_name"]
-    wanted = {
-        key: tuple(tensor.shape)
-        for key, tensor in empty_transformer(config, getattr(diffusers, name)).state_dict().items()
-    }
+    empty = empty_transformer(config, getattr(diffusers, name)).state_dict()
+    wanted = {key: tuple(tensor.shape) for key, tensor in empty.items()}
     tensors, unused = _transformer_of(file, source), list[str]()
     if not wanted.keys() <= tensors.keys():
         tensors, unused = _convert(tensors, config, name)
@@ -139,10 +132,7 @@ def converted(file: Path, transformer: Path, source: str) -> dict[str, Tensor]:
 
 
 def _transformer_of(file: Path, source: str) -> dict[str, Tensor]:
-    """Read the file's tensors without the prefix; of a whole pipeline those of its transformer.
-
-    Raises ConfigError if tensors are there with and without it.
-    """
+    """Read the file's tensors without the prefix; of a whole pipeline those of its transformer."""
     tensors = load_file(file)
     ours = {k.removeprefix(PREFIX): t for k, t in tensors.items() if k.startswith(PREFIX)}
     if not ours:
@@ -178,8 +168,7 @@ def _convert(
         return tensors, []
     try:
         made = convert(checkpoint=traced(tensors), config=dict(config))
-        lost = [key for key in left_out(tensors, made) if key not in NOT_READ]
-        return plain(made), lost
+        return plain(made), [key for key in left_out(tensors, made) if key not in NOT_READ]
     except Exception:  # noqa: BLE001 - made for another architecture; the caller says what differs
         return tensors, []
 

@@ -102,10 +102,7 @@ def variant_place(identity: Mapping[str, Any]) -> Path:
 
 
 def _intact(folder: Path) -> bool:
-    """Tell whether every file that was written is there, no other one, and no byte changed.
-
-    Read once: what did not change on disk since is known (dirotq/files/digest.py).
-    """
+    """Tell whether every file that was written is there, no other one, and no byte changed."""
     try:
         return bool(read_json(folder / DIGESTS) == _digests(folder))
     except (ConfigError, OSError):

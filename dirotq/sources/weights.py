@@ -23,10 +23,7 @@ WHOLE = "diffusion_pytorch_model.safetensors"
 
 
 class Weights:
-    """The tensors of a diffusers transformer folder.
-
-    Raises ArtifactError or ConfigError as :func:`weight_files`.
-    """
+    """The tensors of a diffusers transformer folder; errors are those of :func:`weight_files`."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder

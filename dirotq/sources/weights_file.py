@@ -35,10 +35,7 @@ def open_weights(file: Path) -> Iterator[Any]:
 
 
 def read_header(file: Path) -> Header:
-    """Read name, dtype and shape of every tensor; again only if the file changed.
-
-    Raises ArtifactError as :func:`open_weights`.
-    """
+    """Read name, dtype and shape of every tensor, once; ArtifactError as :func:`open_weights`."""
     return _header(file, stamp(file) if file.exists() else None)
 
 

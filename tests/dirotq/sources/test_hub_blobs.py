@@ -2,9 +2,10 @@ import hashlib
 import json
 
 import pytest
+from huggingface_hub import constants
 
 from dirotq.errors import ConfigError
-from dirotq.sources.hub import is_blob, listing, unproven
+from dirotq.sources.hub import HubPath, is_blob, unproven
 
 COMMIT = "a" * 40
 
@@ -82,16 +83,18 @@ def test_a_link_to_another_blob_is_seen_with_the_list_only(root, home):
         unproven(root, [root / "w"], {"w": sha256(b"weights")})
 
 
-def test_the_list_of_a_commit(home):
-    assert listing(home, COMMIT) == {}
+def test_the_list_of_a_commit(home, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home.parent))
+    place = HubPath("org/name", None, COMMIT, "model")
+    assert place.listing() == {}
     file = home / "trees" / f"{COMMIT}.json"
     small, large = {"size": 2, "blob_id": "0" * 40}, {"size": 9, "blob_id": "1" * 40}
     files = {"a": small, "b/c": large | {"lfs_sha256": "2" * 64, "lfs_size": 99}}
     file.write_text(json.dumps({"format_version": 1, "files": files}))
-    assert listing(home, COMMIT) == {"a": "0" * 40, "b/c": "2" * 64}
+    assert place.listing() == {"a": "0" * 40, "b/c": "2" * 64}
     for files in ("3", '{"a": {}}', '{"a": {"blob_id": 1}}', '{"a": 1}'):
         file.write_text(f'{{"files": {files}}}')
-        assert listing(home, COMMIT) == {}, files
+        assert place.listing() == {}, files
     for damage in ("", "{", "[]"):
         file.write_text(damage)
-        assert listing(home, COMMIT) == {}, damage
+        assert place.listing() == {}, damage

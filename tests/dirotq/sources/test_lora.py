@@ -103,7 +103,7 @@ def test_alphas_are_those_of_peft(folder, lora, tmp_path, settings, scales, besi
     [
         ({"r": 8}, ConfigError, "notes the rank 8 for .*, whose tensors have rank 4"),
         ({"rank_pattern": {"to_q": 2}}, ConfigError, "notes the rank 2 for .*to_q"),
-        ({"lora_alpha": math.nan}, ConfigError, "the alpha of .* is nan"),
+        ({"lora_alpha": math.nan}, ConfigError, "a value is NaN"),
         ({"lora_alpha": 0}, ConfigError, "the alpha of .* is 0.0"),
         ({"lora_alpha": "6"}, ConfigError, "the alpha of .* is '6', not a number"),
         ({"alpha_pattern": {"to_q": True}}, ConfigError, "the alpha of .* is True"),
