@@ -31,7 +31,7 @@ from dirotq.packed.guards import guard
 from dirotq.packed.half import Lost
 from dirotq.packed.swap import put_packed
 from dirotq.runtime.accelerate import accelerate
-from dirotq.sources.weights_file import open_weights
+from dirotq.sources.weights import open_weights
 
 METHOD = "dirotq"
 STORED = torch.bfloat16
@@ -40,7 +40,7 @@ EXACT = ("wglobal",)
 """Buffers of packed linears that are float32 on disk too."""
 DAMAGED = "the file is damaged; download it again, or pack the model again with `dirotq compress`"
 FLOOR_GRACE = 2.0**-6
-"""Part of its floor that a scale may lack: gptq and fuse may have rounded wp on two machines."""
+"""Part of its least value that a scale may lack: gptq and fuse may round wp on two machines."""
 
 
 class _Method(enum.StrEnum):
@@ -106,8 +106,8 @@ class DirotqQuantizer(DiffusersQuantizer):
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     tensor = tensors.get_slice(name)
                     found[name] = Signature(tuple(tensor.get_shape()), tensor.get_dtype())
-                    kept = name.rpartition(".")[0] not in packed
-                    if self._dtype is torch.float16 and kept and tensor.get_dtype() == "BF16":
+                    ignored = name.rpartition(".")[0] not in packed
+                    if self._dtype is torch.float16 and ignored and tensor.get_dtype() == "BF16":
                         self._lost[name] = Lost.of(tensors.get_tensor(name))
         self._found = found
         return loaded_keys
@@ -216,7 +216,7 @@ def check_numbers(name: str, packed: QuantLinear) -> None:
     Tensors that were offloaded while loading are on the meta device and are passed over.
 
     Raises ArtifactError naming the first tensor with NaN or infinity, with a negative scale (or a
-    global scale of zero), or with a channel scale below its floor (docs/method.md Eq. 9).
+    global scale of zero), or with a channel scale that is too small (docs/method.md Eq. 9).
     """
     tensors = {
         n: t for n, t in packed.named_parameters() if t.is_floating_point() and not t.is_meta

@@ -85,33 +85,29 @@ def read_sums(folder: Path) -> dict[str, str]:
     return found
 
 
-def check_sums(folder: Path) -> bool:
-    """Hold a packed folder against its list; False if it has none.
+def check_sums(folder: Path, part: str = "") -> bool:
+    """Hold a packed folder, or one component of it, against its list; False if it has none.
 
     Raises ArtifactError naming the first file that is gone or differs, or that loading would read
     though it is not listed.
     """
-    if not _has_list(folder):
+    if not (folder / SUMS).exists() and not (folder / SUMS).is_symlink():
         return False
-    listed = read_sums(folder)
+    listed = {name: digest for name, digest in read_sums(folder).items() if name.startswith(part)}
     _compare(folder, listed)  # model_index.json before it is read
-    _refuse_strangers(folder, _read_names(folder), listed)
+    read = _files_below(folder, folder / part) if part else _read_names(folder)
+    if strangers := read - listed.keys():
+        raise ArtifactError(
+            f"{folder / min(strangers)} would be read, but {SUMS} does not list it. Remove it if "
+            f"you don't know it. {_what_to_do(folder)}"
+        )
     return True
 
 
 def check_part(part: Path) -> None:
     """Hold one component's folder against the list beside it, if any, as :func:`check_sums`."""
-    root = part.parent
-    if _skipped.get() or not _has_list(root):
-        return
-    prefix = f"{part.name}/"
-    listed = {name: d for name, d in read_sums(root).items() if name.startswith(prefix)}
-    _compare(root, listed)
-    _refuse_strangers(root, _files_below(root, part), listed)
-
-
-def _has_list(folder: Path) -> bool:
-    return (folder / SUMS).exists() or (folder / SUMS).is_symlink()
+    if not _skipped.get():
+        check_sums(part.parent, f"{part.name}/")
 
 
 def _compare(folder: Path, listed: dict[str, str]) -> None:
@@ -132,15 +128,6 @@ def _compare(folder: Path, listed: dict[str, str]) -> None:
                 f"{folder / name} changed: its sha256 is {found[name][:12]}..., {SUMS} says "
                 f"{listed[name][:12]}.... {_what_to_do(folder)}"
             )
-
-
-def _refuse_strangers(folder: Path, read: Iterable[str], listed: dict[str, str]) -> None:
-    strangers = set(read) - listed.keys()
-    if strangers:
-        raise ArtifactError(
-            f"{folder / min(strangers)} would be read, but {SUMS} does not list it. Remove it if "
-            f"you don't know it. {_what_to_do(folder)}"
-        )
 
 
 def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:

@@ -7,7 +7,6 @@ What is put on an object is a functools.partial: it pickles and deep-copies, unl
 import functools
 import inspect
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 from torch import nn
@@ -31,9 +30,7 @@ def guard(transformer: Any) -> None:
     for module in transformer.modules():
         if isinstance(module, PACKED):
             module.register_load_state_dict_pre_hook(_refuse_weights)
-    import diffusers.models.controlnets
-
-    _guard_copies(diffusers.models.controlnets)
+    _guard_copies()
 
 
 def is_packed(model: Any) -> bool:
@@ -67,10 +64,12 @@ def _refuse_weights(module: nn.Module, state_dict: Any, prefix: str, *_: Any) ->
         )
 
 
-def _guard_copies(module: ModuleType) -> None:
+def _guard_copies() -> None:
     """Wrap every ``from_transformer`` of diffusers that copies weights, once: they do it without
     looking (``strict=False``), and what they make of a packed transformer is random."""
-    for cls in vars(module).values():
+    import diffusers.models.controlnets
+
+    for cls in vars(diffusers.models.controlnets).values():
         made = vars(cls).get("from_transformer") if isinstance(cls, type) else None
         if not isinstance(made, classmethod) or hasattr(made.__func__, "__wrapped__"):
             continue

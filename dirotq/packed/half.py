@@ -1,4 +1,4 @@
-"""What float16 can't hold of a bfloat16 tensor: kept, so that saving writes the stored bytes again.
+"""What float16 can't hold of a bfloat16 tensor, so that saving writes the stored bytes again.
 
 float16 ends at 65504 and at 2^-24. Of trained weights it is one in thousands.
 """

@@ -16,7 +16,8 @@ import torch
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.files.json_file import INDEX, read_json
 from dirotq.sources.doors import refuse_counts
-from dirotq.sources.expected_tensors import difference, stored, weight_files
+from dirotq.sources.expected_tensors import difference
+from dirotq.sources.weights import stored, weight_files
 
 log = logging.getLogger(__name__)
 

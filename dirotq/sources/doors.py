@@ -14,7 +14,7 @@ from typing import Any
 
 from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
 from dirotq.files.json_file import INDEX, components, read_json, weight_map
-from dirotq.sources.weights_file import AGAIN, read_header
+from dirotq.sources.weights import AGAIN, read_header
 
 ASIDE = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 """Adapters within a model's folder, which transformers merges unasked (peft)."""

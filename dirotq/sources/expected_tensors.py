@@ -5,7 +5,6 @@ headers, so that tied weights, renamed and converted ones count as they do when 
 compares names; so is done here, with its exceptions. No weight is read, no memory is taken.
 """
 
-import collections
 import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,57 +13,13 @@ from typing import Any
 
 import torch
 
-from dirotq.errors import ArtifactError
-from dirotq.files.json_file import read_json, weight_map
-from dirotq.sources.weights_file import read_header
+from dirotq.files.json_file import read_json
+from dirotq.sources.weights import named
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 COUNTER = "num_batches_tracked"
 """How often a batch norm was trained: nothing that is computed depends on it."""
-
-
-def weight_files(part: Path, *, diffusers: bool) -> list[Path]:
-    """Return the files that will be read of a component, by the rules of its library.
-
-    Raises ArtifactError if there are none, or they do not hold what their index says; ConfigError
-    if that is damaged or names something else than safetensors beside it.
-    """
-    stem = "diffusion_pytorch_model" if diffusers else "model"
-    whole, index = part / f"{stem}.safetensors", part / f"{stem}.safetensors.index.json"
-    # With both there, diffusers reads the shards and transformers the single file.
-    if whole.is_file() and not (diffusers and index.is_file()):
-        return [whole]
-    if not index.is_file():
-        raise ArtifactError(f"has no {whole.name}")
-    by_file = collections.defaultdict(set)
-    for name, file in weight_map(index).items():
-        by_file[file].add(name)
-    for file, names in by_file.items():
-        if not (part / file).is_file():
-            raise ArtifactError(f"lacks {file}, which its {index.name} names")
-        held = stored([part / file]).keys()
-        if lost := sorted(names - held):
-            raise ArtifactError(
-                f"has a {index.name} that looks for {_named(lost)} in {file}, which is not there"
-            )
-        if diffusers and (more := sorted(held - names)):
-            raise ArtifactError(f"has {_named(more)} in {file}, which its {index.name} leaves out")
-    return [part / file for file in sorted(by_file)]
-
-
-def stored(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
-    """Return name and shape of every tensor in the files, from their headers.
-
-    Raises ArtifactError if a file is truncated, or two of them hold the same tensor.
-    """
-    found: dict[str, tuple[int, ...]] = {}
-    for file in files:
-        for name, (_, shape) in read_header(file).items():
-            if name in found:
-                raise ArtifactError(f"holds {name} twice, in {file.name} and in another file")
-            found[name] = shape
-    return found
 
 
 def difference(cls: Any, part: Path, shapes: Shapes, *, exact: bool = False) -> str:
@@ -145,7 +100,7 @@ def _said(missing: Sequence[str], unexpected: Sequence[str], misshapen: Sequence
         ("holds", unexpected, "that its class has no place for"),
         ("holds", misshapen, "of another shape than its config.json says"),
     )
-    said = [f"{verb} {_named(names)} {why}" for verb, names, why in parts if names]
+    said = [f"{verb} {named(names)} {why}" for verb, names, why in parts if names]
     return " and ".join(said) + _prefix_hint(missing, unexpected)
 
 
@@ -171,9 +126,3 @@ def _computed(model: torch.nn.Module) -> list[str]:
 
 def _without(names: Iterable[str], patterns: Sequence[str]) -> list[str]:
     return sorted(n for n in names if not any(re.search(pattern, n) for pattern in patterns))
-
-
-def _named(names: Sequence[str]) -> str:
-    if len(names) == 1:
-        return f"the tensor {names[0]}"
-    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

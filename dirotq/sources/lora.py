@@ -19,7 +19,7 @@ from dirotq.sources.prompts import resolve, shortly
 
 from .lora_files import FUSE, SETTINGS, Pair, Settings, converted, number, pairs_in, read_settings
 from .origin import PICKLES
-from .weights_file import open_weights, read_header
+from .weights import open_weights, read_header
 
 TEXT = ("text_encoder", "lora_te", "te.", "te1.", "te2.")
 OTHER_KINDS = {
@@ -280,7 +280,7 @@ def _changed(pair: Pair) -> tuple[int, ...] | None:
 
 def _without_ones(shape: Iterable[int]) -> tuple[int, ...]:
     """Take a linear for a 1x1 convolution: [N, K, 1, 1] becomes [N, K]."""
-    kept = list(shape)
-    while len(kept) > 2 and kept[-1] == 1:
-        kept.pop()
-    return tuple(kept)
+    sizes = list(shape)
+    while len(sizes) > 2 and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(sizes)

@@ -22,8 +22,7 @@ from .lora import parse_loras
 from .origin import pipeline_folder, pipeline_identity, single_file
 from .single_file import default_base
 from .variant import variant_folder, variant_place
-from .weights import Weights
-from .weights_file import read_header, refuse_quantized
+from .weights import Weights, read_header, refuse_quantized
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

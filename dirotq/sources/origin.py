@@ -18,7 +18,7 @@ from dirotq.sources.prompts import resolve
 
 from .folder import SETTINGS, STEMS, carried_files, missing_weights, pipeline_files, weight_names
 from .hub import HubPath, hub_path, unproven
-from .weights_file import read_header, refuse_quantized
+from .weights import read_header, refuse_quantized
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 

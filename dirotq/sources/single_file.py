@@ -19,7 +19,7 @@ from dirotq.files.json_file import read_json
 from dirotq.models.skeleton import empty_transformer
 
 from .traced import left_out, plain, traced
-from .weights_file import Header, read_header, refuse_quantized
+from .weights import Header, read_header, refuse_quantized
 
 log = logging.getLogger(__name__)
 

@@ -31,7 +31,6 @@ from .folder import place_rest
 from .lora import Lora, Update, add, read_lora
 from .single_file import converted
 from .weights import Weights, plan_shards, write_index
-from .weights_file import read_header
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +142,8 @@ def _write_transformer(
     if file is None:
         weights = Weights(base / "transformer")
         read: Callable[[list[str]], dict[str, Tensor]] = weights.tensors
-        shapes, sizes = _on_disk(weights)
+        shapes = {name: shape for name, (_, shape) in weights.header.items()}
+        sizes = {n: math.prod(s) * WIDTHS[dtype] for n, (dtype, s) in weights.header.items()}
     else:
         tensors = converted(file, base / "transformer", source)
 
@@ -165,14 +165,6 @@ def _write_transformer(
         shutil.copymode(target / "config.json", target / name)  # safetensors leaves 0600
         del part
     write_index(target, plan)
-
-
-def _on_disk(weights: Weights) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """Return shapes and bytes of all tensors, from the headers alone."""
-    headers = {file: read_header(file) for file in set(weights.files.values())}
-    found = {name: headers[file][name] for name, file in weights.files.items()}
-    shapes = {name: shape for name, (_, shape) in found.items()}
-    return shapes, {n: math.prod(shape) * WIDTHS[dtype] for n, (dtype, shape) in found.items()}
 
 
 def _added(

@@ -1,25 +1,33 @@
-"""A transformer's weights on disk, read by name when they are needed: never all at once.
+"""Weights on disk: which files hold them, what headers say, tensors read by name when needed.
 
 Letters: D channels, N outputs of all linears of a site.
 """
 
+import collections
+import functools
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from dirotq.errors import ArtifactError, NumericalError
+from dirotq.errors import ArtifactError, NumericalError, UnsupportedError
+from dirotq.files.digest import Stamp, stamp
+from dirotq.files.json_file import weight_map
 from dirotq.models.family import Site
 from dirotq.models.skeleton import assign
-from dirotq.sources.expected_tensors import weight_files
-from dirotq.sources.weights_file import read_header
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WHOLE = "diffusion_pytorch_model.safetensors"
+AGAIN = "download it again, or make it again with `dirotq compress`"
+
+Header = Mapping[str, tuple[str, tuple[int, ...]]]
+"""{tensor: (dtype as safetensors spells it, shape)}."""
 
 
 class Weights:
@@ -28,7 +36,9 @@ class Weights:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
+        self.header: dict[str, tuple[str, tuple[int, ...]]] = {}
         for file in weight_files(folder, diffusers=True):
+            self.header |= read_header(file)
             self.files |= dict.fromkeys(read_header(file), file)
 
     def tensors(
@@ -103,6 +113,83 @@ class Weights:
             yield from self.tensors(waiting[start : start + 100], device).items()
 
 
+@contextmanager
+def open_weights(file: Path) -> Iterator[Any]:
+    """Open a safetensors file, whose header says where the file has to end.
+
+    Raises ArtifactError if the header can't be read or the file isn't as long as it says.
+    """
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ArtifactError(
+            f"{file} is damaged or was not written to its end ({error}); {AGAIN}"
+        ) from error
+    except OSError as error:
+        raise ArtifactError(f"{file} can't be read: {error}") from error
+
+
+def read_header(file: Path) -> Header:
+    """Read name, dtype and shape of every tensor, once; ArtifactError as :func:`open_weights`."""
+    return _header(file, stamp(file) if file.exists() else None)
+
+
+def refuse_quantized(header: Header, name: str) -> None:
+    """Raise UnsupportedError if weights are stored in fewer than 16 bits."""
+    for tensor, (dtype, _) in header.items():
+        whole = dtype[0] in "IUB" and dtype != "BF16" and tensor.endswith((".weight", ".bias"))
+        if whole or dtype.startswith(("F8", "F6", "F4")) or dtype in ("I8", "U8", "I4", "U4"):
+            raise UnsupportedError(
+                f"{name} is already quantized: {tensor} is stored as {dtype} (fp8, int8, nf4 and "
+                "other files of fewer than 16 bits have lost what DiRotQ would measure). Compress "
+                "the 16-bit model that it was made from"
+            )
+
+
+def weight_files(part: Path, *, diffusers: bool) -> list[Path]:
+    """Return the files that will be read of a component, by the rules of its library.
+
+    Raises ArtifactError if there are none, or they do not hold what their index says; ConfigError
+    if that is damaged or names something else than safetensors beside it.
+    """
+    stem = "diffusion_pytorch_model" if diffusers else "model"
+    whole, index = part / f"{stem}.safetensors", part / f"{stem}.safetensors.index.json"
+    # With both there, diffusers reads the shards and transformers the single file.
+    if whole.is_file() and not (diffusers and index.is_file()):
+        return [whole]
+    if not index.is_file():
+        raise ArtifactError(f"has no {whole.name}")
+    by_file = collections.defaultdict(set)
+    for name, file in weight_map(index).items():
+        by_file[file].add(name)
+    for file, names in by_file.items():
+        if not (part / file).is_file():
+            raise ArtifactError(f"lacks {file}, which its {index.name} names")
+        held = stored([part / file]).keys()
+        if lost := sorted(names - held):
+            raise ArtifactError(
+                f"has a {index.name} that looks for {named(lost)} in {file}, which is not there"
+            )
+        if diffusers and (more := sorted(held - names)):
+            raise ArtifactError(f"has {named(more)} in {file}, which its {index.name} leaves out")
+    return [part / file for file in sorted(by_file)]
+
+
+def stored(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """Return name and shape of every tensor in the files, from their headers.
+
+    Raises ArtifactError if a file is truncated, or two of them hold the same tensor.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        for name, (_, shape) in read_header(file).items():
+            if name in found:
+                raise ArtifactError(f"holds {name} twice, in {file.name} and in another file")
+            found[name] = shape
+    return found
+
+
 def plan_shards(sizes: Mapping[str, int], limit: int) -> StateDictSplit:
     """Return which tensors go into which file.
 
@@ -122,3 +209,17 @@ def write_index(folder: Path, shards: StateDictSplit) -> None:
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+def named(names: Sequence[str]) -> str:
+    """Name one tensor, or the first of several."""
+    if len(names) == 1:
+        return f"the tensor {names[0]}"
+    return f"{len(names)} tensors ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+
+
+@functools.lru_cache(maxsize=256)
+def _header(file: Path, _: Stamp | None) -> Header:
+    with open_weights(file) as tensors:
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        return {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}

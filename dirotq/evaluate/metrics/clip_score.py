@@ -12,7 +12,7 @@ from dirotq.errors import ArtifactError, ConfigError
 from dirotq.files.walk import readable
 from dirotq.quiet import quiet
 from dirotq.sources.doors import refuse_part
-from dirotq.sources.weights_file import read_header
+from dirotq.sources.weights import read_header
 
 from .inception_fid import eight_bits
 from .weights import digests, local_folder

@@ -14,8 +14,7 @@ from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.opening import open_pipeline
 from dirotq.sources.prompts import Prompt, PromptSet
-from dirotq.sources.weights import Weights
-from dirotq.sources.weights_file import refuse_quantized
+from dirotq.sources.weights import Weights, refuse_quantized
 
 
 def source(folder, **call) -> DiffusersModel:

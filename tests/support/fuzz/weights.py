@@ -13,7 +13,7 @@ from tiny_line import build_transformer
 
 from dirotq.sources.lora import add, parse_loras, read_lora
 from dirotq.sources.single_file import converted, default_base, looks
-from dirotq.sources.weights_file import read_header, refuse_quantized
+from dirotq.sources.weights import read_header, refuse_quantized
 
 from .values import ODD_NUMBERS, VALUES, as_json, damaged, edited
 
