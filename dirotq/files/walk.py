@@ -12,6 +12,13 @@ from pathlib import Path
 
 from dirotq.errors import ConfigError
 
+KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 VISITS = 64
 """How often one folder may be reached: a few links to each other make millions of paths."""
 
@@ -46,7 +53,11 @@ def walk(
                 f"{real} is reached on more than {VISITS} ways through links below {root}; remove "
                 "those that nobody needs"
             )
-        for path in _entries(folder):
+        try:
+            inside = sorted(folder.iterdir())
+        except OSError as error:
+            raise _unreadable(folder, error) from error
+        for path in inside:
             if skip(path):
                 continue
             secret = hidden or path.name[0] == "."
@@ -72,29 +83,11 @@ def readable(path: Path) -> Path:
     except OSError as error:
         raise _unreadable(path, error) from error
     if not stat.S_ISREG(mode):
-        raise _special(path, mode)
+        kind = KINDS.get(stat.S_IFMT(mode), "no plain file")
+        raise ConfigError(f"{path} is {kind}; only plain files are read here. Remove it")
     if not os.access(path, os.R_OK):
         raise _unreadable(path, PermissionError())
     return path
-
-
-def _entries(folder: Path) -> list[Path]:
-    try:
-        return sorted(folder.iterdir())
-    except OSError as error:
-        raise _unreadable(folder, error) from error
-
-
-def _special(path: Path, mode: int) -> ConfigError:
-    kinds = {
-        stat.S_IFDIR: "a folder",
-        stat.S_IFIFO: "a pipe",
-        stat.S_IFSOCK: "a socket",
-        stat.S_IFCHR: "a device",
-        stat.S_IFBLK: "a device",
-    }
-    kind = kinds.get(stat.S_IFMT(mode), "no plain file")
-    return ConfigError(f"{path} is {kind}; only plain files are read here. Remove it")
 
 
 def _unreadable(path: Path, error: OSError) -> ConfigError:

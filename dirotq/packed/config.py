@@ -103,7 +103,8 @@ def _site(value: Any, where: str) -> Site:
     fields = _fields(value, f"{where}, site", SITE, SITE | {"pointwise", "text"})
     consumers, rows = fields["consumers"], _rows(fields["rows"], where)
     for path in (fields["name"], *(consumers if isinstance(consumers, list) else [None])):
-        if not isinstance(path, str) or not all(map(_plain, path.split("."))):
+        parts = path.split(".") if isinstance(path, str) else [""]
+        if not all(part.isidentifier() or part.isdecimal() for part in parts):
             raise _damaged(f"{where} names {path!r:.60}, which is no path of a module")
     if not 0 < len(consumers) == len(set(consumers)) == len(rows):
         raise _damaged(f"{where} has {len(consumers)} consumers and {len(rows)} numbers of rows")
@@ -160,7 +161,3 @@ def _damaged(problem: str) -> ArtifactError:
         f"the quantization_config of this packed transformer is damaged: {problem}. Download the "
         "model again, or pack it again with `dirotq compress`"
     )
-
-
-def _plain(part: str) -> bool:
-    return part.isidentifier() or part.isdecimal()

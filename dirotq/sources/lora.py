@@ -193,7 +193,7 @@ def _settings(file: Path) -> Settings:
 def _other_before(file: Path) -> bool:
     """Tell whether the first rules added it otherwise: peft's patterns, last layer's alphas."""
     last = (key for key in read_header(file) if key.endswith(".alpha") and "final_layer" in key)
-    return _settings(file).patterns or any(last)
+    return any(last) or _settings(file).patterns
 
 
 def _scale(pair: Pair, settings: Settings, name: str) -> float:
