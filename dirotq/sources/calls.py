@@ -30,10 +30,7 @@ def arguments(cls: Any) -> Mapping[str, inspect.Parameter]:
 
 
 def refuse_call(cls: Any, call: Mapping[str, Any], where: str) -> None:
-    """Raise ConfigError for an argument that the pipeline does not take, or not with that value.
-
-    where  what holds them ("model.call"), for the message
-    """
+    """Raise ConfigError for an argument in ``where`` that the pipeline does not take like that."""
     known = arguments(cls)
     free = any(p.kind is p.VAR_KEYWORD for p in known.values())
     try:

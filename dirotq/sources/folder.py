@@ -120,8 +120,7 @@ def place(source: Path, target: Path) -> None:
     """Put the content of ``source``, through links, at ``target``, which does not exist yet.
 
     A blob of a Hugging Face cache, which nobody edits, may become a hard link. Any other file is
-    its owner's to write to, and writing to a hard link changes all of them: it is cloned where the
-    file system can (btrfs, XFS), else copied. Raises OSError.
+    its owner's to write to, through all its hard links: it is cloned (btrfs, XFS), or else copied.
     """
     real = source.resolve()
     if is_blob(real):

@@ -43,10 +43,7 @@ class HubPath:
 
     @property
     def commit(self) -> str:
-        """The commit that the revision is at, asked for once per process.
-
-        Without a network it is the one that the local cache noted last. Raises ConfigError.
-        """
+        """The commit that the revision is at; without a network, the one that was noted last."""
         return _commit(self.id, self.revision, self.kind, _cache())
 
     @property
@@ -234,13 +231,13 @@ def explained(place: HubPath, wanted: str) -> Iterator[None]:
     except errors.HfHubHTTPError as error:
         raise ConfigError(
             f"the Hugging Face Hub refused {wanted} of {place.kind} {place.id} (HTTP "
-            f"{error.response.status_code}: {_first_line(error)}). Try again later if it is a "
+            f"{error.response.status_code}: {first_line(error)}). Try again later if it is a "
             "server's error (5xx) or a rate limit (429); log in with `hf auth login` if it is 401 "
             "or 403"
         ) from error
     except (errors.LocalEntryNotFoundError, errors.HTTPError, ConnectionError) as error:
         raise ConfigError(
-            f"{where} can't be read: the hub can't be reached ({_first_line(error)}), and this "
+            f"{where} can't be read: the hub can't be reached ({first_line(error)}), and this "
             f"machine does not hold {wanted}. Connect it, or run {place.how_to_download()} where "
             "there is a network and copy the cache folder (HF_HOME) here; unset HF_HUB_OFFLINE if "
             "it is set by mistake"
@@ -249,5 +246,6 @@ def explained(place: HubPath, wanted: str) -> Iterator[None]:
         raise ConfigError(f"{place.id!r} can't be the id of a repository: {error}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error that says something, cut."""
+    return f"{(str(error).strip() or type(error).__name__).splitlines()[0].strip():.300}"

@@ -13,6 +13,7 @@ from dirotq.errors import ArtifactError, DirotqError, UnsupportedError
 from dirotq.quiet import heed, quiet
 
 from .doors import refuse_doors, refuse_sizes
+from .hub import first_line
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -91,13 +92,15 @@ def explained(folder: str | Path) -> Iterator[None]:
         raise
     except ImportError as error:
         raise UnsupportedError(
-            f"{_place(folder, error)} needs a package that is not installed here: {_first(error)}"
+            f"{_place(folder, error)} needs a package that is not installed here: "
+            f"{first_line(error)}"
         ) from error
     except BaseException as error:  # tokenizers' panics are no Exceptions
         raise ArtifactError(
-            f"{_place(folder, error)} can't be loaded ({type(error).__name__}: {_first(error)}): a "
-            "file is missing or damaged, or was written for another version of diffusers or "
-            "transformers. Download the folder again, or make it again with `dirotq compress`"
+            f"{_place(folder, error)} can't be loaded ({type(error).__name__}: "
+            f"{first_line(error)}): a file is missing or damaged, or was written for another "
+            "version of diffusers or transformers. Download the folder again, or make it again "
+            "with `dirotq compress`"
         ) from error
 
 
@@ -106,9 +109,3 @@ def _place(folder: str | Path, error: BaseException) -> str:
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     names = [f.f_locals.get("name") for f in frames if f.f_code.co_name == "load_sub_model"]
     return f"the component {names[-1]} of {folder}" if names else str(folder)
-
-
-def _first(error: BaseException) -> str:
-    """Return the first line of an error that says something, cut."""
-    lines = str(error).strip().splitlines() or ["no message"]
-    return f"{lines[0].strip():.300}"

@@ -65,9 +65,8 @@ def pipeline_identity(source: str, *, without: str = "") -> dict[str, Any]:
 
     A commit stands for its files as far as each is held against the id that the hub gives it
     (dirotq/sources/hub.py). Files that have none, in a cache that was copied without its links or
-    edited, count by their digests, as those of a local folder do.
-
-    without  a component whose weights don't count
+    edited, count by their digests, as those of a local folder do. Weights of the component
+    ``without`` don't count.
 
     Raises what :func:`pipeline_folder` raises, but for what is incomplete.
     """

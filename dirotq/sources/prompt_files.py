@@ -40,9 +40,7 @@ Row = Mapping[Any, Any]
 
 
 def rows(file: Path, column: str, start: int) -> Iterator[Row]:
-    """Yield the rows of ``file`` from number ``start`` on.
-
-    column  where the text is, for files whose rows are bare texts
+    """Yield the rows of ``file`` from number ``start`` on; bare texts come under ``column``.
 
     Raises ValueError or OSError for what can't be read; KeyError for an unknown suffix.
     """

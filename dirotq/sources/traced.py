@@ -1,6 +1,6 @@
 """Which tensors of a file a foreign converter used: what it leaves out it rarely says."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -12,13 +12,7 @@ class Traced(Tensor):
     sources: frozenset[str] = frozenset()
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Iterable[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = super().__torch_function__(func, types, args, kwargs or {})
         sources = frozenset().union(*(t.sources for t in _traced([args, kwargs])))
         for tensor in _traced(made):

@@ -28,7 +28,7 @@ from dirotq.pipeline.disk import is_disk_full, open_modes, sync, sync_tree
 from dirotq.progress import track
 
 from .folder import place_rest
-from .lora import Lora, Update, add, read_lora
+from .lora import Lora, add, read_lora
 from .single_file import converted
 from .weights import Weights, plan_shards, write_index
 
@@ -160,16 +160,11 @@ def _write_transformer(
     for name, inside in track(plan.filename_to_tensors.items(), "model: write"):
         part = read(inside)
         for key in inside:  # one after the other: the shard is never there twice
-            part[key] = _added(key, part[key], updates).contiguous()
+            module, _, leaf = key.rpartition(".")
+            here = [(factor, by[module]) for factor, by in updates if module in by]
+            added = add(part[key], here, module) if here and leaf == "weight" else part[key]
+            part[key] = added.contiguous()
         save_file(part, target / name, metadata={"format": "pt"})
         shutil.copymode(target / "config.json", target / name)  # safetensors leaves 0600
         del part
     write_index(target, plan)
-
-
-def _added(
-    name: str, tensor: Tensor, updates: Sequence[tuple[float, Mapping[str, Update]]]
-) -> Tensor:
-    module, _, leaf = name.rpartition(".")
-    chosen = [(factor, by[module]) for factor, by in updates if leaf == "weight" and module in by]
-    return add(tensor, chosen, module) if chosen else tensor

@@ -26,6 +26,7 @@ INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WHOLE = "diffusion_pytorch_model.safetensors"
 AGAIN = "download it again, or make it again with `dirotq compress`"
 
+Device = torch.device | str
 Header = Mapping[str, tuple[str, tuple[int, ...]]]
 """{tensor: (dtype as safetensors spells it, shape)}."""
 
@@ -41,9 +42,7 @@ class Weights:
             self.header |= read_header(file)
             self.files |= dict.fromkeys(read_header(file), file)
 
-    def tensors(
-        self, names: Iterable[str], device: torch.device | str = "cpu"
-    ) -> dict[str, Tensor]:
+    def tensors(self, names: Iterable[str], device: Device = "cpu") -> dict[str, Tensor]:
         """Read the named tensors as stored, onto ``device``; each file is opened once.
 
         Raises ArtifactError naming the first tensor that no file holds.
@@ -63,9 +62,7 @@ class Weights:
                 found |= {name: tensors.get_tensor(name) for name in inside}
         return found
 
-    def stacked(
-        self, site: Site, device: torch.device | str = "cpu"
-    ) -> tuple[Tensor, Tensor | None]:
+    def stacked(self, site: Site, device: Device = "cpu") -> tuple[Tensor, Tensor | None]:
         """Read a site's linears as one: float32 weight [N, D] and bias [N] or None.
 
         Raises NumericalError naming the linear whose weights are not finite.
@@ -104,9 +101,7 @@ class Weights:
             path, _, leaf = name.rpartition(".")
             assign(root.get_submodule(path), leaf, keep(tensor) if keep else tensor)
 
-    def _in_turn(
-        self, names: Iterable[str], device: torch.device | str
-    ) -> Iterator[tuple[str, Tensor]]:
+    def _in_turn(self, names: Iterable[str], device: Device) -> Iterator[tuple[str, Tensor]]:
         """Read as :meth:`tensors`, file by file and a hundred at a time."""
         waiting = sorted(names, key=lambda name: str(self.files.get(name)))
         for start in range(0, len(waiting), 100):
