@@ -117,7 +117,7 @@ def test_files_that_are_named_exist(root):
     files = [*root.glob("*.*"), *(file for name in FOLDERS for file in (root / name).rglob("*.*"))]
     names = [str(file.relative_to(root)) for file in files]
     kept = [p for p in pages(root) if p.parent.name != "adr" and p.name != "CHANGELOG.md"]
-    assert {page: missing(page.read_text(), names) for page in kept} == dict.fromkeys(kept, [])
+    assert [(page, path) for page in kept for path in missing(page.read_text(), names)] == []
 
 
 def test_the_readme_is_short_and_shows_the_map_of_the_stages(root):
