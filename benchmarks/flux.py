@@ -1,8 +1,8 @@
 """`make bench-flux`: whole forwards of FLUX.1 (and PixArt-Sigma, SANA) at full size on one GPU.
 
 usage: python benchmarks/flux.py [job ...] [--prepare] [--synthetic] [--minutes 9.5] [--write]
-           [--folder DIR] [--w4a8-folder DIR] [--models DIR] [--store DIR] [--csv FILE]
-           [--from FILE] [--revision TEXT] [overrides ...]
+           [--models DIR] [--store DIR] [--csv FILE] [--from FILE] [--revision TEXT]
+           [overrides ...]
 
 Weights are generated and packed by our own pipeline on the first run (--prepare does only that);
 later runs find them in --models and --store. Every row goes to --csv as soon as it is known;
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         measure(options)
     if options.prepare:
         return 0
-    rows = latest([*predictions(), *read(options.source or options.csv)])
+    rows = latest(read(options.source or options.csv))
     print(tables(rows))
     if options.write:
         publish(rows, ROOT / "docs")
@@ -59,8 +59,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prepare", action="store_true", help="make and pack the models, no more")
     parser.add_argument("--synthetic", action="store_true", help="random codes; does not count")
     parser.add_argument("--minutes", type=float, default=9.5, help="begin no job that takes longer")
-    parser.add_argument("--folder", type=Path, help="FLUX.1 packed before")
-    parser.add_argument("--w4a8-folder", type=Path, help="the same with 8-bit activations")
     parser.add_argument("--models", type=Path, default=ROOT / "artifacts" / "full-size")
     parser.add_argument("--store", default=str(ROOT / "artifacts"))
     parser.add_argument("--csv", type=Path, default=CSV)
@@ -101,7 +99,7 @@ def measure(options: argparse.Namespace) -> None:
         print(row, flush=True)
         append(options.csv, [row])
 
-    names = ("models", "store", "folder", "w4a8_folder", "synthetic", "overrides")
+    names = ("models", "store", "synthetic", "overrides")
     places = Places(**{name: getattr(options, name) for name in names})
     if options.prepare:
         prepare(options.jobs, places)
@@ -146,9 +144,7 @@ def again(options: argparse.Namespace, jobs: list[str], seconds: float) -> None:
     command += ["--minutes", f"{seconds / 60:.2f}", "--csv", str(options.csv)]
     command += ["--models", str(options.models), "--store", options.store]
     command += ["--synthetic"] if options.synthetic else []
-    for name in ("folder", "w4a8_folder", "revision"):
-        if value := getattr(options, name):
-            command += [f"--{name.replace('_', '-')}", str(value)]
+    command += ["--revision", options.revision] if options.revision else []
     subprocess.run(command, check=False)
 
 
@@ -164,13 +160,6 @@ def machine(options: argparse.Namespace) -> dict[str, str]:
         "triton": triton.__version__,
         "git": options.revision or git_revision() or "unknown",
     }
-
-
-def predictions() -> list[Row]:
-    """Times on chips that were not measured: arithmetic, no GPU."""
-    from dirotq.benchmarks import flux_work, roofline
-
-    return roofline.rows(flux_work.work(1024), "flux 1024x1")
 
 
 def publish(rows: list[Row], docs: Path) -> None:

@@ -20,7 +20,6 @@ CONTESTANTS = (FUSED, UNFUSED, W4A8, ATTENTION, EAGER, COMPILED, FP8)
 
 FOLDER, SYNTHETIC = "folder", "synthetic"
 """Where our packed weights came from: the pipeline's folder, or random ones, which don't count."""
-PREDICTED = "predicted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +27,7 @@ class Row:
     """One number of one contestant in one case.
 
     ``section``  forward (ms of a call), weights, peak, reserved (GB), error, profile (ms),
-                 floor (ms), rate, quality (dB), roofline (ms)
+                 floor (ms), rate, quality (dB)
     ``case``     such as ``flux 1024x1``: model, side of the image, batch
     ``what``     the category of a profile, a part of the floor, a pair of images
     ``first_s``  seconds of the contestant's first call: compilation, capture of graphs

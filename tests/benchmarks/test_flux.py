@@ -11,12 +11,11 @@ import torch
 import dirotq
 from dirotq.benchmarks import (
     flux,
+    flux_floor,
     flux_inputs,
     flux_quality,
     flux_session,
-    flux_work,
     full_size,
-    roofline,
 )
 from dirotq.benchmarks import flux_contestants as contestants
 from dirotq.benchmarks.flux_inputs import Case, inputs
@@ -28,7 +27,6 @@ from dirotq.benchmarks.flux_rows import (
     FOLDER,
     FP8,
     FUSED,
-    PREDICTED,
     SYNTHETIC,
     UNFUSED,
     W4A8,
@@ -180,7 +178,6 @@ def test_rows_of_an_earlier_run_are_published(monkeypatch, tmp_path, capsys):
     (docs / "speed.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     append(tmp_path / "rows.csv", [row(), row(run="2", value=1.0, weights=SYNTHETIC)])
     monkeypatch.setattr(flux, "ROOT", tmp_path)
-    monkeypatch.setattr(flux, "predictions", list)
     assert flux.main(["--from", str(tmp_path / "rows.csv"), "--write"]) == 0
     text = (docs / "speed.md").read_text()
     assert text.startswith(f"before\n{BEGIN}\n### ")
@@ -323,33 +320,13 @@ def test_a_contestant_that_fails_costs_its_own_rows(session, monkeypatch):
 
 
 def test_work_of_flux():
-    work = flux_work.work(1024)
+    work = flux_floor.work(1024)
     assert work.linear_flops == pytest.approx(59.5e12, rel=0.01)
     assert work.attention == (1, 24, 4608, 128)
     assert work.attentions == 57
     assert sum(work.shapes.values()) == 19 * 8 + 38 * 2
-    assert flux_work.columns(3072) == 3328
-    assert flux_work.work(1024, 2).linear_flops == 2 * work.linear_flops
-
-
-def test_the_roofline_gives_the_h100_what_was_measured_there():
-    h100 = next(peak for peak in roofline.PEAKS if peak.name == "H100")
-    found = {who: sum(parts.values()) for who, parts in
-             roofline.times(flux_work.work(1024), h100).items()}  # fmt: skip
-    # Gaps between launches are no part of it: 6.5 ms, 0 and 3.2 ms.
-    assert found[EAGER] == pytest.approx(181.8 - 6.5, rel=0.02)
-    assert found[COMPILED] == pytest.approx(129.8, rel=0.02)
-    assert found[FUSED] == pytest.approx(96.9 - 3.2, rel=0.05)
-
-
-def test_the_roofline_is_sane_and_marked():
-    rows = roofline.rows(flux_work.work(1024), "flux 1024x1")
-    assert all(r.note == PREDICTED and r.value > 0 for r in rows)
-    whole = {(r.what, r.contestant): r.value for r in rows if r.what.endswith(": all")}
-    assert len(whole) == 3 * len(roofline.PEAKS)
-    for who in (FUSED, EAGER, COMPILED):
-        assert whole["H200: all", who] < whole["H100: all", who] < whole["RTX 3090: all", who]
-    assert tables(rows).count("(predicted)") == len(roofline.PEAKS)
+    assert flux_floor.columns(3072) == 3328
+    assert flux_floor.work(1024, 2).linear_flops == 2 * work.linear_flops
 
 
 def test_images_of_the_embedded_model_are_compared_in_four_ways(monkeypatch, tmp_path):
