@@ -35,22 +35,14 @@ def main() -> None:
     parser.add_argument("--store", default="artifacts")
     parser.add_argument("--depth", type=float, default=1.0, help="share of the blocks")
     parser.add_argument("--until", default="pack")
-    parser.add_argument("--json", type=Path, help="append the rows to this file")
     parser.add_argument("overrides", nargs="*", help="e.g. capture.vram=24GB")
     options = parser.parse_intermixed_args()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `dirotq` does
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     device = pick_device("auto")
     folder = generated(options.model, options.models, options.depth, device)
-    cfg = compose_config(
-        [
-            f"model={folder}",
-            f"store={options.store}",
-            f"until={options.until}",
-            *options.overrides,
-        ],
-        "dirotq.conf",
-    )
+    told = [f"model={folder}", f"store={options.store}", f"until={options.until}"]
+    cfg = compose_config([*told, *options.overrides], "dirotq.conf")
     line = build(cfg)
     found = preflight.examine(line, cfg)
     rows: list[dict[str, Any]] = []
@@ -68,11 +60,6 @@ def main() -> None:
     print(table(rows, options, device), flush=True)
     if "pack" in artifacts:
         print(packed_check.check(line.steps[0].stage.model, artifacts, device))
-    if options.json:
-        with options.json.open("a") as file:
-            for one in rows:
-                what = {"model": options.model, "depth": options.depth, "args": options.overrides}
-                file.write(json.dumps(what | one) + "\n")
 
 
 def generated(name: str, models: Path, depth: float, device: torch.device) -> Path:

@@ -22,9 +22,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dirotq.benchmarks.flux_rows import SYNTHETIC, Row, append, latest, read
-from dirotq.benchmarks.flux_table import BEGIN, tables
-from dirotq.benchmarks.speed_table import put
+from dirotq.benchmarks.flux_rows import SYNTHETIC, Row, latest
+from dirotq.benchmarks.flux_table import tables
+from dirotq.benchmarks.published import append, put, read
 from dirotq.pipeline.provenance import git_revision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -42,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         measure(options)
     if options.prepare:
         return 0
-    rows = latest(read(options.source or options.csv))
+    rows = latest(read(options.source or options.csv, Row))
     print(tables(rows))
     if options.write:
         publish(rows, ROOT / "docs")
@@ -165,7 +165,7 @@ def machine(options: argparse.Namespace) -> dict[str, str]:
 def publish(rows: list[Row], docs: Path) -> None:
     """Into docs/speed.md, and its rows into docs/speed.csv; synthetic ones into neither."""
     shown = [row for row in rows if row.weights != SYNTHETIC]
-    put(docs / "speed.md", tables(shown), begin=BEGIN)
+    put(docs / "speed.md", "make bench-flux", tables(shown))
     (docs / "speed.csv").unlink(missing_ok=True)
     append(docs / "speed.csv", shown)
 

@@ -2,11 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from dirotq.benchmarks.csv_rows import append_rows, read_rows
-
-NUMBERS = ("value", "p20", "p80", "first_s")
 
 FUSED = "ours, fused + CUDA graph"
 UNFUSED = "ours, unfused"
@@ -62,16 +57,6 @@ class Row:
         marks = "; ".join(filter(None, (first, self.weights, self.note)))
         name = f"{self.contestant} {self.what}".strip()
         return f"{self.section:<10}{self.case:<22}{name:<46}{value:<26}{marks}"
-
-
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a CSV file, with its header if it is new; on disk when it returns."""
-    append_rows(path, Row, rows, digits=5)
-
-
-def read(path: Path) -> list[Row]:
-    """Inverse of :func:`append`, up to five digits."""
-    return read_rows(path, Row, NUMBERS)
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:

@@ -3,6 +3,7 @@
 Contestants are alone on the GPU, so that peaks are theirs. One failing costs its own rows only.
 """
 
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dirotq
 from dirotq.benchmarks import flux_contestants as made
-from dirotq.benchmarks import flux_prepare, flux_timing, kernel_categories
+from dirotq.benchmarks import flux_timing, kernel_categories
+from dirotq.benchmarks.compress import generated
 from dirotq.benchmarks.flux_inputs import Case, inputs
 from dirotq.benchmarks.flux_rows import (
     ATTENTION,
@@ -28,6 +31,7 @@ from dirotq.benchmarks.flux_rows import (
     Row,
     find,
 )
+from dirotq.device import pick_device
 
 MAIN = Case("flux", 1024)
 OURS = (FUSED, UNFUSED, W4A8, ATTENTION)
@@ -37,23 +41,33 @@ COMPARED = ((FUSED, UNFUSED), (FUSED, EAGER), (UNFUSED, EAGER), (W4A8, EAGER), (
 """Pairs whose results are compared: a path that computes something else shows as a large error."""
 
 
+CALIBRATION = ("prompts.calibration.count=2", "capture.calls=8")
+"""Few calls: they decide what the numbers are, not how long a forward takes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where models come from: folders that are there, or where to make them."""
+    """Where generated models are made, and the store that packs them; whatever is there is used."""
 
     models: Path
     store: str
-    folder: Path | None = None
-    w4a8_folder: Path | None = None
     synthetic: bool = False
     overrides: tuple[str, ...] = ()
 
+    def original(self, model: str) -> Path:
+        """Return the folder of the generated 16-bit pipeline."""
+        return generated(model, self.models, 1.0, pick_device("auto"))
+
     def packed(self, model: str, preset: str) -> Path:
-        """The folder packed by a method; made if need be."""
-        given = {("flux", "dirotq"): self.folder, ("flux", "dirotq_w4a8"): self.w4a8_folder}
-        return given.get((model, preset)) or flux_prepare.packed(
-            model, self.models, self.store, preset=preset, overrides=self.overrides
-        )
+        """Return the folder that our own pipeline packs by a method."""
+        began = time.monotonic()
+        stages = dirotq.compress(
+            f"model={self.original(model)}", f"store={self.store}", f"method={preset}",
+            "until=pack", *CALIBRATION, *self.overrides,
+        )  # fmt: skip
+        folder = stages["pack"].data / "model"
+        print(f"packed {model}, {preset}: {folder} in {time.monotonic() - began:.0f} s", flush=True)
+        return folder
 
 
 @dataclass
@@ -167,8 +181,7 @@ class Session:
             return made.loaded(model, self.places.packed(model, preset), self.device)
         if self.places.synthetic:
             return made.random_bf16(model, self.device)
-        folder = flux_prepare.original(model, self.places.models)
-        return made.loaded_bf16(model, folder, self.device)
+        return made.loaded_bf16(model, self.places.original(model), self.device)
 
     def _compare(self, who: str, case: Case, output: Tensor) -> None:
         """Relative errors against what else computed this case; synthetic networks are others."""

@@ -16,7 +16,6 @@ from dirotq.benchmarks.flux_rows import (
 from dirotq.benchmarks.flux_verdicts import ASKED, MAIN
 from dirotq.benchmarks.kernel_categories import GAPS, NAMES
 
-BEGIN = "<!-- begin: make bench-flux -->"
 FLOORS = {"GEMM": ("GEMM",), "attention": ("attention",)}
 """Part of the floor: categories of the profile. What is in neither and no gap answers to bytes."""
 

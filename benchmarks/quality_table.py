@@ -11,6 +11,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dirotq.benchmarks.published import put
 from dirotq.benchmarks.quality_rows import (
     ABLATIONS,
     ALLOCATION,
@@ -197,18 +198,6 @@ def gain(results: Results, key: str, base: str) -> str:
 
 def shown(apart: Interval) -> str:
     return f"{apart.mean:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
-
-
-def put(document: Path, name: str, text: str) -> None:
-    """Replace what stands between a block's markers; a document without it is left alone."""
-    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    content = document.read_text()
-    before, found, rest = content.partition(begin)
-    _, closed, after = rest.partition(end)
-    if found and not closed:
-        raise SystemExit(f"{document}: {begin} has no {end}")
-    if found:
-        document.write_text(f"{before}{begin}\n{text}{end}{after}")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from dirotq.benchmarks.speed_table import TITLES, Row, append, put, read, tables
+from dirotq.benchmarks.published import append, put, read
+from dirotq.benchmarks.speed_table import TITLES, Row, tables
 from dirotq.pipeline.provenance import git_revision
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,7 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(TITLES)}")
     ops = options.ops or list(TITLES)
     if options.source:
-        rows = [row for row in read(options.source) if row.op in ops]
+        rows = [row for row in read(options.source, Row) if row.op in ops]
     else:
         if problem := why_not(options.select):
             print(problem, file=sys.stderr)
@@ -104,7 +105,7 @@ def machine(revision: str) -> Mapping[str, str]:
 
 def publish(rows: list[Row], docs: Path) -> None:
     """Into docs/kernels.md, and the rows it shows into docs/kernels.csv."""
-    put(docs / "kernels.md", tables(rows))
+    put(docs / "kernels.md", "make bench-kernels", tables(rows))
     (docs / "kernels.csv").unlink(missing_ok=True)
     append(docs / "kernels.csv", rows)
 

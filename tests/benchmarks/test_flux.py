@@ -31,19 +31,18 @@ from dirotq.benchmarks.flux_rows import (
     UNFUSED,
     W4A8,
     Row,
-    append,
     latest,
     ratio,
-    read,
 )
 from dirotq.benchmarks.flux_session import MAIN, Places, Session
-from dirotq.benchmarks.flux_table import BEGIN, tables
+from dirotq.benchmarks.flux_table import tables
 from dirotq.benchmarks.flux_timing import Forward
 from dirotq.benchmarks.flux_verdicts import ASKED
 from dirotq.benchmarks.gpu_timing import Timing
-from dirotq.benchmarks.speed_table import END
+from dirotq.benchmarks.published import append, read
 from dirotq.kernels.linear import QuantLinear
 
+BEGIN, END = "<!-- begin: make bench-flux -->", "<!-- end: make bench-flux -->"
 NARROW = {
     "flux": {
         "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 32,
@@ -90,14 +89,6 @@ def narrow(monkeypatch):
     for model, config in NARROW.items():
         cls = full_size.ARCHITECTURES[model][0]
         monkeypatch.setitem(full_size.ARCHITECTURES, model, (cls, config))
-
-
-def test_rows_survive_csv(tmp_path):
-    path = tmp_path / "deep" / "rows.csv"
-    first, second = row(), plain(value=None, note="failed: out, of memory")
-    append(path, [first])
-    append(path, [second])
-    assert read(path) == [first, second]
 
 
 def test_later_rows_win_and_a_failure_shows_only_where_nothing_is_known():
@@ -183,7 +174,7 @@ def test_rows_of_an_earlier_run_are_published(monkeypatch, tmp_path, capsys):
     assert text.startswith(f"before\n{BEGIN}\n### ")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
-    assert read(docs / "speed.csv") == [row()]
+    assert read(docs / "speed.csv", Row) == [row()]
     assert "synthetic weights, does not count" in capsys.readouterr().out
 
 
@@ -191,7 +182,7 @@ def test_the_document_is_what_its_rows_give(request):
     root = request.config.rootpath
     text = (root / "docs" / "speed.md").read_text()
     generated = text.partition(BEGIN)[2].partition(END)[0].lstrip("\n")
-    assert generated == tables(read(root / "docs" / "speed.csv"))
+    assert generated == tables(read(root / "docs" / "speed.csv", Row))
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -214,7 +205,7 @@ def test_jobs_that_do_not_fit_are_listed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(flux, "machine", lambda options: {"run": "1"})
     path = tmp_path / "rows.csv"
     flux.measure(flux.parsed(["forward", "floor", "--minutes", "0.1", "--csv", str(path)]))
-    said = read(path)
+    said = read(path, Row)
     assert [(r.contestant, r.value) for r in said] == [(FUSED, None), (EAGER, None), (FLOOR, None)]
     assert said[0].note.startswith("not run: ")
     assert "not run" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import pytest
 
 from dirotq.benchmarks import quality_rows
 from dirotq.benchmarks.quality import refuse_other_count, store, summary
-from dirotq.benchmarks.quality_table import CLAIMS, claims, compared, methods, put, tables
+from dirotq.benchmarks.quality_table import CLAIMS, claims, compared, methods, tables
 from dirotq.pipeline.config import build, compose_config
 
 
@@ -70,17 +70,6 @@ def test_rows_of_another_precision_are_not_compared(results):
 def test_sections_without_results_have_a_head_only(results):
     assert len(compared(quality_rows.ABLATIONS, {"tiny_flux": results}).splitlines()) == 2
     assert set(tables({"tiny_flux": results})) >= {"claims", "ablations", "methods tiny_flux"}
-
-
-def test_only_the_marked_part_of_a_document_changes(tmp_path):
-    document = tmp_path / "quality.md"
-    document.write_text("a\n<!-- begin: x -->\nold\n<!-- end: x -->\nb\n")
-    put(document, "x", "new\n")
-    put(document, "y", "nowhere\n")
-    assert document.read_text() == "a\n<!-- begin: x -->\nnew\n<!-- end: x -->\nb\n"
-    document.write_text("<!-- begin: x -->\n")
-    with pytest.raises(SystemExit, match="has no"):
-        put(document, "x", "new\n")
 
 
 def test_keys_are_distinct_and_every_base_and_claim_is_a_row():
