@@ -4,7 +4,8 @@
 equal before, which takes 0.7 dB off a score of 48 dB. 1/65535 leaves the limit at 104 dB.
 """
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.units import Units
+from dirotq.progress import track
+from dirotq.sources.generation import generate
+from dirotq.sources.prompts import Prompt
 
 STEPS = 65535
 """A stored integer is a brightness times this."""
@@ -111,6 +115,25 @@ class ImageWriter:
             # runs that resume, whose files no manifest covers yet.
             compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()],
         )  # fmt: skip
+
+
+def generate_all(
+    writer: ImageWriter,
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    call: Mapping[str, float | int],
+    batch: int,
+    what: str,
+) -> None:
+    """Generate whatever ``writer`` lacks, ``batch`` prompts at a time.
+
+    Each batch is written before the next one starts. ``what`` names the images in the progress
+    line.
+    """
+    for span in track(writer.missing(batch), what):
+        began = time.perf_counter()
+        images = generate(pipe, prompts[span.start : span.stop], call)
+        writer.write(span.start, images, (time.perf_counter() - began) / len(span))
 
 
 def read_images(tree: Path, name: str, indices: Sequence[int] | slice = slice(None)) -> Tensor:

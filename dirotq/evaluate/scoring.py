@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dirotq.evaluate.attribute_judge import AttributeJudge
 from dirotq.evaluate.distributions import frechet_distance, kernel_distance
 from dirotq.evaluate.fidelity import fidelity
 from dirotq.evaluate.images import read_images
@@ -24,16 +25,6 @@ from dirotq.progress import track
 from dirotq.sources.prompts import Prompt
 
 PACKED, FLOOR, ORIGINAL = "packed", "floor", "original"
-
-
-class Reader(Protocol):
-    """A network that reads captioned attributes off an image (evaluate/attribute_judge.py)."""
-
-    def features(self, images: Tensor) -> Tensor: ...
-
-    def counts(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]: ...
-
-    def totals(self, counts: Mapping[str, Tensor]) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +95,7 @@ class ImageSets:
 def score(
     sets: ImageSets,
     prompts: Sequence[Prompt],
-    reader: Reader | None,
+    reader: AttributeJudge | None,
     learned: Mapping[str, Metric],
     device: torch.device,
 ) -> Scores:
@@ -140,7 +131,7 @@ def stills(images: Tensor) -> Tensor:
 
 def _judge(
     found: Scores,
-    reader: Reader,
+    reader: AttributeJudge,
     features_BF: Mapping[str, list[Tensor]],
     counts: Mapping[str, list[dict[str, Tensor]]],
 ) -> None:

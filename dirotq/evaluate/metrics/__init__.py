@@ -4,7 +4,7 @@ One file per metric. Each is a frozen dataclass of settings that ``validate.lear
 packages and weights are looked for when a run is planned and loaded when it scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -38,3 +38,19 @@ class Metric(Protocol):
 
     def open(self, device: torch.device) -> Meter:
         """With its network on ``device``."""
+
+
+class PerImage:
+    """A meter of what ``score`` says of images, prompts and originals: one number per image."""
+
+    def __init__(self, score: Callable[[Tensor, Sequence[str], Tensor], list[float]]) -> None:
+        self.score = score
+        self.values: list[float] = []
+
+    @torch.no_grad()
+    def update(self, images: Tensor, prompts: Sequence[str], original: Tensor) -> None:
+        self.values += self.score(images, prompts, original)
+
+    def compute(self) -> list[float]:
+        values, self.values = self.values, []
+        return values

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dirotq.errors import ConfigError
 from dirotq.evaluate.distributions import frechet_distance
+from dirotq.evaluate.png import eight_bits
 from dirotq.files.digest import input_digests
 from dirotq.files.walk import walk
 from dirotq.pipeline.stage import fingerprint
@@ -123,11 +124,6 @@ class _Meter:
         made = self.network.layers((batch - 128) / 128)
         self.features.append(made.flatten(1).float().cpu())
         self.waiting = []
-
-
-def eight_bits(image: Tensor) -> np.ndarray:
-    """[3, H, W] in [0, 1] as the PNG that papers score would hold it: uint8 [H, W, 3]."""
-    return (image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
 
 
 def clean_resize(pixels: np.ndarray) -> Tensor:
