@@ -14,7 +14,6 @@ rows don't count and are never written to docs. Overrides (a.b=c) go to the pipe
 import argparse
 import logging
 import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -24,13 +23,10 @@ from typing import Any
 
 from dirotq.benchmarks.flux_rows import SYNTHETIC, Row, latest
 from dirotq.benchmarks.flux_table import tables
-from dirotq.benchmarks.published import append, put, read
-from dirotq.pipeline.provenance import git_revision
+from dirotq.benchmarks.published import append, machine, put, read
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "artifacts" / "bench" / "flux.csv"
-AGAIN = 40
-"""Seconds that a fresh process needs before it measures."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -65,8 +61,6 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--from", dest="source", type=Path, help="rows of an earlier run")
     parser.add_argument("--write", action="store_true", help="update docs/speed.md and .csv")
     parser.add_argument("--revision", help="what to record as the code's version")
-    parser.add_argument("--run", default=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
-                        help=argparse.SUPPRESS)  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
     options.overrides = tuple(word for word in options.jobs if "=" in word)
     options.jobs = [word for word in options.jobs if "=" not in word]
@@ -91,7 +85,7 @@ def measure(options: argparse.Namespace) -> None:
     from dirotq.benchmarks.flux_jobs import JOBS
     from dirotq.benchmarks.flux_session import Places, Session, healthy
 
-    about = machine(options)
+    about = machine(options.revision) | {"run": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"}
 
     def say(row: Row) -> None:
         real = row.section in ("floor", "rate", "quality") or not options.synthetic
@@ -117,9 +111,8 @@ def measure(options: argparse.Namespace) -> None:
         print(f"--- {name}, {left:.0f} s left", flush=True)
         job.run(session)
         if not healthy():
-            print(f"--- the GPU is lost to this process after {name}", flush=True)
-            again(options, options.jobs[index + 1 :], deadline - time.monotonic() - AGAIN)
-            return
+            left = " ".join(options.jobs[index + 1 :]) or "none"
+            raise SystemExit(f"{name} lost the GPU to this process; jobs left to run: {left}")
 
 
 def prepare(jobs: list[str], places: Any) -> None:
@@ -134,32 +127,6 @@ def prepare(jobs: list[str], places: Any) -> None:
             dirotq.compress("model=tiny_flux", f"store={places.store}", "until=pack")
         else:
             places.packed(model, "dirotq")
-
-
-def again(options: argparse.Namespace, jobs: list[str], seconds: float) -> None:
-    """The remaining jobs in a process of their own, into the same file and run."""
-    if not jobs or seconds <= 0:
-        return
-    command = [sys.executable, __file__, *jobs, *options.overrides, "--run", options.run]
-    command += ["--minutes", f"{seconds / 60:.2f}", "--csv", str(options.csv)]
-    command += ["--models", str(options.models), "--store", options.store]
-    command += ["--synthetic"] if options.synthetic else []
-    command += ["--revision", options.revision] if options.revision else []
-    subprocess.run(command, check=False)
-
-
-def machine(options: argparse.Namespace) -> dict[str, str]:
-    """The columns that all rows of a run share."""
-    import torch
-    import triton
-
-    return {
-        "run": options.run,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "git": options.revision or git_revision() or "unknown",
-    }
 
 
 def publish(rows: list[Row], docs: Path) -> None:

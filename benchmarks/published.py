@@ -6,7 +6,22 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from dirotq.pipeline.provenance import git_revision
+
 R = TypeVar("R")
+
+
+def machine(revision: str | None) -> dict[str, str]:
+    """Return where a run measures: the columns that all its rows share."""
+    import torch
+    import triton
+
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "git": revision or git_revision() or "unknown",
+    }
 
 
 def append(path: Path, rows: Iterable[Any]) -> None:

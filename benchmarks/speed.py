@@ -12,14 +12,13 @@ import argparse
 import datetime
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from dirotq.benchmarks.published import append, put, read
+from dirotq.benchmarks.published import append, machine, put, read
 from dirotq.benchmarks.speed_table import TITLES, Row, tables
-from dirotq.pipeline.provenance import git_revision
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "tests/gpu/test_kernels_cuda.py"
@@ -47,10 +46,9 @@ def main(arguments: list[str] | None = None) -> int:
         if problem := why_not(options.select):
             print(problem, file=sys.stderr)
             return 1
-        rows = [
-            replace(row, **machine(options.revision or git_revision() or "unknown"))
-            for row in measured(ops)
-        ]
+        date = str(datetime.datetime.now(datetime.UTC).date())
+        about = machine(options.revision)
+        rows = [replace(row, **about, date=date) for row in measured(ops)]
         append(options.csv, rows)
     print(tables(rows))
     if options.write:
@@ -87,20 +85,6 @@ def measured(ops: list[str]) -> Iterator[Row]:
         for row in MEASURES[op]():
             print(f"{row.op:<20}{row.case:<40}{row.contestant:<32}{_short(row)}", flush=True)
             yield row
-
-
-def machine(revision: str) -> Mapping[str, str]:
-    """Where and when: the columns that all rows of a run share."""
-    import torch
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "git": revision,
-        "date": str(datetime.datetime.now(datetime.UTC).date()),
-    }
 
 
 def publish(rows: list[Row], docs: Path) -> None:

@@ -123,12 +123,12 @@ MEASURES: dict[str, Callable[[], Iterator[Row]]] = {
 
 
 def quantized(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Callable[[], Codes]:
-    """The first half of a linear, as the plan wants it."""
+    """Return the first half of a linear, as the plan wants it."""
     return lambda: engine.quantize(plan, plain(x_MD[None]), linear.packed(), linear.spec)
 
 
 def unpacked(plan: Plan, linear: QuantLinear) -> Unpacked | None:
-    """The scratch that the plan wants, filled."""
+    """Fill the scratch that the plan wants."""
     if plan.engine == "packed":
         return None
     from dirotq.kernels.unpack_w4.kernel import launch
@@ -136,28 +136,25 @@ def unpacked(plan: Plan, linear: QuantLinear) -> Unpacked | None:
     return launch(linear.packed(), plan.dtype, appended=plan.appended)
 
 
-def multiplied(
-    plan: Plan, linear: QuantLinear, codes: Codes, weights: Unpacked | None, dtype: torch.dtype
-) -> Tensor:
-    """The product of what :func:`quantized` and :func:`unpacked` made."""
-    return engine.multiply(plan, codes, linear.packed(), weights, linear.spec, dtype)
+def multiplied(plan: Plan, linear: QuantLinear, codes: Codes, weights: Unpacked | None) -> Tensor:
+    return engine.multiply(plan, codes, linear.packed(), weights, linear.spec, torch.bfloat16)
 
 
 def product(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
-    """The second half of a linear, on codes at hand."""
+    """Return the second half of a linear, on codes at hand."""
     codes = quantized(plan, linear, x_MD)()
-    return lambda: multiplied(plan, linear, codes, unpacked(plan, linear), x_MD.dtype)
+    return lambda: multiplied(plan, linear, codes, unpacked(plan, linear))
 
 
 def product_alone(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
     codes, weights = quantized(plan, linear, x_MD)(), unpacked(plan, linear)
-    return lambda: multiplied(plan, linear, codes, weights, x_MD.dtype)
+    return lambda: multiplied(plan, linear, codes, weights)
 
 
 def on_unpacked(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
-    """A whole linear, on weights unpacked before."""
+    """Return a whole linear, on weights unpacked before."""
     weights = unpacked(plan, linear)
-    return lambda: multiplied(plan, linear, quantized(plan, linear, x_MD)(), weights, x_MD.dtype)
+    return lambda: multiplied(plan, linear, quantized(plan, linear, x_MD)(), weights)
 
 
 def unpacking(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:

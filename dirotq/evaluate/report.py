@@ -28,11 +28,7 @@ LABELS = {
 
 
 def write_report(
-    path: Path,
-    report: Mapping[str, Any],
-    spectra: Mapping[str, Tensor],
-    want: Tensor,
-    got: Tensor,
+    path: Path, report: Mapping[str, Any], spectra: Mapping[str, Tensor], want: Tensor, got: Tensor
 ) -> None:
     """Render ``report`` (the content of report.json) with its figures.
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import subprocess
 import types
 
 import pytest
@@ -202,7 +201,7 @@ def test_words_of_the_command_line(capsys):
 
 
 def test_jobs_that_do_not_fit_are_listed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(flux, "machine", lambda options: {"run": "1"})
+    monkeypatch.setattr(flux, "machine", lambda revision: {})
     path = tmp_path / "rows.csv"
     flux.measure(flux.parsed(["forward", "floor", "--minutes", "0.1", "--csv", str(path)]))
     said = read(path, Row)
@@ -211,18 +210,13 @@ def test_jobs_that_do_not_fit_are_listed(monkeypatch, tmp_path, capsys):
     assert "not run" in capsys.readouterr().out
 
 
-def test_a_lost_gpu_hands_the_other_jobs_on(monkeypatch, tmp_path):
-    commands = []
-    monkeypatch.setattr(flux, "machine", lambda options: {"run": "1"})
+def test_a_lost_gpu_ends_the_run_and_names_the_jobs_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(flux, "machine", lambda revision: {})
     monkeypatch.setattr(flux_session, "healthy", lambda: False)
-    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
     monkeypatch.setitem(JOBS, "forward", dataclasses.replace(JOBS["forward"], run=lambda s: None))
-    path = str(tmp_path / "rows.csv")
-    flux.measure(flux.parsed(["forward", "fp8", "--run", "r", "--csv", path, "--synthetic"]))
-    [command] = commands
-    rest = flux.parsed(command[2:])
-    assert (rest.jobs, rest.run, rest.synthetic) == (["fp8"], "r", True)
-    assert 8 < rest.minutes < 9.5
+    options = flux.parsed(["forward", "floor", "fp8", "--csv", str(tmp_path / "rows.csv")])
+    with pytest.raises(SystemExit, match=r"forward lost the GPU.*left to run: floor fp8"):
+        flux.measure(options)
 
 
 @pytest.mark.parametrize("model", NARROW)
