@@ -71,7 +71,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def why_not() -> str | None:
-    """Why nothing can be measured here; None if it can."""
+    """Say why nothing can be measured here; None if it can."""
     import torch
 
     found = torch.cuda.is_available()
@@ -130,7 +130,7 @@ def prepare(jobs: list[str], places: Any) -> None:
 
 
 def publish(rows: list[Row], docs: Path) -> None:
-    """Into docs/speed.md, and its rows into docs/speed.csv; synthetic ones into neither."""
+    """Write docs/speed.md, and its rows into docs/speed.csv; synthetic ones into neither."""
     shown = [row for row in rows if row.weights != SYNTHETIC]
     put(docs / "speed.md", "make bench-flux", tables(shown))
     (docs / "speed.csv").unlink(missing_ok=True)

@@ -60,7 +60,7 @@ class Row:
 
 
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of every key the last row of the last run with a value; the last without, if none has one.
+    """Keep of every key the last row of the last run with a value, else the last without.
 
     Ratios need both sides from one run, so rows of several runs are kept: one per run and key.
     """
@@ -80,13 +80,13 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 def find(
     rows: Sequence[Row], section: str, case: str, contestant: str, what: str = ""
 ) -> Row | None:
-    """The newest row with a value."""
+    """Find the newest row with a value."""
     key = (section, case, contestant, what)
     return next((r for r in reversed(rows) if r.key == key and r.value is not None), None)
 
 
 def pair(rows: Sequence[Row], case: str, ours: str, other: str) -> tuple[Row, Row] | None:
-    """Times of two contestants in one case from the newest run that has both."""
+    """Find two contestants' times in one case, from the newest run that has both."""
     for run in dict.fromkeys(row.run for row in reversed(rows)):
         same = [row for row in rows if row.run == run]
         found = find(same, "forward", case, ours), find(same, "forward", case, other)
@@ -96,7 +96,7 @@ def pair(rows: Sequence[Row], case: str, ours: str, other: str) -> tuple[Row, Ro
 
 
 def ratio(rows: Sequence[Row], case: str, ours: str, other: str) -> tuple[float, str] | None:
-    """How many times faster ``ours`` is, and where our weights came from."""
+    """Return how many times faster ``ours`` is, and where our weights came from."""
     found = pair(rows, case, ours, other)
     if found is None or not found[0].value or found[1].value is None:
         return None

@@ -91,7 +91,7 @@ class Session:
         self.say(row)
 
     def add_all(self, section: str, case: str, contestant: str, found: Iterable[Row]) -> None:
-        """Rows as a generator makes them; if it fails, a row that says so."""
+        """Add rows as a generator makes them; if it fails, a row that says so."""
         try:
             for row in found:
                 self.add(row)
@@ -120,7 +120,7 @@ class Session:
         self._compare(who, case, done.output)
 
     def profile(self, who: str, case: Case = MAIN) -> None:
-        """Where the time of one call goes, by category and by kernel."""
+        """Say where the time of one call goes, by category and by kernel."""
         wall = find(self.rows, "forward", str(case), who)
         if wall is None or wall.value is None:
             return
@@ -138,10 +138,7 @@ class Session:
             self.add(self._row("kernel", case, who, value=ms, what=name[:100], note=note))
 
     def contestant(self, who: str, model: str) -> Any:
-        """Its transformer, alone on the GPU.
-
-        Raises RuntimeError if it could not be made before.
-        """
+        """Return its transformer, alone on the GPU; RuntimeError if making it failed before."""
         if self.held == (who, model):
             return self.module
         if reason := self.broken.get((who, model)):
@@ -173,7 +170,7 @@ class Session:
         made.free()
 
     def _loaded(self, who: str, model: str) -> Any:
-        """A fresh transformer, as it comes from its folder."""
+        """Load a fresh transformer, as it comes from its folder."""
         if who in OURS:
             preset = PRESETS.get(who, "dirotq")
             if self.places.synthetic:
@@ -184,7 +181,7 @@ class Session:
         return made.loaded_bf16(model, self.places.original(model), self.device)
 
     def _compare(self, who: str, case: Case, output: Tensor) -> None:
-        """Relative errors against what else computed this case; synthetic networks are others."""
+        """Add errors against what else computed this case; synthetic networks are others."""
         self.outputs[who, case] = output.float().cpu()
         for left, right in COMPARED:
             other = {left: right, right: left}.get(who)
@@ -214,7 +211,7 @@ class Session:
 
 
 def healthy() -> bool:
-    """Whether this process can still use the GPU: an illegal access ends that."""
+    """Return whether this process can still use the GPU: an illegal access ends that."""
     try:
         torch.ones(1, device="cuda").sum().item()
         torch.cuda.synchronize()

@@ -21,7 +21,7 @@ FLOORS = {"GEMM": ("GEMM",), "attention": ("attention",)}
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Markdown; a part without rows is left out."""
+    """Write Markdown; a part without rows is left out."""
     parts = (
         ("What was asked", _asked(rows)),
         ("One forward, ms", _forwards(rows)),
@@ -161,7 +161,7 @@ def _silent(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _runs(rows: Sequence[Row]) -> Iterator[str]:
-    """Where and when; a run with synthetic weights says so."""
+    """Say where and when; a run with synthetic weights says so."""
     yield from ("Medians; brackets: 20th and 80th percentile. The runs:", "")
     for run in dict.fromkeys(row.run for row in rows):
         same = [row for row in rows if row.run == run]

@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def why_not(select: str) -> str | None:
-    """Why no figure may be printed: no GPU, or tests that fail; None if all is well."""
+    """Say why no figure may be printed: no GPU, or tests that fail; None if all is well."""
     import torch
 
     if not torch.cuda.is_available():
@@ -66,7 +66,7 @@ def why_not(select: str) -> str | None:
 
 
 def red(tests: str, select: str = "") -> str | None:
-    """What pytest says of tests that fail, or of none found; None if all pass."""
+    """Return what pytest says of tests that fail, or of none found; None if all pass."""
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", tests]
     command += ["-k", select] if select else []
     command += ["-n", str(WORKERS)] if find_spec("xdist") else []
@@ -78,7 +78,7 @@ def red(tests: str, select: str = "") -> str | None:
 
 
 def measured(ops: list[str]) -> Iterator[Row]:
-    """Every row of the ops, each said as soon as it is known."""
+    """Measure every row of the ops, each said as soon as it is known."""
     from dirotq.benchmarks.speed_rows import MEASURES
 
     for op in ops:
@@ -88,7 +88,7 @@ def measured(ops: list[str]) -> Iterator[Row]:
 
 
 def publish(rows: list[Row], docs: Path) -> None:
-    """Into docs/kernels.md, and the rows it shows into docs/kernels.csv."""
+    """Write docs/kernels.md, and the rows it shows into docs/kernels.csv."""
     put(docs / "kernels.md", "make bench-kernels", tables(rows))
     (docs / "kernels.csv").unlink(missing_ok=True)
     append(docs / "kernels.csv", rows)

@@ -1,6 +1,6 @@
 """What `make bench-kernels` measures: one function per op, a row per case and contestant.
 
-Letters: M rows, D channels, K main-branch width, N outputs, R protected directions.
+Letters: M rows, D channels, K main-branch width, N outputs, R rank.
 """
 
 import copy
@@ -36,7 +36,7 @@ FLOOR, BF16 = "floor", "bf16"
 
 
 def linears() -> Iterator[Row]:
-    """Whole linears: ours, cuBLAS bf16, FP8 with per-row scales, plain W4A16."""
+    """Time whole linears: ours, cuBLAS bf16, FP8 with per-row scales, plain W4A16."""
     for case in LINEARS:
         yield from _against_bf16("linear", case, "w4a4", [_fp8, _w4a16])
 
@@ -47,7 +47,7 @@ def few_rows() -> Iterator[Row]:
 
 
 def gemms() -> Iterator[Row]:
-    """What follows the codes, against cuBLAS bf16."""
+    """Time what follows the codes, against cuBLAS bf16."""
     for case in w4a4_linear.CASES:
         linear, x = _checked("w4a4", case)
         plan = linear.plan(case.m)
@@ -59,7 +59,7 @@ def gemms() -> Iterator[Row]:
 
 
 def transforms() -> Iterator[Row]:
-    """Codes, scales and c of activations, against reading two bytes and writing one."""
+    """Time codes, scales and c of activations, against reading two bytes and writing one."""
     for case in transform_quantize.CASES:
         linear, x = _checked("w4a4", case)
         plan = linear.plan(case.m)
@@ -68,7 +68,7 @@ def transforms() -> Iterator[Row]:
 
 
 def unpacks() -> Iterator[Row]:
-    """Nibbles into scratch, with appended columns, against reading half a byte and writing one."""
+    """Time nibbles into scratch, with appended columns, against reading ½ byte and writing 1."""
     for case in unpack_w4.CASES:
         linear, x = _checked("w4a4", replace(case, m=64))
         plan = linear.plan(case.m)
@@ -78,7 +78,7 @@ def unpacks() -> Iterator[Row]:
 
 
 def memory() -> Iterator[Row]:
-    """Bytes at rest against bf16; at r = 64 a square linear of 3072 is at 0.25 + 0.042."""
+    """Count bytes at rest against bf16; at r = 64 a square linear of 3072 is at 0.25 + 0.042."""
     for case in {(c.k, c.n): c for c in LINEARS}.values():
         for kind in ("w4a4", "w4a16"):
             linear = QuantLinear(spec_for(kind, case.k, case.n), bias=True, device="meta")
@@ -89,7 +89,7 @@ def memory() -> Iterator[Row]:
 
 
 def parts() -> Iterator[Row]:
-    """The FLUX qkv site without one thing at a time, and each thing alone."""
+    """Time the FLUX qkv site without one thing at a time, and each thing alone."""
     case = LINEARS[0]
     linear, x = _checked("w4a4", case)
     bare, _ = _checked("w4a4", replace(case, rank=0))
@@ -198,7 +198,7 @@ def _time(make: Make, linear: QuantLinear, x: Tensor, bytes_per_call: int) -> Ti
 
 
 def _checked(kind: str, case: Case) -> tuple[QuantLinear, Tensor]:
-    """A linear and its input. Raises RuntimeError if its plan computes something else."""
+    """Make a linear and its input. Raises RuntimeError if its plan computes something else."""
     linear = random_linear(spec_for(kind, case.k, case.n, case.rank))
     x = random_rows(case.m, case.k)
     if problem := Checker(linear, x).problem(linear(x)):
@@ -242,7 +242,7 @@ def _weights(case: Case) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def bandwidth() -> float:
-    """Bytes per second that a kernel moves which reads and writes 1 GiB each.
+    """Return bytes per second that a kernel moves which reads and writes 1 GiB each.
 
     A kernel, not a copy: the copy engine, which a graph would use, is slower.
     """

@@ -41,7 +41,7 @@ class Row:
     date: str = ""
 
     def verdict(self) -> str:
-        """How the ratio stands to what was asked."""
+        """Say how the ratio stands to what was asked."""
         if self.ratio is None or self.reach is None:
             return ""
         sign = -1 if self.op in LESS_IS_BETTER else 1
@@ -51,7 +51,7 @@ class Row:
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Markdown: a table per op, a line per case, a column per contestant."""
+    """Write Markdown: a table per op, a line per case, a column per contestant."""
     parts = []
     for op, title in TITLES.items():
         mine = [row for row in rows if row.op == op]
@@ -102,7 +102,7 @@ def _time(row: Row) -> str:
 
 
 def _beside(row: Row) -> str:
-    """A contestant in its column: its ratio, or the time that others are a ratio to."""
+    """Write a contestant in its column: its ratio, or the time that others are a ratio to."""
     if row.ratio is not None:
         return _ratio(row)
     return "" if row.us_p50 is None else f"{row.us_p50:.1f} us"

@@ -103,7 +103,7 @@ def grid(
     k: Sequence[int] | None = None,
     n: Sequence[int] | None = None,
 ) -> Iterator[Shape]:
-    """The shapes to time, most important ones first; m, k and n restrict them."""
+    """List the shapes to time, most important ones first; m, k and n restrict them."""
     for kind in kinds:
         for rows in reversed(ROWS):
             if kind == "w4a16":
@@ -117,7 +117,7 @@ def grid(
 
 
 def plans(shape: Shape, chip: int) -> list[Plan]:
-    """Candidates worth timing: none whose tile is far taller or far lower than the rows."""
+    """List candidates worth timing: none whose tile is far taller or far lower than the rows."""
     spec = spec_for(shape.kind, shape.k, shape.n)
     if choose(chip, shape.m, shape.n, spec, torch.bfloat16).engine == "reference":
         return []
@@ -152,7 +152,7 @@ def compile_all(shapes: Sequence[Shape], chip: int, workers: int) -> None:
 
 
 def run_once(jobs: Sequence[tuple[Shape, str]]) -> None:
-    """In a worker: compile by running. What fails here fails again, and is said, when timed."""
+    """Compile by running, in a worker. What fails here fails again, and is said, when timed."""
     chip = capability(torch.device("cuda", torch.cuda.current_device()))
     assert chip is not None
     linears: dict[tuple[str, int, int], QuantLinear] = {}
@@ -191,7 +191,7 @@ def measure(
 
 
 def race(shape: Shape, candidates: Sequence[Plan]) -> list[tuple[Plan, Timing]]:
-    """Every candidate that gives the right result, fastest first."""
+    """Time every candidate that gives the right result; fastest first."""
     linear = random_linear(spec_for(shape.kind, shape.k, shape.n))
     x = random_rows(shape.m, shape.k)
     checker = Checker(linear, x)
@@ -221,8 +221,8 @@ def call(plan: Plan, linear: QuantLinear, x: Tensor) -> Callable[[], Tensor]:
 
 
 def entries(shape: Shape, timed: Sequence[tuple[Plan, Timing]]) -> list[Entry]:
-    """The table's rows of a shape: the fastest plan and, if that takes bf16 alone (``scaled_mm``),
-    the fastest of the others, which a call in fp16 then finds at the same distance."""
+    """Return the table's rows of a shape: the fastest plan and, if that takes bf16 alone
+    (``scaled_mm``), the fastest of the others, for calls in fp16."""
     others = [pair for pair in timed if pair[0].engine != "scaled_mm"]
     wanted = [timed[0], *(others[:1] if timed[0][0].engine == "scaled_mm" else [])]
     return [
@@ -232,7 +232,7 @@ def entries(shape: Shape, timed: Sequence[tuple[Plan, Timing]]) -> list[Entry]:
 
 
 def merged(table: Table, chip: int, found: Mapping[Shape, Sequence[tuple[Plan, Timing]]]) -> Table:
-    """The table with the shapes that were timed in place of what it had of them."""
+    """Put the shapes that were timed in place of what the table had of them."""
     kinds = {kind: list(rows) for kind, rows in table.get(str(chip), {}).items()}
     for shape, timed in found.items():
         mine = shape.m, shape.n, shape.k
@@ -244,7 +244,7 @@ def merged(table: Table, chip: int, found: Mapping[Shape, Sequence[tuple[Plan, T
 
 
 def dumped(table: Table) -> str:
-    """JSON with a line per row."""
+    """Write JSON with a line per row."""
     chips = []
     for chip, kinds in sorted(table.items()):
         lines = [

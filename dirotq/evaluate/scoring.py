@@ -38,7 +38,7 @@ class Scores:
     attributes: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def rows(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """One per image: prompt, seed, the packed image's scores, those of other sets inside."""
+        """Return one per image: prompt, seed, the packed image's scores, other sets' inside."""
         rows: list[dict[str, Any]] = [{"prompt": p.text, "seed": p.seed} for p in prompts]
         for metric, sets in self.images.items():
             for name, values in sets.items():
@@ -48,7 +48,7 @@ class Scores:
         return rows
 
     def table(self) -> dict[str, dict[str, dict[str, float]]]:
-        """{metric: {set: {mean, low, high}}}, 95 % intervals where there is a score per image.
+        """Return {metric: {set: {mean, low, high}}}, 95 % where there is a score per image.
 
         Where the 16-bit images have scores of their own, ``difference`` is packed - original,
         paired. Of a whole set there is a ``mean`` alone.
@@ -65,7 +65,7 @@ class Scores:
         return table
 
     def headline(self) -> dict[str, float]:
-        """The means, named ``metric`` for the packed images, ``metric_floor``, ..."""
+        """Return the means, named ``metric`` for the packed images, ``metric_floor``, ..."""
         return {
             metric if name == PACKED else f"{metric}_{name}": numbers["mean"]
             for metric, line in self.table().items()
@@ -85,7 +85,7 @@ class ImageSets:
         return math.ceil(self.count / self.batch)
 
     def __iter__(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Batches: which images, and {set: [B, 3, H, W] or [B, F, 3, H, W]}."""
+        """Read batches: which images, and {set: [B, 3, H, W] or [B, F, 3, H, W]}."""
         for start in range(0, self.count, self.batch):
             span = slice(start, min(start + self.batch, self.count))
             yield span, {name: read_images(*at, span) for name, at in self.places.items()}
@@ -99,7 +99,7 @@ def score(
     learned: Mapping[str, Metric],
     device: torch.device,
 ) -> Scores:
-    """Everything, in one pass over the images and one more per learned metric.
+    """Score everything, in one pass over the images and one more per learned metric.
 
     PSNR, SSIM and MS-SSIM to the original; with a reader, ``captioned`` (the share of its captioned
     attributes that an image shows), FID and KID of its features to the original's, from two images
@@ -125,7 +125,7 @@ def score(
 
 
 def stills(images: Tensor) -> Tensor:
-    """[B, 3, H, W]: the images, or each video's middle frame."""
+    """Return [B, 3, H, W]: the images, or each video's middle frame."""
     return images[:, images.shape[1] // 2] if images.dim() == 5 else images
 
 
@@ -135,7 +135,7 @@ def _judge(
     features_BF: Mapping[str, list[Tensor]],
     counts: Mapping[str, list[dict[str, Tensor]]],
 ) -> None:
-    """The attribute reader's part of the scores."""
+    """Add the attribute reader's part of the scores."""
     for name in (ORIGINAL, FLOOR, PACKED):
         if name not in counts:
             continue
@@ -162,7 +162,7 @@ def _measure(
     prompts: Sequence[Prompt],
     device: torch.device,
 ) -> None:
-    """One learned metric over every set that it can score."""
+    """Add one learned metric over every set that it can score."""
     meter = metric.open(device)
     for chosen in sets.places:
         if metric.paired and chosen == ORIGINAL:

@@ -18,7 +18,7 @@ class Meter(Protocol):
         """Look at images [B, 3, H, W] in [0, 1]; ``original``: the 16-bit model's, same order."""
 
     def compute(self) -> list[float] | float:
-        """Scores of all images since the last call, or one of the whole set; then start over."""
+        """Return scores of all images since the last call, or one of the set; start over."""
 
 
 class Metric(Protocol):
@@ -34,10 +34,10 @@ class Metric(Protocol):
         """Raise ConfigError if a package or a file is missing."""
 
     def identity(self) -> dict[str, Any]:
-        """Settings, and the digests of the weights. Raises what :meth:`check` raises."""
+        """Return settings, and the digests of the weights. Raises what :meth:`check` raises."""
 
     def open(self, device: torch.device) -> Meter:
-        """With its network on ``device``."""
+        """Load its network to ``device``."""
 
 
 class PerImage:

@@ -66,7 +66,7 @@ class ClipScore:
         return PerImage(score)
 
     def _files(self) -> list[Path]:
-        """What decides a score: configurations, vocabulary, weights."""
+        """List what decides a score: configurations, vocabulary, weights."""
         folder = local_folder("clip_score", self.path, WHAT)
         weights = sorted(folder.glob("*.safetensors"))
         if not weights or not (folder / "config.json").is_file():

@@ -59,7 +59,7 @@ class Lpips:
 
 
 def _fill(backbone: torch.nn.Module, weights: dict[str, Tensor], path: str) -> None:
-    """The package's slices keep torchvision's layer numbers: ``slice2.3.weight`` is features.3."""
+    """Load weights by torchvision's layer numbers: ``slice2.3.weight`` is features.3."""
     wanted = backbone.state_dict()
     found = {name: weights.get(f"features.{name.partition('.')[2]}") for name in wanted}
     for name, tensor in found.items():
