@@ -9,7 +9,6 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-import dirotq
 from dirotq.benchmarks import full_size
 from dirotq.benchmarks.bits import method
 from dirotq.benchmarks.flux_rows import ATTENTION, FUSED, UNFUSED, W4A8
@@ -32,11 +31,6 @@ HOW: dict[str, dict[str, Any]] = {
     ATTENTION: {"fused": True, "graphs": True, "attention": "fp8"},
     UNFUSED: {"fused": False, "graphs": False},
 }
-
-
-def ours(transformer: Any, *, fused: bool, graphs: bool, attention: str = "exact") -> Any:
-    """Set a packed transformer up as the runtime runs it, in place."""
-    return dirotq.accelerate(transformer, fused=fused, graphs=graphs, attention=attention)
 
 
 def loaded(model: str, folder: Path, device: str = "cuda") -> Any:

@@ -161,7 +161,7 @@ class Session:
         if who in (FP8, COMPILED):
             made.compile_blocks(module)
         if who in OURS:
-            module = made.ours(module, **made.HOW[who])
+            module = dirotq.accelerate(module, **made.HOW[who])
         return module
 
     def drop(self) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dirotq.errors import ArtifactError
 
+KINDS = ("shape", "color", "size", "kind", "color_1", "color_2")
 ABSENT = -100  # target of an attribute that does not exist (ignored by cross entropy)
 
 
@@ -72,16 +73,8 @@ class AttributeReader(nn.Module):
         """
         maps = self._maps(images)
         cells = self.cells(nn.functional.adaptive_avg_pool2d(maps, 3)).flatten(2)
-        shape, color, size = cells.split(self.cell_sizes, 1)
-        kind, first, second = self.background(maps.mean((2, 3))).split(self.background_sizes, 1)
-        return {
-            "shape": shape,
-            "color": color,
-            "size": size,
-            "kind": kind,
-            "color_1": first,
-            "color_2": second,
-        }
+        background = self.background(maps.mean((2, 3))).split(self.background_sizes, 1)
+        return dict(zip(KINDS, (*cells.split(self.cell_sizes, 1), *background), strict=True))
 
     def targets(self, attributes: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Return the class indices that `forward` should give for captioned attributes, int64.
@@ -104,8 +97,7 @@ class AttributeReader(nn.Module):
             background[0, i] = config.backgrounds.index(scene["background"]["kind"])
             background[1, i] = colors[0]
             background[2, i] = 1 + colors[1] if len(colors) > 1 else 0
-        names = ("shape", "color", "size", "kind", "color_1", "color_2")
-        return dict(zip(names, (*cells, *background), strict=True))
+        return dict(zip(KINDS, (*cells, *background), strict=True))
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors (float16) into `folder`."""

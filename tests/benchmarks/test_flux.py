@@ -293,7 +293,7 @@ def test_a_contestant_that_fails_costs_its_own_rows(session, monkeypatch):
             raise RuntimeError("no kernel\nfor this")
         return module
 
-    monkeypatch.setattr(contestants, "ours", ours)
+    monkeypatch.setattr(dirotq, "accelerate", ours)
     for batch in (1, 2):
         session.forward(FUSED, Case("flux", 64, batch))
     session.forward(UNFUSED, SMALL["flux"])
@@ -330,7 +330,7 @@ def test_images_of_the_embedded_model_are_compared_in_four_ways(monkeypatch, tmp
     monkeypatch.setattr(dirotq, "compress", lambda *overrides: made)
     monkeypatch.setattr(dirotq, "load", lambda folder, dtype: pipe)
     monkeypatch.setattr(flux_quality, "generate", generate)
-    monkeypatch.setattr(flux_quality, "ours", ours)
+    monkeypatch.setattr(dirotq, "accelerate", ours)
     batched, fused, eight_bits = flux_quality.compared("store", count=2)
     assert batched.value == pytest.approx(20, abs=0.01)
     assert fused.value == pytest.approx(40, abs=0.01)

@@ -72,6 +72,16 @@ def test_sections_without_results_have_a_head_only(results):
     assert set(tables({"tiny_flux": results})) >= {"claims", "ablations", "methods tiny_flux"}
 
 
+def test_the_document_is_what_its_rows_give(request):
+    root = request.config.rootpath
+    text = (root / "docs" / "quality.md").read_text()
+    files = [root / "docs" / "quality" / f"{model}.json" for model in quality_rows.MODELS]
+    made = tables({file.stem: json.loads(file.read_text()) for file in files})
+    assert [
+        name for name, table in made.items() if f"{name} -->\n{table}<!-- end" not in text
+    ] == []
+
+
 def test_keys_are_distinct_and_every_base_and_claim_is_a_row():
     keys = [row.key for row in quality_rows.rows()]
     assert len(set(keys)) == len(keys)
