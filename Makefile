@@ -64,7 +64,7 @@ table: $(STAMP) ## docs/quality.md from the stored results
 bench-kernels: $(STAMP) ## time the kernels (needs a GPU): ARGS="linear --write"
 	$(BIN)/python benchmarks/speed.py $(ARGS)
 
-bench-compress: $(STAMP) ## the line on a full-size model with generated weights (needs a GPU): ARGS="flux"
+bench-compress: $(STAMP) ## the pipeline on a full-size model with generated weights (needs a GPU): ARGS="flux"
 	$(BIN)/python benchmarks/compress.py $(ARGS)
 
 bench-flux: $(STAMP) ## whole forwards at full size against bf16 and FP8 (needs a GPU): ARGS="forward --write"

@@ -47,7 +47,7 @@ def method(name: str) -> Method:
 
 
 def online(specs: Iterable[QuantSpec]) -> float:
-    """FLOPs per token that transforming the inputs takes, the protected products c Vᵀ left out.
+    """Count FLOPs per token that transforming the inputs takes, the products c Vᵀ left out.
 
     Hadamard blocks count as the matrix products that the kernels make of them, 2 D b; a butterfly
     would take D log b.

@@ -1,8 +1,8 @@
 """`make bench-flux`: whole forwards of FLUX.1 (and PixArt-Sigma, SANA) at full size on one GPU.
 
 usage: python benchmarks/flux.py [job ...] [--prepare] [--synthetic] [--minutes 9.5] [--write]
-           [--folder DIR] [--w4a8-folder DIR] [--models DIR] [--store DIR] [--csv FILE]
-           [--from FILE] [--revision TEXT] [overrides ...]
+           [--models DIR] [--store DIR] [--csv FILE] [--from FILE] [--revision TEXT]
+           [overrides ...]
 
 Weights are generated and packed by our own pipeline on the first run (--prepare does only that);
 later runs find them in --models and --store. Every row goes to --csv as soon as it is known;
@@ -14,7 +14,6 @@ rows don't count and are never written to docs. Overrides (a.b=c) go to the pipe
 import argparse
 import logging
 import os
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -22,15 +21,12 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dirotq.benchmarks.flux_rows import SYNTHETIC, Row, append, latest, read
-from dirotq.benchmarks.flux_table import BEGIN, tables
-from dirotq.benchmarks.speed_table import put
-from dirotq.pipeline.provenance import git_revision
+from dirotq.benchmarks.flux_rows import SYNTHETIC, Row, latest
+from dirotq.benchmarks.flux_table import tables
+from dirotq.benchmarks.published import append, machine, put, read
 
 ROOT = Path(__file__).resolve().parents[1]
 CSV = ROOT / "artifacts" / "bench" / "flux.csv"
-AGAIN = 40
-"""Seconds that a fresh process needs before it measures."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         measure(options)
     if options.prepare:
         return 0
-    rows = latest([*predictions(), *read(options.source or options.csv)])
+    rows = latest(read(options.source or options.csv, Row))
     print(tables(rows))
     if options.write:
         publish(rows, ROOT / "docs")
@@ -59,16 +55,12 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--prepare", action="store_true", help="make and pack the models, no more")
     parser.add_argument("--synthetic", action="store_true", help="random codes; does not count")
     parser.add_argument("--minutes", type=float, default=9.5, help="begin no job that takes longer")
-    parser.add_argument("--folder", type=Path, help="FLUX.1 packed before")
-    parser.add_argument("--w4a8-folder", type=Path, help="the same with 8-bit activations")
     parser.add_argument("--models", type=Path, default=ROOT / "artifacts" / "full-size")
     parser.add_argument("--store", default=str(ROOT / "artifacts"))
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--from", dest="source", type=Path, help="rows of an earlier run")
     parser.add_argument("--write", action="store_true", help="update docs/speed.md and .csv")
     parser.add_argument("--revision", help="what to record as the code's version")
-    parser.add_argument("--run", default=f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}",
-                        help=argparse.SUPPRESS)  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
     options.overrides = tuple(word for word in options.jobs if "=" in word)
     options.jobs = [word for word in options.jobs if "=" not in word]
@@ -79,7 +71,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def why_not() -> str | None:
-    """Why nothing can be measured here; None if it can."""
+    """Say why nothing can be measured here; None if it can."""
     import torch
 
     found = torch.cuda.is_available()
@@ -93,7 +85,7 @@ def measure(options: argparse.Namespace) -> None:
     from dirotq.benchmarks.flux_jobs import JOBS
     from dirotq.benchmarks.flux_session import Places, Session, healthy
 
-    about = machine(options)
+    about = machine(options.revision) | {"run": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"}
 
     def say(row: Row) -> None:
         real = row.section in ("floor", "rate", "quality") or not options.synthetic
@@ -101,7 +93,7 @@ def measure(options: argparse.Namespace) -> None:
         print(row, flush=True)
         append(options.csv, [row])
 
-    names = ("models", "store", "folder", "w4a8_folder", "synthetic", "overrides")
+    names = ("models", "store", "synthetic", "overrides")
     places = Places(**{name: getattr(options, name) for name in names})
     if options.prepare:
         prepare(options.jobs, places)
@@ -119,9 +111,8 @@ def measure(options: argparse.Namespace) -> None:
         print(f"--- {name}, {left:.0f} s left", flush=True)
         job.run(session)
         if not healthy():
-            print(f"--- the GPU is lost to this process after {name}", flush=True)
-            again(options, options.jobs[index + 1 :], deadline - time.monotonic() - AGAIN)
-            return
+            left = " ".join(options.jobs[index + 1 :]) or "none"
+            raise SystemExit(f"{name} lost the GPU to this process; jobs left to run: {left}")
 
 
 def prepare(jobs: list[str], places: Any) -> None:
@@ -138,45 +129,10 @@ def prepare(jobs: list[str], places: Any) -> None:
             places.packed(model, "dirotq")
 
 
-def again(options: argparse.Namespace, jobs: list[str], seconds: float) -> None:
-    """The remaining jobs in a process of their own, into the same file and run."""
-    if not jobs or seconds <= 0:
-        return
-    command = [sys.executable, __file__, *jobs, *options.overrides, "--run", options.run]
-    command += ["--minutes", f"{seconds / 60:.2f}", "--csv", str(options.csv)]
-    command += ["--models", str(options.models), "--store", options.store]
-    command += ["--synthetic"] if options.synthetic else []
-    for name in ("folder", "w4a8_folder", "revision"):
-        if value := getattr(options, name):
-            command += [f"--{name.replace('_', '-')}", str(value)]
-    subprocess.run(command, check=False)
-
-
-def machine(options: argparse.Namespace) -> dict[str, str]:
-    """The columns that all rows of a run share."""
-    import torch
-    import triton
-
-    return {
-        "run": options.run,
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "git": options.revision or git_revision() or "unknown",
-    }
-
-
-def predictions() -> list[Row]:
-    """Times on chips that were not measured: arithmetic, no GPU."""
-    from dirotq.benchmarks import flux_work, roofline
-
-    return roofline.rows(flux_work.work(1024), "flux 1024x1")
-
-
 def publish(rows: list[Row], docs: Path) -> None:
-    """Into docs/speed.md, and its rows into docs/speed.csv; synthetic ones into neither."""
+    """Write docs/speed.md, and its rows into docs/speed.csv; synthetic ones into neither."""
     shown = [row for row in rows if row.weights != SYNTHETIC]
-    put(docs / "speed.md", tables(shown), begin=BEGIN)
+    put(docs / "speed.md", "make bench-flux", tables(shown))
     (docs / "speed.csv").unlink(missing_ok=True)
     append(docs / "speed.csv", shown)
 

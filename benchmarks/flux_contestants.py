@@ -9,7 +9,6 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-import dirotq
 from dirotq.benchmarks import full_size
 from dirotq.benchmarks.bits import method
 from dirotq.benchmarks.flux_rows import ATTENTION, FUSED, UNFUSED, W4A8
@@ -34,16 +33,8 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-def ours(transformer: Any, *, fused: bool, graphs: bool, attention: str = "exact") -> Any:
-    """A packed transformer as the runtime runs it; changed in place.
-
-    The one place that knows the runtime's interface.
-    """
-    return dirotq.accelerate(transformer, fused=fused, graphs=graphs, attention=attention)
-
-
 def loaded(model: str, folder: Path, device: str = "cuda") -> Any:
-    """The transformer of a packed pipeline's folder in bf16, as diffusers loads it."""
+    """Load the transformer of a packed pipeline's folder in bf16, as diffusers loads it."""
     cls = getattr(diffusers, full_size.ARCHITECTURES[model][0])
     with quiet():
         transformer = cls.from_pretrained(
@@ -53,7 +44,7 @@ def loaded(model: str, folder: Path, device: str = "cuda") -> Any:
 
 
 def loaded_bf16(model: str, folder: Path, device: str = "cuda") -> Any:
-    """The original transformer of a pipeline's folder; its 24 GB go straight to the device."""
+    """Load the original transformer of a pipeline's folder, 24 GB straight to the device."""
     cls = getattr(diffusers, full_size.ARCHITECTURES[model][0])
     config = cls.load_config(folder / "transformer", local_files_only=True)
     transformer = empty_transformer(config, cls)
@@ -64,7 +55,7 @@ def loaded_bf16(model: str, folder: Path, device: str = "cuda") -> Any:
 
 
 def random_bf16(model: str, device: str = "cuda", **changes: Any) -> Any:
-    """A bf16 transformer of full size with random weights, made on the device.
+    """Make a bf16 transformer of full size with random weights, made on the device.
 
     changes  fields of its config to replace
     """
@@ -76,7 +67,7 @@ def random_bf16(model: str, device: str = "cuda", **changes: Any) -> Any:
 def random_packed(
     model: str, device: str = "cuda", *, preset: str = "dirotq", rank: int = RANK, **changes: Any
 ) -> Any:
-    """A packed transformer of full size with random codes, by the plan of a method (conf/method).
+    """Make a packed transformer of full size with random codes, by a method's plan (conf/method).
 
     No calibration: the same shapes and kernels as a packed folder in seconds, and no meaning.
     """
@@ -92,7 +83,7 @@ def random_packed(
 def planned(
     family: ModelFamily, transformer: nn.Module, preset: str, rank: int
 ) -> dict[Site, QuantSpec]:
-    """The sites that a method packs and their formats, every one with the same rank."""
+    """Return the sites that a method packs and their formats, all of one rank."""
     chosen = method(preset)
     specs = ((site, chosen.spec(site, rank)) for site in family.sites(transformer))
     return {site: spec for site, spec in specs if spec is not None}
@@ -120,7 +111,7 @@ def uncompiled(transformer: Any) -> Any:
 
 
 def fp8_blocks(transformer: Any) -> Any:
-    """FP8 with per-row scales for the linears that we pack, by torchao if it is there; in place.
+    """Put the linears that we pack into FP8 with per-row scales, by torchao if it is there.
 
     Modulators stay in bf16, as the usual recipe's filter leaves them.
     """
@@ -137,20 +128,20 @@ def fp8_blocks(transformer: Any) -> Any:
 
 
 def blocks_of(transformer: Any) -> list[nn.Module]:
-    """Every repeated block, in order."""
+    """Return every repeated block, in order."""
     lists = [m for m in transformer.children() if isinstance(m, nn.ModuleList)]
     return [block for blocks in lists for block in blocks]
 
 
 def weight_bytes(transformer: nn.Module) -> int:
-    """Bytes of parameters and buffers at rest; tensors that share memory count once."""
+    """Count bytes of parameters and buffers at rest; tensors that share memory count once."""
     tensors = [*transformer.parameters(), *transformer.buffers()]
     parts = [part for tensor in tensors for part in _parts(tensor)]
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in parts}.values())
 
 
 def _parts(tensor: Tensor) -> list[Tensor]:
-    """What a tensor is made of: torchao's claim to be bf16, and hold codes and scales."""
+    """Return what a tensor is made of: torchao's claim to be bf16, and hold codes and scales."""
     if not hasattr(tensor, "__tensor_flatten__"):
         return [tensor]
     return [
@@ -173,7 +164,7 @@ def _skeleton(model: str, changes: dict[str, Any]) -> Any:
 
 
 def _linear(site: Site, spec: QuantSpec, device: str) -> QuantLinear:
-    """Random codes whose outputs are as large as their inputs."""
+    """Draw random codes whose outputs are as large as their inputs."""
     linear = random_linear(spec, device=device)
     small = spec.width**-0.5
     linear.wscale.mul_(15 * small)  # codes in -7 ... 7 times 0.015: 0.06, become about one
@@ -184,7 +175,7 @@ def _linear(site: Site, spec: QuantSpec, device: str) -> QuantLinear:
 
 
 def _fill(transformer: Any, device: torch.device) -> None:
-    """Random values for every parameter that has no memory yet; buffers move."""
+    """Draw values for every parameter that has no memory yet; move buffers."""
     generator = torch.Generator(device).manual_seed(0)
     for module in transformer.modules():
         if isinstance(module, QuantLinear):

@@ -1,6 +1,6 @@
 """What `make bench-flux` measures, the most important first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from dirotq.benchmarks.flux_inputs import Case
@@ -26,75 +26,33 @@ class Job:
     section: str = "forward"
 
 
-def forward(session: Session) -> None:
-    """Ours against eager bf16, memory and kernels of both."""
-    for who in (FUSED, EAGER):
-        session.forward(who)
-        session.profile(who)
-
-
-def unfused(session: Session) -> None:
-    """Ours as it was: the plain modules, one operator after the other."""
-    session.forward(UNFUSED)
-    session.profile(UNFUSED)
-
-
-def floor(session: Session) -> None:
-    from dirotq.benchmarks import flux_floor, flux_work
-
-    session.drop()
-    work = flux_work.work(MAIN.side, MAIN.batch)
-    session.add_all("floor", str(MAIN), FLOOR, flux_floor.floors(work, str(MAIN)))
-
-
-def compiled(session: Session) -> None:
-    session.forward(FUSED)
-    session.forward(COMPILED)
-
-
-def fp8(session: Session) -> None:
-    session.forward(FUSED)
-    session.forward(FP8)
-
-
-def sizes(session: Session) -> None:
-    for who in (FUSED, EAGER):
-        for case in SIZES:
-            session.forward(who, case)
-
-
-def compiled_sizes(session: Session) -> None:
-    for who in (FUSED, COMPILED):
-        for case in SIZES:
-            session.forward(who, case)
-
-
-def other(model: str) -> Callable[[Session], None]:
-    """Another model at 1024², one image and two (a step with guidance)."""
+def each(
+    *contestants: str, cases: Sequence[Case] = (MAIN,), profiled: Sequence[str] = ()
+) -> Callable[[Session], None]:
+    """Return what times every contestant in every case; kernels too of those ``profiled``, at one
+    image."""
 
     def run(session: Session) -> None:
-        for who in (FUSED, EAGER, COMPILED, UNFUSED):
-            for batch in (1, 2):
-                session.forward(who, Case(model, 1024, batch))
-                if batch == 1 and who in (FUSED, UNFUSED):
-                    session.profile(who, Case(model, 1024, batch))
+        for who in contestants:
+            for case in cases:
+                session.forward(who, case)
+                if who in profiled and case.batch == 1:
+                    session.profile(who, case)
 
     return run
 
 
-def w4a8(session: Session) -> None:
-    session.forward(FUSED)
-    session.forward(W4A8)
+def floor(session: Session) -> None:
+    """Measure the least that a forward takes on this chip."""
+    from dirotq.benchmarks import flux_floor
 
-
-def attention(session: Session) -> None:
-    """The option: 8-bit queries, keys, probabilities and values."""
-    for who in (FUSED, ATTENTION):
-        for case in (MAIN, LARGE):
-            session.forward(who, case)
+    session.drop()
+    work = flux_floor.work(MAIN.side, MAIN.batch)
+    session.add_all("floor", str(MAIN), FLOOR, flux_floor.floors(work, str(MAIN)))
 
 
 def quality(session: Session) -> None:
+    """Compare images of the embedded model."""
     from dirotq.benchmarks import flux_quality
 
     session.drop()
@@ -103,20 +61,32 @@ def quality(session: Session) -> None:
 
 
 MAINS = (str(MAIN),)
+NAMES = tuple(map(str, SIZES))
 JOBS: Mapping[str, Job] = {
-    "forward": Job(forward, 45, MAINS, (FUSED, EAGER)),
-    "unfused": Job(unfused, 25, MAINS, (UNFUSED,)),
-    "compiled": Job(compiled, 75, MAINS, (COMPILED,)),
+    "forward": Job(each(FUSED, EAGER, profiled=(FUSED, EAGER)), 45, MAINS, (FUSED, EAGER)),
+    # As it was: the plain modules, one operator after the other.
+    "unfused": Job(each(UNFUSED, profiled=(UNFUSED,)), 25, MAINS, (UNFUSED,)),
+    "compiled": Job(each(FUSED, COMPILED), 75, MAINS, (COMPILED,)),
     "quality": Job(quality, 45, ("tiny_flux",), (FUSED,), "quality"),
     "floor": Job(floor, 20, MAINS, (FLOOR,), "floor"),
-    "sizes": Job(sizes, 50, tuple(map(str, SIZES)), (FUSED, EAGER)),
-    "attention": Job(attention, 45, (str(MAIN), str(LARGE)), (ATTENTION,)),
+    "sizes": Job(each(FUSED, EAGER, cases=SIZES), 50, NAMES, (FUSED, EAGER)),
+    # The option: 8-bit queries, keys, probabilities and values.
+    "attention": Job(
+        each(FUSED, ATTENTION, cases=(MAIN, LARGE)), 45, (str(MAIN), str(LARGE)), (ATTENTION,)
+    ),
+    # Another model at 1024²: one image, and two (a step with guidance).
     **{
-        model: Job(other(model), 60, (f"{model} 1024x1",), (FUSED, EAGER, COMPILED))
+        model: Job(
+            each(
+                FUSED, EAGER, COMPILED, UNFUSED,
+                cases=[Case(model, 1024, batch) for batch in (1, 2)], profiled=(FUSED, UNFUSED),
+            ),
+            60, (f"{model} 1024x1",), (FUSED, EAGER, COMPILED),
+        )
         for model in OTHERS
     },
-    "compiled_sizes": Job(compiled_sizes, 150, tuple(map(str, SIZES)), (COMPILED,)),
-    "w4a8": Job(w4a8, 180, MAINS, (W4A8,)),
+    "compiled_sizes": Job(each(FUSED, COMPILED, cases=SIZES), 150, NAMES, (COMPILED,)),
+    "w4a8": Job(each(FUSED, W4A8), 180, MAINS, (W4A8,)),
     # Last: with torchao 0.18 its first call took more than six minutes.
-    "fp8": Job(fp8, 90, MAINS, (FP8,)),
-}
+    "fp8": Job(each(FUSED, FP8), 90, MAINS, (FP8,)),
+}  # fmt: skip

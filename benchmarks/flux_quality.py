@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import dirotq
-from dirotq.benchmarks.flux_contestants import HOW, ours
+from dirotq.benchmarks.flux_contestants import HOW
 from dirotq.benchmarks.flux_rows import ATTENTION, FOLDER, FUSED, UNFUSED, Row
 from dirotq.benchmarks.gpu_timing import summary
 from dirotq.evaluate.fidelity import psnr
@@ -36,11 +36,11 @@ def compared(store: str, overrides: tuple[str, ...] = (), *, count: int = COUNT)
     def one_by_one() -> Tensor:
         return torch.cat([generate(pipe, [prompt], call) for prompt in prompts])
 
-    ours(pipe.transformer, **HOW[UNFUSED])
+    dirotq.accelerate(pipe.transformer, **HOW[UNFUSED])
     want = one_by_one()
     yield row(BATCHED, generate(pipe, prompts, call), want)
     for who in (FUSED, ATTENTION):
-        ours(pipe.transformer, **HOW[who])
+        dirotq.accelerate(pipe.transformer, **HOW[who])
         yield row(who, one_by_one(), want)
 
 

@@ -2,11 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-
-from dirotq.benchmarks.csv_rows import append_rows, read_rows
-
-NUMBERS = ("value", "p20", "p80", "first_s")
 
 FUSED = "ours, fused + CUDA graph"
 UNFUSED = "ours, unfused"
@@ -20,7 +15,6 @@ CONTESTANTS = (FUSED, UNFUSED, W4A8, ATTENTION, EAGER, COMPILED, FP8)
 
 FOLDER, SYNTHETIC = "folder", "synthetic"
 """Where our packed weights came from: the pipeline's folder, or random ones, which don't count."""
-PREDICTED = "predicted"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,7 +22,7 @@ class Row:
     """One number of one contestant in one case.
 
     ``section``  forward (ms of a call), weights, peak, reserved (GB), error, profile (ms),
-                 floor (ms), rate, quality (dB), roofline (ms)
+                 floor (ms), rate, quality (dB)
     ``case``     such as ``flux 1024x1``: model, side of the image, batch
     ``what``     the category of a profile, a part of the floor, a pair of images
     ``first_s``  seconds of the contestant's first call: compilation, capture of graphs
@@ -65,18 +59,8 @@ class Row:
         return f"{self.section:<10}{self.case:<22}{name:<46}{value:<26}{marks}"
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a CSV file, with its header if it is new; on disk when it returns."""
-    append_rows(path, Row, rows, digits=5)
-
-
-def read(path: Path) -> list[Row]:
-    """Inverse of :func:`append`, up to five digits."""
-    return read_rows(path, Row, NUMBERS)
-
-
 def latest(rows: Iterable[Row]) -> list[Row]:
-    """Of every key the last row of the last run with a value; the last without, if none has one.
+    """Keep of every key the last row of the last run with a value, else the last without.
 
     Ratios need both sides from one run, so rows of several runs are kept: one per run and key.
     """
@@ -96,13 +80,13 @@ def latest(rows: Iterable[Row]) -> list[Row]:
 def find(
     rows: Sequence[Row], section: str, case: str, contestant: str, what: str = ""
 ) -> Row | None:
-    """The newest row with a value."""
+    """Find the newest row with a value."""
     key = (section, case, contestant, what)
     return next((r for r in reversed(rows) if r.key == key and r.value is not None), None)
 
 
 def pair(rows: Sequence[Row], case: str, ours: str, other: str) -> tuple[Row, Row] | None:
-    """Times of two contestants in one case from the newest run that has both."""
+    """Find two contestants' times in one case, from the newest run that has both."""
     for run in dict.fromkeys(row.run for row in reversed(rows)):
         same = [row for row in rows if row.run == run]
         found = find(same, "forward", case, ours), find(same, "forward", case, other)
@@ -112,7 +96,7 @@ def pair(rows: Sequence[Row], case: str, ours: str, other: str) -> tuple[Row, Ro
 
 
 def ratio(rows: Sequence[Row], case: str, ours: str, other: str) -> tuple[float, str] | None:
-    """How many times faster ``ours`` is, and where our weights came from."""
+    """Return how many times faster ``ours`` is, and where our weights came from."""
     found = pair(rows, case, ours, other)
     if found is None or not found[0].value or found[1].value is None:
         return None

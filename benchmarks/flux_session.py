@@ -3,6 +3,7 @@
 Contestants are alone on the GPU, so that peaks are theirs. One failing costs its own rows only.
 """
 
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import dirotq
 from dirotq.benchmarks import flux_contestants as made
-from dirotq.benchmarks import flux_prepare, flux_timing, kernel_categories
+from dirotq.benchmarks import flux_timing, kernel_categories
+from dirotq.benchmarks.compress import generated
 from dirotq.benchmarks.flux_inputs import Case, inputs
 from dirotq.benchmarks.flux_rows import (
     ATTENTION,
@@ -28,6 +31,7 @@ from dirotq.benchmarks.flux_rows import (
     Row,
     find,
 )
+from dirotq.device import pick_device
 
 MAIN = Case("flux", 1024)
 OURS = (FUSED, UNFUSED, W4A8, ATTENTION)
@@ -37,23 +41,33 @@ COMPARED = ((FUSED, UNFUSED), (FUSED, EAGER), (UNFUSED, EAGER), (W4A8, EAGER), (
 """Pairs whose results are compared: a path that computes something else shows as a large error."""
 
 
+CALIBRATION = ("prompts.calibration.count=2", "capture.calls=8")
+"""Few calls: they decide what the numbers are, not how long a forward takes."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """Where models come from: folders that are there, or where to make them."""
+    """Where generated models are made, and the store that packs them; whatever is there is used."""
 
     models: Path
     store: str
-    folder: Path | None = None
-    w4a8_folder: Path | None = None
     synthetic: bool = False
     overrides: tuple[str, ...] = ()
 
+    def original(self, model: str) -> Path:
+        """Return the folder of the generated 16-bit pipeline."""
+        return generated(model, self.models, 1.0, pick_device("auto"))
+
     def packed(self, model: str, preset: str) -> Path:
-        """The folder packed by a method; made if need be."""
-        given = {("flux", "dirotq"): self.folder, ("flux", "dirotq_w4a8"): self.w4a8_folder}
-        return given.get((model, preset)) or flux_prepare.packed(
-            model, self.models, self.store, preset=preset, overrides=self.overrides
-        )
+        """Return the folder that our own pipeline packs by a method."""
+        began = time.monotonic()
+        stages = dirotq.compress(
+            f"model={self.original(model)}", f"store={self.store}", f"method={preset}",
+            "until=pack", *CALIBRATION, *self.overrides,
+        )  # fmt: skip
+        folder = stages["pack"].data / "model"
+        print(f"packed {model}, {preset}: {folder} in {time.monotonic() - began:.0f} s", flush=True)
+        return folder
 
 
 @dataclass
@@ -77,7 +91,7 @@ class Session:
         self.say(row)
 
     def add_all(self, section: str, case: str, contestant: str, found: Iterable[Row]) -> None:
-        """Rows as a generator makes them; if it fails, a row that says so."""
+        """Add rows as a generator makes them; if it fails, a row that says so."""
         try:
             for row in found:
                 self.add(row)
@@ -106,7 +120,7 @@ class Session:
         self._compare(who, case, done.output)
 
     def profile(self, who: str, case: Case = MAIN) -> None:
-        """Where the time of one call goes, by category and by kernel."""
+        """Say where the time of one call goes, by category and by kernel."""
         wall = find(self.rows, "forward", str(case), who)
         if wall is None or wall.value is None:
             return
@@ -124,10 +138,7 @@ class Session:
             self.add(self._row("kernel", case, who, value=ms, what=name[:100], note=note))
 
     def contestant(self, who: str, model: str) -> Any:
-        """Its transformer, alone on the GPU.
-
-        Raises RuntimeError if it could not be made before.
-        """
+        """Return its transformer, alone on the GPU; RuntimeError if making it failed before."""
         if self.held == (who, model):
             return self.module
         if reason := self.broken.get((who, model)):
@@ -150,7 +161,7 @@ class Session:
         if who in (FP8, COMPILED):
             made.compile_blocks(module)
         if who in OURS:
-            module = made.ours(module, **made.HOW[who])
+            module = dirotq.accelerate(module, **made.HOW[who])
         return module
 
     def drop(self) -> None:
@@ -159,7 +170,7 @@ class Session:
         made.free()
 
     def _loaded(self, who: str, model: str) -> Any:
-        """A fresh transformer, as it comes from its folder."""
+        """Load a fresh transformer, as it comes from its folder."""
         if who in OURS:
             preset = PRESETS.get(who, "dirotq")
             if self.places.synthetic:
@@ -167,11 +178,10 @@ class Session:
             return made.loaded(model, self.places.packed(model, preset), self.device)
         if self.places.synthetic:
             return made.random_bf16(model, self.device)
-        folder = flux_prepare.original(model, self.places.models)
-        return made.loaded_bf16(model, folder, self.device)
+        return made.loaded_bf16(model, self.places.original(model), self.device)
 
     def _compare(self, who: str, case: Case, output: Tensor) -> None:
-        """Relative errors against what else computed this case; synthetic networks are others."""
+        """Add errors against what else computed this case; synthetic networks are others."""
         self.outputs[who, case] = output.float().cpu()
         for left, right in COMPARED:
             other = {left: right, right: left}.get(who)
@@ -201,7 +211,7 @@ class Session:
 
 
 def healthy() -> bool:
-    """Whether this process can still use the GPU: an illegal access ends that."""
+    """Return whether this process can still use the GPU: an illegal access ends that."""
     try:
         torch.ones(1, device="cuda").sum().item()
         torch.cuda.synchronize()

@@ -8,7 +8,6 @@ from dirotq.benchmarks.flux_rows import (
     EAGER,
     FP8,
     FUSED,
-    PREDICTED,
     SYNTHETIC,
     Row,
     find,
@@ -17,13 +16,12 @@ from dirotq.benchmarks.flux_rows import (
 from dirotq.benchmarks.flux_verdicts import ASKED, MAIN
 from dirotq.benchmarks.kernel_categories import GAPS, NAMES
 
-BEGIN = "<!-- begin: make bench-flux -->"
 FLOORS = {"GEMM": ("GEMM",), "attention": ("attention",)}
 """Part of the floor: categories of the profile. What is in neither and no gap answers to bytes."""
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """Markdown; a part without rows is left out."""
+    """Write Markdown; a part without rows is left out."""
     parts = (
         ("What was asked", _asked(rows)),
         ("One forward, ms", _forwards(rows)),
@@ -32,7 +30,6 @@ def tables(rows: Sequence[Row]) -> str:
         ("What separates us from the floor", _floor(rows)),
         ("Results compared, relative error", _errors(rows)),
         ("Images of the embedded model", _quality(rows)),
-        ("Other chips: predicted, not measured", _predicted(rows)),
         ("Not measured", _silent(rows)),
     )
     text = [
@@ -43,7 +40,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def _asked(rows: Sequence[Row]) -> Iterator[str]:
-    if all(row.note == PREDICTED for row in rows):
+    if not rows:
         yield "No row was measured yet."
         return
     yield from _head("what", "measured", "reach / goal", "")
@@ -153,26 +150,6 @@ def _quality(rows: Sequence[Row]) -> Iterator[str]:
         yield f"| {row.contestant} | {row.value:.2f} | {row.p20:.2f}, {row.p80:.2f} |"
 
 
-def _predicted(rows: Sequence[Row]) -> Iterator[str]:
-    whole = {
-        (row.what.removesuffix(": all"), row.contestant): row.value
-        for row in rows
-        if row.section == "roofline" and row.what.endswith(": all") and row.value is not None
-    }
-    if not whole:
-        return
-    yield from _head(
-        f"{MAIN}, all predicted", f"{FUSED}, ms", "eager, ms", "compiled, ms", "x eager",
-        "x compiled",
-    )  # fmt: skip
-    for chip in dict.fromkeys(chip for chip, _ in whole):
-        ours, eager, compiled = (whole[chip, who] for who in (FUSED, EAGER, COMPILED))
-        yield (
-            f"| {chip} ({PREDICTED}) | {ours:.0f} | {eager:.0f} | {compiled:.0f} "
-            f"| {eager / ours:.1f} | {compiled / ours:.1f} |"
-        )
-
-
 def _silent(rows: Sequence[Row]) -> Iterator[str]:
     mine = [row for row in rows if row.value is None]
     if not mine:
@@ -184,9 +161,9 @@ def _silent(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _runs(rows: Sequence[Row]) -> Iterator[str]:
-    """Where and when; a run with synthetic weights says so."""
+    """Say where and when; a run with synthetic weights says so."""
     yield from ("Medians; brackets: 20th and 80th percentile. The runs:", "")
-    for run in dict.fromkeys(row.run for row in rows if row.run != PREDICTED):
+    for run in dict.fromkeys(row.run for row in rows):
         same = [row for row in rows if row.run == run]
         first = same[0]
         synthetic = any(row.weights == SYNTHETIC for row in same)

@@ -36,7 +36,7 @@ class Asked:
     """Less is better."""
 
     def verdict(self, found: Found) -> str:
-        """How a value stands to what was asked; synthetic weights don't count."""
+        """Say how a value stands to what was asked; synthetic weights don't count."""
         if found is None:
             return "not measured"
         value, weights = found

@@ -68,7 +68,7 @@ def build(name: str, folder: Path, device: torch.device, **changes: Any) -> Path
 
 
 def write_transformer(transformer: Any, folder: Path, device: torch.device) -> None:
-    """Its config and generated bf16 weights in shards of 4 GB, one in memory at a time."""
+    """Write its config and generated bf16 weights, in shards of 4 GB, one in memory at a time."""
     transformer.save_config(folder)
     names = transformer.state_dict()
     shards = plan_shards({name: 2 * like.numel() for name, like in names.items()}, 4 * 10**9)
@@ -80,7 +80,7 @@ def write_transformer(transformer: Any, folder: Path, device: torch.device) -> N
 
 
 def _weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
-    """One tensor of the network; its residual stream keeps its size over many blocks."""
+    """Draw one tensor of the network; its residual stream keeps its size over many blocks."""
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, device=generator.device)
@@ -110,7 +110,7 @@ def _weight(name: str, like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _latents(channels: int, factor: int) -> Any:
-    """An autoencoder with the latents of the real one and hardly any parameters."""
+    """Make an autoencoder with the latents of the real one and hardly any parameters."""
     depth = factor.bit_length()
     return diffusers.AutoencoderKL(
         block_out_channels=(8,) * depth,
@@ -133,7 +133,7 @@ def _t5(tokenizer: Any, width: int) -> Any:
 
 
 def _captions() -> list[str]:
-    """The general prompts, so that their words are words to the tokenizers."""
+    """Read the general prompts, so that their words are words to the tokenizers."""
     return [json.loads(line)["prompt"] for line in resolve(PROMPTS).read_text().splitlines()]
 
 

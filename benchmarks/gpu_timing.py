@@ -26,7 +26,7 @@ class Timing:
 
 
 def copies(bytes_per_call: int, cache: int | None = None) -> int:
-    """Calls, each on data of its own, that push one another's inputs out of the L2 cache.
+    """Return how many calls on data of their own push one another's inputs out of the L2 cache.
 
     bytes_per_call  bytes of activations and weights that one call reads
     cache           bytes of L2; None: the current GPU's
@@ -39,7 +39,7 @@ def copies(bytes_per_call: int, cache: int | None = None) -> int:
 def time_calls(
     calls: Sequence[Callable[[], object]], *, repeats: int = 20, limit: float = math.inf
 ) -> Timing:
-    """Time of one of ``calls`` on the GPU alone: all of them in one CUDA graph, between two events.
+    """Time one of ``calls`` on the GPU alone: all of them in one CUDA graph, between two events.
 
     In a graph, so that small kernels are not measured by how fast Python launches them; on
     different data (:func:`copies` says how many), so that nothing is warm that wouldn't be in a
@@ -65,13 +65,13 @@ def time_calls(
 
 
 def summary(times: Sequence[float]) -> Timing:
-    """Median and percentiles of measured times."""
+    """Return median and percentiles of measured times."""
     ordered, fifth = sorted(times), len(times) // 5
     return Timing(ordered[fifth], statistics.median(ordered), ordered[-1 - fifth])
 
 
 def _replay(graph: torch.cuda.CUDAGraph) -> float:
-    """Microseconds of one replay."""
+    """Time one replay, in microseconds."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
     graph.replay()

@@ -32,7 +32,7 @@ class Kernel:
 
 
 def category(kernel: str) -> str:
-    """The category of a kernel by its name."""
+    """Name the category of a kernel."""
     for name, pattern in CATEGORIES:
         if re.search(pattern, kernel, re.IGNORECASE):
             return name
@@ -40,7 +40,7 @@ def category(kernel: str) -> str:
 
 
 def busy(kernels: Iterable[Kernel]) -> float:
-    """Microseconds in which at least one kernel ran: those on two streams count once."""
+    """Count microseconds in which at least one kernel ran: those on two streams count once."""
     total, reached = 0.0, float("-inf")
     for kernel in sorted(kernels, key=lambda k: k.start):
         total += max(kernel.end - max(kernel.start, reached), 0)
@@ -49,7 +49,7 @@ def busy(kernels: Iterable[Kernel]) -> float:
 
 
 def by_category(kernels: Iterable[Kernel], wall_ms: float) -> dict[str, float]:
-    """Milliseconds by category, of one call that takes ``wall_ms`` when it is not traced.
+    """Sum milliseconds by category, of one call that takes ``wall_ms`` when it is not traced.
 
     Categories are sums of durations; launch gaps are the wall time without those moments in which
     some kernel ran. Where two streams overlap the sum is therefore larger than the wall time.
@@ -63,7 +63,7 @@ def by_category(kernels: Iterable[Kernel], wall_ms: float) -> dict[str, float]:
 
 
 def longest(kernels: Iterable[Kernel], count: int = 12) -> list[tuple[str, float, int]]:
-    """(name, ms, runs) of the kernels that take the most time."""
+    """Return (name, ms, runs) of the kernels that take the most time."""
     time: Counter[str] = Counter()
     runs: Counter[str] = Counter()
     for kernel in kernels:

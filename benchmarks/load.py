@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def make(folder: Path, size: int, shard: int) -> list[Path]:
-    """A folder in the shape of a packed one, its transformer of ``size`` random bytes."""
+    """Write a folder in the shape of a packed one, its transformer of ``size`` random bytes."""
     (folder / "transformer").mkdir(parents=True)
     index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -80,7 +80,7 @@ def make(folder: Path, size: int, shard: int) -> list[Path]:
 
 
 def moved(folder: Path) -> Path:
-    """The same folder at another path: digests are remembered by path."""
+    """Move the folder: digests are remembered by path."""
     return folder.rename(folder.with_name(f"{folder.name}-"))
 
 

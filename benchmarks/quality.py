@@ -1,4 +1,4 @@
-"""`make bench-quality`: every method through the whole line on the embedded models.
+"""`make bench-quality`: every method through all stages on the embedded models.
 
 usage: python benchmarks/quality.py [--models tiny_flux] [--sections methods] [--rows svdquant]
                                     [--prompts 512] [--jobs 1] [--out docs/quality] [overrides...]
@@ -62,7 +62,7 @@ def main() -> None:
 
 
 def measured(row: Row, common: list[str], deadline: float | None) -> dict[str, Any]:
-    """One row through the line; what went wrong under ``error`` (other rows go on)."""
+    """Run all stages for a row; what went wrong stands under ``error``, other rows go on."""
     import dirotq
 
     if deadline is not None and time.monotonic() > deadline:
@@ -81,7 +81,7 @@ def measured(row: Row, common: list[str], deadline: float | None) -> dict[str, A
 
 
 def summary(report: dict[str, Any], plan: dict[str, float]) -> dict[str, Any]:
-    """What is kept of a report: headline, plan metrics, and the scores of each image."""
+    """Keep of a report: headline, plan metrics, and the scores of each image."""
     import torch
 
     images = report["images"]

@@ -61,12 +61,7 @@ FORMATS = (
         for group in (64, 32, 16)
     ),
     _row("rms_16", "dirotq, rms of 16/channel (default)", "", "pow2_16"),
-    _row(
-        "g64_channel",
-        "dirotq, g64/channel",
-        "act_format=int4_group",
-        OURS,
-    ),
+    _row("g64_channel", "dirotq, g64/channel", "act_format=int4_group", OURS),
     _row(
         "pow2_g64",
         "dirotq, pow2/g64",

@@ -5,12 +5,13 @@ usage: python benchmarks/quality_table.py [--results docs/quality] [--into docs/
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from dirotq.benchmarks.published import put
 from dirotq.benchmarks.quality_rows import (
     ABLATIONS,
     ALLOCATION,
@@ -77,7 +78,7 @@ def tables(found: Mapping[str, Results]) -> dict[str, str]:
     """{name of the block in the document: markdown}."""
     made = {f"methods {model}": methods(results) for model, results in found.items()}
     made["formats"] = compared(FORMATS, found)
-    made["runtime"] = compared(RUNTIME, found, against_own_floor)
+    made["runtime"] = compared(RUNTIME, found, own_floor=True)
     made["allocation"] = compared(ALLOCATION, found)
     made["ablations"] = compared(ABLATIONS, found)
     made["claims"] = claims(found)
@@ -113,24 +114,16 @@ def methods(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def against_own_floor(results: Results, row: Row) -> str:
-    """What to set beside a row's own PSNR: its floor."""
-    base = results["baselines"][results["rows"][row.key]["dtype"]]
-    return f"floor {base['psnr_floor']:.2f}"
-
-
-def against_base(results: Results, row: Row) -> str:
-    return gain(results, row.key, row.base)
-
-
 def compared(
-    section: tuple[Row, ...],
-    found: Mapping[str, Results],
-    beside: Callable[[Results, Row], str] = against_base,
+    section: tuple[Row, ...], found: Mapping[str, Results], *, own_floor: bool = False
 ) -> str:
-    """PSNR, difference and bits of a section's rows, the models side by side."""
+    """Write PSNR, difference and bits of a section's rows, the models side by side.
+
+    own_floor  in place of the difference, the noise floor of the row's precision
+    """
     names = {row.key: row.text for row in rows()}
-    head = "".join(f" {m}: PSNR | {beside_title(beside)} | bits |" for m in found)
+    title = "16 bit against itself" if own_floor else "difference, 95 %"
+    head = "".join(f" {m}: PSNR | {title} | bits |" for m in found)
     lines = [f"| | compared with |{head}", "|---|---|" + "---|---|---|" * len(found)]
     for row in section:
         cells = []
@@ -139,16 +132,14 @@ def compared(
                 cells.append(" | | |")
                 continue
             m = results["rows"][row.key]["metrics"]
-            cells.append(
-                f" {m['psnr']:.2f} | {beside(results, row)} | {m['bits_per_parameter']:.2f} |"
-            )
+            beside = gain(results, row.key, row.base)
+            if own_floor:
+                base = results["baselines"][results["rows"][row.key]["dtype"]]
+                beside = f"floor {base['psnr_floor']:.2f}"
+            cells.append(f" {m['psnr']:.2f} | {beside} | {m['bits_per_parameter']:.2f} |")
         if any(cell.strip(" |") for cell in cells):
             lines.append(f"| {row.text} | {names[row.base].strip('*')} |{''.join(cells)}")
     return "\n".join(lines) + "\n"
-
-
-def beside_title(beside: Callable[[Results, Row], str]) -> str:
-    return "difference, 95 %" if beside is against_base else "16 bit against itself"
 
 
 def claims(found: Mapping[str, Results]) -> str:
@@ -197,18 +188,6 @@ def gain(results: Results, key: str, base: str) -> str:
 
 def shown(apart: Interval) -> str:
     return f"{apart.mean:+.2f} [{apart.low:+.2f}, {apart.high:+.2f}]"
-
-
-def put(document: Path, name: str, text: str) -> None:
-    """Replace what stands between a block's markers; a document without it is left alone."""
-    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    content = document.read_text()
-    before, found, rest = content.partition(begin)
-    _, closed, after = rest.partition(end)
-    if found and not closed:
-        raise SystemExit(f"{document}: {begin} has no {end}")
-    if found:
-        document.write_text(f"{before}{begin}\n{text}{end}{after}")
 
 
 if __name__ == "__main__":

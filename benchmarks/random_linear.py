@@ -1,6 +1,6 @@
 """Random packed linears of real shapes, and whether a kernel computes what it should on them.
 
-Letters: M rows, D channels, K main-branch width, N outputs, R protected directions.
+Letters: M rows, D channels, K main-branch width, N outputs, R rank.
 """
 
 from typing import Any
@@ -31,8 +31,10 @@ few ties that can fall to the other side; the sharp bound, over many rows, is in
 
 
 def spec_for(kind: str, k: int, n: int, rank: int = 64) -> QuantSpec:
-    """The default method's spec of a linear K -> N in one of :data:`FORMATS`; W4A16 as modulators
-    have it, without transform or protected directions."""
+    """Return the default method's spec of a linear K -> N in one of :data:`FORMATS`.
+
+    W4A16 is as modulators have it, without transform or low-rank branch.
+    """
     plain = kind == "w4a16"
     group = min(64, hadamard_block(k, 64))
     format = {
@@ -47,7 +49,7 @@ def spec_for(kind: str, k: int, n: int, rank: int = 64) -> QuantSpec:
 
 
 def random_linear(spec: QuantSpec, *, device: str = "cuda") -> QuantLinear:
-    """Random codes, scales, protected columns and bias; an orthonormal basis."""
+    """Draw random codes, scales, low-rank branch and bias; an orthonormal basis."""
     linear = QuantLinear(spec, bias=True, device=device)
     codes_NK = torch.randint(-7, 8, (spec.outputs, spec.width), device=device, dtype=torch.int8)
     linear.qweight.copy_(pack_int4(codes_NK))
@@ -62,14 +64,14 @@ def random_linear(spec: QuantSpec, *, device: str = "cuda") -> QuantLinear:
 
 
 def random_rows(m: int, d: int, *, device: str = "cuda") -> Tensor:
-    """x [M, D] in bf16 with a few loud channels, as trained networks have them."""
+    """Draw x [M, D] in bf16 with a few loud channels, as trained networks have them."""
     x_MD = torch.randn(m, d, device=device, dtype=torch.bfloat16)
     x_MD[:, :4] *= 20
     return x_MD
 
 
 def read_bytes(linear: QuantLinear) -> int:
-    """Bytes of a linear at rest, all of which one call reads."""
+    """Count bytes of a linear at rest, all of which one call reads."""
     return sum(t.numel() * t.element_size() for t in linear.parameters())
 
 
@@ -93,7 +95,7 @@ class Checker:
         return float((part.double() - self.want).norm() / self.want.norm())
 
     def problem(self, y_MN: Tensor) -> str | None:
-        """What is wrong with a result; None if nothing is."""
+        """Say what is wrong with a result; None if nothing is."""
         error = self.error(y_MN[self.rows])
         if error <= self.allowed:  # NaN is not
             return None

@@ -15,7 +15,7 @@ Linear = Callable[[Tensor], Tensor]
 
 
 def bf16(weight_NK: Tensor, bias_N: Tensor) -> Linear:
-    """cuBLAS, with the bias in its epilogue."""
+    """Run cuBLAS, with the bias in its epilogue."""
     return lambda x_MK: nn.functional.linear(x_MK, weight_NK, bias_N)
 
 
@@ -43,7 +43,7 @@ def fp8_name() -> str:
 
 
 def fp8_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """float8_e4m3fn [M, K] and float32 scales [M, 1]: x = codes * scale, up to rounding."""
+    """Return float8_e4m3fn [M, K] and float32 scales [M, 1]: x = codes * scale, to rounding."""
     x_MK = x_MK.float()
     scale_M1 = x_MK.abs().amax(1, keepdim=True).clamp(min=1e-12) / FP8_MAX
     codes_MK = (x_MK / scale_M1).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
@@ -109,7 +109,7 @@ class Fp8Linear(nn.Module):
 
 
 def by_torchao(network: nn.Module, names: frozenset[str]) -> None:
-    """The named linears of a network by torchao itself, in place."""
+    """Quantize the named linears of a network by torchao itself, in place."""
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
     quantize_(

@@ -12,13 +12,13 @@ import argparse
 import datetime
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from dirotq.benchmarks.speed_table import TITLES, Row, append, put, read, tables
-from dirotq.pipeline.provenance import git_revision
+from dirotq.benchmarks.published import append, machine, put, read
+from dirotq.benchmarks.speed_table import TITLES, Row, tables
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = "tests/gpu/test_kernels_cuda.py"
@@ -41,15 +41,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(TITLES)}")
     ops = options.ops or list(TITLES)
     if options.source:
-        rows = [row for row in read(options.source) if row.op in ops]
+        rows = [row for row in read(options.source, Row) if row.op in ops]
     else:
         if problem := why_not(options.select):
             print(problem, file=sys.stderr)
             return 1
-        rows = [
-            replace(row, **machine(options.revision or git_revision() or "unknown"))
-            for row in measured(ops)
-        ]
+        date = str(datetime.datetime.now(datetime.UTC).date())
+        about = machine(options.revision)
+        rows = [replace(row, **about, date=date) for row in measured(ops)]
         append(options.csv, rows)
     print(tables(rows))
     if options.write:
@@ -58,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def why_not(select: str) -> str | None:
-    """Why no figure may be printed: no GPU, or tests that fail; None if all is well."""
+    """Say why no figure may be printed: no GPU, or tests that fail; None if all is well."""
     import torch
 
     if not torch.cuda.is_available():
@@ -67,7 +66,7 @@ def why_not(select: str) -> str | None:
 
 
 def red(tests: str, select: str = "") -> str | None:
-    """What pytest says of tests that fail, or of none found; None if all pass."""
+    """Return what pytest says of tests that fail, or of none found; None if all pass."""
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", tests]
     command += ["-k", select] if select else []
     command += ["-n", str(WORKERS)] if find_spec("xdist") else []
@@ -79,7 +78,7 @@ def red(tests: str, select: str = "") -> str | None:
 
 
 def measured(ops: list[str]) -> Iterator[Row]:
-    """Every row of the ops, each said as soon as it is known."""
+    """Measure every row of the ops, each said as soon as it is known."""
     from dirotq.benchmarks.speed_rows import MEASURES
 
     for op in ops:
@@ -88,23 +87,9 @@ def measured(ops: list[str]) -> Iterator[Row]:
             yield row
 
 
-def machine(revision: str) -> Mapping[str, str]:
-    """Where and when: the columns that all rows of a run share."""
-    import torch
-    import triton
-
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "git": revision,
-        "date": str(datetime.datetime.now(datetime.UTC).date()),
-    }
-
-
 def publish(rows: list[Row], docs: Path) -> None:
-    """Into docs/kernels.md, and the rows it shows into docs/kernels.csv."""
-    put(docs / "kernels.md", tables(rows))
+    """Write docs/kernels.md, and the rows it shows into docs/kernels.csv."""
+    put(docs / "kernels.md", "make bench-kernels", tables(rows))
     (docs / "kernels.csv").unlink(missing_ok=True)
     append(docs / "kernels.csv", rows)
 

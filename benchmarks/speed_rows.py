@@ -1,6 +1,6 @@
 """What `make bench-kernels` measures: one function per op, a row per case and contestant.
 
-Letters: M rows, D channels, K main-branch width, N outputs, R protected directions.
+Letters: M rows, D channels, K main-branch width, N outputs, R rank.
 """
 
 import copy
@@ -36,7 +36,7 @@ FLOOR, BF16 = "floor", "bf16"
 
 
 def linears() -> Iterator[Row]:
-    """Whole linears: ours, cuBLAS bf16, FP8 with per-row scales, plain W4A16."""
+    """Time whole linears: ours, cuBLAS bf16, FP8 with per-row scales, plain W4A16."""
     for case in LINEARS:
         yield from _against_bf16("linear", case, "w4a4", [_fp8, _w4a16])
 
@@ -47,7 +47,7 @@ def few_rows() -> Iterator[Row]:
 
 
 def gemms() -> Iterator[Row]:
-    """What follows the codes, against cuBLAS bf16."""
+    """Time what follows the codes, against cuBLAS bf16."""
     for case in w4a4_linear.CASES:
         linear, x = _checked("w4a4", case)
         plan = linear.plan(case.m)
@@ -59,7 +59,7 @@ def gemms() -> Iterator[Row]:
 
 
 def transforms() -> Iterator[Row]:
-    """Codes, scales and c of activations, against reading two bytes and writing one."""
+    """Time codes, scales and c of activations, against reading two bytes and writing one."""
     for case in transform_quantize.CASES:
         linear, x = _checked("w4a4", case)
         plan = linear.plan(case.m)
@@ -68,7 +68,7 @@ def transforms() -> Iterator[Row]:
 
 
 def unpacks() -> Iterator[Row]:
-    """Nibbles into scratch, with appended columns, against reading half a byte and writing one."""
+    """Time nibbles into scratch, with appended columns, against reading ½ byte and writing 1."""
     for case in unpack_w4.CASES:
         linear, x = _checked("w4a4", replace(case, m=64))
         plan = linear.plan(case.m)
@@ -78,7 +78,7 @@ def unpacks() -> Iterator[Row]:
 
 
 def memory() -> Iterator[Row]:
-    """Bytes at rest against bf16; at r = 64 a square linear of 3072 is at 0.25 + 0.042."""
+    """Count bytes at rest against bf16; at r = 64 a square linear of 3072 is at 0.25 + 0.042."""
     for case in {(c.k, c.n): c for c in LINEARS}.values():
         for kind in ("w4a4", "w4a16"):
             linear = QuantLinear(spec_for(kind, case.k, case.n), bias=True, device="meta")
@@ -89,7 +89,7 @@ def memory() -> Iterator[Row]:
 
 
 def parts() -> Iterator[Row]:
-    """The FLUX qkv site without one thing at a time, and each thing alone."""
+    """Time the FLUX qkv site without one thing at a time, and each thing alone."""
     case = LINEARS[0]
     linear, x = _checked("w4a4", case)
     bare, _ = _checked("w4a4", replace(case, rank=0))
@@ -123,12 +123,12 @@ MEASURES: dict[str, Callable[[], Iterator[Row]]] = {
 
 
 def quantized(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Callable[[], Codes]:
-    """The first half of a linear, as the plan wants it."""
+    """Return the first half of a linear, as the plan wants it."""
     return lambda: engine.quantize(plan, plain(x_MD[None]), linear.packed(), linear.spec)
 
 
 def unpacked(plan: Plan, linear: QuantLinear) -> Unpacked | None:
-    """The scratch that the plan wants, filled."""
+    """Fill the scratch that the plan wants."""
     if plan.engine == "packed":
         return None
     from dirotq.kernels.unpack_w4.kernel import launch
@@ -136,28 +136,25 @@ def unpacked(plan: Plan, linear: QuantLinear) -> Unpacked | None:
     return launch(linear.packed(), plan.dtype, appended=plan.appended)
 
 
-def multiplied(
-    plan: Plan, linear: QuantLinear, codes: Codes, weights: Unpacked | None, dtype: torch.dtype
-) -> Tensor:
-    """The product of what :func:`quantized` and :func:`unpacked` made."""
-    return engine.multiply(plan, codes, linear.packed(), weights, linear.spec, dtype)
+def multiplied(plan: Plan, linear: QuantLinear, codes: Codes, weights: Unpacked | None) -> Tensor:
+    return engine.multiply(plan, codes, linear.packed(), weights, linear.spec, torch.bfloat16)
 
 
 def product(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
-    """The second half of a linear, on codes at hand."""
+    """Return the second half of a linear, on codes at hand."""
     codes = quantized(plan, linear, x_MD)()
-    return lambda: multiplied(plan, linear, codes, unpacked(plan, linear), x_MD.dtype)
+    return lambda: multiplied(plan, linear, codes, unpacked(plan, linear))
 
 
 def product_alone(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
     codes, weights = quantized(plan, linear, x_MD)(), unpacked(plan, linear)
-    return lambda: multiplied(plan, linear, codes, weights, x_MD.dtype)
+    return lambda: multiplied(plan, linear, codes, weights)
 
 
 def on_unpacked(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
-    """A whole linear, on weights unpacked before."""
+    """Return a whole linear, on weights unpacked before."""
     weights = unpacked(plan, linear)
-    return lambda: multiplied(plan, linear, quantized(plan, linear, x_MD)(), weights, x_MD.dtype)
+    return lambda: multiplied(plan, linear, quantized(plan, linear, x_MD)(), weights)
 
 
 def unpacking(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
@@ -201,7 +198,7 @@ def _time(make: Make, linear: QuantLinear, x: Tensor, bytes_per_call: int) -> Ti
 
 
 def _checked(kind: str, case: Case) -> tuple[QuantLinear, Tensor]:
-    """A linear and its input. Raises RuntimeError if its plan computes something else."""
+    """Make a linear and its input. Raises RuntimeError if its plan computes something else."""
     linear = random_linear(spec_for(kind, case.k, case.n, case.rank))
     x = random_rows(case.m, case.k)
     if problem := Checker(linear, x).problem(linear(x)):
@@ -245,7 +242,7 @@ def _weights(case: Case) -> tuple[Tensor, Tensor]:
 
 @functools.cache
 def bandwidth() -> float:
-    """Bytes per second that a kernel moves which reads and writes 1 GiB each.
+    """Return bytes per second that a kernel moves which reads and writes 1 GiB each.
 
     A kernel, not a copy: the copy engine, which a graph would use, is slower.
     """

@@ -1,13 +1,8 @@
 """Rows of `make bench-kernels`: what was measured, as CSV and as the tables of docs/kernels.md."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
-
-from dirotq.benchmarks.csv_rows import append_rows, read_rows
-
-BEGIN, END = "<!-- begin: make bench-kernels -->", "<!-- end -->"
 
 TITLES = {
     "linear": "Whole linears, times faster than cuBLAS bf16",
@@ -46,7 +41,7 @@ class Row:
     date: str = ""
 
     def verdict(self) -> str:
-        """How the ratio stands to what was asked."""
+        """Say how the ratio stands to what was asked."""
         if self.ratio is None or self.reach is None:
             return ""
         sign = -1 if self.op in LESS_IS_BETTER else 1
@@ -55,19 +50,8 @@ class Row:
         return "reached" if sign * self.ratio >= sign * self.reach else "**missed**"
 
 
-def append(path: Path, rows: Iterable[Row]) -> None:
-    """Add rows to a CSV file, with its header if it is new."""
-    append_rows(path, Row, rows, digits=4)
-
-
-def read(path: Path) -> list[Row]:
-    """Inverse of :func:`append`, up to four digits."""
-    numbers = ("us_p20", "us_p50", "us_p80", "ratio", "reach", "stretch")
-    return read_rows(path, Row, numbers)
-
-
 def tables(rows: Sequence[Row]) -> str:
-    """Markdown: a table per op, a line per case, a column per contestant."""
+    """Write Markdown: a table per op, a line per case, a column per contestant."""
     parts = []
     for op, title in TITLES.items():
         mine = [row for row in rows if row.op == op]
@@ -80,18 +64,6 @@ def tables(rows: Sequence[Row]) -> str:
             f"{first.date}.\nMedians; brackets: 20th and 80th percentile."
         )
     return "\n".join(parts) + "\n"
-
-
-def put(document: Path, text: str, *, begin: str = BEGIN) -> None:
-    """Replace what stands between the markers ``begin`` and END of a document.
-
-    Raises ValueError if it has none.
-    """
-    before, found, rest = document.read_text().partition(begin)
-    _, end, after = rest.partition(END)
-    if not (found and end):
-        raise ValueError(f"{document} has no {begin} ... {END}; add the two lines where it belongs")
-    document.write_text(f"{before}{begin}\n{text}{END}{after}")
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
@@ -130,7 +102,7 @@ def _time(row: Row) -> str:
 
 
 def _beside(row: Row) -> str:
-    """A contestant in its column: its ratio, or the time that others are a ratio to."""
+    """Write a contestant in its column: its ratio, or the time that others are a ratio to."""
     if row.ratio is not None:
         return _ratio(row)
     return "" if row.us_p50 is None else f"{row.us_p50:.1f} us"

@@ -1,7 +1,7 @@
 """`make tune`: times every plan of this GPU on a grid of shapes, for kernels/plans.json.
 
 usage: python benchmarks/tune.py [--formats w4a4 ...] [--m 1 4096 ...] [--k 3072 ...] [--n ...]
-           [--workers 16] [--seconds 200] [--into kernels/plans.json] [--csv FILE]
+           [--workers 16] [--seconds 200] [--into kernels/plans.json]
 
 Compiling takes most of the time, so worker processes do that first: every plan of every shape once,
 into Triton's cache on disk. One process then times. A plan that fails to compile or computes
@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,10 @@ from dirotq.benchmarks.random_linear import (
     read_bytes,
     spec_for,
 )
-from dirotq.benchmarks.speed import machine
-from dirotq.benchmarks.speed_table import OURS, Row, append
 from dirotq.kernels.chip import capability
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import TABLE, Plan, candidates_for, choose, name_of
-from dirotq.pipeline.provenance import git_revision
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = (1, 4, 16, 64, 256, 512, 1024, 4608, 18432)
 BLOCKS = (
     # FLUX: qkv, qkv + mlp, mlp up, mlp down, attention out, single block's out
@@ -84,7 +80,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=min(16, os.cpu_count() or 1))
     parser.add_argument("--seconds", type=float, default=math.inf, help="stop timing after")
     parser.add_argument("--into", type=Path, default=TABLE)
-    parser.add_argument("--csv", type=Path, default=ROOT / "artifacts" / "bench" / "tune.csv")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("benchmarks/tune.py needs a CUDA GPU, and torch finds none", file=sys.stderr)
@@ -95,9 +90,7 @@ def main(arguments: list[str] | None = None) -> int:
     shapes = list(grid(options.formats, options.m, options.k, options.n))
     compile_all(shapes, chip, options.workers)
     print(f"compiled in {time.monotonic() - begin:.0f} s", flush=True)
-    found, rows = measure(shapes, chip, begin + options.seconds)
-    about = machine(git_revision() or "unknown")
-    append(options.csv, [replace(row, **about) for row in rows])
+    found = measure(shapes, chip, begin + options.seconds)
     table = json.loads(options.into.read_text()) if options.into.is_file() else {}
     options.into.write_text(dumped(merged(table, chip, found)))
     print(f"{len(found)} of {len(shapes)} shapes in {time.monotonic() - begin:.0f} s")
@@ -110,7 +103,7 @@ def grid(
     k: Sequence[int] | None = None,
     n: Sequence[int] | None = None,
 ) -> Iterator[Shape]:
-    """The shapes to time, most important ones first; m, k and n restrict them."""
+    """List the shapes to time, most important ones first; m, k and n restrict them."""
     for kind in kinds:
         for rows in reversed(ROWS):
             if kind == "w4a16":
@@ -124,7 +117,7 @@ def grid(
 
 
 def plans(shape: Shape, chip: int) -> list[Plan]:
-    """Candidates worth timing: none whose tile is far taller or far lower than the rows."""
+    """List candidates worth timing: none whose tile is far taller or far lower than the rows."""
     spec = spec_for(shape.kind, shape.k, shape.n)
     if choose(chip, shape.m, shape.n, spec, torch.bfloat16).engine == "reference":
         return []
@@ -159,7 +152,7 @@ def compile_all(shapes: Sequence[Shape], chip: int, workers: int) -> None:
 
 
 def run_once(jobs: Sequence[tuple[Shape, str]]) -> None:
-    """In a worker: compile by running. What fails here fails again, and is said, when timed."""
+    """Compile by running, in a worker. What fails here fails again, and is said, when timed."""
     chip = capability(torch.device("cuda", torch.cuda.current_device()))
     assert chip is not None
     linears: dict[tuple[str, int, int], QuantLinear] = {}
@@ -177,10 +170,9 @@ def run_once(jobs: Sequence[tuple[Shape, str]]) -> None:
 
 def measure(
     shapes: Iterable[Shape], chip: int, deadline: float
-) -> tuple[dict[Shape, list[tuple[Plan, Timing]]], list[Row]]:
-    """Plans of every shape, fastest first, and the same as rows."""
+) -> dict[Shape, list[tuple[Plan, Timing]]]:
+    """Time the plans of every shape; fastest first."""
     found: dict[Shape, list[tuple[Plan, Timing]]] = {}
-    rows: list[Row] = []
     for shape in shapes:
         if time.monotonic() > deadline:
             print("out of time: the shapes left keep the rows they have")
@@ -195,12 +187,11 @@ def measure(
             plan, best = timed[0]
             after = f"; then {timed[1][1].p50:.1f} {name_of(timed[1][0])}" if timed[1:] else ""
             print(f"{shape}: {best.p50:.1f} us {name_of(plan)}{after}", flush=True)
-        rows += [_row(shape, plan, timing) for plan, timing in timed]
-    return found, rows
+    return found
 
 
 def race(shape: Shape, candidates: Sequence[Plan]) -> list[tuple[Plan, Timing]]:
-    """Every candidate that gives the right result, fastest first."""
+    """Time every candidate that gives the right result; fastest first."""
     linear = random_linear(spec_for(shape.kind, shape.k, shape.n))
     x = random_rows(shape.m, shape.k)
     checker = Checker(linear, x)
@@ -230,8 +221,8 @@ def call(plan: Plan, linear: QuantLinear, x: Tensor) -> Callable[[], Tensor]:
 
 
 def entries(shape: Shape, timed: Sequence[tuple[Plan, Timing]]) -> list[Entry]:
-    """The table's rows of a shape: the fastest plan and, if that takes bf16 alone (``scaled_mm``),
-    the fastest of the others, which a call in fp16 then finds at the same distance."""
+    """Return the table's rows of a shape: the fastest plan and, if that takes bf16 alone
+    (``scaled_mm``), the fastest of the others, for calls in fp16."""
     others = [pair for pair in timed if pair[0].engine != "scaled_mm"]
     wanted = [timed[0], *(others[:1] if timed[0][0].engine == "scaled_mm" else [])]
     return [
@@ -241,7 +232,7 @@ def entries(shape: Shape, timed: Sequence[tuple[Plan, Timing]]) -> list[Entry]:
 
 
 def merged(table: Table, chip: int, found: Mapping[Shape, Sequence[tuple[Plan, Timing]]]) -> Table:
-    """The table with the shapes that were timed in place of what it had of them."""
+    """Put the shapes that were timed in place of what the table had of them."""
     kinds = {kind: list(rows) for kind, rows in table.get(str(chip), {}).items()}
     for shape, timed in found.items():
         mine = shape.m, shape.n, shape.k
@@ -253,7 +244,7 @@ def merged(table: Table, chip: int, found: Mapping[Shape, Sequence[tuple[Plan, T
 
 
 def dumped(table: Table) -> str:
-    """JSON with a line per row."""
+    """Write JSON with a line per row."""
     chips = []
     for chip, kinds in sorted(table.items()):
         lines = [
@@ -268,13 +259,6 @@ def _clone(linear: QuantLinear) -> QuantLinear:
     twin = QuantLinear(linear.spec, bias=linear.bias is not None, device="cuda")
     twin.load_state_dict(linear.state_dict())
     return twin
-
-
-def _row(shape: Shape, plan: Plan, t: Timing) -> Row:
-    return Row(
-        op="tune", case=str(shape), contestant=OURS, plan=name_of(plan),
-        us_p20=t.p20, us_p50=t.p50, us_p80=t.p80,
-    )  # fmt: skip
 
 
 if __name__ == "__main__":

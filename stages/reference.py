@@ -11,8 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
 from dirotq.errors import ConfigError
-from dirotq.evaluate.generation import generate_all
-from dirotq.evaluate.images import ImageWriter, typical_seconds
+from dirotq.evaluate.images import ImageWriter, generate_all, typical_seconds
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize import memory

@@ -13,9 +13,9 @@ from torch.nn.functional import linear
 from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.evaluate.attribute_judge import AttributeJudge
-from dirotq.evaluate.generation import generate_all
 from dirotq.evaluate.images import (
     ImageWriter,
+    generate_all,
     has_images,
     made_in,
     made_on,

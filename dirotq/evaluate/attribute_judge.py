@@ -33,11 +33,11 @@ class AttributeJudge:
         }
 
     def features(self, images: Tensor) -> Tensor:
-        """Features for FID and KID of images [B, 3, 128, 128] in [0, 1]: [B, F], on the CPU."""
+        """Return features for FID and KID of images [B, 3, 128, 128]: [B, F] on the CPU."""
         return self._network(images).features(images).cpu()
 
     def counts(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]:
-        """Captioned attributes that each image shows, and how many there are: {kind: [B, 2]}.
+        """Count captioned attributes that each image shows, and how many there are: {kind: [B, 2]}.
 
         Raises ConfigError if a prompt says nothing about its attributes.
         """
@@ -46,7 +46,7 @@ class AttributeJudge:
         return caption_counts(self._network(images), images, attributes)
 
     def totals(self, counts: Mapping[str, Tensor]) -> dict[str, float]:
-        """Shares over all images of what :meth:`counts` found, by kind, and their mean."""
+        """Return shares over all images of :meth:`counts`, by kind, and their mean."""
         return total_accuracy(counts)
 
     def refuse_silent(self, prompts: Sequence[Prompt]) -> None:
@@ -68,12 +68,12 @@ class AttributeJudge:
                 ) from error
 
     def _network(self, images: Tensor) -> AttributeReader:
-        """Where the images are."""
+        """Load the network to where the images are."""
         network = _load(resolve(self.path), *self.identity().values())
         return network.to(images.device)
 
 
 @functools.lru_cache(maxsize=2)
 def _load(folder: Path, *digests: str) -> AttributeReader:
-    """``digests`` tell the content: images are judged batch by batch."""
+    """Load once per content (``digests``): images are judged batch by batch."""
     return AttributeReader.load(folder)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dirotq.errors import ArtifactError
 
+KINDS = ("shape", "color", "size", "kind", "color_1", "color_2")
 ABSENT = -100  # target of an attribute that does not exist (ignored by cross entropy)
 
 
@@ -61,30 +62,22 @@ class AttributeReader(nn.Module):
         return self.body(images * 2 - 1)
 
     def features(self, images: Tensor) -> Tensor:
-        """Features for FID and KID of images [B, 3, 128, 128] in [0, 1]: float [B, F = 128]."""
+        """Return features for FID and KID of images [B, 3, 128, 128] in [0, 1]: [B, F = 128]."""
         return self._maps(images).mean((2, 3))
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Logits for images [B, 3, 128, 128] in [0, 1], classes in dimension 1.
+        """Return logits for images [B, 3, 128, 128] in [0, 1], classes in dimension 1.
 
         shape [B, 1 + S, G] with class 0 = nothing there, color [B, C, G], size [B, 2, G],
         kind [B, K], color_1 [B, C], color_2 [B, 1 + C] with class 0 = no second color
         """
         maps = self._maps(images)
         cells = self.cells(nn.functional.adaptive_avg_pool2d(maps, 3)).flatten(2)
-        shape, color, size = cells.split(self.cell_sizes, 1)
-        kind, first, second = self.background(maps.mean((2, 3))).split(self.background_sizes, 1)
-        return {
-            "shape": shape,
-            "color": color,
-            "size": size,
-            "kind": kind,
-            "color_1": first,
-            "color_2": second,
-        }
+        background = self.background(maps.mean((2, 3))).split(self.background_sizes, 1)
+        return dict(zip(KINDS, (*cells.split(self.cell_sizes, 1), *background), strict=True))
 
     def targets(self, attributes: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Class indices that `forward` should give for captioned attributes, int64.
+        """Return the class indices that `forward` should give for captioned attributes, int64.
 
         attributes  {"objects": [{"shape", "color", "size", "position"}],
                      "background": {"kind", "colors"}} per image, as in the prompt files
@@ -104,8 +97,7 @@ class AttributeReader(nn.Module):
             background[0, i] = config.backgrounds.index(scene["background"]["kind"])
             background[1, i] = colors[0]
             background[2, i] = 1 + colors[1] if len(colors) > 1 else 0
-        names = ("shape", "color", "size", "kind", "color_1", "color_2")
-        return dict(zip(names, (*cells, *background), strict=True))
+        return dict(zip(KINDS, (*cells, *background), strict=True))
 
     def save(self, folder: Path) -> None:
         """Write config.json and model.safetensors (float16) into `folder`."""
@@ -141,7 +133,7 @@ def caption_accuracy(
     *,
     batch: int = 128,
 ) -> dict[str, float]:
-    """How much of what the captions promise is in the images, as fractions in [0, 1].
+    """Measure how much of what the captions promise is in the images, as fractions in [0, 1].
 
     images      float, [B, 3, 128, 128] in [0, 1]
     attributes  what each caption says, as in the prompt files
@@ -158,12 +150,14 @@ def caption_counts(
     *,
     batch: int = 128,
 ) -> dict[str, Tensor]:
-    """What each image shows of what its caption promises, and how much that is: {kind: [B, 2]}.
+    """Count what each image shows of what its caption promises, and how much that is.
+
+    Returns {kind: [B, 2]}, float64.
 
     Arguments as of :func:`caption_accuracy`. Kinds are shape, color and size (of the captioned
     objects, at the captioned cell; an object that isn't there counts as wrong), position (1 if
     there are objects at exactly the captioned cells) and background (1 for the right kind and
-    colors); float64.
+    colors).
     """
     if len(images) != len(attributes):
         raise ArtifactError(
@@ -191,7 +185,7 @@ def caption_counts(
 
 
 def total_accuracy(counts: Mapping[str, Tensor]) -> dict[str, float]:
-    """Shares over all images that :func:`caption_counts` looked at, by kind, and their mean."""
+    """Return shares over all images of :func:`caption_counts`, by kind, and their mean."""
     sums = {name: count.sum(0) for name, count in counts.items()}
     right = {name: float(hits / promised) for name, (hits, promised) in sums.items()}
     return right | {"mean": sum(right.values()) / len(right)}

@@ -10,7 +10,7 @@ from torch.nn import Identity
 
 
 def frechet_distance(features_NF: Tensor, others_MF: Tensor) -> float:
-    """FID of features: |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^1/2), in float64 (Heusel et al. 2017).
+    """Return |m1 - m2|² + tr(C1 + C2 - 2 (C1 C2)^1/2) in float64, FID (Heusel et al. 2017).
 
     Raises ValueError for fewer than two images in a set: there is no covariance.
     """
@@ -27,7 +27,7 @@ def frechet_distance(features_NF: Tensor, others_MF: Tensor) -> float:
 
 
 def kernel_distance(features_NF: Tensor, others_NF: Tensor) -> float:
-    """KID of features in float64: the squared maximum mean discrepancy with the kernel
+    """Compute KID of features in float64: the squared maximum mean discrepancy with the kernel
     k(x, y) = (x·y / F + 1)³ (Binkowski et al. 2018), estimated from pairs of different prompts:
 
         mean over i != j of k(x_i, x_j) + k(y_i, y_j) - k(x_i, y_j) - k(x_j, y_i)

@@ -15,7 +15,7 @@ PSNR_LIMIT = 104.1
 
 
 def fidelity(got: Tensor, want: Tensor) -> dict[str, list[float]]:
-    """PSNR (dB, at most ``PSNR_LIMIT``), SSIM and MS-SSIM of each pair of images.
+    """Compute PSNR (dB, at most ``PSNR_LIMIT``), SSIM and MS-SSIM of each pair of images.
 
     got, want  float [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]; of a video, the score of its
                frames together
@@ -30,7 +30,7 @@ def fidelity(got: Tensor, want: Tensor) -> dict[str, list[float]]:
 
 
 def psnr(got: Tensor, want: Tensor) -> Tensor:
-    """In dB for range 1, [B], at most ``PSNR_LIMIT``: closer than that, storage can't tell."""
+    """Compute PSNR in dB for range 1, [B], at most ``PSNR_LIMIT``: more, storage can't tell."""
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     whole = tuple(range(1, got.dim()))
@@ -39,7 +39,7 @@ def psnr(got: Tensor, want: Tensor) -> Tensor:
 
 
 def ssim(got: Tensor, want: Tensor) -> Tensor:
-    """SSIM of images [B, 3, H, W] in [0, 1], [B]: Gaussian window of 11 (Wang et al. 2004)."""
+    """Compute SSIM of images [B, 3, H, W] in [0, 1], [B]: Gaussian window (Wang et al. 2004)."""
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     each_B = structural_similarity_index_measure(got, want, data_range=1.0, reduction="none")
@@ -48,7 +48,7 @@ def ssim(got: Tensor, want: Tensor) -> Tensor:
 
 
 def ms_ssim(got: Tensor, want: Tensor) -> Tensor:
-    """MS-SSIM of images [B, 3, H, W] in [0, 1], [B], on as many scales as they have room for.
+    """Compute MS-SSIM of images [B, 3, H, W] in [0, 1], [B], on as many scales as they allow.
 
     torchmetrics wants sides of 176 pixels for five scales, 99 for four (so a 128-pixel image has
     four) and 44 for three. The weights of the scales that are left are divided by their sum, so
@@ -67,6 +67,6 @@ def ms_ssim(got: Tensor, want: Tensor) -> Tensor:
 
 
 def scales(side: int) -> int:
-    """How many scales of MS-SSIM fit images whose shorter side is ``side`` pixels; 1 at least."""
+    """Count the scales of MS-SSIM that fit a shorter side of ``side`` pixels; at least 1."""
     fitting = (n for n in range(len(BETAS), 1, -1) if side // (n - 1) ** 2 > WINDOW - 1)
     return next(fitting, 1)

@@ -4,7 +4,8 @@
 equal before, which takes 0.7 dB off a score of 48 dB. 1/65535 leaves the limit at 104 dB.
 """
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.units import Units
+from dirotq.progress import track
+from dirotq.sources.generation import generate
+from dirotq.sources.prompts import Prompt
 
 STEPS = 65535
 """A stored integer is a brightness times this."""
@@ -62,7 +66,7 @@ class ImageWriter:
             self._note(i for i, is_done in enumerate(self._done()) if is_done)
 
     def missing(self, batch: int) -> list[range]:
-        """The batches of up to ``batch`` images, in order, that are not wholly written."""
+        """List the batches of up to ``batch`` images, in order, that are not wholly written."""
         done = self._done()
         starts = range(0, self.count, batch)
         batches = [range(start, min(start + batch, self.count)) for start in starts]
@@ -95,7 +99,7 @@ class ImageWriter:
         return ~np.isnan(_array(self.group, _seconds(self.name))[...])
 
     def _note(self, indices: Iterable[int]) -> None:
-        """One unit per image: its pixels, its seconds, and what describes both arrays."""
+        """Note one unit per image: its pixels, its seconds, and what describes both arrays."""
         if self.units is None:
             return
         arrays = (self.name, _seconds(self.name))
@@ -113,8 +117,27 @@ class ImageWriter:
         )  # fmt: skip
 
 
+def generate_all(
+    writer: ImageWriter,
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    call: Mapping[str, float | int],
+    batch: int,
+    what: str,
+) -> None:
+    """Generate whatever ``writer`` lacks, ``batch`` prompts at a time.
+
+    Each batch is written before the next one starts. ``what`` names the images in the progress
+    line.
+    """
+    for span in track(writer.missing(batch), what):
+        began = time.perf_counter()
+        images = generate(pipe, prompts[span.start : span.stop], call)
+        writer.write(span.start, images, (time.perf_counter() - began) / len(span))
+
+
 def read_images(tree: Path, name: str, indices: Sequence[int] | slice = slice(None)) -> Tensor:
-    """Images ``name`` of the Zarr group ``tree``: float32 [B, 3, H, W] in [0, 1].
+    """Read images ``name`` of the Zarr group ``tree``: float32 [B, 3, H, W] in [0, 1].
 
     Videos come as [B, F, 3, H, W].
 
@@ -143,7 +166,7 @@ def read_images(tree: Path, name: str, indices: Sequence[int] | slice = slice(No
 
 
 def read_seconds(tree: Path, name: str) -> Tensor:
-    """Seconds that each image of ``name`` took: float64 [N], NaN for one that is not written.
+    """Read the seconds that each image of ``name`` took: float64 [N], NaN if not written.
 
     Raises ArtifactError if there are no images of that name, or the file of one is damaged.
     """
@@ -155,22 +178,22 @@ def read_seconds(tree: Path, name: str) -> Tensor:
 
 
 def typical_seconds(tree: Path, name: str) -> float:
-    """The median of :func:`read_seconds`: an image that had to wait for a warm-up tells nothing."""
+    """Return the median of :func:`read_seconds`: one that waited for a warm-up tells nothing."""
     return float(read_seconds(tree, name).nanmedian())
 
 
 def made_on(tree: Path, name: str) -> str:
-    """The device that made the images, as the writer was told; several, if a run moved on."""
+    """Name the device that made the images; several, if a run moved on."""
     return "; ".join(_attributes(tree, name)["devices"])
 
 
 def made_in(tree: Path, name: str) -> str:
-    """The dtype that the images were computed in, as the writer was told."""
+    """Name the dtype that the images were computed in."""
     return str(_attributes(tree, name)["dtype"])
 
 
 def has_images(tree: Path, name: str) -> bool:
-    """Whether ``tree`` holds images of that name."""
+    """Return whether ``tree`` holds images of that name."""
     return name in zarr.open_group(tree, mode="r")
 
 
@@ -183,7 +206,7 @@ def _seconds(name: str) -> str:
 
 
 def _chunk(array: zarr.Array, index: int) -> str:
-    """The file of one image, or of its seconds, in the tree."""
+    """Name the file of one image, or of its seconds, in the tree."""
     place = (index, *(0 for _ in array.shape[1:]))
     return f"{array.path}/{array.metadata.encode_chunk_key(place)}"
 

@@ -28,11 +28,7 @@ LABELS = {
 
 
 def write_report(
-    path: Path,
-    report: Mapping[str, Any],
-    spectra: Mapping[str, Tensor],
-    want: Tensor,
-    got: Tensor,
+    path: Path, report: Mapping[str, Any], spectra: Mapping[str, Tensor], want: Tensor, got: Tensor
 ) -> None:
     """Render ``report`` (the content of report.json) with its figures.
 
@@ -74,27 +70,27 @@ def write_report(
 
 
 def write_pairs(path: Path, want: Tensor, got: Tensor) -> None:
-    """One PNG with the 16-bit images in the upper row and the packed ones below them."""
+    """Write one PNG with the 16-bit images in the upper row and the packed ones below them."""
     rows = [torch.cat(list(images), 2) for images in (want, got)]
     picture(torch.cat(rows, 1)).save(path)
 
 
 def _number(value: float) -> str:
-    """Four figures or so, and no more digits than a table has room for."""
+    """Write four figures or so, and no more digits than a table has room for."""
     if value and abs(value) < 1e-3:
         return f"{value:.1e}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
 
 
 def _spectra(spectra: Mapping[str, Tensor], ranks: Mapping[str, int]) -> str:
-    """Energy that is left outside of the r leading directions, per site."""
+    """Draw the energy that is left outside of the r leading directions, per site."""
     figure, axes = _figure()
     for name, energy in spectra.items():
         left = energy.numpy()
         axes.plot(np.arange(1, len(left) + 1), left.clip(1e-6), linewidth=0.8, alpha=0.7)
         if 0 < ranks.get(name, 0) <= len(left):
             axes.plot(ranks[name], left[ranks[name] - 1].clip(1e-6), "k.", markersize=4)
-    axes.set(xscale="log", yscale="log", xlabel="directions protected (dots: chosen rank)")
+    axes.set(xscale="log", yscale="log", xlabel="rank of the branch (dots: as chosen)")
     axes.set_ylabel("share of energy left")
     axes.minorticks_off()
     for axis in (axes.xaxis, axes.yaxis):
@@ -103,7 +99,7 @@ def _spectra(spectra: Mapping[str, Tensor], ranks: Mapping[str, int]) -> str:
 
 
 def _depth(sites: Sequence[Mapping[str, Any]]) -> str:
-    """Rank and output SQNR of every site, in the order of the network."""
+    """Draw rank and output SQNR of every site, in the order of the network."""
     figure, axes = _figure()
     place = range(len(sites))
     axes.bar(place, [s["rank"] for s in sites], color="#c9d6ea")
@@ -115,7 +111,7 @@ def _depth(sites: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _bytes(size: Mapping[str, int]) -> str:
-    """Where the packed transformer's bytes are."""
+    """Draw where the packed transformer's bytes are."""
     figure, axes = _figure(height=1.7)
     parts = {k: v for k, v in size.items() if k not in ("total", "original") and v}
     left = 0.0

@@ -9,11 +9,12 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dirotq.evaluate.attribute_judge import AttributeJudge
 from dirotq.evaluate.distributions import frechet_distance, kernel_distance
 from dirotq.evaluate.fidelity import fidelity
 from dirotq.evaluate.images import read_images
@@ -24,16 +25,6 @@ from dirotq.progress import track
 from dirotq.sources.prompts import Prompt
 
 PACKED, FLOOR, ORIGINAL = "packed", "floor", "original"
-
-
-class Reader(Protocol):
-    """A network that reads captioned attributes off an image (evaluate/attribute_judge.py)."""
-
-    def features(self, images: Tensor) -> Tensor: ...
-
-    def counts(self, images: Tensor, prompts: Sequence[Prompt]) -> dict[str, Tensor]: ...
-
-    def totals(self, counts: Mapping[str, Tensor]) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +38,7 @@ class Scores:
     attributes: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def rows(self, prompts: Sequence[Prompt]) -> list[dict[str, Any]]:
-        """One per image: prompt, seed, the packed image's scores, those of other sets inside."""
+        """Return one per image: prompt, seed, the packed image's scores, other sets' inside."""
         rows: list[dict[str, Any]] = [{"prompt": p.text, "seed": p.seed} for p in prompts]
         for metric, sets in self.images.items():
             for name, values in sets.items():
@@ -57,7 +48,7 @@ class Scores:
         return rows
 
     def table(self) -> dict[str, dict[str, dict[str, float]]]:
-        """{metric: {set: {mean, low, high}}}, 95 % intervals where there is a score per image.
+        """Return {metric: {set: {mean, low, high}}}, 95 % where there is a score per image.
 
         Where the 16-bit images have scores of their own, ``difference`` is packed - original,
         paired. Of a whole set there is a ``mean`` alone.
@@ -74,7 +65,7 @@ class Scores:
         return table
 
     def headline(self) -> dict[str, float]:
-        """The means, named ``metric`` for the packed images, ``metric_floor``, ..."""
+        """Return the means, named ``metric`` for the packed images, ``metric_floor``, ..."""
         return {
             metric if name == PACKED else f"{metric}_{name}": numbers["mean"]
             for metric, line in self.table().items()
@@ -94,7 +85,7 @@ class ImageSets:
         return math.ceil(self.count / self.batch)
 
     def __iter__(self) -> Iterator[tuple[slice, dict[str, Tensor]]]:
-        """Batches: which images, and {set: [B, 3, H, W] or [B, F, 3, H, W]}."""
+        """Read batches: which images, and {set: [B, 3, H, W] or [B, F, 3, H, W]}."""
         for start in range(0, self.count, self.batch):
             span = slice(start, min(start + self.batch, self.count))
             yield span, {name: read_images(*at, span) for name, at in self.places.items()}
@@ -104,11 +95,11 @@ class ImageSets:
 def score(
     sets: ImageSets,
     prompts: Sequence[Prompt],
-    reader: Reader | None,
+    reader: AttributeJudge | None,
     learned: Mapping[str, Metric],
     device: torch.device,
 ) -> Scores:
-    """Everything, in one pass over the images and one more per learned metric.
+    """Score everything, in one pass over the images and one more per learned metric.
 
     PSNR, SSIM and MS-SSIM to the original; with a reader, ``captioned`` (the share of its captioned
     attributes that an image shows), FID and KID of its features to the original's, from two images
@@ -134,17 +125,17 @@ def score(
 
 
 def stills(images: Tensor) -> Tensor:
-    """[B, 3, H, W]: the images, or each video's middle frame."""
+    """Return [B, 3, H, W]: the images, or each video's middle frame."""
     return images[:, images.shape[1] // 2] if images.dim() == 5 else images
 
 
 def _judge(
     found: Scores,
-    reader: Reader,
+    reader: AttributeJudge,
     features_BF: Mapping[str, list[Tensor]],
     counts: Mapping[str, list[dict[str, Tensor]]],
 ) -> None:
-    """The attribute reader's part of the scores."""
+    """Add the attribute reader's part of the scores."""
     for name in (ORIGINAL, FLOOR, PACKED):
         if name not in counts:
             continue
@@ -171,7 +162,7 @@ def _measure(
     prompts: Sequence[Prompt],
     device: torch.device,
 ) -> None:
-    """One learned metric over every set that it can score."""
+    """Add one learned metric over every set that it can score."""
     meter = metric.open(device)
     for chosen in sets.places:
         if metric.paired and chosen == ORIGINAL:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import subprocess
 import types
 
 import pytest
@@ -11,12 +10,11 @@ import torch
 import dirotq
 from dirotq.benchmarks import (
     flux,
+    flux_floor,
     flux_inputs,
     flux_quality,
     flux_session,
-    flux_work,
     full_size,
-    roofline,
 )
 from dirotq.benchmarks import flux_contestants as contestants
 from dirotq.benchmarks.flux_inputs import Case, inputs
@@ -28,24 +26,22 @@ from dirotq.benchmarks.flux_rows import (
     FOLDER,
     FP8,
     FUSED,
-    PREDICTED,
     SYNTHETIC,
     UNFUSED,
     W4A8,
     Row,
-    append,
     latest,
     ratio,
-    read,
 )
 from dirotq.benchmarks.flux_session import MAIN, Places, Session
-from dirotq.benchmarks.flux_table import BEGIN, tables
+from dirotq.benchmarks.flux_table import tables
 from dirotq.benchmarks.flux_timing import Forward
 from dirotq.benchmarks.flux_verdicts import ASKED
 from dirotq.benchmarks.gpu_timing import Timing
-from dirotq.benchmarks.speed_table import END
+from dirotq.benchmarks.published import append, read
 from dirotq.kernels.linear import QuantLinear
 
+BEGIN, END = "<!-- begin: make bench-flux -->", "<!-- end: make bench-flux -->"
 NARROW = {
     "flux": {
         "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 32,
@@ -92,14 +88,6 @@ def narrow(monkeypatch):
     for model, config in NARROW.items():
         cls = full_size.ARCHITECTURES[model][0]
         monkeypatch.setitem(full_size.ARCHITECTURES, model, (cls, config))
-
-
-def test_rows_survive_csv(tmp_path):
-    path = tmp_path / "deep" / "rows.csv"
-    first, second = row(), plain(value=None, note="failed: out, of memory")
-    append(path, [first])
-    append(path, [second])
-    assert read(path) == [first, second]
 
 
 def test_later_rows_win_and_a_failure_shows_only_where_nothing_is_known():
@@ -180,13 +168,12 @@ def test_rows_of_an_earlier_run_are_published(monkeypatch, tmp_path, capsys):
     (docs / "speed.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     append(tmp_path / "rows.csv", [row(), row(run="2", value=1.0, weights=SYNTHETIC)])
     monkeypatch.setattr(flux, "ROOT", tmp_path)
-    monkeypatch.setattr(flux, "predictions", list)
     assert flux.main(["--from", str(tmp_path / "rows.csv"), "--write"]) == 0
     text = (docs / "speed.md").read_text()
     assert text.startswith(f"before\n{BEGIN}\n### ")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
-    assert read(docs / "speed.csv") == [row()]
+    assert read(docs / "speed.csv", Row) == [row()]
     assert "synthetic weights, does not count" in capsys.readouterr().out
 
 
@@ -194,7 +181,7 @@ def test_the_document_is_what_its_rows_give(request):
     root = request.config.rootpath
     text = (root / "docs" / "speed.md").read_text()
     generated = text.partition(BEGIN)[2].partition(END)[0].lstrip("\n")
-    assert generated == tables(read(root / "docs" / "speed.csv"))
+    assert generated == tables(read(root / "docs" / "speed.csv", Row))
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys):
@@ -214,27 +201,22 @@ def test_words_of_the_command_line(capsys):
 
 
 def test_jobs_that_do_not_fit_are_listed(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(flux, "machine", lambda options: {"run": "1"})
+    monkeypatch.setattr(flux, "machine", lambda revision: {})
     path = tmp_path / "rows.csv"
     flux.measure(flux.parsed(["forward", "floor", "--minutes", "0.1", "--csv", str(path)]))
-    said = read(path)
+    said = read(path, Row)
     assert [(r.contestant, r.value) for r in said] == [(FUSED, None), (EAGER, None), (FLOOR, None)]
     assert said[0].note.startswith("not run: ")
     assert "not run" in capsys.readouterr().out
 
 
-def test_a_lost_gpu_hands_the_other_jobs_on(monkeypatch, tmp_path):
-    commands = []
-    monkeypatch.setattr(flux, "machine", lambda options: {"run": "1"})
+def test_a_lost_gpu_ends_the_run_and_names_the_jobs_left(monkeypatch, tmp_path):
+    monkeypatch.setattr(flux, "machine", lambda revision: {})
     monkeypatch.setattr(flux_session, "healthy", lambda: False)
-    monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
     monkeypatch.setitem(JOBS, "forward", dataclasses.replace(JOBS["forward"], run=lambda s: None))
-    path = str(tmp_path / "rows.csv")
-    flux.measure(flux.parsed(["forward", "fp8", "--run", "r", "--csv", path, "--synthetic"]))
-    [command] = commands
-    rest = flux.parsed(command[2:])
-    assert (rest.jobs, rest.run, rest.synthetic) == (["fp8"], "r", True)
-    assert 8 < rest.minutes < 9.5
+    options = flux.parsed(["forward", "floor", "fp8", "--csv", str(tmp_path / "rows.csv")])
+    with pytest.raises(SystemExit, match=r"forward lost the GPU.*left to run: floor fp8"):
+        flux.measure(options)
 
 
 @pytest.mark.parametrize("model", NARROW)
@@ -311,7 +293,7 @@ def test_a_contestant_that_fails_costs_its_own_rows(session, monkeypatch):
             raise RuntimeError("no kernel\nfor this")
         return module
 
-    monkeypatch.setattr(contestants, "ours", ours)
+    monkeypatch.setattr(dirotq, "accelerate", ours)
     for batch in (1, 2):
         session.forward(FUSED, Case("flux", 64, batch))
     session.forward(UNFUSED, SMALL["flux"])
@@ -323,33 +305,13 @@ def test_a_contestant_that_fails_costs_its_own_rows(session, monkeypatch):
 
 
 def test_work_of_flux():
-    work = flux_work.work(1024)
+    work = flux_floor.work(1024)
     assert work.linear_flops == pytest.approx(59.5e12, rel=0.01)
     assert work.attention == (1, 24, 4608, 128)
     assert work.attentions == 57
     assert sum(work.shapes.values()) == 19 * 8 + 38 * 2
-    assert flux_work.columns(3072) == 3328
-    assert flux_work.work(1024, 2).linear_flops == 2 * work.linear_flops
-
-
-def test_the_roofline_gives_the_h100_what_was_measured_there():
-    h100 = next(peak for peak in roofline.PEAKS if peak.name == "H100")
-    found = {who: sum(parts.values()) for who, parts in
-             roofline.times(flux_work.work(1024), h100).items()}  # fmt: skip
-    # Gaps between launches are no part of it: 6.5 ms, 0 and 3.2 ms.
-    assert found[EAGER] == pytest.approx(181.8 - 6.5, rel=0.02)
-    assert found[COMPILED] == pytest.approx(129.8, rel=0.02)
-    assert found[FUSED] == pytest.approx(96.9 - 3.2, rel=0.05)
-
-
-def test_the_roofline_is_sane_and_marked():
-    rows = roofline.rows(flux_work.work(1024), "flux 1024x1")
-    assert all(r.note == PREDICTED and r.value > 0 for r in rows)
-    whole = {(r.what, r.contestant): r.value for r in rows if r.what.endswith(": all")}
-    assert len(whole) == 3 * len(roofline.PEAKS)
-    for who in (FUSED, EAGER, COMPILED):
-        assert whole["H200: all", who] < whole["H100: all", who] < whole["RTX 3090: all", who]
-    assert tables(rows).count("(predicted)") == len(roofline.PEAKS)
+    assert flux_floor.columns(3072) == 3328
+    assert flux_floor.work(1024, 2).linear_flops == 2 * work.linear_flops
 
 
 def test_images_of_the_embedded_model_are_compared_in_four_ways(monkeypatch, tmp_path):
@@ -368,7 +330,7 @@ def test_images_of_the_embedded_model_are_compared_in_four_ways(monkeypatch, tmp
     monkeypatch.setattr(dirotq, "compress", lambda *overrides: made)
     monkeypatch.setattr(dirotq, "load", lambda folder, dtype: pipe)
     monkeypatch.setattr(flux_quality, "generate", generate)
-    monkeypatch.setattr(flux_quality, "ours", ours)
+    monkeypatch.setattr(dirotq, "accelerate", ours)
     batched, fused, eight_bits = flux_quality.compared("store", count=2)
     assert batched.value == pytest.approx(20, abs=0.01)
     assert fused.value == pytest.approx(40, abs=0.01)

@@ -6,7 +6,7 @@ import pytest
 
 from dirotq.benchmarks import quality_rows
 from dirotq.benchmarks.quality import refuse_other_count, store, summary
-from dirotq.benchmarks.quality_table import CLAIMS, claims, compared, methods, put, tables
+from dirotq.benchmarks.quality_table import CLAIMS, claims, compared, methods, tables
 from dirotq.pipeline.config import build, compose_config
 
 
@@ -72,15 +72,14 @@ def test_sections_without_results_have_a_head_only(results):
     assert set(tables({"tiny_flux": results})) >= {"claims", "ablations", "methods tiny_flux"}
 
 
-def test_only_the_marked_part_of_a_document_changes(tmp_path):
-    document = tmp_path / "quality.md"
-    document.write_text("a\n<!-- begin: x -->\nold\n<!-- end: x -->\nb\n")
-    put(document, "x", "new\n")
-    put(document, "y", "nowhere\n")
-    assert document.read_text() == "a\n<!-- begin: x -->\nnew\n<!-- end: x -->\nb\n"
-    document.write_text("<!-- begin: x -->\n")
-    with pytest.raises(SystemExit, match="has no"):
-        put(document, "x", "new\n")
+def test_the_document_is_what_its_rows_give(request):
+    root = request.config.rootpath
+    text = (root / "docs" / "quality.md").read_text()
+    files = [root / "docs" / "quality" / f"{model}.json" for model in quality_rows.MODELS]
+    made = tables({file.stem: json.loads(file.read_text()) for file in files})
+    assert [
+        name for name, table in made.items() if f"{name} -->\n{table}<!-- end" not in text
+    ] == []
 
 
 def test_keys_are_distinct_and_every_base_and_claim_is_a_row():

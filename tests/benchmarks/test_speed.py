@@ -9,23 +9,15 @@ import torch
 
 from dirotq.benchmarks import gpu_timing, rivals, speed
 from dirotq.benchmarks.linear_cases import LINEARS
+from dirotq.benchmarks.published import append, read
 from dirotq.benchmarks.random_linear import FORMATS, Checker, random_linear, random_rows, spec_for
-from dirotq.benchmarks.speed_table import (
-    BEGIN,
-    END,
-    LESS_IS_BETTER,
-    TITLES,
-    Row,
-    append,
-    put,
-    read,
-    tables,
-)
+from dirotq.benchmarks.speed_table import LESS_IS_BETTER, TITLES, Row, tables
 from dirotq.kernels import transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
 from dirotq.kernels.case import Case
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import candidates_for, kind_of
 
+BEGIN, END = "<!-- begin: make bench-kernels -->", "<!-- end: make bench-kernels -->"
 CASES = {
     "linear": LINEARS,
     "transform_quantize": transform_quantize.CASES,
@@ -89,15 +81,6 @@ def test_unknown_ops_are_named(capsys):
     assert "unknown: gem; there are linear, gemm" in capsys.readouterr().err
 
 
-def test_rows_survive_csv(tmp_path):
-    path = tmp_path / "deep" / "rows.csv"
-    first, second = row(plan="scaled_mm", reach=1.4, stretch=1.6), row(case="B, M = 1", ratio=None)
-    append(path, [first])
-    append(path, [second])
-    assert read(path) == [first, second]
-    assert path.read_text().count("op,case,contestant") == 1
-
-
 def test_a_line_per_case_and_a_column_per_contestant():
     rows = [
         row(contestant="bf16", us_p50=300.0, ratio=None),
@@ -143,20 +126,7 @@ def test_rows_of_an_earlier_run_are_published(monkeypatch, capsys, tmp_path):
     assert text.startswith(f"before\n{BEGIN}\n### {TITLES['linear']}")
     assert text.endswith(f"{END}\nafter\n")
     assert "old" not in text
-    assert read(docs / "kernels.csv") == [row()]
-
-
-def test_a_document_without_markers_is_left_alone(tmp_path):
-    document = tmp_path / "kernels.md"
-    document.write_text("nothing\n")
-    with pytest.raises(ValueError, match="has no <!-- begin"):
-        put(document, "new")
-    assert document.read_text() == "nothing\n"
-
-
-def test_the_document_has_the_markers(request):
-    text = (request.config.rootpath / "docs" / "kernels.md").read_text()
-    assert text.index(BEGIN) < text.index(END)
+    assert read(docs / "kernels.csv", Row) == [row()]
 
 
 @pytest.mark.parametrize("op", CASES)

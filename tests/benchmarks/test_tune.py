@@ -107,7 +107,7 @@ def test_the_runtime_finds_what_was_measured(tmp_path, monkeypatch):
     assert problems(json.loads(file.read_text())) == []
     monkeypatch.setattr(plan_module, "TABLE", file)
     plan_module._table.cache_clear()
-    plan_module._choose.cache_clear()
+    plan_module.choose.cache_clear()
     try:
         spec = spec_for("w4a4", 3072, 9216)
         many = choose(90, 4096, 9216, spec, torch.bfloat16)
@@ -115,7 +115,7 @@ def test_the_runtime_finds_what_was_measured(tmp_path, monkeypatch):
         few = choose(90, 20, 9216, spec, torch.bfloat16)
     finally:
         plan_module._table.cache_clear()
-        plan_module._choose.cache_clear()
+        plan_module.choose.cache_clear()
     assert many.engine == "scaled_mm"
     assert name_of(half) == name_of(timed()[1][0])
     assert few.engine == "packed"

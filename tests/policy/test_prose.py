@@ -1,7 +1,8 @@
 """Markdown is readable as it stands: wrapped lines, short tables, links that lead somewhere."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ README_BYTES = 9_000
 GLOSSARY_LINES = 40
 FOLDERS = ("assets", "benchmarks", "conf", "dirotq", "docs", "kernels", "models", "pipeline")
 FOLDERS += ("stages", "tests")
+FILE = r"[\w.<>{},*/-]+\.(?:py|yaml|j2|md|toml)\b"
 
 
 def pages(root: Path) -> list[Path]:
@@ -73,6 +75,49 @@ def test_links_lead_to_files(page):
     targets = re.findall(r"\]\(([^)\s#]+)(?:#[^)\s]*)?\)", text)
     local = [target for target in targets if "://" not in target]
     assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def missing(text: str, files: Iterable[str]) -> list[str]:
+    """Return the paths in backticks that none of ``files`` has.
+
+    ``<name>`` and ``*`` stand for any name, ``{a,b}`` for each. A path may leave out its first
+    folders, as ``test_dag.py`` does.
+    """
+    named = [path for code in re.findall(r"`([^`\n]+)`", text) for path in re.findall(FILE, code)]
+    found = []
+    for path in named:
+        before, brace, rest = path.partition("{")
+        inside, _, after = rest.partition("}")
+        for choice in inside.split(",") if brace else [""]:
+            pattern = re.sub(r"<\w+>", "*", before + choice + after).removeprefix("../")
+            if not any(fnmatch(name, pattern) or fnmatch(name, f"*/{pattern}") for name in files):
+                found.append(path)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("`stages/gptq.py`", []),
+        ("`gptq.py` and `make x`", []),
+        ("`stages/<stage>.py`, `*/gptq.py`", []),
+        ("`stages/{gptq,pack}.py`", []),
+        ("`stages/{gptq,rank}.py`", ["stages/{gptq,rank}.py"]),
+        ("`tq.py`", ["tq.py"]),
+        ("`kernels/gptq.py`", ["kernels/gptq.py"]),
+        ("stages/old.py", []),
+    ],
+)
+def test_what_counts_as_missing(text, found):
+    assert missing(text, ["stages/gptq.py", "stages/pack.py"]) == found
+
+
+def test_files_that_are_named_exist(root):
+    """Records of decisions and of changes name files as they were then, so they are left out."""
+    files = [*root.glob("*.*"), *(file for name in FOLDERS for file in (root / name).rglob("*.*"))]
+    names = [str(file.relative_to(root)) for file in files]
+    kept = [p for p in pages(root) if p.parent.name != "adr" and p.name != "CHANGELOG.md"]
+    assert [(page, path) for page in kept for path in missing(page.read_text(), names)] == []
 
 
 def test_the_readme_is_short_and_shows_the_map_of_the_stages(root):

@@ -64,7 +64,7 @@ def test_command_exists(document, command, root):
         assert words[1] in command_line()[1], f"{words[1]} is no verb"
         multirun = {"-m", "--multirun"} & set(words)
         if words[1] in ("compress", "plan") and not multirun:
-            compose_config(words[2:], CONFIG)
+            compose_config([word for word in words[2:] if word != "--help"], CONFIG)
     elif words[0] in ("python", "python3") and words[1:2] and words[1].endswith(".py"):
         assert (root / words[1]).is_file()
 

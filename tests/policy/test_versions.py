@@ -59,7 +59,7 @@ def test_digest_sees_code_and_nothing_else():
     [
         ("dirotq/quantize/moments.py", "total / tokens", "total / (tokens + 1)"),
         ("dirotq/evaluate/fidelity.py", "PSNR_LIMIT = ", "PSNR_LIMIT = 50 or "),
-        ("dirotq/evaluate/statistics.py", "level: float = 0.95", "level: float = 0.9"),
+        ("dirotq/evaluate/statistics.py", "LEVEL = 0.95", "LEVEL = 0.9"),
         ("dirotq/evaluate/metrics/clip_score.py", "(100 * ", "(101 * "),
         ("kernels/gptq/reference.py", "+ damping * 10", "+ damping * 11"),
     ],

@@ -5,7 +5,7 @@ import torch
 from tiny_line import run_stage, stage
 
 from dirotq.errors import ConfigError
-from dirotq.evaluate import generation
+from dirotq.evaluate import images
 from dirotq.evaluate.images import made_in, made_on, read_images, read_seconds
 from dirotq.sources.generation import generate
 from dirotq.stages.reference import Reference, floor_batch, other_attention
@@ -63,7 +63,7 @@ def test_an_interrupted_run_makes_no_image_twice(reference, tree, tmp_path, monk
         made.append((len(prompts), [p.seed for p in prompts]))
         return generate(pipe, prompts, call)
 
-    monkeypatch.setattr(generation, "generate", stop_at_the_third)
+    monkeypatch.setattr(images, "generate", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run_stage(single, tmp_path)
     run_stage(single, tmp_path)

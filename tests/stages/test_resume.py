@@ -16,7 +16,7 @@ from tiny_line import run_stage, stage, tree_bytes
 
 from dirotq.calibrate.trajectory import Trajectories
 from dirotq.errors import ArtifactError
-from dirotq.evaluate import generation
+from dirotq.evaluate import images as stored_images
 from dirotq.evaluate.images import ImageWriter, read_images
 from dirotq.pipeline.units import JOURNAL, Units
 from dirotq.quantize.tensors import load_site, save_site
@@ -103,11 +103,11 @@ def cases(line, finished):
     )
     reference = dataclasses.replace(stage(line(), "reference"), batch=1, floor=False)
     seed = lambda pipe, prompts, call: str(prompts[0].seed)  # noqa: E731
-    made["reference"] = Case(reference, generation, "generate", seed, ("106",), ("106", "107"))
+    made["reference"] = Case(reference, stored_images, "generate", seed, ("106",), ("106", "107"))
     validate = dataclasses.replace(stage(line(), "validate"), batch=1, pairs=0)
     slots = ("capture", "basis", "rank", "pack", "reference")
     made["validate"] = Case(
-        validate, generation, "generate", seed, ("106",), ("106", "107"),
+        validate, stored_images, "generate", seed, ("106",), ("106", "107"),
         {slot: finished[slot] for slot in slots},
     )  # fmt: skip
     return made

@@ -13,7 +13,7 @@ from torch.nn.functional import linear
 
 import dirotq
 from dirotq.errors import ArtifactError, ConfigError
-from dirotq.evaluate import generation
+from dirotq.evaluate import images as stored_images
 from dirotq.evaluate.images import read_images
 from dirotq.quantize.tensors import read_array
 from dirotq.sources.generation import generate
@@ -270,11 +270,11 @@ def test_images_stay_and_an_interrupted_run_goes_on(
         made.append(prompts[0].seed)
         return generate(pipe, prompts, call)
 
-    monkeypatch.setattr(generation, "generate", stop_after_one)
+    monkeypatch.setattr(stored_images, "generate", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         run_stage(single, tmp_path, **inputs)
     monkeypatch.setattr(
-        generation, "generate", lambda *args: made.append(args[1][0].seed) or generate(*args)
+        stored_images, "generate", lambda *args: made.append(args[1][0].seed) or generate(*args)
     )
     run_stage(single, tmp_path, **inputs)
     assert made == [106, 107]

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,12 +28,13 @@ def completion(text: str | None, **message: Any) -> "Response":
 
 @dataclass
 class Response:
-    """``drop``: close the connection instead."""
+    """``drop``: close the connection instead. ``drip``: seconds before each byte of the body."""
 
     status: int = 200
     body: str = ""
     headers: dict[str, str] = field(default_factory=dict)
     drop: bool = False
+    drip: float = 0.0
 
 
 def scripted(*responses: Response) -> Callable[[int, object], Response]:
@@ -85,7 +87,10 @@ def serving(behave: Callable[[int, dict[str, Any]], Response]) -> Iterator[ChatS
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            step = 1 if response.drip else max(len(content), 1)
+            for start in range(0, len(content), step):
+                time.sleep(response.drip)
+                self.wfile.write(content[start : start + step])
 
         def log_message(self, *args: Any) -> None:
             pass

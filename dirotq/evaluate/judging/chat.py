@@ -42,13 +42,13 @@ def connected(
 
     key      the bearer token; None: none is sent, whatever the environment holds
     before   called before each sending, repetitions included
-    timeout  seconds without a byte
+    timeout  seconds until an answer begins, and again until it is whole
     """
     import openai
 
     url = base_url.rstrip("/") + "/chat/completions"
     http = openai.DefaultHttpxClient(
-        event_hooks={"request": [before], "response": [_refuse_torn]},
+        event_hooks={"request": [before], "response": [_whole_within(timeout), _refuse_torn]},
         follow_redirects=False,  # a key goes to the address that it was given for
     )
 
@@ -117,6 +117,30 @@ def _refused(url: str, model: str, status: int, text: str, retries: int) -> Repl
         f"the judge's server {url} refuses the request: {shown}. Look at "
         f"judge.backend.model={model}, api_key_env, base_url, structured and extra"
     )
+
+
+def _whole_within(seconds: float) -> Callable[["httpx2.Response"], None]:
+    """Return a hook that bounds the time of a body: the client's own limit is one of each pause."""
+    import httpx2
+
+    class Bounded(httpx2.SyncByteStream):
+        def __init__(self, stream: httpx2.SyncByteStream) -> None:
+            self.stream, self.end = stream, time.monotonic() + seconds
+
+        def __iter__(self) -> Iterator[bytes]:
+            for part in self.stream:
+                if time.monotonic() > self.end:
+                    raise httpx2.ReadTimeout(f"the answer was not whole after {seconds:g} s")
+                yield part
+
+        def close(self) -> None:
+            self.stream.close()
+
+    def bound(response: httpx2.Response) -> None:
+        assert isinstance(response.stream, httpx2.SyncByteStream)
+        response.stream = Bounded(response.stream)
+
+    return bound
 
 
 def _refuse_torn(response: "httpx2.Response") -> None:

@@ -55,7 +55,7 @@ class OpenAIServer:
     ``api_key_env``  the environment variable that holds the key, or null. The key itself is sent
                      as a bearer token and stands in no file, log line or message
     ``concurrency``  requests under way at a time; ``requests_per_minute`` that start, or null
-    ``timeout``      seconds to wait for a connection, and for each part of an answer
+    ``timeout``      seconds until a connection is there, until an answer begins, until it is whole
     ``attempts``     how often a question is sent before it counts as failed. Answers 408, 409, 429
                      and 5xx, bodies that are no completion, timeouts and broken connections are
                      sent again after 0.5 to 8 s, or as a Retry-After of up to two minutes says

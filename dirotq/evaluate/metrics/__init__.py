@@ -4,7 +4,7 @@ One file per metric. Each is a frozen dataclass of settings that ``validate.lear
 packages and weights are looked for when a run is planned and loaded when it scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +18,7 @@ class Meter(Protocol):
         """Look at images [B, 3, H, W] in [0, 1]; ``original``: the 16-bit model's, same order."""
 
     def compute(self) -> list[float] | float:
-        """Scores of all images since the last call, or one of the whole set; then start over."""
+        """Return scores of all images since the last call, or one of the set; start over."""
 
 
 class Metric(Protocol):
@@ -34,7 +34,23 @@ class Metric(Protocol):
         """Raise ConfigError if a package or a file is missing."""
 
     def identity(self) -> dict[str, Any]:
-        """Settings, and the digests of the weights. Raises what :meth:`check` raises."""
+        """Return settings, and the digests of the weights. Raises what :meth:`check` raises."""
 
     def open(self, device: torch.device) -> Meter:
-        """With its network on ``device``."""
+        """Load its network to ``device``."""
+
+
+class PerImage:
+    """A meter of what ``score`` says of images, prompts and originals: one number per image."""
+
+    def __init__(self, score: Callable[[Tensor, Sequence[str], Tensor], list[float]]) -> None:
+        self.score = score
+        self.values: list[float] = []
+
+    @torch.no_grad()
+    def update(self, images: Tensor, prompts: Sequence[str], original: Tensor) -> None:
+        self.values += self.score(images, prompts, original)
+
+    def compute(self) -> list[float]:
+        values, self.values = self.values, []
+        return values

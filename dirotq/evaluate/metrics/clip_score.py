@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from dirotq.errors import ArtifactError, ConfigError
+from dirotq.evaluate.png import eight_bits
 from dirotq.files.walk import readable
 from dirotq.quiet import quiet
 from dirotq.sources.doors import refuse_part
 from dirotq.sources.weights import read_header
 
-from .inception_fid import eight_bits
+from . import PerImage
 from .weights import digests, local_folder
 
 WHAT = "a transformers CLIP folder, such as a download of openai/clip-vit-large-patch14"
@@ -39,18 +40,33 @@ class ClipScore:
         folder = local_folder("clip_score", self.path, WHAT)
         return {"metric": "clip_score 1", "files": digests(folder, self._files())}
 
-    def open(self, device: torch.device) -> "_Meter":
+    def open(self, device: torch.device) -> PerImage:
         from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
         folder = local_folder("clip_score", self.path, WHAT)
         with quiet():
-            model = CLIPModel.from_pretrained(folder, use_safetensors=True, local_files_only=True)
+            model: Any = CLIPModel.from_pretrained(
+                folder, use_safetensors=True, local_files_only=True
+            )
             tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
             processor = CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        return _Meter(model.eval().requires_grad_(False).to(device), tokenizer, processor, device)
+        model.eval().requires_grad_(False).to(device)
+        length = model.config.text_config.max_position_embeddings
+
+        def score(images: Tensor, prompts: Sequence[str], original: Tensor) -> list[float]:
+            words = tokenizer(
+                list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
+            )
+            pixels = processor([eight_bits(image) for image in images], return_tensors="pt")
+            made = model(**words.to(device), **pixels.to(device))
+            # Both embeddings come normalized.
+            cosine = (made.image_embeds * made.text_embeds).sum(1)
+            return (100 * cosine.clamp_min(0)).tolist()
+
+        return PerImage(score)
 
     def _files(self) -> list[Path]:
-        """What decides a score: configurations, vocabulary, weights."""
+        """List what decides a score: configurations, vocabulary, weights."""
         folder = local_folder("clip_score", self.path, WHAT)
         weights = sorted(folder.glob("*.safetensors"))
         if not weights or not (folder / "config.json").is_file():
@@ -66,26 +82,3 @@ class ClipScore:
         refuse_part(folder)
         settings = [*sorted(folder.glob("*.json")), *sorted(folder.glob("*.txt"))]
         return [*weights, *map(readable, settings)]
-
-
-class _Meter:
-    def __init__(self, model: Any, tokenizer: Any, processor: Any, device: torch.device) -> None:
-        self.model, self.tokenizer, self.processor = model, tokenizer, processor
-        self.device = device
-        self.values: list[float] = []
-
-    @torch.no_grad()
-    def update(self, images: Tensor, prompts: Sequence[str], original: Tensor) -> None:
-        length = self.model.config.text_config.max_position_embeddings
-        words = self.tokenizer(
-            list(prompts), padding=True, truncation=True, max_length=length, return_tensors="pt"
-        )
-        pixels = self.processor([eight_bits(image) for image in images], return_tensors="pt")
-        made = self.model(**words.to(self.device), **pixels.to(self.device))
-        # Both embeddings come normalized.
-        cosine = (made.image_embeds * made.text_embeds).sum(1)
-        self.values += (100 * cosine.clamp_min(0)).tolist()
-
-    def compute(self) -> list[float]:
-        values, self.values = self.values, []
-        return values

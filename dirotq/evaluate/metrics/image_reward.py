@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
+from dirotq.evaluate.png import picture
 from dirotq.files.digest import input_digests
 
-from .inception_fid import eight_bits
+from . import PerImage
 from .weights import imported, local_file, refuse_missing
 
 PACKAGE, INSTALL = "ImageReward", "image-reward"
@@ -40,27 +40,17 @@ class ImageReward:
     def identity(self) -> dict[str, Any]:
         return {"metric": "image_reward 1", "files": list(input_digests(self._files()).values())}
 
-    def open(self, device: torch.device) -> "_Meter":
+    def open(self, device: torch.device) -> PerImage:
         package = imported("image_reward", PACKAGE, INSTALL)
         weights, config = map(str, self._files())
-        return _Meter(package.load(weights, device=str(device), med_config=config))
+        model = package.load(weights, device=str(device), med_config=config)
+
+        def score(images: Tensor, prompts: Sequence[str], original: Tensor) -> list[float]:
+            shown = zip(prompts, map(picture, images), strict=True)
+            return [float(model.score(prompt, image)) for prompt, image in shown]
+
+        return PerImage(score)
 
     def _files(self) -> list[Path]:
         pairs = ((self.path, WHAT), (self.config, CONFIG))
         return [local_file("image_reward", path, what) for path, what in pairs]
-
-
-class _Meter:
-    def __init__(self, model: Any) -> None:
-        self.model = model
-        self.values: list[float] = []
-
-    @torch.no_grad()
-    def update(self, images: Tensor, prompts: Sequence[str], original: Tensor) -> None:
-        for prompt, image in zip(prompts, images, strict=True):
-            picture = Image.fromarray(eight_bits(image))
-            self.values.append(float(self.model.score(prompt, picture)))
-
-    def compute(self) -> list[float]:
-        values, self.values = self.values, []
-        return values

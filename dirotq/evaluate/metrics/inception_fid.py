@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dirotq.errors import ConfigError
 from dirotq.evaluate.distributions import frechet_distance
+from dirotq.evaluate.png import eight_bits
 from dirotq.files.digest import input_digests
 from dirotq.files.walk import walk
 from dirotq.pipeline.stage import fingerprint
@@ -98,13 +99,13 @@ class _Meter:
                 self.look_at(eight_bits(x))
 
     def look_at(self, pixels: np.ndarray) -> None:
-        """pixels  uint8 [H, W, 3]"""
+        """Take one image, uint8 [H, W, 3]."""
         self.waiting.append(clean_resize(pixels))
         if len(self.waiting) == self.batch:
             self._forward()
 
     def take(self) -> Tensor:
-        """Features of everything looked at since the last call, float32 [N, F]."""
+        """Return features of everything looked at since the last call, float32 [N, F]."""
         if self.waiting:
             self._forward()
         features, self.features = self.features, []
@@ -125,14 +126,10 @@ class _Meter:
         self.waiting = []
 
 
-def eight_bits(image: Tensor) -> np.ndarray:
-    """[3, H, W] in [0, 1] as the PNG that papers score would hold it: uint8 [H, W, 3]."""
-    return (image * 255).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
-
-
 def clean_resize(pixels: np.ndarray) -> Tensor:
-    """uint8 [H, W, 3] to float32 [3, 299, 299] in [0, 255]: PIL's bicubic with antialiasing, each
-    channel in float, nothing rounded on the way (Parmar et al., section 3).
+    """Resize uint8 [H, W, 3] to float32 [3, 299, 299] in [0, 255].
+
+    PIL's bicubic with antialiasing, each channel in float (Parmar et al., section 3).
     """
     channels = [
         np.asarray(

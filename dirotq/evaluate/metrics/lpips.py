@@ -11,6 +11,7 @@ from torch import Tensor
 from dirotq.errors import ConfigError
 from dirotq.files.digest import input_digests
 
+from . import PerImage
 from .weights import imported, local_file, refuse_missing
 
 PACKAGE, INSTALL = "lpips", "'dirotq[metrics]'"
@@ -43,30 +44,22 @@ class Lpips:
         file = local_file("lpips", self.path, WHAT)
         return {"metric": "lpips 1", "net": self.net, "weights": input_digests([file])[file]}
 
-    def open(self, device: torch.device) -> "_Meter":
+    def open(self, device: torch.device) -> PerImage:
         package = imported("lpips", PACKAGE, INSTALL)
         # Without pnet_rand the backbone would be downloaded; the heads come with the package.
         network = package.LPIPS(net=self.net, pnet_rand=True, verbose=False)
         _fill(network.net, load_file(local_file("lpips", self.path, WHAT)), self.path)
-        return _Meter(network.eval().requires_grad_(False).to(device), device)
+        network.eval().requires_grad_(False).to(device)
 
+        def score(images: Tensor, prompts: Sequence[str], original: Tensor) -> list[float]:
+            a, b = (2 * x.to(device) - 1 for x in (images, original))
+            return network(a, b).flatten().tolist()
 
-class _Meter:
-    def __init__(self, network: Any, device: torch.device) -> None:
-        self.network, self.device = network, device
-        self.values: list[float] = []
-
-    def update(self, images: Tensor, prompts: Sequence[str], original: Tensor) -> None:
-        a, b = (2 * x.to(self.device) - 1 for x in (images, original))
-        self.values += self.network(a, b).flatten().tolist()
-
-    def compute(self) -> list[float]:
-        values, self.values = self.values, []
-        return values
+        return PerImage(score)
 
 
 def _fill(backbone: torch.nn.Module, weights: dict[str, Tensor], path: str) -> None:
-    """The package's slices keep torchvision's layer numbers: ``slice2.3.weight`` is features.3."""
+    """Load weights by torchvision's layer numbers: ``slice2.3.weight`` is features.3."""
     wanted = backbone.state_dict()
     found = {name: weights.get(f"features.{name.partition('.')[2]}") for name in wanted}
     for name, tensor in found.items():

@@ -14,7 +14,7 @@ from dirotq.files.digest import input_digests
 
 
 def local_file(metric: str, path: str, what: str) -> Path:
-    """The file ``path``. Raises ConfigError if there is none; ``what`` says where it comes from."""
+    """Return the file ``path``. Raises ConfigError with ``what`` it should be if there is none."""
     file = Path(path).expanduser()
     if not file.is_file():
         raise ConfigError(f"{metric}: {path} does not exist. It should be {what} (docs/metrics.md)")
@@ -22,7 +22,7 @@ def local_file(metric: str, path: str, what: str) -> Path:
 
 
 def local_folder(metric: str, path: str, what: str) -> Path:
-    """The folder ``path``. Raises ConfigError if there is none."""
+    """Return the folder ``path``. Raises ConfigError if there is none."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
         raise ConfigError(f"{metric}: {path} is no folder. It should be {what} (docs/metrics.md)")
@@ -30,7 +30,7 @@ def local_folder(metric: str, path: str, what: str) -> Path:
 
 
 def digests(root: Path, files: Iterable[Path]) -> dict[str, str]:
-    """{path below ``root``: SHA-256}, in order."""
+    """Return {path below ``root``: SHA-256}, in order."""
     return {
         file.relative_to(root).as_posix(): digest
         for file, digest in sorted(input_digests(files).items())
@@ -47,7 +47,7 @@ def refuse_missing(metric: str, package: str, install: str) -> None:
 
 
 def imported(metric: str, package: str, install: str) -> ModuleType:
-    """The package, imported only now: it takes seconds, and brings what nobody else needs.
+    """Import the package only now: it takes seconds, and brings what nobody else needs.
 
     Raises ConfigError if it is missing or can't be imported beside what is installed.
     """

@@ -7,8 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dirotq.errors import ArtifactError, ConfigError, NumericalError, UnsupportedError
-from dirotq.evaluate.generation import generate_all
-from dirotq.evaluate.images import ImageWriter, read_images, read_seconds
+from dirotq.evaluate.images import ImageWriter, generate_all, read_images, read_seconds
 from dirotq.pipeline.stage import fingerprint, recipe
 from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel

@@ -1,5 +1,6 @@
 """Sending a question to a real server that misbehaves."""
 
+import dataclasses
 import json
 import threading
 import time
@@ -63,6 +64,16 @@ def test_a_slow_server_times_out(compare):
         reply = compare(server, timeout=0.2)
         released.set()
     assert reply.retries == 1
+
+
+@pytest.mark.parametrize("status", [200, 503])
+def test_a_server_that_drips_times_out(compare, status):
+    """No pause is longer than the limit, the whole answer is."""
+    dripping = dataclasses.replace(completion(answer()), status=status, drip=0.05)
+    began = time.monotonic()
+    with serving(scripted(dripping, completion(answer()))) as server:
+        assert compare(server, timeout=0.3).retries == 1
+    assert time.monotonic() - began < 3  # the body takes 9 s
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422, 301])

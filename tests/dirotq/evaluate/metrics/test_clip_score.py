@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
+from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
 from dirotq.assets import tiny_flux
 from dirotq.errors import ConfigError
@@ -45,7 +45,8 @@ def test_scores_are_100_cosines(folder):
     meter.update(images[1:], TEXTS[1:], images[1:])  # the last one is longer than the model reads
     found = meter.compute()
     assert meter.compute() == []
-    model, tokenizer, processor = meter.model, meter.tokenizer, meter.processor
+    kinds = (CLIPModel, CLIPTokenizer, CLIPImageProcessorPil)
+    model, tokenizer, processor = (kind.from_pretrained(folder) for kind in kinds)
     for score, image, text in zip(found, images, TEXTS, strict=True):
         words = tokenizer(text, truncation=True, max_length=12, return_tensors="pt")
         pixels = processor((image * 255).round().byte().numpy(), return_tensors="pt")
@@ -57,20 +58,22 @@ def test_scores_are_100_cosines(folder):
     assert meter.compute() == pytest.approx(found, abs=1e-3)  # whatever the batch
 
 
-def test_opposite_embeddings_score_nothing(folder):
-    meter = ClipScore(path=str(folder)).open(CPU)
-    images = torch.rand(1, 3, 32, 32)
-    meter.update(images, TEXTS[:1], images)
+def test_opposite_embeddings_score_nothing(folder, tmp_path):
+    opposite = shutil.copytree(folder, tmp_path / "opposite")
+    model = CLIPModel.from_pretrained(folder)
     with torch.no_grad():
-        meter.model.text_projection.weight.neg_()
-    meter.update(images, TEXTS[:1], images)
-    one, other = meter.compute()
-    assert min(one, other) == 0 < max(one, other)
+        model.text_projection.weight.neg_()
+    model.save_pretrained(opposite)
+    images = torch.rand(1, 3, 32, 32)
+    scores = []
+    for place in (folder, opposite):
+        meter = ClipScore(path=str(place)).open(CPU)
+        meter.update(images, TEXTS[:1], images)
+        scores += meter.compute()
+    assert min(scores) == 0 < max(scores)
 
 
 def test_identity_is_every_file_that_decides(folder, tmp_path):
-    import shutil
-
     copy = shutil.copytree(folder, tmp_path / "elsewhere")
     assert ClipScore(path=str(copy)).identity() == ClipScore(path=str(folder)).identity()
     config = json.loads((copy / "preprocessor_config.json").read_text())

@@ -10,7 +10,8 @@ from torch import nn
 
 from dirotq.errors import ConfigError
 from dirotq.evaluate.distributions import frechet_distance
-from dirotq.evaluate.metrics.inception_fid import InceptionFid, clean_resize, eight_bits
+from dirotq.evaluate.metrics.inception_fid import InceptionFid, clean_resize
+from dirotq.evaluate.png import eight_bits
 
 CPU = torch.device("cpu")
 
