@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 import dirotq  # noqa: F401 (diffusers has to know the format)
 from dirotq.device import compute_dtype
 from dirotq.kernels.linear import QuantLinear
-from dirotq.models.call import load_calls
+from dirotq.models.call import load_probe
 from dirotq.models.skeleton import move_buffers
 from dirotq.pipeline.artifact import Artifact
 from dirotq.quantize.plan import read_plan
@@ -45,8 +45,7 @@ def check(model: DiffusersModel, artifacts: dict[str, Artifact], device: torch.d
         errors = (relative_error(got, want), relative_error(specified, want))
         apart = relative_error(got, specified)
         lines.append(f"| {name} | {errors[0]:.5f} | {errors[1]:.5f} | {apart:.5f} |")
-    [probe] = load_calls(artifacts["capture"].data, ["probe"])
-    call = probe.on(device)
+    call = load_probe(artifacts["capture"])[0].on(device)
     with torch.no_grad():
         got = _output(packed, call)
         del packed
