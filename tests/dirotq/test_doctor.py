@@ -94,12 +94,12 @@ def test_a_broken_table_of_plans_is_a_finding(gpu, monkeypatch, tmp_path):
     broken.write_text("{")
     monkeypatch.setattr(plan, "TABLE", broken)
     plan._table.cache_clear()
-    plan._choose.cache_clear()
+    plan.choose.cache_clear()
     try:
         fast, said = doctor._kernels()
     finally:
         plan._table.cache_clear()
-        plan._choose.cache_clear()
+        plan.choose.cache_clear()
     assert not fast
     assert "JSONDecodeError" in said
 
