@@ -1,5 +1,6 @@
 """Put a wide module in the place of a site's linears, and tell what a transformer weighs."""
 
+import copy
 from collections.abc import Callable, Iterable
 
 from torch import nn
@@ -74,11 +75,12 @@ def packed_bits(site: Site, spec: QuantSpec) -> int:
 def effective_bits(skeleton: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> float:
     """Return bits per original parameter of a transformer packed by this plan, all counted.
 
-    skeleton  the 16-bit transformer; shapes are enough (meta device), and it is packed in place
+    skeleton  the 16-bit transformer, on the meta device: shapes are enough
     """
+    packed = copy.deepcopy(skeleton)
+    put_packed(packed, entries)
     parameters = sum(p.numel() for p in skeleton.parameters())
-    put_packed(skeleton, entries)
-    return 8 * sum(footprint(skeleton).values()) / parameters
+    return 8 * sum(footprint(packed).values()) / parameters
 
 
 def _put(root: nn.Module, path: str, module: nn.Module) -> None:

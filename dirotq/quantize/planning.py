@@ -84,12 +84,11 @@ class Planned:
     def metrics(self, model: DiffusersModel) -> dict[str, float]:
         skeleton, ranks = model.skeleton(), [line.spec.rank for line in self.blocks]
         packed = [(line.site, line.spec) for line in self.lines]
-        kept = share_kept(skeleton, (site for site, _ in packed))  # before it is packed, below
         return {
             "mean_rank": sum(ranks) / max(len(ranks), 1),
             "bits_per_parameter": effective_bits(skeleton, packed),
             "sites_kept": len(self.ignored),
-            "block_parameters_kept": kept,
+            "block_parameters_kept": share_kept(skeleton, (site for site, _ in packed)),
         }
 
 
