@@ -117,7 +117,11 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
         try:
             cfg = compose("config", overrides=words)
         except STUMBLES as error:
-            raise ConfigError(reworded(error, lambda: compose("config"))) from error
+            roots = _roots(module)
+            chosen = [word for word in words if setting(word)[1] in roots]  # groups, without values
+            raise ConfigError(
+                reworded(error, lambda: compose("config", overrides=chosen))
+            ) from error
         _refuse_unknown(cfg, words, module)
     return cfg
 

@@ -40,7 +40,7 @@ class Method:
     """
 
     moved: ClassVar[Mapping[str, str]] = {
-        "protect": "method.branch=null protects nothing",
+        "protect": "method.branch=null, which protects nothing",
         "protected_bits": "branch.bits=8",
         "smooth": "transform.smooth=true",
         "block": "transform.block=16",

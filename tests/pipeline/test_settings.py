@@ -70,6 +70,7 @@ def test_the_place_inside_of_a_mapping_is_named():
         ("gptq.damping=nan", r"gptq\.damping=nan does not fit: it is no finite number"),
         ("fuse.layer_tolerance=inf", r"fuse\.layer_tolerance=inf does not fit"),
         ("gptq.inputs=exact", r"gptq\.inputs: there is no such setting"),
+        ("method.protect=false", r"write method\.branch=null, which protects nothing"),
         (
             "act_format.element=int5",
             r"act_format\.element='int5' does not fit.*'int4' or 'int8'",
@@ -110,6 +111,18 @@ def test_a_wrong_setting_of_the_real_line_is_refused_before_anything_runs(
     with pytest.raises(ConfigError, match=says):
         build(compose_config(["model=tiny_flux", override], REAL))
     assert not store_root.exists()
+
+
+@pytest.mark.parametrize(
+    ("choice", "override", "has"),
+    [
+        ("rank=budget", "rank.sensitivity=equal", "rank has batch, bits, "),
+        ("judge=openai", "judge.backend.backoff=1", "judge.backend has api_key_env, attempts, "),
+    ],
+)
+def test_settings_that_there_are_are_those_of_the_chosen_group(choice, override, has):
+    with pytest.raises(ConfigError, match=has):
+        build(compose_config(["model=tiny_flux", choice, override], REAL))
 
 
 def test_a_launcher_that_is_not_installed_names_its_extra(monkeypatch):
