@@ -1,7 +1,6 @@
 """What a user can get wrong about the line: one paragraph on stderr, exit code 2, nothing lost."""
 
 import json
-import logging
 import shutil
 from typing import NamedTuple
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_line import overrides
+from toy_fixtures import logging_put_back
 
 from dirotq.cli import main
 from dirotq.files.sums import SUMS, write_sums
@@ -29,11 +29,8 @@ def compress(capsys, tiny_root, store_root):
             main([verb, *overrides(tiny_root, store_root, *more)])
         return Said(left.value.code, capsys.readouterr().err)
 
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield call
-    root.handlers[:] = handlers  # Hydra set up its own
-    root.setLevel(level)
+    with logging_put_back():
+        yield call
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +24,16 @@ class Result(NamedTuple):
     err: str
 
 
+@contextmanager
+def logging_put_back() -> Iterator[None]:
+    """Restore the root logger, for which Hydra sets up handlers of its own."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+
+
 @pytest.fixture
 def store(store_root: Path) -> ArtifactStore:
     return ArtifactStore(store_root)
@@ -38,11 +49,8 @@ def dirotq(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., Result]
             main(args, config="toyline.conf")
         return Result(left.value.code, *capsys.readouterr())
 
-    root = logging.getLogger()
-    handlers, level = list(root.handlers), root.level
-    yield call
-    root.handlers[:] = handlers  # Hydra set up its own
-    root.setLevel(level)
+    with logging_put_back():
+        yield call
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     attention_backend,
 )
-from tiny_offload import NETWORKS, call, network, original
+from tiny_offload import NETWORKS, call, original
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
@@ -30,20 +30,6 @@ PACKED = QuantLinear, *VIEWS
 FUSED = ("flux", "pixart", "sana", "sd3")
 DISPATCHING = ("flux", "flux2", "qwen_image", "z_image", "wan", "discovered")
 """Families whose attention processors let diffusers choose a backend."""
-
-
-@pytest.fixture(scope="module")
-def plain():
-    """name -> its network and what that computes, each made once."""
-    made: dict[str, Any] = {}
-
-    def of(name: str) -> tuple[Any, torch.Tensor]:
-        if name not in made:
-            packed = network(name)
-            made[name] = packed, call(packed, name)
-        return made[name]
-
-    return of
 
 
 @contextmanager
@@ -63,9 +49,9 @@ def counted(made: nn.Module, names: list[str] | None = None):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_every_hook_of_a_user_fires(plain, name):
+def test_every_hook_of_a_user_fires(plain_network, name):
     """All at once, and those of packed linears each alone: as often as in diffusers' network."""
-    packed, want = plain(name)
+    packed, want = plain_network(name)
     unpacked = original(name)
     with counted(unpacked) as theirs:
         call(unpacked, name)
@@ -80,9 +66,9 @@ def test_every_hook_of_a_user_fires(plain, name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_another_module_in_a_linears_place_runs(plain, name):
+def test_another_module_in_a_linears_place_runs(plain_network, name):
     """One linear of each name: blocks of a kind have the same."""
-    packed, want = plain(name)
+    packed, want = plain_network(name)
     views = {
         re.sub(r"\d+", "i", one): one for one, m in packed.named_modules() if isinstance(m, VIEWS)
     }
@@ -107,8 +93,8 @@ def test_another_module_in_a_linears_place_runs(plain, name):
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_hooks_of_all_modules_see_every_call(plain, name):
-    packed, want = plain(name)
+def test_hooks_of_all_modules_see_every_call(plain_network, name):
+    packed, want = plain_network(name)
     seen: Counter[type] = Counter()
     hook = register_module_forward_hook(lambda module, *_: seen.update([type(module)]))
     try:
@@ -122,8 +108,8 @@ def test_hooks_of_all_modules_see_every_call(plain, name):
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_parametrized_tensors_are_read(plain, name):
-    packed, want = plain(name)
+def test_parametrized_tensors_are_read(plain_network, name):
+    packed, want = plain_network(name)
 
     class Doubled(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -248,9 +234,10 @@ def by_environment(made: Any, name: str) -> torch.Tensor:
     [(name, by_context) for name in DISPATCHING]
     + [("flux", by_network), ("wan", by_network), ("flux", by_environment)],
 )
-def test_an_attention_backend_is_obeyed(plain, backends, name, choose):
-    packed, want = plain(name)
+def test_an_attention_backend_is_obeyed(plain_network, backends, name, choose):
+    packed, want = plain_network(name)
     theirs = original(name)
+    backends.clear()  # of the plain network's call, where this test is the first to ask for it
     call(theirs, name)
     attentions = len(backends)
     assert attentions
@@ -264,9 +251,9 @@ def test_an_attention_backend_is_obeyed(plain, backends, name, choose):
         assert torch.equal(choose(twin, name), got)
 
 
-def test_torchs_own_backend_is_what_fused_blocks_run(plain, backends):
+def test_torchs_own_backend_is_what_fused_blocks_run(plain_network, backends):
     """Named or not: then nobody asks diffusers, and blocks are fused."""
-    packed, want = plain("flux")
+    packed, want = plain_network("flux")
     twin = copy.deepcopy(packed)
     twin.set_attention_backend("native")
     with attention_backend("_native_math"):
@@ -276,9 +263,9 @@ def test_torchs_own_backend_is_what_fused_blocks_run(plain, backends):
 
 
 @pytest.mark.parametrize("name", ["pixart", "sd3"])
-def test_sliced_attention_is_obeyed(plain, name):
+def test_sliced_attention_is_obeyed(plain_network, name):
     """As by ``enable_attention_slicing``, which puts processors of its own in place."""
-    sliced = copy.deepcopy(plain(name)[0])
+    sliced = copy.deepcopy(plain_network(name)[0])
     for module in sliced.modules():
         if hasattr(module, "set_attention_slice") and module.added_kv_proj_dim is None:
             module.set_attention_slice(1)
@@ -288,9 +275,9 @@ def test_sliced_attention_is_obeyed(plain, name):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_layerwise_casting_leaves_packed_tensors_alone(plain, name):
+def test_layerwise_casting_leaves_packed_tensors_alone(plain_network, name):
     """What diffusers casts are the linears that stayed in 16 bits: as if rounded beforehand."""
-    packed, want = plain(name)
+    packed, want = plain_network(name)
     cast, rounded = copy.deepcopy(packed), copy.deepcopy(packed)
     cast.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
     names = [n for n, m in cast.named_modules() if "_diffusers_hook" in vars(m)]
@@ -309,9 +296,9 @@ def test_layerwise_casting_leaves_packed_tensors_alone(plain, name):
 
 
 @pytest.mark.parametrize("name", FUSED)
-def test_a_hook_of_an_attention_sees_what_diffusers_gives_it(plain, name):
+def test_a_hook_of_an_attention_sees_what_diffusers_gives_it(plain_network, name):
     """And not what sharing has made of that."""
-    unpacked, twin = original(name), copy.deepcopy(plain(name)[0])
+    unpacked, twin = original(name), copy.deepcopy(plain_network(name)[0])
     shapes: dict[nn.Module, list[Any]] = {unpacked: [], twin: []}
     for made, seen in shapes.items():
 

@@ -3,11 +3,10 @@ network one way of each library and depth (hooks of modules, of leaves, of group
 """
 
 import copy
-from typing import Any
 
 import pytest
 import torch
-from tiny_offload import KINDS, NETWORKS, absent, call, network, remove
+from tiny_offload import KINDS, NETWORKS, absent, call, remove
 from torch import nn
 
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
@@ -19,24 +18,10 @@ def cases(flux: list[str], others: list[str]) -> pytest.MarkDecorator:
     return pytest.mark.parametrize(("name", "kind"), found)
 
 
-@pytest.fixture(scope="module")
-def made():
-    """name -> its network and what that computes, each made once."""
-    found: dict[str, Any] = {}
-
-    def of(name: str) -> tuple[Any, torch.Tensor]:
-        if name not in found:
-            plain = network(name)
-            found[name] = plain, call(plain, name)
-        return found[name]
-
-    return of
-
-
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @cases(list(KINDS), ["sequential", "dispatch, parts", "blocks", "leaves, disk"])
-def test_results_are_those_without_hooks(made, name, kind, monkeypatch, tmp_path):
-    plain, want = made(name)
+def test_results_are_those_without_hooks(plain_network, name, kind, monkeypatch, tmp_path):
+    plain, want = plain_network(name)
     assert want.isfinite().all() and want.std() > 0
     absent(monkeypatch)
     twin = copy.deepcopy(plain)
@@ -54,8 +39,8 @@ def test_results_are_those_without_hooks(made, name, kind, monkeypatch, tmp_path
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @cases(["cpu_offload", "sequential", "disk_offload", "dispatch, disk"], ["sequential"])
-def test_no_packed_tensor_stays_behind(made, name, kind, tmp_path):
-    plain, _ = made(name)
+def test_no_packed_tensor_stays_behind(plain_network, name, kind, tmp_path):
+    plain, _ = plain_network(name)
     twin = copy.deepcopy(plain)
     KINDS[kind](twin, tmp_path)
     for _ in range(2):
@@ -66,8 +51,8 @@ def test_no_packed_tensor_stays_behind(made, name, kind, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @cases(["sequential", "model", "dispatch, parts"], ["dispatch, parts"])
-def test_a_deep_copy_brings_its_own_weights(made, name, kind, tmp_path):
-    plain, want = made(name)
+def test_a_deep_copy_brings_its_own_weights(plain_network, name, kind, tmp_path):
+    plain, want = plain_network(name)
     hooked = copy.deepcopy(plain)
     KINDS[kind](hooked, tmp_path)
     twin = copy.deepcopy(hooked)
@@ -78,15 +63,15 @@ def test_a_deep_copy_brings_its_own_weights(made, name, kind, tmp_path):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_views_have_no_tensors_to_bring(made, name):
-    plain, _ = made(name)
+def test_views_have_no_tensors_to_bring(plain_network, name):
+    plain, _ = plain_network(name)
     views = [m for m in plain.modules() if isinstance(m, SiteView | PointwiseView)]
     assert views
     assert not any(list(view.state_dict()) for view in views)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_the_dtype_of_a_packed_network_is_what_it_computes_in(made, name):
-    plain, _ = made(name)
+def test_the_dtype_of_a_packed_network_is_what_it_computes_in(plain_network, name):
+    plain, _ = plain_network(name)
     for dtype in (torch.float32, torch.float16):
         assert nn.Module.to(copy.deepcopy(plain), dtype).dtype == dtype
