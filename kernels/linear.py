@@ -40,7 +40,7 @@ class QuantLinear(nn.Module):
     def __init__(self, spec: QuantSpec, *, bias: bool, device: Any = None) -> None:
         super().__init__()
         self.spec = spec
-        self._key = ops.spec_key(spec)
+        self._key = ops.format_key(spec)
         for name, shape in buffer_shapes(spec, bias=bias).items():
             dtype = buffer_dtype(spec, name)
             empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
@@ -63,10 +63,10 @@ class QuantLinear(nn.Module):
                 return y_MN.view(*x.x_BTD.shape[:2], -1)
             x = x.value()
         self._check(x, x.shape[-1])
-        p = self.packed() if rows is None else self.packed().rows(rows)
         return ops.quant_linear(
-            x, p.qweight, p.wscale, p.wglobal, p.basis, p.rotation, p.wp, p.bias, self._key,
-            p.smooth, p.wpscale,
+            x, self.qweight, self.wscale, self.wglobal, self.basis, self.rotation, self.wp,
+            self.bias, self._key, self.smooth, self.wpscale,
+            None if rows is None else [rows.start, rows.stop],
         )  # fmt: skip
 
     def packed(self) -> Packed:

@@ -9,7 +9,7 @@ Letters: B images, T tokens, D channels, F channels that follow.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -72,6 +72,13 @@ class Prologue:
             x = x.flatten(0, 1)[None]
             behind = None if behind is None else behind.flatten(0, 1)[None]
         return replace(self, x_BTD=x, behind_BTF=behind)
+
+
+def kind_of(name: str) -> Kind:
+    """Return the kind of that name; raises ValueError if there is none."""
+    if name not in get_args(Kind):
+        raise ValueError(f"prologue {name!r} is unknown; there are {', '.join(get_args(Kind))}")
+    return cast(Kind, name)
 
 
 def _contiguous(x: Tensor) -> Tensor:

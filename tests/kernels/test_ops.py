@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ BUFFERS = ("qweight", "wscale", "wglobal", "basis", "rotation", "wp", "bias")
 
 def arguments(spec: QuantSpec, x: Tensor, *, bias: bool = True) -> tuple:
     module = packed(spec, bias=bias).to(x.device)
-    return x, *(getattr(module, name) for name in BUFFERS), ops.spec_key(spec)
+    return x, *(getattr(module, name) for name in BUFFERS), ops.format_key(spec)
 
 
 @every_spec
@@ -59,9 +60,30 @@ def test_works_on_meta(spec):
     assert y.shape == (3, 48)
 
 
-def test_a_spec_survives_being_an_argument():
+def test_a_spec_survives_being_an_argument_and_tensors():
     for spec in SPECS.values():
-        assert ops.spec_from_key(ops.spec_key(spec)) == spec
+        known = ops.spec_of(ops.format_key(spec), spec.in_features, spec.outputs, spec.rank)
+        assert known == replace(spec, out_features=(spec.outputs,))
+
+
+@every_spec
+@pytest.mark.parametrize("rows", [(0, 16), (8, 40), (0, 48)], ids=str)
+def test_some_rows_are_those_of_all(spec, rows):
+    module, x = packed(spec).to(DEVICE), torch.randn(2, 5, 64, device=DEVICE)
+    torch.testing.assert_close(module(x, rows=slice(*rows)), module(x)[..., slice(*rows)])
+
+
+def test_a_prologue_is_computed_first():
+    spec = SPECS["pow2"]
+    x, *more = arguments(spec, torch.randn(2, 5, 64))
+    want = ops.quant_linear(torch.nn.functional.gelu(x, approximate="tanh"), *more)
+    torch.testing.assert_close(ops.quant_linear(x, *more, prologue="gelu"), want)
+    first, behind = x[..., :48], x[..., 48:]
+    joined = torch.cat([first, torch.nn.functional.gelu(behind, approximate="tanh")], -1)
+    got = ops.quant_linear(first, *more, prologue="concat", behind=behind)
+    torch.testing.assert_close(got, ops.quant_linear(joined, *more))
+    with pytest.raises(ValueError, match="prologue 'relu' is unknown"):
+        ops.quant_linear(x, *more, prologue="relu")
 
 
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0, 64)])
@@ -157,10 +179,8 @@ def test_the_plan_is_chosen_by_the_rows_of_the_call(monkeypatch):
     module = packed(SPECS["pow2"])
     module(torch.randn(2, 7, 64))
     module(torch.randn(1, 64, dtype=torch.float16), rows=slice(8, 40))
-    assert asked == [
-        (None, 14, 48, SPECS["pow2"], torch.float32),
-        (None, 1, 32, SPECS["pow2"], torch.float16),
-    ]
+    whole, part = (replace(SPECS["pow2"], out_features=(n,)) for n in (48, 32))
+    assert asked == [(None, 14, 48, whole, torch.float32), (None, 1, 32, part, torch.float16)]
 
 
 @pytest.fixture
