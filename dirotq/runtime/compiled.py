@@ -1,0 +1,154 @@
+"""Blocks through ``torch.compile``: one compilation for all blocks of a class, our passes first.
+
+A block is what the network repeats. Compiling it alone (regionally) costs the same at any depth;
+its weights are arguments of the compiled code. Hooks around a block run as they did: only its
+class's forward is compiled.
+
+A block runs as its class wrote it where nothing can be won or something would go wrong: with
+gradients, inside of another compiler, with offloading inside of the block, on a device without
+kernels, or after a compilation that failed, which is said once.
+"""
+
+import functools
+import logging
+import time
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dirotq.kernels.chip import capability, say_once, why_reference
+from dirotq.kernels.linear import QuantLinear
+
+from .as_made import Made
+from .graph_capture import first_line
+
+log = logging.getLogger(__name__)
+
+
+def compile_blocks(transformer: nn.Module) -> None:
+    """Let every repeated block that holds a packed linear run compiled, in place.
+
+    A block whose forward somebody has replaced keeps that. Deep copies compile anew.
+    """
+    compilers: dict[type, Compiler] = {}
+    for block in repeated_blocks(transformer):
+        if "forward" not in vars(block):
+            compiler = compilers.setdefault(type(block), Compiler(type(block)))
+            block.forward = CompiledForward(block, compiler)
+
+
+def uncompile_blocks(transformer: nn.Module) -> None:
+    """Put the forwards of the blocks' classes back."""
+    for block in repeated_blocks(transformer):
+        if isinstance(vars(block).get("forward"), CompiledForward):
+            del block.forward
+
+
+def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
+    """List the outermost numbered modules that hold packed linears, in order."""
+    linears = (n for n, m in transformer.named_modules() if isinstance(m, QuantLinear))
+    names = {_block_of(name) for name in linears} - {""}
+    return [m for name, m in transformer.named_modules() if name in names]
+
+
+def _block_of(path: str) -> str:
+    """Return "blocks.3" of "blocks.3.attn.to_q", "" without a number."""
+    parts = path.split(".")
+    number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+    return ".".join(parts[: number + 1])
+
+
+class Compiler:
+    """One class's forward, compiled when it is first called: shared by a transformer's blocks."""
+
+    backend: ClassVar[Callable[..., Any] | None] = None
+    """None: our passes, then Inductor. Tests, which have no GPU, put another one there."""
+
+    def __init__(self, block_class: type) -> None:
+        self.block_class = block_class
+        self.failed = False
+
+    @functools.cached_property
+    def call(self) -> Callable[..., Any]:
+        """The compiled forward, ``call(block, *args, **kwargs)``.
+
+        Code of its own for every transformer: torch counts compilations by code object, and gives
+        up after a few.
+        """
+        forward = self.block_class.forward
+        twin = FunctionType(
+            forward.__code__.replace(), forward.__globals__, forward.__name__, forward.__defaults__,
+            forward.__closure__,
+        )  # fmt: skip
+        twin.__kwdefaults__ = forward.__kwdefaults__
+        compiled = torch.compile(twin, backend=self.backend or self._inductor)
+        # Ranks differ from block to block: the second one makes them symbols for all others.
+        return torch._dynamo.config.patch(force_parameter_static_shapes=False)(compiled)
+
+    def _inductor(self, module: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        from .passes import backend
+
+        start = time.monotonic()
+        compiled = backend(module, example_inputs)
+        seconds = time.monotonic() - start
+        log.info("compiled %s in %.1f s", self.block_class.__name__, seconds)
+        return compiled
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"block_class": self.block_class, "failed": False}  # compiled code is this process's
+
+
+class CompiledForward:
+    """Stands in as ``block.forward``."""
+
+    def __init__(self, block: nn.Module, compiler: Compiler) -> None:
+        self.block, self.compiler = block, compiler
+        self._made: Made | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        compiler = self.compiler
+        if self._may_compile(args, kwargs):
+            try:
+                return compiler.call(self.block, *args, **kwargs)
+            except _compile_errors() as error:
+                compiler.failed = True
+                say_once(
+                    f"{compiler.block_class.__name__} runs without the compiler: "
+                    f"{first_line(error)}",
+                    logging.WARNING,
+                )
+        return compiler.block_class.forward(self.block, *args, **kwargs)
+
+    def _may_compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        if self.compiler.failed or torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        first = next(tensors, None)
+        return first is not None and has_kernels(first.device) and self._unhooked()
+
+    def _unhooked(self) -> bool:
+        """Tell whether nobody counts on the calls of the modules inside, as offloading does."""
+        if self._made is None or not self._made.inside():
+            self._made = Made.now(self.block)  # adapters put other modules there
+        return self._made.inside()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_made": None}
+
+
+@functools.lru_cache
+def has_kernels(device: torch.device) -> bool:
+    """Tell whether Triton's kernels run on a device."""
+    return why_reference(capability(device)) is None
+
+
+def _compile_errors() -> tuple[type[Exception], ...]:
+    """What a compilation raises; not what a block raises itself."""
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return TorchDynamoException, InductorError
