@@ -143,7 +143,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, QuantLinear):
                 check_numbers(name, module)
-        accelerate(model, graphs=True)
+        accelerate(model, compile=True, graphs=True)
         model.to_json_string = functools.partial(_config_without_path, model)
         guard(model)
         return model

@@ -3,17 +3,17 @@
 Letters: M rows, N outputs of all linears, D channels.
 """
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import engine, ops
+from . import ops
 from .buffers import Packed, buffer_dtype, buffer_shapes
 from .chip import capability
 from .formats.spec import QuantSpec
 from .plan import Plan, choose
-from .prologue import Prologue
 
 
 class QuantLinear(nn.Module):
@@ -46,23 +46,13 @@ class QuantLinear(nn.Module):
             empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
             self.register_parameter(name, None if empty is None else frozen(empty))
 
-    def forward(self, x: Tensor | Prologue, rows: slice | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: slice | None = None) -> Tensor:
         """Map x [..., D] to [..., N], all linears' outputs side by side, or ``rows`` of them alone.
-
-        A prologue is computed by the kernels on the way in, or before where they can't; of it all
-        outputs are.
 
         Raises ValueError if x has another number of channels, is not floating point or lies on
         another device than the packed tensors.
         """
-        if isinstance(x, Prologue):
-            self._check(x.x_BTD, x.channels)
-            if x.x_BTD.is_cuda and x.rows and not torch.compiler.is_compiling():
-                plan = self.plan(x.rows, x.x_BTD.dtype)
-                y_MN = engine.linear(plan, x, self.packed(), self.spec)
-                return y_MN.view(*x.x_BTD.shape[:2], -1)
-            x = x.value()
-        self._check(x, x.shape[-1])
+        self._check(x)
         return ops.quant_linear(
             x, self.qweight, self.wscale, self.wglobal, self.basis, self.rotation, self.wp,
             self.bias, self._key, self.smooth, self.wpscale,
@@ -80,10 +70,10 @@ class QuantLinear(nn.Module):
         """Return which kernels run a call of so many rows of ``dtype`` where the module now is."""
         return choose(capability(self.qweight.device), rows, self.spec.outputs, self.spec, dtype)
 
-    def _check(self, x: Tensor, channels: int) -> None:
-        if channels != self.spec.in_features:
+    def _check(self, x: Tensor) -> None:
+        if x.shape[-1] != self.spec.in_features:
             raise ValueError(
-                f"x has {channels} channels {tuple(x.shape)}; this linear takes "
+                f"x has {x.shape[-1]} channels {tuple(x.shape)}; this linear takes "
                 f"{self.spec.in_features}"
             )
         if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
@@ -110,21 +100,84 @@ class QuantLinear(nn.Module):
 
 
 class SiteView(nn.Module):
-    """One linear of a shared site: rows of the site's wide linear, without state of its own."""
+    """One linear of a shared site: rows of the site's wide linear, without state of its own.
+
+    ``shared``  what the views of one site have in common; None: it reads alone
+    """
 
     site: Any
 
-    def __init__(self, site: nn.Module, rows: slice) -> None:
+    def __init__(self, site: nn.Module, rows: slice, shared: "SharedRead | None" = None) -> None:
         super().__init__()
         # Not a submodule: the site's tensors appear once in the state dict, under the site's name.
         object.__setattr__(self, "site", site)
         self.output_rows = rows
+        self.shared = shared
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.site(x, rows=self.output_rows)
+        if self.shared is None or torch.compiler.is_compiling():  # a pass joins compiled reads
+            return self.site(x, rows=self.output_rows)
+        return self.shared.read(x, self.output_rows)
 
     def extra_repr(self) -> str:
         return f"rows {self.output_rows.start}:{self.output_rows.stop} of the site"
+
+
+class Read(NamedTuple):
+    """A tensor that a view read, and all that the site made of it, if it did."""
+
+    x: weakref.ref[Tensor]
+    version: int
+    taken: frozenset[int]
+    """First rows of the views that have theirs."""
+    y: Tensor | None
+
+
+class SharedRead:
+    """Lets a site be computed once for all its views, where they read one tensor.
+
+    A network hands the same tensor to q, k and v, one after the other: the first view to read it
+    computes every view's rows. They are kept until each view has its own, or the tensor is gone.
+    Views that were seen to read different tensors compute their own rows, and so do all in
+    inference mode, where nothing tells whether a tensor was written to in between.
+    """
+
+    def __init__(self, site: nn.Module, views: int) -> None:
+        self.site: Any = site
+        self.views = views
+        self._joint = True
+        self._last: Read | None = None
+
+    def read(self, x: Tensor, rows: slice) -> Tensor:
+        """Return ``rows`` of what the site makes of x."""
+        if x.is_inference():
+            return self.site(x, rows=rows)
+        last = self._last
+        again = (
+            last is not None
+            and last.x() is x
+            and last.version == x._version
+            and rows.start not in last.taken
+        )
+        if last is not None and again:
+            self._joint = True
+            taken = last.taken | {rows.start}
+            self._last = last._replace(taken=taken) if len(taken) < self.views else None
+            return self.site(x, rows=rows) if last.y is None else last.y[..., rows]
+        if last is not None and last.y is not None:
+            self._joint = False  # not every view read the last one
+        y = self.site(x) if self._joint else None
+        self._last = Read(weakref.ref(x, self._gone), x._version, frozenset({rows.start}), y)
+        return self.site(x, rows=rows) if y is None else y[..., rows]
+
+    def _gone(self, x: "weakref.ref[Tensor]") -> None:
+        last = self._last
+        if last is not None and last.x is x:
+            self._joint = last.y is None and self._joint
+            self._last = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"_last": None}
 
 
 class PointwiseView(nn.Module):

@@ -4,7 +4,6 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from dataclasses import fields as fields_of
-from importlib import import_module
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -15,7 +14,6 @@ Kind = Literal["block", "modulator"]
 OLD_WORDS = {"linears": "consumers", "in_features": "dim", "out_features": "rows"}
 """What fields of a site are called in files."""
 TABLE = "table for it: CONTRIBUTING.md says how (about 40 lines)"
-Fusion = Literal["shared_sites", "norm", "gelu", "concat", "qk_norm_rope", "modulators"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,19 +108,6 @@ class ModelFamily:
     """Defaults of a pipeline call; a folder's generation.json wins over them."""
     mask: str | None = None
     """Argument of the transformer's forward that masks text tokens; None where it masks none."""
-    fusions: tuple[Fusion, ...] = ()
-    """What :meth:`share` installs: ``shared_sites``, each read once; adaLN's ``norm``, ``gelu`` and
-    ``concat`` in the kernels of the linear that reads them; ``qk_norm_rope``, norms of q and k (and
-    rotary embeddings, where there are any) in one pass; ``modulators`` of all blocks at once."""
-
-    def share(self, transformer: nn.Module) -> None:
-        """Let a transformer whose sites were swapped read each shared one once and run its blocks
-        fused (dirotq/runtime/<family>_fused.py), in place, if the family has ``fusions``.
-
-        Without it every linear computes its own rows: the same numbers, slower.
-        """
-        if self.fusions:  # it imports diffusers, which reading a table must not
-            import_module(f"dirotq.runtime.{self.name}_fused").fuse_blocks(transformer)
 
     def sites(self, transformer: nn.Module) -> list[Site]:
         """List the sites of ``transformer``, in the order of its blocks.

@@ -1,7 +1,4 @@
-"""FLUX.1 (dev, schnell, Fill, Kontext, finetunes): 19 double-stream, 38 single-stream blocks.
-
-Fused (dirotq/runtime/flux_fused.py): everything that a family can (``ModelFamily.fusions``).
-"""
+"""FLUX.1 (dev, schnell, Fill, Kontext, finetunes): 19 double-stream, 38 single-stream blocks."""
 
 from .family import ModelFamily, SiteRule
 
@@ -41,5 +38,4 @@ FLUX = ModelFamily(
         "width": 1024,
         "max_sequence_length": 512,
     },
-    fusions=("shared_sites", "norm", "gelu", "concat", "qk_norm_rope", "modulators"),
 )

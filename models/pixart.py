@@ -1,8 +1,4 @@
-"""PixArt-Sigma (and Alpha): 28 blocks of self-attention, cross-attention to the text and MLP.
-
-Fused (dirotq/runtime/pixart_fused.py): q, k and v in one read, modulated norms, GELU. One
-modulation serves all blocks, so there are no modulators to join.
-"""
+"""PixArt-Sigma (and Alpha): 28 blocks of self-attention, cross-attention to the text and MLP."""
 
 from .family import ModelFamily, SiteRule
 
@@ -39,5 +35,4 @@ PIXART = ModelFamily(
         "max_sequence_length": 300,
     },
     mask="encoder_attention_mask",
-    fusions=("shared_sites", "norm", "gelu"),
 )

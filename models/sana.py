@@ -1,8 +1,4 @@
-"""SANA: linear self-attention, cross-attention to the text, and an MLP of convolutions.
-
-Fused (dirotq/runtime/sana_fused.py): q, k and v in one read, modulated norms. The gate of the MLP
-stands behind a depthwise convolution, which no linear's kernel computes.
-"""
+"""SANA: linear self-attention, cross-attention to the text, and an MLP of convolutions."""
 
 from .family import ModelFamily, SiteRule
 
@@ -44,5 +40,4 @@ SANA = ModelFamily(
         "max_sequence_length": 300,
     },
     mask="encoder_attention_mask",
-    fusions=("shared_sites", "norm"),
 )

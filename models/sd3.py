@@ -2,9 +2,6 @@
 
 Some blocks of 3.5 medium attend to the image a second time (``attn2``); the last block's text
 stream ends at its attention, so it has no ``to_add_out`` and no ``ff_context``.
-
-Fused (dirotq/runtime/sd3_fused.py): q, k and v of a stream in one read, modulated norms, GELU,
-norms of q and k (3.5) in one pass, modulators of all blocks at once.
 """
 
 from .family import ModelFamily, SiteRule
@@ -43,5 +40,4 @@ SD3 = ModelFamily(
         "width": 1024,
         "max_sequence_length": 256,
     },
-    fusions=("shared_sites", "norm", "gelu", "qk_norm_rope", "modulators"),
 )

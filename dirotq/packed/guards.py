@@ -13,7 +13,6 @@ from torch import nn
 
 from dirotq.errors import UnsupportedError
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
-from dirotq.models.families import known_family
 
 PACKED = (QuantLinear, SiteView, PointwiseView)
 
@@ -26,7 +25,7 @@ def guard(transformer: Any) -> None:
     """
     transformer.to = functools.partial(_to, transformer)
     if hasattr(transformer, "fuse_qkv_projections"):
-        transformer.fuse_qkv_projections = functools.partial(_fuse_again, transformer)
+        transformer.fuse_qkv_projections = functools.partial(_fused_already, transformer)
     for module in transformer.modules():
         if isinstance(module, PACKED):
             module.register_load_state_dict_pre_hook(_refuse_weights)
@@ -48,11 +47,8 @@ def _to(transformer: Any, *args: Any, **kwargs: Any) -> Any:
         transformer.is_quantized = True
 
 
-def _fuse_again(transformer: Any) -> None:
-    """Bring back sharing: q, k and v are one packed linear, with nothing to concatenate."""
-    family = known_family(type(transformer).__name__)
-    if family is not None:
-        family.share(transformer)
+def _fused_already(transformer: Any) -> None:
+    """Do nothing: q, k and v are one packed linear, with nothing to concatenate."""
 
 
 def _refuse_weights(module: nn.Module, state_dict: Any, prefix: str, *_: Any) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterable
 from torch import nn
 
 from dirotq.kernels.formats.spec import QuantSpec
-from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
-from dirotq.models.families import known_family
+from dirotq.kernels.linear import PointwiseView, QuantLinear, SharedRead, SiteView
 from dirotq.models.family import Site
 
 
@@ -19,19 +18,16 @@ def swap_sites(
     The wide module stands at the site's path; where several linears share it, each of them becomes
     a :class:`SiteView` of its rows. A 1x1 convolution becomes a :class:`PointwiseView` of either.
     ``build`` returns a module that is called as ``wide(x)``, and for some of its outputs as
-    ``wide(x, rows=slice)``. A transformer whose family can (``ModelFamily.share``) then runs each
-    shared site once per call.
+    ``wide(x, rows=slice)``. The views of a site compute it once where they read one tensor.
     """
     for site in sites:
         wide = build(site)
         _put(transformer, site.name, wide)
+        shared = SharedRead(wide, len(site.linears))
         for linear, rows in site.slices():
-            part = wide if len(site.linears) == 1 else SiteView(wide, rows)
+            part = wide if len(site.linears) == 1 else SiteView(wide, rows, shared)
             if linear != site.name:
                 _put(transformer, linear, PointwiseView(part) if site.pointwise else part)
-    family = known_family(type(transformer).__name__)
-    if family is not None:
-        family.share(transformer)
 
 
 def put_packed(transformer: nn.Module, entries: Iterable[tuple[Site, QuantSpec]]) -> None:

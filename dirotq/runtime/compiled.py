@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dirotq.kernels.chip import capability, say_once, why_reference
 from dirotq.kernels.linear import QuantLinear
@@ -110,18 +110,21 @@ class CompiledForward:
         self._made: Made | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        compiler = self.compiler
-        if self._may_compile(args, kwargs):
-            try:
-                return compiler.call(self.block, *args, **kwargs)
-            except _compile_errors() as error:
-                compiler.failed = True
-                say_once(
-                    f"{compiler.block_class.__name__} runs without the compiler: "
-                    f"{first_line(error)}",
-                    logging.WARNING,
-                )
-        return compiler.block_class.forward(self.block, *args, **kwargs)
+        if not self._may_compile(args, kwargs):
+            return self._plain(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, _usual_strides, (args, kwargs))
+        try:
+            return self.compiler.call(self.block, *args, **kwargs)
+        except _compile_errors() as error:
+            result = self._plain(*args, **kwargs)  # raises what is wrong with the call itself
+            self.compiler.failed = True
+            reason = first_line(getattr(error, "inner_exception", error))
+            name = self.compiler.block_class.__name__
+            say_once(f"{name} runs without the compiler: {reason}", logging.WARNING)
+            return result
+
+    def _plain(self, *args: Any, **kwargs: Any) -> Any:
+        return self.compiler.block_class.forward(self.block, *args, **kwargs)
 
     def _may_compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         if self.compiler.failed or torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -140,6 +143,17 @@ class CompiledForward:
         return vars(self) | {"_made": None}
 
 
+def _usual_strides(x: Tensor) -> Tensor:
+    """View one image with the stride that a batch would have.
+
+    Where a dimension has length one, any stride says the same; but the compiler would take
+    neighbours from a longer sequence for another case than tokens of their own.
+    """
+    if x.ndim != 3 or len(x) != 1 or x.stride(0) == x.shape[1] * x.stride(1):
+        return x
+    return x.as_strided(x.shape, (x.shape[1] * x.stride(1), *x.stride()[1:]))
+
+
 @functools.lru_cache
 def has_kernels(device: torch.device) -> bool:
     """Tell whether Triton's kernels run on a device."""
@@ -147,7 +161,7 @@ def has_kernels(device: torch.device) -> bool:
 
 
 def _compile_errors() -> tuple[type[Exception], ...]:
-    """What a compilation raises; not what a block raises itself."""
+    """Return what a compilation raises; not what a block raises itself."""
     from torch._dynamo.exc import TorchDynamoException
     from torch._inductor.exc import InductorError
 

@@ -13,6 +13,8 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from .compiled import CompiledForward
+
 RUNTIME = "_dirotq_runtime"
 """Attribute of a transformer: anything hashable, graphs don't outlive its change."""
 
@@ -84,6 +86,8 @@ class Watch:
                 return "diffusers' hooks offload, cache or cast in it"
         for (module, before), now in zip(self.known.items(), forwards):
             allowed = (None, before, MethodType(type(module).forward, module))
+            if isinstance(now, CompiledForward):
+                continue
             # Around the network's own forward others may do what they like.
             if module is not self.network and now not in allowed:
                 return f"the forward of a {type(module).__name__} was replaced"

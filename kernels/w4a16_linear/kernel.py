@@ -11,7 +11,6 @@ Letters: M rows, N outputs, K inputs, G groups; W words of a tile (8 W columns),
 and outputs.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from ..buffers import Packed
 from ..build import CHIPS, Build, Config
-from .row import HIGH, LOW, one_row, one_row_of_many, parts
+from .row import HIGH, LOW, one_row, parts
 from .tiles import TILES, WIDE_CHIPS, Tile, fits
 
 HALVES = {torch.bfloat16: (0x43084308, 136.0), torch.float16: (0x64086408, 1032.0)}
@@ -170,30 +169,6 @@ def launch(
     return y_MN
 
 
-def launch_many(
-    x_MK: Tensor, table_FL: Tensor, outputs: Sequence[int], groups: int, *, bias: bool, tile: Tile
-) -> list[Tensor]:
-    """Launch few rows and many linears at once: y [M, N] of each, side by side.
-
-    x_MK      bf16 or fp16, [M, K], any strides
-    table_FL  int64, where the linears' buffers lie (together.py)
-    outputs   N of each
-    groups    scales per row of weights, the same for all
-    bias      whether they have one
-    tile      a ``row``; the table counts its programs
-    """
-    M, K = x_MK.shape
-    if x_MK.stride(1) != 1:
-        x_MK = x_MK.contiguous()
-    made = config(tile, x_MK.dtype, K, groups, bias=bias, linears=len(outputs))
-    y = x_MK.new_empty(M * sum(outputs))
-    grid = (M * sum(triton.cdiv(n, tile.bn) for n in outputs),)
-    counts = M, len(outputs), K // 8 // made.constants["UNIT"], x_MK.stride(0), groups
-    with torch.cuda.device_of(x_MK):
-        made.launch(grid, x_MK, table_FL, y, *counts, HIGH, LOW)
-    return [part.view(M, n) for part, n in zip(y.split([M * n for n in outputs]), outputs)]
-
-
 def config(
     tile: Tile,
     dtype: torch.dtype,
@@ -201,9 +176,8 @@ def config(
     groups: int,
     *,
     bias: bool,
-    linears: int | None = None,
 ) -> Config:
-    """Configure a tile's kernel for x of ``dtype``, K ``width``; ``linears``: so many at once."""
+    """Configure a tile's kernel for x of ``dtype``, K ``width``."""
     group = width // groups // 8 if groups > 1 else 0
     constants: dict[str, Any] = {
         "UNIT": 4 if width % 32 == 0 else 1, "BN": tile.bn, "W": tile.words, "GROUP": group,
@@ -213,17 +187,12 @@ def config(
     if tile.kind == "dots":
         sums = tile.scale == "sums" and group % tile.words == 0
         constants |= {"BM": tile.bm, "SUMS": sums, "OFFSET": HALVES[dtype][1]}
-    if linears is not None:
-        kernel, constants["LP"] = one_row_of_many, triton.next_power_of_2(linears)
     return Config(kernel=kernel, constants=constants, warps=tile.warps, stages=tile.stages)
 
 
 def builds() -> list[Build]:
     """List the usual tiles for every chip: groups of 128 and 64, fp16, one scale, masked steps; the
     others, which only measurements choose, for the chips that they are measured on.
-
-    Rows of many linears are ``row`` behind a table of addresses: groups of 128 and 64 stand for all
-    formats, but on the chips that are measured.
     """
     formats = (
         (torch.bfloat16, 3072, 24),
@@ -239,9 +208,6 @@ def builds() -> list[Build]:
             chips = CHIPS if common else WIDE_CHIPS
             for dtype, width, groups in formats if tile is tiles[0] else formats[:2]:
                 found.append(_build(tile, dtype, width, groups, chips))
-                if tile is TILES["row"][0]:
-                    some = chips if (dtype, width, groups) in formats[:2] else WIDE_CHIPS
-                    found.append(_build(tile, dtype, width, groups, some, linears=76))
     return found
 
 
@@ -251,18 +217,16 @@ def _build(
     width: int,
     groups: int,
     chips: tuple[int, ...],
-    linears: int | None = None,
 ) -> Build:
-    made = config(tile, dtype, width, groups, bias=True, linears=linears)
+    made = config(tile, dtype, width, groups, bias=True)
     kinds = {"p_x": "*bf16", "p_w": "*i32", "p_scale": "*bf16", "p_bias": "*bf16", "p_y": "*bf16"}
-    kinds["p_table"] = "*i64"
     if dtype == torch.float16:
         kinds |= {"p_x": "*fp16", "p_y": "*fp16"}
     return Build.of(
         made,
         kinds,
         aligned=("x_stride", "y_stride"),
-        name=f"{'many-' if linears else ''}{tile.kind}-{tile.bm}x{tile.bn}x{tile.words}"
+        name=f"{tile.kind}-{tile.bm}x{tile.bn}x{tile.words}"
         f"-w{tile.warps}s{tile.stages}-{tile.scale}-{kinds['p_x'][1:]}-k{width}g{groups}",
         chips=chips,
         tensor_core=tile.kind == "dots",

@@ -1,9 +1,9 @@
-"""One row of ``w4a16_linear`` a program: multiply-adds in float32, for one linear or for many.
+"""One row of ``w4a16_linear`` a program: multiply-adds in float32.
 
 Weights are read as 32-bit words of eight codes, as in kernel.py. One instruction makes a code a
 float32 under the exponent of 128 or 2048; the offsets are taken off the sums.
 
-Letters: M rows, N outputs, K inputs, L linears; W words of a step (8 W columns), BN outputs of a
+Letters: M rows, N outputs, K inputs; W words of a step (8 W columns), BN outputs of a
 program.
 """
 
@@ -14,9 +14,6 @@ HIGH = 0x43080000
 """float32 128 + 8 with the code's bits at 16 ... 19: codes -8 ... 7 are 136 + code."""
 LOW = 0x45008000
 """float32 2048 + 8 with the code's bits at 12 ... 15: codes are 2056 + code."""
-
-FIELDS = ("qweight", "wscale", "bias", "first program", "first output", "outputs")
-"""Rows of the table that ``one_row_of_many`` reads; three addresses, then counts."""
 
 
 @triton.jit
@@ -42,12 +39,12 @@ def _float(bits, MASK: tl.constexpr, magic):
 
 
 @triton.jit
-def _outputs(
-    p_x, p_w, p_scale, p_bias, p_y, block, N, units, scale_stride, high, low,
+def one_row(
+    p_x, p_w, p_scale, p_bias, p_y, N, units, x_stride, y_stride, scale_stride, high, low,
     UNIT: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
     BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute y of the row at p_x and BN outputs, the ``block``-th of N: 16 bytes a thread.
+    """Compute y of one row and BN outputs: 16 bytes a thread.
 
     units    words of a weight row / UNIT; UNIT 4 says that rows are whole 16 bytes
     GROUP    words of a group, a multiple of 4; 0: one scale per row
@@ -55,8 +52,11 @@ def _outputs(
     Taking the offsets off rounds by up to 2056 * 2^-24 (about 1e-4) of |x| times the scale, far
     below what rounding an output to 16 bits costs, even where the code itself is 0.
     """
+    m = tl.program_id(1).to(tl.int64)
+    p_x += m * x_stride
+    p_y += m * y_stride
     words = units * UNIT
-    o_n = block * BN + tl.arange(0, BN)
+    o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(o_n, N - 1).to(tl.int64)
     acc = tl.zeros([BN, W // 4], tl.float32)
     for start in tl.range(0, words, W, num_stages=STAGES):
@@ -105,48 +105,3 @@ def _outputs(
     if BIAS:
         y += tl.load(p_bias + n).to(tl.float32)
     tl.store(p_y + o_n, y.to(p_y.dtype.element_ty), mask=o_n < N)
-
-
-@triton.jit
-def one_row(
-    p_x, p_w, p_scale, p_bias, p_y, N, units, x_stride, y_stride, scale_stride, high, low,
-    UNIT: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Compute y of one row and BN outputs. Arguments as in :func:`_outputs`."""
-    m = tl.program_id(1).to(tl.int64)
-    _outputs(
-        p_x + m * x_stride, p_w, p_scale, p_bias, p_y + m * y_stride, tl.program_id(0), N, units,
-        scale_stride, high, low, UNIT, BN, W, GROUP, BIAS, EVEN, STAGES,
-    )  # fmt: skip
-
-
-@triton.jit
-def one_row_of_many(
-    p_x, p_table, p_y, M, L, units, x_stride, scale_stride, high, low,
-    LP: tl.constexpr, UNIT: tl.constexpr, BN: tl.constexpr, W: tl.constexpr,
-    GROUP: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Compute y of one row and BN outputs of one of L linears; the rest as in :func:`_outputs`.
-
-    p_table  int64, [6, L], rows as in FIELDS
-    p_y      every linear's [M, N], one after the other
-    LP       the power of two that holds L
-    """
-    # The rows of a block stand side by side in time: the weights come from memory once.
-    block, m = tl.program_id(0) // M, tl.program_id(0) % M
-    o_l = tl.arange(0, LP)
-    begins = tl.load(p_table + 3 * L + o_l, mask=o_l < L, other=0x7FFFFFFFFFFF)
-    p_table += tl.sum((begins <= block).to(tl.int32), 0) - 1
-    # Buffers start at multiples of 16 bytes (together.py sees to it), which no address shows.
-    p_w = tl.multiple_of(tl.load(p_table).to(tl.pointer_type(tl.int32)), 16)
-    p_scale = tl.multiple_of(tl.load(p_table + L).to(tl.pointer_type(tl.bfloat16)), 16)
-    p_bias = tl.multiple_of(tl.load(p_table + 2 * L).to(tl.pointer_type(tl.bfloat16)), 16)
-    block -= tl.load(p_table + 3 * L).to(tl.int32)
-    p_y += tl.load(p_table + 4 * L) * M
-    N = tl.load(p_table + 5 * L).to(tl.int32)
-    m = m.to(tl.int64)
-    _outputs(
-        p_x + m * x_stride, p_w, p_scale, p_bias, p_y + m * N, block, N, units, scale_stride,
-        high, low, UNIT, BN, W, GROUP, BIAS, EVEN, STAGES,
-    )  # fmt: skip

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from packed_flux import arguments, build, run
 from torch import Tensor
 
-from dirotq.runtime import flux_fused
 from dirotq.runtime.graphs import graph_forward, ungraph_forward
 
 pytest.importorskip("triton")
@@ -39,13 +39,13 @@ def graphs(network: Any) -> list[Any]:
 def spied(monkeypatch: Any) -> list[int]:
     """Notes each time Python goes through the single block: eager, warming up and capturing."""
     seen: list[int] = []
-    joined = flux_fused.joined
+    forward = FluxSingleTransformerBlock.forward
 
-    def spy(*parts: Any) -> Any:
+    def spy(*args: Any, **kwargs: Any) -> Any:
         seen.append(1)
-        return joined(*parts)
+        return forward(*args, **kwargs)
 
-    monkeypatch.setattr(flux_fused, "joined", spy)
+    monkeypatch.setattr(FluxSingleTransformerBlock, "forward", spy)
     return seen
 
 

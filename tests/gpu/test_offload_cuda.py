@@ -11,7 +11,6 @@ from diffusers.hooks import apply_group_offloading
 from tiny_offload import NETWORKS, call, network
 from torch import nn
 
-import dirotq
 from dirotq.kernels.linear import QuantLinear
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
@@ -45,15 +44,13 @@ KINDS = {
 def made(request):
     plain = network(request.param)
     stays = copy.deepcopy(plain).to(GPU)
-    if getattr(stays, "_dirotq_shared", None) is not None:
-        dirotq.accelerate(stays, fused=False)
     return request.param, plain, stays
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_come_in_time_and_go(made, kind, full_float32):
-    """float32 takes the reference everywhere. Results as without offloading, but for codes that
-    round the other way where blocks run fused; between calls every packed tensor is at home."""
+    """float32 takes the reference everywhere. Results as without offloading; between calls every
+    packed tensor is at home."""
     name, plain, stays = made
     twin = copy.deepcopy(plain)
     KINDS[kind](twin)

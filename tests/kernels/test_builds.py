@@ -14,7 +14,6 @@ from dirotq.kernels import engine
 from dirotq.kernels.attention import kernel as attention
 from dirotq.kernels.build import CHIPS, FP8_CHIPS, Build, Config, by_launch
 from dirotq.kernels.chip import chained
-from dirotq.kernels.gated_residual import kernel as gated_residual
 from dirotq.kernels.gptq import kernel as gptq
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import candidates_for, choose
@@ -24,8 +23,6 @@ from dirotq.kernels.qk_norm_rope.reference import Part
 from dirotq.kernels.second_moment import kernel as second_moment
 from dirotq.kernels.transform_quantize import configs
 from dirotq.kernels.transform_quantize import kernel as transform_quantize
-from dirotq.kernels.w4a16_linear.kernel import launch_many
-from dirotq.kernels.w4a16_linear.tiles import TILES
 
 OPS = sorted(
     p.parent.name for p in Path(transform_quantize.__file__).parents[1].glob("*/kernel.py")
@@ -53,7 +50,7 @@ def builds() -> list[Build]:
 def launched(monkeypatch, chip) -> list[Config]:
     """Everything launched, in place of a launch on ``chip``."""
     found: list[Config] = []
-    for module in (transform_quantize, gated_residual, qk_norm_rope, attention, second_moment):
+    for module in (transform_quantize, qk_norm_rope, attention, second_moment):
         monkeypatch.setattr(module, "capability", lambda device: chip)
     monkeypatch.setattr(Config, "launch", lambda self, grid, *arguments: found.append(self))
     monkeypatch.setattr(
@@ -115,16 +112,11 @@ def test_linears_of_sixteen_bit_activations(chip, rows, launched, builds):
     x = torch.empty(rows, 3072, dtype=BF16)
     plan = choose(chip, rows, 1024, spec, BF16)
     engine.linear(plan, x, packed, spec)
-    if rows == 1:
-        launch_many(x, x, [1024] * 76, 48, bias=True, tile=TILES["row"][0])
     assert_built(launched, builds, chip)
 
 
 @every_chip
 def test_elementwise_kernels(chip, launched, builds):
-    x, row = torch.empty(1, 64, 3072, dtype=BF16), torch.empty(1, 3072, dtype=BF16)
-    gated_residual.launch(x, row, x)
-    gated_residual.launch_with_norm(x, row, x, row, row, eps=1e-6)
     qkv, weight = torch.empty(1, 64, 9216, dtype=BF16), torch.empty(128, dtype=BF16)
     part, rope = (
         Part(qkv_BTC=qkv, q_weight=weight, k_weight=weight),

@@ -21,7 +21,6 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
-from dirotq import accelerate
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
 from dirotq.runtime.as_made import Made, untouched
 
@@ -120,7 +119,6 @@ def test_parametrized_tensors_are_read(plain_network, name):
         if isinstance(module, QuantLinear) and module.wscale.dtype == torch.bfloat16:
             parametrize.register_parametrization(module, "wscale", Doubled(), unsafe=True)
     apart = copy.deepcopy(packed)
-    accelerate(apart, fused=False)
     for module in apart.modules():
         if isinstance(module, QuantLinear) and module.wscale.dtype == torch.bfloat16:
             module.wscale.mul_(2)
@@ -246,32 +244,6 @@ def test_an_attention_backend_is_obeyed(plain_network, backends, name, choose):
     got = choose(twin, name)
     assert backends == ["_native_math"] * attentions
     assert (got - want).norm() < 0.05 * want.norm()  # a code may round the other way
-    if name == "flux":
-        accelerate(twin, fused=False)
-        assert torch.equal(choose(twin, name), got)
-
-
-def test_torchs_own_backend_is_what_fused_blocks_run(plain_network, backends):
-    """Named or not: then nobody asks diffusers, and blocks are fused."""
-    packed, want = plain_network("flux")
-    twin = copy.deepcopy(packed)
-    twin.set_attention_backend("native")
-    with attention_backend("_native_math"):
-        assert torch.equal(call(twin, "flux"), want)  # the network's own setting wins
-    assert torch.equal(call(packed, "flux"), want)
-    assert not backends
-
-
-@pytest.mark.parametrize("name", ["pixart", "sd3"])
-def test_sliced_attention_is_obeyed(plain_network, name):
-    """As by ``enable_attention_slicing``, which puts processors of its own in place."""
-    sliced = copy.deepcopy(plain_network(name)[0])
-    for module in sliced.modules():
-        if hasattr(module, "set_attention_slice") and module.added_kv_proj_dim is None:
-            module.set_attention_slice(1)
-    got = call(sliced, name)
-    accelerate(sliced, fused=False)
-    assert torch.equal(call(sliced, name), got)
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -76,9 +76,6 @@ def test_flux_processors_and_backends(monkeypatch):
     network.set_attention_backend("_native_math")
     recorded(network, **arguments())
     assert Again.captures == 3
-    network.unfuse_qkv_projections()
-    recorded(network, **arguments())
-    assert Again.captures == 4
 
 
 @pytest.mark.parametrize("kind", ["leaf_level", "block_level"])
