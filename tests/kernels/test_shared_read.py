@@ -85,7 +85,7 @@ def test_nothing_is_remembered_in_inference_mode():
 
 
 def test_what_was_computed_goes_with_the_tensor():
-    site, parts = views()
+    _site, parts = views()
     x = torch.randn(2, 5, 64)
     made = weakref.ref(parts[0](x)._base)
     assert made() is not None
@@ -100,7 +100,7 @@ def test_what_was_computed_goes_with_the_tensor():
 
 
 def test_a_deep_copy_remembers_nothing():
-    site, parts = views()
+    _site, parts = views()
     x = torch.randn(2, 5, 64)
     parts[0](x)
     twin = copy.deepcopy(nn.ModuleList(parts))
