@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dirotq.benchmarks.flux_rows import SYNTHETIC, Row, latest
 from dirotq.benchmarks.flux_table import tables
+from dirotq.benchmarks.forward_rows import SYNTHETIC, Row, latest
 from dirotq.benchmarks.published import append, machine, put, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +83,7 @@ def measure(options: argparse.Namespace) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `dirotq` does
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     from dirotq.benchmarks.flux_jobs import JOBS
-    from dirotq.benchmarks.flux_session import Places, Session, healthy
+    from dirotq.benchmarks.session import Places, Session, healthy
 
     about = machine(options.revision) | {"run": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"}
 

@@ -3,9 +3,18 @@
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from dirotq.benchmarks.flux_inputs import Case
-from dirotq.benchmarks.flux_rows import ATTENTION, COMPILED, EAGER, FLOOR, FP8, FUSED, UNFUSED, W4A8
-from dirotq.benchmarks.flux_session import MAIN, Session
+from dirotq.benchmarks.forward_rows import (
+    ATTENTION,
+    COMPILED,
+    EAGER,
+    FLOOR,
+    FP8,
+    FUSED,
+    UNFUSED,
+    W4A8,
+)
+from dirotq.benchmarks.model_inputs import Case
+from dirotq.benchmarks.session import MAIN, Session
 
 LARGE = Case("flux", 2048)
 SIZES = (Case("flux", 1024, 2), Case("flux", 1024, 4), Case("flux", 512), LARGE)

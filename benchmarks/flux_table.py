@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from dirotq.benchmarks.flux_rows import (
+from dirotq.benchmarks.flux_verdicts import ASKED, MAIN
+from dirotq.benchmarks.forward_rows import (
     COMPILED,
     CONTESTANTS,
     EAGER,
@@ -13,7 +14,6 @@ from dirotq.benchmarks.flux_rows import (
     find,
     ratio,
 )
-from dirotq.benchmarks.flux_verdicts import ASKED, MAIN
 from dirotq.benchmarks.kernel_categories import GAPS, NAMES
 
 FLOORS = {"GEMM": ("GEMM",), "attention": ("attention",)}

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from dirotq.benchmarks.flux_rows import (
+from dirotq.benchmarks.forward_rows import (
     COMPILED,
     EAGER,
     FP8,

@@ -9,17 +9,18 @@ import torch
 
 import dirotq
 from dirotq.benchmarks import (
+    contestants,
     flux,
     flux_floor,
-    flux_inputs,
     flux_quality,
-    flux_session,
     full_size,
+    model_inputs,
 )
-from dirotq.benchmarks import flux_contestants as contestants
-from dirotq.benchmarks.flux_inputs import Case, inputs
+from dirotq.benchmarks import session as sessions
 from dirotq.benchmarks.flux_jobs import JOBS
-from dirotq.benchmarks.flux_rows import (
+from dirotq.benchmarks.flux_table import tables
+from dirotq.benchmarks.flux_verdicts import ASKED
+from dirotq.benchmarks.forward_rows import (
     COMPILED,
     EAGER,
     FLOOR,
@@ -33,12 +34,12 @@ from dirotq.benchmarks.flux_rows import (
     latest,
     ratio,
 )
-from dirotq.benchmarks.flux_session import MAIN, Places, Session
-from dirotq.benchmarks.flux_table import tables
-from dirotq.benchmarks.flux_timing import Forward
-from dirotq.benchmarks.flux_verdicts import ASKED
+from dirotq.benchmarks.forward_timing import Forward
 from dirotq.benchmarks.gpu_timing import Timing
+from dirotq.benchmarks.model_inputs import Case, inputs
 from dirotq.benchmarks.published import append, read
+from dirotq.benchmarks.session import MAIN, Places, Session
+from dirotq.benchmarks.ways import COMPILE
 from dirotq.kernels.linear import QuantLinear
 
 BEGIN, END = "<!-- begin: make bench-flux -->", "<!-- end: make bench-flux -->"
@@ -84,7 +85,7 @@ def verdicts(*rows):
 def narrow(monkeypatch):
     """Full-size models become narrow ones of one or two blocks that read a few words."""
     monkeypatch.setattr(contestants, "method", METHOD)
-    monkeypatch.setattr(flux_inputs, "TEXT", dict.fromkeys(NARROW, 8))
+    monkeypatch.setattr(model_inputs, "TEXT", dict.fromkeys(NARROW, 8))
     for model, config in NARROW.items():
         cls = full_size.ARCHITECTURES[model][0]
         monkeypatch.setitem(full_size.ARCHITECTURES, model, (cls, config))
@@ -212,7 +213,7 @@ def test_jobs_that_do_not_fit_are_listed(monkeypatch, tmp_path, capsys):
 
 def test_a_lost_gpu_ends_the_run_and_names_the_jobs_left(monkeypatch, tmp_path):
     monkeypatch.setattr(flux, "machine", lambda revision: {})
-    monkeypatch.setattr(flux_session, "healthy", lambda: False)
+    monkeypatch.setattr(sessions, "healthy", lambda: False)
     monkeypatch.setitem(JOBS, "forward", dataclasses.replace(JOBS["forward"], run=lambda s: None))
     options = flux.parsed(["forward", "floor", "fp8", "--csv", str(tmp_path / "rows.csv")])
     with pytest.raises(SystemExit, match=r"forward lost the GPU.*left to run: floor fp8"):
@@ -266,7 +267,7 @@ def session(narrow, monkeypatch):
             y = module(**x)[0]
         return Forward(Timing(9.0, 10.0, 11.0), 0.5, 10**9, 2 * 10**9, y)
 
-    monkeypatch.setattr(flux_session.flux_timing, "timed", timed)
+    monkeypatch.setattr(sessions.forward_timing, "timed", timed)
     places = Places(models=None, store="", synthetic=True)
     return Session(places, lambda row: None, device="cpu")
 
@@ -289,7 +290,7 @@ def test_a_contestant_that_fails_costs_its_own_rows(session, monkeypatch):
 
     def ours(module, **how):
         tries.append(how)
-        if how["fused"]:
+        if how[COMPILE]:
             raise RuntimeError("no kernel\nfor this")
         return module
 
@@ -300,7 +301,7 @@ def test_a_contestant_that_fails_costs_its_own_rows(session, monkeypatch):
     notes = [r.note for r in session.rows if r.value is None]
     assert notes[0] == "failed: RuntimeError: no kernel for this"
     assert "as before" in notes[1]
-    assert [how["fused"] for how in tries] == [True, False]
+    assert [how[COMPILE] for how in tries] == [True, False]
     assert any(r.section == "forward" and r.contestant == UNFUSED for r in session.rows)
 
 
@@ -322,8 +323,9 @@ def test_images_of_the_embedded_model_are_compared_in_four_ways(monkeypatch, tmp
         far = {("plain", 1): 0.0, ("plain", 2): 0.1, ("fused", 1): 0.01, ("fp8", 1): 0.2}
         return torch.full((len(prompts), 3, 8, 8), 0.5 + far[pipe.how, len(prompts)])
 
-    def ours(transformer, *, fused, graphs, attention="exact"):
-        pipe.how = "plain" if not (fused or graphs) else {"exact": "fused"}.get(attention, "fp8")
+    def ours(transformer, *, graphs, attention, **more):
+        plain = not (more[COMPILE] or graphs)
+        pipe.how = "plain" if plain else {"exact": "fused"}.get(attention, "fp8")
 
     made = {"pack": types.SimpleNamespace(data=tmp_path)}
     pipe = types.SimpleNamespace(transformer="packed", how="as loaded")

@@ -1,4 +1,4 @@
-"""The transformers that `make bench-flux` runs, each as its users would run it."""
+"""Transformers of full size, loaded or drawn at random, and the rivals' ways to run them."""
 
 import gc
 from importlib.util import find_spec
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dirotq.benchmarks import full_size
 from dirotq.benchmarks.bits import method
-from dirotq.benchmarks.flux_rows import ATTENTION, FUSED, UNFUSED, W4A8
 from dirotq.benchmarks.random_linear import random_linear
 from dirotq.benchmarks.rivals import Fp8Linear, by_torchao
 from dirotq.kernels.formats.spec import QuantSpec
@@ -25,12 +24,6 @@ from dirotq.quiet import quiet
 from dirotq.sources.weights import Weights
 
 RANK = 64
-HOW: dict[str, dict[str, Any]] = {
-    FUSED: {"fused": True, "graphs": True},
-    W4A8: {"fused": True, "graphs": True},
-    ATTENTION: {"fused": True, "graphs": True, "attention": "fp8"},
-    UNFUSED: {"fused": False, "graphs": False},
-}
 
 
 def loaded(model: str, folder: Path, device: str = "cuda") -> Any:
@@ -115,8 +108,7 @@ def fp8_blocks(transformer: Any) -> Any:
 
     Modulators stay in bf16, as the usual recipe's filter leaves them.
     """
-    sites = family_of(type(transformer).__name__).sites(transformer)
-    names = [n for s in sites if s.kind == "block" and not s.pointwise for n in s.linears]
+    names = _in_blocks(transformer)
     if find_spec("torchao"):
         by_torchao(transformer, frozenset(names))
         return transformer
@@ -125,6 +117,11 @@ def fp8_blocks(transformer: Any) -> Any:
         linear = transformer.get_submodule(name)
         setattr(transformer.get_submodule(parent), leaf, Fp8Linear.of(linear))
     return transformer
+
+
+def linears_in_blocks(model: str, changes: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return inputs and outputs of the linears that are packed, modulators left out, by name."""
+    return _in_blocks(_skeleton(model, changes))
 
 
 def blocks_of(transformer: Any) -> list[nn.Module]:
@@ -161,6 +158,16 @@ def free() -> None:
 def _skeleton(model: str, changes: dict[str, Any]) -> Any:
     cls, config = full_size.ARCHITECTURES[model]
     return empty_transformer(config | changes, getattr(diffusers, cls))
+
+
+def _in_blocks(transformer: Any) -> dict[str, tuple[int, int]]:
+    sites = family_of(type(transformer).__name__).sites(transformer)
+    return {
+        name: (site.in_features, outputs)
+        for site in sites
+        if site.kind == "block" and not site.pointwise
+        for name, outputs in zip(site.linears, site.out_features, strict=True)
+    }
 
 
 def _linear(site: Site, spec: QuantSpec, device: str) -> QuantLinear:
