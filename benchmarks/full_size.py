@@ -148,13 +148,13 @@ def _t5(tokenizer: Any, width: int) -> Any:
     return transformers.T5EncoderModel(config)
 
 
-def _captions() -> list[str]:
+def captions() -> list[str]:
     """Read the general prompts, so that their words are words to the tokenizers."""
     return [json.loads(line)["prompt"] for line in resolve(PROMPTS).read_text().splitlines()]
 
 
 def _flux(config: Any) -> dict[str, Any]:
-    clip, t5 = tiny_flux.train_tokenizers(_captions())
+    clip, t5 = tiny_flux.train_tokenizers(captions())
     text = transformers.CLIPTextConfig(
         vocab_size=len(clip), hidden_size=config.pooled_projection_dim, intermediate_size=64,
         num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=77,
@@ -174,7 +174,7 @@ def _flux(config: Any) -> dict[str, Any]:
 
 
 def _pixart(config: Any) -> dict[str, Any]:
-    _, t5 = tiny_flux.train_tokenizers(_captions())
+    _, t5 = tiny_flux.train_tokenizers(captions())
     return {
         "scheduler": diffusers.DPMSolverMultistepScheduler(),
         "vae": _latents(config.in_channels, 8),
@@ -184,7 +184,7 @@ def _pixart(config: Any) -> dict[str, Any]:
 
 
 def _sana(config: Any) -> dict[str, Any]:
-    _, t5 = tiny_flux.train_tokenizers(_captions())
+    _, t5 = tiny_flux.train_tokenizers(captions())
     words = [piece for piece in t5.get_vocab() if piece not in ("<pad>", "<eos>", "<bos>", "<unk>")]
     vocabulary = {piece: i for i, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *words])}
     tokenizer = transformers.GemmaTokenizer(vocab=vocabulary, merges=[])

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import dirotq
 from dirotq.benchmarks import contestants as made
-from dirotq.benchmarks import forward_timing, kernel_categories
+from dirotq.benchmarks import forward_timing, kernel_categories, whole_images
 from dirotq.benchmarks.compress import generated
 from dirotq.benchmarks.forward_rows import (
     COMPILED,
@@ -115,7 +115,8 @@ class Session:
         self.add(replace(row, p20=done.ms.p20, p80=done.ms.p80, first_s=done.first_s))
         weights = made.weight_bytes(module) / 1e9
         self.add(self._row("weights", case, who, value=weights))
-        note = f"{done.peak / 1e9 - weights:.2f} of it workspace and activations"
+        rest = done.peak / 1e9 - weights  # less than nothing where weights lie in host memory
+        note = f"{rest:.2f} of it workspace and activations" if rest > 0 else ""
         self.add(self._row("peak", case, who, value=done.peak / 1e9, note=note))
         self.add(self._row("reserved", case, who, value=done.reserved / 1e9))
         self._compare(who, case, done.output)
@@ -148,6 +149,15 @@ class Session:
             self._failed("warm", str(case), who, error)
             return
         self.add(self._row("warm", case, who, value=seconds))
+
+    def image(self, who: str, case: Case, made: whole_images.Whole) -> None:
+        """Time whole images of one contestant, in a pipeline around it."""
+        try:
+            module = self.contestant(who, case)
+            for part, seconds in whole_images.seconds(made, module, case.side):
+                self.add(self._row("image", case, who, value=seconds, what=part))
+        except Exception as error:  # noqa: BLE001
+            self._failed("image", str(case), who, error)
 
     def contestant(self, who: str, case: Case) -> Any:
         """Return its transformer, alone on the GPU; RuntimeError if making it failed before."""

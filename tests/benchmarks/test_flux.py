@@ -1,11 +1,11 @@
 """`make bench-flux`: rows that survive, tables, verdicts, and its contestants on the CPU."""
 
 import dataclasses
-import functools
 import types
 
 import pytest
 import torch
+from narrow_models import SIZES, narrowed
 
 import dirotq
 from dirotq.benchmarks import (
@@ -13,8 +13,6 @@ from dirotq.benchmarks import (
     flux,
     flux_floor,
     flux_quality,
-    full_size,
-    model_inputs,
 )
 from dirotq.benchmarks import session as sessions
 from dirotq.benchmarks.flux_jobs import JOBS
@@ -43,27 +41,7 @@ from dirotq.benchmarks.ways import COMPILE
 from dirotq.kernels.linear import QuantLinear
 
 BEGIN, END = "<!-- begin: make bench-flux -->", "<!-- end: make bench-flux -->"
-NARROW = {
-    "flux": {
-        "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 32,
-        "num_attention_heads": 4, "joint_attention_dim": 64, "pooled_projection_dim": 64,
-        "axes_dims_rope": (8, 12, 12), "in_channels": 16, "guidance_embeds": True,
-    },
-    "pixart_sigma": {
-        "num_layers": 1, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 4,
-        "out_channels": 8, "cross_attention_dim": 128, "caption_channels": 64, "sample_size": 8,
-        "patch_size": 2, "interpolation_scale": 2, "use_additional_conditions": False,
-    },
-    "sana": {
-        "num_layers": 1, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 4,
-        "out_channels": 4, "num_cross_attention_heads": 4, "cross_attention_head_dim": 32,
-        "cross_attention_dim": 128, "caption_channels": 64, "sample_size": 8, "patch_size": 1,
-    },
-}  # fmt: skip
-SMALL = {"flux": Case("flux", 64), "pixart_sigma": Case("pixart_sigma", 64, 2),
-         "sana": Case("sana", 64)}  # fmt: skip
-
-METHOD = functools.cache(contestants.method)
+SMALL = {model: SIZES[model] for model in ("flux", "pixart_sigma", "sana")}
 
 
 def row(**changes):
@@ -83,12 +61,7 @@ def verdicts(*rows):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Full-size models become narrow ones of one or two blocks that read a few words."""
-    monkeypatch.setattr(contestants, "method", METHOD)
-    monkeypatch.setattr(model_inputs, "TEXT", dict.fromkeys(NARROW, 8))
-    for model, config in NARROW.items():
-        cls = full_size.ARCHITECTURES[model][0]
-        monkeypatch.setitem(full_size.ARCHITECTURES, model, (cls, config))
+    narrowed(monkeypatch)
 
 
 def test_later_rows_win_and_a_failure_shows_only_where_nothing_is_known():
@@ -220,7 +193,7 @@ def test_a_lost_gpu_ends_the_run_and_names_the_jobs_left(monkeypatch, tmp_path):
         flux.measure(options)
 
 
-@pytest.mark.parametrize("model", NARROW)
+@pytest.mark.parametrize("model", SMALL)
 @torch.no_grad()
 def test_synthetic_packing_runs_on_the_reference_path(narrow, model):
     packed = contestants.random_packed(model, "cpu", rank=16)
