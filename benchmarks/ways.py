@@ -3,7 +3,6 @@
 A way may be undone, so that the next one runs the same weights; else they are made anew.
 """
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -15,7 +14,6 @@ import dirotq
 from dirotq.benchmarks import contestants as made
 from dirotq.benchmarks.forward_rows import ATTENTION, COMPILED, EAGER, FP8, FUSED, UNFUSED, W4A8
 from dirotq.benchmarks.model_inputs import Case
-from dirotq.kernels.prologue import Prologue
 from dirotq.runtime.accelerate import Runtime
 
 PACKED = "packed"
@@ -72,22 +70,34 @@ def accelerated(**changes: Any) -> Apply:
     return apply
 
 
+class Adapted(nn.Module):
+    """A linear and what an adapter adds to it: base(x) + x A B."""
+
+    def __init__(self, base: nn.Module, inputs: int, outputs: int, device: torch.device) -> None:
+        super().__init__()
+        self.base = base
+        made = {"device": device, "dtype": torch.bfloat16}
+        self.register_buffer("a", torch.randn(inputs, ADAPTER_RANK, **made) * inputs**-0.5)
+        self.register_buffer("b", torch.randn(ADAPTER_RANK, outputs, **made) * 0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + (x @ self.a) @ self.b
+
+
 def adapted(before: Apply) -> Apply:
-    """Return ``before`` with x A B added to every linear that is packed, as an adapter does."""
+    """Return ``before`` with an adapter put around every linear that is packed, as PEFT does it."""
 
     def apply(transformer: Any, case: Case) -> Undo | None:
         undo = before(transformer, case)
         device = next(transformer.parameters()).device
-        hooks = []
-        for name, (k, n) in made.linears_in_blocks(case.model, case.changes).items():
-            left = torch.randn(k, ADAPTER_RANK, device=device, dtype=torch.bfloat16) * k**-0.5
-            right = torch.randn(ADAPTER_RANK, n, device=device, dtype=torch.bfloat16) * 0.01
-            add = functools.partial(_added, left, right)
-            hooks.append(transformer.get_submodule(name).register_forward_hook(add))
+        bases = {}
+        for name, (inputs, outputs) in made.linears_in_blocks(case.model, case.changes).items():
+            bases[name] = transformer.get_submodule(name)
+            transformer.set_submodule(name, Adapted(bases[name], inputs, outputs, device))
 
         def back() -> None:
-            for hook in hooks:
-                hook.remove()
+            for name, base in bases.items():
+                transformer.set_submodule(name, base)
             if undo is not None:
                 undo()
 
@@ -108,11 +118,6 @@ def offloaded(before: Apply) -> Apply:
         )  # fmt: skip
 
     return apply
-
-
-def _added(left: Tensor, right: Tensor, module: nn.Module, given: Any, y: Tensor) -> Tensor:
-    x = given[0].value() if isinstance(given[0], Prologue) else given[0]
-    return y + (x @ left) @ right
 
 
 COMPILE = "fused"

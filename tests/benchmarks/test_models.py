@@ -140,17 +140,23 @@ def test_every_contestant_runs(session, monkeypatch):
     assert errors[COMPILED, f"against {EAGER}"] == 0.0
 
 
-def test_an_adapter_adds_to_every_linear_and_goes_again(narrow):
-    case = SIZES["flux"]
-    transformer = contestants.random_packed("flux", "cpu", rank=16)
-    x = inputs(case, transformer.config, "cpu")
-    dirotq.accelerate(transformer, **ways.SLOW)
+@pytest.mark.parametrize("how", [{}, ways.SLOW])
+@pytest.mark.parametrize("model", ["flux", "z_image"])
+def test_an_adapter_adds_to_every_linear_and_goes_again(narrow, monkeypatch, model, how):
+    transformer = contestants.random_packed(model, "cpu", rank=16)
+    x = inputs(SIZES[model], transformer.config, "cpu")
+    asked = ways.accelerated(**how)
+    asked(transformer, SIZES[model])
     want = call(transformer, x)
-    undo = ways.adapted(ways.accelerated(**ways.SLOW))(transformer, case)
-    assert len(contestants.linears_in_blocks("flux", {})) == 12 + 2 * 5
+    undo = ways.adapted(asked)(transformer, SIZES[model])
+    wrapped = [m for m in transformer.modules() if isinstance(m, ways.Adapted)]
+    assert len(wrapped) == len(contestants.linears_in_blocks(model, {})) > 8
+    ran = []
+    for adapter in wrapped:
+        adapter.register_forward_hook(lambda module, given, y: ran.append(module))
     changed = call(transformer, x)
-    assert not torch.equal(changed, want)
-    assert (changed - want).norm() < 0.5 * want.norm()
+    assert set(ran) == set(wrapped)
+    assert 0 < (changed - want).norm() < 0.5 * want.norm()
     undo()
     assert torch.equal(call(transformer, x), want)
 
