@@ -16,8 +16,6 @@ from dirotq.benchmarks.forward_rows import (
 )
 
 MAIN = "flux 1024x1"
-SIZES = ("flux 1024x2", "flux 1024x4", "flux 512x1", "flux 2048x1")
-OTHERS = ("pixart_sigma 1024x1", "sana 1024x1")
 
 Found = tuple[float, str] | None
 """A value, and where the packed weights came from; None if it was not measured."""
@@ -107,12 +105,8 @@ ASKED = (
     Asked("against compiled bf16", "x", speedup(MAIN, COMPILED), 1.45, 1.7),
     Asked("against FP8 per row, compiled", "x", speedup(MAIN, FP8), 1.0, 1.3),
     Asked("its weights, times those of FP8", "x", _bytes(FP8), 0.47, None, True),
-    *(Asked(f"{case} against eager", "x", speedup(case, EAGER), 1.7) for case in SIZES),
-    *(Asked(f"{case} against compiled", "x", speedup(case, COMPILED), 1.4) for case in SIZES),
     Asked("transformer weights", "GB", value_of("weights", MAIN, FUSED), 6.6, 6.0, True),
     Asked("peak VRAM of a forward, 1024²", "GB", value_of("peak", MAIN, FUSED), 7.6, None, True),
     Asked("W4A8 against W4A4, time apart", "%", _apart, 5, None, True),
-    *(Asked(f"{case} against eager", "x", speedup(case, EAGER), 1.4) for case in OTHERS),
-    *(Asked(f"{c} against compiled", "x", speedup(c, COMPILED), 1.0, 1.5) for c in OTHERS),
     Asked("images: fused closer than batch 8 by", "dB", _same_images, 0),
 )  # fmt: skip
