@@ -17,7 +17,7 @@ from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
-from dirotq.models.skeleton import empty_transformer, move_buffers
+from dirotq.models.skeleton import assign, empty_transformer, move_buffers
 from dirotq.packed.swap import swap_sites
 from dirotq.quantizer import DirotqConfig, mark_packed
 from dirotq.quiet import quiet
@@ -153,6 +153,7 @@ def free() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # pinned memory of group offloading
 
 
 def _skeleton(model: str, changes: dict[str, Any]) -> Any:
@@ -199,4 +200,20 @@ def _fill(transformer: Any, device: torch.device) -> None:
                 value.normal_(0, 0.02, generator=generator)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
     move_buffers(transformer, device)
-    transformer.to(torch.bfloat16).eval()
+    _to_bf16(transformer)
+    transformer.eval()
+
+
+def _to_bf16(transformer: Any) -> None:
+    """Cast as ``from_pretrained`` does: not what its class keeps in float32, nor what no file
+    holds."""
+    whole = set(transformer._keep_in_fp32_modules or ())
+    stored = set(transformer.state_dict())
+    kept = {n: b for n, b in transformer.named_buffers() if n not in stored}
+    with quiet():  # diffusers warns of what is put right below
+        transformer.to(torch.bfloat16)
+    for name, buffer in kept.items():
+        assign(transformer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer)
+    for name, parameter in transformer.named_parameters():
+        if whole.intersection(name.split(".")):
+            parameter.data = parameter.data.float()

@@ -88,6 +88,24 @@ def test_every_family_runs_packed_as_in_16_bits(narrow, model):
     assert y.std() > 1e-3
 
 
+@pytest.mark.parametrize("model", NARROW)
+def test_every_family_runs_in_fp8(narrow, monkeypatch, model):
+    monkeypatch.setattr(contestants, "find_spec", lambda name: None)
+    original = contestants.random_bf16(model, "cpu")
+    x = inputs(SIZES[model], original.config, "cpu")
+    want = call(original, x).float()
+    got = call(contestants.fp8_blocks(original), x).float()
+    assert 0 < (got - want).norm() < 0.1 * want.norm()
+
+
+def test_wan_keeps_in_float32_what_its_class_keeps(narrow):
+    for made in (contestants.random_bf16("wan", "cpu"), contestants.random_packed("wan", "cpu")):
+        assert made.scale_shift_table.dtype == torch.float32
+        assert made.blocks[0].norm2.weight.dtype == torch.float32
+        assert made.rope.freqs_cos.dtype != torch.bfloat16
+        assert made.patch_embedding.weight.dtype == torch.bfloat16
+
+
 def test_every_architecture_is_measured_at_its_size():
     assert {case.model for case in CASES.values()} == set(full_size.ARCHITECTURES)
     wan = CASES["wan"]
