@@ -149,6 +149,11 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 def free() -> None:
     """Give back what dropped transformers, graphs and compiled code held."""
     torch.compiler.reset()
+    collect()
+
+
+def collect() -> None:
+    """Give back the memory of what is dropped; compiled code stays."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()

@@ -26,7 +26,7 @@ def tables(rows: Sequence[Row]) -> str:
         ("What was asked", _asked(rows)),
         ("One forward, ms", _forwards(rows)),
         ("Memory, GB", _memory(rows)),
-        ("Where the time goes, ms", _profiles(rows)),
+        ("Where the time goes, ms", profiles(rows)),
         ("What separates us from the floor", _floor(rows)),
         ("Results compared, relative error", errors(rows)),
         ("Images of the embedded model", _quality(rows)),
@@ -90,7 +90,7 @@ def _memory(rows: Sequence[Row]) -> Iterator[str]:
             yield f"| {case} | {who} | " + " | ".join(f"{size:.2f}" for size in sizes) + " |"
 
 
-def _profiles(rows: Sequence[Row]) -> Iterator[str]:
+def profiles(rows: Sequence[Row]) -> Iterator[str]:
     mine = [row for row in rows if row.section == "profile"]
     columns = list(dict.fromkeys((row.case, row.contestant) for row in mine))
     if not columns:

@@ -1,12 +1,12 @@
 """`make bench-models`: one forward of every family at full size, and whole images, on one GPU.
 
 usage: python benchmarks/models.py [case ...] [--contestants packed,bf16,...] [--warm]
-           [--minutes 9.5] [--write] [--csv FILE] [--from FILE] [--revision TEXT]
+           [--profile] [--minutes 9.5] [--write] [--csv FILE] [--from FILE ...] [--revision TEXT]
 
 Weights are random, packed ones too (benchmarks/contestants.py): times and bytes are those of real
 ones, images mean nothing. Every row goes to --csv as soon as it is known; several commands add to
 one file. --write puts all rows of that file into docs/speed.md and docs/models.csv, and --from does
-so with the file of a run elsewhere, without a GPU.
+so with the files of runs elsewhere, without a GPU.
 
 First calls are cold: nothing compiled lies on disk when the command begins. --warm times them once
 more in a second process that finds the first one's compiled code.
@@ -45,7 +45,7 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
     from dirotq.benchmarks.models_table import tables
 
-    rows = latest(read(options.source or options.csv, Row))
+    rows = latest(row for file in options.source or [options.csv] for row in read(file, Row))
     print(tables(rows))
     if options.write:
         publish(rows, ROOT / "docs")
@@ -62,10 +62,11 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     usual = (*CASES, *IMAGES)
     parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(known)}")
     parser.add_argument("--contestants", help=f"some of {','.join(CONTESTANTS)}; all if not given")
+    parser.add_argument("--profile", action="store_true", help="packed: where the time goes too")
     parser.add_argument("--warm", action="store_true", help="first calls in a second process too")
     parser.add_argument("--minutes", type=float, default=9.5, help="begin nothing after that")
     parser.add_argument("--csv", type=Path, default=CSV)
-    parser.add_argument("--from", dest="source", type=Path, help="rows of an earlier run")
+    parser.add_argument("--from", dest="source", type=Path, nargs="+", help="earlier rows")
     parser.add_argument("--write", action="store_true", help="update docs/speed.md and models.csv")
     parser.add_argument("--revision", help="what to record as the code's version")
     parser.add_argument("--again", metavar="RUN", help=argparse.SUPPRESS)
@@ -106,6 +107,8 @@ def measure(options: argparse.Namespace) -> None:
         if not begun(session, deadline, section, str(case), who):
             continue
         (session.again if options.again else session.forward)(who, case)
+        if options.profile and not options.again and who == CONTESTANTS["packed"]:
+            session.profile(who, case)
     if options.again:
         return
     for name in (name for name in options.cases if name in IMAGES):

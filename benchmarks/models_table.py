@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from dirotq.benchmarks.flux_table import errors, head, joined, silent, time_of
+from dirotq.benchmarks.flux_table import errors, head, joined, profiles, silent, time_of
 from dirotq.benchmarks.flux_verdicts import Asked, Found, speedup, value_of
 from dirotq.benchmarks.forward_rows import COMPILED, EAGER, FP8, Row, find, ratio
 from dirotq.benchmarks.model_jobs import CASES, CONTESTANTS
@@ -36,6 +36,7 @@ def tables(rows: Sequence[Row]) -> str:
         ("First calls, s", _firsts(rows)),
         ("Memory of every model, GB", _memory(rows)),
         ("Whole images, s", _images(rows)),
+        ("Where the time of every model goes, ms", profiles(rows)),
         ("Results of every model compared, relative error", errors(rows)),
         ("Models not measured", silent(rows)),
     )

@@ -181,6 +181,7 @@ class Session:
             before, *network = self.held
             if WAYS[before].base == WAYS[who].base and tuple(network) == case.network:
                 self.undo()
+                made.collect()
                 return
         self.drop()
         self.module = self._loaded(WAYS[who].base, case)

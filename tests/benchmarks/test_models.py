@@ -13,6 +13,7 @@ from dirotq.benchmarks import session as sessions
 from dirotq.benchmarks.forward_rows import COMPILED, EAGER, FP8, Row
 from dirotq.benchmarks.forward_timing import Forward, call
 from dirotq.benchmarks.gpu_timing import Timing
+from dirotq.benchmarks.kernel_categories import Kernel
 from dirotq.benchmarks.model_inputs import Case, inputs
 from dirotq.benchmarks.model_jobs import CASES, CONTESTANTS, FEWER, order
 from dirotq.benchmarks.models_table import ASKED, tables
@@ -211,6 +212,7 @@ def test_tables():
         row(contestant=EAGER_OFFLOADED, value=500.0, weights=""),
         row(case="sana 1024x1", value=10.0),
         number("warm", 4.0),
+        number("profile", 50.0, what="GEMM"),
         number("weights", 6.5),
         number("peak", 7.4),
         number("image", 3.0),
@@ -230,6 +232,7 @@ def test_tables():
     assert f"| flux 1024x1 | {PACKED} | 3.00 | 0.10 |  | 2.00 |  |" in text
     assert f"| {PACKED} | {PACKED_ATTENTION} | {PLAIN} | {OFFLOADED} |" in text
     assert "6.50, 7.40" in text
+    assert "| GEMM | 50.00 |" in text
     assert "failed: a \\| b" in text
     assert "does not count" not in text
     for block in text.split("\n\n"):
@@ -263,12 +266,14 @@ def test_rows_of_an_earlier_run_are_published(monkeypatch, tmp_path, capsys):
     docs.mkdir()
     (docs / "speed.md").write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     append(tmp_path / "rows.csv", [row(value=90.0), row()])
+    append(tmp_path / "more.csv", [row(case="sana 1024x1", run="2")])
     monkeypatch.setattr(models, "ROOT", tmp_path)
-    assert models.main(["--from", str(tmp_path / "rows.csv"), "--write"]) == 0
+    files = [str(tmp_path / name) for name in ("rows.csv", "more.csv")]
+    assert models.main(["--write", "--from", *files]) == 0
     text = (docs / "speed.md").read_text()
     assert text.startswith(f"before\n{BEGIN}\n### ")
     assert text.endswith(f"{END}\nafter\n")
-    assert read(docs / "models.csv", Row) == [row()]
+    assert read(docs / "models.csv", Row) == [row(), row(case="sana 1024x1", run="2")]
 
 
 def test_the_document_is_what_its_rows_give(request):
@@ -345,6 +350,14 @@ def test_a_lost_gpu_ends_the_run(measured, monkeypatch):
     monkeypatch.setattr(sessions, "healthy", lambda: False)
     with pytest.raises(SystemExit, match=r"lost to this process before packed, flux 64x1"):
         measured("flux")
+
+
+def test_packed_kernels_are_profiled_where_that_is_asked_for(measured, monkeypatch):
+    seen = [Kernel("nvjet_gemm", 0.0, 2000.0)]
+    monkeypatch.setattr(sessions.forward_timing, "kernels", lambda module, x: seen)
+    rows = measured("flux", "--contestants", "packed,bf16", "--profile")
+    profile = {(r.contestant, r.what): r.value for r in rows if r.section == "profile"}
+    assert profile == {(PACKED, "GEMM"): 2.0, (PACKED, "launch gaps"): 8.0}
 
 
 def test_first_calls_are_timed_again_in_a_second_process(measured, monkeypatch):
