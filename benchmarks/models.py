@@ -13,6 +13,7 @@ more in a second process that finds the first one's compiled code.
 """
 
 import argparse
+import functools
 import os
 import subprocess
 import sys
@@ -139,11 +140,10 @@ def images(session: Any, name: str, chosen: list[str], deadline: float) -> None:
 
     model = name.removesuffix("_images")
     session.drop()
-    made = None
+    make = functools.cache(lambda: whole(model, session.device))
     for who, case in order([model], [who for who in IMAGE_CONTESTANTS if who in chosen]):
         if begun(session, deadline, "image", str(CASES[model]), who):
-            made = made or whole(model, session.device)
-            session.image(who, case, made)
+            session.image(who, case, make)
 
 
 def empty_caches() -> None:

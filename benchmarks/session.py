@@ -150,11 +150,11 @@ class Session:
             return
         self.add(self._row("warm", case, who, value=seconds))
 
-    def image(self, who: str, case: Case, made: whole_images.Whole) -> None:
-        """Time whole images of one contestant, in a pipeline around it."""
+    def image(self, who: str, case: Case, make: Callable[[], whole_images.Whole]) -> None:
+        """Time whole images of one contestant; ``make`` gives the rest of its pipeline."""
         try:
             module = self.contestant(who, case)
-            for part, seconds in whole_images.seconds(made, module, case.side):
+            for part, seconds in whole_images.seconds(make(), module, case.side):
                 self.add(self._row("image", case, who, value=seconds, what=part))
         except Exception as error:  # noqa: BLE001
             self._failed("image", str(case), who, error)

@@ -193,8 +193,8 @@ def test_what_is_switched_off_stays_off_only_for_its_way(narrow):
 def test_whole_images_and_their_parts(session, model):
     made = whole_images.whole(model, "cpu", SMALL)
     made = dataclasses.replace(made, call=made.call | {"num_inference_steps": 2})
-    session.image(PACKED, SIZES[model], made)
-    session.image(EAGER, SIZES[model], made)
+    session.image(PACKED, SIZES[model], lambda: made)
+    session.image(EAGER, SIZES[model], lambda: made)
     found = [(r.contestant, r.what, r.note) for r in session.rows]
     assert found == [(who, p, "") for who in (PACKED, EAGER) for p in ("", TEXT, DECODER)]
     whole = {(r.contestant, r.what): r.value for r in session.rows}
@@ -344,6 +344,26 @@ def test_what_does_not_fit_is_listed(measured):
         (section, who, None) for section in ("forward", "image") for who in (PACKED, EAGER)
     ]
     assert rows[0].note.startswith("not run: ")
+
+
+def test_whole_images_by_name(measured, monkeypatch):
+    made = whole_images.whole("flux", "cpu", SMALL)
+    made = dataclasses.replace(made, call=made.call | {"num_inference_steps": 2})
+    monkeypatch.setattr(whole_images, "whole", lambda model, device: made)
+    rows = measured("flux_images", "--contestants", "packed,plain,bf16")
+    assert {(r.section, r.case) for r in rows} == {("image", "flux 64x1")}
+    assert [r.contestant for r in rows if r.what == ""] == [PACKED, EAGER]
+
+
+def test_whole_images_that_cannot_be_made_cost_their_rows_alone(measured, monkeypatch):
+    def lost(model, device):
+        raise RuntimeError("no room")
+
+    monkeypatch.setattr(whole_images, "whole", lost)
+    rows = measured("flux_images", "flux", "--contestants", "bf16")
+    assert [(r.section, r.note) for r in rows if r.value is None] == [
+        ("image", "failed: RuntimeError: no room")
+    ]
 
 
 def test_a_lost_gpu_ends_the_run(measured, monkeypatch):
