@@ -14,7 +14,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test aot check bench bench-bits bench-quality table bench-kernels bench-compress bench-flux bench-load tune torture fuzz versions clean
+.PHONY: help setup compress plan sweep test aot check bench bench-bits bench-quality table bench-kernels bench-compress bench-flux bench-models bench-load tune torture fuzz versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -69,6 +69,9 @@ bench-compress: $(STAMP) ## the pipeline on a full-size model with generated wei
 
 bench-flux: $(STAMP) ## whole forwards at full size against bf16 and FP8 (needs a GPU): ARGS="forward --write"
 	$(BIN)/python benchmarks/flux.py $(ARGS)
+
+bench-models: $(STAMP) ## every family at full size and whole images (needs a GPU): ARGS="flux z_image --write"
+	$(BIN)/python benchmarks/models.py $(ARGS)
 
 bench-load: $(STAMP) ## what checking a folder's digests adds to loading it
 	$(BIN)/python benchmarks/load.py $(ARGS)

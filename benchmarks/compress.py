@@ -28,7 +28,7 @@ DEPTH["sana"] = ("num_layers",)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=full_size.ARCHITECTURES)
+    parser.add_argument("model", choices=DEPTH)
     parser.add_argument("--models", type=Path, default=Path("artifacts/full-size"))
     parser.add_argument("--store", default="artifacts")
     parser.add_argument("--depth", type=float, default=1.0, help="share of the blocks")

@@ -1,10 +1,11 @@
-"""`make bench-flux`: whole forwards of FLUX.1 (and PixArt-Sigma, SANA) at full size on one GPU.
+"""`make bench-flux`: FLUX.1 packed by our pipeline: its forward, kernels, images, and the floor.
 
 usage: python benchmarks/flux.py [job ...] [--prepare] [--synthetic] [--minutes 9.5] [--write]
            [--models DIR] [--store DIR] [--csv FILE] [--from FILE] [--revision TEXT]
            [overrides ...]
 
-Weights are generated and packed by our own pipeline on the first run (--prepare does only that);
+One image of 1024 x 1024; other sizes, models and ways to run them: benchmarks/models.py. Weights
+are generated and packed by our own pipeline on the first run (--prepare does only that);
 later runs find them in --models and --store. Every row goes to --csv as soon as it is known;
 --write puts all rows of that file into docs/speed.md and docs/speed.csv, and --from does so with
 the file of a run elsewhere, without a GPU. --synthetic packs random codes in seconds instead; its
@@ -21,8 +22,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from dirotq.benchmarks.flux_rows import SYNTHETIC, Row, latest
 from dirotq.benchmarks.flux_table import tables
+from dirotq.benchmarks.forward_rows import SYNTHETIC, Row, latest
 from dirotq.benchmarks.published import append, machine, put, read
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -83,7 +84,7 @@ def measure(options: argparse.Namespace) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `dirotq` does
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     from dirotq.benchmarks.flux_jobs import JOBS
-    from dirotq.benchmarks.flux_session import Places, Session, healthy
+    from dirotq.benchmarks.session import Places, Session, healthy
 
     about = machine(options.revision) | {"run": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"}
 
@@ -118,7 +119,6 @@ def measure(options: argparse.Namespace) -> None:
 def prepare(jobs: list[str], places: Any) -> None:
     """Generate and pack what the jobs will load; a killed run goes on where it was."""
     for name in jobs:
-        model = name if name in ("pixart_sigma", "sana") else "flux"
         if name == "w4a8":
             places.packed("flux", "dirotq_w4a8")
         elif name == "quality":
@@ -126,7 +126,7 @@ def prepare(jobs: list[str], places: Any) -> None:
 
             dirotq.compress("model=tiny_flux", f"store={places.store}", "until=pack")
         else:
-            places.packed(model, "dirotq")
+            places.packed("flux", "dirotq")
 
 
 def publish(rows: list[Row], docs: Path) -> None:

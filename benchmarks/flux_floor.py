@@ -13,7 +13,7 @@ import diffusers
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from dirotq.benchmarks.flux_rows import FLOOR, Row
+from dirotq.benchmarks.forward_rows import FLOOR, Row
 from dirotq.benchmarks.full_size import FLUX as CONFIG
 from dirotq.benchmarks.gpu_timing import copies, time_calls
 from dirotq.benchmarks.speed_rows import bandwidth

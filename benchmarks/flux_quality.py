@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import dirotq
-from dirotq.benchmarks.flux_contestants import HOW
-from dirotq.benchmarks.flux_rows import ATTENTION, FOLDER, FUSED, UNFUSED, Row
+from dirotq.benchmarks.forward_rows import ATTENTION, FOLDER, FUSED, UNFUSED, Row
 from dirotq.benchmarks.gpu_timing import summary
+from dirotq.benchmarks.model_inputs import Case
+from dirotq.benchmarks.ways import WAYS
 from dirotq.evaluate.fidelity import psnr
 from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
@@ -36,11 +37,12 @@ def compared(store: str, overrides: tuple[str, ...] = (), *, count: int = COUNT)
     def one_by_one() -> Tensor:
         return torch.cat([generate(pipe, [prompt], call) for prompt in prompts])
 
-    dirotq.accelerate(pipe.transformer, **HOW[UNFUSED])
+    case = Case("flux", call["height"])
+    WAYS[UNFUSED].apply(pipe.transformer, case)
     want = one_by_one()
     yield row(BATCHED, generate(pipe, prompts, call), want)
     for who in (FUSED, ATTENTION):
-        dirotq.accelerate(pipe.transformer, **HOW[who])
+        WAYS[who].apply(pipe.transformer, case)
         yield row(who, one_by_one(), want)
 
 

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from dirotq.benchmarks.flux_rows import (
+from dirotq.benchmarks.flux_verdicts import ASKED, MAIN
+from dirotq.benchmarks.forward_rows import (
     COMPILED,
     CONTESTANTS,
     EAGER,
@@ -13,7 +14,6 @@ from dirotq.benchmarks.flux_rows import (
     find,
     ratio,
 )
-from dirotq.benchmarks.flux_verdicts import ASKED, MAIN
 from dirotq.benchmarks.kernel_categories import GAPS, NAMES
 
 FLOORS = {"GEMM": ("GEMM",), "attention": ("attention",)}
@@ -26,24 +26,29 @@ def tables(rows: Sequence[Row]) -> str:
         ("What was asked", _asked(rows)),
         ("One forward, ms", _forwards(rows)),
         ("Memory, GB", _memory(rows)),
-        ("Where the time goes, ms", _profiles(rows)),
+        ("Where the time goes, ms", profiles(rows)),
         ("What separates us from the floor", _floor(rows)),
-        ("Results compared, relative error", _errors(rows)),
+        ("Results compared, relative error", errors(rows)),
         ("Images of the embedded model", _quality(rows)),
-        ("Not measured", _silent(rows)),
+        ("Not measured", silent(rows)),
     )
+    return joined(parts, rows)
+
+
+def joined(parts: Iterable[tuple[str, Iterable[str]]], rows: Sequence[Row]) -> str:
+    """Put tables with their titles under one another, and the runs below; none that is empty."""
     text = [
         line for title, body in parts if (lines := list(body))
         for line in (f"### {title}", "", *lines, "")
     ]  # fmt: skip
-    return "\n".join([*text, *_runs(rows)]) + "\n"
+    return "\n".join([*text, *runs(rows)]) + "\n"
 
 
 def _asked(rows: Sequence[Row]) -> Iterator[str]:
     if not rows:
         yield "No row was measured yet."
         return
-    yield from _head("what", "measured", "reach / goal", "")
+    yield from head("what", "measured", "reach / goal", "")
     yield from (asked.line(rows) for asked in ASKED)
 
 
@@ -54,9 +59,9 @@ def _forwards(rows: Sequence[Row]) -> Iterator[str]:
     shown = [who for who in CONTESTANTS if any(row.contestant == who for row in mine)]
     against = {EAGER: "x eager", COMPILED: "x compiled", FP8: "x FP8"}
     against = {who: name for who, name in against.items() if who in shown}
-    yield from _head("case", *shown, *against.values())
+    yield from head("case", *shown, *against.values())
     for case in dict.fromkeys(row.case for row in mine):
-        times = [_time(find(rows, "forward", case, who)) for who in shown]
+        times = [time_of(find(rows, "forward", case, who)) for who in shown]
         speed = [ratio(rows, case, FUSED, who) for who in against]
         cells = [*times, *("" if s is None else f"{s[0]:.2f}" for s in speed)]
         yield f"| {case} | {' | '.join(cells)} |"
@@ -66,7 +71,7 @@ def _forwards(rows: Sequence[Row]) -> Iterator[str]:
     ]
     if told:
         yield ""
-        yield from _head(f"first call at {MAIN}, compilation and capture included", "s")
+        yield from head(f"first call at {MAIN}, compilation and capture included", "s")
         yield from told
 
 
@@ -74,7 +79,7 @@ def _memory(rows: Sequence[Row]) -> Iterator[str]:
     mine = [row for row in rows if row.section == "peak"]
     if not mine:
         return
-    yield from _head("case", "contestant", "weights", "workspace, activations", "peak", "reserved")
+    yield from head("case", "contestant", "weights", "workspace, activations", "peak", "reserved")
     for case in dict.fromkeys(row.case for row in mine):
         for who in CONTESTANTS:
             numbers = [find(rows, part, case, who) for part in ("weights", "peak", "reserved")]
@@ -85,12 +90,12 @@ def _memory(rows: Sequence[Row]) -> Iterator[str]:
             yield f"| {case} | {who} | " + " | ".join(f"{size:.2f}" for size in sizes) + " |"
 
 
-def _profiles(rows: Sequence[Row]) -> Iterator[str]:
+def profiles(rows: Sequence[Row]) -> Iterator[str]:
     mine = [row for row in rows if row.section == "profile"]
     columns = list(dict.fromkeys((row.case, row.contestant) for row in mine))
     if not columns:
         return
-    yield from _head("kernels", *(f"{who}, {case}" for case, who in columns))
+    yield from head("kernels", *(f"{who}, {case}" for case, who in columns))
     for name in (n for n in NAMES if any(row.what == n for row in mine)):
         found = (find(rows, "profile", case, who, name) for case, who in columns)
         cells = ("" if row is None else f"{row.value:.2f}" for row in found)
@@ -110,7 +115,7 @@ def _floor(rows: Sequence[Row]) -> Iterator[str]:
     }
     ours = {part: sum(spent.get(n, 0.0) for n in names) for part, names in FLOORS.items()}
     ours["bytes"] = sum(spent.values()) - sum(ours.values()) - spent.get(GAPS, 0.0)
-    yield from _head("part", "floor, ms", "ours, ms", "apart, ms", "floor is")
+    yield from head("part", "floor, ms", "ours, ms", "apart, ms", "floor is")
     for part, mine in ours.items():
         if part in floors:
             least = floors[part].value or 0.0
@@ -131,11 +136,11 @@ def _floor(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _errors(rows: Sequence[Row]) -> Iterator[str]:
+def errors(rows: Sequence[Row]) -> Iterator[str]:
     mine = {row.key: row for row in rows if row.section == "error"}
     if not mine:
         return
-    yield from _head("case", "contestant", "against", "relative error")
+    yield from head("case", "contestant", "against", "relative error")
     for row in mine.values():
         against = row.what.removeprefix("against ")
         yield f"| {row.case} | {row.contestant} | {against} | {row.value:.2g} |"
@@ -145,22 +150,22 @@ def _quality(rows: Sequence[Row]) -> Iterator[str]:
     mine = {row.key: row for row in rows if row.section == "quality" and row.value is not None}
     if not mine:
         return
-    yield from _head("against ours, unfused, batch 1", "PSNR, dB", "20th, 80th percentile")
+    yield from head("against ours, unfused, batch 1", "PSNR, dB", "20th, 80th percentile")
     for row in mine.values():
         yield f"| {row.contestant} | {row.value:.2f} | {row.p20:.2f}, {row.p80:.2f} |"
 
 
-def _silent(rows: Sequence[Row]) -> Iterator[str]:
+def silent(rows: Sequence[Row]) -> Iterator[str]:
     mine = [row for row in rows if row.value is None]
     if not mine:
         return
-    yield from _head("case", "contestant", "why")
+    yield from head("case", "contestant", "why")
     for row in mine:
         note = row.note.replace("|", "\\|")
         yield f"| {row.case} | {row.contestant} | {note} |"
 
 
-def _runs(rows: Sequence[Row]) -> Iterator[str]:
+def runs(rows: Sequence[Row]) -> Iterator[str]:
     """Say where and when; a run with synthetic weights says so."""
     yield from ("Medians; brackets: 20th and 80th percentile. The runs:", "")
     for run in dict.fromkeys(row.run for row in rows):
@@ -173,11 +178,11 @@ def _runs(rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
-def _time(row: Row | None) -> str:
+def time_of(row: Row | None) -> str:
     if row is None or row.value is None:
         return ""
     return f"{row.value:.1f} [{row.p20:.1f}, {row.p80:.1f}]"
 
 
-def _head(*cells: str) -> Iterable[str]:
+def head(*cells: str) -> Iterable[str]:
     return f"| {' | '.join(cells)} |", "|---" * len(cells) + "|"

@@ -39,11 +39,27 @@ SANA = {
     "out_channels": 32, "num_cross_attention_heads": 20, "cross_attention_head_dim": 112,
     "cross_attention_dim": 2240, "caption_channels": 2304, "sample_size": 32, "patch_size": 1,
 }  # fmt: skip
+SD3 = {
+    "num_layers": 24, "num_attention_heads": 24, "attention_head_dim": 64, "sample_size": 128,
+    "caption_projection_dim": 1536, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
+}  # fmt: skip
+FLUX2_KLEIN = {
+    "num_layers": 5, "num_single_layers": 20, "num_attention_heads": 24,
+    "joint_attention_dim": 7680, "guidance_embeds": False,
+}  # fmt: skip
 ARCHITECTURES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "flux": ("FluxTransformer2DModel", FLUX),
     "pixart_sigma": ("PixArtTransformer2DModel", PIXART),
     "sana": ("SanaTransformer2DModel", SANA),
+    "sd3": ("SD3Transformer2DModel", SD3),
+    "z_image": ("ZImageTransformer2DModel", {}),
+    "flux2_klein": ("Flux2Transformer2DModel", FLUX2_KLEIN),
+    "qwen_image": ("QwenImageTransformer2DModel", {}),
+    "wan": ("WanTransformer3DModel", {}),
 }
+"""Classes and published configurations: FLUX.1-dev, PixArt-Sigma, SANA 1.6B, SD 3.5 medium,
+Z-Image, FLUX.2-klein 4B, Qwen-Image, Wan 2.1 14B (the last ones are their classes' defaults)."""
 
 
 def build(name: str, folder: Path, device: torch.device, **changes: Any) -> Path:
@@ -132,13 +148,13 @@ def _t5(tokenizer: Any, width: int) -> Any:
     return transformers.T5EncoderModel(config)
 
 
-def _captions() -> list[str]:
+def captions() -> list[str]:
     """Read the general prompts, so that their words are words to the tokenizers."""
     return [json.loads(line)["prompt"] for line in resolve(PROMPTS).read_text().splitlines()]
 
 
 def _flux(config: Any) -> dict[str, Any]:
-    clip, t5 = tiny_flux.train_tokenizers(_captions())
+    clip, t5 = tiny_flux.train_tokenizers(captions())
     text = transformers.CLIPTextConfig(
         vocab_size=len(clip), hidden_size=config.pooled_projection_dim, intermediate_size=64,
         num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=77,
@@ -158,7 +174,7 @@ def _flux(config: Any) -> dict[str, Any]:
 
 
 def _pixart(config: Any) -> dict[str, Any]:
-    _, t5 = tiny_flux.train_tokenizers(_captions())
+    _, t5 = tiny_flux.train_tokenizers(captions())
     return {
         "scheduler": diffusers.DPMSolverMultistepScheduler(),
         "vae": _latents(config.in_channels, 8),
@@ -168,7 +184,7 @@ def _pixart(config: Any) -> dict[str, Any]:
 
 
 def _sana(config: Any) -> dict[str, Any]:
-    _, t5 = tiny_flux.train_tokenizers(_captions())
+    _, t5 = tiny_flux.train_tokenizers(captions())
     words = [piece for piece in t5.get_vocab() if piece not in ("<pad>", "<eos>", "<bos>", "<unk>")]
     vocabulary = {piece: i for i, piece in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *words])}
     tokenizer = transformers.GemmaTokenizer(vocab=vocabulary, merges=[])

@@ -1,25 +1,24 @@
 """`make bench-flux`: rows that survive, tables, verdicts, and its contestants on the CPU."""
 
 import dataclasses
-import functools
 import types
 
 import pytest
 import torch
+from narrow_models import SIZES, narrowed
 
 import dirotq
 from dirotq.benchmarks import (
+    contestants,
     flux,
     flux_floor,
-    flux_inputs,
     flux_quality,
-    flux_session,
-    full_size,
 )
-from dirotq.benchmarks import flux_contestants as contestants
-from dirotq.benchmarks.flux_inputs import Case, inputs
+from dirotq.benchmarks import session as sessions
 from dirotq.benchmarks.flux_jobs import JOBS
-from dirotq.benchmarks.flux_rows import (
+from dirotq.benchmarks.flux_table import tables
+from dirotq.benchmarks.flux_verdicts import ASKED
+from dirotq.benchmarks.forward_rows import (
     COMPILED,
     EAGER,
     FLOOR,
@@ -33,36 +32,16 @@ from dirotq.benchmarks.flux_rows import (
     latest,
     ratio,
 )
-from dirotq.benchmarks.flux_session import MAIN, Places, Session
-from dirotq.benchmarks.flux_table import tables
-from dirotq.benchmarks.flux_timing import Forward
-from dirotq.benchmarks.flux_verdicts import ASKED
+from dirotq.benchmarks.forward_timing import Forward
 from dirotq.benchmarks.gpu_timing import Timing
+from dirotq.benchmarks.model_inputs import Case, inputs
 from dirotq.benchmarks.published import append, read
+from dirotq.benchmarks.session import MAIN, Places, Session
+from dirotq.benchmarks.ways import COMPILE
 from dirotq.kernels.linear import QuantLinear
 
 BEGIN, END = "<!-- begin: make bench-flux -->", "<!-- end: make bench-flux -->"
-NARROW = {
-    "flux": {
-        "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 32,
-        "num_attention_heads": 4, "joint_attention_dim": 64, "pooled_projection_dim": 64,
-        "axes_dims_rope": (8, 12, 12), "in_channels": 16, "guidance_embeds": True,
-    },
-    "pixart_sigma": {
-        "num_layers": 1, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 4,
-        "out_channels": 8, "cross_attention_dim": 128, "caption_channels": 64, "sample_size": 8,
-        "patch_size": 2, "interpolation_scale": 2, "use_additional_conditions": False,
-    },
-    "sana": {
-        "num_layers": 1, "num_attention_heads": 4, "attention_head_dim": 32, "in_channels": 4,
-        "out_channels": 4, "num_cross_attention_heads": 4, "cross_attention_head_dim": 32,
-        "cross_attention_dim": 128, "caption_channels": 64, "sample_size": 8, "patch_size": 1,
-    },
-}  # fmt: skip
-SMALL = {"flux": Case("flux", 64), "pixart_sigma": Case("pixart_sigma", 64, 2),
-         "sana": Case("sana", 64)}  # fmt: skip
-
-METHOD = functools.cache(contestants.method)
+SMALL = {model: SIZES[model] for model in ("flux", "pixart_sigma", "sana")}
 
 
 def row(**changes):
@@ -82,12 +61,7 @@ def verdicts(*rows):
 
 @pytest.fixture
 def narrow(monkeypatch):
-    """Full-size models become narrow ones of one or two blocks that read a few words."""
-    monkeypatch.setattr(contestants, "method", METHOD)
-    monkeypatch.setattr(flux_inputs, "TEXT", dict.fromkeys(NARROW, 8))
-    for model, config in NARROW.items():
-        cls = full_size.ARCHITECTURES[model][0]
-        monkeypatch.setitem(full_size.ARCHITECTURES, model, (cls, config))
+    narrowed(monkeypatch)
 
 
 def test_later_rows_win_and_a_failure_shows_only_where_nothing_is_known():
@@ -212,14 +186,14 @@ def test_jobs_that_do_not_fit_are_listed(monkeypatch, tmp_path, capsys):
 
 def test_a_lost_gpu_ends_the_run_and_names_the_jobs_left(monkeypatch, tmp_path):
     monkeypatch.setattr(flux, "machine", lambda revision: {})
-    monkeypatch.setattr(flux_session, "healthy", lambda: False)
+    monkeypatch.setattr(sessions, "healthy", lambda: False)
     monkeypatch.setitem(JOBS, "forward", dataclasses.replace(JOBS["forward"], run=lambda s: None))
     options = flux.parsed(["forward", "floor", "fp8", "--csv", str(tmp_path / "rows.csv")])
     with pytest.raises(SystemExit, match=r"forward lost the GPU.*left to run: floor fp8"):
         flux.measure(options)
 
 
-@pytest.mark.parametrize("model", NARROW)
+@pytest.mark.parametrize("model", SMALL)
 @torch.no_grad()
 def test_synthetic_packing_runs_on_the_reference_path(narrow, model):
     packed = contestants.random_packed(model, "cpu", rank=16)
@@ -266,7 +240,7 @@ def session(narrow, monkeypatch):
             y = module(**x)[0]
         return Forward(Timing(9.0, 10.0, 11.0), 0.5, 10**9, 2 * 10**9, y)
 
-    monkeypatch.setattr(flux_session.flux_timing, "timed", timed)
+    monkeypatch.setattr(sessions.forward_timing, "timed", timed)
     places = Places(models=None, store="", synthetic=True)
     return Session(places, lambda row: None, device="cpu")
 
@@ -289,7 +263,7 @@ def test_a_contestant_that_fails_costs_its_own_rows(session, monkeypatch):
 
     def ours(module, **how):
         tries.append(how)
-        if how["fused"]:
+        if how[COMPILE]:
             raise RuntimeError("no kernel\nfor this")
         return module
 
@@ -300,7 +274,7 @@ def test_a_contestant_that_fails_costs_its_own_rows(session, monkeypatch):
     notes = [r.note for r in session.rows if r.value is None]
     assert notes[0] == "failed: RuntimeError: no kernel for this"
     assert "as before" in notes[1]
-    assert [how["fused"] for how in tries] == [True, False]
+    assert [how[COMPILE] for how in tries] == [True, False]
     assert any(r.section == "forward" and r.contestant == UNFUSED for r in session.rows)
 
 
@@ -322,8 +296,9 @@ def test_images_of_the_embedded_model_are_compared_in_four_ways(monkeypatch, tmp
         far = {("plain", 1): 0.0, ("plain", 2): 0.1, ("fused", 1): 0.01, ("fp8", 1): 0.2}
         return torch.full((len(prompts), 3, 8, 8), 0.5 + far[pipe.how, len(prompts)])
 
-    def ours(transformer, *, fused, graphs, attention="exact"):
-        pipe.how = "plain" if not (fused or graphs) else {"exact": "fused"}.get(attention, "fp8")
+    def ours(transformer, *, graphs, attention, **more):
+        plain = not (more[COMPILE] or graphs)
+        pipe.how = "plain" if plain else {"exact": "fused"}.get(attention, "fp8")
 
     made = {"pack": types.SimpleNamespace(data=tmp_path)}
     pipe = types.SimpleNamespace(transformer="packed", how="as loaded")

@@ -42,10 +42,7 @@ def timed(module: Any, x: Mapping[str, Any]) -> Forward:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    output = call(module, x)
-    torch.cuda.synchronize()
-    first = time.perf_counter() - began
+    seconds, output = first(module, x)
     if not bool(output.isfinite().all()):
         raise RuntimeError("the result is not finite")
     output = output.clone()  # a graph's next replay would overwrite it
@@ -56,13 +53,22 @@ def timed(module: Any, x: Mapping[str, Any]) -> Forward:
         time.sleep(min(REST * took * 1e-3, LONGEST_REST))
         took = _one(module, x)
         times.append(took)
-    return Forward(summary(times), first, *peaks, output)
+    return Forward(summary(times), seconds, *peaks, output)
+
+
+def first(module: Any, x: Mapping[str, Any]) -> tuple[float, Tensor]:
+    """Return the seconds of a first call, and its result."""
+    began = time.perf_counter()
+    output = call(module, x)
+    torch.cuda.synchronize()
+    return time.perf_counter() - began, output
 
 
 def call(module: Any, x: Mapping[str, Any]) -> Tensor:
+    """Run a forward; a list with a result per image becomes one tensor."""
     with torch.no_grad():
-        output: Tensor = module(**x)[0]
-    return output
+        output = module(**x)[0]
+    return torch.stack(output) if isinstance(output, list) else output
 
 
 def kernels(module: Any, x: Mapping[str, Any]) -> list[Kernel]:

@@ -1,4 +1,4 @@
-"""One run of `make bench-flux` on a GPU: which contestant is in memory, and what was measured.
+"""One run of `make bench-flux` or `make bench-models`: who is on the GPU, what was measured.
 
 Contestants are alone on the GPU, so that peaks are theirs. One failing costs its own rows only.
 """
@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 import dirotq
-from dirotq.benchmarks import flux_contestants as made
-from dirotq.benchmarks import flux_timing, kernel_categories
+from dirotq.benchmarks import contestants as made
+from dirotq.benchmarks import forward_timing, kernel_categories, whole_images
 from dirotq.benchmarks.compress import generated
-from dirotq.benchmarks.flux_inputs import Case, inputs
-from dirotq.benchmarks.flux_rows import (
-    ATTENTION,
+from dirotq.benchmarks.forward_rows import (
     COMPILED,
     EAGER,
     FOLDER,
@@ -31,13 +29,14 @@ from dirotq.benchmarks.flux_rows import (
     Row,
     find,
 )
+from dirotq.benchmarks.model_inputs import Case, inputs
+from dirotq.benchmarks.ways import BF16, NO_GRAPHS, PACKED, PACKED_ATTENTION, PLAIN, WAYS, Undo
 from dirotq.device import pick_device
 
 MAIN = Case("flux", 1024)
-OURS = (FUSED, UNFUSED, W4A8, ATTENTION)
-PRESETS = {W4A8: "dirotq_w4a8"}
 COMPARED = ((FUSED, UNFUSED), (FUSED, EAGER), (UNFUSED, EAGER), (W4A8, EAGER), (FP8, EAGER),
-            (COMPILED, EAGER))  # fmt: skip
+            (COMPILED, EAGER), (NO_GRAPHS, PACKED), (PLAIN, PACKED),
+            (PACKED_ATTENTION, PACKED))  # fmt: skip
 """Pairs whose results are compared: a path that computes something else shows as a large error."""
 
 
@@ -78,11 +77,13 @@ class Session:
     say: Callable[[Row], None]
     device: str = "cuda"
     rows: list[Row] = field(default_factory=list)
-    held: tuple[str, str] | None = None
+    held: tuple[str, str, int | None] | None = None
     module: Any = None
+    undo: Undo | None = None
+    """Gives the module that is held back to whoever runs the same weights in another way."""
     outputs: dict[tuple[str, Case], Tensor] = field(default_factory=dict)
     tried: set[tuple[str, Case]] = field(default_factory=set)
-    broken: dict[tuple[str, str], str] = field(default_factory=dict)
+    broken: dict[tuple[str, str, int | None], str] = field(default_factory=dict)
     """Contestants that could not be made, with the reason: they are not tried again."""
 
     def add(self, row: Row) -> None:
@@ -104,9 +105,9 @@ class Session:
             return
         self.tried.add((who, case))
         try:
-            module = self.contestant(who, case.model)
+            module = self.contestant(who, case)
             x = inputs(case, module.config, self.device)
-            done = flux_timing.timed(module, x)
+            done = forward_timing.timed(module, x)
         except Exception as error:  # noqa: BLE001
             self._failed("forward", str(case), who, error)
             return
@@ -114,7 +115,8 @@ class Session:
         self.add(replace(row, p20=done.ms.p20, p80=done.ms.p80, first_s=done.first_s))
         weights = made.weight_bytes(module) / 1e9
         self.add(self._row("weights", case, who, value=weights))
-        note = f"{done.peak / 1e9 - weights:.2f} of it workspace and activations"
+        rest = done.peak / 1e9 - weights  # less than nothing where weights lie in host memory
+        note = f"{rest:.2f} of it workspace and activations" if rest > 0 else ""
         self.add(self._row("peak", case, who, value=done.peak / 1e9, note=note))
         self.add(self._row("reserved", case, who, value=done.reserved / 1e9))
         self._compare(who, case, done.output)
@@ -125,8 +127,8 @@ class Session:
         if wall is None or wall.value is None:
             return
         try:
-            module = self.contestant(who, case.model)
-            seen = flux_timing.kernels(module, inputs(case, module.config, self.device))
+            module = self.contestant(who, case)
+            seen = forward_timing.kernels(module, inputs(case, module.config, self.device))
         except Exception as error:  # noqa: BLE001
             self._failed("profile", str(case), who, error)
             return
@@ -137,48 +139,68 @@ class Session:
             note = f"{runs} runs; {kind}"
             self.add(self._row("kernel", case, who, value=ms, what=name[:100], note=note))
 
-    def contestant(self, who: str, model: str) -> Any:
+    def again(self, who: str, case: Case) -> None:
+        """Time the first call alone: what a process takes that finds compiled code on disk."""
+        try:
+            module = self.contestant(who, case)
+            x = inputs(case, module.config, self.device)
+            seconds, _ = forward_timing.first(module, x)
+        except Exception as error:  # noqa: BLE001
+            self._failed("warm", str(case), who, error)
+            return
+        self.add(self._row("warm", case, who, value=seconds))
+
+    def image(self, who: str, case: Case, make: Callable[[], whole_images.Whole]) -> None:
+        """Time whole images of one contestant; ``make`` gives the rest of its pipeline."""
+        try:
+            module = self.contestant(who, case)
+            for part, seconds in whole_images.seconds(make(), module, case.side):
+                self.add(self._row("image", case, who, value=seconds, what=part))
+        except Exception as error:  # noqa: BLE001
+            self._failed("image", str(case), who, error)
+
+    def contestant(self, who: str, case: Case) -> Any:
         """Return its transformer, alone on the GPU; RuntimeError if making it failed before."""
-        if self.held == (who, model):
+        wanted = who, *case.network
+        if self.held == wanted:
             return self.module
-        if reason := self.broken.get((who, model)):
+        if reason := self.broken.get(wanted):
             raise RuntimeError(f"as before: {reason}")
         try:
-            self.held, self.module = (who, model), self._made(who, model)
+            self._put(who, case)
+            self.undo = WAYS[who].apply(self.module, case)
+            self.held = wanted
         except Exception as error:
-            self.broken[who, model] = f"{type(error).__name__}: {error}"
+            self.broken[wanted] = f"{type(error).__name__}: {error}"
             raise
         return self.module
 
-    def _made(self, who: str, model: str) -> Any:
-        base = self.held in ((EAGER, model), (COMPILED, model)) and who in (EAGER, COMPILED, FP8)
-        module = made.uncompiled(self.module) if base else None
+    def _put(self, who: str, case: Case) -> None:
+        """Hold the weights that a contestant runs: those that are there, or new ones."""
+        if self.held is not None and self.undo is not None:
+            before, *network = self.held
+            if WAYS[before].base == WAYS[who].base and tuple(network) == case.network:
+                self.undo()
+                made.collect()
+                return
         self.drop()
-        if module is None:
-            module = self._loaded(who, model)
-        if who == FP8:
-            made.fp8_blocks(module)
-        if who in (FP8, COMPILED):
-            made.compile_blocks(module)
-        if who in OURS:
-            module = dirotq.accelerate(module, **made.HOW[who])
-        return module
+        self.module = self._loaded(WAYS[who].base, case)
 
     def drop(self) -> None:
         """Free the GPU."""
-        self.held = self.module = None
+        self.held = self.module = self.undo = None
         made.free()
 
-    def _loaded(self, who: str, model: str) -> Any:
+    def _loaded(self, base: str, case: Case) -> Any:
         """Load a fresh transformer, as it comes from its folder."""
-        if who in OURS:
-            preset = PRESETS.get(who, "dirotq")
-            if self.places.synthetic:
-                return made.random_packed(model, self.device, preset=preset)
-            return made.loaded(model, self.places.packed(model, preset), self.device)
-        if self.places.synthetic:
-            return made.random_bf16(model, self.device)
-        return made.loaded_bf16(model, self.places.original(model), self.device)
+        model, places = case.model, self.places
+        if places.synthetic:
+            if base == BF16:
+                return made.random_bf16(model, self.device, **case.changes)
+            return made.random_packed(model, self.device, preset=base, **case.changes)
+        if base == BF16:
+            return made.loaded_bf16(model, places.original(model), self.device)
+        return made.loaded(model, places.packed(model, base), self.device)
 
     def _compare(self, who: str, case: Case, output: Tensor) -> None:
         """Add errors against what else computed this case; synthetic networks are others."""
@@ -187,14 +209,15 @@ class Session:
             other = {left: right, right: left}.get(who)
             if other is None or (other, case) not in self.outputs:
                 continue
-            if self.places.synthetic and (left in OURS) != (right in OURS):
+            if self.places.synthetic and WAYS[left].packed != WAYS[right].packed:
                 continue
             got, want = self.outputs[left, case], self.outputs[right, case]
             error = float((got - want).norm() / want.norm())
             self.add(self._row("error", case, left, value=error, what=f"against {right}"))
 
     def _row(self, section: str, case: Case, who: str, *, value: float, **more: str) -> Row:
-        weights = (SYNTHETIC if self.places.synthetic else FOLDER) if who in OURS else ""
+        ours = SYNTHETIC if self.places.synthetic else FOLDER
+        weights = ours if WAYS[who].packed else ""
         return Row(
             section=section, case=str(case), contestant=who, value=value, weights=weights, **more
         )

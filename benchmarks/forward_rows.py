@@ -1,4 +1,5 @@
-"""Rows of `make bench-flux`: one number each, appended to a CSV file as soon as it is known."""
+"""Rows of `make bench-flux` and `make bench-models`: one number each, appended to a CSV file as
+soon as it is known."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -21,8 +22,9 @@ FOLDER, SYNTHETIC = "folder", "synthetic"
 class Row:
     """One number of one contestant in one case.
 
-    ``section``  forward (ms of a call), weights, peak, reserved (GB), error, profile (ms),
-                 floor (ms), rate, quality (dB)
+    ``section``  forward (ms of a call), warm (s of the first call, compiled code on disk),
+                 image (s of a whole image, and its parts), weights, peak, reserved (GB), error,
+                 profile (ms), floor (ms), rate, quality (dB)
     ``case``     such as ``flux 1024x1``: model, side of the image, batch
     ``what``     the category of a profile, a part of the floor, a pair of images
     ``first_s``  seconds of the contestant's first call: compilation, capture of graphs
@@ -85,19 +87,23 @@ def find(
     return next((r for r in reversed(rows) if r.key == key and r.value is not None), None)
 
 
-def pair(rows: Sequence[Row], case: str, ours: str, other: str) -> tuple[Row, Row] | None:
+def pair(
+    rows: Sequence[Row], case: str, ours: str, other: str, section: str = "forward"
+) -> tuple[Row, Row] | None:
     """Find two contestants' times in one case, from the newest run that has both."""
     for run in dict.fromkeys(row.run for row in reversed(rows)):
         same = [row for row in rows if row.run == run]
-        found = find(same, "forward", case, ours), find(same, "forward", case, other)
+        found = find(same, section, case, ours), find(same, section, case, other)
         if found[0] is not None and found[1] is not None:
             return found[0], found[1]
     return None
 
 
-def ratio(rows: Sequence[Row], case: str, ours: str, other: str) -> tuple[float, str] | None:
+def ratio(
+    rows: Sequence[Row], case: str, ours: str, other: str, section: str = "forward"
+) -> tuple[float, str] | None:
     """Return how many times faster ``ours`` is, and where our weights came from."""
-    found = pair(rows, case, ours, other)
+    found = pair(rows, case, ours, other, section)
     if found is None or not found[0].value or found[1].value is None:
         return None
     return found[1].value / found[0].value, found[0].weights

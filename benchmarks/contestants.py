@@ -1,4 +1,4 @@
-"""The transformers that `make bench-flux` runs, each as its users would run it."""
+"""Transformers of full size, loaded or drawn at random, and the rivals' ways to run them."""
 
 import gc
 from importlib.util import find_spec
@@ -11,26 +11,19 @@ from torch import Tensor, nn
 
 from dirotq.benchmarks import full_size
 from dirotq.benchmarks.bits import method
-from dirotq.benchmarks.flux_rows import ATTENTION, FUSED, UNFUSED, W4A8
 from dirotq.benchmarks.random_linear import random_linear
 from dirotq.benchmarks.rivals import Fp8Linear, by_torchao
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
-from dirotq.models.skeleton import empty_transformer, move_buffers
+from dirotq.models.skeleton import assign, empty_transformer, move_buffers
 from dirotq.packed.swap import swap_sites
 from dirotq.quantizer import DirotqConfig, mark_packed
 from dirotq.quiet import quiet
 from dirotq.sources.weights import Weights
 
 RANK = 64
-HOW: dict[str, dict[str, Any]] = {
-    FUSED: {"fused": True, "graphs": True},
-    W4A8: {"fused": True, "graphs": True},
-    ATTENTION: {"fused": True, "graphs": True, "attention": "fp8"},
-    UNFUSED: {"fused": False, "graphs": False},
-}
 
 
 def loaded(model: str, folder: Path, device: str = "cuda") -> Any:
@@ -115,8 +108,7 @@ def fp8_blocks(transformer: Any) -> Any:
 
     Modulators stay in bf16, as the usual recipe's filter leaves them.
     """
-    sites = family_of(type(transformer).__name__).sites(transformer)
-    names = [n for s in sites if s.kind == "block" and not s.pointwise for n in s.linears]
+    names = _in_blocks(transformer)
     if find_spec("torchao"):
         by_torchao(transformer, frozenset(names))
         return transformer
@@ -125,6 +117,11 @@ def fp8_blocks(transformer: Any) -> Any:
         linear = transformer.get_submodule(name)
         setattr(transformer.get_submodule(parent), leaf, Fp8Linear.of(linear))
     return transformer
+
+
+def linears_in_blocks(model: str, changes: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return inputs and outputs of the linears that are packed, modulators left out, by name."""
+    return _in_blocks(_skeleton(model, changes))
 
 
 def blocks_of(transformer: Any) -> list[nn.Module]:
@@ -152,15 +149,31 @@ def _parts(tensor: Tensor) -> list[Tensor]:
 def free() -> None:
     """Give back what dropped transformers, graphs and compiled code held."""
     torch.compiler.reset()
+    collect()
+
+
+def collect() -> None:
+    """Give back the memory of what is dropped; compiled code stays."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
+        torch._C._host_emptyCache()  # pinned memory of group offloading
 
 
 def _skeleton(model: str, changes: dict[str, Any]) -> Any:
     cls, config = full_size.ARCHITECTURES[model]
     return empty_transformer(config | changes, getattr(diffusers, cls))
+
+
+def _in_blocks(transformer: Any) -> dict[str, tuple[int, int]]:
+    sites = family_of(type(transformer).__name__).sites(transformer)
+    return {
+        name: (site.in_features, outputs)
+        for site in sites
+        if site.kind == "block" and not site.pointwise
+        for name, outputs in zip(site.linears, site.out_features, strict=True)
+    }
 
 
 def _linear(site: Site, spec: QuantSpec, device: str) -> QuantLinear:
@@ -192,4 +205,20 @@ def _fill(transformer: Any, device: torch.device) -> None:
                 value.normal_(0, 0.02, generator=generator)
             module._parameters[name] = nn.Parameter(value, requires_grad=False)
     move_buffers(transformer, device)
-    transformer.to(torch.bfloat16).eval()
+    _to_bf16(transformer)
+    transformer.eval()
+
+
+def _to_bf16(transformer: Any) -> None:
+    """Cast as ``from_pretrained`` does: not what its class keeps in float32, nor what no file
+    holds."""
+    whole = set(transformer._keep_in_fp32_modules or ())
+    stored = set(transformer.state_dict())
+    kept = {n: b for n, b in transformer.named_buffers() if n not in stored}
+    with quiet():  # diffusers warns of what is put right below
+        transformer.to(torch.bfloat16)
+    for name, buffer in kept.items():
+        assign(transformer.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer)
+    for name, parameter in transformer.named_parameters():
+        if whole.intersection(name.split(".")):
+            parameter.data = parameter.data.float()
