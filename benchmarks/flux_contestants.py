@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from dirotq.benchmarks import full_size
 from dirotq.benchmarks.bits import method
 from dirotq.benchmarks.flux_rows import ATTENTION, FUSED, UNFUSED, W4A8
-from dirotq.benchmarks.random_linear import random_linear
 from dirotq.benchmarks.rivals import Fp8Linear, by_torchao
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
@@ -23,6 +22,7 @@ from dirotq.packed.swap import swap_sites
 from dirotq.quantizer import DirotqConfig, mark_packed
 from dirotq.quiet import quiet
 from dirotq.sources.weights import Weights
+from dirotq.tuning.random_linear import random_linear
 
 RANK = 64
 HOW: dict[str, dict[str, Any]] = {

@@ -9,11 +9,11 @@ from torch import Tensor
 import dirotq
 from dirotq.benchmarks.flux_contestants import HOW
 from dirotq.benchmarks.flux_rows import ATTENTION, FOLDER, FUSED, UNFUSED, Row
-from dirotq.benchmarks.gpu_timing import summary
 from dirotq.evaluate.fidelity import psnr
 from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
+from dirotq.tuning.timing import summary
 
 CAPTIONS = "assets://prompts/tiny_heldout.jsonl"
 BATCHED = "ours, unfused, batch 8"

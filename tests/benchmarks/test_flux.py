@@ -37,9 +37,9 @@ from dirotq.benchmarks.flux_session import MAIN, Places, Session
 from dirotq.benchmarks.flux_table import tables
 from dirotq.benchmarks.flux_timing import Forward
 from dirotq.benchmarks.flux_verdicts import ASKED
-from dirotq.benchmarks.gpu_timing import Timing
 from dirotq.benchmarks.published import append, read
 from dirotq.kernels.linear import QuantLinear
+from dirotq.tuning.timing import Timing
 
 BEGIN, END = "<!-- begin: make bench-flux -->", "<!-- end: make bench-flux -->"
 NARROW = {

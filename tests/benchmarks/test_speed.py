@@ -10,12 +10,12 @@ import torch
 from dirotq.benchmarks import gpu_timing, rivals, speed
 from dirotq.benchmarks.linear_cases import LINEARS
 from dirotq.benchmarks.published import append, read
-from dirotq.benchmarks.random_linear import FORMATS, Checker, random_linear, random_rows, spec_for
 from dirotq.benchmarks.speed_table import LESS_IS_BETTER, TITLES, Row, tables
 from dirotq.kernels import transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
 from dirotq.kernels.case import Case
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import candidates_for, kind_of
+from dirotq.tuning.random_linear import FORMATS, Checker, random_linear, random_rows, spec_for
 
 BEGIN, END = "<!-- begin: make bench-kernels -->", "<!-- end: make bench-kernels -->"
 CASES = {

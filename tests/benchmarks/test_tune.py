@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from dirotq.benchmarks import tune
-from dirotq.benchmarks.gpu_timing import Timing
-from dirotq.benchmarks.random_linear import FORMATS, spec_for
 from dirotq.benchmarks.tune import Shape, dumped, entries, grid, merged, plans
 from dirotq.kernels import plan as plan_module
 from dirotq.kernels.plan import TABLE, candidates_for, choose, name_of
+from dirotq.tuning.random_linear import FORMATS, spec_for
+from dirotq.tuning.timing import Timing
 
 SHAPE = Shape(kind="w4a4", m=4608, n=9216, k=3072)
 
