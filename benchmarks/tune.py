@@ -20,7 +20,7 @@ from dirotq.kernels.measured import TABLE, Entry
 from dirotq.tune import say, usable_gpu
 from dirotq.tuning import session
 from dirotq.tuning.compiling import compile_all
-from dirotq.tuning.race import Shape
+from dirotq.tuning.fastest import Shape
 from dirotq.tuning.random_linear import FORMATS
 from dirotq.tuning.shapes import grid
 

@@ -20,7 +20,7 @@ from dirotq.pipeline.disk import printable, write_json
 
 if TYPE_CHECKING:
     from dirotq.kernels.measured import Tuned
-    from dirotq.tuning.race import Shape
+    from dirotq.tuning.fastest import Shape
 
 KINDS = ("w4a4", "w4a16")
 """Kinds of linears that are measured without a model: those of the default method."""
@@ -74,7 +74,8 @@ def _tune(options: argparse.Namespace) -> int:
     renew()
     say(f"{outcome}, in {time.monotonic() - begin:.0f} s; kept in {file}")
     if outcome.left:
-        say("out of time: the same command goes on with the shapes that are left")
+        again = " (without --fresh)" if options.fresh else ""
+        say(f"out of time: the same command{again} goes on with the shapes that are left")
     return 0
 
 

@@ -12,7 +12,7 @@ import logging
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,8 +22,6 @@ import torch
 from .chip import capability, say_once
 
 TABLE = Path(__file__).with_name("plans.json")
-FIELDS = {"chip": int, "gpu": str, "driver": str, "triton": str, "torch": str, "date": str}
-"""What a file of tuned plans says beside them; ``chip`` is a compute capability (90: 9.0)."""
 
 Entry = dict[str, Any]
 """A row in a file: m, n, k, the name of the fastest plan and its microseconds."""
@@ -41,7 +39,10 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tuned:
-    """One file of the user's: {kind of linear: rows}, and what they were measured on and with."""
+    """One file of the user's: {kind of linear: rows}, and what they were measured on and with.
+
+    ``chip`` is a compute capability (90: 9.0); ``date`` the day of the last row (2026-11-30).
+    """
 
     chip: int
     gpu: str
@@ -109,13 +110,14 @@ def read_tuned(file: Path, chip: int) -> Tuned:
         value = json.loads(file.read_text())
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if not isinstance(value, dict) or value.keys() != {*FIELDS, "plans"}:
+    kinds = {field.name: dict if field.name == "plans" else field.type for field in fields(Tuned)}
+    if not isinstance(value, dict) or value.keys() != kinds.keys():
         raise ValueError("its fields are not those of a table")
-    for name, kind in FIELDS.items():
+    for name, kind in kinds.items():
         if type(value[name]) is not kind:
             raise ValueError(f"{name} is {value[name]!r:.60}")
-    if value["chip"] != chip or not isinstance(value["plans"], dict):
-        raise ValueError(f"it is not about sm_{chip}")
+    if value["chip"] != chip:
+        raise ValueError(f"it is about sm_{value['chip']}, not sm_{chip}")
     for kind, entries in value["plans"].items():
         if not isinstance(entries, list) or not all(map(_is_entry, entries)):
             raise ValueError(f"a row of {kind} is no measurement")

@@ -115,14 +115,23 @@ def _component(path: Path, entry: list[str | None], weights: bool) -> Any:
 
 
 def _shapes_only(model: Any) -> Any:
-    """Let a model on the meta device be called from the CPU: zeros come out."""
+    """Let a model on the meta device be called from the CPU: zeros come out.
+
+    Where it looks at the values of its mask, it is called without: no shape depends on them.
+    """
     forward = model.forward
+    names = inspect.signature(forward).parameters
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         call = Call(args, kwargs).map(lambda t: t.to("meta"))
         zeros = lambda t: torch.zeros(t.shape, dtype=t.dtype)  # noqa: E731
-        return tree_map_only(Tensor, zeros, forward(*call.args, **call.kwargs))
+        try:
+            made = forward(*call.args, **call.kwargs)
+        except RuntimeError:
+            named = dict(zip(names, call.args)) | call.kwargs
+            made = forward(**{k: v for k, v in named.items() if k != "attention_mask"})
+        return tree_map_only(Tensor, zeros, made)
 
     model.forward = run
     return model

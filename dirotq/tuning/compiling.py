@@ -14,7 +14,7 @@ from dirotq.kernels.chip import capability
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import name_of
 
-from .race import Shape, call, plans
+from .fastest import Shape, call, plans
 from .random_linear import random_linear, random_rows
 
 Job = list[tuple[Shape, str]]

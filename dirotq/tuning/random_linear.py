@@ -54,8 +54,9 @@ def random_linear(spec: QuantSpec, *, device: str = "cuda") -> QuantLinear:
     four_bits = spec.weights.element == "int4"
     for name, tensor in linear.named_parameters():
         if name == "qweight" and four_bits:
-            codes_NK = torch.randint(-7, 8, (spec.outputs, spec.width), device=device)
-            tensor.copy_(pack_int4(codes_NK.to(torch.int8)))
+            shape = spec.outputs, spec.width
+            codes_NK = torch.randint(-7, 8, shape, device=device, dtype=torch.int8)
+            tensor.copy_(pack_int4(codes_NK))
         elif name == "wscale" and not four_bits:  # small, as E4M3 or as E8M0
             tensor.fill_(0x18 if spec.weights.name == "nvfp4" else 121)
         elif not tensor.is_floating_point():

@@ -9,7 +9,7 @@ import torch
 from dirotq.kernels.measured import Entry
 from dirotq.kernels.plan import Plan, name_of
 
-from .race import Shape, Timed, entries, plans, race
+from .fastest import Shape, Timed, entries, plans, race
 
 Kinds = dict[str, list[Entry]]
 """{kind of linear: rows}."""
@@ -60,19 +60,19 @@ def measure(
             outcome.left = len(shapes) - done
             break
         left = f", {_clock((now - begin) / done * (len(shapes) - done))} left" if done else ""
+        timed = []
         try:
-            timed = by(shape, plans(shape, chip), failed)
+            if candidates := plans(shape, chip):
+                timed = by(shape, candidates, failed)
         except torch.OutOfMemoryError:
-            say(f"[{done + 1}/{len(shapes)}{left}] {shape}: the GPU's memory does not hold it")
-            timed = []
-        if not timed:
-            outcome.without += 1
-            continue
-        keep(shape, entries(shape, timed))
-        outcome.measured += 1
-        plan, best = timed[0]
-        after = f"; then {timed[1][1].p50:.1f} {name_of(timed[1][0])}" if timed[1:] else ""
-        say(f"[{done + 1}/{len(shapes)}{left}] {shape}: {best.p50:.1f} us {name_of(plan)}{after}")
+            say(f"{shape}: the GPU's memory does not hold it")
+        said = "no kernel takes it"
+        if timed:
+            keep(shape, entries(shape, timed))
+            said = "; then ".join(f"{t.p50:.1f} us {name_of(plan)}" for plan, t in timed[:2])
+        outcome.measured += bool(timed)
+        outcome.without += not timed
+        say(f"[{done + 1}/{len(shapes)}{left}] {shape}: {said}")
     return outcome
 
 

@@ -22,7 +22,7 @@ from dirotq.packed.config import FORMAT, Entry, read_packing
 from dirotq.packed.folder import packed_folder
 from dirotq.quiet import quiet
 
-from .race import Shape
+from .fastest import Shape
 from .random_linear import spec_for
 
 log = logging.getLogger(__name__)

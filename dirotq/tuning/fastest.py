@@ -61,7 +61,8 @@ def race(shape: Shape, candidates: Sequence[Plan], failed: Callable[[Plan, str],
 
     failed  is told of every other, with the reason
 
-    Raises what torch raises if the GPU's context is lost, or not even the inputs fit its memory.
+    Raises torch.OutOfMemoryError if the linear does not fit the GPU's memory, RuntimeError if a
+    kernel broke the GPU's context: nothing after it would count.
     """
     linear = random_linear(shape.spec)
     x = random_rows(shape.m, shape.spec.in_features)
@@ -79,7 +80,7 @@ def race(shape: Shape, candidates: Sequence[Plan], failed: Callable[[Plan, str],
             timing = time_calls([call(plan, *own) for own in data], repeats=7, limit=1.3 * best)
         except Exception as error:  # noqa: BLE001 - compilers raise anything
             failed(plan, f"{type(error).__name__}: {str(error).strip()[-200:]}")
-            torch.cuda.synchronize()  # raises if the GPU's context is lost: nothing after counts
+            _refuse_lost_context(f"{name_of(plan)} on {shape}")
             continue
         timed.append((plan, timing))
     return sorted(timed, key=lambda pair: pair[1].p50)
@@ -102,6 +103,13 @@ def entries(shape: Shape, timed: Timed) -> list[Entry]:
             found.setdefault(name_of(plan), row)
             break
     return list(found.values())
+
+
+def _refuse_lost_context(what: str) -> None:
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        raise RuntimeError(f"{what} broke the GPU's context ({error})") from error
 
 
 def _clone(linear: QuantLinear) -> QuantLinear:
