@@ -4,7 +4,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
@@ -21,6 +21,8 @@ Job = list[tuple[Shape, str]]
 """Shapes, each with the name of a plan, for one process."""
 WORKER_BYTES = 3 << 30
 """GPU memory that a worker may take: a CUDA context, and one large linear."""
+LINE_SECONDS = 10.0
+"""Between two lines that say how far compiling is."""
 
 
 def compile_all(
@@ -36,18 +38,21 @@ def compile_all(
     first, then = jobs(shapes, chip)
     if workers < 2 or not then:
         return
-    say(f"compiling with {workers} processes: {len(first) + len(then)} jobs")
+    done, total, spoke = 0, len(first) + len(then), time.monotonic()
+    say(f"compiling in {workers} processes, {total} jobs")
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         for phase in (first, then):
             # Longest first, so that none is left over at the end.
             running = [pool.submit(run_once, job) for job in sorted(phase, key=len, reverse=True)]
-            done, late = wait(running, max(0.0, deadline - time.monotonic()))
-            for future in done:
+            for future in as_completed(running, max(0.0, deadline - time.monotonic())):
                 future.result()
-            if late:
-                say(f"out of time to compile: {len(late)} jobs are left")
-                break
+                done += 1
+                if (now := time.monotonic()) > spoke + LINE_SECONDS:
+                    say(f"compiled {done} of {total}")
+                    spoke = now
+    except TimeoutError:
+        say(f"out of time to compile: {total - done} jobs are left to the timing")
     except BrokenProcessPool as error:
         say(f"a worker died ({error}); what is not compiled yet is compiled when timed")
     finally:

@@ -66,7 +66,7 @@ def measure(
                 timed = by(shape, candidates, failed)
         except torch.OutOfMemoryError:
             say(f"{shape}: the GPU's memory does not hold it")
-        said = "no kernel takes it"
+        said = "no kernel runs it"
         if timed:
             keep(shape, entries(shape, timed))
             said = "; then ".join(f"{t.p50:.1f} us {name_of(plan)}" for plan, t in timed[:2])

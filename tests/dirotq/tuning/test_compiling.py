@@ -63,8 +63,19 @@ def test_what_is_not_compiled_is_left_to_the_timing(monkeypatch, work, seconds, 
     monkeypatch.setattr(compiling.multiprocessing, "get_context", _fork)
     lines = []
     compile_all([WIDE], 90, time.monotonic() + seconds, lines.append)
-    assert lines[0].startswith("compiling with 2 processes: ")
+    assert lines[0].startswith("compiling in 2 processes, ")
     assert [said in line for line in lines[1:]] == [True] * (said is not None)
+
+
+def test_compiling_says_how_far_it_is(monkeypatch):
+    monkeypatch.setattr(compiling, "count_workers", lambda: 2)
+    monkeypatch.setattr(compiling, "run_once", ran)
+    monkeypatch.setattr(compiling.multiprocessing, "get_context", _fork)
+    monkeypatch.setattr(compiling, "LINE_SECONDS", -1.0)
+    lines = []
+    compile_all([WIDE], 90, time.monotonic() + 60, lines.append)
+    total = sum(map(len, jobs([WIDE], 90)))
+    assert lines[1:] == [f"compiled {done} of {total}" for done in range(1, total + 1)]
 
 
 def _fork(method, real=compiling.multiprocessing.get_context):
