@@ -17,10 +17,10 @@ os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1", HF_HUB_OFFLINE="1")
 
 from .damage import damage
 from .disk import full_disk
-from .fastests import races
 from .kills import kills
 from .places import places
 from .power import power_loss
+from .races import races
 from .world import Counts, World
 
 KINDS: dict[str, Callable[[World, int, Random], Counts]] = {
