@@ -5,7 +5,6 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import torch
@@ -46,15 +45,15 @@ def compile_all(
             # Longest first, so that none is left over at the end.
             running = [pool.submit(run_once, job) for job in sorted(phase, key=len, reverse=True)]
             for future in as_completed(running, max(0.0, deadline - time.monotonic())):
-                future.result()
+                if error := future.exception():  # it died, or got no context on the GPU
+                    say(f"a worker failed ({error}); what is left is compiled when timed")
+                    return
                 done += 1
                 if (now := time.monotonic()) > spoke + LINE_SECONDS:
                     say(f"compiled {done} of {total}")
                     spoke = now
     except TimeoutError:
         say(f"out of time to compile: {total - done} jobs are left to the timing")
-    except BrokenProcessPool as error:
-        say(f"a worker died ({error}); what is not compiled yet is compiled when timed")
     finally:
         pool.shutdown(cancel_futures=True)
 

@@ -53,9 +53,18 @@ def died(job):
     os._exit(1)
 
 
+def failed(job):
+    raise RuntimeError("all CUDA-capable devices are busy or unavailable")
+
+
 @pytest.mark.parametrize(
     ("work", "seconds", "said"),
-    [(ran, 60, None), (slept, 0.1, "out of time to compile"), (died, 60, "a worker died")],
+    [
+        (ran, 60, None),
+        (slept, 0.1, "out of time to compile"),
+        (died, 60, "a worker failed"),
+        (failed, 60, "a worker failed (all CUDA-capable devices are busy"),
+    ],
 )
 def test_what_is_not_compiled_is_left_to_the_timing(monkeypatch, work, seconds, said):
     monkeypatch.setattr(compiling, "count_workers", lambda: 2)
