@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from dirotq.benchmarks import full_size
 from dirotq.benchmarks.bits import method
-from dirotq.benchmarks.random_linear import random_linear
 from dirotq.benchmarks.rivals import Fp8Linear, by_torchao
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
@@ -22,6 +21,7 @@ from dirotq.packed.swap import swap_sites
 from dirotq.quantizer import DirotqConfig, mark_packed
 from dirotq.quiet import quiet
 from dirotq.sources.weights import Weights
+from dirotq.tuning.random_linear import random_linear
 
 RANK = 64
 

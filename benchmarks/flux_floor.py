@@ -15,10 +15,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from dirotq.benchmarks.forward_rows import FLOOR, Row
 from dirotq.benchmarks.full_size import FLUX as CONFIG
-from dirotq.benchmarks.gpu_timing import copies, time_calls
 from dirotq.benchmarks.speed_rows import bandwidth
 from dirotq.models.flux import FLUX
 from dirotq.models.skeleton import empty_transformer
+from dirotq.tuning.timing import copies, time_calls
 
 GEMM, AS_SHAPED, ATTENTION, BYTES = "GEMM", "GEMM, as shaped", "attention", "bytes"
 TEXT = 512

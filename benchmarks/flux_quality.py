@@ -8,13 +8,13 @@ from torch import Tensor
 
 import dirotq
 from dirotq.benchmarks.forward_rows import ATTENTION, FOLDER, FUSED, UNFUSED, Row
-from dirotq.benchmarks.gpu_timing import summary
 from dirotq.benchmarks.model_inputs import Case
 from dirotq.benchmarks.ways import WAYS
 from dirotq.evaluate.fidelity import psnr
 from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
+from dirotq.tuning.timing import summary
 
 CAPTIONS = "assets://prompts/tiny_heldout.jsonl"
 BATCHED = "ours, unfused, batch 8"

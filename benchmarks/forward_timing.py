@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from dirotq.benchmarks.gpu_timing import REST, Timing, summary
 from dirotq.benchmarks.kernel_categories import Kernel
+from dirotq.tuning.timing import REST, Timing, summary
 
 WARM_UP = 3
 """Calls before the first that counts: compilation, capture of graphs, workspaces."""

@@ -12,15 +12,7 @@ import torch
 from torch import Tensor
 
 from dirotq.benchmarks import rivals
-from dirotq.benchmarks.gpu_timing import Timing, copies, time_calls
 from dirotq.benchmarks.linear_cases import LINEARS
-from dirotq.benchmarks.random_linear import (
-    Checker,
-    random_linear,
-    random_rows,
-    read_bytes,
-    spec_for,
-)
 from dirotq.benchmarks.speed_table import OURS, Row
 from dirotq.kernels import engine, transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
 from dirotq.kernels.buffers import Codes, Unpacked
@@ -28,6 +20,14 @@ from dirotq.kernels.case import Case
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import Plan, name_of
 from dirotq.kernels.prologue import plain
+from dirotq.tuning.random_linear import (
+    Checker,
+    random_linear,
+    random_rows,
+    read_bytes,
+    spec_for,
+)
+from dirotq.tuning.timing import Timing, copies, time_calls
 
 Call = Callable[[], object]
 Make = Callable[[QuantLinear, Tensor], Call]

@@ -9,7 +9,9 @@ from importlib import import_module
 from rich.filesize import decimal
 
 from dirotq.errors import DirotqError
+from dirotq.files.digest import cache_root
 from dirotq.pipeline import graphics
+from dirotq.pipeline.disk import writable
 from dirotq.pipeline.place import store_place
 from dirotq.pipeline.preflight import free_disk
 from dirotq.pipeline.provenance import versions
@@ -49,6 +51,8 @@ def findings() -> dict[str, str]:
     found["gpu"] = "; ".join(map(str, graphics.installed())) or "none that nvidia-smi knows"
     usable, found["cuda"] = _cuda()
     fast, found["kernels"] = _kernels()
+    if fast:
+        found["plans"] = _plans()
     found["store"] = _store()
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
     found["hub"] = "offline (HF_HUB_OFFLINE=1)" if offline else "not used: models are local folders"
@@ -111,3 +115,40 @@ def _kernels() -> tuple[bool, str]:
     except Exception as error:  # noqa: BLE001 - see findings
         return False, f"unknown: {type(error).__name__}: {error}"
     return True, f"sm_{chip}; " + "; ".join(plans)
+
+
+def _plans() -> str:
+    """Say where the plans of this GPU's linears were measured, and how to measure them here."""
+    try:
+        import torch
+
+        from dirotq.kernels import measured
+        from dirotq.kernels.chip import capability
+
+        chip = capability(torch.device("cuda"))
+        assert chip is not None
+        gpu, here = measured.gpu_of(chip), measured.triton_version()
+        tables = measured.tuned(chip)
+        mine = [table for table in tables if table.gpu == gpu]
+        shipped = measured.shipped().get(str(chip))
+    except Exception as error:  # noqa: BLE001 - see findings
+        return f"unknown: {type(error).__name__}: {error}"
+    if mine and mine[0].triton == here:
+        return f"{mine[0].shapes} shapes measured on this GPU by `dirotq tune`, {mine[0].date}"
+    if mine:
+        said = f"measured on this GPU with triton {mine[0].triton}, which now is {here}"
+    elif shipped:
+        said = f"shipped for sm_{chip}, not measured on this GPU"
+    elif tables:
+        said = f"borrowed: measured on another sm_{chip}, {tables[0].gpu}"
+    else:
+        said = f"by rule: no measurement for sm_{chip}"
+    return f"{said}; `dirotq tune` measures here{_unless_unwritable()}"
+
+
+def _unless_unwritable() -> str:
+    try:
+        folder = cache_root() / "plans"
+    except DirotqError as error:
+        return f" ({error})"
+    return "" if writable(folder) else f" once DIROTQ_CACHE is a folder of yours ({folder} is not)"

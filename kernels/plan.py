@@ -1,27 +1,31 @@
 """Which kernels run a packed linear: chosen per chip and shape, from measurements.
 
-``plans.json`` holds, per compute capability, the fastest candidate for shapes that ``make tune``
-measured on such a chip; a shape in between takes its nearest neighbour's (in log M, N, K). Chips
-that nobody measured take the rules in :func:`unmeasured`. Letters: M rows, N outputs, K width.
+Measured tables (``kernels/measured.py``) hold the fastest candidate for some shapes on a chip; a
+shape in between takes its nearest neighbour's (in log M, N, K). Chips that nobody measured take the
+rules in :func:`unmeasured`. Letters: M rows, N outputs, K width.
 """
 
 import functools
-import json
 import math
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
+from . import measured
 from .build import FP8_CHIPS
 from .formats.spec import QuantSpec
 from .support import unsupported
 from .w4a4_linear.tiles import TILES, Tile, Variant, fits
 from .w4a16_linear import tiles as w4a16
 
-TABLE = Path(__file__).with_name("plans.json")
+INT8_FIRST = (89, 120, 121)
+"""Chips whose default container is INT8. GeForce Ada and Blackwell sum FP8 products in FP32 at half
+the rate of INT8 (RTX 4090: 330 of 661 TFLOP/s, NVIDIA's Ada whitepaper). L40S and L4 are sm_89 too
+and do both at one rate (L40S: 733, data sheet): the number can't tell them apart, INT8 costs them
+only cuBLAS's product, and ``dirotq tune`` measures both."""
 
+Container = Literal["fp8", "int8", "none"]
 Engine = Literal["reference", "scaled_mm", "packed", "unpacked", "w4a16"]
 
 
@@ -38,7 +42,7 @@ class Plan:
     """
 
     engine: Engine
-    container: Literal["fp8", "int8", "none"]
+    container: Container
     tile: Tile | w4a16.Tile | None = None
     why: str = ""
 
@@ -73,13 +77,12 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
         return Plan(engine="reference", container="none", why=why or "")
     m = max(m, 1)
     candidates = {name_of(plan): plan for plan in candidates_for(chip, m, n, spec, dtype)}
-    kind = kind_of(spec)
-    rows = [r for r in _table().get(str(chip), {}).get(kind, []) if r["plan"] in candidates]
+    rows = [row for row in measured.rows(chip, kind_of(spec)) if row.plan in candidates]
     if rows:
         want = (m, n, spec.width)
-        near = min(rows, key=lambda r: _distance((r["m"], r["n"], r["k"]), want))
-        plan = candidates[str(near["plan"])]
-        why = f"measured at {near['m']} x {near['k']} -> {near['n']} on sm_{chip}"
+        near = min(rows, key=lambda row: _distance((row.m, row.n, row.k), want))  # the first such
+        plan = candidates[near.plan]
+        why = f"measured at {near.m} x {near.k} -> {near.n} {near.where}"
     else:
         plan = unmeasured(chip, m, list(candidates.values()))
         why = f"no measurement for sm_{chip}"
@@ -97,30 +100,40 @@ def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtyp
         few = [t for kind in kinds for t in w4a16.TILES[kind] if m > 16 or t.bm <= 16]
         return [Plan(engine="w4a16", container="none", tile=tile) for tile in few]
     by_row = not _grouped(spec)
-    fp8 = chip >= FP8_CHIPS[0] and spec.activations.element != "int8"
-    container: Literal["fp8", "int8"] = "fp8" if fp8 else "int8"
-    found = []
     library = dtype == torch.bfloat16 and n % 16 == 0  # what torch._scaled_mm takes
-    if fp8 and by_row and library and spec.transform.kind == "hadamard":
-        found.append(Plan(engine="scaled_mm", container="fp8"))
     variants: tuple[Variant, ...] = ("packed", "unpacked", "tma") if by_row else ("grouped",)
-    for variant in variants:
-        engine: Engine = "packed" if variant in ("packed", "grouped") else "unpacked"
-        for tile in TILES[variant]:
-            if fits(tile, variant, chip, fp8=fp8):
-                found.append(Plan(engine=engine, container=container, tile=tile))
+    found = []
+    for container in containers(chip, spec):
+        fp8 = container == "fp8"
+        if fp8 and by_row and library and spec.transform.kind == "hadamard":
+            found.append(Plan(engine="scaled_mm", container="fp8"))
+        for variant in variants:
+            engine: Engine = "packed" if variant in ("packed", "grouped") else "unpacked"
+            for tile in TILES[variant]:
+                if fits(tile, variant, chip, fp8=fp8):
+                    found.append(Plan(engine=engine, container=container, tile=tile))
     return found
 
 
+def containers(chip: int, spec: QuantSpec) -> tuple[Container, ...]:
+    """Return the 8-bit types that can carry the codes on a chip, the default one first."""
+    element = spec.activations.element
+    if element == "int8" or chip < FP8_CHIPS[0]:
+        return ("int8",)
+    return ("int8", "fp8") if chip in INT8_FIRST and element != "e4m3" else ("fp8",)
+
+
 def unmeasured(chip: int, m: int, candidates: list[Plan]) -> Plan:
-    """Without measurements: the library's GEMM for many rows, small packed tiles for few."""
+    """Without measurements: the library's GEMM for many rows, small packed tiles for few; of the
+    candidates' first container."""
     if candidates[0].engine == "w4a16":
         tile = w4a16.usual(m, chip)
         return next(plan for plan in candidates if plan.tile is tile)
-    library = [plan for plan in candidates if plan.engine == "scaled_mm"]
+    default = [plan for plan in candidates if plan.container == candidates[0].container]
+    library = [plan for plan in default if plan.engine == "scaled_mm"]
     if library and m > 256:
         return library[0]
-    packed = [plan for plan in candidates if plan.engine == "packed"]
+    packed = [plan for plan in default if plan.engine == "packed"]
     return min(packed, key=lambda plan: abs(math.log2(plan.rows) - math.log2(min(m, 128))))
 
 
@@ -145,10 +158,11 @@ def name_of(plan: Plan) -> str:
     return "-".join(map(str, (plan.engine, plan.container, *values)))
 
 
-@functools.lru_cache
-def _table() -> dict[str, dict[str, list[dict[str, int | float | str]]]]:
-    return json.loads(TABLE.read_text()) if TABLE.is_file() else {}
+def renew() -> None:
+    """Choose anew from now on: a table has changed."""
+    measured.forget()
+    choose.cache_clear()
 
 
-def _distance(a: tuple[int | float | str, ...], b: tuple[int, ...]) -> float:
-    return sum(abs(math.log(float(x) / y)) for x, y in zip(a, b, strict=True))
+def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:
+    return sum(abs(math.log(x / y)) for x, y in zip(a, b, strict=True))

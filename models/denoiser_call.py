@@ -21,19 +21,22 @@ SIZE, FRAMES = 256, 25
 """Pixels and frames of a small call: patches divide them (frames but for the first)."""
 
 
-def denoiser_call(folder: Path, **arguments: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def denoiser_call(
+    folder: Path, *, load_encoders: bool = True, **arguments: Any
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return positional and keyword arguments of a pipeline's first denoiser call, float32, CPU.
 
     The denoiser is never loaded. Text encoders run on the meta device and hand zeros to the
     pipeline; where that fails they are loaded and run on the CPU.
 
-    folder     a diffusers folder; of its weights only the encoders' are read, if any
-    arguments  of the pipeline's call, beside the prompt: they win over the smallest sensible ones
+    folder         a diffusers folder; of its weights only the encoders' are read, if any
+    load_encoders  whether they may be
+    arguments      of the pipeline's call: they win over the smallest sensible ones
 
     Raises UnsupportedError if the pipeline stops before its denoiser either way.
     """
     failures = []
-    for weights in (False, True):
+    for weights in (False, True) if load_encoders else (False,):
         try:
             with quiet():
                 pipe = _pipeline_without_denoiser(folder, weights)
@@ -44,10 +47,11 @@ def denoiser_call(folder: Path, **arguments: Any) -> tuple[tuple[Any, ...], dict
             return reached.call.args, reached.call.kwargs
         except Exception as error:  # noqa: BLE001  any line of a foreign pipeline
             failures.append(f"{type(error).__name__}: {error}")
+    loaded = f"With their weights on the CPU: {failures[1]}. " if load_encoders else ""
     raise UnsupportedError(
         f"{folder}: no family table describes this pipeline, and a call of it to see its "
-        f"denoiser's arguments failed. With encoders on the meta device: {failures[0]}. With their "
-        f"weights on the CPU: {failures[1]}. Pass the call what it lacks, or write a {TABLE}"
+        f"denoiser's arguments failed. With encoders on the meta device: {failures[0]}. {loaded}"
+        f"Pass the call what it lacks, or write a {TABLE}"
     )
 
 
@@ -111,14 +115,23 @@ def _component(path: Path, entry: list[str | None], weights: bool) -> Any:
 
 
 def _shapes_only(model: Any) -> Any:
-    """Let a model on the meta device be called from the CPU: zeros come out."""
+    """Let a model on the meta device be called from the CPU: zeros come out.
+
+    Where it looks at the values of its mask, it is called without: no shape depends on them.
+    """
     forward = model.forward
+    names = inspect.signature(forward).parameters
 
     @functools.wraps(forward)
     def run(*args: Any, **kwargs: Any) -> Any:
         call = Call(args, kwargs).map(lambda t: t.to("meta"))
         zeros = lambda t: torch.zeros(t.shape, dtype=t.dtype)  # noqa: E731
-        return tree_map_only(Tensor, zeros, forward(*call.args, **call.kwargs))
+        try:
+            made = forward(*call.args, **call.kwargs)
+        except RuntimeError:
+            named = dict(zip(names, call.args)) | call.kwargs
+            made = forward(**{k: v for k, v in named.items() if k != "attention_mask"})
+        return tree_map_only(Tensor, zeros, made)
 
     model.forward = run
     return model

@@ -100,7 +100,7 @@ def discover(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
     """
     name, call = type(transformer).__name__, Call(args, kwargs)
     if on_meta := any(p.is_meta for p in transformer.parameters()):
-        transformer, call = _to_meta(transformer), call.map(lambda t: t.to("meta"))
+        transformer, call = to_meta(transformer), call.map(lambda t: t.to("meta"))
     trace = _Trace(transformer)
     try:
         trace.run(call)
@@ -286,7 +286,7 @@ def _common(paths: Iterable[str]) -> str:
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
 
 
-def _to_meta(transformer: nn.Module) -> nn.Module:
+def to_meta(transformer: nn.Module) -> nn.Module:
     """Copy it without memory: buffers too, and tensors that modules hold as plain attributes."""
     twin = copy.deepcopy(transformer).to("meta")
     for module in twin.modules():

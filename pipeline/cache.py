@@ -4,6 +4,7 @@ sources/<digest>/            a model of a single file or with LoRAs, which can b
                              modification time is when it was last used
 sources/<digest>.lock        held by the process that makes it
 sources/.<digest>-<random>/  what a process that died while making it left
+plans/                       what `dirotq tune` measured: stays
 runs/<time>/                 configuration and log of a run on a store that can only be read
 """
 

@@ -159,8 +159,7 @@ def builds() -> list[Build]:
     """List every kernel and configuration that runs, in both containers: rank 64, bias, bf16.
 
     Masks for widths that are no whole number of steps, and rank 0 without bias, are compiled with
-    each variant's first tile; of unpacked weights, which run where somebody measured them, not for
-    Hopper's successors.
+    each variant's first tile.
     """
     found = []
     for variant, tiles in TILES.items():
@@ -178,8 +177,6 @@ def _build(
 ) -> Build:
     grouped = variant == "grouped"
     chips = FP8_CHIPS if fp8 else CHIPS
-    if variant == "unpacked" and (plain or not even):
-        chips = tuple(chip for chip in chips if chip <= 90)
     width = 3072 if even else 2240
     groups = width // 64 if grouped else 1
     made = config(

@@ -33,12 +33,12 @@ from dirotq.benchmarks.forward_rows import (
     ratio,
 )
 from dirotq.benchmarks.forward_timing import Forward
-from dirotq.benchmarks.gpu_timing import Timing
 from dirotq.benchmarks.model_inputs import Case, inputs
 from dirotq.benchmarks.published import append, read
 from dirotq.benchmarks.session import MAIN, Places, Session
 from dirotq.benchmarks.ways import COMPILE
 from dirotq.kernels.linear import QuantLinear
+from dirotq.tuning.timing import Timing
 
 BEGIN, END = "<!-- begin: make bench-flux -->", "<!-- end: make bench-flux -->"
 SMALL = {model: SIZES[model] for model in ("flux", "pixart_sigma", "sana")}

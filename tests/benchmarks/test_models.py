@@ -12,7 +12,6 @@ from dirotq.benchmarks import contestants, full_size, model_jobs, models, ways, 
 from dirotq.benchmarks import session as sessions
 from dirotq.benchmarks.forward_rows import COMPILED, EAGER, FP8, Row
 from dirotq.benchmarks.forward_timing import Forward, call
-from dirotq.benchmarks.gpu_timing import Timing
 from dirotq.benchmarks.kernel_categories import Kernel
 from dirotq.benchmarks.model_inputs import Case, inputs
 from dirotq.benchmarks.model_jobs import CASES, CONTESTANTS, FEWER, order
@@ -29,6 +28,7 @@ from dirotq.benchmarks.ways import (
 )
 from dirotq.benchmarks.whole_images import DECODER, TEXT, Sizes
 from dirotq.kernels.linear import QuantLinear
+from dirotq.tuning.timing import Timing
 
 BEGIN, END = "<!-- begin: make bench-models -->", "<!-- end: make bench-models -->"
 SMALL = Sizes(

@@ -1,21 +1,20 @@
 """`make bench-kernels`: no figure on red, rows to CSV and back, tables, and what it measures."""
 
-import dataclasses
 import functools
-import math
 
 import pytest
 import torch
 
-from dirotq.benchmarks import gpu_timing, rivals, speed
+from dirotq.benchmarks import rivals, speed
 from dirotq.benchmarks.linear_cases import LINEARS
 from dirotq.benchmarks.published import append, read
-from dirotq.benchmarks.random_linear import FORMATS, Checker, random_linear, random_rows, spec_for
 from dirotq.benchmarks.speed_table import LESS_IS_BETTER, TITLES, Row, tables
 from dirotq.kernels import transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
 from dirotq.kernels.case import Case
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.plan import candidates_for, kind_of
+from dirotq.kernels.plan import candidates_for
+from dirotq.tuning.random_linear import Checker, random_linear, random_rows, spec_for
+from dirotq.tuning.timing import Timing
 
 BEGIN, END = "<!-- begin: make bench-kernels -->", "<!-- end: make bench-kernels -->"
 CASES = {
@@ -150,23 +149,6 @@ def test_every_figure_that_was_asked_for_has_a_case():
     assert len(asked) == 18
 
 
-@pytest.mark.parametrize("kind", FORMATS)
-def test_formats_are_named_as_the_table_of_plans_names_them(kind):
-    assert kind_of(spec_for(kind, 256, 64)) == kind
-
-
-def test_enough_calls_to_fill_the_cache_twice():
-    assert gpu_timing.copies(10, cache=100) == 20
-    assert gpu_timing.copies(1000, cache=100) == gpu_timing.LEAST
-    assert gpu_timing.copies(1, cache=10**6) == gpu_timing.MOST
-
-
-def test_percentiles():
-    timing = gpu_timing.summary([5.0, 1.0, 2.0, 3.0, 4.0])
-    assert dataclasses.astuple(timing) == (2.0, 3.0, 4.0)
-    assert dataclasses.astuple(gpu_timing.summary([7.0])) == (7.0, 7.0, 7.0)
-
-
 def test_the_fp8_rival_quantizes_by_row():
     x = torch.randn(4, 64) * torch.tensor([[1e-6], [1.0], [1e4], [0.0]])
     codes, scale = rivals.fp8_rows(x)
@@ -183,20 +165,6 @@ def test_the_fp8_rival_is_a_linear(monkeypatch):
     want = rivals.bf16(weight, bias)(x).float()
     got = rivals.fp8_per_row(weight, bias)(x).float()
     assert (got - want).norm() < 0.06 * want.norm()
-
-
-def test_a_wrong_result_is_noticed():
-    linear, x = (
-        random_linear(spec_for("w4a4", 128, 48), device="cpu"),
-        random_rows(70, 128, device="cpu"),
-    )
-    checker = Checker(linear, x)
-    y = linear(x)
-    assert len(checker.rows) == 64
-    assert checker.problem(y) is None
-    y[69] *= 2
-    assert "wrong result" in checker.problem(y)
-    assert "wrong result" in checker.problem(y * math.nan)
 
 
 @pytest.mark.parametrize("engine", ["packed", "unpacked", "scaled_mm"])
@@ -238,7 +206,7 @@ def small_cpu(monkeypatch):
         assert len(calls) == 3
         results = [call() for call in calls]
         assert all(result is not None for result in results)
-        return gpu_timing.Timing(9.0, 10.0, 11.0)
+        return Timing(9.0, 10.0, 11.0)
 
     on_cpu = {"device": "cpu"}
     monkeypatch.setattr(QuantLinear, "plan", plan)

@@ -1,10 +1,12 @@
 import importlib
+import json
 
 import pytest
 import torch
 
 from dirotq import doctor
-from dirotq.kernels import chip
+from dirotq.kernels import chip, measured
+from dirotq.kernels.plan import renew
 from dirotq.pipeline import provenance
 
 
@@ -87,21 +89,85 @@ def test_why_the_kernels_do_not_run(gpu, capability, triton, why):
 
 
 def test_a_broken_table_of_plans_is_a_finding(gpu, monkeypatch, tmp_path):
-    from dirotq.kernels import plan
-
     gpu(90)
     broken = tmp_path / "plans.json"
     broken.write_text("{")
-    monkeypatch.setattr(plan, "TABLE", broken)
-    plan._table.cache_clear()
-    plan.choose.cache_clear()
+    monkeypatch.setattr(measured, "TABLE", broken)
+    renew()
     try:
         fast, said = doctor._kernels()
+        assert "JSONDecodeError" in doctor._plans()
     finally:
-        plan._table.cache_clear()
-        plan.choose.cache_clear()
+        renew()
     assert not fast
     assert "JSONDecodeError" in said
+
+
+@pytest.fixture
+def tables(monkeypatch, tmp_path):
+    """``tables(shipped, gpu=triton, ...)``: sm_89 with that shipped, and files of those GPUs."""
+    monkeypatch.setenv("DIROTQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(chip, "capability", lambda device: 89)
+    monkeypatch.setattr(measured, "gpu_of", lambda chip: "mine")
+    monkeypatch.setattr(measured, "triton_version", lambda: "3.7.1")
+    monkeypatch.setattr(measured, "TABLE", tmp_path / "shipped.json")
+    row = {"m": 1, "n": 2, "k": 3, "plan": "scaled_mm", "us": 4.0}
+
+    def install(shipped, **files):
+        if shipped:
+            measured.TABLE.write_text(json.dumps({"89": {"w4a4": [row]}}))
+        for gpu, triton in files.items():
+            text = {
+                "chip": 89, "gpu": gpu, "driver": "", "triton": triton, "torch": "2.11",
+                "date": "2026-11-30", "plans": {"w4a4": [row, row]},
+            }  # fmt: skip
+            file = measured.tuned_folder() / measured.tuned_name(89, gpu, triton)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(text))
+        renew()
+
+    yield install
+    monkeypatch.undo()
+    renew()
+
+
+@pytest.mark.parametrize(
+    ("shipped", "files", "said"),
+    [
+        (False, {}, "by rule: no measurement for sm_89; `dirotq tune` measures here"),
+        (True, {}, "shipped for sm_89, not measured on this GPU; `dirotq tune` measures here"),
+        (False, {"other": "3.7.1"},
+         "borrowed: measured on another sm_89, other; `dirotq tune` measures here"),
+        (True, {"other": "3.7.1"},
+         "shipped for sm_89, not measured on this GPU; `dirotq tune` measures here"),
+        (True, {"mine": "3.7.1", "other": "3.7.1"},
+         "1 shapes measured on this GPU by `dirotq tune`, 2026-11-30"),
+        (True, {"mine": "3.6.0"}, "measured on this GPU with triton 3.6.0, which now is 3.7.1; "
+         "`dirotq tune` measures here"),
+    ],
+)  # fmt: skip
+def test_where_the_plans_come_from(tables, shipped, files, said):
+    tables(shipped, **files)
+    assert doctor._plans() == said
+
+
+def test_a_cache_that_cannot_be_written_is_a_finding(tables, monkeypatch, tmp_path):
+    tables(False)
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DIROTQ_CACHE", str(tmp_path / "file" / "below"))
+    renew()
+    assert doctor._plans() == (
+        "by rule: no measurement for sm_89; `dirotq tune` measures here once DIROTQ_CACHE is a "
+        f"folder of yours ({tmp_path / 'file' / 'below' / 'plans'} is not)"
+    )
+
+
+def test_plans_are_a_topic_where_kernels_run(tables, monkeypatch):
+    tables(False)
+    monkeypatch.setattr(doctor, "_kernels", lambda: (True, "sm_89"))
+    assert doctor.findings()["plans"].startswith("by rule")
+    monkeypatch.setattr(doctor, "_kernels", lambda: (False, "no GPU"))
+    assert "plans" not in doctor.findings()
 
 
 def test_would_run_follows_the_kernels(gpu, monkeypatch):

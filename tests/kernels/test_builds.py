@@ -96,10 +96,9 @@ def test_linears(chip, name, kind, launched, builds, monkeypatch):
     monkeypatch.setattr(configs, "processors", lambda device: wanted)
     packed = QuantLinear(spec, bias=True).packed()
     plans = candidates_for(chip, rows, spec.outputs, spec, BF16)
-    for plan in plans if chip == 90 else [choose(chip, m, 1024, spec, BF16) for m in (1, 600)]:
-        if plan.engine != "reference":
-            y = engine.linear(plan, prologue_of(kind, rows), packed, spec)
-            assert y.shape == (rows, 1024)
+    for plan in plans:  # all of them: tuning may choose any
+        y = engine.linear(plan, prologue_of(kind, rows), packed, spec)
+        assert y.shape == (rows, 1024)
     if plans:
         assert_built(launched, builds, chip)
 

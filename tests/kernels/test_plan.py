@@ -9,9 +9,18 @@ from formats import FORMATS, spec_of
 from tiny_spec import FP4, tiny_spec
 
 from dirotq.kernels import chip as chips
+from dirotq.kernels import measured
 from dirotq.kernels import plan as plans
 from dirotq.kernels.formats.spec import QuantSpec
-from dirotq.kernels.plan import Plan, candidates_for, choose, kind_of, name_of, unmeasured
+from dirotq.kernels.plan import (
+    Plan,
+    candidates_for,
+    choose,
+    containers,
+    kind_of,
+    name_of,
+    unmeasured,
+)
 from dirotq.kernels.w4a4_linear.tiles import fits
 from dirotq.kernels.w4a16_linear import tiles as w4a16
 
@@ -27,14 +36,13 @@ def table(monkeypatch, tmp_path):
     def install(content: dict) -> None:
         file = tmp_path / "plans.json"
         file.write_text(json.dumps(content))
-        monkeypatch.setattr(plans, "TABLE", file)
-        plans._table.cache_clear()
-        choose.cache_clear()
+        monkeypatch.setattr(measured, "TABLE", file)
+        monkeypatch.setattr(measured, "gpu_of", lambda chip: None)  # whoever tuned their own
+        plans.renew()
 
     yield install
     monkeypatch.undo()
-    plans._table.cache_clear()
-    choose.cache_clear()
+    plans.renew()
 
 
 @pytest.fixture
@@ -61,7 +69,7 @@ def assert_runs(plan: Plan, chip: int, m: int, n: int, spec: QuantSpec, dtype) -
         assert m <= 4 or plan.tile.kind == "dots"
         return
     fp8 = plan.container == "fp8"
-    assert fp8 == (chip >= 89 and (spec.activations.element in ("int4", "e4m3")))
+    assert plan.container in containers(chip, spec)
     assert plan.dtype == (torch.float8_e4m3fn if fp8 else torch.int8)
     if plan.engine == "scaled_mm":
         assert fp8 and dtype == BF16 and n % 16 == 0
@@ -211,7 +219,7 @@ def test_the_shipped_table_names_plans_that_exist():
     specs: dict[str, QuantSpec] = {}
     for spec in SPECS.values():
         specs.setdefault(kind_of(spec), spec)
-    for chip, kinds in plans._table().items():
+    for chip, kinds in measured.shipped().items():
         for kind, rows in kinds.items():
             for row in rows:
                 found = candidates_for(int(chip), row["m"], row["n"], specs[kind], BF16)
@@ -242,3 +250,51 @@ def test_floats_need_fp8_matrix_units():
     assert "compute capability 8.9" in choose(86, 4096, 1008, spec, BF16).why
     assert choose(90, 4096, 1008, spec, BF16).container == "fp8"
     assert choose(80, 4096, 1008, tiny_spec(dim=1024, act_scale="rms"), BF16).container == "int8"
+
+
+FLOATS = tiny_spec(dim=1024, rank=64, act_scale="rms", act_bits=8)
+
+
+@pytest.mark.parametrize(
+    ("chip", "four_bits", "floats"),
+    [
+        (80, ("int8",), None),
+        (86, ("int8",), None),
+        (89, ("int8", "fp8"), ("fp8",)),
+        (90, ("fp8",), ("fp8",)),
+        (100, ("fp8",), ("fp8",)),
+        (103, ("fp8",), ("fp8",)),
+        (120, ("int8", "fp8"), ("fp8",)),
+        (121, ("int8", "fp8"), ("fp8",)),
+    ],
+)
+def test_containers_follow_the_rates_of_the_chip(chip, four_bits, floats, unmeasured_chips):
+    """The first is the default; the others are candidates, as measurement may choose them."""
+    for name in ("pow2", "rms", "token", "groups", "dense"):
+        found = candidates_for(chip, 4608, 1008, SPECS[name], BF16)
+        assert containers(chip, SPECS[name]) == four_bits
+        assert {plan.container for plan in found} == set(four_bits), name
+        for m in (1, 16, 4608):
+            assert choose(chip, m, 1008, SPECS[name], BF16).container == four_bits[0]
+    for name in ("w4a8", "w4a8-groups"):
+        assert containers(chip, SPECS[name]) == ("int8",)
+        assert choose(chip, 4608, 1008, SPECS[name], BF16).container == "int8"
+    if floats is not None:
+        assert containers(chip, FLOATS) == floats
+        assert choose(chip, 4608, 1008, FLOATS, BF16).container == "fp8"
+
+
+def test_measurement_may_choose_the_other_container(table):
+    row = {"m": 4608, "n": 1008, "k": 2240, "plan": "scaled_mm"}
+    table({"89": {"w4a4": [row]}})
+    assert choose(89, 4096, 1008, SPECS["pow2"], BF16).engine == "scaled_mm"
+    assert choose(120, 4096, 1008, SPECS["pow2"], BF16).container == "int8"
+
+
+def test_rows_that_floats_cannot_run_leave_them_to_the_rules(table):
+    int8 = next(p for p in candidates_for(89, 4608, 1008, SPECS["pow2"], BF16) if p.tile)
+    assert int8.container == "int8"
+    table({"89": {"w4a4": [{"m": 4608, "n": 1008, "k": 2240, "plan": name_of(int8)}]}})
+    assert choose(89, 4608, 1008, SPECS["pow2"], BF16).tile == int8.tile
+    floats = choose(89, 4608, 1008, FLOATS, BF16)
+    assert (floats.container, floats.why) == ("fp8", "no measurement for sm_89")

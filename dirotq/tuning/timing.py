@@ -1,4 +1,4 @@
-"""How every GPU benchmark here measures time: the same for us and for whatever we compare with."""
+"""How time on a GPU is measured, by tuning and by every benchmark: the same for all contestants."""
 
 import math
 import statistics
@@ -10,7 +10,6 @@ import torch
 
 LEAST, MOST = 4, 200
 """Calls in one graph: enough to share the cost of launching it, and a bound on building it."""
-
 
 REST = 5.0
 """Pause after each replay, in times its duration."""

@@ -49,17 +49,28 @@ def spec_for(kind: str, k: int, n: int, rank: int = 64) -> QuantSpec:
 
 
 def random_linear(spec: QuantSpec, *, device: str = "cuda") -> QuantLinear:
-    """Draw random codes, scales, low-rank branch and bias; an orthonormal basis."""
+    """Draw random codes, scales, low-rank branch, rotation and bias; an orthonormal basis."""
     linear = QuantLinear(spec, bias=True, device=device)
-    codes_NK = torch.randint(-7, 8, (spec.outputs, spec.width), device=device, dtype=torch.int8)
-    linear.qweight.copy_(pack_int4(codes_NK))
-    linear.wscale.uniform_(0.01, 0.02)
-    assert linear.bias is not None
-    linear.bias.normal_()
-    if linear.basis is not None and linear.wp is not None:
-        vectors_DR = torch.randn(spec.in_features, spec.rank, device=device)
-        linear.basis.copy_(torch.linalg.qr(vectors_DR).Q)
-        linear.wp.normal_(0, 0.3)
+    four_bits = spec.weights.element == "int4"
+    for name, tensor in linear.named_parameters():
+        if name == "qweight" and four_bits:
+            shape = spec.outputs, spec.width
+            codes_NK = torch.randint(-7, 8, shape, device=device, dtype=torch.int8)
+            tensor.copy_(pack_int4(codes_NK))
+        elif name == "wscale" and not four_bits:  # small, as E4M3 or as E8M0
+            tensor.fill_(0x18 if spec.weights.name == "nvfp4" else 121)
+        elif not tensor.is_floating_point():
+            tensor.random_()
+        elif name in ("wscale", "wpscale"):
+            tensor.uniform_(0.01, 0.02)
+        elif name in ("wglobal", "smooth"):
+            tensor.fill_(1)
+        elif name == "basis":
+            tensor.copy_(torch.linalg.qr(torch.randn(tensor.shape, device=device)).Q)
+        elif name == "rotation":
+            tensor.normal_(0, spec.in_features**-0.5)
+        else:
+            tensor.normal_(0, 0.3 if name == "wp" else 1)
     return linear
 
 
