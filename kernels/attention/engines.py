@@ -35,8 +35,8 @@ def run(
     """Compute attention, [B, T, H, d] (:func:`..attention.attention`), of arguments that fit."""
     engine = choose(q_BTHd, k_BSHd, mask, scale, mode)
     if engine == "torch":
-        heads_first = (t.transpose(1, 2) for t in (q_BTHd, k_BSHd, v_BSHd))
-        out = scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale)
+        q_BHTd, k_BHSd, v_BHSd = (t.transpose(1, 2) for t in (q_BTHd, k_BSHd, v_BSHd))
+        out = scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, scale=scale)
         return out.transpose(1, 2)
     scale = q_BTHd.shape[-1] ** -0.5 if scale is None else scale
     if engine == "flash3":

@@ -6,6 +6,7 @@ Nothing is downloaded: of the hub's kernel, only one that this process has loade
 import functools
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from types import ModuleType
@@ -106,11 +107,7 @@ def _operator(package: str) -> Callable[..., Tensor] | None:
 
 def _loaded_from_hub() -> Callable[..., Tensor] | None:
     """Return the hub's, if ``kernels.get_kernel`` (diffusers' ``_flash_3_hub``) has loaded it."""
-    if find_spec("kernels") is None:
-        return None
-    loaded: Callable[[], list[Any]] | None = getattr(
-        importlib.import_module("kernels"), "get_loaded_kernels", None
-    )
+    loaded = getattr(sys.modules.get("kernels"), "get_loaded_kernels", None)
     for kernel in loaded() if loaded else ():
         if kernel.repo_info is not None and kernel.repo_info.repo_id == HUB:
             return functools.partial(_python_function, kernel.module)

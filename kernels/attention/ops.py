@@ -1,7 +1,7 @@
 """``torch.ops.dirotq.attention``: attention as one operator, in the layout of torch's own.
 
-One operator, so that the engine is chosen when it runs. Defined by hand: ``torch.library.custom_op``
-adds 130 µs of host time to each call.
+One operator, so that the engine is chosen when it runs. Defined by hand: a call through
+``torch.library.custom_op`` takes 130 µs of host time more.
 """
 
 import torch
@@ -33,8 +33,8 @@ def attention(
     returns  q's dtype, [B, H, T, d] of memory [B, T, H, d]: ``transpose(1, 2).flatten(2)`` of it is
              a view
     """
-    tokens_first = (t.transpose(1, 2) for t in (q_BHTd, k_BHSd, v_BHSd))
-    return run(*tokens_first, mask, scale, mode).contiguous().transpose(1, 2)
+    q_BTHd, k_BSHd, v_BSHd = (t.transpose(1, 2) for t in (q_BHTd, k_BHSd, v_BHSd))
+    return run(q_BTHd, k_BSHd, v_BSHd, mask, scale, mode).contiguous().transpose(1, 2)
 
 
 def _fake(

@@ -137,7 +137,7 @@ def round_codes(
     some = (bound > ZERO) | (bound != bound)
     steps = tl.where(some, LARGEST / tl.where(some, bound, 1.0), 0.0)
     if tl.program_id(0) == 0:
-        tl.store(p_scales + slot, bound / LARGEST)
+        tl.store(p_scales + slot, tl.where(some, bound / LARGEST, 1.0))
 
     first = tl.program_id(0) * BM * BLOCKS
     last = tl.minimum(first + BM * BLOCKS, tokens)

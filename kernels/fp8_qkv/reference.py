@@ -7,7 +7,8 @@
 H is the orthonormal block Hadamard matrix of the largest block that divides a head. On both sides
 of q kᵀ it changes nothing, and it spreads what single channels of q and k hold: a rounding error
 is a part of its own number, so a product that one channel makes alone is wrong by that part. m
-shifts all logits of a query alike, which the softmax does not see (SageAttention, arXiv 2410.02367).
+shifts all logits of a query alike, which the softmax does not see (SageAttention, arXiv
+2410.02367).
 
 |q_t| is the length of a token's vector. It bounds every number of the rotated vector, so nothing is
 clipped, and rotating is left to the pass that rounds. The bound lies a few times too high: E4M3 has
@@ -29,8 +30,9 @@ from ..full_float32 import full_float32
 
 E4M3_MAX = 448.0
 P_BITS = 8.0
-TINY = 1e-30
-"""Heads no larger than this are zero: 448 / bound would overflow."""
+TINY = 1e-12
+"""Heads no larger than this have codes of zero and a scale of one. Scales of zero, or whose product
+is, would make NaN of the infinities by which FlashAttention-3 masks its last block of keys."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +71,11 @@ def quantize(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor) -> Codes:
     v_bound = v.abs().amax((1, 3))
     with full_float32():
         q, k = block_hadamard(q, block), block_hadamard(k, block) - block_hadamard(mean, block)
-    return Codes(
-        _rounded(q, q_bound), _rounded(k, k_bound), _rounded(v, v_bound),
-        q_bound / E4M3_MAX, k_bound / E4M3_MAX, v_bound / E4M3_MAX,
-    )  # fmt: skip
+    scales = [
+        torch.where(bound <= TINY, 1.0, bound / E4M3_MAX) for bound in (q_bound, k_bound, v_bound)
+    ]
+    codes = [_rounded(*pair) for pair in zip((q, k, v), (q_bound, k_bound, v_bound))]
+    return Codes(*codes, *scales)
 
 
 def attend(codes: Codes, *, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Torch's attention sent to ours: only the calls that ours can replace, from eager code and graphs."""
+"""Torch's attention sent to ours, from eager code and graphs: only what ours can replace."""
 
 import pytest
 import torch

@@ -14,6 +14,7 @@ from dirotq.kernels import engine
 from dirotq.kernels.attention import kernel as attention
 from dirotq.kernels.build import CHIPS, FP8_CHIPS, Build, Config, by_launch
 from dirotq.kernels.chip import chained
+from dirotq.kernels.fp8_qkv import kernel as fp8_qkv
 from dirotq.kernels.gated_residual import kernel as gated_residual
 from dirotq.kernels.gptq import kernel as gptq
 from dirotq.kernels.linear import QuantLinear
@@ -140,6 +141,7 @@ def test_elementwise_kernels(chip, launched, builds):
 def test_attention(chip, keys, launched, builds):
     q = torch.empty(1, keys, 2, 128, dtype=BF16)
     attention.launch(q, q, q, scale=0.1)
+    fp8_qkv.launch(q, q, q)
     assert_built(launched, builds, chip)
 
 
