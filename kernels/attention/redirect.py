@@ -87,7 +87,10 @@ def plain(
     q, k = query.shape, key.shape
     if len(q) != 4 or k != value.shape or (*q[:2], q[3]) != (*k[:2], k[3]):
         return False
-    if query.device.type not in ("cpu", "cuda") or not query.is_floating_point():
+    kind = query.device.type
+    if kind not in ("cpu", "cuda") or not query.is_floating_point():
+        return False
+    if torch.is_autocast_enabled(kind):
         return False
     if any(t.dtype != query.dtype or t.device != query.device for t in qkv):
         return False

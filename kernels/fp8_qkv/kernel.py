@@ -11,8 +11,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..build import Config
+from ..chip import capability, chained
 from ..formats.hadamard import hadamard_block
 from ..transform_quantize.scales import e4m3
 from .reference import E4M3_MAX, TINY, Codes
@@ -42,13 +44,17 @@ def _tile(p_x, o_t, last, row, D: tl.constexpr, HD: tl.constexpr):
 def measure(
     p_q, p_k, p_v, p_bounds, p_sums, T, S, H,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head, chunk_q, chunk_s,
-    D: tl.constexpr, HD: tl.constexpr, BS: tl.constexpr,
+    D: tl.constexpr, HD: tl.constexpr, BS: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Find the longest token of q or k, or v's largest number, of one chunk of one head.
 
     p_bounds  float32 [3, B H, CHUNKS], of q, k and v; NaN where a number is not finite
     p_sums    float32 [B H, CHUNKS, HD]: k's sums over the chunk's tokens
+    CHAIN     launched while the kernel before ends (sm_90+)
     """
+    if CHAIN:
+        gdc_launch_dependents()
+        gdc_wait()
     head, part, of = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     b, h = (head // H).to(tl.int64), head % H
     if of == 0:
@@ -85,7 +91,7 @@ def _signs(HD: tl.constexpr, BLOCK: tl.constexpr):
     o_i, o_j = tl.arange(0, HD)[:, None], tl.arange(0, HD)[None, :]
     shared = (o_i & o_j) % BLOCK
     shared ^= shared >> 4
-    odd = (0x6996 >> (shared & 15)) & 1
+    odd = (tl.full((1, 1), 0x6996, dtype=tl.int32) >> (shared & 15)) & 1
     return tl.where(o_i // BLOCK == o_j // BLOCK, 1 - 2 * odd, 0)
 
 
@@ -106,7 +112,7 @@ def round_codes(
     p_q, p_k, p_v, p_bounds, p_sums, p_q8, p_k8, p_v8, p_scales, T, S, H,
     q_batch, q_row, q_head, k_batch, k_row, k_head, v_batch, v_row, v_head,
     D: tl.constexpr, HD: tl.constexpr, BLOCK: tl.constexpr, SHRINK: tl.constexpr,
-    BM: tl.constexpr, BLOCKS: tl.constexpr, BY_HAND: tl.constexpr,
+    BM: tl.constexpr, BLOCKS: tl.constexpr, BY_HAND: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Round BM BLOCKS tokens of one head of v, k or q (in this order along the third axis).
 
@@ -116,6 +122,8 @@ def round_codes(
     BY_HAND        round to FP8 in steps: the interpreter's conversion is off where a carry grows
                    the exponent
     """
+    if CHAIN:
+        gdc_wait()
     head, of = tl.program_id(1), 2 - tl.program_id(2)
     b, h = (head // H).to(tl.int64), head % H
     if of == 0:
@@ -168,34 +176,33 @@ def launch(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor) -> Codes:
     heads, chunks = b * h, CHUNKS.value
     q8, k8, v8 = (x.new_empty(x.shape, dtype=torch.float8_e4m3fn) for x in (q, k, v))
     bounds = q.new_empty((3, heads, chunks), dtype=torch.float32)
-    sums = q.new_empty((heads, chunks, measure_config(d).constants["HD"]), dtype=torch.float32)
+    sums = q.new_empty((heads, chunks, triton.next_power_of_2(d)), dtype=torch.float32)
     scales = q.new_empty((3, b, h), dtype=torch.float32)
     strides = [n for x in (q, k, v) for n in x.stride()[:3]]
     per_chunk = [triton.cdiv(triton.cdiv(n, chunks), STEP) * STEP for n in (t, s)]
+    chip = capability(q.device)
     with torch.cuda.device_of(q):
-        measure_config(d).launch(
+        measure_config(d, chip).launch(
             (heads, chunks, 3), q, k, v, bounds, sums, t, s, h, *strides, *per_chunk
         )
-        round_config(d).launch(
+        round_config(d, chip).launch(
             (triton.cdiv(max(t, s), ROWS * BLOCKS), heads, 3),
             q, k, v, bounds, sums, q8, k8, v8, scales, t, s, h, *strides,
         )  # fmt: skip
     return Codes(q8, k8, v8, scales[0], scales[1], scales[2])
 
 
-def measure_config(d: int) -> Config:
+def measure_config(d: int, chip: int | None) -> Config:
     """``d``: channels of a head."""
-    return Config(kernel=measure, constants={"D": d, "HD": _width(d), "BS": STEP})
+    wide = triton.next_power_of_2(d)
+    constants = {"D": d, "HD": wide, "BS": STEP, "CHAIN": chained(chip)}
+    return Config(kernel=measure, constants=constants, early=chained(chip))
 
 
-def round_config(d: int) -> Config:
-    block = hadamard_block(d, d)
+def round_config(d: int, chip: int | None) -> Config:
+    block, wide = hadamard_block(d, d), triton.next_power_of_2(d)
     constants = {
-        "D": d, "HD": _width(d), "BLOCK": block, "SHRINK": block**-0.5, "BM": ROWS,
-        "BLOCKS": BLOCKS, "BY_HAND": INTERPRETED,
+        "D": d, "HD": wide, "BLOCK": block, "SHRINK": block**-0.5, "BM": ROWS, "BLOCKS": BLOCKS,
+        "BY_HAND": INTERPRETED, "CHAIN": chained(chip),
     }  # fmt: skip
-    return Config(kernel=round_codes, constants=constants, warps=8, stages=2)
-
-
-def _width(d: int) -> int:
-    return triton.next_power_of_2(d)
+    return Config(kernel=round_codes, constants=constants, warps=8, stages=2, early=chained(chip))

@@ -93,6 +93,12 @@ def test_a_chosen_backend_is_obeyed(sent):
     assert sent == []
 
 
+def test_autocast_is_torchs(sent):
+    with Redirect("exact"), torch.autocast("cpu", dtype=torch.bfloat16):
+        assert F.scaled_dot_product_attention(*qkv()).dtype == torch.bfloat16
+    assert sent == []
+
+
 def test_other_functions_and_the_outside_are_left_alone(sent):
     q, k, v = qkv()
     with Redirect("fp8"):

@@ -31,6 +31,7 @@ from dirotq.kernels.w4a16_linear.tiles import TILES
 OPS = sorted(
     p.parent.name for p in Path(transform_quantize.__file__).parents[1].glob("*/kernel.py")
 )
+LAUNCHING = (transform_quantize, gated_residual, qk_norm_rope, attention, fp8_qkv, second_moment)
 every_chip = pytest.mark.parametrize("chip", CHIPS)
 BF16 = torch.bfloat16
 FLUX = {"dim": 3072, "rows": (1024,), "rank": 64, "block": 256, "act_group": 64, "weight_group": 64}
@@ -54,7 +55,7 @@ def builds() -> list[Build]:
 def launched(monkeypatch, chip) -> list[Config]:
     """Everything launched, in place of a launch on ``chip``."""
     found: list[Config] = []
-    for module in (transform_quantize, gated_residual, qk_norm_rope, attention, second_moment):
+    for module in LAUNCHING:
         monkeypatch.setattr(module, "capability", lambda device: chip)
     monkeypatch.setattr(Config, "launch", lambda self, grid, *arguments: found.append(self))
     monkeypatch.setattr(

@@ -1,6 +1,6 @@
 """q, k and v in FP8: heads of 128, 64 and 96 channels."""
 
-from dirotq.kernels.build import FP8_CHIPS, Build
+from dirotq.kernels.build import FP8_CHIPS, Build, by_launch
 from dirotq.kernels.fp8_qkv.kernel import measure_config, round_config
 
 
@@ -12,9 +12,12 @@ def builds() -> list[Build]:
     strides = [f"{x}_{of}" for x in "qkv" for of in ("batch", "row", "head")]
     return [
         Build.of(
-            config, types, aligned=("chunk_q", "chunk_s", *strides), chips=FP8_CHIPS,
+            config, types, aligned=("chunk_q", "chunk_s", *strides), chips=chips,
             name=f"fp8_qkv_{config.kernel.__name__}-d{d}", tensor_core=dot,
         )
+        for chips in by_launch(FP8_CHIPS)
         for d in (128, 64, 96)
-        for config, dot in ((measure_config(d), False), (round_config(d), True))
+        for config, dot in (
+            (measure_config(d, chips[0]), False), (round_config(d, chips[0]), True),
+        )
     ]  # fmt: skip
