@@ -64,6 +64,10 @@ def choose(
     if mask is not None or not positive or q_BTHd.numel() == 0 or k_BSHd.numel() == 0:
         return "torch"
     if not unrestricted():
+        if mode == "fp8":
+            say_once(
+                "attention='fp8' computes exactly: torch's backends are restricted", logging.INFO
+            )
         return "torch"
     if mode == "fp8" and (eight := _eight_bits(q_BTHd, k_BSHd)):
         return eight

@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 from dirotq.kernels.attention import attention, engines, flash3
 from dirotq.kernels.attention.engines import LONG, LONG_INT8, choose
 from dirotq.kernels.chip import say_once
-from dirotq.kernels.fp8_qkv import quantize
+from dirotq.kernels.fp8_qkv import Codes, attend, quantize
+from dirotq.kernels.fp8_qkv import attention as fp8_attention
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -195,6 +196,22 @@ def test_codes_go_with_their_scales(package):
     for name in "qkv":
         assert call[f"{name}_descale"].shape == (1, 2)
     assert torch.equal(call["k_descale"], codes.k_scale_BH)
+
+
+def test_codes_scales_and_product_fit_together(monkeypatch):
+    """The kernels' codes in a product that does what FlashAttention-3 does."""
+
+    def product(q, k, v, *, softmax_scale, q_descale, k_descale, v_descale):
+        return attend(Codes(q, k, v, q_descale, k_descale, v_descale), scale=softmax_scale)
+
+    monkeypatch.setattr(flash3, "installed", lambda: product)
+    monkeypatch.setattr(engines, "choose", lambda *_: "flash3 fp8")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (torch.randn(2, n, 3, 32, device=device).half() for n in (40, 70, 70))
+    for scale in (None, 0.3):
+        got = attention(q, k, v, mode="fp8", scale=scale)
+        want = fp8_attention(q, k, v, scale=scale or 32**-0.5)
+        torch.testing.assert_close(got.half(), want, rtol=2e-2, atol=5e-3)
 
 
 @pytest.mark.parametrize("fault", ["import", "schema"])
