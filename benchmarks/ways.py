@@ -65,7 +65,7 @@ def accelerated(**changes: Any) -> Apply:
 
     def apply(transformer: Any, case: Case) -> Undo:
         dirotq.accelerate(transformer, **{f.name: f.default for f in fields(Runtime)} | changes)
-        return lambda: dirotq.accelerate(transformer, graphs=False)
+        return lambda: dirotq.accelerate(transformer, **SLOW)
 
     return apply
 
@@ -120,7 +120,7 @@ def offloaded(before: Apply) -> Apply:
     return apply
 
 
-COMPILE = "fused"
+COMPILE = "compile"
 """The runtime's field for the compiler's part."""
 SLOW = {COMPILE: False, "graphs": False}
 DEFAULT = accelerated()

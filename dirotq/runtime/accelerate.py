@@ -4,17 +4,16 @@ All of it can be turned off, and then every module runs alone, as diffusers wrot
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import nn
 
 from dirotq.errors import ConfigError
+from dirotq.kernels.attention import MODES, Mode
 
 from .compiled import compile_blocks, uncompile_blocks
 from .graph_watch import RUNTIME
 from .graphs import graph_forward, ungraph_forward
-
-Attention = Literal["exact", "fp8"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +26,7 @@ class Runtime:
     linears' kernels. The first call takes longer; the compiler keeps its work on disk."""
     graphs: bool = True
     """Replay a whole forward as one CUDA graph, where weights stay where they are."""
-    attention: Attention = "exact"
+    attention: Mode = "exact"
     """``fp8`` multiplies 8-bit queries, keys and values, which is another approximation. Another
     backend that diffusers was told to use wins over either."""
 
@@ -35,7 +34,7 @@ class Runtime:
         for name in ("compile", "graphs"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} is {getattr(self, name)!r:.60}; use True or False")
-        if self.attention not in get_args(Attention):
+        if self.attention not in MODES:
             raise ConfigError(
                 f"attention {self.attention!r} is unknown; use 'exact' (16 bits) or 'fp8'"
             )
@@ -73,8 +72,8 @@ def accelerate(model: Any, **changes: Any) -> Any:
     setattr(transformer, RUNTIME, runtime)
     if changes.keys() & {"compile", "attention"}:
         uncompile_blocks(transformer)
-        if runtime.compile:
-            compile_blocks(transformer)
+        if runtime.compile or runtime.attention != "exact":
+            compile_blocks(transformer, attention=runtime.attention, compiled=runtime.compile)
     if "graphs" in changes:
         (graph_forward if runtime.graphs else ungraph_forward)(transformer)
     return model

@@ -13,6 +13,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from types import FunctionType
 from typing import Any, ClassVar
 
@@ -20,25 +21,36 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dirotq.kernels.attention import Mode
+from dirotq.kernels.attention.redirect import Redirect
 from dirotq.kernels.chip import capability, say_once, why_reference
 from dirotq.kernels.linear import QuantLinear
 
 from .as_made import Made
 from .graph_capture import first_line
+from .passes import rewritten
 
 log = logging.getLogger(__name__)
 
+OPTIONS = {"triton.multi_kernel": 1}
+"""Of Inductor: it measures whether a norm keeps its row in registers (FLUX.1: 20 us, not 50)."""
 
-def compile_blocks(transformer: nn.Module) -> None:
+
+def compile_blocks(
+    transformer: nn.Module, *, attention: Mode = "exact", compiled: bool = True
+) -> None:
     """Let every repeated block that holds a packed linear run compiled, in place.
 
     A block whose forward somebody has replaced keeps that. Deep copies compile anew.
+
+    attention  how plain calls of torch's attention are computed
+    compiled   False: blocks run module by module, and only attention is ours
     """
     compilers: dict[type, Compiler] = {}
     for block in repeated_blocks(transformer):
         if "forward" not in vars(block):
-            compiler = compilers.setdefault(type(block), Compiler(type(block)))
-            block.forward = CompiledForward(block, compiler)
+            made = compilers.setdefault(type(block), Compiler(type(block), attention, compiled))
+            block.forward = CompiledForward(block, made)
 
 
 def uncompile_blocks(transformer: nn.Module) -> None:
@@ -68,8 +80,8 @@ class Compiler:
     backend: ClassVar[Callable[..., Any] | None] = None
     """None: our passes, then Inductor. Tests, which have no GPU, put another one there."""
 
-    def __init__(self, block_class: type) -> None:
-        self.block_class = block_class
+    def __init__(self, block_class: type, attention: Mode = "exact", enabled: bool = True) -> None:
+        self.block_class, self.attention, self.enabled = block_class, attention, enabled
         self.failed = False
 
     @functools.cached_property
@@ -90,16 +102,17 @@ class Compiler:
         return torch._dynamo.config.patch(force_parameter_static_shapes=False)(compiled)
 
     def _inductor(self, module: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        from .passes import backend
-
         start = time.monotonic()
-        compiled = backend(module, example_inputs)
+        compiled = torch._inductor.compile(
+            rewritten(module, self.attention), list(example_inputs), options=OPTIONS
+        )
         seconds = time.monotonic() - start
         log.info("compiled %s in %.1f s", self.block_class.__name__, seconds)
         return compiled
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"block_class": self.block_class, "failed": False}  # compiled code is this process's
+        kept = {"block_class", "attention", "enabled"}  # compiled code is this process's
+        return {k: v for k, v in vars(self).items() if k in kept} | {"failed": False}
 
 
 class CompiledForward:
@@ -124,10 +137,13 @@ class CompiledForward:
             return result
 
     def _plain(self, *args: Any, **kwargs: Any) -> Any:
-        return self.compiler.block_class.forward(self.block, *args, **kwargs)
+        forward, mode = self.compiler.block_class.forward, self.compiler.attention
+        with nullcontext() if mode == "exact" else Redirect(mode):
+            return forward(self.block, *args, **kwargs)
 
     def _may_compile(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        if self.compiler.failed or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        able = self.compiler.enabled and not self.compiler.failed
+        if not able or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
         tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         first = next(tensors, None)

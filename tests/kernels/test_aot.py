@@ -17,7 +17,7 @@ LARGE = {"attention", "transform_quantize", "w4a16_linear", "w4a4_linear"}
 """Ops with builds for a process of their own; the others share one."""
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one program may have, by compute capability."""
-FP8_ONLY = {"attention"}
+FP8_ONLY = {"attention", "fp8_qkv"}
 """Ops that only chips with FP8 matrix units have kernels for."""
 
 

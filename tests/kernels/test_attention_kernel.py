@@ -4,7 +4,6 @@ fp16: the interpreter has no bf16.
 """
 
 import dataclasses
-import math
 
 import pytest
 import torch
@@ -14,8 +13,6 @@ pytest.importorskip("triton")
 
 from builds.attention import builds
 
-from dirotq.kernels import attention as op
-from dirotq.kernels.attention import kernel as engine
 from dirotq.kernels.attention import reference
 from dirotq.kernels.attention.kernel import HOPPER, OTHERS, launch, quantized, usual
 from dirotq.kernels.attention.reference import K_BLOCK
@@ -160,22 +157,6 @@ def test_bad_numbers_show_and_stay_in_their_head(which):
 def test_no_queries():
     q, k, v = qkv(1, 8, 8, 1, 32)
     assert launch(q[:, :0], k, v, scale=1.0).shape == (1, 0, 1, 32)
-
-
-def test_a_gpu_takes_the_kernel(monkeypatch):
-    class OnGpu(torch.Tensor):
-        device = torch.device("cuda")
-
-    q, k, v = (t.as_subclass(OnGpu) for t in qkv(1, 8, 8, 1, 64))
-    taken = []
-    monkeypatch.setattr(op, "capability", lambda device: 90)
-    monkeypatch.setattr(engine, "launch", lambda *_, scale: taken.append(scale))
-    op.attention(q, k, v, mode="fp8")
-    op.attention(q, k, v, mode="fp8", scale=0.5)
-    assert taken == [1 / math.sqrt(64), 0.5]
-    monkeypatch.setattr(op, "capability", lambda device: 86)
-    with pytest.raises(ValueError, match=r"compute capability 8\.6.*8\.9.*mode='exact'"):
-        op.attention(q, k, v, mode="fp8")
 
 
 def test_a_block_of_keys_holds_whole_steps():

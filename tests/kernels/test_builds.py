@@ -14,6 +14,7 @@ from dirotq.kernels import engine
 from dirotq.kernels.attention import kernel as attention
 from dirotq.kernels.build import CHIPS, FP8_CHIPS, Build, Config, by_launch
 from dirotq.kernels.chip import chained
+from dirotq.kernels.fp8_qkv import kernel as fp8_qkv
 from dirotq.kernels.gptq import kernel as gptq
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import candidates_for, choose
@@ -27,6 +28,7 @@ from dirotq.kernels.transform_quantize import kernel as transform_quantize
 OPS = sorted(
     p.parent.name for p in Path(transform_quantize.__file__).parents[1].glob("*/kernel.py")
 )
+LAUNCHING = (transform_quantize, qk_norm_rope, attention, fp8_qkv, second_moment)
 every_chip = pytest.mark.parametrize("chip", CHIPS)
 BF16 = torch.bfloat16
 FLUX = {"dim": 3072, "rows": (1024,), "rank": 64, "block": 256, "act_group": 64, "weight_group": 64}
@@ -50,7 +52,7 @@ def builds() -> list[Build]:
 def launched(monkeypatch, chip) -> list[Config]:
     """Everything launched, in place of a launch on ``chip``."""
     found: list[Config] = []
-    for module in (transform_quantize, qk_norm_rope, attention, second_moment):
+    for module in LAUNCHING:
         monkeypatch.setattr(module, "capability", lambda device: chip)
     monkeypatch.setattr(Config, "launch", lambda self, grid, *arguments: found.append(self))
     monkeypatch.setattr(
@@ -131,6 +133,7 @@ def test_elementwise_kernels(chip, launched, builds):
 def test_attention(chip, keys, launched, builds):
     q = torch.empty(1, keys, 2, 128, dtype=BF16)
     attention.launch(q, q, q, scale=0.1)
+    fp8_qkv.launch(q, q, q)
     assert_built(launched, builds, chip)
 
 

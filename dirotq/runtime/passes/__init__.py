@@ -5,29 +5,20 @@ changes it in place and returns how many places it changed. It recognizes what s
 ``dirotq::quant_linear``, by what is computed and not by whose class computes it.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
-
-import torch
 from torch.fx import GraphModule
 
-from . import prologues, sites
-from .graph import drop_inert
+from dirotq.kernels.attention import Mode, redirect
 
-Pass = Callable[[GraphModule], int]
+from . import graph, prologues, sites
 
-PASSES: tuple[Pass, ...] = (drop_inert, sites.rewrite, prologues.rewrite)
+PASSES = (graph.drop_inert, sites.rewrite, prologues.rewrite)
 
 
-def rewritten(module: GraphModule) -> GraphModule:
+def rewritten(module: GraphModule, attention: Mode = "exact") -> GraphModule:
     """Apply all passes to a graph, in place, and return it."""
     for rewrite in PASSES:
         rewrite(module)
+    redirect.replace(module.graph, attention)
     module.graph.lint()
     module.recompile()
     return module
-
-
-def backend(module: GraphModule, example_inputs: Sequence[Any]) -> Any:
-    """Compile as ``torch.compile`` does by default, after our passes."""
-    return torch._inductor.compile(rewritten(module), list(example_inputs))
