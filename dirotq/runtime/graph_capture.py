@@ -3,13 +3,16 @@
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from threading import RLock
 from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 
 from .graph_call import NotGraphable
+from .host_copies import HostCopies
 
 Replay = Callable[[], Any]
 """Does the recorded work again; its result lies in the same tensors each time."""
@@ -45,8 +48,10 @@ class CudaRecorder:
 
         Raises whatever ``run`` or the recording raised; the device is usable then.
         """
+        copies = HostCopies(self.device_type)
         with torch.cuda.device(self.device):
-            self._warm_up(run)
+            with copies.noting():
+                self._warm_up(run)
             if not self.graphs:
                 # A pool without graphs is given back, and can't be used again before it is.
                 self.pool = torch.cuda.graph_pool_handle()
@@ -65,7 +70,8 @@ class CudaRecorder:
                     ),
                 ):
                     try:
-                        result = run()
+                        with copies.repeating():
+                            result = run()
                     except Exception as error:
                         reason = first_line(error)  # ending the capture raises an error of its own
                         raise
@@ -76,12 +82,7 @@ class CudaRecorder:
                 raise
 
         self.graphs.add(graph)
-
-        def replay() -> Any:
-            graph.replay()
-            return result
-
-        return replay
+        return partial(_replay, graph, result, copies.kept())
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -136,9 +137,18 @@ class CudaRecorder:
                 torch.zeros(1, device=self.device)
 
 
+def _replay(graph: torch.cuda.CUDAGraph, result: Any, _kept: list[Tensor]) -> Any:
+    """Do the work again; ``_kept`` is read by it, and held by nobody else."""
+    graph.replay()
+    return result
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says, without the advice that CUDA's errors go on with."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if isinstance(error, NotGraphable):
+        return str(error)
+    line, notes = str(error).partition("\n")[0], getattr(error, "__notes__", [])
+    return " ".join([f"{type(error).__name__}: {line}", *notes[:1]])
 
 
 @contextmanager

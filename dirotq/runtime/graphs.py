@@ -78,9 +78,10 @@ class Graph:
             self.inputs = [
                 torch.empty_like(t, memory_format=torch.contiguous_format) for t in call.tensors
             ]
-        bound = call.bind(inspect.signature(original), self.inputs)
+        signature = inspect.signature(original)
 
         def run() -> Any:
+            bound = call.bind(signature, self.inputs)  # its containers anew: forwards pop from them
             result = original(*bound.args, **bound.kwargs)
             check_result(result)
             return result
@@ -231,8 +232,7 @@ class GraphedForward:
             except Exception as error:  # noqa: BLE001 - whatever it is, the original shall meet it
                 del self.calls[key]
                 self.failed.add(key)
-                why = str(error) if isinstance(error, NotGraphable) else first_line(error)
-                self._say(f"recording it failed ({why})", logging.WARNING)
+                self._say(f"recording it failed ({first_line(error)})", logging.WARNING)
         return self.calls.get(key)
 
     def _saw(self, key: Hashable) -> None:

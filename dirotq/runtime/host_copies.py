@@ -1,0 +1,177 @@
+"""What a forward makes on the host and copies to the device: noted once, then read by its graph.
+
+A CUDA graph can't hold a copy from pageable memory, and networks make tables there in each forward
+(Qwen-Image's text lengths, Chroma's modulation indices, PixArt's positions at odd sizes). Operators
+on the host run during a capture as always, so such a value can be looked at: where it is what it
+was when the same call warmed up, the graph reads the device's copy of then.
+
+A dispatch mode sees every copy, whichever function asked for it, also within compiled blocks. It
+says that it ignores what a compiler makes of operators, as torch's own modes around captures do:
+compiled code is then looked up and run as without it, and a block may even be compiled under it.
+Without that word torch.compile skips or refuses a frame. A function mode would not do: its presence
+is one of the guards of compiled code, so that every block would be compiled again for recording.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .graph_call import NotGraphable
+
+aten = torch.ops.aten
+
+MOVES_ITSELF = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+"""Operators that take tensors of the host beside those of the device, and copy them unseen."""
+DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
+"""Of operators whose result depends on values: the host waits for them."""
+
+
+class Noted(NamedTuple):
+    """One value of the host that the device got: by which operator, what, and what came of it."""
+
+    how: Any
+    host: Tensor
+    device: Tensor | None
+
+
+class HostCopies(TorchDispatchMode):
+    """Copies from the host to one kind of device, noted in order in a warm-up (:meth:`noting`) and
+    handed out in the capture that follows (:meth:`repeating`).
+
+    Both raise NotGraphable where the device's values are read back. :meth:`repeating` also does
+    where the host's values, their number or their order are others than in the warm-up.
+    """
+
+    supports_higher_order_operators = True  # they run as they are
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self.noted: list[Noted] = []
+        self.taken: int | None = None  # None while noting
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    @contextmanager
+    def noting(self) -> Iterator[None]:
+        """Note the copies of a warm-up."""
+        self.noted.clear()
+        self.taken = None
+        with _constructors_seen(), self:
+            yield
+
+    @contextmanager
+    def repeating(self) -> Iterator[None]:
+        """Give the copies of a capture what was noted."""
+        self.taken = 0
+        with _constructors_seen(), self:
+            yield
+        if self.taken != len(self.noted):
+            raise NotGraphable(f"it copied {len(self.noted)} values of the host, now {self.taken}")
+
+    def kept(self) -> list[Tensor]:
+        """Return what a recorded graph reads, and has to live as long."""
+        return [noted.device for noted in self.noted if noted.device is not None]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_device = any(t.device.type == self.device_type for t in tensors)
+        on_host = [t for t in tensors if t.device.type == "cpu"]
+        if func is aten._to_copy.default and on_host and self._goes_to(kwargs) == self.device_type:
+            return self._copied(args[0], (func, kwargs), lambda: func(*args, **kwargs))
+        if on_device:
+            if self._reads_back(func, args, kwargs):
+                raise NotGraphable(f"{func} reads values of the device back to the host")
+            if func is aten.copy_.default and on_host:
+                return func(args[0], self._moved(args[1], func, args[0].device))
+            if func in MOVES_ITSELF:
+                device = args[0].device
+                args, kwargs = tree_map_only(
+                    Tensor, lambda t: self._moved(t, func, device), (args, kwargs)
+                )
+            else:
+                # A number of the host becomes an argument of the kernel, which the graph repeats.
+                for number in on_host:
+                    self._check(number, func)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            error.add_note(f"in {func}")  # CUDA says that a capture failed, not what failed it
+            raise
+
+    def _reads_back(self, func: Any, args: Any, kwargs: Any) -> bool:
+        if func is aten._to_copy.default:
+            return self._goes_to(kwargs) == "cpu"
+        if func is aten.copy_.default:
+            return bool(args[0].device.type == "cpu")
+        if func is aten.index.Tensor:
+            masks = (torch.bool, torch.uint8)
+            return any(index is not None and index.dtype in masks for index in args[1])
+        if func is aten.repeat_interleave.Tensor:
+            return kwargs.get("output_size") is None
+        return any(tag in getattr(func, "tags", ()) for tag in DYNAMIC)
+
+    @staticmethod
+    def _goes_to(kwargs: Any) -> str | None:
+        device = kwargs.get("device")
+        return None if device is None else torch.device(device).type
+
+    def _moved(self, value: Tensor, how: Any, device: torch.device) -> Tensor:
+        if value.device.type != "cpu":
+            return value
+        return self._copied(value, (how, device), lambda: value.to(device))
+
+    def _copied(self, host: Tensor, how: Any, copy: Callable[[], Tensor]) -> Tensor:
+        """Copy to the device: really, or by a copy of what it got in the warm-up. The forward may
+        write into the result."""
+        if self.taken is None:
+            made = copy()
+            self.noted.append(Noted(how, host.clone(), made.clone()))
+            return made
+        kept = self._same(host, how).device
+        assert kept is not None
+        return kept.clone()
+
+    def _check(self, host: Tensor, how: Any) -> None:
+        """Note a value that the device gets without a copy, or hold it against the noted one."""
+        if self.taken is None:
+            self.noted.append(Noted(how, host.clone(), None))
+        else:
+            self._same(host, how)
+
+    def _same(self, host: Tensor, how: Any) -> Noted:
+        assert self.taken is not None
+        noted = self.noted[self.taken] if self.taken < len(self.noted) else None
+        if noted is None or noted.how != how or not _same_bits(noted.host, host):
+            raise NotGraphable("values that it makes on the host change from call to call")
+        self.taken += 1
+        return noted
+
+
+@contextmanager
+def _constructors_seen() -> Iterator[None]:
+    """Let ``torch.tensor(..., device=...)`` and its like make a tensor of the host and copy that
+    where modes see it (as torch's FakeTensorMode does)."""
+    before = torch._C._only_lift_cpu_tensors()
+    torch._C._set_only_lift_cpu_tensors(True)
+    try:
+        yield
+    finally:
+        torch._C._set_only_lift_cpu_tensors(before)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Compare bits: NaN equals itself, and 0 is not -0."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b))
+
+
+def _bytes(value: Tensor) -> Tensor:
+    return value.resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
