@@ -2,7 +2,7 @@
 
 :func:`graph_forward` puts a :class:`GraphedForward` in the place of a transformer's ``forward``. A
 call that was made once before with the same shapes is recorded, and replayed from then on. A call
-that can't be recorded (offloading hooks, gradients, autocast, adapters) runs as it always did.
+that can't be recorded (offloading hooks, gradients, autocast) runs as it always did.
 """
 
 import copy
