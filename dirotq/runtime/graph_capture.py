@@ -1,7 +1,7 @@
 """Record work into a CUDA graph, replay it, and clean up after a recording that failed."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
 from threading import RLock
@@ -43,12 +43,14 @@ class CudaRecorder:
         """Tell whether somebody is recording already."""
         return torch.cuda.is_current_stream_capturing()
 
-    def capture(self, run: Callable[[], Any]) -> Replay:
+    def capture(self, run: Callable[[], Any], owned: Iterable[Tensor] = ()) -> Replay:
         """Record ``run``, which reads and writes tensors that stay where they are.
+
+        owned: tensors that it reads and somebody else keeps alive, such as weights.
 
         Raises whatever ``run`` or the recording raised; the device is usable then.
         """
-        copies = HostCopies(self.device_type)
+        copies = HostCopies(self.device_type, owned)
         with torch.cuda.device(self.device):
             with copies.noting():
                 self._warm_up(run)

@@ -9,8 +9,10 @@ import copy
 import functools
 import inspect
 import logging
+import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
+from itertools import chain
 from threading import RLock
 from types import MethodType
 from typing import Any
@@ -24,6 +26,8 @@ from dirotq.kernels.chip import say_once
 from .graph_call import Call, NotGraphable, check_result, copied
 from .graph_capture import CudaRecorder, Replay, first_line
 from .graph_watch import Watch, runtime_modes
+
+log = logging.getLogger(__name__)
 
 GIVE_UP = 3
 """Failed recordings after which a transformer is left alone."""
@@ -71,7 +75,13 @@ def ungraph_forward(transformer: nn.Module) -> None:
 class Graph:
     """One recorded call: the tensors it reads, and how to do it again."""
 
-    def __init__(self, original: Callable[..., Any], call: Call, recorder: CudaRecorder) -> None:
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        call: Call,
+        recorder: CudaRecorder,
+        owned: Iterable[Tensor],
+    ) -> None:
         self.recorder = recorder
         # Normal tensors, which can be written to in and outside of inference mode.
         with torch.inference_mode(False), torch.no_grad():
@@ -88,7 +98,7 @@ class Graph:
 
         with recorder.turn():
             self._fill(call.tensors)
-            self.replay: Replay = recorder.capture(run)
+            self.replay: Replay = recorder.capture(run, owned)
 
     def __call__(self, tensors: list[Tensor]) -> Any:
         with self.recorder.turn():
@@ -126,6 +136,7 @@ class GraphedForward:
         self.signature = inspect.signature(original)
         self.calls: OrderedDict[Hashable, Graph | None] = OrderedDict()
         self.failed: set[Hashable] = set()
+        self.recorded = False  # once, and said so
         self.recorder: CudaRecorder | None = None
         # A deep copy's is made by its first call: it is still being filled when this is copied.
         self.watch: Watch | None = None
@@ -228,12 +239,27 @@ class GraphedForward:
             if self.recorder is None or self.recorder.device != device:
                 self.recorder = self.recorder_type(device)
             try:
-                self.calls[key] = Graph(self.original, call, self.recorder)
+                self.calls[key] = self._record(call, self.recorder)
             except Exception as error:  # noqa: BLE001 - whatever it is, the original shall meet it
                 del self.calls[key]
                 self.failed.add(key)
                 self._say(f"recording it failed ({first_line(error)})", logging.WARNING)
         return self.calls.get(key)
+
+    def _record(self, call: Call, recorder: CudaRecorder) -> Graph:
+        weights = chain(self.transformer.parameters(), self.transformer.buffers())
+        began = time.monotonic()
+        graph = Graph(self.original, call, recorder, weights)
+        shape = " x ".join(map(str, call.tensors[0].shape))
+        log.log(
+            logging.DEBUG if self.recorded else logging.INFO,
+            "%s was recorded as one CUDA graph in %.1f s (%s)",
+            type(self.transformer).__name__,
+            time.monotonic() - began,
+            shape,
+        )
+        self.recorded = True
+        return graph
 
     def _saw(self, key: Hashable) -> None:
         """Note a kind of call, in the place of the one that was not made for longest."""

@@ -10,9 +10,12 @@ says that it ignores what a compiler makes of operators, as torch's own modes ar
 compiled code is then looked up and run as without it, and a block may even be compiled under it.
 Without that word torch.compile skips or refuses a frame. A function mode would not do: its presence
 is one of the guards of compiled code, so that every block would be compiled again for recording.
+
+The mode also sees which tensors were there before: tables that a network remembers by shape
+(``lru_cache``) may be forgotten while a graph still reads them. The graph holds them too.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -49,11 +52,15 @@ class HostCopies(TorchDispatchMode):
 
     supports_higher_order_operators = True  # they run as they are
 
-    def __init__(self, device_type: str) -> None:
+    def __init__(self, device_type: str, owned: Iterable[Tensor] = ()) -> None:
+        """owned: weights, which a graph does not keep alive: it is dropped when they move."""
         super().__init__()
         self.device_type = device_type
+        self.owned = {_where(tensor) for tensor in owned}
         self.noted: list[Noted] = []
         self.taken: int | None = None  # None while noting
+        self.read: set[int] = set()
+        self.held: dict[int, Tensor] = {}
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
@@ -78,15 +85,18 @@ class HostCopies(TorchDispatchMode):
 
     def kept(self) -> list[Tensor]:
         """Return what a recorded graph reads, and has to live as long."""
-        return [noted.device for noted in self.noted if noted.device is not None]
+        copies = [noted.device for noted in self.noted if noted.device is not None]
+        return [*copies, *self.held.values()]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        on_device = any(t.device.type == self.device_type for t in tensors)
+        on_device = [t for t in tensors if t.device.type == self.device_type]
         on_host = [t for t in tensors if t.device.type == "cpu"]
         if func is aten._to_copy.default and on_host and self._goes_to(kwargs) == self.device_type:
             return self._copied(args[0], (func, kwargs), lambda: func(*args, **kwargs))
+        for tensor in on_device:
+            self._hold(tensor)
         if on_device:
             if self._reads_back(func, args, kwargs):
                 raise NotGraphable(f"{func} reads values of the device back to the host")
@@ -123,6 +133,14 @@ class HostCopies(TorchDispatchMode):
     def _goes_to(kwargs: Any) -> str | None:
         device = kwargs.get("device")
         return None if device is None else torch.device(device).type
+
+    def _hold(self, tensor: Tensor) -> None:
+        # What a capture makes lies in memory of its own, never where a warm-up read.
+        where = _where(tensor)
+        if self.taken is None:
+            self.read.add(where)
+        elif where and where in self.read and where not in self.owned:
+            self.held[where] = tensor
 
     def _moved(self, value: Tensor, how: Any, device: torch.device) -> Tensor:
         if value.device.type != "cpu":
@@ -166,6 +184,10 @@ def _constructors_seen() -> Iterator[None]:
         yield
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
+
+
+def _where(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
