@@ -28,7 +28,8 @@ from .graph_call import NotGraphable
 
 aten = torch.ops.aten
 
-MOVES_ITSELF = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
+MOVES_ITSELF = (*INDEXING, aten.where.self)
 """Operators that take tensors of the host beside those of the device, and copy them unseen."""
 DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 """Of operators whose result depends on values: the host waits for them."""
@@ -102,11 +103,8 @@ class HostCopies(TorchDispatchMode):
                 raise NotGraphable(f"{func} reads values of the device back to the host")
             if func is aten.copy_.default and on_host:
                 return func(args[0], self._moved(args[1], func, args[0].device))
-            if func in MOVES_ITSELF:
-                device = args[0].device
-                args, kwargs = tree_map_only(
-                    Tensor, lambda t: self._moved(t, func, device), (args, kwargs)
-                )
+            if func in MOVES_ITSELF and not _fills(func, args):
+                args, kwargs = self._all_moved((args, kwargs), func, args[0].device)
             else:
                 # A number of the host becomes an argument of the kernel, which the graph repeats.
                 for number in on_host:
@@ -122,9 +120,8 @@ class HostCopies(TorchDispatchMode):
             return self._goes_to(kwargs) == "cpu"
         if func is aten.copy_.default:
             return bool(args[0].device.type == "cpu")
-        if func is aten.index.Tensor:
-            masks = (torch.bool, torch.uint8)
-            return any(index is not None and index.dtype in masks for index in args[1])
+        if func in INDEXING:
+            return any(_is_mask(index) for index in args[1]) and not _fills(func, args)
         if func is aten.repeat_interleave.Tensor:
             return kwargs.get("output_size") is None
         return any(tag in getattr(func, "tags", ()) for tag in DYNAMIC)
@@ -146,6 +143,9 @@ class HostCopies(TorchDispatchMode):
         if value.device.type != "cpu":
             return value
         return self._copied(value, (how, device), lambda: value.to(device))
+
+    def _all_moved(self, arguments: Any, how: Any, device: torch.device) -> Any:
+        return tree_map_only(Tensor, lambda t: self._moved(t, how, device), arguments)
 
     def _copied(self, host: Tensor, how: Any, copy: Callable[[], Tensor]) -> Tensor:
         """Copy to the device: really, or by a copy of what it got in the warm-up. The forward may
@@ -184,6 +184,22 @@ def _constructors_seen() -> Iterator[None]:
         yield
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
+
+
+def _fills(func: Any, args: Any) -> bool:
+    """Tell whether an ``index_put`` is a ``masked_fill`` to torch, which need not count the mask:
+    one mask of the device, and a number of the host."""
+    if func not in INDEXING or len(args) < 3:
+        return False
+    index = [index for index in args[1] if index is not None]
+    number = args[2].device.type == "cpu" and args[2].numel() == 1
+    if not number or len(index) != 1 or not _is_mask(index[0]):
+        return False
+    return bool(index[0].device == args[0].device)
 
 
 def _where(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from dirotq.runtime.host_copies import HostCopies, Noted
 
 
 def device(*shape: int) -> Tensor:
-    return torch.empty(*shape, device="meta")
+    return torch.empty(shape, device="meta")
 
 
 def recorded(warm_up: Callable[[], Any], capture: Callable[[], Any] | None = None) -> HostCopies:
@@ -35,6 +35,7 @@ COPIES: dict[str, Callable[[Tensor], Any]] = {
     "item": lambda t: device(4).__setitem__(2, t.sum()),
     "index": lambda t: device(4)[t.long()],
     "index of a column": lambda t: device(4, 4)[:, t.long()],
+    "where": lambda t: torch.where(device(2) > 0, t.sum(), device(2)),
     "index_put": lambda t: device(4).index_put_((t.long(),), t),
 }
 
@@ -115,6 +116,10 @@ def test_what_is_noted_is_not_the_forwards():
 
 
 def test_numbers_that_kernels_are_given():
+    fill = lambda y: device(3).index_put_((device(3) > 0,), torch.tensor(y))  # noqa: E731
+    assert not recorded(lambda: fill(1.0)).kept()
+    with pytest.raises(NotGraphable, match="change"):
+        recorded(lambda: fill(1.0), lambda: fill(2.0))
     recorded(lambda: device(3) * torch.tensor(2.0))
     with pytest.raises(NotGraphable, match="change"):
         recorded(lambda: device(3) * torch.tensor(2.0), lambda: device(3) * torch.tensor(3.0))
@@ -131,6 +136,8 @@ def test_numbers_that_kernels_are_given():
         (lambda: device(3).nonzero(), "aten.nonzero"),
         (lambda: device(3)[device(3) > 0], "aten.index"),
         (lambda: device(3)[torch.ones(3, dtype=torch.bool)], "aten.index"),
+        (lambda: device(3).index_put_((device(3) > 0,), device()), "aten.index_put_"),
+        (lambda: device(3).index_put_((device(3) > 0,), torch.ones(3)), "aten.index_put_"),
         (lambda: device(3).masked_select(device(3) > 0), "aten.masked_select"),
         (lambda: torch.equal(device(3), device(3)), "aten.equal"),
         (lambda: device(3).repeat_interleave(device(3).long()), "aten.repeat_interleave"),
@@ -145,7 +152,8 @@ def test_values_read_back(read, operator):
 def test_what_reads_nothing_back():
     def forward() -> None:
         x, index = device(3), torch.zeros(2, dtype=torch.long, device="meta")
-        x[index], x[None, 1], x[x > 0] = 1, 2, 3
+        x[index], x[None, 1] = 1, 2
+        x.index_put_((x > 0,), torch.tensor(3.0))  # x[x > 0] = 3, which is masked_fill
         x.repeat_interleave(index[:1].expand(3), output_size=7)
         torch.where(x > 0, x, 0 * x).to(torch.float16).to("meta")
         torch.ones(3).nonzero().sum().item()  # the host's own
