@@ -115,6 +115,13 @@ def test_what_is_noted_is_not_the_forwards():
     recorded(forward)
 
 
+def test_one_table_is_kept_once():
+    """CogView4's blocks each copy the same tables."""
+    cos, sin = torch.ones(3), torch.zeros(3)
+    copies = recorded(lambda: [t.to("meta") for _ in range(5) for t in (cos, sin)])
+    assert (copies.taken, len({id(kept) for kept in copies.kept()})) == (10, 2)
+
+
 def test_numbers_that_kernels_are_given():
     fill = lambda y: device(3).index_put_((device(3) > 0,), torch.tensor(y))  # noqa: E731
     assert not recorded(lambda: fill(1.0)).kept()
