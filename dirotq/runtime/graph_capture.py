@@ -1,6 +1,7 @@
-"""Record work into a CUDA graph, replay it, and clean up after a recording that failed."""
+"""Record a call into a CUDA graph, replay it, and clean up after a recording that failed."""
 
 import gc
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -11,11 +12,51 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from .graph_call import NotGraphable
+from .graph_call import Call, NotGraphable, check_result, copied
 from .host_copies import HostCopies
 
 Replay = Callable[[], Any]
 """Does the recorded work again; its result lies in the same tensors each time."""
+
+
+class Graph:
+    """One recorded call: the tensors it reads, and how to do it again."""
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        call: Call,
+        recorder: "CudaRecorder",
+        owned: Iterable[Tensor],
+    ) -> None:
+        self.recorder = recorder
+        # Normal tensors, which can be written to in and outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            self.inputs = [
+                torch.empty_like(t, memory_format=torch.contiguous_format) for t in call.tensors
+            ]
+        signature = inspect.signature(original)
+
+        def run() -> Any:
+            bound = call.bind(signature, self.inputs)  # its containers anew: forwards pop from them
+            result = original(*bound.args, **bound.kwargs)
+            check_result(result)
+            return result
+
+        with recorder.turn():
+            self._fill(call.tensors)
+            self.replay: Replay = recorder.capture(run, owned)
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        with self.recorder.turn():
+            self._fill(tensors)
+            # Copied before any other graph can run: graphs of one pool may write where this one's
+            # result lies, and callers keep several results (guidance).
+            return copied(self.replay())
+
+    def _fill(self, tensors: list[Tensor]) -> None:
+        for mine, given in zip(self.inputs, tensors, strict=True):
+            mine.copy_(given)
 
 
 class CudaRecorder:

@@ -11,20 +11,20 @@ import inspect
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from itertools import chain
 from threading import RLock
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dirotq.errors import ConfigError
 from dirotq.kernels.chip import say_once
 
-from .graph_call import Call, NotGraphable, check_result, copied
-from .graph_capture import CudaRecorder, Replay, first_line
+from .graph_call import Call, NotGraphable
+from .graph_capture import CudaRecorder, Graph, first_line
 from .graph_watch import Watch, runtime_modes
 
 log = logging.getLogger(__name__)
@@ -70,46 +70,6 @@ def ungraph_forward(transformer: nn.Module) -> None:
                 type(transformer).forward, transformer
             ):
                 del state[name]
-
-
-class Graph:
-    """One recorded call: the tensors it reads, and how to do it again."""
-
-    def __init__(
-        self,
-        original: Callable[..., Any],
-        call: Call,
-        recorder: CudaRecorder,
-        owned: Iterable[Tensor],
-    ) -> None:
-        self.recorder = recorder
-        # Normal tensors, which can be written to in and outside of inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            self.inputs = [
-                torch.empty_like(t, memory_format=torch.contiguous_format) for t in call.tensors
-            ]
-        signature = inspect.signature(original)
-
-        def run() -> Any:
-            bound = call.bind(signature, self.inputs)  # its containers anew: forwards pop from them
-            result = original(*bound.args, **bound.kwargs)
-            check_result(result)
-            return result
-
-        with recorder.turn():
-            self._fill(call.tensors)
-            self.replay: Replay = recorder.capture(run, owned)
-
-    def __call__(self, tensors: list[Tensor]) -> Any:
-        with self.recorder.turn():
-            self._fill(tensors)
-            # Copied before any other graph can run: graphs of one pool may write where this one's
-            # result lies, and callers keep several results (guidance).
-            return copied(self.replay())
-
-    def _fill(self, tensors: list[Tensor]) -> None:
-        for mine, given in zip(self.inputs, tensors, strict=True):
-            mine.copy_(given)
 
 
 class GraphedForward:
