@@ -47,8 +47,9 @@ class HostCopies(TorchDispatchMode):
     """Copies from the host to one kind of device, noted in order in a warm-up (:meth:`noting`) and
     handed out in the capture that follows (:meth:`repeating`).
 
-    Both raise NotGraphable where the device's values are read back. :meth:`repeating` also does
-    where the host's values, their number or their order are others than in the warm-up.
+    Both raise NotGraphable where the device's values are read back, and for weights that stay on
+    the host, where they may be written to. :meth:`repeating` also does where the host's values,
+    their number or their order are others than in the warm-up.
     """
 
     supports_higher_order_operators = True  # they run as they are
@@ -57,7 +58,8 @@ class HostCopies(TorchDispatchMode):
         """owned: weights, which a graph does not keep alive: it is dropped when they move."""
         super().__init__()
         self.device_type = device_type
-        self.owned = {_where(tensor) for tensor in owned}
+        self.hosts = {"cpu"} - {device_type}
+        self.owned = {_where(tensor) for tensor in owned} - {0}  # empty ones lie nowhere
         self.noted: list[Noted] = []
         self.taken: int | None = None  # None while noting
         self.read: set[int] = set()
@@ -93,7 +95,7 @@ class HostCopies(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_device = [t for t in tensors if t.device.type == self.device_type]
-        on_host = [t for t in tensors if t.device.type == "cpu"]
+        on_host = [t for t in tensors if t.device.type in self.hosts]
         if func is aten._to_copy.default and on_host and self._goes_to(kwargs) == self.device_type:
             return self._copied(args[0], (func, kwargs), lambda: func(*args, **kwargs))
         for tensor in on_device:
@@ -117,9 +119,9 @@ class HostCopies(TorchDispatchMode):
 
     def _reads_back(self, func: Any, args: Any, kwargs: Any) -> bool:
         if func is aten._to_copy.default:
-            return self._goes_to(kwargs) == "cpu"
+            return self._goes_to(kwargs) in self.hosts
         if func is aten.copy_.default:
-            return bool(args[0].device.type == "cpu")
+            return args[0].device.type in self.hosts
         if func in INDEXING:
             return any(_is_mask(index) for index in args[1]) and not _fills(func, args)
         if func is aten.repeat_interleave.Tensor:
@@ -140,7 +142,7 @@ class HostCopies(TorchDispatchMode):
             self.held[where] = tensor
 
     def _moved(self, value: Tensor, how: Any, device: torch.device) -> Tensor:
-        if value.device.type != "cpu":
+        if value.device.type not in self.hosts:
             return value
         return self._copied(value, (how, device), lambda: value.to(device))
 
@@ -150,6 +152,7 @@ class HostCopies(TorchDispatchMode):
     def _copied(self, host: Tensor, how: Any, copy: Callable[[], Tensor]) -> Tensor:
         """Copy to the device: really, or by a copy of what it got in the warm-up. The forward may
         write into the result."""
+        self._refuse_weight(host, how)
         if self.taken is None:
             made = copy()
             # CogView4 copies one table four times in each block: it is kept once.
@@ -162,10 +165,16 @@ class HostCopies(TorchDispatchMode):
 
     def _check(self, host: Tensor, how: Any) -> None:
         """Note a value that the device gets without a copy, or hold it against the noted one."""
+        self._refuse_weight(host, how)
         if self.taken is None:
             self.noted.append(Noted(how, host.clone(), None))
         else:
             self._same(host, how)
+
+    def _refuse_weight(self, host: Tensor, how: Any) -> None:
+        if _where(host) in self.owned:
+            func = how[0] if isinstance(how, tuple) else how
+            raise NotGraphable(f"{func} reads a weight that is not on the device")
 
     def _same(self, host: Tensor, how: Any) -> Noted:
         assert self.taken is not None

@@ -115,6 +115,18 @@ def test_what_is_noted_is_not_the_forwards():
     recorded(forward)
 
 
+@pytest.mark.parametrize("read", [lambda t: t[1:].to("meta"), lambda t: device(3) * t[0]])
+def test_weights_on_the_host(read):
+    """They may be written to between calls."""
+    weight, other = torch.ones(3), torch.ones(3)
+    copies = HostCopies("meta", [weight, torch.ones(0)])
+    with torch.no_grad(), copies.noting():
+        read(other)
+        torch.ones(0).to("meta")
+        with pytest.raises(NotGraphable, match="reads a weight that is not on the device"):
+            read(weight)
+
+
 def test_one_table_is_kept_once():
     """CogView4's blocks each copy the same tables."""
     cos, sin = torch.ones(3), torch.zeros(3)
