@@ -11,8 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 PLAIN = (bool, int, float, complex, str, type(None))
 """Types whose values are part of the key."""
 ADAPTERS = "attention_kwargs"
-"""End of the names of arguments that carry a LoRA's scale (a plain value) or an IP-adapter's images
-(whose weight its attention processors keep, unwatched)."""
+"""End of the names of arguments that carry a LoRA's scale, which a decorator of diffusers takes."""
 
 
 class NotGraphable(Exception):
@@ -36,16 +35,14 @@ class Call(NamedTuple):
         """Take the arguments of a call apart.
 
         Raises NotGraphable on anything that is neither a tensor, a plain value, nor a tuple, list
-        or dict of these, and on tensors in the arguments of adapters; TypeError if the arguments
-        don't fit the signature.
+        or dict of these, and on a LoRA's scale that comes without a name; TypeError if the
+        arguments don't fit the signature.
         """
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
             if name.endswith(ADAPTERS) and value and name not in kwargs:
                 raise NotGraphable(f"its {name} are not given by name, and diffusers ignores them")
-            if name.endswith(ADAPTERS) and any(type(v) not in PLAIN for v in tree_leaves(value)):
-                raise NotGraphable(f"its {name} hold more than plain values")
         tensors: list[Tensor] = []
         return cls(_form(dict(bound.arguments), tensors), tensors)
 

@@ -109,13 +109,14 @@ def runtime_modes() -> tuple[Any, ...]:
 def _attention(module: Any) -> tuple[Any, ...]:
     processor = getattr(module, "processor", None)
     backend = getattr(processor, "_attention_backend", None)
-    return processor, backend, getattr(module, "fused_projections", None)
+    scale = _set_to(getattr(processor, "scale", None))  # of an IP-adapter's images
+    return processor, backend, scale, getattr(module, "fused_projections", None)
 
 
 def _set_to(value: Any) -> Any:
-    """Copy what peft changes in place."""
+    """Copy what is changed in place."""
     if isinstance(value, dict):
         return [(name, _set_to(item)) for name, item in value.items()]
     if isinstance(value, list):
-        return tuple(value)
+        return [_set_to(item) for item in value]
     return value.data_ptr() if isinstance(value, Tensor) else value

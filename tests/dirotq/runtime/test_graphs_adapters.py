@@ -6,6 +6,7 @@ peft is no dependency: a layer here has its attributes, and decides by them as p
 import functools
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -167,6 +168,33 @@ def test_the_scale_of_a_call(scale):
     assert (Again.captures, Again.replays) == (2, 4)
     other = run(network, rows(3), joint_attention_kwargs={"scale": 2.0}).sample
     assert not torch.equal(other, run(network, rows(3), **call).sample)
+
+
+class Images(Toy):
+    """Reads an IP-adapter's images, and takes them out of what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block.processor = SimpleNamespace(scale=[[1.0]])
+
+    def forward(self, hidden_states: Tensor, *, joint_attention_kwargs: dict[str, Any]) -> Any:
+        (images,) = joint_attention_kwargs.pop("ip_adapter_image_embeds")
+        return (self.block(hidden_states) + self.block.processor.scale[0][0] * images,)
+
+
+def test_images_of_an_ip_adapter():
+    network, plain = Images().eval(), Images().eval()
+    graph_forward(network, recorder=Again)
+    for scale in (1.0, 0.5):
+        for one in (network, plain):
+            one.block.processor.scale[0][0] = scale
+        for seed in range(3):
+            images = {"ip_adapter_image_embeds": [rows(3, seed)]}
+            got, want = (
+                run(one, rows(3), joint_attention_kwargs=dict(images)) for one in (network, plain)
+            )
+            assert torch.equal(got[0], want[0])
+    assert (Again.captures, Again.replays) == (2, 4)
 
 
 def test_a_scale_without_its_name():

@@ -57,12 +57,6 @@ def test_strange_arguments(caplog):
     assert "is or holds a range" in why_eager(caplog, toy(), rows(3), more=range(0))
 
 
-def test_adapters_arguments(caplog):
-    images = {"ip_adapter_image_embeds": [torch.ones(1, 4)]}
-    line = why_eager(caplog, toy(), rows(3), joint_attention_kwargs=images)
-    assert "joint_attention_kwargs hold more than plain values" in line
-
-
 def test_wrong_arguments_meet_the_original():
     with pytest.raises(TypeError, match="unexpected keyword"):
         run(toy(), rows(3), nonsense=1)
