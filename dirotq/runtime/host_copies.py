@@ -91,6 +91,7 @@ class HostCopies(TorchDispatchMode):
         copies = [noted.device for noted in self.noted if noted.device is not None]
         return [*copies, *self.held.values()]
 
+    @torch._disable_dynamo  # newer releases of torch do so themselves
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -106,7 +107,7 @@ class HostCopies(TorchDispatchMode):
             if func is aten.copy_.default and on_host:
                 return func(args[0], self._moved(args[1], func, args[0].device))
             if func in MOVES_ITSELF and not _fills(func, args):
-                args, kwargs = self._all_moved((args, kwargs), func, args[0].device)
+                args, kwargs = self._all_moved((args, kwargs), func, on_device[0].device)
             else:
                 # A number of the host becomes an argument of the kernel, which the graph repeats.
                 for number in on_host:

@@ -207,6 +207,22 @@ def test_compiled_blocks_stay_compiled(backend, compiled_before):
     assert not plain
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_compiled_blocks_with_a_break(backend):
+    torch.compiler.reset()
+
+    def forward(x: Tensor) -> Tensor:
+        y = x.sin()
+        torch._dynamo.graph_break()
+        return y.cos() + torch.arange(3.0).sort().values
+
+    block, x = torch.compile(forward, backend=backend), torch.randn(3)
+    with torch.no_grad():
+        block(x)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            recorded(lambda: torch.testing.assert_close(block(x), forward(x)))
+
+
 def test_compiled_blocks_copy_too():
     torch.compiler.reset()
     factor = 1.0
