@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 PLAIN = (bool, int, float, complex, str, type(None))
 """Types whose values are part of the key."""
 ADAPTERS = "attention_kwargs"
-"""End of the names of arguments that carry a LoRA's scale or an IP-adapter's images."""
+"""End of the names of arguments that carry a LoRA's scale, which a decorator of diffusers takes."""
 
 
 class NotGraphable(Exception):
@@ -35,19 +35,21 @@ class Call(NamedTuple):
         """Take the arguments of a call apart.
 
         Raises NotGraphable on anything that is neither a tensor, a plain value, nor a tuple, list
-        or dict of these; TypeError if the arguments don't fit the signature.
+        or dict of these, and on a LoRA's scale that comes without a name; TypeError if the
+        arguments don't fit the signature.
         """
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         for name, value in bound.arguments.items():
-            if name.endswith(ADAPTERS) and value:
-                raise NotGraphable(f"its {name} are not empty")
+            if name.endswith(ADAPTERS) and value and name not in kwargs:
+                raise NotGraphable(f"its {name} are not given by name, and diffusers ignores them")
         tensors: list[Tensor] = []
         return cls(_form(dict(bound.arguments), tensors), tensors)
 
     def bind(self, signature: inspect.Signature, tensors: list[Tensor]) -> inspect.BoundArguments:
-        """Return the same call with other tensors."""
-        return inspect.BoundArguments(signature, _value(self.form, iter(tensors)))
+        """Return the same call with other tensors; by name, as diffusers' decorators look for
+        arguments."""
+        return inspect.BoundArguments(_by_name(signature), _value(self.form, iter(tensors)))
 
 
 def check_result(value: Any) -> None:
@@ -60,6 +62,17 @@ def check_result(value: Any) -> None:
 def copied(value: Any) -> Any:
     """Copy the tensors in the same containers (diffusers registers its outputs with pytree)."""
     return tree_map_only(Tensor, torch.clone, value)
+
+
+def _by_name(signature: inspect.Signature) -> inspect.Signature:
+    named = inspect.Parameter.KEYWORD_ONLY
+    parameters = list(signature.parameters.values())
+    if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in parameters):
+        return signature
+    either = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return signature.replace(
+        parameters=[p.replace(kind=named) if p.kind is either else p for p in parameters]
+    )
 
 
 def _form(value: Any, tensors: list[Tensor]) -> Hashable:

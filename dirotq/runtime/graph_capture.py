@@ -1,18 +1,62 @@
-"""Record work into a CUDA graph, replay it, and clean up after a recording that failed."""
+"""Record a call into a CUDA graph, replay it, and clean up after a recording that failed."""
 
 import gc
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from threading import RLock
 from typing import Any, ClassVar
 from weakref import WeakSet
 
 import torch
+from torch import Tensor
 
-from .graph_call import NotGraphable
+from .graph_call import Call, NotGraphable, check_result, copied
+from .host_copies import HostCopies
 
 Replay = Callable[[], Any]
 """Does the recorded work again; its result lies in the same tensors each time."""
+
+
+class Graph:
+    """One recorded call: the tensors it reads, and how to do it again."""
+
+    def __init__(
+        self,
+        original: Callable[..., Any],
+        call: Call,
+        recorder: "CudaRecorder",
+        owned: Iterable[Tensor],
+    ) -> None:
+        self.recorder = recorder
+        # Normal tensors, which can be written to in and outside of inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            self.inputs = [
+                torch.empty_like(t, memory_format=torch.contiguous_format) for t in call.tensors
+            ]
+        signature = inspect.signature(original)
+
+        def run() -> Any:
+            bound = call.bind(signature, self.inputs)  # its containers anew: forwards pop from them
+            result = original(*bound.args, **bound.kwargs)
+            check_result(result)
+            return result
+
+        with recorder.turn():
+            self._fill(call.tensors)
+            self.replay: Replay = recorder.capture(run, owned)
+
+    def __call__(self, tensors: list[Tensor]) -> Any:
+        with self.recorder.turn():
+            self._fill(tensors)
+            # Copied before any other graph can run: graphs of one pool may write where this one's
+            # result lies, and callers keep several results (guidance).
+            return copied(self.replay())
+
+    def _fill(self, tensors: list[Tensor]) -> None:
+        for mine, given in zip(self.inputs, tensors, strict=True):
+            mine.copy_(given)
 
 
 class CudaRecorder:
@@ -40,13 +84,17 @@ class CudaRecorder:
         """Tell whether somebody is recording already."""
         return torch.cuda.is_current_stream_capturing()
 
-    def capture(self, run: Callable[[], Any]) -> Replay:
+    def capture(self, run: Callable[[], Any], owned: Iterable[Tensor] = ()) -> Replay:
         """Record ``run``, which reads and writes tensors that stay where they are.
+
+        owned: tensors that it reads and somebody else keeps alive, such as weights.
 
         Raises whatever ``run`` or the recording raised; the device is usable then.
         """
+        copies = HostCopies(self.device_type, owned)
         with torch.cuda.device(self.device):
-            self._warm_up(run)
+            with copies.noting():
+                self._warm_up(run)
             if not self.graphs:
                 # A pool without graphs is given back, and can't be used again before it is.
                 self.pool = torch.cuda.graph_pool_handle()
@@ -65,7 +113,8 @@ class CudaRecorder:
                     ),
                 ):
                     try:
-                        result = run()
+                        with copies.repeating():
+                            result = run()
                     except Exception as error:
                         reason = first_line(error)  # ending the capture raises an error of its own
                         raise
@@ -76,12 +125,7 @@ class CudaRecorder:
                 raise
 
         self.graphs.add(graph)
-
-        def replay() -> Any:
-            graph.replay()
-            return result
-
-        return replay
+        return partial(_replay, graph, result, copies.kept())
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -136,9 +180,18 @@ class CudaRecorder:
                 torch.zeros(1, device=self.device)
 
 
+def _replay(graph: torch.cuda.CUDAGraph, result: Any, _kept: list[Tensor]) -> Any:
+    """Do the work again; ``_kept`` is read by it, and held by nobody else."""
+    graph.replay()
+    return result
+
+
 def first_line(error: BaseException) -> str:
     """Return what an error says, without the advice that CUDA's errors go on with."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if isinstance(error, NotGraphable):
+        return str(error)
+    line, notes = str(error).partition("\n")[0], getattr(error, "__notes__", [])
+    return " ".join([f"{type(error).__name__}: {line}", *notes[:1]])
 
 
 @contextmanager

@@ -10,13 +10,15 @@ from typing import Any
 
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from .compiled import CompiledForward
 
 RUNTIME = "_dirotq_runtime"
 """Attribute of a transformer: anything hashable, graphs don't outlive its change."""
+ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+"""Attributes of peft's layers that its Python decides by; weights of adapters are submodules'."""
 
 
 class Watch:
@@ -40,6 +42,7 @@ class Watch:
             hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
         self.attentions = [m for m in modules if hasattr(m, "processor")]
+        self.adapters = [vars(m) for m in modules if hasattr(type(m), "adapter_layer_names")]
         self.blocks = [vars(b) for m in modules if isinstance(m, nn.ModuleList) for b in m]
         parameters = (t for t in network.parameters() if t.is_floating_point())
         self.sample = next(parameters, None)
@@ -49,7 +52,7 @@ class Watch:
         """Equal to an earlier one as long as graphs recorded then are still right.
 
         Addresses of weights, their dtype, submodules, replaced forwards, compiled blocks, attention
-        processors with their backends, and RUNTIME.
+        processors with their backends, what adapters are set to, and RUNTIME.
         """
         tensors = chain.from_iterable(held.values() for held in self.tensors)
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -60,13 +63,12 @@ class Watch:
             self._forwards(),
             [block.get("_compiled_call_impl") for block in self.blocks],
             [_attention(module) for module in self.attentions],
+            [_set_to(state.get(name)) for state in self.adapters for name in ADAPTER],
             getattr(self.network, RUNTIME, None),
         )
 
     def obstacle(self) -> str | None:
         """Say why this network can't be recorded as it is now; None if it can."""
-        if getattr(self.network, "_hf_peft_config_loaded", False):
-            return "it has adapters loaded"
         if any(self.hooks) or _has_any_global_hook():
             return "its modules have forward hooks"
         # Offloading and caches put a forward of their own on a module: nothing new, same verdict.
@@ -111,4 +113,14 @@ def runtime_modes() -> tuple[Any, ...]:
 def _attention(module: Any) -> tuple[Any, ...]:
     processor = getattr(module, "processor", None)
     backend = getattr(processor, "_attention_backend", None)
-    return processor, backend, getattr(module, "fused_projections", None)
+    scale = _set_to(getattr(processor, "scale", None))  # of an IP-adapter's images
+    return processor, backend, scale, getattr(module, "fused_projections", None)
+
+
+def _set_to(value: Any) -> Any:
+    """Copy what is changed in place."""
+    if isinstance(value, dict):
+        return [(name, _set_to(item)) for name, item in value.items()]
+    if isinstance(value, list):
+        return [_set_to(item) for item in value]
+    return value.data_ptr() if isinstance(value, Tensor) else value

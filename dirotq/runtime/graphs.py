@@ -2,28 +2,32 @@
 
 :func:`graph_forward` puts a :class:`GraphedForward` in the place of a transformer's ``forward``. A
 call that was made once before with the same shapes is recorded, and replayed from then on. A call
-that can't be recorded (offloading hooks, gradients, autocast, adapters) runs as it always did.
+that can't be recorded (offloading hooks, gradients, autocast) runs as it always did.
 """
 
 import copy
 import functools
 import inspect
 import logging
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from itertools import chain
 from threading import RLock
 from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dirotq.errors import ConfigError
 from dirotq.kernels.chip import say_once
 
-from .graph_call import Call, NotGraphable, check_result, copied
-from .graph_capture import CudaRecorder, Replay, first_line
+from .graph_call import Call, NotGraphable
+from .graph_capture import CudaRecorder, Graph, first_line
 from .graph_watch import Watch, runtime_modes
+
+log = logging.getLogger(__name__)
 
 GIVE_UP = 3
 """Failed recordings after which a transformer is left alone."""
@@ -68,39 +72,6 @@ def ungraph_forward(transformer: nn.Module) -> None:
                 del state[name]
 
 
-class Graph:
-    """One recorded call: the tensors it reads, and how to do it again."""
-
-    def __init__(self, original: Callable[..., Any], call: Call, recorder: CudaRecorder) -> None:
-        self.recorder = recorder
-        # Normal tensors, which can be written to in and outside of inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            self.inputs = [
-                torch.empty_like(t, memory_format=torch.contiguous_format) for t in call.tensors
-            ]
-        bound = call.bind(inspect.signature(original), self.inputs)
-
-        def run() -> Any:
-            result = original(*bound.args, **bound.kwargs)
-            check_result(result)
-            return result
-
-        with recorder.turn():
-            self._fill(call.tensors)
-            self.replay: Replay = recorder.capture(run)
-
-    def __call__(self, tensors: list[Tensor]) -> Any:
-        with self.recorder.turn():
-            self._fill(tensors)
-            # Copied before any other graph can run: graphs of one pool may write where this one's
-            # result lies, and callers keep several results (guidance).
-            return copied(self.replay())
-
-    def _fill(self, tensors: list[Tensor]) -> None:
-        for mine, given in zip(self.inputs, tensors, strict=True):
-            mine.copy_(given)
-
-
 class GraphedForward:
     """Stands in as ``transformer.forward``: records, replays, or calls the original.
 
@@ -125,6 +96,7 @@ class GraphedForward:
         self.signature = inspect.signature(original)
         self.calls: OrderedDict[Hashable, Graph | None] = OrderedDict()
         self.failed: set[Hashable] = set()
+        self.recorded = False  # once, and said so
         self.recorder: CudaRecorder | None = None
         # A deep copy's is made by its first call: it is still being filled when this is copied.
         self.watch: Watch | None = None
@@ -227,13 +199,27 @@ class GraphedForward:
             if self.recorder is None or self.recorder.device != device:
                 self.recorder = self.recorder_type(device)
             try:
-                self.calls[key] = Graph(self.original, call, self.recorder)
+                self.calls[key] = self._record(call, self.recorder)
             except Exception as error:  # noqa: BLE001 - whatever it is, the original shall meet it
                 del self.calls[key]
                 self.failed.add(key)
-                why = str(error) if isinstance(error, NotGraphable) else first_line(error)
-                self._say(f"recording it failed ({why})", logging.WARNING)
+                self._say(f"recording it failed ({first_line(error)})", logging.WARNING)
         return self.calls.get(key)
+
+    def _record(self, call: Call, recorder: CudaRecorder) -> Graph:
+        weights = chain(self.transformer.parameters(), self.transformer.buffers())
+        began = time.monotonic()
+        graph = Graph(self.original, call, recorder, weights)
+        shape = " x ".join(map(str, call.tensors[0].shape))
+        log.log(
+            logging.DEBUG if self.recorded else logging.INFO,
+            "%s was recorded as one CUDA graph in %.1f s (%s)",
+            type(self.transformer).__name__,
+            time.monotonic() - began,
+            shape,
+        )
+        self.recorded = True
+        return graph
 
     def _saw(self, key: Hashable) -> None:
         """Note a kind of call, in the place of the one that was not made for longest."""

@@ -28,7 +28,7 @@ class Again:
     def busy() -> bool:
         return False
 
-    def capture(self, run: Any) -> Any:
+    def capture(self, run: Any, owned: Any) -> Any:
         if Again.fail is not None:
             raise Again.fail
         Again.captures += 1

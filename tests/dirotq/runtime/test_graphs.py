@@ -4,6 +4,7 @@ import copy
 import gc
 import inspect
 import logging
+import re
 import weakref
 from typing import Any
 
@@ -35,6 +36,30 @@ def test_seen_recorded_replayed():
         assert torch.equal(got.sample, run(plain, x).sample)
         made.append((Again.captures, Again.replays))
     assert made == [(0, 0), (1, 1), (1, 2), (1, 3)]
+
+
+def test_the_first_recording_is_reported(caplog):
+    network = toy()
+    with caplog.at_level(logging.INFO):
+        for count in (3, 2):
+            recorded(network, rows(count))
+            run(network, rows(count))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(r"Toy was recorded as one CUDA graph in \d+\.\d s \(3 x 4\)", line)
+
+
+def test_every_run_gets_containers_of_its_own():
+    """Forwards may pop from a dict that they are given."""
+
+    class Pops(Toy):
+        def forward(self, hidden_states: Tensor, *, more: dict[str, Tensor]) -> Any:
+            return (hidden_states + more.pop("extra"),)
+
+    network = Pops().eval()
+    graph_forward(network, recorder=Again)
+    for _ in range(3):
+        run(network, rows(3), more={"extra": torch.ones(4)})
+    assert Again.replays == 2
 
 
 def test_results_are_the_callers():

@@ -57,20 +57,9 @@ def test_strange_arguments(caplog):
     assert "is or holds a range" in why_eager(caplog, toy(), rows(3), more=range(0))
 
 
-def test_adapters_arguments(caplog):
-    line = why_eager(caplog, toy(), rows(3), joint_attention_kwargs={"scale": 0.5})
-    assert "joint_attention_kwargs are not empty" in line
-
-
 def test_wrong_arguments_meet_the_original():
     with pytest.raises(TypeError, match="unexpected keyword"):
         run(toy(), rows(3), nonsense=1)
-
-
-def test_loaded_adapters(caplog):
-    network = toy()
-    network._hf_peft_config_loaded = True
-    assert "adapters" in why_eager(caplog, network, rows(3))
 
 
 @pytest.mark.parametrize("kind", ["register_forward_hook", "register_forward_pre_hook"])
