@@ -51,9 +51,7 @@ class Config:
         compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
         recorder = RECORDER.get()
         if recorder is not None:
-            free = (name for name in self.kernel.arg_names if name not in self.constants)
-            given = {**self.constants, **dict(zip(free, arguments, strict=True))}
-            recorder.launched(self.kernel, compiled, grid, given)
+            recorder.launched(compiled, grid, self.kernel.arg_names, arguments, self.constants)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

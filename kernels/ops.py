@@ -71,8 +71,9 @@ def _linear(
     compute = functools.partial(_by_plan, x, packed, spec, rows, prologue, behind)
     if not x.is_cuda or not x.numel():
         return compute()
-    if not all([t is None or t.is_contiguous() for t in packed]):
-        return compute()
+    for tensor in packed:
+        if tensor is not None and not tensor.is_contiguous():
+            return compute()
     kind = (
         spec, prologue, None if rows is None else tuple(rows), x.shape, x.stride(), x.dtype,
         x.device, None if behind is None else (behind.shape, behind.stride(), behind.dtype),

@@ -131,7 +131,7 @@ class Recorder(TorchDispatchMode):
         RECORDER.reset(self._token)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note allocations and the product; besides, only views can be repeated, by doing nothing."""
+        """Note allocations and the product; of all else only views, which do nothing, may run."""
         result = func(*args, **(kwargs or {}))
         if func in ALLOCATIONS:
             self._tensors.append(result)
@@ -142,22 +142,28 @@ class Recorder(TorchDispatchMode):
         return result
 
     def launched(
-        self, kernel: Any, compiled: Any, grid: tuple[int, ...], arguments: Mapping[str, Any]
+        self,
+        compiled: Any,
+        grid: tuple[int, ...],
+        names: Sequence[str],
+        arguments: Sequence[Any],
+        constants: Mapping[str, Any],
     ) -> None:
-        """Note that ``compiled`` ran with the ``arguments`` of ``kernel``."""
+        """Note that ``compiled`` ran: what its kernel's argument ``names`` are, and were given."""
         if self._product is not None:
             self._refuse("a kernel follows the product")
         if not _launcher_is_known(compiled):
             return self._refuse("how its kernels are launched is not known")
-        values = [arguments[name] for name in kernel.arg_names]
-        pointers = []
-        for place, value in enumerate(values):
+        given, values, pointers = iter(arguments), [], []
+        for place, name in enumerate(names):
+            value = constants[name] if name in constants else next(given)
             if isinstance(value, Tensor):
-                values[place] = None
                 if (found := self._at(value)) is not None:
                     pointers.append((place, *found))
-            elif hasattr(value, "base"):
-                self._refuse("a kernel takes tensor descriptors")
+                value = None
+            elif name not in constants and not isinstance(value, int | float | None):
+                self._refuse(f"a kernel takes a {type(value).__name__}")
+            values.append(value)
         x, y, z = (*grid, 1, 1)[:3]
         self._launches.append(
             Launch(
@@ -218,7 +224,8 @@ class Recorder(TorchDispatchMode):
         ]
         if len(found) == 1:
             return found[0]
-        return self._refuse(f"a kernel's argument lies in {len(found)} tensors")
+        self._refuse(f"a kernel's argument lies in {len(found)} tensors")
+        return None
 
     def _whole(self, tensor: Tensor) -> int:
         """Return which allocation this is all of, in whatever layout."""
