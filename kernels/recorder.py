@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .chip import say_once
-from .recording import TRITONS, Launch, Layout, Recording, stream_of
+from .recording import Launch, Layout, Recording, launcher_is_known, stream_of
 
 log = logging.getLogger(__name__)
 
@@ -48,21 +47,21 @@ def recorded(
     lines = tuple([address & 15 if address else None for address in addresses])
     x = tensors[0]
     assert x is not None
-    # Whether there is a second stream is another question while a graph is captured.
+    # Whether there is a side stream is another question while a graph is captured.
     known = _known((kind, lines, x.is_cuda and torch.cuda.is_current_stream_capturing()))
-    if known.recording is not None:
-        if not x.is_cuda or torch.cuda.current_device() == x.device.index:
-            return known.recording.repeat(addresses)
-        with torch.cuda.device(x.device):
-            return known.recording.repeat(addresses)
-    if known.tried:
+    if not known:
+        with Recorder(tensors, x.device) as recorder:
+            y = compute()
+        known.append(recorder.recording(y))
+        if recorder.why is not None:
+            log.debug("the launches of a packed linear are not repeated: %s", recorder.why)
+        return y
+    if known[0] is None:
         return compute()
-    with Recorder(tensors, x.device) as recorder:
-        y = compute()
-    known.recording, known.tried = recorder.recording(y), True
-    if recorder.why is not None:
-        log.debug("the launches of a packed linear are not repeated: %s", recorder.why)
-    return y
+    if not x.is_cuda or torch.cuda.current_device() == x.device.index:
+        return known[0].repeat(addresses)
+    with torch.cuda.device(x.device):
+        return known[0].repeat(addresses)
 
 
 def forget() -> None:
@@ -70,19 +69,10 @@ def forget() -> None:
     _known.cache_clear()
 
 
-class _Known:
-    """What is known of a kind: its recording, or that it has none."""
-
-    __slots__ = "recording", "tried"
-
-    def __init__(self) -> None:
-        self.recording: Recording | None = None
-        self.tried = False
-
-
 @functools.lru_cache(maxsize=KINDS)
-def _known(kind: Hashable) -> _Known:
-    return _Known()
+def _known(kind: Hashable) -> list[Recording | None]:
+    """Return what is known of a kind: nothing yet, its recording, or that it has none (None)."""
+    return []
 
 
 @functools.cache
@@ -152,7 +142,7 @@ class Recorder(TorchDispatchMode):
         """Note that ``compiled`` ran: what its kernel's argument ``names`` are, and were given."""
         if self._product is not None:
             self._refuse("a kernel follows the product")
-        if not _launcher_is_known(compiled):
+        if not launcher_is_known(compiled):
             return self._refuse("how its kernels are launched is not known")
         given, values, pointers = iter(arguments), [], []
         for place, name in enumerate(names):
@@ -247,24 +237,6 @@ class Recorder(TorchDispatchMode):
 
 RECORDER: ContextVar[Recorder | None] = ContextVar("RECORDER", default=None)
 """Who notes the launches of this thread."""
-
-
-def _launcher_is_known(compiled: Any) -> bool:
-    """Tell whether a kernel can be launched as ``TRITONS`` do; an interpreted one was never
-    compiled."""
-    if compiled is None:
-        return False
-    import triton
-
-    if triton.__version__.startswith(TRITONS):
-        return True
-    versions = ", ".join(version.rstrip(".") for version in TRITONS)
-    say_once(
-        f"outside of CUDA graphs packed linears take the host ten times as long as they could: "
-        f"how triton {triton.__version__} launches kernels is not known; use one of {versions}",
-        logging.WARNING,
-    )
-    return False
 
 
 def _extent(tensor: Tensor | None) -> int:

@@ -6,6 +6,7 @@ dtypes, alignment, device), not on where they lie: :mod:`.recorder` notes it onc
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .side_stream import second_stream
+from .chip import say_once
+from .side_stream import side_stream
 
 TRITONS = ("3.5.", "3.6.", "3.7.")
 """Versions whose launchers were read: ``CompiledKernel.run`` takes a grid of three, the stream, the
@@ -35,7 +37,7 @@ class Launch(NamedTuple):
     pointers: tuple[tuple[int, int, int], ...]
     """(argument, tensor, bytes behind its address); allocations count on behind the inputs"""
     beside: bool
-    """Whether it runs on the second stream, beside what precedes it."""
+    """Whether it runs on the side stream, beside what precedes it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,20 +65,38 @@ class Recording:
         made = [new(*layout) for layout in self.layouts]
         addresses += [t.data_ptr() for t in made]
         if self.forks:
-            caller, second = torch.cuda.current_stream(self.device), second_stream(self.device)
-            second.wait_event(caller.record_event())
+            caller, side = torch.cuda.current_stream(self.device), side_stream(self.device)
+            side.wait_event(caller.record_event())
         for run, grid, function, metadata, arguments, pointers, beside in self.launches:
             filled = list(arguments)
             for argument, tensor, offset in pointers:
                 filled[argument] = addresses[tensor] + offset
-            there = second.cuda_stream if beside else stream
+            there = side.cuda_stream if beside else stream
             run(*grid, there, function, metadata, None, None, None, *filled)
         if self.forks:
-            caller.wait_stream(second)
+            caller.wait_stream(side)
         if self.output is not None:
             return made[self.output]
         multiply: Callable[..., Tensor] = torch._scaled_mm
         return multiply(*[made[i] for i in self.product], *self.options).view(self.shape)
+
+
+def launcher_is_known(compiled: Any) -> bool:
+    """Tell whether a kernel can be launched as ``TRITONS`` do; an interpreted one was never
+    compiled."""
+    if compiled is None:
+        return False
+    import triton
+
+    if triton.__version__.startswith(TRITONS):
+        return True
+    versions = ", ".join(version.rstrip(".") for version in TRITONS)
+    say_once(
+        f"outside of CUDA graphs packed linears take the host ten times as long as they could: "
+        f"how triton {triton.__version__} launches kernels is not known; use one of {versions}",
+        logging.WARNING,
+    )
+    return False
 
 
 def stream_of(device: torch.device) -> int:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 
 WORTH = 2**35
-"""Multiply-adds from which a second stream is worth its 10 us of the host's time. Below, a linear
+"""Multiply-adds from which a side stream is worth its 10 us of the host's time. Below, a linear
 takes the GPU less than about 70 us (at 10^15 operations a second), and the host's launches are what
 is waited for."""
 
@@ -24,7 +24,7 @@ def fork(device: torch.device, products: int) -> torch.cuda.Event | None:
 
 @contextmanager
 def beside(start: torch.cuda.Event | None) -> Iterator[None]:
-    """Run on a second stream what depends on nothing after ``start``; the caller's stream waits.
+    """Run on a side stream what depends on nothing after ``start``; the caller's stream waits.
 
     All memory is the caller's: allocated before, handed on after the join. The caching allocator
     thus gives the same scratch to one linear after the other, also in a CUDA graph: a workspace as
@@ -34,14 +34,14 @@ def beside(start: torch.cuda.Event | None) -> Iterator[None]:
         yield
         return
     caller = torch.cuda.current_stream()
-    second = second_stream(caller.device)
-    second.wait_event(start)
-    with torch.cuda.stream(second):
+    side = side_stream(caller.device)
+    side.wait_event(start)
+    with torch.cuda.stream(side):
         yield
-    caller.wait_stream(second)
+    caller.wait_stream(side)
 
 
 @functools.lru_cache
-def second_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the device's second stream, the same for all callers."""
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the device's side stream, the same for all callers."""
     return torch.cuda.Stream(device)
