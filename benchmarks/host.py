@@ -128,11 +128,7 @@ def parts(linear: QuantLinear, x: Tensor) -> Iterator[tuple[str, Callable[[], ob
     yield f"{len(made)} allocations", lambda: [new(*layout) for layout in known.layouts]
     everywhere = [*addresses, *(t.data_ptr() for t in made)]
     for name, launch in zip(recorder.names, known.launches, strict=True):
-        filled = list(launch.arguments)
-        for argument, tensor, offset in launch.pointers:
-            filled[argument] = everywhere[tensor] + offset
-        given = *launch.grid, stream, launch.function, launch.metadata, None, None, None, *filled
-        yield f"launch of {name}", functools.partial(launch.run, *given)
+        yield f"launch of {name}", functools.partial(launch.on, stream, everywhere)
     if known.output is None:
         operands = [made[i] for i in known.product]
         yield "torch._scaled_mm", functools.partial(torch._scaled_mm, *operands, *known.options)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .recording import Launch, Layout, Recording, launcher_is_known, stream_of
+from .recording import Launch, Layout, Recording, launch_of, launcher_is_known, stream_of
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,8 @@ class Recorder(TorchDispatchMode):
         if self._product is not None:
             self._refuse("a kernel follows the product")
         if not launcher_is_known(compiled):
-            return self._refuse("how its kernels are launched is not known")
+            self._refuse("how its kernels are launched is not known")
+            return
         given, values, pointers = iter(arguments), [], []
         for place, name in enumerate(names):
             value = constants[name] if name in constants else next(given)
@@ -154,13 +155,14 @@ class Recorder(TorchDispatchMode):
             elif name not in constants and not isinstance(value, int | float | None):
                 self._refuse(f"a kernel takes a {type(value).__name__}")
             values.append(value)
-        x, y, z = (*grid, 1, 1)[:3]
-        self._launches.append(
-            Launch(
-                compiled.run, (x, y, z), compiled.function, compiled.packed_metadata,
-                tuple(values), tuple(pointers), stream_of(self._device) != self._stream,
-            )
-        )  # fmt: skip
+        if self.why is not None:
+            return
+        beside = stream_of(self._device) != self._stream
+        launch = launch_of(compiled, grid, values, pointers, beside)
+        if launch is None:
+            self._refuse("a kernel's launcher is another one")
+        else:
+            self._launches.append(launch)
 
     def recording(self, y: Tensor) -> Recording | None:
         """Return what a call did that returned y; None if it can't be repeated.

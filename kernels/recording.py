@@ -5,9 +5,10 @@ the driver takes to launch. All of that depends on the kind of its tensors alone
 dtypes, alignment, device), not on where they lie: :mod:`.recorder` notes it once per kind.
 """
 
+import copy
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,9 +19,9 @@ from .chip import say_once
 from .side_stream import side_stream
 
 TRITONS = ("3.5.", "3.6.", "3.7.")
-"""Versions whose launchers were read: ``CompiledKernel.run`` takes a grid of three, the stream, the
-function, its metadata, three of hooks, and all arguments in the kernel's order; an integer is a
-pointer. A newer version is added when its launcher has been read."""
+"""Versions whose launchers were read. ``CompiledKernel.run`` is an object. It is called with a grid
+of three, the stream, the function, its metadata, three of hooks and all arguments in the kernel's
+order, and calls its ``launch``, which is C, with these and its own. An integer is a pointer."""
 
 Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Size, strides and dtype of an allocation."""
@@ -30,14 +31,26 @@ class Launch(NamedTuple):
     """A kernel's launch but for its stream and addresses."""
 
     run: Callable[..., None]
-    grid: tuple[int, int, int]
-    function: Any
-    metadata: Any
     arguments: tuple[Any, ...]
+    stream: int
+    """Which argument the stream is."""
+    inner: int
+    """Where arguments begin that are passed as one sequence; 0: all are passed by themselves."""
     pointers: tuple[tuple[int, int, int], ...]
     """(argument, tensor, bytes behind its address); allocations count on behind the inputs"""
     beside: bool
     """Whether it runs on the side stream, beside what precedes it."""
+
+    def on(self, stream: int, addresses: Sequence[int]) -> None:
+        """Launch on a stream, by its handle, with tensors at ``addresses``."""
+        filled = list(self.arguments)
+        filled[self.stream] = stream
+        for argument, tensor, offset in self.pointers:
+            filled[argument] = addresses[tensor] + offset
+        if self.inner:
+            self.run(*filled[: self.inner], filled[self.inner :])
+        else:
+            self.run(*filled)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,12 +80,8 @@ class Recording:
         if self.forks:
             caller, side = torch.cuda.current_stream(self.device), side_stream(self.device)
             side.wait_event(caller.record_event())
-        for run, grid, function, metadata, arguments, pointers, beside in self.launches:
-            filled = list(arguments)
-            for argument, tensor, offset in pointers:
-                filled[argument] = addresses[tensor] + offset
-            there = side.cuda_stream if beside else stream
-            run(*grid, there, function, metadata, None, None, None, *filled)
+        for launch in self.launches:
+            launch.on(side.cuda_stream if launch.beside else stream, addresses)
         if self.forks:
             caller.wait_stream(side)
         if self.output is not None:
@@ -81,9 +90,43 @@ class Recording:
         return multiply(*[made[i] for i in self.product], *self.options).view(self.shape)
 
 
+def launch_of(
+    compiled: Any,
+    grid: tuple[int, ...],
+    values: Sequence[Any],
+    pointers: Sequence[tuple[int, int, int]],
+    beside: bool,
+) -> Launch | None:
+    """Return a kernel's launch as its launcher would make it, without its Python: called with
+    another ``launch``, it says what it hands on. None where that isn't as ``TRITONS`` do it.
+
+    values    all arguments; pointers: (which, tensor, offset) of those that are addresses
+    """
+    run: Any = compiled.run
+    if getattr(run, "global_scratch_size", 0) or getattr(run, "profile_scratch_size", 0):
+        return None  # allocated by Triton for every launch
+    probe, handed, stream = copy.copy(run), [], object()
+    probe.launch = lambda *arguments: handed.extend(arguments)
+    probe(
+        *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, None, None, None,
+        *values,
+    )  # fmt: skip
+    inner = len(handed) - 1 if isinstance(handed[-1], tuple) else 0
+    if inner:
+        handed[inner:] = handed[inner]
+    first = len(handed) - len(values)
+    streams = [at for at, argument in enumerate(handed) if argument is stream]
+    same = all(a is b for a, b in zip(handed[max(first, 0) :], values, strict=False))
+    if first < 0 or len(streams) != 1 or not same:
+        return None
+    (at,) = streams
+    handed[at] = None
+    moved = tuple((first + place, tensor, offset) for place, tensor, offset in pointers)
+    return Launch(run.launch, tuple(handed), at, inner, moved, beside)
+
+
 def launcher_is_known(compiled: Any) -> bool:
-    """Tell whether a kernel can be launched as ``TRITONS`` do; an interpreted one was never
-    compiled."""
+    """Tell whether a kernel is launched as ``TRITONS`` do: not if it is interpreted (None)."""
     if compiled is None:
         return False
     import triton

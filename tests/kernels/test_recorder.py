@@ -23,18 +23,30 @@ N = 96
 """Elements of what the kernels below add."""
 
 
-class Compiled:
-    """Adds SCALE times the second array to the first in a third; notes what it was given."""
+class Launcher:
+    """Adds SCALE times the second array to the first in a third; notes what it was given.
 
-    function, packed_metadata = "function", "metadata"
+    nested  arguments are handed on as one sequence, as Triton 3.7 does
+    """
 
-    def __init__(self) -> None:
+    global_scratch_size = profile_scratch_size = 0
+
+    def __init__(self, *, nested: bool = False) -> None:
         self.calls: list[tuple] = []
+        self.nested = nested
 
-    def run(self, gx, gy, gz, stream, function, metadata, launch, enter, leave, *arguments):
-        assert (function, metadata, launch, enter, leave) == ("function", "metadata", *[None] * 3)
-        self.calls.append(((gx, gy, gz), stream, arguments))
-        p_x, p_y, p_out, n, scale = arguments
+    def __call__(self, gx, gy, gz, stream, function, metadata, launch, enter, leave, *arguments):
+        known = function, True, metadata, launch, enter, leave
+        arguments = (arguments,) if self.nested else arguments
+        self.launch(gx, gy, gz, stream, *known, *arguments)
+
+    def launch(self, gx, gy, gz, stream, *arguments):
+        if self.nested:
+            *arguments, last = arguments
+            arguments = *arguments, *last
+        assert tuple(arguments[:6]) == ("function", True, "metadata", None, None, None)
+        p_x, p_y, p_out, n, scale = arguments[6:]
+        self.calls.append(((gx, gy, gz), stream, (p_x, p_y, p_out)))
         x, y, out = (floats(p, n) for p in (p_x, p_y, p_out))
         out[:] = x + np.float32(scale) * y
 
@@ -45,7 +57,10 @@ class Kernel:
     arg_names = ("p_x", "p_y", "p_out", "n", "SCALE")
 
     def __init__(self) -> None:
-        self.compiled, self.runs = Compiled(), 0
+        self.launcher, self.runs = Launcher(), 0
+        self.compiled = SimpleNamespace(
+            function="function", packed_metadata="metadata", run=self.launcher
+        )
 
     def __getitem__(self, grid):
         def launch(*tensors, SCALE, **options):
@@ -53,8 +68,8 @@ class Kernel:
             self.runs += 1
             at = [getattr(t, "base", t).data_ptr() for t in tensors]
             known = "function", "metadata", None, None, None
-            self.compiled.run(*grid, 1, 0, *known, *at, n, SCALE)
-            self.compiled.calls.pop()  # only repeated launches are noted
+            self.launcher(*grid, 1, 0, *known, *at, n, SCALE)
+            self.launcher.calls.pop()  # only repeated launches are noted
             return self.compiled
 
         return launch
@@ -95,15 +110,17 @@ def wanted(x: Tensor, weight: Tensor) -> Tensor:
     return (3 * (x + 2 * weight[:N]) + 2 * weight[N:]).view(2, 2, -1)
 
 
-def test_later_calls_launch_at_their_own_addresses(kernel):
+@pytest.mark.parametrize("nested", [False, True])
+def test_later_calls_launch_at_their_own_addresses(kernel, nested):
+    kernel.launcher.nested = nested
     kept = [drawn() for _ in range(4)]
     for number, (x, weight) in enumerate(kept):
         y = call(kernel, x, weight)
         torch.testing.assert_close(y, wanted(x, weight))
         assert y.is_contiguous()
         assert kernel.runs == 4
-        assert len(kernel.compiled.calls) == 4 * number
-    grids = [grid for grid, _, _ in kernel.compiled.calls[-4:]]
+        assert len(kernel.launcher.calls) == 4 * number
+    grids = [grid for grid, _, _ in kernel.launcher.calls[-4:]]
     assert grids == [(1, 1, 1), (1, 1, 1), (2, 1, 1), (1, 3, 1)]
 
 
@@ -111,9 +128,7 @@ def test_temporaries_are_apart_and_the_result_is_a_tensor_of_its_own(kernel):
     call(kernel, *drawn())
     x, weight = drawn()
     y = call(kernel, x, weight)
-    (_, _, (*_, first, _, _)), (_, _, (*_, inner, _, _)), (_, _, (*_, second, _, _)), last = (
-        kernel.compiled.calls
-    )
+    (_, _, (*_, first)), (_, _, (*_, inner)), (_, _, (*_, second)), last = kernel.launcher.calls
     assert inner == first + 4 * N
     assert abs(second - first) >= 4 * N
     assert last[2][2] == y.data_ptr()
@@ -150,7 +165,7 @@ def runs_as_always(kernel, call, times=3):
     before = kernel.runs
     for _ in range(times):
         call()
-    return kernel.runs == before + 4 * times and not kernel.compiled.calls
+    return kernel.runs == before + 4 * times and not kernel.launcher.calls
 
 
 def test_what_torch_computes_is_not_recorded(kernel):
@@ -206,6 +221,21 @@ def test_an_unknown_triton_launches_as_always_and_that_is_said(
     chip.say_once.cache_clear()
 
 
+@pytest.mark.parametrize("odd", ["scratch", "order", "stream"])
+def test_another_launcher_is_not_taken_apart(kernel, odd):
+    class Odd(Launcher):
+        global_scratch_size = 16 if odd == "scratch" else 0
+
+        def __call__(self, gx, gy, gz, stream, *arguments):
+            if odd == "order":
+                self.launch(gx, gy, gz, stream, *reversed(arguments))
+            elif odd == "stream":
+                self.launch(gx, gy, gz, str(stream), *arguments)
+
+    kernel.compiled.run = Odd()
+    assert runs_as_always(kernel, lambda: call(kernel, *drawn()))
+
+
 def test_an_interpreted_kernel_is_not_recorded(kernel):
     class Interpreted(Kernel):
         def __getitem__(self, grid):
@@ -226,7 +256,7 @@ def test_who_watches_launches_sees_all_of_them(kernel, hook, monkeypatch):
         assert runs_as_always(kernel, lambda: call(kernel, *drawn()))
     monkeypatch.setattr(triton.knobs.runtime, hook, type(chain)())
     call(kernel, *drawn())
-    assert len(kernel.compiled.calls) == 4
+    assert len(kernel.launcher.calls) == 4
 
 
 def test_a_failing_first_call_is_no_kind(kernel):
@@ -264,7 +294,7 @@ def test_the_product_of_torch_ends_a_recording(kernel):
     again(*drawn())
     x, weight = torch.rand(N) + 1, torch.rand(2 * N) + 1
     y = again(x, weight)
-    assert kernel.runs == len(kernel.compiled.calls) == 4
+    assert kernel.runs == len(kernel.launcher.calls) == 4
     assert (y.shape, y.dtype, y.is_contiguous()) == ((2, n // 2, n), torch.bfloat16, True)
     assert torch.equal(y.nan_to_num(0), product(x, weight).nan_to_num(0))
     assert y.isfinite().any()

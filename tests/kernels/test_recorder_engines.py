@@ -6,6 +6,7 @@ The interpreter stands for compiled kernels: given addresses, it reads and write
 import ctypes
 import functools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,9 +36,7 @@ SPECS = {
 
 
 class Interpreted:
-    """A kernel that returns, as Triton's do, what can be launched with addresses."""
-
-    function = packed_metadata = None
+    """A kernel that returns, as Triton's do, what can be launched with addresses: itself."""
 
     def __init__(self, kernel) -> None:
         self.kernel, self.arg_names = kernel, kernel.arg_names
@@ -50,11 +49,14 @@ class Interpreted:
             values = iter(arguments)
             given = [None if n in constants else next(values) for n in self.arg_names]
             self.dtypes = [value.dtype if isinstance(value, Tensor) else None for value in given]
-            return self
+            return SimpleNamespace(run=self, function=None, packed_metadata=None)
 
         return launch
 
-    def run(self, x, y, z, stream, function, metadata, launch, enter, leave, *arguments):
+    def __call__(self, *arguments):
+        self.launch(*arguments)
+
+    def launch(self, x, y, z, stream, function, metadata, launch, enter, leave, *arguments):
         repeated.append(self.kernel)
         self.kernel[x, y, z](*map(at_address, arguments, self.dtypes))
 
