@@ -180,7 +180,7 @@ def noted(module: QuantLinear, x: Tensor) -> recorder.Recording:
     return found
 
 
-def test_a_second_stream_where_it_is_worth_it(launched, usual):
+def test_a_side_stream_where_it_is_worth_it(launched, usual):
     """A large product's weights are unpacked beside the transform; a small one's in a graph."""
     usual("rms")
     large = random_linear(spec_of("rms", 3072, 9216))
