@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton")
 import triton
 
-from dirotq.kernels import chip, recorder
+from dirotq.kernels import chip, recorder, recording
 from dirotq.kernels.build import Config
 
 N = 96
@@ -257,6 +257,41 @@ def test_who_watches_launches_sees_all_of_them(kernel, hook, monkeypatch):
     monkeypatch.setattr(triton.knobs.runtime, hook, type(chain)())
     call(kernel, *drawn())
     assert len(kernel.launcher.calls) == 4
+
+
+def test_what_ran_on_the_side_stream_is_launched_there_between_fork_and_join(kernel, monkeypatch):
+    current, events = [3], []
+
+    class Stream:
+        def __init__(self, handle: int) -> None:
+            self.cuda_stream = handle
+
+        def __getattr__(self, name):
+            return lambda *_: events.append((self.cuda_stream, name))
+
+    for module in (recorder, recording):
+        monkeypatch.setattr(module, "stream_of", lambda device: current[0])
+    monkeypatch.setattr(recording, "side_stream", lambda device: Stream(7))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Stream(3))
+
+    def on_two(x: Tensor, weight: Tensor) -> Tensor:
+        config, y, z = (
+            Config(kernel=kernel, constants={"SCALE": 2.0}),
+            x.new_empty(N),
+            torch.empty(N),
+        )
+        config.launch((1, 1), x, weight, z, N)
+        current[0] = 7
+        config.launch((1, 1), x, weight, y, N)
+        current[0] = 3
+        return y
+
+    for _ in range(2):
+        x, weight = drawn()
+        y = recorder.recorded("", (x, None, weight), functools.partial(on_two, x, weight))
+        torch.testing.assert_close(y, x + 2 * weight[:N])
+    assert [stream for _, stream, _ in kernel.launcher.calls] == [3, 7]
+    assert events == [(3, "record_event"), (7, "wait_event"), (3, "wait_stream")]
 
 
 def test_a_failing_first_call_is_no_kind(kernel):
