@@ -14,7 +14,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test aot check bench bench-bits bench-quality table bench-kernels bench-compress bench-flux bench-models bench-load tune torture fuzz versions clean
+.PHONY: help setup compress plan sweep test aot check bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load tune torture fuzz versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -63,6 +63,9 @@ table: $(STAMP) ## docs/quality.md from the stored results
 
 bench-kernels: $(STAMP) ## time the kernels (needs a GPU): ARGS="linear --write"
 	$(BIN)/python benchmarks/speed.py $(ARGS)
+
+bench-host: $(STAMP) ## time what one packed linear costs the host (needs a GPU): ARGS="--write"
+	$(BIN)/python benchmarks/host.py $(ARGS)
 
 bench-compress: $(STAMP) ## the pipeline on a full-size model with generated weights (needs a GPU): ARGS="flux"
 	$(BIN)/python benchmarks/compress.py $(ARGS)

@@ -53,6 +53,7 @@ def _tune(options: argparse.Namespace) -> int:
     """
     begin = time.monotonic()
     # With torch, which takes seconds: not before the options are right.
+    from dirotq.kernels import recorder
     from dirotq.kernels.plan import renew
     from dirotq.tuning import compiling, session
 
@@ -72,6 +73,7 @@ def _tune(options: argparse.Namespace) -> int:
     compiling.compile_all(todo, chip, begin + COMPILING * seconds, say)
     outcome = session.measure(todo, chip, keep=keep, deadline=begin + seconds, say=say)
     renew()
+    recorder.forget()
     say(f"{outcome}, in {time.monotonic() - begin:.0f} s; kept in {file}")
     if outcome.left:
         again = " (without --fresh)" if options.fresh else ""

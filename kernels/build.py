@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any
 
 from .chip import chained
+from .recorder import RECORDER
 
 CHIPS = (80, 86, 89, 90, 100, 120)
 """Compute capabilities (major * 10 + minor) that every kernel is compiled for."""
@@ -47,7 +48,10 @@ class Config:
 
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Run the kernel; ``arguments`` are those that are no constants, in the kernel's order."""
-        self.kernel[grid](*arguments, **self.constants, **self.options)
+        compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
+        recorder = RECORDER.get()
+        if recorder is not None:
+            recorder.launched(compiled, grid, self.kernel.arg_names, arguments, self.constants)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

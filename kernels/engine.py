@@ -60,7 +60,8 @@ def linear(plan: Plan, x: Tensor | Prologue, packed: Packed, spec: QuantSpec) ->
             from .unpack_w4.kernel import allocate, launch
 
             weights = allocate(packed, plan.dtype, appended=plan.appended)
-            start = fork(prologue.x_BTD.device)
+            products = prologue.rows * prologue.channels * len(packed.qweight)
+            start = fork(prologue.x_BTD.device, products)
             codes = quantize(plan, prologue, packed, spec)
             with beside(start):
                 launch(packed, plan.dtype, appended=plan.appended, out=weights)

@@ -53,11 +53,16 @@ class QuantLinear(nn.Module):
         another device than the packed tensors.
         """
         self._check(x)
-        return ops.quant_linear(
-            x, self.qweight, self.wscale, self.wglobal, self.basis, self.rotation, self.wp,
-            self.bias, self._key, self.smooth, self.wpscale,
+        # A module's attributes are found slowly; one with parametrizations has a class of its own.
+        t = self._parameters if type(self) is QuantLinear else self.packed()._asdict()
+        y = ops.quant_linear(
+            x, t["qweight"], t["wscale"], t["wglobal"], t["basis"], t["rotation"], t["wp"],
+            t["bias"], self._key, t["smooth"], t["wpscale"],
             None if rows is None else [rows.start, rows.stop],
         )  # fmt: skip
+        if y.requires_grad and not torch.compiler.is_compiling():
+            y.register_hook(_no_gradient)
+        return y
 
     def packed(self) -> Packed:
         """Return the tensors, as kernels take them."""
@@ -78,10 +83,11 @@ class QuantLinear(nn.Module):
             )
         if x.dtype not in (torch.bfloat16, torch.float16, torch.float32, torch.float64):
             raise ValueError(f"x is {x.dtype}; use bfloat16, float16 or float32")
-        if x.device != self.qweight.device:
+        weight = self._parameters.get("qweight", x)
+        assert weight is not None
+        if x.device != weight.device:
             raise ValueError(
-                f"x is on {x.device}, the packed weights are on {self.qweight.device}; move one of "
-                "them"
+                f"x is on {x.device}, the packed weights are on {weight.device}; move one of them"
             )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -195,6 +201,13 @@ class PointwiseView(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, N, ...] of x [B, D, ...], in channels-last memory: tokens stay as they lie."""
         return self.linear(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def _no_gradient(gradient: Tensor) -> Tensor:
+    raise RuntimeError(
+        "a packed linear has no gradient for its input; train the network before it is packed, or "
+        "call this one under torch.no_grad()"
+    )
 
 
 def frozen(tensor: Tensor) -> nn.Parameter:

@@ -17,6 +17,21 @@ from .chip import capability
 from .formats.spec import QuantSpec
 from .plan import choose
 from .prologue import Prologue, kind_of
+from .recorder import recorded
+
+SCHEMA = """(
+    Tensor x, Tensor qweight, Tensor wscale, Tensor? wglobal, Tensor? basis, Tensor? rotation,
+    Tensor? wp, Tensor? bias, str spec, Tensor? smooth=None, Tensor? wpscale=None,
+    SymInt[]? rows=None, str prologue="plain", Tensor? behind=None
+) -> Tensor"""
+"""Return y [..., N] of x [..., D]; tensors as :class:`.buffers.Packed` describes them.
+
+rows      first output and the one after the last; None: all
+prologue  what happens to x first (kernels/prologue.py)
+behind    [..., F], of ``concat``: D + F channels are read
+
+Exported graphs know the order of the arguments.
+"""
 
 SHAPE = ("dim", "rows", "rank")
 """Fields of a recorded spec that an operator's tensors say."""
@@ -35,8 +50,7 @@ def spec_of(key: str, in_features: int, outputs: int, rank: int) -> QuantSpec:
     return QuantSpec.from_dict(json.loads(key) | shape)
 
 
-@torch.library.custom_op("dirotq::quant_linear", mutates_args=())
-def quant_linear(
+def _linear(
     x: Tensor,
     qweight: Tensor,
     wscale: Tensor,
@@ -52,15 +66,31 @@ def quant_linear(
     prologue: str = "plain",
     behind: Tensor | None = None,
 ) -> Tensor:
-    """Return y [..., N] of x [..., D]; tensors as :class:`.buffers.Packed` describes them.
-
-    rows      first output and the one after the last; None: all
-    prologue  what happens to x first (kernels/prologue.py)
-    behind    [..., F], of ``concat``: D + F channels are read
-
-    Exported graphs know the order of the arguments.
-    """
+    """Compute the operator, on a GPU by what was recorded of such a call."""
     packed = Packed(qweight, wscale, wglobal, basis, rotation, smooth, wp, wpscale, bias)
+    compute = functools.partial(_by_plan, x, packed, spec, rows, prologue, behind)
+    if not x.is_cuda or not x.numel():
+        return compute()
+    for tensor in packed:
+        if tensor is not None and not tensor.is_contiguous():
+            return compute()
+    kind = (
+        spec, prologue, None if rows is None else tuple(rows), x.shape, x.stride(), x.dtype,
+        x.device, None if behind is None else (behind.shape, behind.stride(), behind.dtype),
+        qweight.shape, None if wp is None else wp.shape,
+    )  # fmt: skip
+    return recorded(kind, (x, behind, *packed), compute)
+
+
+def _by_plan(
+    x: Tensor,
+    packed: Packed,
+    spec: str,
+    rows: Sequence[int] | None,
+    prologue: str,
+    behind: Tensor | None,
+) -> Tensor:
+    """Compute the operator by the plan for so many rows."""
     if rows is not None:
         packed = packed.rows(slice(*rows))
     outputs = len(packed.qweight)
@@ -73,8 +103,7 @@ def quant_linear(
     return engine.linear(plan, read, packed, known).view(*x.shape[:-1], outputs)
 
 
-@quant_linear.register_fake
-def _(
+def _fake(
     x: Tensor,
     qweight: Tensor,
     wscale: Tensor,
@@ -97,3 +126,13 @@ def _(
 def _images(x: Tensor) -> Tensor:
     """View x [..., D] as [B, T, D]."""
     return x if x.ndim == 3 else x.reshape(1, -1, x.shape[-1])
+
+
+# Not ``custom_op``, whose wrapper takes the host longer than all launches.
+_LIBRARY = torch.library.Library("dirotq", "FRAGMENT")
+_LIBRARY.define(f"quant_linear{SCHEMA}", tags=(torch.Tag.pt2_compliant_tag,))
+_LIBRARY.impl("quant_linear", _linear, "CompositeExplicitAutograd")
+torch.library.register_fake("dirotq::quant_linear", _fake, lib=_LIBRARY)
+
+quant_linear = torch.ops.dirotq.quant_linear.default
+"""y [..., N] of x [..., D]; its other arguments are explained at SCHEMA."""

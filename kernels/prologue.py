@@ -15,22 +15,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-Kind = Literal["plain", "norm", "gelu", "concat"]
+Kind = Literal["plain", "gelu", "concat"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prologue:
-    """Made by :func:`plain`, :func:`modulated_norm`, :func:`gelu` or :func:`concat_gelu`."""
+    """Made by :func:`plain`, :func:`gelu` or :func:`concat_gelu`."""
 
     kind: Kind
     x_BTD: Tensor
-    scale_BD: Tensor | None = None
-    shift_BD: Tensor | None = None
-    eps: float = 1e-6
     behind_BTF: Tensor | None = None
-    known: tuple[Tensor, Tensor] | None = None
-    """Of a ``norm``, where a kernel has computed it before: its value, [1, rows, channels], and the
-    sums of that's squares, float32 [1, rows]."""
 
     @property
     def rows(self) -> int:
@@ -44,12 +38,6 @@ class Prologue:
     def value(self) -> Tensor:
         """Return [B, T, channels] in x's dtype, as the network computes it without fusion."""
         x = self.x_BTD
-        if self.known is not None:
-            return self.known[0].view(x.shape)
-        if self.kind == "norm":
-            assert self.scale_BD is not None and self.shift_BD is not None
-            normed = functional.layer_norm(x, x.shape[-1:], eps=self.eps)
-            return normed * (1 + self.scale_BD[:, None]) + self.shift_BD[:, None]
         if self.kind == "gelu":
             return functional.gelu(x, approximate="tanh")
         if self.kind == "concat":
@@ -61,12 +49,6 @@ class Prologue:
         """Return it as kernels read it: neighbouring channels, and one image of all rows
         where nothing depends on the image and the rows lie evenly."""
         x = _contiguous(self.x_BTD)
-        if self.kind == "norm":
-            assert self.scale_BD is not None and self.shift_BD is not None
-            scale, shift = _contiguous(self.scale_BD), _contiguous(self.shift_BD)
-            if scale.stride(0) != shift.stride(0):
-                scale, shift = scale.contiguous(), shift.contiguous()
-            return replace(self, x_BTD=x, scale_BD=scale, shift_BD=shift)
         behind = None if self.behind_BTF is None else _contiguous(self.behind_BTF)
         if _even(x) and (behind is None or _even(behind)):
             x = x.flatten(0, 1)[None]
@@ -93,13 +75,6 @@ def _even(x_BTD: Tensor) -> bool:
 def plain(x_BTD: Tensor) -> Prologue:
     """Read x itself; a slice of a longer sequence is read where it lies."""
     return Prologue(kind="plain", x_BTD=x_BTD)
-
-
-def modulated_norm(
-    x_BTD: Tensor, scale_BD: Tensor, shift_BD: Tensor, *, eps: float = 1e-6
-) -> Prologue:
-    """Apply LayerNorm without weights, times 1 + scale, plus shift (adaLN; Peebles & Xie 2022)."""
-    return Prologue(kind="norm", x_BTD=x_BTD, scale_BD=scale_BD, shift_BD=shift_BD, eps=eps)
 
 
 def gelu(x_BTF: Tensor) -> Prologue:

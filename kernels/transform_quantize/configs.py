@@ -66,12 +66,6 @@ def usual(kind: Kind, chip: int | None) -> Shapes:
     return _WARPS
 
 
-def normalize(channels: int, *, squares: bool) -> Config:
-    width = triton.next_power_of_2(channels)
-    constants = {"SQUARES": squares, "BD": width}
-    return Config(kernel=projection.normalize, constants=constants, warps=warps_of_row(width))
-
-
 def project(
     spec: QuantSpec,
     kind: Kind,
@@ -102,12 +96,12 @@ def gather(spec: QuantSpec, chip: int | None, *, parts: int) -> Config:
 
 
 def scale_rows(
-    spec: QuantSpec, chip: int | None, columns: int | None, *, bias: bool, parts: int, squares: int
+    spec: QuantSpec, chip: int | None, columns: int | None, *, bias: bool, parts: int
 ) -> Config:
-    """``columns``: appended ones, of which there may be 0; None: not asked for. c comes in so many
-    ``parts``, the sums of squares in so many ``squares``."""
+    """``columns``: appended ones, of which there may be 0; None: not asked for. c and the sums of
+    squares come in so many ``parts``."""
     constants = _scales(spec, columns, bias) | {
-        "PARTS": parts, "SQUARES": squares, "TOP": RMS_TOP, "BM": ROWS, "CHAIN": chained(chip),
+        "PARTS": parts, "TOP": RMS_TOP, "BM": ROWS, "CHAIN": chained(chip),
     }  # fmt: skip
     return Config(kernel=scales.scale_rows, constants=constants, early=chained(chip))
 
@@ -212,8 +206,3 @@ def tiles(spec: QuantSpec) -> int:
 def width_of_c(rank: int) -> int:
     """Return the columns of c and of the basis in the kernels: a power of two."""
     return max(16, triton.next_power_of_2(rank))
-
-
-def warps_of_row(width: int) -> int:
-    """Return the warps of a program that holds one row of ``width`` channels, a power of two."""
-    return min(16, max(1, width // 1024))

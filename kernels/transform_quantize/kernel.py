@@ -89,16 +89,13 @@ def _by_root_mean_square(
     bias: bool,
 ) -> Tensor:
     """Fill codes and scales of ``act_scale="rms"``; return c [M, padded R]."""
-    prologue, known = _computed(prologue, spec)
+    prologue = _computed(prologue, spec)
     chip, m = capability(prologue.x_BTD.device), prologue.rows
-    products, spread, squares = _project(prologue, p_DR, spec, squares=known is None)
-    squares = squares if known is None else known
+    products, spread, squares = _project(prologue, p_DR, spec, squares=True)
     assert squares is not None
     c = spread.new_empty(products.shape[1:])
     row = products.new_empty((2, m))
-    configs.scale_rows(
-        spec, chip, behind, bias=bias, parts=len(products), squares=len(squares)
-    ).launch(
+    configs.scale_rows(spec, chip, behind, bias=bias, parts=len(products)).launch(
         (triton.cdiv(m, configs.ROWS),),
         products, squares, c, codes_MK, scale_M1, row, m, prologue.channels, codes_MK.stride(0),
         padded(spec.width), BIAS_COEFFICIENT if bias else 0.0,
@@ -113,7 +110,7 @@ def _rotated(
     """Return z [M, padded(K)] in R1 order, the bits of its rows' largest |z| (int32 [M]), and c."""
     if spec.transform.kind == "dense":
         return _dense(prologue.value().flatten(0, 1), p_DR, t_DK, spec.width)
-    prologue, _ = _computed(prologue, spec)
+    prologue = _computed(prologue, spec)
     x = prologue.x_BTD
     c: Tensor | None = None
     if p_DR is not None and _beyond(spec):
@@ -136,25 +133,10 @@ def _rotated(
     return z, amax, c
 
 
-def _computed(prologue: Prologue, spec: QuantSpec) -> tuple[Prologue, Tensor | None]:
-    """Compute of the prologue what the passes can't do on the way in. With it, where they cost
-    nothing, for ``rms`` return the sums of its squares, float32 [1, M]."""
-    if prologue.known is not None:
-        return plain(prologue.known[0]), prologue.known[1]
-    if prologue.kind != "norm":
-        torn = prologue.kind == "concat" and prologue.x_BTD.shape[-1] % (4 * tile(spec))
-        return plain(prologue.value()) if torn or _beyond(spec) else prologue.laid_out(), None
-    laid = prologue.laid_out()
-    x, scale, shift = laid.x_BTD, laid.scale_BD, laid.shift_BD
-    assert scale is not None and shift is not None
-    y_1MD, squares = x.new_empty((1, laid.rows, x.shape[-1])), None
-    if spec.activations.statistic == "rms":
-        squares = x.new_empty((1, laid.rows), dtype=torch.float32)
-    configs.normalize(x.shape[-1], squares=squares is not None).launch(
-        (laid.rows,), x, scale, shift, y_1MD, y_1MD if squares is None else squares, x.shape[1],
-        x.shape[2], x.stride(0), x.stride(1), scale.stride(0), laid.eps,
-    )  # fmt: skip
-    return plain(y_1MD), squares
+def _computed(prologue: Prologue, spec: QuantSpec) -> Prologue:
+    """Compute of the prologue what the passes can't do on the way in."""
+    torn = prologue.kind == "concat" and prologue.x_BTD.shape[-1] % (4 * tile(spec))
+    return plain(prologue.value()) if torn or _beyond(spec) else prologue.laid_out()
 
 
 def _project(

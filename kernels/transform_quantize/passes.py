@@ -19,7 +19,7 @@ CHAIN: a pass starts while the one before still runs (programmatic dependent lau
 waits before it reads what that one wrote.
 
 KIND, GELU: what happens to x on the way in (kernels/prologue.py), in float32 and rounded to 16 bits
-once, so that c and z are of the same x. LayerNorm alone takes a pass of its own, ``normalize``.
+once, so that c and z are of the same x.
 
 Letters: M rows (T of each image), D channels, K main-branch width, R protected directions (RP:
 padded to a power of two, RT: columns of one part of the appended columns, kernels/appended.py).

@@ -1,5 +1,6 @@
-"""What ``transform_quantize`` does first (passes.py tells of all): LayerNorm with modulation,
-c = x P, and the spread basis. Letters as there.
+"""What ``transform_quantize`` does first (passes.py tells of all): c = x P, and the spread basis.
+
+Letters as there.
 """
 
 import triton
@@ -73,40 +74,6 @@ def read_columns(
         mask = mask & (o_d < D)[None, :]
     v = tl.load(p_x + x_row[:, None] + o_d[None, :], mask=mask, other=0.0)
     return activated(v, GELU, FAST, DOT)
-
-
-@triton.jit
-def modulated_row(x, p_scale, p_shift, o_d, D, eps):
-    """Compute LayerNorm of a row [BD] of D channels, times 1 + scale, plus shift; float32."""
-    m_d = o_d < D
-    x = tl.where(m_d, x - tl.sum(x) / D, 0.0)
-    x *= tl.rsqrt(tl.sum(x * x) / D + eps)
-    scale = tl.load(p_scale + o_d, mask=m_d, other=0.0).to(tl.float32)
-    shift = tl.load(p_shift + o_d, mask=m_d, other=0.0).to(tl.float32)
-    return x * (1 + scale) + shift
-
-
-@triton.jit
-def normalize(
-    p_x, p_scale, p_shift, p_y, p_squares, T, D, image_x, stride_x, stride_scale, eps,
-    SQUARES: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """Compute one row of y [M, D]: LayerNorm, times 1 + scale, plus shift; rounded once.
-
-    SQUARES  and the sum of y's squares, float32 [M]
-    """
-    row = tl.program_id(0).to(tl.int64)
-    image = row // T
-    o_d = tl.arange(0, BD)
-    m_d = o_d < D
-    x = tl.load(p_x + image * image_x + row % T * stride_x + o_d, mask=m_d, other=0.0)
-    at = image * stride_scale
-    y = modulated_row(x.to(tl.float32), p_scale + at, p_shift + at, o_d, D, eps)
-    y = y.to(p_y.dtype.element_ty)
-    tl.store(p_y + row * D + o_d, y, mask=m_d)
-    if SQUARES:
-        y = tl.where(m_d, y.to(tl.float32), 0.0)
-        tl.store(p_squares + row, tl.sum(y * y))
 
 
 @triton.jit

@@ -84,15 +84,15 @@ def store_appended(
 def scale_rows(
     p_parts, p_squares, p_c, p_codes, p_scale, p_row, M, D, stride_codes, main, one,
     R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, APPENDED: tl.constexpr, T: tl.constexpr,
-    PARTS: tl.constexpr, SQUARES: tl.constexpr, QMAX: tl.constexpr, UNIT: tl.constexpr,
-    TOP: tl.constexpr, TINY: tl.constexpr, BM: tl.constexpr, CHAIN: tl.constexpr,
+    PARTS: tl.constexpr, QMAX: tl.constexpr, UNIT: tl.constexpr, TOP: tl.constexpr,
+    TINY: tl.constexpr, BM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Compute c [M, RP] of its PARTS, each row's scale from its root mean square, and the appended
     columns.
 
     z = (x - c Pᵀ) H is as long as x less c: rotations keep lengths, and P is orthonormal.
     p_row    float32 [2, M]: codes per unit of z, and what a step is in units of the codes
-    SQUARES  parts of the sums of x's squares
+    p_squares  float32 [PARTS, M], the sums of x's squares
     T, one   as in ``round_rows``
     """
     o_m = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -104,7 +104,7 @@ def scale_rows(
     o_c = row[:, None] * RP + tl.arange(0, RP)[None, :]
     acc = sum_of_parts(p_parts, M, row, m_m, RP, PARTS)
     squares = tl.zeros((BM,), dtype=tl.float32)
-    for part in tl.static_range(SQUARES):
+    for part in tl.static_range(PARTS):
         squares += tl.load(p_squares + part * M + o_m, mask=m_m, other=0.0)
     c = acc.to(p_c.dtype.element_ty)
     tl.store(p_c + o_c, c, mask=m_m[:, None])

@@ -18,7 +18,7 @@ from dirotq.kernels.fp8_qkv import kernel as fp8_qkv
 from dirotq.kernels.gptq import kernel as gptq
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import candidates_for, choose
-from dirotq.kernels.prologue import Prologue, concat_gelu, gelu, modulated_norm, plain
+from dirotq.kernels.prologue import Prologue, concat_gelu, gelu, plain
 from dirotq.kernels.qk_norm_rope import kernel as qk_norm_rope
 from dirotq.kernels.qk_norm_rope.reference import Part
 from dirotq.kernels.second_moment import kernel as second_moment
@@ -76,8 +76,6 @@ def differences(a: Config, b: Config) -> dict[str, tuple]:
 
 def prologue_of(kind: str, rows: int) -> Prologue:
     x = torch.empty(1, rows, 3072, dtype=BF16)
-    if kind == "norm":
-        return modulated_norm(x, x[:, 0], x[:, 0])
     if kind == "concat":
         return concat_gelu(x[..., :1024], x[..., 1024:])
     return gelu(x) if kind == "gelu" else plain(x)
@@ -86,12 +84,11 @@ def prologue_of(kind: str, rows: int) -> Prologue:
 @every_chip
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [(name, "plain") for name in FORMATS] + [("rms", kind) for kind in ("norm", "gelu", "concat")],
+    [(name, "plain") for name in FORMATS] + [("rms", kind) for kind in ("gelu", "concat")],
 )
 def test_linears(chip, name, kind, launched, builds, monkeypatch):
     spec = FORMATS[name]
-    read = "plain" if kind == "norm" else kind
-    project = configs.usual(read, chip).project
+    project = configs.usual(kind, chip).project
     parts = 4 if spec.activations.statistic == "rms" else 1
     rows = 64 * project.bm
     wanted = -(-parts * 64 // project.per_sm)

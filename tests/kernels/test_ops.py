@@ -204,3 +204,25 @@ def test_a_cpu_takes_the_reference_path_and_says_so_once(caplog, nothing_said):
         ("INFO", True)
     ]
     assert "the kernels need an NVIDIA GPU" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:dirotq..quant_linear:UserWarning")  # torch says it first
+def test_a_gradient_is_refused_when_somebody_asks_for_it():
+    module, x = packed(SPECS["pow2"]), torch.randn(5, 64, requires_grad=True)
+    y = module(x)
+    torch.testing.assert_close(y, module(x.detach()))
+    with pytest.raises(RuntimeError, match="no gradient"):
+        y.sum().backward()
+    with torch.no_grad():
+        assert not module(x).requires_grad
+
+
+def test_a_parametrized_module_is_read_by_its_attributes():
+    class Doubled(nn.Module):
+        def forward(self, wscale: Tensor) -> Tensor:
+            return 2 * wscale
+
+    module, x = packed(SPECS["w4a16"], bias=False), torch.randn(5, 64)
+    want = 2 * module(x)
+    torch.nn.utils.parametrize.register_parametrization(module, "wscale", Doubled())
+    torch.testing.assert_close(module(x), want)

@@ -34,7 +34,7 @@ def builds() -> list[Build]:
 def _large() -> list[Build]:
     """Return ``project`` and ``rotate``, of whose configurations many are one."""
     rms = _spec(act_scale="rms", act_group=16)
-    kinds: tuple[Kind, ...] = ("plain", "norm", "gelu", "concat")
+    kinds: tuple[Kind, ...] = ("plain", "gelu", "concat")
     found: list[Build] = []
     for name, spec, kind, codes in (  # codes and not z leave ``rotate``
         *((f"b256-r64-{kind}-16", rms, kind, True) for kind in kinds),
@@ -46,13 +46,12 @@ def _large() -> list[Build]:
         ("b256-r128-plain-0", _spec(rank=128), "plain", False),
         ("b256-r0-plain-0", _spec(rank=0), "plain", False),
     ):
-        read: Kind = "plain" if kind == "norm" else kind  # ``normalize`` has added up squares
         for chip in FP8_CHIPS if spec.activations.element == "e4m3" else CHIPS:
-            shapes = configs.usual(read, chip)
+            shapes = configs.usual(kind, chip)
             if spec.rank:
                 config = configs.project(
-                    spec, read, chip, torch.bfloat16, shapes, parts=PARTS if codes else 1,
-                    squares=codes and kind != "norm", amax=not codes,
+                    spec, kind, chip, torch.bfloat16, shapes, parts=PARTS if codes else 1,
+                    squares=codes, amax=not codes,
                 )  # fmt: skip
                 types = {"p_c": "*fp32", "p_amax": "*fp32"} if codes else {}
                 _add(found, f"project-{name}", config, types, chip)
@@ -78,19 +77,16 @@ def _add(found: list[Build], name: str, config: Config, types: dict[str, str], c
 
 
 def _small() -> list[Build]:
-    normalize = configs.normalize(3072, squares=True)
-    found = [_build("normalize", normalize, {}, CHIPS, tensor_core=False)]
+    found = []
     rms, floats = _spec(act_scale="rms", act_group=16), _spec(act_scale="rms", act_bits=8)
     for chips in by_launch():
         gather = configs.gather(rms, chips[0], parts=PARTS)
         found.append(_build("gather", gather, {}, chips, tensor_core=False))
-    for spec, squares in ((rms, PARTS), (rms, 1), (floats, PARTS)):
+    for spec, parts in ((rms, PARTS), (rms, 1), (floats, PARTS)):
         for appended in (True, False):
-            name = f"scale-rows-{spec.activations.bits}-{squares}{'-appended' if appended else ''}"
+            name = f"scale-rows-{spec.activations.bits}-{parts}{'-appended' if appended else ''}"
             fp8 = appended or spec.activations.element == "e4m3"
-            found += _writers(
-                name, configs.scale_rows, spec, appended, fp8, parts=PARTS, squares=squares
-            )
+            found += _writers(name, configs.scale_rows, spec, appended, fp8, parts=parts)
     return found
 
 
