@@ -60,6 +60,19 @@ class Codes(NamedTuple):
     """[M, R], the low-rank branch's coefficients; None without rank or among the codes' columns"""
 
 
+class Fp4Codes(NamedTuple):
+    """An activation in FP4 as a product reads it: the bytes of layout L2."""
+
+    codes: Tensor
+    """uint8, [M, K // 2]"""
+    scale: Tensor
+    """uint8, [M, G], E4M3 or E8M0"""
+    c: Tensor | None
+    """[M, R], the low-rank branch's coefficients; None without rank"""
+    row: Tensor | None
+    """float32, [M], the global scale of each row; ``nvfp4`` only"""
+
+
 class Unpacked(NamedTuple):
     """Weights in 8 bits, as ``unpack_w4`` leaves them in scratch memory."""
 

@@ -8,10 +8,11 @@ import logging
 import torch
 from torch import Tensor
 
-from .buffers import Codes, Packed, Unpacked
+from .buffers import Codes, Fp4Codes, Packed, Unpacked
 from .chip import say_once
 from .formats.protected import dequantize_protected, rounded_coefficients
 from .formats.spec import QuantSpec
+from .fp4_linear import tiles as fp4_tiles
 from .plan import Plan
 from .prologue import Prologue, plain
 from .side_stream import beside, fork
@@ -44,9 +45,9 @@ def linear(plan: Plan, x: Tensor | Prologue, packed: Packed, spec: QuantSpec) ->
 
     The transform mostly waits for memory; unpacking the weights beside it fills some of the gaps.
     """
-    if plan.engine in ("reference", "w4a16"):
+    if plan.engine == "reference" or spec.activations.bits == 16:
         x_MD = x.value().flatten(0, 1) if isinstance(x, Prologue) else x
-        if plan.engine == "w4a16":
+        if plan.engine != "reference":
             return sixteen_bits(plan, x_MD, packed, spec)
         # On a GPU somebody expected speed; on a CPU it is the way that it works.
         level = logging.WARNING if x_MD.is_cuda else logging.INFO
@@ -54,7 +55,7 @@ def linear(plan: Plan, x: Tensor | Prologue, packed: Packed, spec: QuantSpec) ->
         return reference(x_MD, packed, spec)
     prologue = x if isinstance(x, Prologue) else plain(x[None])
     with torch.cuda.device_of(prologue.x_BTD):
-        if plan.engine == "packed":
+        if plan.engine in ("packed", "fp4"):
             codes, weights = quantize(plan, prologue, packed, spec), None
         else:
             from .unpack_w4.kernel import allocate, launch
@@ -68,8 +69,12 @@ def linear(plan: Plan, x: Tensor | Prologue, packed: Packed, spec: QuantSpec) ->
         return multiply(plan, codes, packed, weights, spec, prologue.x_BTD.dtype)
 
 
-def quantize(plan: Plan, x: Prologue, packed: Packed, spec: QuantSpec) -> Codes:
+def quantize(plan: Plan, x: Prologue, packed: Packed, spec: QuantSpec) -> Codes | Fp4Codes:
     """Return codes, scales and, but for ``scaled_mm``, c of x, as the plan's product wants them."""
+    if plan.engine == "fp4":
+        from .transform_quantize.fp4 import launch as round_to_fp4
+
+        return round_to_fp4(x, packed.basis, packed.rotation, spec)
     from .transform_quantize.kernel import launch
 
     appended = plan.appended
@@ -81,13 +86,18 @@ def quantize(plan: Plan, x: Prologue, packed: Packed, spec: QuantSpec) -> Codes:
 
 def multiply(
     plan: Plan,
-    codes: Codes,
+    codes: Codes | Fp4Codes,
     packed: Packed,
     weights: Unpacked | None,
     spec: QuantSpec,
     dtype: torch.dtype,
 ) -> Tensor:
     """Return y [M, N] in ``dtype``; ``weights`` are unpacked ones, None: the packed are read."""
+    if isinstance(codes, Fp4Codes):
+        from .fp4_linear.kernel import launch as launch_fp4
+
+        assert isinstance(plan.tile, fp4_tiles.Tile)
+        return launch_fp4(codes, packed, width=spec.width, out_dtype=dtype, tile=plan.tile)
     if plan.appended:
         assert weights is not None and weights.scale is not None
         return torch._scaled_mm(
@@ -105,10 +115,15 @@ def multiply(
 
 def sixteen_bits(plan: Plan, x_MD: Tensor, packed: Packed, spec: QuantSpec) -> Tensor:
     """Return y [M, N] of activations that stay as they are."""
-    from .w4a16_linear.kernel import launch
-
-    assert isinstance(plan.tile, w4a16_tiles.Tile)
     with torch.cuda.device_of(x_MD):
         z, c = transform(x_MD, packed.basis, packed.rotation, spec)
-        y = launch(z, packed, tile=plan.tile)
+        if isinstance(plan.tile, fp4_tiles.Tile):
+            from .fp4_linear.kernel import launch as launch_fp4
+
+            y = launch_fp4(z, packed, width=spec.width, out_dtype=z.dtype, tile=plan.tile)
+        else:
+            from .w4a16_linear.kernel import launch
+
+            assert isinstance(plan.tile, w4a16_tiles.Tile)
+            y = launch(z, packed, tile=plan.tile)
         return y if c is None or packed.wp is None else torch.addmm(y, c, packed.wp.to(c.dtype).mT)

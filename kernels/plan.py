@@ -15,6 +15,7 @@ import torch
 from . import measured
 from .build import FP8_CHIPS
 from .formats.spec import QuantSpec
+from .fp4_linear import tiles as fp4
 from .support import unsupported
 from .w4a4_linear.tiles import TILES, Tile, Variant, fits
 from .w4a16_linear import tiles as w4a16
@@ -26,7 +27,7 @@ and do both at one rate (L40S: 733, data sheet): the number can't tell them apar
 only cuBLAS's product, and ``dirotq tune`` measures both."""
 
 Container = Literal["fp8", "int8", "none"]
-Engine = Literal["reference", "scaled_mm", "packed", "unpacked", "w4a16"]
+Engine = Literal["reference", "scaled_mm", "packed", "unpacked", "w4a16", "fp4"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +40,13 @@ class Plan:
     ``packed``     Triton GEMM that decodes nibbles in registers, low-rank branch in 16 bits
     ``unpacked``   Triton GEMM on unpacked scratch, low-rank branch in 16 bits
     ``w4a16``      Triton, 16-bit activations
+    ``fp4``        Triton on FP4 weights, by FP4 matrix units where the chip has them; activations
+                   in FP4 or in 16 bits
     """
 
     engine: Engine
     container: Container
-    tile: Tile | w4a16.Tile | None = None
+    tile: Tile | w4a16.Tile | fp4.Tile | None = None
     why: str = ""
 
     @property
@@ -93,6 +96,10 @@ def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtyp
     """Every plan that can run this linear on this chip; none where it is unsupported."""
     if unsupported(spec, chip, dtype):
         return []
+    if spec.weights.element == "e2m1":
+        kind = fp4.variant(chip if spec.activations.bits < 16 else None)
+        fitting = (t for t in fp4.TILES[kind] if fp4.fits(t, kind, chip, spec.width))
+        return [Plan(engine="fp4", container="none", tile=tile) for tile in fitting]
     if spec.activations.bits == 16:
         kinds = ["few", "many"] + (["wide"] if chip in w4a16.WIDE_CHIPS else [])
         if m <= 4:
@@ -133,12 +140,14 @@ def unmeasured(chip: int, m: int, candidates: list[Plan]) -> Plan:
     library = [plan for plan in default if plan.engine == "scaled_mm"]
     if library and m > 256:
         return library[0]
-    packed = [plan for plan in default if plan.engine == "packed"]
-    return min(packed, key=lambda plan: abs(math.log2(plan.rows) - math.log2(min(m, 128))))
+    few = [plan for plan in default if plan.engine in ("packed", "fp4")]
+    return min(few, key=lambda plan: abs(math.log2(plan.rows) - math.log2(min(m, 128))))
 
 
 def kind_of(spec: QuantSpec) -> str:
-    """Linears whose measurements compare: ``w4a16``, ``w4a4``, ``w4a8``, ``w4a4-grouped``..."""
+    """Linears whose measurements compare: ``w4a16``, ``w4a4-grouped``, ``w4a4-nvfp4``..."""
+    if spec.weights.element == "e2m1":
+        return f"w4a{spec.activations.bits}-{spec.weights.name}"
     if spec.activations.bits == 16:
         return "w4a16"
     bits = 8 if spec.activations.element == "int8" else 4  # e4m3: the same products

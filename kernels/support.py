@@ -20,14 +20,13 @@ NEWEST = CHIPS[-1]
 
 
 class Product(NamedTuple):
-    """The kernel of two elements, from which compute capability on (80: 8.0), or why not."""
+    """The kernel of two elements, from which compute capability on (80: 8.0), or why not before."""
 
-    kernel: str | None
+    kernel: str
     oldest: int = CHIPS[0]
     why: str = ""
 
 
-FP4 = Product(None, why="{weights} has no kernel yet: FP4 matrix units come with Blackwell")
 FLOATS = "activations in 8-bit floats need FP8 matrix units (compute capability 8.9)"
 PRODUCTS = {
     # weights, activations
@@ -35,8 +34,8 @@ PRODUCTS = {
     ("int4", "int4"): Product("w4a4_linear"),
     ("int4", "int8"): Product("w4a4_linear"),
     ("int4", "e4m3"): Product("w4a4_linear", FP8_CHIPS[0], FLOATS),
-    ("e2m1", "e2m1"): FP4,
-    ("e2m1", "bf16"): FP4,
+    ("e2m1", "e2m1"): Product("fp4_linear"),
+    ("e2m1", "bf16"): Product("fp4_linear"),
 }
 
 
@@ -53,8 +52,8 @@ def unsupported(
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{str(dtype).removeprefix('torch.')} inputs are computed as specified"
     product = PRODUCTS[spec.weights.element, spec.activations.element]
-    if product.kernel is None or chip < product.oldest:
-        return product.why.format(weights=spec.weights.name.upper())
+    if chip < product.oldest:
+        return product.why
     return next(_limits(spec), None)
 
 
@@ -70,12 +69,15 @@ def _limits(spec: QuantSpec) -> Iterator[str]:
         yield "a protected branch beside the whole input has no kernel"
     if spec.rank > 0 and spec.branch.bits == 8:
         yield "8-bit protected branches have no kernel"
-    if spec.activations.bits == 16:  # the input is not rounded: ``w4a16_linear``
-        if not w4a16.fits(width, weight_scales):
+    floats = spec.weights.element == "e2m1"
+    if spec.activations.bits == 16:  # the input is not rounded
+        if not floats and not w4a16.fits(width, weight_scales):
             yield f"{weight_scales} weight scales per {width} columns fit no kernel"
         return
     if spec.transform.block > MAX_BLOCK:
         yield f"Hadamard block {spec.transform.block} is larger than {MAX_BLOCK}"
+    if floats:  # whose groups fill the width
+        return
     if (spec.activations.group_size or GROUPS[0]) not in GROUPS:
         sizes = f"{', '.join(map(str, GROUPS[:-1]))} and {GROUPS[-1]}"
         yield f"activation groups of {group} fit no kernel; {sizes} do"

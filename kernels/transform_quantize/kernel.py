@@ -53,7 +53,7 @@ def launch(
     if p_DR is not None and _straight(spec) and m:
         c = _by_root_mean_square(x, p_DR, spec, codes, scale, behind, bias)
     else:
-        z, amax, c = _rotated(x, p_DR, t_DK, spec)
+        z, amax, c = rotated(x, p_DR, t_DK, spec)
         if spec.activations.statistic == "rms":
             squares = z.float().square_().sum(1)  # of K channels: padding is zero
             amax = (RMS_TOP * (squares / k).sqrt()).view(torch.int32)
@@ -104,7 +104,7 @@ def _by_root_mean_square(
     return c
 
 
-def _rotated(
+def rotated(
     prologue: Prologue, p_DR: Tensor | None, t_DK: Tensor | None, spec: QuantSpec
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return z [M, padded(K)] in R1 order, the bits of its rows' largest |z| (int32 [M]), and c."""

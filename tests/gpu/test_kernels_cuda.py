@@ -82,13 +82,20 @@ ENGINES = [
         "w4a8-groups",
         "dense",
         "w4a16-protected",
+        "nvfp4",
+        "mxfp4",
+        "nvfp4-w4a16",
+        "mxfp4-w4a16",
     )
     for plan in plans(name)
 ]
 ONE_OF_EACH = [
     pytest.param("pow2", plan, id=f"{plan.engine}{'-tma' if getattr(plan.tile, 'tma', 0) else ''}")
     for plan in {(p.engine, getattr(p.tile, "tma", 0)): p for p in plans("pow2")}.values()
-] + [pytest.param("w4a16-protected", plans("w4a16-protected")[0], id="w4a16")]
+] + [
+    pytest.param(name, plans(name)[0], id=name.removesuffix("-protected"))
+    for name in ("w4a16-protected", "nvfp4", "mxfp4")
+]
 
 
 @pytest.mark.parametrize(("name", "plan"), ENGINES)
@@ -118,6 +125,19 @@ def test_every_format(name, rows, empty_is):
 def test_sizes_off_the_tiles(name, dim, outputs, rows, dtype, empty_is):
     module, x = random_linear(spec_of(name, dim, outputs)), inputs(max(rows, ROWS), dim, dtype)
     assert module.plan(rows, dtype).engine != "reference"
+    with empty_is(255):
+        got = in_calls_of(rows, module, x)
+    assert_accurate(got, x, module)
+
+
+@HALVES
+@pytest.mark.parametrize("rows", [1, 33, 600])
+@pytest.mark.parametrize(("dim", "outputs"), [(1120, 1000), (2208, 2240)])
+@pytest.mark.parametrize("name", ["nvfp4", "mxfp4", "nvfp4-w4a16", "mxfp4-w4a16"])
+def test_fp4_sizes_off_the_tiles(name, dim, outputs, rows, dtype, empty_is):
+    module, x = random_linear(spec_of(name, dim, outputs)), inputs(max(rows, ROWS), dim, dtype)
+    plan = module.plan(rows, dtype)
+    assert plan.engine == "fp4"
     with empty_is(255):
         got = in_calls_of(rows, module, x)
     assert_accurate(got, x, module)
@@ -180,8 +200,12 @@ def test_zero_rows_give_the_bias_and_leave_the_others_alone(name, plan):
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize(
-    "name", ["pow2", "rms", "floats", "token-r0", "groups-r0", "w4a8", "w4a8-groups", "w4a16"]
-)
+    "name",
+    [
+        "pow2", "rms", "floats", "token-r0", "groups-r0", "w4a8", "w4a8-groups", "w4a16", "nvfp4",
+        "mxfp4", "mxfp4-r0",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("rows", [16, 600])
 def test_bad_numbers_show_and_stay_in_their_row(name, rows, bad):
     module, x = random_linear(spec_of(name, 2240, 1008)), inputs(rows, 2240)

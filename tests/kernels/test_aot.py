@@ -13,7 +13,7 @@ from dirotq.kernels.build import FP8_CHIPS
 
 ROOT = Path(__file__).resolve().parents[2]
 OPS = {path.parent.name for path in (ROOT / "kernels").glob("*/kernel.py")}
-LARGE = {"attention", "transform_quantize", "w4a16_linear", "w4a4_linear"}
+LARGE = {"attention", "fp4_linear", "transform_quantize", "w4a16_linear", "w4a4_linear"}
 """Ops with builds for a process of their own; the others share one."""
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """KiB of shared memory that one program may have, by compute capability."""

@@ -8,12 +8,13 @@ import torch
 
 pytest.importorskip("triton")
 
-from tiny_spec import tiny_spec
+from tiny_spec import FP4, tiny_spec
 
 from dirotq.kernels import engine
 from dirotq.kernels.attention import kernel as attention
 from dirotq.kernels.build import CHIPS, FP8_CHIPS, Build, Config, by_launch
 from dirotq.kernels.chip import chained
+from dirotq.kernels.fp4_linear import kernel as fp4_linear
 from dirotq.kernels.fp8_qkv import kernel as fp8_qkv
 from dirotq.kernels.gptq import kernel as gptq
 from dirotq.kernels.linear import QuantLinear
@@ -23,12 +24,15 @@ from dirotq.kernels.qk_norm_rope import kernel as qk_norm_rope
 from dirotq.kernels.qk_norm_rope.reference import Part
 from dirotq.kernels.second_moment import kernel as second_moment
 from dirotq.kernels.transform_quantize import configs
+from dirotq.kernels.transform_quantize import fp4 as rounding
 from dirotq.kernels.transform_quantize import kernel as transform_quantize
 
 OPS = sorted(
     p.parent.name for p in Path(transform_quantize.__file__).parents[1].glob("*/kernel.py")
 )
-LAUNCHING = (transform_quantize, qk_norm_rope, attention, fp8_qkv, second_moment)
+LAUNCHING = (
+    transform_quantize, rounding, fp4_linear, qk_norm_rope, attention, fp8_qkv, second_moment,
+)  # fmt: skip
 every_chip = pytest.mark.parametrize("chip", CHIPS)
 BF16 = torch.bfloat16
 FLUX = {"dim": 3072, "rows": (1024,), "rank": 64, "block": 256, "act_group": 64, "weight_group": 64}
@@ -39,6 +43,8 @@ FORMATS = {
     "pow2": tiny_spec(**FLUX, act_scale="pow2"),
     "w4a8": tiny_spec(**FLUX, act_bits=8),
     "groups": tiny_spec(**FLUX, act_scale="group", weight_scale="group"),
+    "nvfp4": tiny_spec(**FLUX | FP4["nvfp4"]),
+    "mxfp4": tiny_spec(**FLUX | FP4["mxfp4"]),
 }
 
 
@@ -100,6 +106,20 @@ def test_linears(chip, name, kind, launched, builds, monkeypatch):
         assert y.shape == (rows, 1024)
     if plans:
         assert_built(launched, builds, chip)
+
+
+@every_chip
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(1, BF16), (64, BF16), (600, BF16), (600, torch.float16)]
+)
+@pytest.mark.parametrize("name", FP4)
+def test_fp4_weights_and_sixteen_bit_activations(chip, rows, name, dtype, launched, builds):
+    weights = {"weight_scale": name, "weight_group": FP4[name]["weight_group"]}
+    spec = tiny_spec(**FLUX | {"rank": 0, "block": 1} | weights, act_bits=16)
+    plan = choose(chip, rows, 1024, spec, dtype)
+    packed = QuantLinear(spec, bias=False).packed()
+    engine.linear(plan, torch.empty(rows, 3072, dtype=dtype), packed, spec)
+    assert_built(launched, builds, chip)
 
 
 @every_chip

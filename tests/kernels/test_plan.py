@@ -12,6 +12,7 @@ from dirotq.kernels import chip as chips
 from dirotq.kernels import measured
 from dirotq.kernels import plan as plans
 from dirotq.kernels.formats.spec import QuantSpec
+from dirotq.kernels.fp4_linear import tiles as fp4
 from dirotq.kernels.plan import (
     Plan,
     candidates_for,
@@ -63,6 +64,11 @@ def assert_runs(plan: Plan, chip: int, m: int, n: int, spec: QuantSpec, dtype) -
         assert plan.engine == "reference" and "FP8 matrix units" in plan.why
         return
     assert plan.engine != "reference"
+    if spec.weights.element == "e2m1":
+        kind = fp4.variant(chip) if spec.activations.bits == 4 else "decoded"
+        assert (plan.engine, plan.container) == ("fp4", "none")
+        assert plan.tile in fp4.TILES[kind] and fp4.fits(plan.tile, kind, chip, spec.width)
+        return
     if spec.activations.bits == 16:
         assert plan.engine == "w4a16" and plan.container == "none" and plan.tile is not None
         assert chip in w4a16.WIDE_CHIPS or plan.tile not in w4a16.TILES["wide"]
@@ -136,9 +142,7 @@ def test_groups_of_64_and_128_have_kernels(group):
         (tiny_spec(dim=60), "1 x 1 scales per 60 columns"),
         (tiny_spec(dim=60, act_bits=16), "1 weight scales per 60 columns"),
         (tiny_spec(act_bits=16, weight_scale="group"), "4 weight scales per 64 columns"),
-        (tiny_spec(**FP4["nvfp4"]), "NVFP4 has no kernel yet"),
-        (tiny_spec(**FP4["mxfp4"]), "MXFP4 has no kernel yet"),
-        (tiny_spec(weight_scale="nvfp4", act_bits=16), "NVFP4 has no kernel yet"),
+        (tiny_spec(dim=1024, block=1024, **FP4["mxfp4"]), "block 1024 is larger than 512"),
     ],
 )
 def test_formats_that_fit_no_kernel_say_why(spec, why):
@@ -169,6 +173,9 @@ def test_rules_of_an_unmeasured_chip(unmeasured_chips):
         tile = choose(90, rows, 1008, SPECS["pow2"], FP16).tile
         assert (tile.bm <= 16) == few
     assert [choose(80, m, 1008, SPECS["w4a16"], BF16).tile.bm for m in (1, 16, 17)] == [1, 16, 64]
+    for chip in CHIPS:
+        rows = [choose(chip, m, 1008, SPECS["nvfp4"], BF16).tile.bm for m in (1, 16, 64, 4608)]
+        assert rows == [16, 16, 64, 128]
     assert "no measurement for sm_80" in choose(80, 33, 1008, SPECS["pow2"], BF16).why
 
 
@@ -233,6 +240,7 @@ def test_no_rows_take_the_plan_of_one():
 def test_kinds():
     assert {kind_of(spec) for spec in SPECS.values()} == {
         "w4a4", "w4a4-grouped", "w4a8", "w4a8-grouped", "w4a16",
+        "w4a4-nvfp4", "w4a4-mxfp4", "w4a16-nvfp4", "w4a16-mxfp4",
     }  # fmt: skip
 
 
@@ -240,6 +248,7 @@ def test_a_plan_says_what_it_is():
     plan = choose(80, 33, 1008, SPECS["pow2"], BF16)
     assert str(plan).startswith("packed on INT8 codes, tile ")
     assert f"({plan.why})" in str(plan)
+    assert str(choose(100, 64, 1008, SPECS["nvfp4"], BF16)).startswith("fp4, tile 64 x 128 (")
     reference = choose(None, 33, 1008, SPECS["pow2"], BF16)
     assert str(reference) == "reference (the kernels need an NVIDIA GPU)"
 

@@ -32,7 +32,8 @@ def test_the_table_has_every_pair_of_elements_that_a_spec_can_have():
 @pytest.mark.parametrize(
     ("changes", "why"),
     [
-        (FP4["nvfp4"], "NVFP4 has no kernel yet"),
+        (FP4["nvfp4"] | {"block": 1024}, "Hadamard block 1024 is larger than 512"),
+        (FP4["mxfp4"] | {"smooth": True}, "smoothed activations have no kernel"),
         ({"transform": "regular"}, "regular Hadamard matrices have no kernel"),
         ({"smooth": True}, "smoothed activations have no kernel"),
         ({"rank": 8, "branch": "beside"}, "beside the whole input has no kernel"),
@@ -56,6 +57,8 @@ def test_what_has_no_kernel_says_why_and_runs_as_specified(changes, why):
         {}, {"act_scale": "rms"}, {"act_scale": "group"}, {"act_bits": 8}, {"act_bits": 16},
         {"branch": "beside"}, {"protected_bits": 8}, {"block": 512},
         {"act_bits": 16, "act_scale": "group", "act_group": 32},
+        FP4["nvfp4"], FP4["mxfp4"] | {"dim": 96, "block": 32},
+        {"act_bits": 16, "weight_scale": "nvfp4", "weight_group": 16},
     ],
 )  # fmt: skip
 def test_what_has_one(changes):

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from tiny_spec import tiny_spec
+from tiny_spec import FP4, tiny_spec
 from torch import Tensor
 
 from dirotq.kernels.formats.hadamard import hadamard_block
@@ -32,6 +32,11 @@ FORMATS: dict[str, dict[str, Any]] = {
     "dense-pow2": {"rank": 64, "transform": "dense", "act_scale": "pow2"},
     "w4a16": {"act_bits": 16, "weight_scale": "group", "block": 1},
     "w4a16-protected": {"act_bits": 16, "rank": 64, "weight_scale": "group"},
+    "nvfp4": {"rank": 64, "block": 1, **FP4["nvfp4"]},
+    "mxfp4": {"rank": 64, **FP4["mxfp4"]},
+    "mxfp4-r0": FP4["mxfp4"],
+    "nvfp4-w4a16": {"rank": 64, "act_bits": 16, "weight_scale": "nvfp4", "weight_group": 16},
+    "mxfp4-w4a16": {"act_bits": 16, "weight_scale": "mxfp4", "weight_group": 32},
 }
 """Fields of the spec that differ from W4A4 with one scale per row."""
 
@@ -45,7 +50,8 @@ def spec_of(name: str, dim: int, outputs: int) -> QuantSpec:
         changes["weight_scale"] = "channel"
     if group < 16 and changes.get("act_scale") in ("pow2", "rms") and "act_bits" not in changes:
         changes["act_scale"] = "token"
-    return tiny_spec(dim=dim, rows=(outputs,), act_group=group, weight_group=group, **changes)
+    groups = {"act_group": group, "weight_group": group}
+    return tiny_spec(dim=dim, rows=(outputs,), **groups | changes)
 
 
 def random_linear(spec: QuantSpec, *, bias: bool = True) -> QuantLinear:
@@ -64,6 +70,13 @@ def random_linear(spec: QuantSpec, *, bias: bool = True) -> QuantLinear:
         "basis": vectors[:, : spec.rank],
         "rotation": torch.nn.functional.pad(rest, (0, spec.width - rest.shape[1])),
     }
+    if spec.weights.element == "e2m1":
+        low, high = (0, 127) if spec.weights.scale == "e4m3" else (118, 125)
+        content |= {
+            "qweight": torch.randint(0, 256, module.qweight.shape, device=DEVICE),
+            "wscale": torch.randint(low, high, module.wscale.shape, device=DEVICE),
+            "wglobal": torch.full((1,), 3e-4, device=DEVICE),
+        }
     for name, tensor in module.named_parameters():
         tensor.copy_(content[name])
     return module

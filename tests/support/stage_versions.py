@@ -18,6 +18,7 @@ pipeline, what tells which finished work may be used again."""
 EXCEPTIONS = {
     "kernels/[!f]*/[!r_]*.py": "Triton kernels and their shapes: tests hold them to reference.py",
     "kernels/[!f]*/row.py": "the same",
+    "kernels/fp4_linear/[!_]*.py": "the same",
     "dirotq/_registration.py": "tells diffusers where the loader is",
     "dirotq/errors.py": "texts",
     "dirotq/progress.py": "what is shown while a stage runs",

@@ -7,10 +7,11 @@ import torch
 
 from dirotq.kernels.appended import columns_with_appended
 from dirotq.kernels.build import CHIPS, FP8_CHIPS, Build, Config, by_launch
+from dirotq.kernels.formats.fp4 import GROUPS as FP4_GROUPS
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.permuted import padded
 from dirotq.kernels.prologue import Kind
-from dirotq.kernels.transform_quantize import configs
+from dirotq.kernels.transform_quantize import configs, fp4
 
 POINTERS = {
     "p_x": "*bf16", "p_basis": "*bf16", "p_c": "*bf16", "p_spread": "*bf16", "p_z": "*bf16",
@@ -28,7 +29,7 @@ PARTS = 4
 
 def builds() -> list[Build]:
     """Return every pass as it runs: b = 32 ... 512, each scale, both containers."""
-    return [*_large(), *_small(), *_roundings()]
+    return [*_large(), *_small(), *_roundings(), *_fp4()]
 
 
 def _large() -> list[Build]:
@@ -102,6 +103,21 @@ def _roundings() -> list[Build]:
         spec = _spec(act_scale=scale, act_group=group, act_bits=bits)
         name = f"round-{scale}{group}-{bits}-{'fp8' if fp8 else 'int8'}"
         found += _writers(name, configs.round_rows, spec, appended, fp8)
+    return found
+
+
+def _fp4() -> list[Build]:
+    found = []
+    for name, group in FP4_GROUPS.items():
+        spec = _spec(act_scale=name, act_group=group, weight_scale=name, weight_group=group)
+        types = {"p_scale": "*u8", "p_codes": "*u8", "p_row": "*fp32"}
+        for chips in by_launch():
+            found.append(
+                _build(
+                    f"round-{name}", fp4.config(spec, chips[0]), types, chips,
+                    given={"p_row": None} if name == "mxfp4" else {}, tensor_core=False,
+                )
+            )  # fmt: skip
     return found
 
 

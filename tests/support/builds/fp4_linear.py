@@ -1,0 +1,3 @@
+from dirotq.kernels.fp4_linear.kernel import builds
+
+__all__ = ["builds"]
