@@ -65,7 +65,7 @@ def basis_of(name: str) -> Tensor | None:
 
 
 def double(prologue: Prologue) -> Prologue:
-    names = ("x_BTD", "scale_BD", "shift_BD", "behind_BTF")
+    names = ("x_BTD", "behind_BTF")
     found = {n: t.double() for n in names if (t := getattr(prologue, n)) is not None}
     return replace(prologue, **found)
 
@@ -116,7 +116,7 @@ def test_rows_do_not_depend_on_their_neighbours(kind):
     whole = launch(prologue, p, None, spec, container=torch.int8)
 
     def image(i: int) -> Prologue:
-        parts = ("x_BTD", "scale_BD", "shift_BD", "behind_BTF")
+        parts = ("x_BTD", "behind_BTF")
         own = {n: t[i : i + 1] for n in parts if (t := getattr(prologue, n)) is not None}
         return replace(prologue, **own)
 
