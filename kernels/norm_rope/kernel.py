@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from ..build import Config
 from ..chip import capability, chained
+from .reference import per_part
 
 ELEMENTS = 1024
 """Of a program's block [BT, DP]: two accesses of 16 bytes for each of its threads."""
@@ -151,6 +152,7 @@ def launch(
     """
     batch, _, heads, dim = parts[0].shape
     out = parts[0].new_empty((batch, sum(part.shape[1] for part in parts), heads, dim))
+    cos, sin = (per_part(tables, parts) for tables in (cos, sin))
     first = 0
     with torch.cuda.device_of(out):
         for part, *more in zip(parts, weights, cos, sin, strict=True):

@@ -29,17 +29,31 @@ def norm_rope(
     parts        [B, T of the part, H, D] each, lying anywhere
     weights      per part: [D] multiplies what was normed over D; [H D]: over all heads; None: 1
     eps          is added to the mean of squares; None: nothing is normed
-    cos, sin     per part: [B or 1, T or 1, 1, D], or D / 2: one number per pair; None: not turned
+    cos, sin     per part, or one for the tokens of all parts: [B or 1, T or 1, 1, D], or D / 2: one
+                 number per pair; None: not turned
     interleaved  whether pairs are neighbours
 
     Computes in float32 (float64 for float64) and rounds once.
     Raises ValueError for parts that don't go together (:func:`check`).
     """
     check(parts, weights, eps, cos, sin)
+    cos, sin = (per_part(tables, parts) for tables in (cos, sin))
     return torch.cat([
         _part(*one, eps, interleaved).to(one[0].dtype)
         for one in zip(parts, weights, cos, sin, strict=True)
     ], 1)  # fmt: skip
+
+
+def per_part(
+    tables: Sequence[Tensor | None], parts: Sequence[Tensor]
+) -> Sequence[Tensor | None]:
+    """Return a table for each part: its rows of one that is for all."""
+    if len(tables) == len(parts):
+        return tables
+    table = tables[0]
+    if table is None or table.shape[1] == 1:
+        return [table] * len(parts)
+    return table.split([part.shape[1] for part in parts], 1)
 
 
 def _part(
@@ -87,9 +101,10 @@ def check(
 ) -> None:
     """Raise ValueError for parts that differ in more than their tokens, for weights or tables of
     other shapes than :func:`norm_rope` names, and for a weight without a norm."""
-    if not parts or not len(parts) == len(weights) == len(cos) == len(sin):
-        found = f"{len(parts)} parts, {len(weights)} weights, {len(cos)} cos, {len(sin)} sin"
-        _refuse(found, "give a weight, cos and sin, or None, for each part, and at least one part")
+    counts = [len(some) for some in (parts, weights, cos, sin)]
+    if not parts or counts[0] != counts[1] or counts[2] != counts[3] not in (1, len(parts)):
+        found = "{} parts, {} weights, {} cos, {} sin".format(*counts)
+        _refuse(found, "give parts, a weight or None for each, and tables or None for each or all")
     if any(part.ndim != 4 or part.shape[-1] % 2 for part in parts):
         found = f"parts of shapes {[tuple(part.shape) for part in parts]}"
         _refuse(found, "give [batch, tokens, heads, channels] with an even number of channels")
@@ -102,18 +117,19 @@ def check(
         if weight is not None and (eps is None or weight.numel() not in (dim, heads * dim)):
             found = f"a weight of {weight.numel()} for {heads} heads of {dim} and eps {eps}"
             _refuse(found, f"give {dim} or {heads * dim} numbers, and eps")
-    for part, *tables in zip(parts, cos, sin, strict=True):
+    tokens = [part.shape[1] for part in parts]
+    for count, *tables in zip(tokens if len(cos) > 1 else [sum(tokens)], cos, sin, strict=True):
         shapes = [None if t is None else tuple(t.shape) for t in tables]
-        if shapes == [None, None]:
-            continue
         a, b = shapes
-        allowed = [(batch, 1), (part.shape[1], 1), (1,), (dim, dim // 2)]
+        if a is b is None:
+            continue
+        allowed = [(batch, 1), (count, 1), (1,), (dim, dim // 2)]
         if (
             a is None or a != b or len(a) != 4
             or any(n not in some for n, some in zip(a, allowed, strict=True))
         ):  # fmt: skip
-            found = f"cos and sin of shapes {a} and {b} for a part of {tuple(part.shape)}"
-            _refuse(found, f"give [{batch} or 1, tokens or 1, 1, {dim} or {dim // 2}] twice")
+            found = f"cos and sin of shapes {a} and {b} for {count} tokens"
+            _refuse(found, f"give [{batch} or 1, {count} or 1, 1, {dim} or {dim // 2}] twice")
 
 
 def _refuse(found: str, allowed: str) -> NoReturn:

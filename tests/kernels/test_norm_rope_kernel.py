@@ -120,6 +120,13 @@ def test_parts_with_and_without_what_others_have():
     assert_close(parts, [None, weight(32)], EPS, [None, cos], [None, sin])
 
 
+@pytest.mark.parametrize("tokens", [13, 1])
+def test_one_table_for_all_parts(tokens):
+    parts = [part(2, t, 2, 32, seed=t) for t in (4, 9)]
+    cos, sin = tables(1, tokens, 32)
+    assert_close(parts, [weight(32), None], EPS, [cos], [sin])
+
+
 def test_tables_that_lie_anywhere():
     """The real and imaginary numbers of one tensor; every second number; one row for all."""
     x, pairs = part(2, 9, 2, 32, seed=1), normal(1, 9, 1, 16, 2, seed=2)
