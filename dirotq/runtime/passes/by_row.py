@@ -18,6 +18,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 SCALES = (1.0, 1e-3)
 """Of the two rows: in the second one, the epsilon of a norm shows."""
 
+SYMBOL = object()
+"""Stands for a size that the graph computes: views are known without it, nothing else takes it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
@@ -68,18 +71,27 @@ def steps(found: Rows, out: Node) -> list[Node] | None:
         if node not in needed and node is not found.x:
             needed.add(node)
             open_ends += [n for n in node.all_input_nodes if n in found.values]
-            open_ends += [n for n in node.users if n.target is operator.setitem]
+            open_ends += _assignments(node)
     inner = needed - {out}
     if any(not needed.issuperset(node.users) for node in inner) or not needed <= set(found.values):
         return None
-    if any(user.target is operator.setitem for user in out.users):
-        return None
+    if _assignments(out):
+        return None  # filled in later than where it stands
     return [node for node in found.values if node in needed]
+
+
+def _assignments(node: Node) -> list[Node]:
+    return [n for n in node.users if n.target is operator.setitem and n.args[0] is node]
 
 
 def same(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Tell whether two shapes are known to be the same, without a guard on symbols."""
-    return len(a) == len(b) and all(statically_known_true(m == n) for m, n in zip(a, b))
+    return len(a) == len(b) and all(map(alike, a, b))
+
+
+def alike(m: Any, n: Any) -> bool:
+    """Tell whether two sizes are known to be the same."""
+    return m is n or bool(m == n if type(m) is type(n) is int else statically_known_true(m == n))
 
 
 def _random(shape: Sequence[int], generator: torch.Generator) -> Tensor:
@@ -100,6 +112,8 @@ def _run(found: Rows, node: Node, generator: torch.Generator) -> Any:
     def value(n: Node) -> Any:
         if n in found.values:
             return found.values[n]
+        if isinstance(n.meta.get("example_value"), (int, torch.SymInt)):
+            return SYMBOL
         if n not in found.leaves:
             found.leaves[n] = _leaf(n, example, found.leading, generator)
         return found.leaves[n]

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from dirotq.kernels.norm_rope import reference, why_not
 
@@ -58,7 +59,11 @@ def rewrite(module: GraphModule, *, anywhere: bool = False) -> int:
         if node in gone:
             continue
         x = _join(module, node, gone) or node
-        if _may_begin(x, anywhere) and (found := _find(x)) is not None:
+        if (
+            _may_begin(x, anywhere)
+            and (found := _find(x)) is not None
+            and (anywhere or why_not(_example(x).dtype, _example(x).device, found.heads[1]) is None)
+        ):
             _replace(module, found, gone)
     return len(module.graph.find_nodes(op="call_function", target=OPERATOR))
 
@@ -177,16 +182,12 @@ def _heads_first(x: Node, tables: list[Node]) -> bool | None:
     if example.ndim == 3:
         return False
     shapes = [(1,) * (4 - _example(t).ndim) + tuple(_example(t).shape) for t in tables]
-    second, third = (any(not _is(s[axis], 1) for s in shapes) for axis in (1, 2))
+    second, third = (any(not by_row.alike(s[axis], 1) for s in shapes) for axis in (1, 2))
     if second and third:
         return None
     if second or third:
         return third
-    return bool(by_row.statically_known_true(example.stride(1) < example.stride(2)))
-
-
-def _is(a: Any, b: Any) -> bool:
-    return bool(by_row.statically_known_true(a == b))
+    return bool(statically_known_true(example.stride(1) < example.stride(2)))
 
 
 def _example(node: Node) -> Any:
