@@ -99,9 +99,8 @@ def norm_rope(
             a, b = _pairs(p_x + i * x_head, 1, m_t, D, DP, BT, INTERLEAVED)
             squares += tl.sum(a * a + b * b, 1)
         squares /= H
-    if WEIGHT:
-        if not ACROSS:
-            w_a, w_b = _pairs(p_weight + tl.zeros([1, 1], tl.int32), 1, one, D, DP, 1, INTERLEAVED)
+    if WEIGHT and not ACROSS:
+        w_a, w_b = _pairs(p_weight + tl.zeros([1, 1], tl.int32), 1, one, D, DP, 1, INTERLEAVED)
     if ROPE:
         at = batch * table_batch + o_t * table_token
         cos_a, cos_b = _table(p_cos + at, channel, m_t, D, DP, BT, INTERLEAVED, PER_PAIR)

@@ -44,9 +44,7 @@ def norm_rope(
     ], 1)  # fmt: skip
 
 
-def per_part(
-    tables: Sequence[Tensor | None], parts: Sequence[Tensor]
-) -> Sequence[Tensor | None]:
+def per_part(tables: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
     """Return a table for each part: its rows of one that is for all."""
     if len(tables) == len(parts):
         return tables
@@ -102,7 +100,8 @@ def check(
     """Raise ValueError for parts that differ in more than their tokens, for weights or tables of
     other shapes than :func:`norm_rope` names, and for a weight without a norm."""
     counts = [len(some) for some in (parts, weights, cos, sin)]
-    if not parts or counts[0] != counts[1] or counts[2] != counts[3] not in (1, len(parts)):
+    fit = len(cos) in (1, len(parts))
+    if not parts or not fit or counts[0] != counts[1] or counts[2] != counts[3]:
         found = "{} parts, {} weights, {} cos, {} sin".format(*counts)
         _refuse(found, "give parts, a weight or None for each, and tables or None for each or all")
     if any(part.ndim != 4 or part.shape[-1] % 2 for part in parts):

@@ -8,7 +8,6 @@ Text and image that are normed apart and then joined become one call with severa
 
 import functools
 import itertools
-import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -59,36 +58,30 @@ def rewrite(module: GraphModule, *, anywhere: bool = False) -> int:
         if node in gone:
             continue
         x = _join(module, node, gone) or node
-        if (
-            _may_begin(x, anywhere)
-            and (found := _find(x)) is not None
-            and (anywhere or why_not(_example(x).dtype, _example(x).device, found.heads[1]) is None)
-        ):
-            _replace(module, found, gone)
+        while (found := _find(x, anywhere)) is not None:
+            x = _replace(module, found, gone)
     return len(module.graph.find_nodes(op="call_function", target=OPERATOR))
 
 
-def _may_begin(x: Node, anywhere: bool) -> bool:
+def _find(x: Node, anywhere: bool) -> Found | None:
+    """Return the longest chain from x that the operator computes, if its kernel takes x."""
     example = x.meta.get("example_value")
-    if not isinstance(example, Tensor) or not example.is_floating_point() or not x.users:
-        return False
-    width = example.shape[-1] if example.ndim in (3, 4) else None
-    if not isinstance(width, int) or width % 2:
-        return False
+    if not isinstance(example, Tensor) or not example.is_floating_point():
+        return None
+    if example.ndim not in (3, 4) or not isinstance(example.shape[-1], int):
+        return None
     if torch.is_grad_enabled() and example.requires_grad:
-        return False
-    return anywhere or why_not(example.dtype, example.device, 8) is None
-
-
-def _find(x: Node) -> Found | None:
-    """Return the longest chain from x that the operator computes."""
-    example = x.meta["example_value"]
+        return None
+    if not anywhere and why_not(example.dtype, example.device, 8) is not None:
+        return None
     rows = by_row.follow(x, example.ndim - 1)
     for out in reversed(list(rows.values)):
         if out is x or (heads := _heads(x, out)) is None:
             continue
         steps = by_row.steps(rows, out)
         if steps is None or any(writes(n) and n not in steps for n in between(x.next, out)):
+            continue
+        if not anywhere and why_not(example.dtype, example.device, heads[1]) is not None:
             continue
         if (found := _compare(rows, out, steps, heads)) is not None:
             return found
@@ -194,7 +187,8 @@ def _example(node: Node) -> Any:
     return node.meta["example_value"]
 
 
-def _replace(module: GraphModule, found: Found, gone: set[Node]) -> None:
+def _replace(module: GraphModule, found: Found, gone: set[Node]) -> Node:
+    """Put the operator in place of what was found; return the node of the result."""
     with module.graph.inserting_before(found.out):
         add = functools.partial(call, module)
         x, count = found.x, _example(found.x).ndim
@@ -216,6 +210,7 @@ def _replace(module: GraphModule, found: Found, gone: set[Node]) -> None:
         module.graph.erase_node(node)
         gone.add(node)
     _erase_unread(module, x, gone)
+    return new
 
 
 def _tables(module: GraphModule, found: Found) -> Iterator[Node | None]:
