@@ -154,8 +154,9 @@ def launch(
     cos, sin = (per_part(tables, parts) for tables in (cos, sin))
     first = 0
     with torch.cuda.device_of(out):
-        for part, *more in zip(parts, weights, cos, sin, strict=True):
-            _launch(part, *more, out[:, first : first + part.shape[1]], eps, interleaved)
+        for part, weight, c, s in zip(parts, weights, cos, sin, strict=True):
+            to = out[:, first : first + part.shape[1]]
+            _launch(part, weight, c, s, to, eps, interleaved)
             first += part.shape[1]
     return out
 

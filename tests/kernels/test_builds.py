@@ -17,6 +17,7 @@ from dirotq.kernels.chip import chained
 from dirotq.kernels.gated_residual import kernel as gated_residual
 from dirotq.kernels.gptq import kernel as gptq
 from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.norm_rope import kernel as norm_rope
 from dirotq.kernels.plan import candidates_for, choose
 from dirotq.kernels.prologue import Prologue, concat_gelu, gelu, modulated_norm, plain
 from dirotq.kernels.qk_norm_rope import kernel as qk_norm_rope
@@ -53,7 +54,9 @@ def builds() -> list[Build]:
 def launched(monkeypatch, chip) -> list[Config]:
     """Everything launched, in place of a launch on ``chip``."""
     found: list[Config] = []
-    for module in (transform_quantize, gated_residual, qk_norm_rope, attention, second_moment):
+    for module in (
+        transform_quantize, gated_residual, norm_rope, qk_norm_rope, attention, second_moment,
+    ):  # fmt: skip
         monkeypatch.setattr(module, "capability", lambda device: chip)
     monkeypatch.setattr(Config, "launch", lambda self, grid, *arguments: found.append(self))
     monkeypatch.setattr(
@@ -132,6 +135,23 @@ def test_elementwise_kernels(chip, launched, builds):
     )
     qk_norm_rope.launch([part, part], rope, heads=24, eps=1e-6)
     qk_norm_rope.launch([part], tuple(t[:64] for t in rope), heads=24, eps=1e-6)
+    assert_built(launched, builds, chip)
+
+
+@every_chip
+@pytest.mark.parametrize("weight", [None, 128, 40 * 128], ids=["plain", "head", "across"])
+@pytest.mark.parametrize("table", [None, 64, 128], ids=["norm", "pairs", "channels"])
+def test_norms_and_rotations(chip, weight, table, launched, builds):
+    if (table, weight) in ((None, None), (64, None), (None, 5120), (128, 5120)):
+        pytest.skip("no family has it")
+    q = torch.empty(1, 64, 40 if weight == 40 * 128 else 24, 128, dtype=BF16)
+    weights = [None if weight is None else torch.empty(weight, dtype=BF16)]
+    tables = [None if table is None else torch.empty(1, 64, 1, table)]
+    norm_rope.launch([q], weights, 1e-6, tables, tables, True)
+    if weight is None:
+        norm_rope.launch([q], weights, None, tables, tables, True)
+    if weight == 128 and table is not None:
+        norm_rope.launch([q], weights, 1e-6, tables, tables, False)
     assert_built(launched, builds, chip)
 
 

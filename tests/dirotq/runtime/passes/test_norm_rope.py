@@ -275,6 +275,16 @@ def test_a_view_of_the_result_is_still_one():
     assert backend.counts == [1]
 
 
+@torch.no_grad()
+def test_a_view_that_needs_heads_before_tokens_keeps_them():
+    def viewed(x, w, t):
+        return rotate(heads_first(x).contiguous(), t).view(BATCH * HEADS, TOKENS, DIM)
+
+    call, backend = compiled(viewed)
+    assert torch.equal(call(*given()), viewed(*given()))
+    assert backend.counts == [0]
+
+
 # What is left alone
 
 
