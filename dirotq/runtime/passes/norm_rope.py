@@ -117,7 +117,7 @@ def _compare(
     x, want = (rows.values[n].reshape(len(by_row.SCALES), 1, *heads) for n in (rows.x, out))
     for eps, order, interleaved in itertools.product(
         _epsilons(steps) if weight is not None else [None, *_epsilons(steps)],
-        _orders(tables), (True, False),
+        itertools.permutations(tables), (True, False),
     ):  # fmt: skip
         if eps is None and not tables:
             continue
@@ -150,10 +150,6 @@ def _epsilons(steps: list[Node]) -> list[float]:
     """List the small numbers that the steps are given."""
     flat = (a for s in steps for a in (*s.args, *s.kwargs.values()))
     return sorted({a for a in flat if isinstance(a, float) and 0 < a < 0.1})
-
-
-def _orders(tables: list[Node]) -> list[tuple[Node, ...]]:
-    return list(itertools.permutations(tables))
 
 
 def _small_tables(tables: list[Tensor], dim: int) -> tuple[Tensor | None, Tensor | None]:
@@ -235,7 +231,15 @@ def _rotated_later(found: Found) -> Node | None:
     before = _operator_behind(found.x, found.swap)
     if before is None or found.eps is not None or set(found.x.users) - set(found.steps):
         return None
-    return None if any(table is not None for table in before.args[3]) else before  # type: ignore[union-attr]
+    arguments: Any = before.args
+    if any(table is not None for table in arguments[3]) or _written(before, found.out):
+        return None
+    return before
+
+
+def _written(first: Node, last: Node) -> bool:
+    """Tell whether anything may change in between, so that the first can't run with the last."""
+    return any(writes(node) for node in between(first, last))
 
 
 def _operator_behind(node: Node, swap: bool) -> Node | None:
@@ -250,20 +254,19 @@ def _operator_behind(node: Node, swap: bool) -> Node | None:
 
 
 def _join(module: GraphModule, node: Node, gone: set[Node]) -> Node | None:
-    """Make one operator of several, whose tokens are concatenated; return it as the graph's node.
-
-    Without a norm in each of them there is nothing to gain.
-    """
+    """Make one operator of several whose tokens are concatenated; return its result's node."""
     if node.target not in (torch.cat, torch.concat) or _example(node).ndim != 4:
         return None
     values = dict(zip(("tensors", "dim"), node.args)) | node.kwargs
     tensors: Any = values["tensors"]
     axis: Any = values.get("dim", 0)
     swap = axis % 4 == 2
-    parts = [_operator_behind(t, swap) for t in tensors]
-    if axis % 4 not in (1, 2) or any(p is None or len(t.users) > 1 for p, t in zip(parts, tensors)):
+    parts = [p for t in tensors if len(t.users) == 1 and (p := _operator_behind(t, swap))]
+    if axis % 4 not in (1, 2) or len(parts) < len(tensors):
         return None
-    found: list[Any] = [part.args for part in parts if part is not None]
+    if any(_written(part, node) for part in parts):
+        return None
+    found: list[Any] = [part.args for part in parts]
     turning = {args[5] for args in found if any(table is not None for table in args[3])}
     if len({args[2] for args in found}) > 1 or len(turning) > 1:
         return None
