@@ -6,7 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 CATEGORIES: tuple[tuple[str, str], ...] = (
-    # The first pattern found in the name counts; ours stand before those of libraries.
+    # The first pattern found in the name counts: first the compiler's, which name all that they
+    # read; ours stand before those of libraries.
+    ("norms, elementwise", r"^triton_"),
     ("attention", r"flash|fmha|sdpa|attention|softmax|^(forward|summarize|round_codes)$"),
     ("unpack", r"^unpack(?!ed)"),
     ("transform, quantize",
@@ -19,7 +21,7 @@ CATEGORIES: tuple[tuple[str, str], ...] = (
      r"|triton_|conv|memcpy|memset"),
 )  # fmt: skip
 OTHER, GAPS = "other", "launch gaps"
-NAMES = (*(name for name, _ in CATEGORIES), OTHER, GAPS)
+NAMES = (*dict.fromkeys(name for name, _ in CATEGORIES[1:]), OTHER, GAPS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """`make bench-kernels`: the packed linears and their kernels against 16 bits, FP8 and the memory.
 
-usage: python benchmarks/speed.py [linear gemm transform_quantize unpack_w4 w4a16 memory parts]
-           [--write] [--csv FILE] [--from FILE] [--select EXPRESSION] [--revision TEXT]
+usage: python benchmarks/speed.py [linear gemm transform_quantize unpack_w4 w4a16 norm_rope memory
+           parts] [--write] [--csv FILE] [--from FILE] [--select EXPRESSION] [--revision TEXT]
 
 Runs the GPU tests first; if one fails, it prints that and no figure. Every result is compared with
 float64 before it is timed. Rows go to --csv; --write puts them into docs/kernels.md and .csv, and

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from dirotq.benchmarks import rivals
+from dirotq.benchmarks import norm_rope_rows, rivals
 from dirotq.benchmarks.linear_cases import LINEARS
 from dirotq.benchmarks.speed_table import OURS, Row
 from dirotq.kernels import engine, transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
@@ -77,6 +77,10 @@ def unpacks() -> Iterator[Row]:
         yield from _against_memory("unpack_w4", case, ours, 3 * size, plan)
 
 
+def norms_and_rotations() -> Iterator[Row]:
+    yield from norm_rope_rows.rows(bandwidth())
+
+
 def memory() -> Iterator[Row]:
     """Count bytes at rest against bf16; at r = 64 a square linear of 3072 is at 0.25 + 0.042."""
     for case in {(c.k, c.n): c for c in LINEARS}.values():
@@ -117,6 +121,7 @@ MEASURES: dict[str, Callable[[], Iterator[Row]]] = {
     "transform_quantize": transforms,
     "unpack_w4": unpacks,
     "w4a16": few_rows,
+    "norm_rope": norms_and_rotations,
     "memory": memory,
     "parts": parts,
 }

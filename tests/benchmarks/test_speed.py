@@ -188,7 +188,7 @@ def small_cpu(monkeypatch):
     """speed_rows on the CPU: a tiny case, the interpreter for the parts, a clock that stands."""
     if torch.cuda.is_available():
         pytest.skip("`make bench-kernels` itself runs there")
-    from dirotq.benchmarks import speed_rows
+    from dirotq.benchmarks import norm_rope_rows, speed_rows
 
     case = Case(name="tiny", m=5, k=128, n=48, rank=16, reach=1.5)
     for op in (transform_quantize, unpack_w4, w4a4_linear, w4a16_linear):
@@ -217,8 +217,17 @@ def small_cpu(monkeypatch):
     monkeypatch.setattr(speed_rows, "_weights", weights)
     monkeypatch.setattr(speed_rows, "_fp8", lambda case: ("FP8", "", time_calls([int] * 3)))
     monkeypatch.setattr(speed_rows, "bandwidth", lambda: 1e9)
-    monkeypatch.setattr(speed_rows, "copies", lambda size: 3)
-    monkeypatch.setattr(speed_rows, "time_calls", time_calls)
+    for module in (speed_rows, norm_rope_rows):
+        monkeypatch.setattr(module, "copies", lambda size: 3)
+        monkeypatch.setattr(module, "time_calls", time_calls)
+    queries = norm_rope_rows.Queries(
+        name="tiny", tokens=(5,), heads=2, dim=8, columns=64, kind="real"
+    )
+    monkeypatch.setattr(norm_rope_rows, "CASES", (queries,))
+    monkeypatch.setattr(
+        norm_rope_rows, "inputs", functools.partial(norm_rope_rows.inputs, **on_cpu)
+    )
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     return speed_rows.MEASURES
 
 
@@ -236,6 +245,8 @@ def test_every_op_gives_rows_of_its_own(small_cpu, op):
         assert {r.reach for r in rows if r.contestant != "ours"} == {None}
     if op == "transform_quantize":  # 10 us against 3 * 5 * 128 bytes at 1 GB/s
         assert ours[0].ratio == pytest.approx(10 / 1.92)
+    if op == "norm_rope":  # 10 us against queries twice, and tables
+        assert ours[0].ratio == pytest.approx(10 / (0.32 + 0.32))
     if op == "memory":  # codes 1/4, scales, basis, V
         assert ours[0].ratio == pytest.approx(0.25 + 64 / 128 + 64 / 48, rel=0.02)
     if op == "parts":

@@ -18,10 +18,9 @@ from dirotq.kernels.fp4_linear import kernel as fp4_linear
 from dirotq.kernels.fp8_qkv import kernel as fp8_qkv
 from dirotq.kernels.gptq import kernel as gptq
 from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.norm_rope import kernel as norm_rope
 from dirotq.kernels.plan import candidates_for, choose
 from dirotq.kernels.prologue import Prologue, concat_gelu, gelu, plain
-from dirotq.kernels.qk_norm_rope import kernel as qk_norm_rope
-from dirotq.kernels.qk_norm_rope.reference import Part
 from dirotq.kernels.second_moment import kernel as second_moment
 from dirotq.kernels.transform_quantize import configs
 from dirotq.kernels.transform_quantize import fp4 as rounding
@@ -31,7 +30,7 @@ OPS = sorted(
     p.parent.name for p in Path(transform_quantize.__file__).parents[1].glob("*/kernel.py")
 )
 LAUNCHING = (
-    transform_quantize, rounding, fp4_linear, qk_norm_rope, attention, fp8_qkv, second_moment,
+    transform_quantize, rounding, fp4_linear, norm_rope, attention, fp8_qkv, second_moment,
 )  # fmt: skip
 every_chip = pytest.mark.parametrize("chip", CHIPS)
 BF16 = torch.bfloat16
@@ -134,14 +133,19 @@ def test_linears_of_sixteen_bit_activations(chip, rows, launched, builds):
 
 
 @every_chip
-def test_elementwise_kernels(chip, launched, builds):
-    qkv, weight = torch.empty(1, 64, 9216, dtype=BF16), torch.empty(128, dtype=BF16)
-    part, rope = (
-        Part(qkv_BTC=qkv, q_weight=weight, k_weight=weight),
-        (torch.empty(128, 128), torch.empty(128, 128)),
-    )
-    qk_norm_rope.launch([part, part], rope, heads=24, eps=1e-6)
-    qk_norm_rope.launch([part], tuple(t[:64] for t in rope), heads=24, eps=1e-6)
+@pytest.mark.parametrize("weight", [None, 128, 40 * 128], ids=["plain", "head", "across"])
+@pytest.mark.parametrize("table", [None, 64, 128], ids=["norm", "pairs", "channels"])
+def test_norms_and_rotations(chip, weight, table, launched, builds):
+    if (table, weight) in ((None, None), (64, None), (None, 5120), (128, 5120)):
+        pytest.skip("no family has it")
+    q = torch.empty(1, 64, 40 if weight == 40 * 128 else 24, 128, dtype=BF16)
+    weights = [None if weight is None else torch.empty(weight, dtype=BF16)]
+    tables = [None if table is None else torch.empty(1, 64, 1, table)]
+    norm_rope.launch([q], weights, 1e-6, tables, tables, True)
+    if weight is None:
+        norm_rope.launch([q], weights, None, tables, tables, True)
+    if weight == 128 and table is not None:
+        norm_rope.launch([q], weights, 1e-6, tables, tables, False)
     assert_built(launched, builds, chip)
 
 

@@ -9,9 +9,9 @@ from torch.fx import GraphModule
 
 from dirotq.kernels.attention import Mode, redirect
 
-from . import graph, prologues, sites
+from . import graph, norm_rope, prologues, sites
 
-PASSES = (graph.drop_inert, sites.rewrite, prologues.rewrite)
+PASSES = (graph.drop_inert, sites.rewrite, norm_rope.rewrite, prologues.rewrite)
 
 
 def rewritten(module: GraphModule, attention: Mode = "exact") -> GraphModule:

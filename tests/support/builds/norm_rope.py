@@ -1,0 +1,46 @@
+"""Norms and rotary embedding of every family: pairs, tables and heads, and either step alone."""
+
+from typing import Any
+
+from dirotq.kernels.build import Build, by_launch
+from dirotq.kernels.norm_rope.kernel import norm_config, norm_rope
+
+FLUX = {"norm": True, "rope": True, "weight": 128, "table": 128, "interleaved": True}
+KINDS = {
+    "flux": FLUX,
+    "complex": FLUX | {"table": 64},
+    "halves": FLUX | {"interleaved": False},
+    "halves-pairs": FLUX | {"interleaved": False, "table": 64},
+    "no-weight": FLUX | {"weight": 0},
+    "norm": FLUX | {"rope": False},
+    "rope": FLUX | {"norm": False, "weight": 0},
+    "wan": FLUX | {"weight": 40 * 128, "table": 64},
+}
+"""By heads of 128 channels, 24 of them, of Wan 40."""
+WIDTHS = {32: 24, 64: 24, 72: 16, 256: 8, 2048: 1}
+
+
+def builds() -> list[Build]:
+    """Return every kind in bf16, FLUX's in fp16, other heads."""
+    found = [(f"bf16-{name}", "bf16", 128, 24, kind) for name, kind in KINDS.items()]
+    found += [("fp16-flux", "fp16", 128, 24, FLUX)]
+    found += [
+        (f"bf16-d{dim}", "bf16", dim, heads, FLUX | {"weight": dim, "table": dim})
+        for dim, heads in WIDTHS.items()
+    ]
+    return [_build(*one, chips) for one in found for chips in by_launch()]
+
+
+def _build(
+    name: str, kind: str, dim: int, heads: int, options: dict[str, Any], chips: tuple[int, ...]
+) -> Build:
+    heads = options["weight"] // dim if options["weight"] > dim else heads
+    config = norm_config(dim, heads, chips[0], **options)
+    types = {n: f"*{kind}" for n in norm_rope.arg_names if n.startswith("p_")}
+    # Tables are real and imaginary numbers of one tensor where they have one number a pair.
+    return Build.of(
+        config, types | {"p_cos": "*fp32", "p_sin": "*fp32", "eps": "fp32"},
+        aligned=("x_batch", "x_token", "x_head", "out_batch", "out_token", "table_token"),
+        given={} if options["table"] < dim else {"channel": 1},
+        name=f"norm_rope-{name}", chips=chips, tensor_core=False,
+    )  # fmt: skip
