@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm
 
-from dirotq.benchmarks.gpu_timing import Timing, copies, time_calls
 from dirotq.benchmarks.speed_table import OURS, Row
 from dirotq.kernels.norm_rope import reference
+from dirotq.tuning.timing import Timing, copies, time_calls
 
 EPS = 1e-6
 INDUCTOR = "Inductor, of diffusers' code"

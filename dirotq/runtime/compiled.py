@@ -46,7 +46,7 @@ def compile_blocks(
     attention  how plain calls of torch's attention are computed
     compiled   False: blocks run module by module, and only attention is ours
     """
-    compilers: dict[type, Compiler] = {}
+    compilers: dict[type[Any], Compiler] = {}
     for block in repeated_blocks(transformer):
         if "forward" not in vars(block):
             made = compilers.setdefault(type(block), Compiler(type(block), attention, compiled))
@@ -80,7 +80,7 @@ class Compiler:
     backend: ClassVar[Callable[..., Any] | None] = None
     """None: our passes, then Inductor. Tests, which have no GPU, put another one there."""
 
-    def __init__(self, block_class: type, attention: Mode = "exact", enabled: bool = True) -> None:
+    def __init__(self, block_class: type[Any], attention: Mode = "exact", enabled: bool = True) -> None:
         self.block_class, self.attention, self.enabled = block_class, attention, enabled
         self.failed = False
 

@@ -60,7 +60,8 @@ def _concatenated(node: Any) -> tuple[Any, Any] | None:
     if not (isinstance(node, Node) and node.target is torch.cat):
         return None
     values = dict(zip(("tensors", "dim"), node.args)) | node.kwargs
-    parts, dim = values["tensors"], values.get("dim", 0)
+    parts: Any = values["tensors"]
+    dim = values.get("dim", 0)
     if len(parts) != 2 or dim not in (-1, node.meta["example_value"].ndim - 1):
         return None
     first, second = parts
