@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dirotq.benchmarks.published import append, machine, put, read
-from dirotq.benchmarks.random_linear import random_linear, random_rows, spec_for
+from dirotq.tuning.random_linear import random_linear, random_rows, spec_for
 from dirotq.kernels import ops, recording
 from dirotq.kernels.case import Case
 from dirotq.kernels.linear import QuantLinear
