@@ -340,6 +340,19 @@ def test_other_functions_are_left_alone(function):
 
 
 @torch.no_grad()
+def test_eight_bits_are_not_rounding():
+    """The norm before them becomes a call; what is rounded to 8 bits stays so."""
+
+    def rounded(x, w, t):
+        return normed(heads(x), w).to(torch.float8_e4m3fn).to(BF16)
+
+    call, backend = compiled(rounded)
+    got = call(*given())
+    assert backend.counts == [1]
+    assert torch.equal(got, got.to(torch.float8_e4m3fn).to(BF16))
+
+
+@torch.no_grad()
 def test_who_reads_a_value_in_between_still_can():
     """The norm's result is read by others too: norm and rotation stay two calls."""
 
