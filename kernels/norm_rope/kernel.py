@@ -20,7 +20,7 @@ from ..chip import capability, chained
 from .reference import per_part
 
 ELEMENTS = 1024
-"""Of a program's block [BT, DP]: two accesses of 16 bytes for each of its threads."""
+"""Of a program's block [BT, DP]: 16 bytes for each of its threads."""
 HEADS = 4
 """Heads of a program: enough to share cos and sin, few enough for many programs."""
 WARPS = 4

@@ -137,6 +137,7 @@ def _of_rows(example: Any, found: Rows) -> bool:
         isinstance(example, Tensor)
         and example.device == x.device
         and (example.is_floating_point() or example.is_complex())
+        and example.dtype.itemsize > 1  # a cast to 8 bits is more than rounding
         and same(example.shape[: found.leading], x.shape[: found.leading])
         and all(isinstance(n, int) for n in example.shape[found.leading :])
     )
@@ -157,12 +158,6 @@ def _leaf(node: Node, result: Any, leading: int, generator: torch.Generator) -> 
     return torch.complex(numbers, _random(shape, generator)) if example.is_complex() else numbers
 
 
-def _copied(found: Rows, node: Node, x: Any, *_: Any, **__: Any) -> Any:
-    """Casts: float64 stands for every dtype."""
-    _first(found, node)
-    return x.clone()
-
-
 def _viewed(found: Rows, node: Node, x: Any, *args: Any, **_: Any) -> Any:
     _first(found, node)
     if any(isinstance(arg, torch.dtype) for arg in args):
@@ -171,7 +166,10 @@ def _viewed(found: Rows, node: Node, x: Any, *args: Any, **_: Any) -> Any:
 
 
 def _alone(compute: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def run(found: Rows, node: Node, x: Any) -> Any:
+    """Of one tensor; dtypes and memory formats change nothing."""
+
+    def run(found: Rows, node: Node, x: Any, *_: Any, **__: Any) -> Any:
+        _first(found, node)
         return compute(x)
 
     return run
@@ -274,15 +272,10 @@ def _index_of_a_row(found: Rows, index: Any, axes: int) -> None:
         raise Unknown
 
 
-def _empty(found: Rows, node: Node, x: Any, *_: Any, **__: Any) -> Any:
-    _first(found, node)
-    return torch.zeros_like(x)
-
-
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(
         ("to", "float", "half", "bfloat16", "double", "type", "type_as", "contiguous", "clone"),
-        _copied,
+        _alone(torch.clone),
     ),
     **dict.fromkeys(("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze"), _viewed),
     **{
@@ -300,8 +293,8 @@ RULES: dict[str, Callable[..., Any]] = {
     "cat": _joined(torch.cat, 0),
     "view_as_complex": _alone(torch.view_as_complex),
     "view_as_real": _alone(torch.view_as_real),
-    "empty_like": _empty,
-    "zeros_like": _empty,
+    "empty_like": _alone(torch.zeros_like),
+    "zeros_like": _alone(torch.zeros_like),
     "getitem": _item,
     "setitem": _assign,
 }

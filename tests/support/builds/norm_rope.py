@@ -40,7 +40,8 @@ def _build(
     # Tables are real and imaginary numbers of one tensor where they have one number a pair.
     return Build.of(
         config, types | {"p_cos": "*fp32", "p_sin": "*fp32", "eps": "fp32"},
-        aligned=("x_batch", "x_token", "x_head", "out_batch", "out_token", "table_token"),
+        aligned=[f"{t}_{axis}" for t in ("x", "out", "table") for axis in ("batch", "token")]
+        + ["x_head"],
         given={} if options["table"] < dim else {"channel": 1},
         name=f"norm_rope-{name}", chips=chips, tensor_core=False,
     )  # fmt: skip

@@ -12,127 +12,11 @@ from diffusers.models.embeddings import apply_rotary_emb
 from diffusers.models.normalization import RMSNorm
 from diffusers.models.transformers.transformer_ltx import apply_rotary_emb as of_ltx
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
-from tiny_families import TINY
+from rewritten import assert_near, compiled
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
-
-from dirotq.runtime.passes.norm_rope import OPERATOR, rewrite
 
 BF16 = torch.bfloat16
 BATCH, TOKENS, TEXT, HEADS, DIM = 2, 9, 5, 3, 32
-
-
-class Rewriting:
-    """A backend that runs rewritten graphs as they stand."""
-
-    def __init__(self, *, anywhere: bool = True) -> None:
-        self.anywhere = anywhere
-        self.calls: list[Any] = []
-        """Arguments of the operator wherever it was put."""
-        self.counts: list[int] = []
-
-    def __call__(self, module: torch.fx.GraphModule, example_inputs: Any) -> Any:
-        self.counts.append(rewrite(module, anywhere=self.anywhere))
-        module.graph.lint()
-        module.recompile()
-        nodes = module.graph.find_nodes(op="call_function", target=OPERATOR)
-        self.calls += [node.args for node in nodes]
-        return module.forward
-
-
-def compiled(function: Callable[..., Any], **options: Any) -> tuple[Callable[..., Any], Rewriting]:
-    torch._dynamo.reset()
-    backend = Rewriting(**options)
-    return torch.compile(function, backend=backend, fullgraph=True), backend
-
-
-def wide(value: Any) -> Any:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def assert_near(got: Any, usual: Any, true: Any) -> None:
-    """All tensors of a result."""
-    for mine, theirs, exact in zip(*map(tree_leaves, (got, usual, true)), strict=True):
-        assert (mine.dtype, mine.shape) == (theirs.dtype, theirs.shape)
-        error, allowed = ((t.double() - exact).norm() for t in (mine, theirs))
-        assert error <= 2 * allowed + 1e-6 * exact.norm()
-
-
-# The blocks of every family
-
-
-BLOCKS = {
-    "flux": {"FluxTransformerBlock": 2, "FluxSingleTransformerBlock": 2},
-    "flux2": {"Flux2TransformerBlock": 2, "Flux2SingleTransformerBlock": 2},
-    "pixart": {"BasicTransformerBlock": 0},
-    "sana": {"SanaTransformerBlock": 0},
-    "sd3": {"JointTransformerBlock": 4},  # the first block's second attention has its own
-    "qwen_image": {"QwenImageTransformerBlock": 2},
-    "z_image": {"ZImageTransformerBlock": 2},
-    "wan": {"WanTransformerBlock": 2},  # its cross-attention is normed only, over all heads
-}
-
-
-def tiny_model(name: str) -> tuple[nn.Module, dict[str, Any]]:
-    tiny = TINY[name]
-    inputs = tiny.inputs()
-    if name == "flux":
-        del inputs["guidance"]
-    return tiny.build(), inputs
-
-
-@pytest.fixture(params=BLOCKS)
-def blocks(request) -> list[tuple[nn.Module, Any, Any, int]]:
-    """The first block of each class that a family repeats, with what it is called with."""
-    wanted = BLOCKS[request.param]
-    model, inputs = tiny_model(request.param)
-    seen: dict[str, tuple[nn.Module, Any, Any]] = {}
-
-    def keep(block: nn.Module, args: Any, kwargs: Any) -> None:
-        seen.setdefault(type(block).__name__, (block, args, kwargs))
-
-    hooks = [
-        module.register_forward_pre_hook(keep, with_kwargs=True)
-        for module in model.modules()
-        if type(module).__name__ in wanted
-    ]
-    with torch.no_grad():
-        model(**inputs)
-    for hook in hooks:
-        hook.remove()
-    return [(*call, wanted[name]) for name, call in seen.items()]
-
-
-@torch.no_grad()
-def test_blocks_of_every_family(blocks):
-    def rounded(value: Any) -> Any:
-        # Tables stay as they are: diffusers keeps them in float32.
-        rows = isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1] > DIM
-        return value.to(BF16) if rows else value
-
-    assert blocks
-    for block, args, kwargs, count in blocks:
-        args, kwargs = tree_map(rounded, (args, kwargs))
-        true = block.double()(*tree_map(wide, args), **tree_map(wide, kwargs))
-        block.to(BF16)
-        usual = block(*args, **kwargs)
-        call, backend = compiled(type(block).forward)
-        assert_near(call(block, *args, **kwargs), usual, true)
-        assert backend.counts == [count]
-
-
-@torch.no_grad()
-def test_text_and_image_are_one_call():
-    """FLUX's tables are of all tokens, Qwen-Image's of each part."""
-    for name, tables in (("flux", 1), ("qwen_image", 2)):
-        model, inputs = tiny_model(name)
-        block = model.transformer_blocks[0]
-        block.forward, backend = compiled(block.forward)
-        model(**inputs)
-        for parts, weights, eps, cos, sin, interleaved in backend.calls:
-            assert (len(parts), len(cos), len(sin)) == (2, tables, tables)
-            assert "added" in weights[0].name and "added" not in weights[1].name
-            assert (eps, interleaved) == (1e-6, True)
 
 
 # Every way to write it
@@ -337,6 +221,19 @@ def test_other_functions_are_left_alone(function):
     call, backend = compiled(function)
     assert torch.equal(call(*given()), function(*given()))
     assert backend.counts == [0]
+
+
+@torch.no_grad()
+def test_eight_bits_are_not_rounding():
+    """The norm before them becomes a call; what is rounded to 8 bits stays so."""
+
+    def rounded(x, w, t):
+        return normed(heads(x), w).to(torch.float8_e4m3fn).to(BF16)
+
+    call, backend = compiled(rounded)
+    got = call(*given())
+    assert backend.counts == [1]
+    assert torch.equal(got, got.to(torch.float8_e4m3fn).to(BF16))
 
 
 @torch.no_grad()
