@@ -81,7 +81,7 @@ def error_rows() -> Iterator[tuple[str, dict[str, float]]]:
 
 def show_times(name: str, shape: tuple[int, int, int, int, int]) -> None:
     """Print the engines' microseconds, TFLOP/s and errors."""
-    from dirotq.benchmarks.gpu_timing import copies, time_calls
+    from dirotq.tuning.timing import copies, time_calls
 
     b, t, s, h, d = shape
     sets = [qkv(shape) for _ in range(copies(2 * b * h * d * (t + 2 * s)))]
