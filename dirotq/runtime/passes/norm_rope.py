@@ -95,7 +95,7 @@ def _heads(x: Node, out: Node) -> tuple[int, int] | None:
     if not isinstance(b, Tensor) or b.dtype != a.dtype or b.shape[-1] % 2:
         return None
     if a.ndim == 3 and b.ndim == 4:
-        return b.shape[2], b.shape[3]
+        return (b.shape[2], b.shape[3]) if a.shape[2] == b.shape[2] * b.shape[3] else None
     if not by_row.same(a.shape, b.shape):
         return None
     return (1, a.shape[2]) if a.ndim == 3 else (1, a.shape[3])
