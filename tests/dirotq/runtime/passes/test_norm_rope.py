@@ -142,7 +142,8 @@ def test_sizes_that_are_symbols():
 @torch.no_grad()
 def test_queries_and_keys_out_of_one_wide_linear():
     def block(x, w, t):
-        q, k = torch.cat([x, 2 * x], -1).chunk(2, -1)
+        qk = torch.cat([x, 2 * x], -1)
+        q, k = qk[..., : HEADS * DIM], qk[..., HEADS * DIM :]
         return tuple(rotate(normed(heads(y), w), t, sequence_dim=1) for y in (q, k))
 
     call, backend = compiled(block)
