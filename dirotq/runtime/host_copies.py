@@ -94,6 +94,11 @@ class HostCopies(TorchDispatchMode):
     @torch._disable_dynamo  # newer releases of torch do so themselves
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if torch.is_inference_mode_enabled():  # where nothing has taken operators apart before
+            with self:
+                made = func.decompose(*args, **kwargs)
+            if made is not NotImplemented:
+                return made
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_device = [t for t in tensors if t.device.type == self.device_type]
         on_host = [t for t in tensors if t.device.type in self.hosts]

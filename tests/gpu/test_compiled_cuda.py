@@ -99,7 +99,7 @@ def test_every_family_compiled_and_recorded(name, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert off(called(made, name, torch.bfloat16, "cuda")) <= 2 * alone
-    assert not caplog.records
+    assert not [r.message for r in caplog.records if r.name.startswith("dirotq")]
     assert any(graph is not None for graph in made.forward.calls.values())
     blocks = compiled.repeated_blocks(made)
     assert blocks and not any(block.forward.compiler.failed for block in blocks)

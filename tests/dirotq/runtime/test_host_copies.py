@@ -16,10 +16,14 @@ def device(*shape: int) -> Tensor:
     return torch.empty(shape, device="meta")
 
 
-def recorded(warm_up: Callable[[], Any], capture: Callable[[], Any] | None = None) -> HostCopies:
+def recorded(
+    warm_up: Callable[[], Any],
+    capture: Callable[[], Any] | None = None,
+    mode: Callable[[], Any] = torch.no_grad,
+) -> HostCopies:
     """Note what one function copies, then repeat it for another."""
     copies = HostCopies("meta")
-    with torch.no_grad():
+    with mode():
         with copies.noting():
             warm_up()
         with copies.repeating():
@@ -42,8 +46,9 @@ COPIES: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("copy", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("make", [lambda: torch.arange(3.0), lambda: torch.ones(2, 2)])
-def test_constants_of_the_host_are_kept(copy, make):
-    copies = recorded(lambda: copy(make()))
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_constants_of_the_host_are_kept(copy, make, mode):
+    copies = recorded(lambda: copy(make()), mode=mode)
     assert copies.kept()
     assert all(kept.is_meta for kept in copies.kept())
     assert copies.taken == len(copies.noted)
