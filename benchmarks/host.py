@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from dirotq.benchmarks.published import append, machine, put, read
-from dirotq.tuning.random_linear import random_linear, random_rows, spec_for
 from dirotq.kernels import ops, recording
 from dirotq.kernels.case import Case
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.recorder import Recorder
+from dirotq.tuning.random_linear import random_linear, random_rows, spec_for
 
 ROOT = Path(__file__).resolve().parents[1]
 BATCH, BATCHES = 8, 100

@@ -4,7 +4,9 @@ import argparse
 import os
 import platform
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from rich.filesize import decimal
 
@@ -16,6 +18,9 @@ from dirotq.pipeline.place import store_place
 from dirotq.pipeline.preflight import free_disk
 from dirotq.pipeline.provenance import versions
 from dirotq.pipeline.store import default_root
+
+if TYPE_CHECKING:
+    from dirotq.kernels.formats.spec import QuantSpec
 
 FLUX_LINEARS = (
     # name, rows at 1024 x 1024 pixels, channels, outputs
@@ -110,11 +115,24 @@ def _kernels() -> tuple[bool, str]:
                 smooth=False), weights=weight.recorded_format("group" if modulator else "channel",
                 64), activations=activation.recorded_format(16 if modulator else 4, "rms", 16),
             )  # fmt: skip
+            _try(spec, rows)
             plan = choose(chip, rows, outputs, spec, torch.bfloat16)
             plans.append(f"FLUX {name} {rows} x {channels} -> {outputs}: {plan}")
     except Exception as error:  # noqa: BLE001 - see findings
         return False, f"unknown: {type(error).__name__}: {error}"
     return True, f"sm_{chip}; " + "; ".join(plans)
+
+
+def _try(spec: "QuantSpec", rows: int) -> None:
+    """Compile and run a linear's kernels once: those that fail are no plan any more."""
+    import torch
+
+    from dirotq.kernels.linear import QuantLinear
+
+    with torch.no_grad():
+        x = torch.zeros(rows, spec.in_features, device="cuda", dtype=torch.bfloat16)
+        QuantLinear(replace(spec, out_features=(spec.outputs,)), bias=True, device="cuda")(x)
+        torch.cuda.synchronize()
 
 
 def _plans() -> str:

@@ -15,7 +15,7 @@ from . import engine
 from .buffers import Packed
 from .chip import capability
 from .formats.spec import QuantSpec
-from .plan import choose
+from .plan import choose, refuse
 from .prologue import Prologue, kind_of
 from .recorder import recorded
 
@@ -66,8 +66,28 @@ def _linear(
     prologue: str = "plain",
     behind: Tensor | None = None,
 ) -> Tensor:
-    """Compute the operator, on a GPU by what was recorded of such a call."""
+    """Compute the operator; by the next plan, where the kernels of one don't compile."""
     packed = Packed(qweight, wscale, wglobal, basis, rotation, smooth, wp, wpscale, bias)
+    while True:
+        try:
+            return _by_recording(x, packed, spec, rows, prologue, behind)
+        except _PlanRefused:
+            continue
+
+
+class _PlanRefused(Exception):
+    """A plan's kernels did not compile; there is another plan now."""
+
+
+def _by_recording(
+    x: Tensor,
+    packed: Packed,
+    spec: str,
+    rows: Sequence[int] | None,
+    prologue: str,
+    behind: Tensor | None,
+) -> Tensor:
+    """Compute the operator, on a GPU by what was recorded of such a call."""
     compute = functools.partial(_by_plan, x, packed, spec, rows, prologue, behind)
     if not x.is_cuda or not x.numel():
         return compute()
@@ -77,7 +97,7 @@ def _linear(
     kind = (
         spec, prologue, None if rows is None else tuple(rows), x.shape, x.stride(), x.dtype,
         x.device, None if behind is None else (behind.shape, behind.stride(), behind.dtype),
-        qweight.shape, None if wp is None else wp.shape,
+        packed.qweight.shape, None if packed.wp is None else packed.wp.shape,
     )  # fmt: skip
     return recorded(kind, (x, behind, *packed), compute)
 
@@ -99,8 +119,14 @@ def _by_plan(
     if read.rows == 0:
         return x.new_empty((*x.shape[:-1], outputs))
     known = spec_of(spec, read.channels, outputs, packed.rank)
-    plan = choose(capability(x.device), read.rows, outputs, known, x.dtype)
-    return engine.linear(plan, read, packed, known).view(*x.shape[:-1], outputs)
+    chip = capability(x.device)
+    plan = choose(chip, read.rows, outputs, known, x.dtype)
+    try:
+        return engine.linear(plan, read, packed, known).view(*x.shape[:-1], outputs)
+    except Exception as error:
+        if refuse(chip, known, plan, error):
+            raise _PlanRefused from error
+        raise
 
 
 def _fake(

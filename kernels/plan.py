@@ -8,12 +8,14 @@ rules in :func:`unmeasured`. Letters: M rows, N outputs, K width.
 import functools
 import math
 from dataclasses import dataclass, fields, replace
+from logging import WARNING
 from typing import Literal
 
 import torch
 
 from . import measured
 from .build import FP8_CHIPS
+from .chip import say_once
 from .formats.spec import QuantSpec
 from .fp4_linear import tiles as fp4
 from .support import unsupported
@@ -79,7 +81,12 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
     if (why := unsupported(spec, chip, dtype)) or chip is None:
         return Plan(engine="reference", container="none", why=why or "")
     m = max(m, 1)
-    candidates = {name_of(plan): plan for plan in candidates_for(chip, m, n, spec, dtype)}
+    found = {name_of(plan): plan for plan in candidates_for(chip, m, n, spec, dtype)}
+    refused = {name: why for name in found if (why := _refused().get((chip, spec, name)))}
+    candidates = {name: plan for name, plan in found.items() if name not in refused}
+    if not candidates:
+        why = f"no kernel compiles here: {next(iter(refused.values()))}"
+        return Plan(engine="reference", container="none", why=why)
     rows = [row for row in measured.rows(chip, kind_of(spec)) if row.plan in candidates]
     if rows:
         want = (m, n, spec.width)
@@ -89,6 +96,8 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
     else:
         plan = unmeasured(chip, m, list(candidates.values()))
         why = f"no measurement for sm_{chip}"
+    if refused:
+        why += f"; {', '.join(refused)} did not compile here"
     return replace(plan, why=why)
 
 
@@ -135,12 +144,12 @@ def unmeasured(chip: int, m: int, candidates: list[Plan]) -> Plan:
     candidates' first container."""
     if candidates[0].engine == "w4a16":
         tile = w4a16.usual(m, chip)
-        return next(plan for plan in candidates if plan.tile is tile)
+        return next((plan for plan in candidates if plan.tile is tile), candidates[0])
     default = [plan for plan in candidates if plan.container == candidates[0].container]
     library = [plan for plan in default if plan.engine == "scaled_mm"]
     if library and m > 256:
         return library[0]
-    few = [plan for plan in default if plan.engine in ("packed", "fp4")]
+    few = [plan for plan in default if plan.engine in ("packed", "fp4")] or default
     return min(few, key=lambda plan: abs(math.log2(plan.rows) - math.log2(min(m, 128))))
 
 
@@ -165,6 +174,31 @@ def name_of(plan: Plan) -> str:
         return plan.engine
     values = [getattr(plan.tile, field.name) for field in fields(plan.tile)]
     return "-".join(map(str, (plan.engine, plan.container, *values)))
+
+
+def refuse(chip: int | None, spec: QuantSpec, plan: Plan, error: Exception) -> bool:
+    """Choose without a plan for such linears from now on, if ``error`` says that its kernels can't
+    be compiled or need more than the chip has; tell whether it does."""
+    if chip is None or plan.engine == "reference" or not _by_compiler(error):
+        return False
+    reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    _refused()[chip, spec, name_of(plan)] = reason
+    renew()
+    say_once(f"{name_of(plan)} does not run on this GPU, another kernel does: {reason}", WARNING)
+    return True
+
+
+@functools.cache
+def _refused() -> dict[tuple[int, QuantSpec, str], str]:
+    """Return why a chip's compiler refused a plan, by its name; this process's."""
+    return {}
+
+
+def _by_compiler(error: Exception) -> bool:
+    from triton.errors import TritonError
+
+    passes = isinstance(error, RuntimeError) and "PassManager" in str(error)
+    return isinstance(error, TritonError) or passes
 
 
 def renew() -> None:

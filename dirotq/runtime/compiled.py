@@ -80,7 +80,9 @@ class Compiler:
     backend: ClassVar[Callable[..., Any] | None] = None
     """None: our passes, then Inductor. Tests, which have no GPU, put another one there."""
 
-    def __init__(self, block_class: type[Any], attention: Mode = "exact", enabled: bool = True) -> None:
+    def __init__(
+        self, block_class: type[Any], attention: Mode = "exact", enabled: bool = True
+    ) -> None:
         self.block_class, self.attention, self.enabled = block_class, attention, enabled
         self.failed = False
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from dirotq import doctor
-from dirotq.kernels import chip, measured
+from dirotq.kernels import chip, measured, plan
 from dirotq.kernels.plan import renew
 from dirotq.pipeline import provenance
 
@@ -49,6 +49,7 @@ def gpu(monkeypatch):
         chip.why_reference.cache_clear()
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(chip, "capability", lambda device: capability)
+        monkeypatch.setattr(doctor, "_try", lambda spec, rows: None)
         if not triton:
             monkeypatch.setattr(chip, "find_spec", lambda name: None)
 
@@ -70,6 +71,25 @@ def test_another_chip_has_other_plans(gpu):
     assert fast
     assert "INT8" in said
     assert "FP8" not in said
+
+
+def test_kernels_that_do_not_compile_are_shown(gpu, monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    def refuse(spec, rows):
+        chosen = plan.choose(90, rows, spec.outputs, spec, torch.bfloat16)
+        assert plan.refuse(90, spec, chosen, OutOfResources(2, 1, "shared memory"))
+
+    gpu(90)
+    monkeypatch.setattr(doctor, "_try", refuse)
+    try:
+        fast, said = doctor._kernels()
+    finally:
+        plan._refused.cache_clear()
+        plan.renew()
+    assert fast
+    assert said.count("did not compile here") == len(doctor.FLUX_LINEARS)
+    assert "scaled_mm did not compile here" in said
 
 
 @pytest.mark.parametrize(

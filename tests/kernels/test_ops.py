@@ -11,7 +11,7 @@ from tiny_packed import packed
 from tiny_spec import FP4, tiny_spec
 from torch import Tensor, nn
 
-from dirotq.kernels import chip, engine, ops
+from dirotq.kernels import chip, engine, ops, plan
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.plan import Plan
 
@@ -226,3 +226,54 @@ def test_a_parametrized_module_is_read_by_its_attributes():
     want = 2 * module(x)
     torch.nn.utils.parametrize.register_parametrization(module, "wscale", Doubled())
     torch.testing.assert_close(module(x), want)
+
+
+class Refusing:
+    """An engine on a chip that is not here: its compiler refuses some plans."""
+
+    def __init__(self, monkeypatch, error: Exception, refused: int) -> None:
+        self.error, self.refused, self.tried = error, refused, []
+        plan._refused.cache_clear()
+        plan.renew()
+        monkeypatch.setattr(ops, "capability", lambda device: 90)
+        monkeypatch.setattr(ops.engine, "linear", self)
+
+    def __call__(self, chosen: Plan, x, packed, spec: QuantSpec) -> Tensor:
+        self.tried.append(str(chosen.engine))
+        if chosen.engine != "reference" and len(self.tried) <= self.refused:
+            raise self.error
+        return engine.reference(x.value().flatten(0, 1), packed, spec)
+
+
+@pytest.fixture
+def forgetting():
+    yield
+    plan._refused.cache_clear()
+    plan.renew()
+
+
+@pytest.mark.parametrize("refused", [1, 2, 10_000])
+def test_a_plan_that_does_not_compile_gives_way_to_the_next(
+    monkeypatch, caplog, nothing_said, forgetting, refused
+):
+    from triton.runtime.errors import OutOfResources
+
+    module, x = packed(SPECS["pow2"]), torch.randn(300, 64).bfloat16()
+    want = engine.reference(x, module.packed(), module.spec)
+    there = Refusing(monkeypatch, OutOfResources(300_000, 232_448, "shared memory"), refused)
+    assert torch.equal(module(x), want)
+    tried = len(there.tried)
+    assert tried == refused + 1 if refused < 10 else there.tried[-1] == "reference"
+    assert len(set(there.tried[:2])) <= 2 and "shared memory" in caplog.text
+    assert torch.equal(module(x), want)
+    assert len(there.tried) == tried + 1  # the next call knows
+    if refused == 10_000:
+        chosen = plan.choose(90, 300, 48, replace(module.spec, out_features=(48,)), x.dtype)
+        assert "no kernel compiles here: OutOfResources" in chosen.why
+
+
+def test_other_errors_are_no_reason_to_choose_anew(monkeypatch, forgetting):
+    there = Refusing(monkeypatch, RuntimeError("CUDA error: out of memory"), 1)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        packed(SPECS["pow2"])(torch.randn(300, 64).bfloat16())
+    assert len(there.tried) == 1
