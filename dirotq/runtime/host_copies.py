@@ -15,6 +15,7 @@ The mode also sees which tensors were there before: tables that a network rememb
 (``lru_cache``) may be forgotten while a graph still reads them. The graph holds them too.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ aten = torch.ops.aten
 INDEXING = (aten.index.Tensor, aten.index_put.default, aten.index_put_.default)
 MOVES_ITSELF = (*INDEXING, aten.where.self)
 """Operators that take tensors of the host beside those of the device, and copy them unseen."""
+COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd
 DYNAMIC = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 """Of operators whose result depends on values: the host waits for them."""
 
@@ -94,11 +96,9 @@ class HostCopies(TorchDispatchMode):
     @torch._disable_dynamo  # newer releases of torch do so themselves
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if torch.is_inference_mode_enabled():  # where nothing has taken operators apart before
-            with self:
-                made = func.decompose(*args, **kwargs)
-            if made is not NotImplemented:
-                return made
+        if torch.is_inference_mode_enabled() and _composite(func, self.device_type):
+            with self:  # nothing has taken it apart before, as autograd does elsewhere
+                return func._op_dk(COMPOSITE, *args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_device = [t for t in tensors if t.device.type == self.device_type]
         on_host = [t for t in tensors if t.device.type in self.hosts]
@@ -201,6 +201,14 @@ def _constructors_seen() -> Iterator[None]:
         yield
     finally:
         torch._C._set_only_lift_cpu_tensors(before)
+
+
+@functools.cache
+def _composite(func: Any, device_type: str) -> bool:
+    """Tell whether an operator is computed by calling others."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    own = {"cpu": "CPU", "meta": "Meta"}.get(device_type, device_type.upper())
+    return has(func.name(), COMPOSITE) and not has(func.name(), own)
 
 
 def _is_mask(index: Tensor | None) -> bool:
