@@ -32,9 +32,6 @@ from .passes import rewritten
 
 log = logging.getLogger(__name__)
 
-OPTIONS = {"triton.multi_kernel": 1}
-"""Of Inductor: it measures whether a norm keeps its row in registers (FLUX.1: 20 us, not 50)."""
-
 
 def compile_blocks(
     transformer: nn.Module, *, attention: Mode = "exact", compiled: bool = True
@@ -104,10 +101,13 @@ class Compiler:
         return torch._dynamo.config.patch(force_parameter_static_shapes=False)(compiled)
 
     def _inductor(self, module: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        from .whole_rows import whole_rows  # loads Inductor
+
         start = time.monotonic()
-        compiled = torch._inductor.compile(
-            rewritten(module, self.attention), list(example_inputs), options=OPTIONS
-        )
+        with whole_rows():
+            compiled = torch._inductor.compile(
+                rewritten(module, self.attention), list(example_inputs)
+            )
         seconds = time.monotonic() - start
         log.info("compiled %s in %.1f s", self.block_class.__name__, seconds)
         return compiled
