@@ -14,6 +14,7 @@ from dirotq.pipeline.housekeeping import store_option
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.manifest import read_json
 from dirotq.pipeline.store import ArtifactStore
+from dirotq.progress import told
 from dirotq.sources.calls import arguments, pipeline_class, refuse_call
 
 STILL, MOVING = "image.png", "video.webp"
@@ -65,7 +66,8 @@ def _generate(options: argparse.Namespace) -> int:
     if moving:
         settings["output_type"] = "pil"
     try:
-        made = pipeline(options.prompt, generator=noise, **images, **settings)
+        with told("dirotq.runtime"):  # a first image waits for the compiler
+            made = pipeline(options.prompt, generator=noise, **images, **settings)
     except (ValueError, TypeError) as error:  # how pipelines refuse their arguments
         raise ConfigError(
             f"{type(pipeline).__name__} refuses this call: {error}. Its arguments are those of "

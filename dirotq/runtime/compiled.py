@@ -103,13 +103,13 @@ class Compiler:
     def _inductor(self, module: torch.fx.GraphModule, example_inputs: Any) -> Any:
         from .whole_rows import whole_rows  # loads Inductor
 
-        start = time.monotonic()
+        name, start = self.block_class.__name__, time.monotonic()
+        log.info("compiling %s for this size; the next run finds it on disk", name)
         with whole_rows():
             compiled = torch._inductor.compile(
                 rewritten(module, self.attention), list(example_inputs)
             )
-        seconds = time.monotonic() - start
-        log.info("compiled %s in %.1f s", self.block_class.__name__, seconds)
+        log.info("compiled %s in %.1f s", name, time.monotonic() - start)
         return compiled
 
     def __getstate__(self) -> dict[str, Any]:

@@ -80,3 +80,15 @@ def test_log_handler_fits_the_console(monkeypatch):
     assert type(progress.log_handler()) is logging.StreamHandler
     terminal(monkeypatch)
     assert type(progress.log_handler()).__name__ == "RichHandler"
+
+
+def test_what_a_verb_waits_for_is_told(capsys):
+    log = logging.getLogger("dirotq.runtime.compiled")
+    with progress.told("dirotq.runtime"):
+        log.info("compiling Block")
+        log.debug("a detail")
+    log.info("said too late")
+    said = capsys.readouterr().err
+    assert "compiling Block" in said
+    assert "detail" not in said and "too late" not in said
+    assert not logging.getLogger("dirotq.runtime").handlers
