@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from . import compile_cache
 from .chip import chained
 from .recorder import RECORDER
 
@@ -48,6 +49,7 @@ class Config:
 
     def launch(self, grid: tuple[int, ...], *arguments: Any) -> None:
         """Run the kernel; ``arguments`` are those that are no constants, in the kernel's order."""
+        compile_cache.triton()
         compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
         recorder = RECORDER.get()
         if recorder is not None:

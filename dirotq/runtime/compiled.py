@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dirotq.kernels import compile_cache
 from dirotq.kernels.attention import Mode
 from dirotq.kernels.attention.redirect import Redirect
 from dirotq.kernels.chip import capability, say_once, why_reference
@@ -105,6 +106,7 @@ class Compiler:
 
         name, start = self.block_class.__name__, time.monotonic()
         log.info("compiling %s for this size; the next run finds it on disk", name)
+        compile_cache.inductor()
         with whole_rows():
             compiled = torch._inductor.compile(
                 rewritten(module, self.attention), list(example_inputs)
