@@ -87,10 +87,9 @@ def test_streams_wired_to_each_others_sites_fail_the_network(fuse, inputs, tmp_p
     def crossed(transformer, sites, build):
         right(transformer, sites, build)
         attention = transformer.transformer_blocks[0].attn
-        if not hasattr(attention, "to_qkv"):
+        if not hasattr(attention.to_q, "site") or not hasattr(attention.add_q_proj, "site"):
             return  # another block's turn
-        image, text = attention.to_qkv, attention.to_added_qkv
-        attention.to_qkv, attention.to_added_qkv = text, image
+        attention.to_q, attention.add_q_proj = attention.add_q_proj, attention.to_q
 
     right = module.swap_sites
     monkeypatch.setattr(module, "swap_sites", crossed)
