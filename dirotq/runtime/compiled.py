@@ -164,12 +164,16 @@ class CompiledForward:
 
 
 def _usual_strides(x: Tensor) -> Tensor:
-    """View one image with the stride that a batch would have.
+    """Return tokens as most blocks get them: what lies otherwise would be compiled anew.
 
-    Where a dimension has length one, any stride says the same; but the compiler would take
-    neighbours from a longer sequence for another case than tokens of their own.
+    A patch embedding leaves channels apart, which only the first block would read. One image may
+    have any stride: neighbours in a longer sequence get that of a sequence of their own.
     """
-    if x.ndim != 3 or len(x) != 1 or x.stride(0) == x.shape[1] * x.stride(1):
+    if x.ndim != 3:
+        return x
+    if x.stride(2) != 1:
+        return x.contiguous()
+    if len(x) != 1 or x.stride(0) == x.shape[1] * x.stride(1):
         return x
     return x.as_strided(x.shape, (x.shape[1] * x.stride(1), *x.stride()[1:]))
 
