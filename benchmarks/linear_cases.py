@@ -24,5 +24,6 @@ LINEARS = (
     *(Case(name=s, m=4608, k=k, n=n, reach=r, stretch=x) for s, k, n, r, x in FLUX),
     *(Case(name=s, m=18432, k=k, n=n, reach=round(r + 0.1, 2)) for s, k, n, r, _ in FLUX),
     *(Case(name=s, m=m, k=k, n=n, reach=1.0, stretch=1.2) for s, m, k, n in SMALL),
+    *(Case(name="FLUX out + mlp down", m=m, k=15360, n=3072) for m in (4608, 1536)),
 )
 """Whole packed linears: transform, quantize, unpack, product, low-rank branch and bias."""

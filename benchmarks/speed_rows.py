@@ -15,11 +15,13 @@ from dirotq.benchmarks import norm_rope_rows, rivals
 from dirotq.benchmarks.linear_cases import LINEARS
 from dirotq.benchmarks.speed_table import OURS, Row
 from dirotq.kernels import engine, transform_quantize, unpack_w4, w4a4_linear, w4a16_linear
-from dirotq.kernels.buffers import Codes, Unpacked
+from dirotq.kernels.buffers import Codes, Repacked, Unpacked
 from dirotq.kernels.case import Case
+from dirotq.kernels.chip import capability
 from dirotq.kernels.linear import QuantLinear
-from dirotq.kernels.plan import Plan, name_of
+from dirotq.kernels.plan import Plan, candidates_for, name_of
 from dirotq.kernels.prologue import plain
+from dirotq.tuning.fastest import call
 from dirotq.tuning.random_linear import (
     Checker,
     random_linear,
@@ -32,13 +34,20 @@ from dirotq.tuning.timing import Timing, copies, time_calls
 Call = Callable[[], object]
 Make = Callable[[QuantLinear, Tensor], Call]
 """What is timed, on a linear and an input of its own."""
+Contestant = Callable[[Case], tuple[str, str, Timing] | None]
+"""Names and times another way to run a case, with its plan; None: there is none here."""
+Scratch = Unpacked | Repacked | None
+"""Weights as a plan's product reads them; None: as they are packed."""
 FLOOR, BF16 = "floor", "bf16"
 
 
 def linears() -> Iterator[Row]:
-    """Time whole linears: ours, cuBLAS bf16, FP8 with per-row scales, plain W4A16."""
+    """Time whole linears: ours, cuBLAS bf16, FP8 with per-row scales, plain W4A16; and ours by the
+    products of two libraries, whichever the plan is."""
+    libraries = [functools.partial(_by_engine, name) for name in ("humming", "scaled_mm")]
+    others: list[Contestant] = [_fp8, _w4a16, *libraries]
     for case in LINEARS:
-        yield from _against_bf16("linear", case, "w4a4", [_fp8, _w4a16])
+        yield from _against_bf16("linear", case, "w4a4", others)
 
 
 def few_rows() -> Iterator[Row]:
@@ -132,16 +141,16 @@ def quantized(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Callable[[], Cod
     return lambda: engine.quantize(plan, plain(x_MD[None]), linear.packed(), linear.spec)
 
 
-def unpacked(plan: Plan, linear: QuantLinear) -> Unpacked | None:
+def unpacked(plan: Plan, linear: QuantLinear) -> Scratch:
     """Fill the scratch that the plan wants."""
     if plan.engine == "packed":
         return None
-    from dirotq.kernels.unpack_w4.kernel import launch
+    weights = engine.allocate(plan, linear.packed())
+    engine.unpack(plan, linear.packed(), weights)
+    return weights
 
-    return launch(linear.packed(), plan.dtype, appended=plan.appended)
 
-
-def multiplied(plan: Plan, linear: QuantLinear, codes: Codes, weights: Unpacked | None) -> Tensor:
+def multiplied(plan: Plan, linear: QuantLinear, codes: Codes, weights: Scratch) -> Tensor:
     return engine.multiply(plan, codes, linear.packed(), weights, linear.spec, torch.bfloat16)
 
 
@@ -166,17 +175,14 @@ def unpacking(plan: Plan, linear: QuantLinear, x_MD: Tensor) -> Call:
     return lambda: (unpacked(plan, linear),)
 
 
-def _against_bf16(
-    op: str, case: Case, kind: str, others: list[Callable[[Case], tuple[str, str, Timing]]]
-) -> Iterator[Row]:
+def _against_bf16(op: str, case: Case, kind: str, others: list[Contestant]) -> Iterator[Row]:
     linear, x = _checked(kind, case)
     base = _bf16(case)
     yield _row(op, case, BF16, base)
     ours = _time(functools.partial, linear, x, read_bytes(linear) + 2 * x.numel())
     plan = name_of(linear.plan(case.m))
     yield _row(op, case, OURS, ours, plan=plan, ratio=base.p50 / ours.p50)
-    for other in others:
-        name, plan, timing = other(case)
+    for name, plan, timing in filter(None, (other(case) for other in others)):
         row = _row(op, case, name, timing, plan=plan, ratio=base.p50 / timing.p50)
         yield replace(row, reach=None, stretch=None)
 
@@ -238,6 +244,20 @@ def _w4a16(case: Case) -> tuple[str, str, Timing]:
     linear, x = _checked("w4a16", case)
     timing = _time(functools.partial, linear, x, read_bytes(linear) + 2 * x.numel())
     return "W4A16, groups of 64", name_of(linear.plan(case.m)), timing
+
+
+def _by_engine(name: str, case: Case) -> tuple[str, str, Timing] | None:
+    linear = random_linear(spec_for("w4a4", case.k, case.n, case.rank))
+    x = random_rows(case.m, case.k)
+    chip = capability(x.device)
+    found = [] if chip is None else candidates_for(chip, case.m, case.n, linear.spec, x.dtype)
+    plan = next((plan for plan in found if plan.engine == name), None)
+    if plan is None:
+        return None
+    if problem := Checker(linear, x).problem(call(plan, linear, x)()):
+        raise RuntimeError(f"{case}, {name}: {problem}")
+    timing = _time(functools.partial(call, plan), linear, x, read_bytes(linear) + 2 * x.numel())
+    return f"{OURS}, {name}", name_of(plan), timing
 
 
 def _weights(case: Case) -> tuple[Tensor, Tensor]:

@@ -82,6 +82,19 @@ class Unpacked(NamedTuple):
     """float32, [1, N], where columns are appended"""
 
 
+class Repacked(NamedTuple):
+    """Weights, scales and bias in scratch, in Humming's layouts (kernels/humming_linear)."""
+
+    weights: Tensor
+    """int32, [N, K // 8]"""
+    scale: Tensor
+    """bf16, [1, N]"""
+    bias: Tensor | None
+    """bf16, [N]"""
+    locks: Tensor
+    """int32, zero"""
+
+
 def buffer_shapes(spec: QuantSpec, *, bias: bool) -> dict[str, tuple[int, ...] | None]:
     """Return the shape of every tensor of a packed linear; None for one it doesn't have."""
     n, k, r = spec.outputs, spec.width, spec.rank

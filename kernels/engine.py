@@ -8,7 +8,7 @@ import logging
 import torch
 from torch import Tensor
 
-from .buffers import Codes, Fp4Codes, Packed, Unpacked
+from .buffers import Codes, Fp4Codes, Packed, Repacked, Unpacked
 from .chip import say_once
 from .formats.protected import dequantize_protected, rounded_coefficients
 from .formats.spec import QuantSpec
@@ -58,14 +58,12 @@ def linear(plan: Plan, x: Tensor | Prologue, packed: Packed, spec: QuantSpec) ->
         if plan.engine in ("packed", "fp4"):
             codes, weights = quantize(plan, prologue, packed, spec), None
         else:
-            from .unpack_w4.kernel import allocate, launch
-
-            weights = allocate(packed, plan.dtype, appended=plan.appended)
+            weights = allocate(plan, packed)
             products = prologue.rows * prologue.channels * len(packed.qweight)
             start = fork(prologue.x_BTD.device, products)
             codes = quantize(plan, prologue, packed, spec)
             with beside(start):
-                launch(packed, plan.dtype, appended=plan.appended, out=weights)
+                unpack(plan, packed, weights)
         return multiply(plan, codes, packed, weights, spec, prologue.x_BTD.dtype)
 
 
@@ -84,20 +82,47 @@ def quantize(plan: Plan, x: Prologue, packed: Packed, spec: QuantSpec) -> Codes 
     )  # fmt: skip
 
 
+def allocate(plan: Plan, packed: Packed) -> Unpacked | Repacked:
+    """Allocate scratch for the weights of a plan that doesn't read them as they are."""
+    if plan.engine == "humming":
+        from .humming_linear.kernel import allocate as for_humming
+
+        return for_humming(packed)
+    from .unpack_w4.kernel import allocate as for_codes
+
+    return for_codes(packed, plan.dtype, appended=plan.appended)
+
+
+def unpack(plan: Plan, packed: Packed, out: Unpacked | Repacked) -> None:
+    """Fill what :func:`allocate` returned."""
+    if isinstance(out, Repacked):
+        from .humming_linear.kernel import launch as repack
+
+        repack(packed, out)
+    else:
+        from .unpack_w4.kernel import launch
+
+        launch(packed, plan.dtype, appended=plan.appended, out=out)
+
+
 def multiply(
     plan: Plan,
     codes: Codes | Fp4Codes,
     packed: Packed,
-    weights: Unpacked | None,
+    weights: Unpacked | Repacked | None,
     spec: QuantSpec,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Return y [M, N] in ``dtype``; ``weights`` are unpacked ones, None: the packed are read."""
+    """Return y [M, N] in ``dtype``; ``weights`` are :func:`unpack`'s, None: the packed are read."""
     if isinstance(codes, Fp4Codes):
         from .fp4_linear.kernel import launch as launch_fp4
 
         assert isinstance(plan.tile, fp4_tiles.Tile)
         return launch_fp4(codes, packed, width=spec.width, out_dtype=dtype, tile=plan.tile)
+    if isinstance(weights, Repacked):
+        from .humming_linear.library import multiply as by_humming
+
+        return by_humming(codes, weights, packed.wp)
     if plan.appended:
         assert weights is not None and weights.scale is not None
         return torch._scaled_mm(

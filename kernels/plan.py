@@ -18,6 +18,7 @@ from .build import FP8_CHIPS
 from .chip import say_once
 from .formats.spec import QuantSpec
 from .fp4_linear import tiles as fp4
+from .humming_linear import library as humming
 from .support import unsupported
 from .w4a4_linear.tiles import TILES, Tile, Variant, fits
 from .w4a16_linear import tiles as w4a16
@@ -29,7 +30,7 @@ and do both at one rate (L40S: 733, data sheet): the number can't tell them apar
 only cuBLAS's product, and ``dirotq tune`` measures both."""
 
 Container = Literal["fp8", "int8", "none"]
-Engine = Literal["reference", "scaled_mm", "packed", "unpacked", "w4a16", "fp4"]
+Engine = Literal["reference", "scaled_mm", "packed", "unpacked", "w4a16", "fp4", "humming"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,6 +45,8 @@ class Plan:
     ``w4a16``      Triton, 16-bit activations
     ``fp4``        Triton on FP4 weights, by FP4 matrix units where the chip has them; activations
                    in FP4 or in 16 bits
+    ``humming``    the package Humming, which decodes nibbles itself; the low-rank branch is added
+                   to what it wrote
     """
 
     engine: Engine
@@ -98,6 +101,8 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
         why = f"no measurement for sm_{chip}"
     if refused:
         why += f"; {', '.join(refused)} did not compile here"
+    if rows and _lacks_humming(chip, n, spec, dtype, near):
+        why += f"; humming was faster there: {humming.missing()}"
     return replace(plan, why=why)
 
 
@@ -128,6 +133,8 @@ def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtyp
             for tile in TILES[variant]:
                 if fits(tile, variant, chip, fp8=fp8):
                     found.append(Plan(engine=engine, container=container, tile=tile))
+    if humming.why_not(chip, n, spec, dtype) is None:  # last: never what nothing was measured for
+        found.append(Plan(engine="humming", container="int8"))
     return found
 
 
@@ -198,13 +205,26 @@ def _by_compiler(error: Exception) -> bool:
     from triton.errors import TritonError
 
     passes = isinstance(error, RuntimeError) and "PassManager" in str(error)
-    return isinstance(error, TritonError) or passes
+    return isinstance(error, TritonError | humming.NotCompiledError) or passes
 
 
 def renew() -> None:
     """Choose anew from now on: a table has changed."""
     measured.forget()
     choose.cache_clear()
+
+
+def _lacks_humming(
+    chip: int, n: int, spec: QuantSpec, dtype: torch.dtype, near: measured.Row
+) -> bool:
+    """Tell whether Humming won where this plan was measured, and only its package is not here."""
+    at = near.m, near.n, near.k
+    won = any(
+        row.plan == "humming" and (row.m, row.n, row.k) == at
+        for row in measured.rows(chip, kind_of(spec))
+    )
+    why = humming.why_not(chip, n, spec, dtype)
+    return won and why is not None and why == humming.missing()
 
 
 def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:

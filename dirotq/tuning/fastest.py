@@ -1,5 +1,6 @@
 """Time every plan of a linear on the GPU, after a look at its result; the fastest wins."""
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -92,12 +93,14 @@ def call(plan: Plan, linear: QuantLinear, x: Tensor) -> Callable[[], Tensor]:
 
 def entries(shape: Shape, timed: Timed) -> list[Entry]:
     """Return a table's rows of a shape: the fastest plan, and the fastest for calls that can't take
-    that: fp16 has no ``scaled_mm``, 8-bit floats have no INT8 codes."""
+    that: fp16 has no library's products, 8-bit floats have no INT8 codes, and not everybody has the
+    package of ``humming``."""
     _, m, n, k = shape.key
     found: dict[str, Entry] = {}
-    for half, floats in ((False, False), (True, False), (False, True), (True, True)):
+    libraries: tuple[tuple[str, ...], ...] = (), ("humming",), ("humming", "scaled_mm")
+    for floats, lacking in itertools.product((False, True), libraries):
         for plan, timing in timed:
-            if (half and plan.engine == "scaled_mm") or (floats and plan.container == "int8"):
+            if plan.engine in lacking or (floats and plan.container == "int8"):
                 continue
             row = {"m": m, "n": n, "k": k, "plan": name_of(plan), "us": round(timing.p50, 1)}
             found.setdefault(name_of(plan), row)

@@ -49,7 +49,7 @@ def test_package_dir_maps_every_root_folder(tool, folders):
 def test_every_extra_is_used(pyproject):
     """By a launcher of Hydra's that is named, or by imports; dev holds what the tests need."""
     extras = pyproject["project"]["optional-dependencies"]
-    assert {"attention", "dev", "judge", "metrics", *EXTRAS.values()} == set(extras)
+    assert {"attention", "dev", "humming", "judge", "metrics", *EXTRAS.values()} == set(extras)
     assert "dirotq[judge,slurm,sweep]" in extras["dev"]
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dirotq.kernels.plan import candidates_for, choose, containers, name_of
+from dirotq.kernels.plan import Plan, candidates_for, choose, containers, name_of
 from dirotq.tuning import fastest
 from dirotq.tuning.fastest import Shape, entries, plans, race
 from dirotq.tuning.random_linear import FORMATS, random_linear, random_rows, spec_for
@@ -68,6 +68,14 @@ def test_where_int8_wins_floats_have_rows_too():
     spec = _floats(SHAPE.spec)
     known = [name_of(p) for p in candidates_for(89, 4608, 9216, spec, torch.float16)]
     assert any(row["plan"] in known for row in found)
+
+
+def test_where_humming_wins_everybody_without_it_has_a_row_too():
+    humming = (Plan(engine="humming", container="int8"), Timing(0.4, 0.5, 0.6))
+    ours = timed()
+    found = [row["plan"] for row in entries(SHAPE, [humming, *ours])]
+    assert found == ["humming", "scaled_mm", name_of(ours[1][0])]
+    assert [row["plan"] for row in entries(SHAPE, [*ours, humming])] == found[1:]
 
 
 @pytest.fixture
