@@ -122,16 +122,22 @@ def parts(linear: QuantLinear, x: Tensor) -> Iterator[tuple[str, Callable[[], ob
         print(f"not recorded: {recorder.why}", file=sys.stderr)
         return
     addresses = [0 if t is None else t.data_ptr() for t in inputs]
-    yield "launches repeated", lambda: known.repeat(list(addresses))
+    yield "launches repeated", lambda: known.repeat(list(addresses), inputs)
     new, stream = recording._new(x.device), recording.stream_of(x.device)
     made = [new(*layout) for layout in known.layouts]
     yield f"{len(made)} allocations", lambda: [new(*layout) for layout in known.layouts]
     everywhere = [*addresses, *(t.data_ptr() for t in made)]
     for name, launch in zip(recorder.names, known.launches, strict=True):
         yield f"launch of {name}", functools.partial(launch.on, stream, everywhere)
-    if known.output is None:
-        operands = [made[i] for i in known.product]
-        yield "torch._scaled_mm", functools.partial(torch._scaled_mm, *operands, *known.options)
+    tensors = [*inputs, *made]
+    for operation in known.operations:
+        name = operation.function.__name__
+        yield f"operator {name}", functools.partial(_on_copy, operation, list(tensors))
+        operation.on(tensors)
+
+
+def _on_copy(operation: recording.Operation, tensors: list[Any]) -> None:
+    operation.on(list(tensors))
 
 
 class Named(Recorder):

@@ -14,7 +14,17 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .recording import Launch, Layout, Recording, launch_of, launcher_is_known, stream_of
+from .recording import (
+    OPERATIONS,
+    Launch,
+    Layout,
+    Operand,
+    Operation,
+    Recording,
+    launch_of,
+    launcher_is_known,
+    stream_of,
+)  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -59,9 +69,9 @@ def recorded(
     if known[0] is None:
         return compute()
     if not x.is_cuda or torch.cuda.current_device() == x.device.index:
-        return known[0].repeat(addresses)
+        return known[0].repeat(addresses, tensors)
     with torch.cuda.device(x.device):
-        return known[0].repeat(addresses)
+        return known[0].repeat(addresses, tensors)
 
 
 def forget() -> None:
@@ -106,10 +116,12 @@ class Recorder(TorchDispatchMode):
         self._device = device
         self._stream = stream_of(device)
         self._inputs = len(tensors)
-        # Inputs, then allocations: alive to the end, so that no two have the same address.
+        # Inputs, then allocations and what operators returned: alive to the end, so that no two
+        # have the same address.
         self._tensors = list(tensors)
         self._launches: list[Launch] = []
-        self._product: tuple[tuple[Tensor, ...], tuple[Any, ...], Tensor] | None = None
+        self._operations: list[tuple[Any, tuple[Any, ...]]] = []
+        self._returned: list[int] = []
 
     def __enter__(self) -> "Recorder":
         self._token = RECORDER.set(self)
@@ -121,12 +133,16 @@ class Recorder(TorchDispatchMode):
         RECORDER.reset(self._token)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Note allocations and the product; of all else only views, which do nothing, may run."""
+        """Note allocations and the last operations; of all else only views, which do nothing, may
+        run."""
         result = func(*args, **(kwargs or {}))
         if func in ALLOCATIONS:
             self._tensors.append(result)
-        elif func is torch.ops.aten._scaled_mm.default and self._product is None and not kwargs:
-            self._product = args[:4], args[4:], result
+        elif func.name() in OPERATIONS and not kwargs:
+            self._operations.append((func, args))
+            if not func._schema.is_mutable:
+                self._returned.append(len(self._tensors))
+                self._tensors.append(result)
         elif func._schema.is_mutable or not self._lies_in_known(result):
             self._refuse(f"{func} ran")
         return result
@@ -140,8 +156,8 @@ class Recorder(TorchDispatchMode):
         constants: Mapping[str, Any],
     ) -> None:
         """Note that ``compiled`` ran: what its kernel's argument ``names`` are, and were given."""
-        if self._product is not None:
-            self._refuse("a kernel follows the product")
+        if self._operations:
+            self._refuse("a kernel follows what torch computes")
         if not launcher_is_known(compiled):
             self._refuse("how its kernels are launched is not known")
             return
@@ -167,30 +183,39 @@ class Recorder(TorchDispatchMode):
     def recording(self, y: Tensor) -> Recording | None:
         """Return what a call did that returned y; None if it can't be repeated.
 
-        What torch multiplies or the caller gets is allocated by itself, all else as regions of one
+        What torch works on or the caller gets is allocated by itself, all else as regions of one
         workspace.
         """
-        operands, options, result = self._product or ((), (), None)
-        by_product = result is not None and result.data_ptr() == y.data_ptr()
-        layouts: list[Layout] = []
-        regions: dict[int, tuple[int, int]] = {}  # of tensors: allocation, offset
-        for tensor in operands if by_product else (*operands, y):
-            regions[self._whole(tensor)] = len(layouts), 0
-            layouts.append((tuple(tensor.shape), tensor.stride(), tensor.dtype))
-        size = 0
-        for index in range(self._inputs, len(self._tensors)):
-            if index not in regions:
-                regions[index] = len(layouts), size
+        operations = [
+            (func, [self._operand(a) if self._is_here(a) else a for a in args])
+            for func, args in self._operations
+        ]
+        output = self._operand(y)
+        taken = {a.tensor for _, args in operations for a in args if _is_operand(a)}
+        taken.add(output.tensor)
+        # Where everything will be: inputs, what is allocated by itself, the workspace, the rest.
+        made = [i for i in range(self._inputs, len(self._tensors)) if i not in self._returned]
+        own = [i for i in made if i in taken]
+        places, size = {index: (self._inputs + i, 0) for i, index in enumerate(own)}, 0
+        for index in made:
+            if index not in taken:
+                places[index] = self._inputs + len(own), size
                 size += -(-_extent(self._tensors[index]) // REGION) * REGION
+        layouts = [_layout(self._tensors[i]) for i in own]
         layouts += [((size,), (1,), torch.uint8)] if size else []
+        behind = self._inputs + len(layouts)
+        places |= {index: (behind + i, 0) for i, index in enumerate(self._returned)}
         if self.why is not None:
             return None
 
         def moved(tensor: int, offset: int) -> tuple[int, int]:
-            if tensor < self._inputs:
-                return tensor, offset
-            allocation, begin = regions[tensor]
-            return self._inputs + allocation, begin + offset
+            place, begin = places.get(tensor, (tensor, 0))
+            return place, begin + offset
+
+        def placed(argument: Any) -> Any:
+            if not _is_operand(argument):
+                return argument
+            return argument._replace(tensor=moved(argument.tensor, 0)[0])
 
         launches = tuple(
             launch._replace(pointers=tuple((i, *moved(*place)) for i, *place in launch.pointers))
@@ -199,9 +224,21 @@ class Recorder(TorchDispatchMode):
         return Recording(
             device=self._device, layouts=tuple(layouts), launches=launches,
             forks=any(launch.beside for launch in launches),
-            output=None if by_product else len(operands),
-            product=tuple(range(len(operands))), options=options, shape=tuple(y.shape),
+            operations=tuple(Operation.of(func, map(placed, args)) for func, args in operations),
+            output=placed(output),
         )  # fmt: skip
+
+    def _operand(self, tensor: Tensor) -> Operand:
+        """Return a tensor as a known one or as a part of it, of the same dtype."""
+        index, offset = self._at(tensor) or (0, 0)
+        base, layout = _layout(self._tensors[index]), _layout(tensor)
+        if base[2] != layout[2]:
+            self._refuse("an operand is of another dtype than its memory")
+        same = not offset and base == layout
+        return Operand(index, None if same else (*layout[:2], offset // tensor.element_size()))
+
+    def _is_here(self, argument: Any) -> bool:
+        return isinstance(argument, Tensor) and argument.device == self._device
 
     def _refuse(self, why: str) -> None:
         self.why = self.why or why
@@ -219,26 +256,27 @@ class Recorder(TorchDispatchMode):
         self._refuse(f"a kernel's argument lies in {len(found)} tensors")
         return None
 
-    def _whole(self, tensor: Tensor) -> int:
-        """Return which allocation this is all of, in whatever layout."""
-        index, offset = self._at(tensor) or (0, 0)
-        if index < self._inputs or offset or _extent(self._tensors[index]) != _extent(tensor):
-            self._refuse("a tensor is no whole allocation")
-        return index
-
     def _lies_in_known(self, result: Any) -> bool:
         if isinstance(result, list | tuple):
             return all(map(self._lies_in_known, result))
         if not isinstance(result, Tensor):
             return False
         known = [t for t in self._tensors if t is not None]
-        known += [] if self._product is None else [self._product[2]]
         storages = [t.untyped_storage()._cdata for t in known]
         return result.untyped_storage()._cdata in storages
 
 
 RECORDER: ContextVar[Recorder | None] = ContextVar("RECORDER", default=None)
 """Who notes the launches of this thread."""
+
+
+def _is_operand(argument: Any) -> bool:
+    return isinstance(argument, Operand)
+
+
+def _layout(tensor: Tensor | None) -> Layout:
+    assert tensor is not None
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _extent(tensor: Tensor | None) -> int:

@@ -8,7 +8,7 @@ dtypes, alignment, device), not on where they lie: :mod:`.recorder` notes it onc
 import copy
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -53,9 +53,59 @@ class Launch(NamedTuple):
             self.run(*filled)
 
 
+def _scaled_mm(*arguments: Any) -> Tensor:
+    return torch._scaled_mm(*arguments)
+
+
+OPERATIONS: dict[str, Callable[..., Any] | None] = {
+    "aten::_scaled_mm": _scaled_mm,
+    "aten::addmm_": Tensor.addmm_,
+    "humming::launch_kernel.out": None,
+}
+"""Operators that may end a recording, with a faster way to call one than as an operator."""
+
+
+class Operand(NamedTuple):
+    """A tensor that an operator of torch takes, or that the caller gets."""
+
+    tensor: int
+    """Which one: inputs, then allocations, then what operators returned."""
+    layout: tuple[tuple[int, ...], tuple[int, ...], int] | None
+    """Size, strides and elements behind its start; None: the tensor as it is."""
+
+    def of(self, tensors: Sequence[Any]) -> Tensor:
+        found: Tensor = tensors[self.tensor]
+        if self.layout is None:
+            return found
+        size, strides, behind = self.layout
+        return found.as_strided(size, strides, found.storage_offset() + behind)
+
+
+class Operation(NamedTuple):
+    """A call of torch's, behind all launches."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    """Tensors as operands."""
+    new: bool
+    """Whether it returns memory of its own."""
+
+    @classmethod
+    def of(cls, operator: Any, arguments: Iterable[Any]) -> "Operation":
+        function = OPERATIONS[operator.name()] or operator
+        return cls(function, tuple(arguments), not operator._schema.is_mutable)
+
+    def on(self, tensors: list[Any]) -> None:
+        """Call it; what it returns of its own joins ``tensors``."""
+        given = [a.of(tensors) if isinstance(a, Operand) else a for a in self.arguments]
+        result = self.function(*given)
+        if self.new:
+            tensors.append(result)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """All launches of one kind of call. It holds no tensor."""
+    """All launches of one kind of call. It holds no tensor that a call works on."""
 
     device: torch.device
     layouts: tuple[Layout, ...]
@@ -63,20 +113,15 @@ class Recording:
     launches: tuple[Launch, ...]
     forks: bool
     """Whether one of them is beside."""
-    output: int | None
-    """The allocation that is returned; None: the product's result is."""
-    product: tuple[int, ...]
-    """Allocations that ``torch._scaled_mm`` multiplies in the end, with their scales."""
-    options: tuple[Any, ...]
-    """Its further arguments."""
-    shape: tuple[int, ...]
-    """Of its result."""
+    operations: tuple[Operation, ...]
+    """What torch computes in the end."""
+    output: Operand
 
-    def repeat(self, addresses: list[int]) -> Tensor:
+    def repeat(self, addresses: list[int], inputs: Sequence[Tensor | None]) -> Tensor:
         """Launch all with inputs at ``addresses`` (changed) on the current device and stream."""
         new, stream = _new(self.device), stream_of(self.device)
-        made = [new(*layout) for layout in self.layouts]
-        addresses += [t.data_ptr() for t in made]
+        tensors = [*inputs, *(new(*layout) for layout in self.layouts)]
+        addresses += [t.data_ptr() for t in tensors[len(inputs) :] if t is not None]
         if self.forks:
             caller, side = torch.cuda.current_stream(self.device), side_stream(self.device)
             side.wait_event(caller.record_event())
@@ -84,10 +129,9 @@ class Recording:
             launch.on(side.cuda_stream if launch.beside else stream, addresses)
         if self.forks:
             caller.wait_stream(side)
-        if self.output is not None:
-            return made[self.output]
-        multiply: Callable[..., Tensor] = torch._scaled_mm
-        return multiply(*[made[i] for i in self.product], *self.options).view(self.shape)
+        for operation in self.operations:
+            operation.on(tensors)
+        return self.output.of(tensors)
 
 
 def launch_of(

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..buffers import Codes, Repacked
 from ..chip import say_once
@@ -86,7 +87,7 @@ def multiply(codes: Codes, weights: Repacked, wp_NR: Tensor | None) -> Tensor:
 
 @functools.lru_cache(maxsize=4096)
 def compiled(m: int, n: int, k: int, bias: bool, device: torch.device) -> Tensor:
-    """Compile the kernel of a shape, a few seconds, or find it on disk; return its handle.
+    """Compile the kernel of a shape, some seconds, or find it on disk; return its handle.
 
     Raises NotCompiledError.
     """
@@ -94,7 +95,12 @@ def compiled(m: int, n: int, k: int, bias: bool, device: torch.device) -> Tensor
         "shape_n": n, "shape_k": k, "a_dtype": "int8", "b_dtype": "uint4", "c_dtype": "bfloat16",
         "has_bias": bias,
     }  # fmt: skip
-    say_once(f"Humming's kernel of {k} -> {n} is compiled, once", logging.INFO)
+    say_once(f"Humming compiles its kernels of {k} -> {n}: some seconds, once", logging.INFO)
+    with _disable_current_modes():  # what it does to tensors here is no part of a linear
+        return _compiled(layer, m, device)
+
+
+def _compiled(layer: dict[str, Any], m: int, device: torch.device) -> Tensor:
     try:
         if not _module("humming.config").LayerConfig(**layer).use_flat_weight:
             raise NotCompiledError("unset HUMMING_DISABLE_PATCH_CUBIN: it changes layouts")

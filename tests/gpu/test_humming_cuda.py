@@ -9,7 +9,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dirotq.kernels import engine, ops
+from dirotq.kernels import engine, ops, recorder
+from dirotq.kernels.build import Config
 from dirotq.kernels.chip import capability
 from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.humming_linear import library
@@ -137,6 +138,26 @@ def test_some_outputs_of_a_site(monkeypatch):
     assert_same(module(x), whole)  # whatever was recorded of the first call
     again = torch.randn_like(x)
     assert_same(module(again), called(module, again))
+
+
+def test_later_calls_repeat_the_launches_of_the_first(monkeypatch):
+    launched, real = [], Config.launch
+
+    def launch(self, grid, *arguments):
+        launched.append(self.kernel.__name__)
+        real(self, grid, *arguments)
+
+    recorder.forget()
+    monkeypatch.setattr(ops, "choose", lambda *_: PLAN)
+    monkeypatch.setattr(Config, "launch", launch)
+    module = random_linear(spec_of("rms", 3072, 3072))
+    for number in range(3):
+        x = inputs(600, 3072) * (1 + number)
+        want = called(module, x)
+        launched.clear()
+        assert_same(module(x), want)
+        assert bool(launched) == (number == 0)
+    recorder.forget()
 
 
 def test_in_a_graph():

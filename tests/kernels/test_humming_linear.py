@@ -20,6 +20,7 @@ from dirotq.kernels.humming_linear.kernel import allocate, builds, launch
 from dirotq.kernels.humming_linear.reference import permuted_outputs
 from dirotq.kernels.permuted import to_permuted
 from dirotq.kernels.plan import Plan, candidates_for, choose
+from dirotq.kernels.recorder import Recorder
 from dirotq.kernels.w4a4_linear import w4a4_linear
 
 BF16 = torch.bfloat16
@@ -237,6 +238,12 @@ def test_a_kernel_that_does_not_compile_gives_way(error, fake, measured_rows, ca
     then = choose(90, 4608, 64, spec, BF16)
     assert then.engine == "scaled_mm"
     assert "humming did not compile here" in then.why
+
+
+def test_compiling_leaves_a_recording_alone(fake):
+    with Recorder((torch.zeros(1),), torch.device("cpu")) as recorder:
+        library.compiled(4608, 64, 192, True, torch.device("cpu"))
+    assert fake.asked and recorder.why is None
 
 
 def test_other_faults_are_not_taken_for_the_compilers(fake):

@@ -222,7 +222,8 @@ def test_each_size_of_a_shape_decides_who_is_near(table, other, nearer):
         assert choose(90, 16, 1008, spec, BF16).tile == packed[1].tile
 
 
-def test_the_shipped_table_names_plans_that_exist():
+def test_the_shipped_table_names_plans_that_exist(monkeypatch):
+    monkeypatch.setattr(plans.humming, "missing", lambda: None)
     specs: dict[str, QuantSpec] = {}
     for spec in SPECS.values():
         specs.setdefault(kind_of(spec), spec)

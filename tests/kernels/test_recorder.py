@@ -333,3 +333,39 @@ def test_the_product_of_torch_ends_a_recording(kernel):
     assert (y.shape, y.dtype, y.is_contiguous()) == ((2, n // 2, n), torch.bfloat16, True)
     assert torch.equal(y.nan_to_num(0), product(x, weight).nan_to_num(0))
     assert y.isfinite().any()
+
+
+def test_what_torch_adds_to_a_result_ends_a_recording(kernel):
+    """In place, to what kernels wrote, from columns of another and rows of an input."""
+    m, n, r = 4, N // 4, 3
+
+    def added(x: Tensor, weight: Tensor) -> Tensor:
+        config = Config(kernel=kernel, constants={"SCALE": 2.0})
+        y, c = x.new_empty(m, n), x.new_empty(m, n)
+        for out in (c, y):
+            config.launch((1, 1), x, weight, out, N)
+        up = weight.view(2, -1)[1][: n * r].view(n, r)
+        return y.addmm_(c[:, 1 : 1 + r], up.mT).view(2, 2, n)
+
+    for number in range(3):
+        x, weight = drawn()
+        got = recorder.recorded("", (x, weight), functools.partial(added, x, weight))
+        assert bool(kernel.launcher.calls) == bool(number)
+        first = (x + 2 * weight[:N]).view(m, n)
+        want = first + first[:, 1 : 1 + r] @ weight[N : N + n * r].view(n, r).T
+        torch.testing.assert_close(got, want.view(2, 2, n))
+
+
+def test_a_kernel_behind_what_torch_computes_is_not_recorded(kernel):
+    def behind() -> Tensor:
+        config = Config(kernel=kernel, constants={"SCALE": 2.0})
+        y, z = x.new_empty(N), x.new_empty(N)
+        for out in (y, z):
+            config.launch((1, 1), x, weight, out, N)
+        y.view(-1, 1).addmm_(z.view(-1, 1), z[:1].view(1, 1))
+        config.launch((1, 1), x, y, z, N)
+        config.launch((1, 1), x, z, y, N)
+        return y
+
+    x, weight = drawn()
+    assert runs_as_always(kernel, lambda: recorder.recorded("", (x, weight), behind))
