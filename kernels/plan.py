@@ -101,7 +101,7 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
         why = f"no measurement for sm_{chip}"
     if refused:
         why += f"; {', '.join(refused)} did not compile here"
-    if rows and _lacks_humming(chip, n, spec, dtype, near):
+    if rows and _lacks_humming(chip, m, n, spec, dtype, near):
         why += f"; humming was faster there: {humming.missing()}"
     return replace(plan, why=why)
 
@@ -133,7 +133,9 @@ def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtyp
             for tile in TILES[variant]:
                 if fits(tile, variant, chip, fp8=fp8):
                     found.append(Plan(engine=engine, container=container, tile=tile))
-    if humming.why_not(chip, n, spec, dtype) is None:  # last: never what nothing was measured for
+    if (
+        humming.why_not(chip, m, n, spec, dtype) is None
+    ):  # last: never what nothing was measured for
         found.append(Plan(engine="humming", container="int8"))
     return found
 
@@ -215,7 +217,7 @@ def renew() -> None:
 
 
 def _lacks_humming(
-    chip: int, n: int, spec: QuantSpec, dtype: torch.dtype, near: measured.Row
+    chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype, near: measured.Row
 ) -> bool:
     """Tell whether Humming won where this plan was measured, and only its package is not here."""
     at = near.m, near.n, near.k
@@ -223,7 +225,7 @@ def _lacks_humming(
         row.plan == "humming" and (row.m, row.n, row.k) == at
         for row in measured.rows(chip, kind_of(spec))
     )
-    why = humming.why_not(chip, n, spec, dtype)
+    why = humming.why_not(chip, m, n, spec, dtype)
     return won and why is not None and why == humming.missing()
 
 

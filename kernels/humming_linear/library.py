@@ -25,6 +25,10 @@ CHIPS = (80, 86, 89, 90)
 STEP = 64
 """What N and K are multiples of."""
 
+LEAST = 256
+"""Rows from which it is a candidate: fewer wait for the weights, which are read and written once
+more for it, and each number of rows costs a compilation."""
+
 PACKAGE = "humming-kernels"
 INSTALL = "pip install 'dirotq[humming]'"
 COMPILER = "NVRTC or nvcc with CUDA's headers: a toolkit, or pip install 'humming-kernels[cu13]'"
@@ -38,8 +42,8 @@ class NotCompiledError(Exception):
     """Humming could not compile its kernel here."""
 
 
-def why_not(chip: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> str | None:
-    """Return why Humming can't run N outputs of a linear; None if it can.
+def why_not(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> str | None:
+    """Return why Humming is not used for M rows and N outputs of a linear; None if it can be.
 
     chip  compute capability (90: 9.0)
     """
@@ -52,6 +56,8 @@ def why_not(chip: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> str | Non
         return "Humming is used for integers with one weight scale per output"
     if acts.granularity != "token":
         return "Humming is used for one activation scale per row"
+    if m < LEAST:
+        return f"Humming is used for {LEAST} rows and more, not {m}"
     if n % STEP or spec.width % STEP:
         return f"Humming takes multiples of {STEP} columns and outputs, not {spec.width} -> {n}"
     return missing()

@@ -170,16 +170,22 @@ def test_a_whole_linear(act, fake):
 )
 def test_what_it_is_used_for(chip, dtype, change, why, fake):
     spec = tiny_spec(**SHAPE | change)
-    said = library.why_not(chip, spec.outputs, spec, dtype)
+    said = library.why_not(chip, 4608, spec.outputs, spec, dtype)
     assert said is None if why is None else why in said
     found = [p.engine for p in candidates_for(chip, 4608, spec.outputs, spec, dtype)]
     assert ("humming" in found) == (why is None)
     assert found[0] != "humming"
 
 
+def test_few_rows_are_left_to_others(fake):
+    for rows, used in ((255, False), (256, True)):
+        found = [p.engine for p in candidates_for(90, rows, 64, tiny_spec(**SHAPE), BF16)]
+        assert ("humming" in found) == used
+
+
 def test_without_the_package(absent):
     spec = tiny_spec(**SHAPE)
-    assert "pip install 'dirotq[humming]'" in library.why_not(90, 64, spec, BF16)
+    assert "pip install 'dirotq[humming]'" in library.why_not(90, 4608, 64, spec, BF16)
     assert "humming" not in [p.engine for p in candidates_for(90, 4608, 64, spec, BF16)]
 
 
