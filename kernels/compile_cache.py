@@ -44,3 +44,10 @@ def inductor() -> str:
 
     name = "TORCHINDUCTOR_CACHE_DIR"
     return usable(name, os.environ.get(name) or default_cache_dir())
+
+
+def humming() -> str:
+    """Return Humming's folder, made usable."""
+    name = "HUMMING_CACHE_DIR"
+    place = os.environ.get(name) or os.path.expanduser("~/.humming/cache")  # noqa: PTH111 - as it
+    return usable(name, place)

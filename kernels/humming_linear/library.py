@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from .. import compile_cache
 from ..buffers import Codes, Repacked
 from ..chip import say_once
 from ..formats.spec import QuantSpec
@@ -101,6 +102,7 @@ def compiled(m: int, n: int, k: int, bias: bool, device: torch.device) -> Tensor
         "shape_n": n, "shape_k": k, "a_dtype": "int8", "b_dtype": "uint4", "c_dtype": "bfloat16",
         "has_bias": bias,
     }  # fmt: skip
+    compile_cache.humming()
     say_once(f"Humming compiles its kernels of {k} -> {n}: some seconds, once", logging.INFO)
     with _disable_current_modes():  # what it does to tensors here is no part of a linear
         return _compiled(layer, m, device)

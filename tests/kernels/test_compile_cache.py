@@ -10,7 +10,7 @@ from dirotq.kernels import chip, compile_cache
 
 @pytest.fixture(autouse=True)
 def anew(monkeypatch):
-    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
+    for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR", "HUMMING_CACHE_DIR"):
         monkeypatch.setenv(name, "to be put back")
     for cached in (compile_cache.usable, compile_cache.triton, chip.say_once):
         cached.cache_clear()
@@ -24,6 +24,7 @@ def anew(monkeypatch):
     [
         ("TRITON_CACHE_DIR", compile_cache.triton),
         ("TORCHINDUCTOR_CACHE_DIR", compile_cache.inductor),
+        ("HUMMING_CACHE_DIR", compile_cache.humming),
     ],
 )
 def test_a_place_that_can_be_written_stays(monkeypatch, tmp_path, caplog, variable, folder):
@@ -39,6 +40,7 @@ def test_a_place_that_can_be_written_stays(monkeypatch, tmp_path, caplog, variab
     [
         ("TRITON_CACHE_DIR", compile_cache.triton),
         ("TORCHINDUCTOR_CACHE_DIR", compile_cache.inductor),
+        ("HUMMING_CACHE_DIR", compile_cache.humming),
     ],
 )
 def test_another_is_found_and_said_once(monkeypatch, tmp_path, caplog, variable, folder):

@@ -29,9 +29,10 @@ SHAPE = {"dim": 192, "rows": (64,), "block": 64, "act_group": 64, "weight_group"
 
 
 @pytest.fixture
-def fake(monkeypatch):
+def fake(monkeypatch, tmp_path):
     """Humming as if installed, whether it is or not."""
     forget()
+    monkeypatch.setenv("HUMMING_CACHE_DIR", str(tmp_path))
     found = FakeHumming()
     found.install(monkeypatch, library)
     yield found
