@@ -24,7 +24,7 @@ from .recording import (
     launch_of,
     launcher_is_known,
     stream_of,
-)  # fmt: skip
+)
 
 log = logging.getLogger(__name__)
 
