@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from dirotq.kernels.attention import flash3, normed  # noqa: F401 - defines the operator
+from dirotq.kernels.attention import flash3
+from dirotq.kernels.attention import normed as _  # noqa: F401 - defines the operator
 from dirotq.kernels.attention.redirect import OPERATOR as ATTENTION
 from dirotq.kernels.chip import capability
 from dirotq.kernels.norm_rope import why_not_codes
@@ -32,8 +33,11 @@ def rewrite(module: GraphModule, *, anywhere: bool = False) -> int:
         _, _, value, _, scale, _ = node.args
         node.target = OPERATOR
         node.args = (*q.args[:5], *k.args[:5], q.args[5], value, scale)
-        for unread in (*views, q, k):
-            module.graph.erase_node(unread)
+        for view, normed in zip(views, (q, k), strict=True):
+            module.graph.erase_node(view)
+            for user in list(normed.users):
+                user.replace_input_with(normed, normed.args[0][0])  # type: ignore[index,arg-type]
+            module.graph.erase_node(normed)
         found += 1
     return found
 
@@ -61,11 +65,13 @@ def _joinable(node: Node, q: Node, k: Node) -> bool:
 
 
 def _normed(view: Any) -> Node | None:
-    """Return the ``norm_rope`` that has a transposed result which nobody else reads."""
+    """Return the ``norm_rope`` that has a transposed result of which nobody else reads numbers."""
     if not _swaps_heads_and_tokens(view) or len(view.users) > 1:
         return None
     node = view.args[0]
-    return node if node.target is NORM_ROPE and len(node.users) == 1 else None
+    others = [user for user in node.users if user is not view]
+    alone = all(user.target == "type_as" and user.args[0] is not node for user in others)
+    return node if node.target is NORM_ROPE and alone else None
 
 
 def _swaps_heads_and_tokens(node: Node) -> bool:
