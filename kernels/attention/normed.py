@@ -30,7 +30,7 @@ def norm_rope_attention(
     k: Parts, k_weights: Some, k_eps: float | None, k_cos: Some, k_sin: Some,
     interleaved: bool, v_BHSd: Tensor, scale: float | None,
 ) -> Tensor:  # fmt: skip
-    """Compute attention, mode ``fp8``, of what ``norm_rope`` makes of q and of k, without gradients.
+    """Compute attention, mode ``fp8``, of what ``norm_rope`` makes of q and k; without gradients.
 
     q ... q_sin  arguments of :func:`..norm_rope.norm_rope`, k ... k_sin likewise
     v_BHSd       [B, H, S, d]; ``scale`` as :func:`..attention.attention` takes it
@@ -80,3 +80,5 @@ def _fake(
 
 LIBRARY.impl("norm_rope_attention", norm_rope_attention, "CompositeExplicitAutograd")
 torch.library.register_fake("dirotq::norm_rope_attention", _fake, lib=LIBRARY)
+
+OPERATOR = torch.ops.dirotq.norm_rope_attention.default

@@ -4,10 +4,10 @@
     k8 = e4m3((k - m) H / s_k)      s_k = √b (max |k| + max |m|) / 448,  m = mean of k over tokens
     v8 = e4m3(v / s_v)              s_v = max |v| / 448
 
-H is the orthonormal block Hadamard matrix of the largest block, b, that divides a head. On both sides
-of q kᵀ it changes nothing, and it spreads what single channels of q and k hold: a rounding error
-is a part of its own number, so a product that one channel makes alone is wrong by that part. m
-shifts all logits of a query alike, which the softmax does not see (SageAttention, arXiv
+H is the orthonormal block Hadamard matrix of the largest block, b, that divides a head. On both
+sides of q kᵀ it changes nothing, and it spreads what single channels of q and k hold: a rounding
+error is a part of its own number, so a product that one channel makes alone is wrong by that part.
+m shifts all logits of a query alike, which the softmax does not see (SageAttention, arXiv
 2410.02367).
 
 √b times the largest single number bounds every number of a rotated vector, so nothing is clipped,

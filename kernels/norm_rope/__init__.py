@@ -88,7 +88,7 @@ def codes(
     FP8, and scales, [B, H]."""
     if not parts[0].is_cuda:
         return reference.codes(parts, weights, eps, cos, sin, interleaved)
-    from .codes import launch_codes
+    from .into_fp8 import launch_codes
 
     return launch_codes(parts, weights, eps, cos, sin, interleaved)
 

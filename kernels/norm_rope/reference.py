@@ -92,9 +92,7 @@ def codes(
     return rounded, scale.expand(batch, heads).contiguous()
 
 
-def _fits(
-    cos: Tensor | None, sin: Tensor | None, dim: int, interleaved: bool
-) -> Tensor | float:
+def _fits(cos: Tensor | None, sin: Tensor | None, dim: int, interleaved: bool) -> Tensor | float:
     """Return 1 for tokens whose tables lengthen by ROOM at most, NaN for others, [B, T, 1, 1]."""
     if cos is None or sin is None:
         return 1.0

@@ -2,19 +2,16 @@
 
 from typing import Any
 
-import torch
 from torch.fx import GraphModule, Node
 
 from dirotq.kernels.attention import flash3
-from dirotq.kernels.attention import normed as _  # noqa: F401 - defines the operator
+from dirotq.kernels.attention.normed import OPERATOR
 from dirotq.kernels.attention.redirect import OPERATOR as ATTENTION
 from dirotq.kernels.chip import capability
 from dirotq.kernels.norm_rope import why_not_codes
 
 from .graph import between, writes
 from .norm_rope import OPERATOR as NORM_ROPE
-
-OPERATOR = torch.ops.dirotq.norm_rope_attention.default
 
 
 def rewrite(module: GraphModule, *, anywhere: bool = False) -> int:

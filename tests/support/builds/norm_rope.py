@@ -3,7 +3,7 @@
 from typing import Any
 
 from dirotq.kernels.build import FP8_CHIPS, Build, Config, by_launch
-from dirotq.kernels.norm_rope.codes import codes_config, norm_rope_codes
+from dirotq.kernels.norm_rope.into_fp8 import codes_config, norm_rope_codes
 from dirotq.kernels.norm_rope.kernel import norm_config, norm_rope
 
 FLUX = {"norm": True, "rope": True, "weight": 128, "table": 128, "interleaved": True}
@@ -43,9 +43,7 @@ def builds() -> list[Build]:
         for dim, heads in WIDTHS.items()
     ]
     codes = [(f"fp8-{name}", 128, 24, kind) for name, kind in CODES_KINDS.items()]
-    codes += [
-        (f"fp8-d{dim}", dim, 24, CODES | {"weight": dim, "table": dim}) for dim in (64, 96)
-    ]
+    codes += [(f"fp8-d{dim}", dim, 24, CODES | {"weight": dim, "table": dim}) for dim in (64, 96)]
     return [_build(*one, chips) for one in found for chips in by_launch()] + [
         _codes(*one, chips) for one in codes for chips in by_launch(FP8_CHIPS)
     ]

@@ -155,7 +155,9 @@ def only_turned(q, k, v, w, cos, sin):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("function", [plain, permuted, read_for_its_dtype], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [plain, permuted, read_for_its_dtype], ids=lambda f: f.__name__
+)
 def test_queries_keys_and_attention_become_one_call(function):
     backend = Backend()
     got, want = compiled(function, backend)(*given()), function(*given())
@@ -221,7 +223,9 @@ def test_the_operator_is_its_parts_where_it_can_do_no_better(why, monkeypatch):
         given[2] = None
     got = OPERATOR(*given, v.transpose(1, 2), 0.2)
     q, k = norm_rope(*given[:5], True), norm_rope(*given[5:10], True)
-    assert torch.equal(got, redirect.OPERATOR(*(t.transpose(1, 2) for t in (q, k, v)), None, 0.2, "fp8"))
+    assert torch.equal(
+        got, redirect.OPERATOR(*(t.transpose(1, 2) for t in (q, k, v)), None, 0.2, "fp8")
+    )
 
 
 def test_the_engine_is_asked_for_the_tokens_of_all_parts(monkeypatch):

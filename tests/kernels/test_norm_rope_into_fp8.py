@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from dirotq.kernels.formats.hadamard import hadamard_matrix
 from dirotq.kernels.norm_rope import reference, why_not_codes
-from dirotq.kernels.norm_rope.codes import launch_codes
+from dirotq.kernels.norm_rope.into_fp8 import launch_codes
 from dirotq.kernels.norm_rope.reference import codes, norm_rope, rotated
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

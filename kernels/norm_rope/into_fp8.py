@@ -1,8 +1,8 @@
 """Triton ``norm_rope`` into FP8: what attention reads, in the pass that norms and turns it.
 
-Weight, rotary embedding, FP8's scale and the first step of the Hadamard matrix, sums and differences
-of pairs, are one 2 x 2 matrix for each pair of a token, which a program makes once for its heads. A
-product on the tensor cores does the rest.
+Weight, rotary embedding, FP8's scale and the first step of the Hadamard matrix (sums and
+differences of pairs) are one 2 x 2 matrix for each pair of a token, which a program makes once for
+its heads. A product on the tensor cores does the rest.
 
 Letters as in kernel.py.
 """
