@@ -22,7 +22,8 @@ LIBRARY.define(
     tags=(torch.Tag.needs_fixed_stride_order,),
 )
 
-Parts, Some = Sequence[Tensor], Sequence[Tensor | None]
+Parts = Sequence[Tensor]
+Some = Sequence[Tensor | None]
 
 
 def norm_rope_attention(

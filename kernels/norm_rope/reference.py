@@ -85,9 +85,11 @@ def codes(
     bound = y_BTHD.new_zeros(heads)
     for weight in weights:
         over = 1 if weight is None or weight.numel() == dim else heads
-        largest = 1.0 if weight is None else weight.to(bound.dtype).view(-1, dim).abs().amax(1)
-        bound = torch.maximum(bound, bound.new_tensor(longest(dim, over)) * largest)
-    scale = torch.exp2(torch.log2((bound / E4M3_MAX).clamp(min=TINY)).ceil()).float()
+        ones = bound.new_ones(dim) if weight is None else weight.to(bound.dtype)
+        largest = ones.view(-1, dim).abs().amax(1) * (longest(dim, over) / E4M3_MAX)
+        bound = torch.maximum(bound, largest)
+    mantissa, exponent = torch.frexp(bound.clamp(min=TINY))
+    scale = torch.exp2((exponent - (mantissa == 0.5).int()).float())
     rounded = (rotated(y_BTHD, interleaved) / scale[:, None]).to(torch.float8_e4m3fn)
     return rounded, scale.expand(batch, heads).contiguous()
 
@@ -105,10 +107,10 @@ def _fits(cos: Tensor | None, sin: Tensor | None, dim: int, interleaved: bool) -
 def rotated(x_BTHD: Tensor, interleaved: bool) -> Tensor:
     """Return x H."""
     block = pair_block(x_BTHD.shape[-1])
-    first, second = _of_pairs(x_BTHD, interleaved)
+    first, second = _of_pairs(x_BTHD * 0.5**0.5, interleaved)
     with full_float32():
-        both = (block_hadamard(t * 0.5**0.5, block) for t in (first + second, first - second))
-        return _to_pairs(*both, interleaved)
+        sums, differences = (block_hadamard(t, block) for t in (first + second, first - second))
+    return _to_pairs(sums, differences, interleaved)
 
 
 def pair_block(dim: int) -> int:
