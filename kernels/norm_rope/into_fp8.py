@@ -73,7 +73,7 @@ def norm_rope_codes(
     BY_HAND   round to FP8 in steps: the interpreter's conversion is off where a carry grows the
               exponent
     """
-    kind: tl.constexpr = p_x.dtype.element_ty
+    kind = p_x.dtype.element_ty
     matrix = signs(DP // 2, BLOCK).to(kind)
     if CHAIN:
         gdc_launch_dependents()
