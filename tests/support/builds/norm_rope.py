@@ -43,7 +43,9 @@ def builds() -> list[Build]:
         for dim, heads in WIDTHS.items()
     ]
     codes = [(f"fp8-{name}", 128, 24, kind) for name, kind in CODES_KINDS.items()]
-    codes += [(f"fp8-d{dim}", dim, 24, CODES | {"weight": dim, "table": dim}) for dim in (64, 96)]
+    codes += [
+        (f"fp8-d{dim}", dim, 24, CODES | {"weight": dim, "table": dim}) for dim in (32, 64, 96)
+    ]
     return [_build(*one, chips) for one in found for chips in by_launch()] + [
         _codes(*one, chips) for one in codes for chips in by_launch(FP8_CHIPS)
     ]
