@@ -1,18 +1,18 @@
 """Specification of q, k and v in FP8-E4M3 with one scale per head, and of attention on them.
 
-    q8 = e4m3(q H / s_q)                 s_q = max |q_t| / 448
-    k8 = e4m3((k - m) H / s_k)           s_k = (max |k_s| + |m|) / 448,  m = mean of k over tokens
-    v8 = e4m3(v / s_v)                   s_v = max |v| / 448, of single numbers
+    q8 = e4m3(q H / s_q)            s_q = √b max |q| / 448
+    k8 = e4m3((k - m) H / s_k)      s_k = √b (max |k| + max |m|) / 448,  m = mean of k over tokens
+    v8 = e4m3(v / s_v)              s_v = max |v| / 448
 
-H is the orthonormal block Hadamard matrix of the largest block that divides a head. On both sides
-of q kᵀ it changes nothing, and it spreads what single channels of q and k hold: a rounding error
-is a part of its own number, so a product that one channel makes alone is wrong by that part. m
-shifts all logits of a query alike, which the softmax does not see (SageAttention, arXiv
+H is the orthonormal block Hadamard matrix of the largest block, b, that divides a head. On both
+sides of q kᵀ it changes nothing, and it spreads what single channels of q and k hold: a rounding
+error is a part of its own number, so a product that one channel makes alone is wrong by that part.
+m shifts all logits of a query alike, which the softmax does not see (SageAttention, arXiv
 2410.02367).
 
-|q_t| is the length of a token's vector. It bounds every number of the rotated vector, so nothing is
-clipped, and rotating is left to the pass that rounds. The bound lies a few times too high: E4M3 has
-its three fraction bits over fifteen powers of two, so that costs nothing.
+√b times the largest single number bounds every number of a rotated vector, so nothing is clipped,
+and rotating is left to the pass that rounds. The bound lies some ten times too high: E4M3 has its
+three fraction bits over fifteen powers of two, so that costs nothing.
 
 Attention rounds P as FlashAttention-3 does (arXiv 2407.08608): e4m3(2^8 P), P's largest being 1.
 
@@ -66,9 +66,9 @@ def quantize(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor) -> Codes:
     q, k, v = (t.float() for t in (q_BTHd, k_BSHd, v_BSHd))
     block = hadamard_block(q.shape[-1], q.shape[-1])
     mean = k.mean(1, keepdim=True)
-    q_bound = q.norm(dim=-1).amax(1)
-    k_bound = k.norm(dim=-1).amax(1) + mean.norm(dim=-1).squeeze(1)
-    v_bound = v.abs().amax((1, 3))
+    q_bound, k_bound, v_bound = (t.abs().amax((1, 3)) for t in (q, k, v))
+    k_bound = k_bound + mean.abs().amax((1, 3))
+    q_bound, k_bound = block**0.5 * q_bound, block**0.5 * k_bound
     with full_float32():
         q, k = block_hadamard(q, block), block_hadamard(k, block) - block_hadamard(mean, block)
     scales = [
@@ -76,6 +76,12 @@ def quantize(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor) -> Codes:
     ]
     codes = [_rounded(*pair) for pair in zip((q, k, v), (q_bound, k_bound, v_bound))]
     return Codes(*codes, *scales)
+
+
+def values(v_BSHd: Tensor) -> tuple[Tensor, Tensor]:
+    """Return v's codes and scales alone."""
+    codes = quantize(v_BSHd, v_BSHd, v_BSHd)
+    return codes.v_BSHd, codes.v_scale_BH
 
 
 def attend(codes: Codes, *, scale: float) -> Tensor:

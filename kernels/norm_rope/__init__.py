@@ -12,7 +12,7 @@ from torch import Tensor
 from ..chip import capability, say_once, why_reference
 from . import reference
 
-__all__ = ["why_not"]
+__all__ = ["codes", "why_not", "why_not_codes"]
 
 WIDEST = 8192
 """Channels of the widest head that the kernel takes."""
@@ -74,3 +74,34 @@ def why_not(dtype: torch.dtype, device: torch.device, dim: int) -> str | None:
     if dim % 8 or dim > WIDEST:
         return f"heads of {dim} channels; the kernel takes multiples of 8 up to {WIDEST}"
     return why_reference(capability(device))
+
+
+def codes(
+    parts: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    eps: float,
+    cos: Sequence[Tensor | None],
+    sin: Sequence[Tensor | None],
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return :func:`.reference.codes` of what :func:`why_not_codes` allows: codes, [B, T, H, D] in
+    FP8, and scales, [B, H]."""
+    if not parts[0].is_cuda:
+        return reference.codes(parts, weights, eps, cos, sin, interleaved)
+    from .into_fp8 import launch_codes
+
+    return launch_codes(parts, weights, eps, cos, sin, interleaved)
+
+
+def why_not_codes(weights: Sequence[Tensor | None], eps: float | None, dim: int) -> str | None:
+    """Return why rows can't be written in FP8 without a look at them; None if they can.
+
+    dim  channels of a head, which FP8 attention has a kernel for
+    """
+    if eps is None:
+        return "nothing bounds rows that are not normed"
+    if len(weights) > 2 or len({None if w is None else w.numel() for w in weights}) > 1:
+        return "parts are more than two, or their weights differ in size"
+    if dim % 16 or dim < 32:
+        return f"heads of {dim} channels; the kernel takes multiples of 16 from 32"
+    return None

@@ -27,11 +27,11 @@ WARPS = 4
 
 
 @triton.jit
-def _pairs(
+def pairs(
     p_row, channel, m_row, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
     INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
-    """Read rows [ROWS, D] as the first and second channels of pairs, float32 [ROWS, DP / 2] each.
+    """Read rows [ROWS, D] as the first and second channels of pairs, [ROWS, DP / 2] each.
 
     p_row    [ROWS, 1], each row's first number; the next one lies ``channel`` behind
     """
@@ -39,18 +39,28 @@ def _pairs(
     if INTERLEAVED:
         o_d = tl.arange(0, DP)
         mask = m_row[:, None] & (o_d < D)[None, :]
-        x = tl.load(p_row + (o_d * channel)[None, :], mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(p_row + (o_d * channel)[None, :], mask=mask, other=0.0)
         first, second = tl.split(tl.reshape(x, [ROWS, DP // 2, 2]))
     else:
         mask = m_row[:, None] & (o_half < D // 2)[None, :]
         p_first = p_row + (o_half * channel)[None, :]
-        first = tl.load(p_first, mask=mask, other=0.0).to(tl.float32)
-        second = tl.load(p_first + D // 2 * channel, mask=mask, other=0.0).to(tl.float32)
+        first = tl.load(p_first, mask=mask, other=0.0)
+        second = tl.load(p_first + D // 2 * channel, mask=mask, other=0.0)
     return first, second
 
 
 @triton.jit
-def _table(
+def float_pairs(
+    p_row, channel, m_row, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+):  # fmt: skip
+    """Read them as float32."""
+    first, second = pairs(p_row, channel, m_row, D, DP, ROWS, INTERLEAVED)
+    return first.to(tl.float32), second.to(tl.float32)
+
+
+@triton.jit
+def table(
     p_row, channel, m_row, D: tl.constexpr, DP: tl.constexpr, ROWS: tl.constexpr,
     INTERLEAVED: tl.constexpr, PER_PAIR: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +71,7 @@ def _table(
         first = tl.load(p_row + (o_half * channel)[None, :], mask=mask, other=0.0).to(tl.float32)
         second = first
     else:
-        first, second = _pairs(p_row, channel, m_row, D, DP, ROWS, INTERLEAVED)
+        first, second = float_pairs(p_row, channel, m_row, D, DP, ROWS, INTERLEAVED)
     return first, second
 
 
@@ -96,17 +106,17 @@ def norm_rope(
     squares = tl.zeros([BT], tl.float32)
     if ACROSS:
         for i in range(0, heads):
-            a, b = _pairs(p_x + i * x_head, 1, m_t, D, DP, BT, INTERLEAVED)
+            a, b = float_pairs(p_x + i * x_head, 1, m_t, D, DP, BT, INTERLEAVED)
             squares += tl.sum(a * a + b * b, 1)
         squares /= H
     if WEIGHT and not ACROSS:
-        w_a, w_b = _pairs(p_weight + tl.zeros([1, 1], tl.int32), 1, one, D, DP, 1, INTERLEAVED)
+        w_a, w_b = float_pairs(p_weight + tl.zeros([1, 1], tl.int32), 1, one, D, DP, 1, INTERLEAVED)
     if ROPE:
         at = batch * table_batch + o_t * table_token
-        cos_a, cos_b = _table(p_cos + at, channel, m_t, D, DP, BT, INTERLEAVED, PER_PAIR)
-        sin_a, sin_b = _table(p_sin + at, channel, m_t, D, DP, BT, INTERLEAVED, PER_PAIR)
+        cos_a, cos_b = table(p_cos + at, channel, m_t, D, DP, BT, INTERLEAVED, PER_PAIR)
+        sin_a, sin_b = table(p_sin + at, channel, m_t, D, DP, BT, INTERLEAVED, PER_PAIR)
     for i in range(0, heads):
-        a, b = _pairs(p_x + i * x_head, 1, m_t, D, DP, BT, INTERLEAVED)
+        a, b = float_pairs(p_x + i * x_head, 1, m_t, D, DP, BT, INTERLEAVED)
         if NORM:
             if not ACROSS:
                 squares = tl.sum(a * a + b * b, 1)
@@ -116,7 +126,7 @@ def norm_rope(
         if WEIGHT:
             if ACROSS:
                 p_w = p_weight + i * D + tl.zeros([1, 1], tl.int32)
-                w_a, w_b = _pairs(p_w, 1, one, D, DP, 1, INTERLEAVED)
+                w_a, w_b = float_pairs(p_w, 1, one, D, DP, 1, INTERLEAVED)
             a *= w_a
             b *= w_b
         if ROPE:
@@ -174,24 +184,33 @@ def _launch(
     if x.numel() == 0:
         return
     x = x if x.stride(-1) == 1 else x.contiguous()
-    rope = cos is not None and sin is not None
-    cos, sin = (x, x) if cos is None or sin is None else (cos, sin)
-    if cos.stride() != sin.stride():
-        cos, sin = cos.contiguous(), sin.contiguous()
+    rope = cos is not None
+    cos, sin, strides = apart(x, cos, sin)
     config = norm_config(
         dim, heads, capability(x.device), norm=eps is not None, rope=rope,
         weight=0 if weight is None else weight.numel(), table=cos.shape[-1],
         interleaved=interleaved,
     )  # fmt: skip
-    apart = [s if n > 1 else 0 for n, s in zip(cos.shape, cos.stride(), strict=True)]
     grid = (
         triton.cdiv(tokens, config.constants["BT"]),
         triton.cdiv(heads, config.constants["BH"]), batch,
     )  # fmt: skip
     config.launch(
         grid, x, x if weight is None else weight.contiguous(), cos, sin, out, tokens, heads,
-        *x.stride()[:3], *out.stride()[:2], *apart[:2], apart[3], eps or 0.0,
+        *x.stride()[:3], *out.stride()[:2], *strides, eps or 0.0,
     )  # fmt: skip
+
+
+def apart(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """Return tables, or x for none, and how far their batches, tokens and channels lie apart."""
+    if cos is None or sin is None:
+        cos = sin = x
+    elif cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    strides = [s if n > 1 else 0 for n, s in zip(cos.shape, cos.stride(), strict=True)]
+    return cos, sin, (strides[0], strides[1], strides[3])
 
 
 def norm_config(

@@ -6,6 +6,17 @@
 Pairs are neighbours (2i, 2i + 1), or lie half a head apart (i, i + D / 2). Either step may be
 missing. Tokens of several parts, each with its weight and its tables, become one tensor.
 
+In FP8-E4M3, for attention, what is normed is rotated too, and has one scale per head:
+
+    codes = e4m3(out H / s)        s = 2^e >= 4 sqrt(D) max |weight| / 448
+
+H is sums and differences of pairs over sqrt(2), then the block Hadamard matrix of D / 2 for each:
+together a Hadamard matrix of D, where D is a power of two. Of queries and keys alike it changes no
+product. A norm leaves a row's length at sqrt(D) at most and rotations keep it, so s needs no look
+at the numbers. There is room for tables that lengthen (YaRN); tokens of tables that lengthen more
+are NaN. E4M3 has its three fraction bits over fifteen powers of two: that s is a few times too
+large costs nothing.
+
 Letters: B batch, T tokens, H heads, D channels of a head.
 """
 
@@ -14,6 +25,14 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor
+
+from ..formats.hadamard import block_hadamard, hadamard_block
+from ..fp8_qkv.reference import E4M3_MAX, TINY
+from ..full_float32 import full_float32
+
+ROOM = 4.0
+"""How much longer the tables of a pair, cos and sin of both channels, may make it; of a rotation,
+their length is sqrt(2)."""
 
 
 def norm_rope(
@@ -42,6 +61,66 @@ def norm_rope(
         _part(*one, eps, interleaved).to(one[0].dtype)
         for one in zip(parts, weights, cos, sin, strict=True)
     ], 1)  # fmt: skip
+
+
+def codes(
+    parts: Sequence[Tensor],
+    weights: Sequence[Tensor | None],
+    eps: float,
+    cos: Sequence[Tensor | None],
+    sin: Sequence[Tensor | None],
+    interleaved: bool,
+) -> tuple[Tensor, Tensor]:
+    """Return codes, float8_e4m3fn [B, T, H, D], and their scales, float32 [B, H].
+
+    Arguments are those of :func:`norm_rope`; D is a multiple of 4.
+    """
+    check(parts, weights, eps, cos, sin)
+    batch, _, heads, dim = parts[0].shape
+    cos, sin = (per_part(tables, parts) for tables in (cos, sin))
+    y_BTHD = torch.cat([
+        _part(x, w, c, s, eps, interleaved) * _fits(c, s, dim, interleaved)
+        for x, w, c, s in zip(parts, weights, cos, sin, strict=True)
+    ], 1)  # fmt: skip
+    bound = y_BTHD.new_zeros(heads)
+    for weight in weights:
+        over = 1 if weight is None or weight.numel() == dim else heads
+        ones = bound.new_ones(dim) if weight is None else weight.to(bound.dtype)
+        largest = ones.view(-1, dim).abs().amax(1) * (longest(dim, over) / E4M3_MAX)
+        bound = torch.maximum(bound, largest)
+    mantissa, exponent = torch.frexp(bound.clamp(min=TINY))
+    scale = torch.exp2((exponent - (mantissa == 0.5).int()).float())
+    rounded = (rotated(y_BTHD, interleaved) / scale[:, None]).to(torch.float8_e4m3fn)
+    return rounded, scale.expand(batch, heads).contiguous()
+
+
+def _fits(cos: Tensor | None, sin: Tensor | None, dim: int, interleaved: bool) -> Tensor | float:
+    """Return 1 for tokens whose tables lengthen by ROOM at most, NaN for others, [B, T, 1, 1]."""
+    if cos is None or sin is None:
+        return 1.0
+    squares = (per_channel(t.float(), dim, interleaved).square() for t in (cos, sin))
+    first, second = _of_pairs(sum(squares), interleaved)  # type: ignore[arg-type]
+    longest_pair = (first + second).amax(-1, keepdim=True)
+    return torch.where(longest_pair <= ROOM**2, 1.0, torch.nan)
+
+
+def rotated(x_BTHD: Tensor, interleaved: bool) -> Tensor:
+    """Return x H."""
+    block = pair_block(x_BTHD.shape[-1])
+    first, second = _of_pairs(x_BTHD * 0.5**0.5, interleaved)
+    with full_float32():
+        sums, differences = (block_hadamard(t, block) for t in (first + second, first - second))
+    return _to_pairs(sums, differences, interleaved)
+
+
+def pair_block(dim: int) -> int:
+    """Return the order of the matrix that rotates one channel of each pair."""
+    return hadamard_block(dim // 2, dim // 2)
+
+
+def longest(dim: int, heads: int) -> float:
+    """Return how long a head of ``dim`` channels may be, normed over ``heads``, with room."""
+    return ROOM * (heads * dim) ** 0.5
 
 
 def per_part(tables: Sequence[Tensor | None], parts: Sequence[Tensor]) -> Sequence[Tensor | None]:
@@ -83,11 +162,18 @@ def per_channel(table: Tensor, dim: int, interleaved: bool) -> Tensor:
 
 
 def _turned(x: Tensor, interleaved: bool) -> Tensor:
+    first, second = _of_pairs(x, interleaved)
+    return _to_pairs(-second, first, interleaved)
+
+
+def _of_pairs(x: Tensor, interleaved: bool) -> Sequence[Tensor]:
+    return x.unflatten(-1, (-1, 2)).unbind(-1) if interleaved else x.chunk(2, -1)
+
+
+def _to_pairs(first: Tensor, second: Tensor, interleaved: bool) -> Tensor:
     if interleaved:
-        first, second = x.unflatten(-1, (-1, 2)).unbind(-1)
-        return torch.stack([-second, first], -1).flatten(-2)
-    first, second = x.chunk(2, -1)
-    return torch.cat([-second, first], -1)
+        return torch.stack([first, second], -1).flatten(-2)
+    return torch.cat([first, second], -1)
 
 
 def check(

@@ -8,10 +8,14 @@ pytest.importorskip("triton")
 
 from dirotq.kernels.attention import attention, engines, flash3, reference, why_not
 from dirotq.kernels.attention.kernel import launch, quantized, usual
+from dirotq.kernels.attention.normed import OPERATOR as NORMED
 from dirotq.kernels.attention.redirect import OPERATOR
 from dirotq.kernels.chip import capability
 from dirotq.kernels.fp8_qkv import reference as fp8
 from dirotq.kernels.fp8_qkv.kernel import launch as fp8_codes
+from dirotq.kernels.fp8_qkv.kernel import launch_values
+from dirotq.kernels.norm_rope import norm_rope
+from dirotq.runtime.passes import rewritten
 
 DEVICE = torch.device("cuda")
 CHIP = capability(DEVICE) if torch.cuda.is_available() else 90
@@ -222,3 +226,77 @@ def test_a_head_of_zeros_in_fp8():
     got = flash3.fp8(fp8_codes(q, k, v), scale=0.125)
     mean = v[:, :, 1].float().mean(1, keepdim=True).expand(1, 300, 64)
     assert error(got[:, :, 1], mean.double()) < 0.1
+
+
+@EIGHT
+def test_fp8_codes_of_v_alone(empty_is):
+    views = torch.stack(qkv(2, 700, 700, 5, 96), 2).unbind(2)
+    want = fp8_codes(*views)
+    with empty_is(255):
+        codes, scale = launch_values(views[2])
+    assert torch.equal(scale, want.v_scale_BH)
+    assert torch.equal(codes.view(torch.uint8), want.v_BSHd.view(torch.uint8))
+
+
+def norms(tokens: int, d: int, *, across: bool = False) -> list:
+    """Weight, eps, cos and sin of one part, as operators take them."""
+    weight = (1 + 0.3 * torch.randn(4 * d if across else d, device=DEVICE)).bfloat16()
+    angle = torch.randn(1, tokens, 1, d // 2, device=DEVICE)
+    return [[weight], 1e-6, [angle.cos()], [angle.sin()]]
+
+
+@FLASH3
+@pytest.mark.parametrize("across", [False, True])
+@pytest.mark.parametrize(("tokens", "d"), [(engines.LONG, 128), (engines.LONG + 77, 64), (600, 64)])
+def test_normed_turned_and_attended(tokens, d, across, empty_is):
+    q, k, _ = qkv(1, tokens, tokens, 4, d)
+    v = torch.randn_like(k)  # without an offset, which would hide the rest
+    of_q, of_k = (norms(tokens, d, across=across) for _ in range(2))
+    with empty_is(255):
+        got = NORMED([q], *of_q, [k], *of_k, True, v.transpose(1, 2), None).transpose(1, 2)
+    q, k = norm_rope([q], *of_q, True), norm_rope([k], *of_k, True)
+    want, spec = wanted(q, k, v), fp8.attention(q, k, v, scale=d**-0.5)
+    assert got.dtype == v.dtype and got.is_contiguous()
+    assert error(got, want) < 2 * error(spec, want) + 1e-2
+    exact = error(got, attention(q, k, v).double()) < 1e-3
+    assert exact == (tokens < engines.LONG)
+
+
+@FLASH3
+@torch.no_grad()
+def test_normed_attention_out_of_inductor_and_in_a_graph():
+    tokens, d = engines.LONG, 128
+    q, k, _ = (t.flatten(2) for t in qkv(1, tokens, tokens, 4, d))
+    v = torch.randn_like(k)
+    weight, (cos, sin) = norms(tokens, d)[0][0], (t[0] for t in norms(tokens, d)[2:])
+
+    def turned(x, weight):
+        x = torch.nn.functional.rms_norm(x.unflatten(-1, (-1, d)), (d,), weight, 1e-6)
+        first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        pairs = [first * cos - second * sin, second * cos + first * sin]
+        return torch.stack(pairs, -1).flatten(-2).type_as(x)
+
+    def block(q, k, v):
+        q, k, v = turned(2 * q, weight), turned(k + 1, weight), v.unflatten(-1, (-1, d))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        y = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        return 2 * y.transpose(1, 2).flatten(2)
+
+    counts = []
+
+    def backend(module, example_inputs):
+        rewritten(module, "fp8")
+        counts.append(len(module.graph.find_nodes(op="call_function", target=NORMED)))
+        return torch._inductor.compile(module, list(example_inputs))
+
+    torch._dynamo.reset()
+    call = torch.compile(block, backend=backend, fullgraph=True)
+    want, got = block(q, k, v), call(q, k, v)
+    assert counts == [1]
+    assert 1e-2 < error(got, want.double()) < 0.12
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        again = call(q, k, v)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert error(again, got.double()) < 1e-2

@@ -11,6 +11,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 pytest.importorskip("triton")
 
+from dirotq.kernels.attention import why_not
+from dirotq.kernels.chip import capability
+from dirotq.kernels.norm_rope import codes as into_fp8
 from dirotq.kernels.norm_rope import reference
 from dirotq.runtime.passes.norm_rope import OPERATOR, rewrite
 
@@ -20,6 +23,8 @@ pytestmark = [
     pytest.mark.usefixtures("full_float32"),
 ]
 
+CHIP = capability(torch.device("cuda")) if torch.cuda.is_available() else 90
+FP8 = pytest.mark.skipif(bool(why_not(CHIP)), reason="no FP8 on this GPU")
 EPS = 1e-6
 DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 PAIRS = pytest.mark.parametrize("interleaved", [True, False], ids=["neighbours", "halves"])
@@ -181,3 +186,64 @@ def test_blocks_out_of_inductor(name, kind, calls):
     for mine, theirs, exact in zip(got, usual, true, strict=True):
         error, allowed = ((t.double() - exact).norm() for t in (mine, theirs))
         assert error <= 2 * allowed
+
+
+def rotations(tokens: int, count: int) -> tuple[Tensor, Tensor]:
+    angle = normal(1, tokens, 1, count, seed=1)
+    return angle.cos(), angle.sin()
+
+
+def assert_codes(parts, weights, cos, sin, interleaved, *, eps=EPS) -> None:
+    given = parts, weights, eps, cos, sin, interleaved
+    (got, scale), (want, want_scale) = into_fp8(*given), reference.codes(*given)
+    assert got.dtype == torch.float8_e4m3fn and got.shape == want.shape and got.is_contiguous()
+    assert torch.equal(scale, want_scale)
+    off, size = (got.float() - want.float()).abs(), want.float().abs()
+    # 16 bits stand between the two halves of the rotation.
+    assert (off != 0).float().mean() < 0.1
+    assert (off <= 0.13 * size + 0.02 * size.square().mean().sqrt()).all()
+
+
+@FP8
+@DTYPES
+@PAIRS
+@pytest.mark.parametrize("count", [1, 2], ids=["pair", "channel"])
+@pytest.mark.parametrize("dim", [32, 64, 96, 128])
+def test_codes_of_heads_and_tables(dim, count, interleaved, dtype, empty_is):
+    weight = (1 + 0.3 * normal(dim)).to(dtype)
+    cos, sin = rotations(519, dim // 2 * count)
+    with empty_is(255):
+        assert_codes([wide(519, 7, dim, dtype)], [weight], [cos], [sin], interleaved)
+        assert_codes([wide(519, 7, dim, dtype)], [None], [None], [None], interleaved)
+
+
+@FP8
+@PAIRS
+def test_codes_of_text_and_image_and_of_norms_over_all_heads(interleaved, empty_is):
+    bf16 = torch.bfloat16
+    parts = [wide(tokens, 24, 128, bf16) for tokens in (77, 1024)]
+    weights = [((1 + 9 * i) * (1 + 0.3 * normal(128, seed=i))).to(bf16) for i in range(2)]
+    with empty_is(255):
+        assert_codes(parts, weights, *([t] for t in rotations(1101, 128)), interleaved)
+        weight = (1 + 0.3 * normal(40 * 128)).to(bf16)
+        pairs = ([t] for t in rotations(300, 64))
+        assert_codes([wide(300, 40, 128, bf16)], [weight], *pairs, interleaved)
+
+
+@FP8
+@PAIRS
+def test_bad_numbers_show_in_codes(interleaved):
+    x, (cos, sin) = wide(300, 6, 64, torch.bfloat16).clone(), rotations(300, 32)
+    x[0, 7, 2, 5], x[0, 8, 2, 5], cos[0, 20] = torch.nan, torch.inf, 10
+    got = into_fp8([x], [None], EPS, [cos], [sin], interleaved)[0].float()
+    assert got[0, 7:9, 2].isnan().all() and got[:, 20].isnan().all()
+    got[0, 7:9, 2] = got[:, 20] = 0
+    assert got.isfinite().all()
+
+
+@FP8
+def test_no_tokens_and_a_million_rows_in_codes():
+    parts = [wide(n, 40, 128, torch.bfloat16, batch=1) for n in (0, 33000)]
+    cos, sin = rotations(33000, 64)
+    weights = [None, None]
+    assert_codes(parts, weights, [cos[:, :0], cos], [sin[:, :0], sin], True)

@@ -18,6 +18,7 @@ from dirotq.kernels.fp4_linear import kernel as fp4_linear
 from dirotq.kernels.fp8_qkv import kernel as fp8_qkv
 from dirotq.kernels.gptq import kernel as gptq
 from dirotq.kernels.linear import QuantLinear
+from dirotq.kernels.norm_rope import into_fp8
 from dirotq.kernels.norm_rope import kernel as norm_rope
 from dirotq.kernels.plan import candidates_for, choose
 from dirotq.kernels.prologue import Prologue, concat_gelu, gelu, plain
@@ -30,7 +31,8 @@ OPS = sorted(
     p.parent.name for p in Path(transform_quantize.__file__).parents[1].glob("*/kernel.py")
 )
 LAUNCHING = (
-    transform_quantize, rounding, fp4_linear, norm_rope, attention, fp8_qkv, second_moment,
+    transform_quantize, rounding, fp4_linear, norm_rope, into_fp8, attention, fp8_qkv,
+    second_moment,
 )  # fmt: skip
 every_chip = pytest.mark.parametrize("chip", CHIPS)
 BF16 = torch.bfloat16
@@ -45,6 +47,13 @@ FORMATS = {
     "nvfp4": tiny_spec(**FLUX | FP4["nvfp4"]),
     "mxfp4": tiny_spec(**FLUX | FP4["mxfp4"]),
 }
+
+
+IN_FP8 = {
+    (128, 128, 1), (128, 128, 2), (128, 64, 1), (128, 64, 2), (None, 128, 1), (128, None, 1),
+    (128, None, 2), (40 * 128, 64, 1),
+}  # fmt: skip
+"""Numbers of a weight, channels of tables and parts that families have."""
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +159,26 @@ def test_norms_and_rotations(chip, weight, table, launched, builds):
 
 
 @pytest.mark.parametrize("chip", FP8_CHIPS)
+@pytest.mark.parametrize("weight", [None, 128, 40 * 128], ids=["plain", "head", "across"])
+@pytest.mark.parametrize("table", [None, 64, 128], ids=["norm", "pairs", "channels"])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_norms_and_rotations_in_fp8(chip, weight, table, parts, launched, builds):
+    if (weight, table, parts) not in IN_FP8:
+        pytest.skip("no family has it")
+    q = [torch.empty(1, 64, 40 if weight == 40 * 128 else 24, 128, dtype=BF16)] * parts
+    weights = [None if weight is None else torch.empty(weight, dtype=BF16)] * parts
+    tables = [None if table is None else torch.empty(1, 64, 1, table)] * parts
+    into_fp8.launch_codes(q, weights, 1e-6, tables, tables, True)
+    assert_built(launched, builds, chip)
+
+
+@pytest.mark.parametrize("chip", FP8_CHIPS)
 @pytest.mark.parametrize("keys", [256, 250])
 def test_attention(chip, keys, launched, builds):
     q = torch.empty(1, keys, 2, 128, dtype=BF16)
     attention.launch(q, q, q, scale=0.1)
     fp8_qkv.launch(q, q, q)
+    fp8_qkv.launch_values(q)
     assert_built(launched, builds, chip)
 
 

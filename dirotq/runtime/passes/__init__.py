@@ -9,7 +9,7 @@ from torch.fx import GraphModule
 
 from dirotq.kernels.attention import Mode, redirect
 
-from . import graph, norm_rope, prologues, sites
+from . import graph, norm_rope, normed_attention, prologues, sites
 
 PASSES = (graph.drop_inert, sites.rewrite, norm_rope.rewrite, prologues.rewrite)
 
@@ -19,6 +19,7 @@ def rewritten(module: GraphModule, attention: Mode = "exact") -> GraphModule:
     for rewrite in PASSES:
         rewrite(module)
     redirect.replace(module.graph, attention)
+    normed_attention.rewrite(module)
     module.graph.lint()
     module.recompile()
     return module

@@ -13,11 +13,13 @@ def builds() -> list[Build]:
     return [
         Build.of(
             config, types, aligned=("chunk_q", "chunk_s", *strides), chips=chips,
-            name=f"fp8_qkv_{config.kernel.__name__}-d{d}", tensor_core=dot,
+            name=f"fp8_qkv_{name}-d{d}", tensor_core=dot,
         )
         for chips in by_launch(FP8_CHIPS)
         for d in (128, 64, 96)
-        for config, dot in (
-            (measure_config(d, chips[0]), False), (round_config(d, chips[0]), True),
+        for name, config, dot in (
+            ("measure", measure_config(d, chips[0]), False),
+            ("measure-v", measure_config(d, chips[0], 2), False),
+            ("round_codes", round_config(d, chips[0]), True),
         )
     ]  # fmt: skip
