@@ -29,6 +29,8 @@ JOINED = {
     "wan": 2,
 }  # fmt: skip
 """Reads that another one of the same tensor takes over, of one block of each class."""
+NORMED = {"flux": 4, "flux2": 4, "sd3": 4, "qwen_image": 2, "z_image": 2, "wan": 2, "discovered": 2}
+"""Calls of the step that norms and turns q or k."""
 GELUS = {"flux": 3, "pixart": 1, "sd3": 2, "qwen_image": 2, "wan": 1}
 
 
@@ -56,6 +58,8 @@ def test_compiled_blocks_compute_the_same(plain_network, name):
     assert seen.graphs
     assert seen["sites.rewrite"] >= JOINED.get(name, 1)
     assert seen["prologues.rewrite"] >= GELUS.get(name, 0)
+    assert seen["norm_rope.rewrite"] >= NORMED.get(name, 0)
+    assert bool(seen["attention"]) == (name not in ("sana", "qwen_image"))
     assert call(accelerate(made, compile=False), name).equal(want)
 
 
