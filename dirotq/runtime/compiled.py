@@ -60,8 +60,8 @@ def uncompile_blocks(transformer: nn.Module) -> None:
 
 def repeated_blocks(transformer: nn.Module) -> list[nn.Module]:
     """List the outermost numbered modules that hold packed linears, in order."""
-    linears = (n for n, m in transformer.named_modules() if isinstance(m, QuantLinear))
-    names = {_block_of(name) for name in linears} - {""}
+    linears = {n for n, m in transformer.named_modules() if isinstance(m, QuantLinear)}
+    names = {_block_of(name) for name in linears} - {""} - linears
     return [m for name, m in transformer.named_modules() if name in names]
 
 

@@ -228,6 +228,12 @@ def test_a_copy_compiles_its_own_weights(plain_network, way):
     assert len(seen.graphs) == 4
 
 
+def test_blocks_are_what_repeats():
+    made = network("pixart")
+    made.extra = nn.Sequential(nn.SiLU(), packed(tiny_spec()))  # a numbered linear is no block
+    assert repeated_blocks(made) == list(made.transformer_blocks)
+
+
 def test_a_replaced_forward_stays():
     made = network("pixart")
     block = made.transformer_blocks[0]
