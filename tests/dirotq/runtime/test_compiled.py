@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
 from compiling import compiling, linears
+from diffusers import FirstBlockCacheConfig, PyramidAttentionBroadcastConfig
 from tiny_families import TINY
 from tiny_offload import NETWORKS, call, network
 from tiny_packed import packed
@@ -257,3 +258,31 @@ def test_settings_are_checked():
         accelerate(nn.Linear(1, 1), compile="yes")
     with pytest.raises(ConfigError, match="no fused; it has compile, graphs, attention"):
         accelerate(nn.Linear(1, 1), fused=True)
+
+
+@pytest.mark.parametrize("cache", ["first block", "attention"])
+def test_diffusers_caches_work_in_compiled_networks(plain_network, cache):
+    """One hooks blocks, which run compiled inside of it; the other one attentions."""
+    plain, _ = plain_network("flux")
+
+    def cached(made: Any) -> Any:
+        if cache == "first block":
+            made.enable_cache(FirstBlockCacheConfig(threshold=0.05))
+        else:
+            made.enable_cache(
+                PyramidAttentionBroadcastConfig(
+                    spatial_attention_block_skip_range=2, current_timestep_callback=lambda: 500
+                )
+            )
+        return made
+
+    def calls(made: Any) -> list[torch.Tensor]:
+        with made.cache_context("cond"):
+            return [call(made, "flux") for _ in range(3)]
+
+    want = calls(cached(copy.deepcopy(plain)))
+    with compiling() as seen:
+        got = calls(cached(accelerate(copy.deepcopy(plain), compile=True)))
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert bool(seen.graphs) == (cache == "first block")
