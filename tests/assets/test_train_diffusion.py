@@ -1,5 +1,7 @@
 """Training moves the networks, keeps an average, and can be interrupted by a checkpoint."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -15,6 +17,14 @@ from dirotq.assets.schedule import set_rate, timed_steps
 from dirotq.assets.tiny_flux import build_t5, train_tokenizers
 from dirotq.assets.train_diffusion import swapped, train_diffusion
 from dirotq.assets.training_pool import Pool, tokenize
+
+
+@pytest.fixture(autouse=True)
+def attention_backends() -> Iterator[None]:
+    """Training chooses among them for its whole process."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    yield
+    torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 @pytest.fixture(scope="module")

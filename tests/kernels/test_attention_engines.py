@@ -207,11 +207,13 @@ def test_codes_scales_and_product_fit_together(monkeypatch):
     monkeypatch.setattr(flash3, "installed", lambda: product)
     monkeypatch.setattr(engines, "choose", lambda *_: "flash3 fp8")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    q, k, v = (torch.randn(2, n, 3, 32, device=device).half() for n in (40, 70, 70))
+    draw = torch.Generator().manual_seed(0)
+    shapes = [(2, n, 3, 32) for n in (40, 70, 70)]
+    q, k, v = (torch.randn(shape, generator=draw).half().to(device) for shape in shapes)
     for scale in (None, 0.3):
         got = attention(q, k, v, mode="fp8", scale=scale)
         want = fp8_attention(q, k, v, scale=scale or 32**-0.5)
-        torch.testing.assert_close(got.half(), want, rtol=2e-2, atol=5e-3)
+        assert (got.float() - want.float()).norm() < 0.01 * want.float().norm()
 
 
 @pytest.mark.parametrize("fault", ["import", "schema"])
