@@ -1,15 +1,21 @@
 """Small questions to a graph, and small changes of it."""
 
-import operator
 from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
 LINEAR = "dirotq.quant_linear.default"
 X, SPEC, ROWS = 0, 8, 11
 """Positions of some of its arguments (kernels/ops.py)."""
+
+WRITERS = frozenset({
+    "setitem", "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod",
+    "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor",
+})  # fmt: skip
+"""Functions of ``operator`` that change their first argument."""
 
 
 def is_linear(node: Node) -> bool:
@@ -28,19 +34,14 @@ def call(module: GraphModule, target: Any, *args: Any, **kwargs: Any) -> Node:
 
 def writes(node: Node) -> bool:
     """Tell whether a node may change a tensor in place."""
-    if node.op == "placeholder" or "out" in node.kwargs:
-        return "out" in node.kwargs
-    if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if isinstance(node.target, OpOverload):
+        return node.target._schema.is_mutable
     name = getattr(node.target, "__name__", str(node.target))
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in WRITERS or node.kwargs.get("inplace") is True
-
-
-WRITERS = frozenset(
-    name for name in dir(operator) if name.startswith("i") and f"__{name}__" in dir(operator)
-) - {"index", "inv", "invert"} | {"setitem", "delitem"}
-"""Functions of ``operator`` that change their first argument."""
+    asked = "out" in node.kwargs or node.kwargs.get("inplace") is True
+    return in_place or asked or name in WRITERS
 
 
 def between(first: Node, last: Node) -> Iterable[Node]:

@@ -48,6 +48,12 @@ class Block(nn.Module):
         x.mul_(2)
         return torch.cat([q, self.k(x)], -1)
 
+    def written_by_an_overload(self, x: Tensor) -> Tensor:
+        x = x.clone()
+        q = self.q(x)
+        torch.ops.aten.mul_.Tensor(x, 2)
+        return torch.cat([q, self.k(x)], -1)
+
     def twice(self, x: Tensor) -> Tensor:
         return self.q(x) * self.q(x)
 
@@ -61,6 +67,7 @@ class Block(nn.Module):
         ("inputs_differ", 0, [[0, 16], [16, 32]]),
         ("sites_differ", 0, [[0, 16], None]),
         ("written_between", 0, [[0, 16], [16, 32]]),
+        ("written_by_an_overload", 0, [[0, 16], [16, 32]]),
         ("twice", 0, [[0, 16], [0, 16]]),
     ],
 )
