@@ -1,9 +1,8 @@
 """What a packed linear reads: an activation, and what the network does to it just before.
 
-LayerNorm with modulation, GELU and concatenation cost as much as a read and a write of the
-activation when they run alone. A :class:`Prologue` names them instead, and the kernels of
-``transform_quantize`` compute them on the way in; :meth:`Prologue.value` is their definition, and
-what runs where no kernel does.
+GELU and concatenation cost as much as a read and a write of the activation when they run alone. A
+:class:`Prologue` names them instead, and the kernels of ``transform_quantize`` compute them on the
+way in; :meth:`Prologue.value` is their definition, and what runs where no kernel does.
 
 Letters: B images, T tokens, D channels, F channels that follow.
 """

@@ -1,9 +1,9 @@
 """Whether modules are still what diffusers and the swap of sites made of them.
 
-Code that does several modules' work in one kernel calls none of them. It may do so only as long as
-nobody counts on the calls: offloading brings weights in by them (accelerate and diffusers replace
-the ``forward`` of an object), caches and layer skipping answer in their place, users' hooks watch
-them, and whoever puts another module there wants that one to run.
+Compiled code does several modules' work in one kernel and calls none of them. It may do so only as
+long as nobody counts on the calls: offloading brings weights in by them (accelerate and diffusers
+replace the ``forward`` of an object), caches and layer skipping answer in their place, and users'
+hooks watch them.
 """
 
 from dataclasses import dataclass
@@ -11,11 +11,6 @@ from types import MethodType
 
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
-
-
-def untouched(module: nn.Module) -> bool:
-    """Tell whether a call of the module is its class's forward and nothing else."""
-    return not _has_any_global_hook() and _own(module)
 
 
 @dataclass(frozen=True, slots=True)

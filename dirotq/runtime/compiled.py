@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dirotq.kernels import compile_cache
 from dirotq.kernels.attention import Mode
@@ -129,9 +128,10 @@ class CompiledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._may_compile(args, kwargs):
             return self._plain(*args, **kwargs)
-        args, kwargs = tree_map_only(Tensor, _usual_strides, (args, kwargs))
+        usual = map(_usual_strides, args)
+        named = {name: _usual_strides(value) for name, value in kwargs.items()}
         try:
-            return self.compiler.call(self.block, *args, **kwargs)
+            return self.compiler.call(self.block, *usual, **named)
         except _compile_errors() as error:
             result = self._plain(*args, **kwargs)  # raises what is wrong with the call itself
             self.compiler.failed = True
@@ -149,8 +149,7 @@ class CompiledForward:
         able = self.compiler.enabled and not self.compiler.failed
         if not able or torch.compiler.is_compiling() or torch.is_grad_enabled():
             return False
-        tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-        first = next(tensors, None)
+        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
         return first is not None and has_kernels(first.device) and self._unhooked()
 
     def _unhooked(self) -> bool:
@@ -163,13 +162,14 @@ class CompiledForward:
         return vars(self) | {"_made": None}
 
 
-def _usual_strides(x: Tensor) -> Tensor:
-    """Return tokens as most blocks get them: what lies otherwise would be compiled anew.
+def _usual_strides(x: Any) -> Any:
+    """Return tokens as most blocks get them: what lies otherwise would be compiled anew. Anything
+    but tokens stays.
 
     A patch embedding leaves channels apart, which only the first block would read. One image may
     have any stride: neighbours in a longer sequence get that of a sequence of their own.
     """
-    if x.ndim != 3:
+    if not isinstance(x, Tensor) or x.ndim != 3:
         return x
     if x.stride(2) != 1:
         return x.contiguous()

@@ -88,10 +88,9 @@ class Watch:
                 return "diffusers' hooks offload, cache or cast in it"
         for (module, before), now in zip(self.known.items(), forwards):
             allowed = (None, before, MethodType(type(module).forward, module))
-            if isinstance(now, CompiledForward):
-                continue
+            known = now in allowed or isinstance(now, CompiledForward)
             # Around the network's own forward others may do what they like.
-            if module is not self.network and now not in allowed:
+            if module is not self.network and not known:
                 return f"the forward of a {type(module).__name__} was replaced"
         return None
 

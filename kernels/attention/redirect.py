@@ -4,7 +4,6 @@ Diffusers' default backend calls ``F.scaled_dot_product_attention``, its others 
 or restrict torch's backends around the call (``_native_*``): both are left as they are.
 """
 
-import inspect
 from typing import Any
 
 import torch
@@ -55,11 +54,8 @@ def replace(graph: torch.fx.Graph, mode: Mode) -> int:
         elif node.target is scaled_dot_product_attention and free:
             values = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["example_value"])
             if plain(*values[0], **values[1]):
-                given = inspect.signature(plain).bind(*node.args, **node.kwargs).arguments
                 node.target = OPERATOR
-                node.args = (
-                    given["query"], given["key"], given["value"], None, given.get("scale"), mode
-                )  # fmt: skip
+                node.args = (*_operands(*node.args, **node.kwargs), mode)
                 node.kwargs = {}
                 replaced += 1
     return replaced
@@ -97,17 +93,11 @@ def plain(
     return not (torch.is_grad_enabled() and any(t.requires_grad for t in qkv))
 
 
-def ours(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    *,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-    mode: Mode,
-) -> Tensor:
+def ours(*args: Any, mode: Mode, **kwargs: Any) -> Tensor:
     """Compute a :func:`plain` call of ``F.scaled_dot_product_attention``, [B, H, T, d]."""
-    return OPERATOR(query, key, value, None, scale, mode)
+    return OPERATOR(*_operands(*args, **kwargs), mode)
+
+
+def _operands(query: Any, key: Any, value: Any, *_: Any, scale: Any = None, **__: Any) -> Any:
+    """Return the operator's arguments, but for the mode, of a :func:`plain` call's."""
+    return query, key, value, None, scale

@@ -50,14 +50,7 @@ def norm_rope(
     return launch(parts, weights, eps, cos, sin, interleaved)
 
 
-def _fake(
-    parts: Sequence[Tensor],
-    weights: Sequence[Tensor | None],
-    eps: float | None,
-    cos: Sequence[Tensor | None],
-    sin: Sequence[Tensor | None],
-    interleaved: bool,
-) -> Tensor:
+def _fake(parts: Sequence[Tensor], *rest: object, **named: object) -> Tensor:
     batch, _, heads, dim = parts[0].shape
     tokens = sum(part.shape[1] for part in parts)
     return parts[0].new_empty((batch, tokens, heads, dim))

@@ -22,7 +22,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrize
 
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
-from dirotq.runtime.as_made import Made, untouched
+from dirotq.runtime.as_made import Made
 
 VIEWS = SiteView, PointwiseView
 PACKED = QuantLinear, *VIEWS
@@ -125,6 +125,11 @@ def test_parametrized_tensors_are_read(plain_network, name):
     got = call(fused, name)
     assert not torch.equal(got, want)
     assert torch.equal(got, call(apart, name))
+
+
+def untouched(module: nn.Module) -> bool:
+    """Whether a call of it, inside of another module, is its class's forward and nothing else."""
+    return Made((nn.Module(), module), (nn.Module, type(module)), ((), ())).inside()
 
 
 class Nothing(ModelHook):
