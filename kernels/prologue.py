@@ -16,6 +16,9 @@ from torch.nn import functional
 
 Kind = Literal["plain", "gelu", "concat"]
 
+SHORT = 16
+"""Rows of an image below which images that do not lie evenly are copied: a program has 64."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prologue:
@@ -45,10 +48,14 @@ class Prologue:
         return x
 
     def laid_out(self) -> "Prologue":
-        """Return it as kernels read it: neighbouring channels, and one image of all rows
-        where nothing depends on the image and the rows lie evenly."""
-        x = _contiguous(self.x_BTD)
-        behind = None if self.behind_BTF is None else _contiguous(self.behind_BTF)
+        """Return it as kernels read it: neighbouring channels, and one image of all rows where the
+        rows lie evenly, or are brought to: a copy costs less than kernels that read few rows of
+        each image."""
+        x, behind = self.x_BTD, self.behind_BTF
+        if x.shape[1] < SHORT:
+            x, behind = x.contiguous(), None if behind is None else behind.contiguous()
+        x = _contiguous(x)
+        behind = None if behind is None else _contiguous(behind)
         if _even(x) and (behind is None or _even(behind)):
             x = x.flatten(0, 1)[None]
             behind = None if behind is None else behind.flatten(0, 1)[None]

@@ -27,7 +27,8 @@ from .random_linear import spec_for
 
 log = logging.getLogger(__name__)
 
-ROWS = (1, 4, 16, 64, 256, 512, 1024, 4608, 18432)
+ROWS = (1, 4, 16, 64, 256, 512, 1024, 1536, 2816, 4608, 18432)
+"""1536, 2816, 4608 and 18432 are FLUX's at 512, 768 and 1024 pixels, and at batch 4."""
 BLOCKS = (
     # FLUX: qkv, qkv + mlp, mlp up, mlp down, attention out, single block's out
     (3072, 9216), (3072, 21504), (3072, 12288), (12288, 3072), (3072, 3072), (15360, 3072),

@@ -13,7 +13,7 @@ pytest.importorskip("triton")
 
 from dirotq.kernels.appended import BIAS_COEFFICIENT, appended_part, columns_with_appended
 from dirotq.kernels.permuted import from_permuted, padded
-from dirotq.kernels.prologue import Prologue, concat_gelu, gelu, plain
+from dirotq.kernels.prologue import SHORT, Prologue, concat_gelu, gelu, plain
 from dirotq.kernels.transform_quantize import kernel, quantize_rows, transform
 from dirotq.kernels.transform_quantize.kernel import MAX_RANK, launch, usual
 
@@ -41,7 +41,7 @@ CASES = [(kind, name) for name in FULL for kind in KINDS]
 CASES += [(KINDS[i % 3], name) for i, name in enumerate(n for n in SPECS if n not in FULL)]
 
 
-def prologue_of(kind: str, name: str, images: int = 3, tokens: int = 11) -> Prologue:
+def prologue_of(kind: str, name: str, images: int = 3, tokens: int = 19) -> Prologue:
     """Of x with outliers and a mean, as slices of longer rows and longer sequences."""
     g = torch.Generator().manual_seed(0)
     d, behind = SPECS[name].in_features, BEHIND[name]
@@ -112,7 +112,9 @@ def test_other_chips_take_other_ways_to_the_same_codes(kind, name, chip, monkeyp
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_rows_do_not_depend_on_their_neighbours(kind):
-    spec, prologue, p = SPECS["even"], prologue_of(kind, "even"), basis_of("even")
+    tokens = 19
+    spec, p = SPECS["even"], basis_of("even")
+    prologue = prologue_of(kind, "even", tokens=tokens)
     whole = launch(prologue, p, None, spec, container=torch.int8)
 
     def image(i: int) -> Prologue:
@@ -124,7 +126,7 @@ def test_rows_do_not_depend_on_their_neighbours(kind):
         part = launch(image(i), p, None, spec, container=torch.int8)
         for got, want in zip(part, whole, strict=True):
             assert got is not None and want is not None
-            want = want[11 * i : 11 * (i + 1)].float()
+            want = want[tokens * i : tokens * (i + 1)].float()
             # numpy, which interprets, may compute the last bit of exp by where a value lies.
             close = torch.isclose(got.float(), want, rtol=1e-3, atol=1e-6)
             assert close.double().mean() > (0.999999 if got.is_cuda else 0.995)
@@ -171,6 +173,15 @@ def test_rows_in_the_protected_directions_alone():
     z, _ = transform(x.double(), p.double(), None, spec)
     got = from_permuted(codes.float(), spec.width).double() * scale.double()
     assert (got - z).norm() < 0.02 * x.double().norm()
+
+
+@pytest.mark.parametrize(("tokens", "copied"), [(SHORT - 1, True), (SHORT, False)])
+def test_images_of_few_rows_are_copied_where_they_do_not_lie_evenly(tokens, copied):
+    x = torch.randn(tokens, 3, 32).transpose(0, 1)[..., :16]
+    laid = plain(x).laid_out().x_BTD
+    assert (laid.shape == (1, 3 * tokens, 16)) == copied
+    assert (laid.data_ptr() == x.data_ptr()) != copied
+    assert torch.equal(laid.reshape(-1, 16), x.reshape(-1, 16))
 
 
 def test_values_are_what_the_network_computes():
