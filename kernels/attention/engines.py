@@ -32,7 +32,20 @@ def run(
     q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, mask: Tensor | None, scale: float | None,
     mode: str,
 ) -> Tensor:  # fmt: skip
-    """Compute attention, [B, T, H, d] (:func:`..attention.attention`), of arguments that fit."""
+    """Compute softmax(scale q kᵀ + mask) v, head by head; without gradients but for torch's own.
+
+    q_BTHd   bf16, fp16 or float32, [B, T, H, d]; rows may lie any distance apart
+    k_BSHd   the same dtype, [B, S, H, d]; v_BSHd likewise
+    mask     broadcasts to [B, H, T, S]: bool (True: attend), or a float to add to the logits;
+             exact by torch in both modes
+    scale    factor of the logits; None: d ** -0.5
+    mode     ``exact``: the fastest exact engine installed, torch's or FlashAttention-3. ``fp8``:
+             may round q, k, P and v to 8 bits where that is faster: in FP8 by FlashAttention-3
+             (:mod:`..fp8_qkv.reference`), which CPUs compute too; or where that can't run by our
+             kernel, INT8 for q and k (:mod:`.reference`). With neither it is exact, and says so
+             once
+    returns  q's dtype, [B, T, H, d]; ``flatten(2)`` of it is a view, but for torch's unfused path
+    """
     engine = choose(q_BTHd, k_BSHd, mask, scale, mode)
     if engine == "torch":
         q_BHTd, k_BHSd, v_BHSd = (t.transpose(1, 2) for t in (q_BTHd, k_BSHd, v_BSHd))

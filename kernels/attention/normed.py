@@ -34,7 +34,7 @@ def norm_rope_attention(
     """Compute attention, mode ``fp8``, of what ``norm_rope`` makes of q and k; without gradients.
 
     q ... q_sin  arguments of :func:`..norm_rope.norm_rope`, k ... k_sin likewise
-    v_BHSd       [B, H, S, d]; ``scale`` as :func:`..attention.attention` takes it
+    v_BHSd       [B, H, S, d]; ``scale`` as :func:`.engines.run` takes it
     returns      v's dtype, [B, H, T, d] of memory [B, T, H, d]
     """
     queries = q, q_weights, q_eps, q_cos, q_sin, interleaved

@@ -29,7 +29,7 @@ def attention(
 
     q_BHTd   [B, H, T, d], rows and heads any distance apart
     k_BHSd   the same dtype, [B, H, S, d]; v_BHSd likewise
-    mask     as :func:`..attention.attention` takes it, as ``scale`` and ``mode``
+    mask     as :func:`.engines.run` takes it, as ``scale`` and ``mode``
     returns  q's dtype, [B, H, T, d] of memory [B, T, H, d]: ``transpose(1, 2).flatten(2)`` of it is
              a view
     """

@@ -55,7 +55,7 @@ class Codes:
 
 
 def attention(q_BTHd: Tensor, k_BSHd: Tensor, v_BSHd: Tensor, *, scale: float) -> Tensor:
-    """Compute 8-bit attention, [B, T, H, d] in q's dtype (:func:`..attention.attention`)."""
+    """Compute 8-bit attention, [B, T, H, d] in q's dtype (:func:`.engines.run`)."""
     y_BHTd = attend(quantize(q_BTHd, k_BSHd, v_BSHd, scale=scale))
     return y_BHTd.transpose(1, 2).to(q_BTHd.dtype, memory_format=torch.contiguous_format)
 

@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from attending import attention
 from torch import Tensor
 
 pytest.importorskip("triton")
 
-from dirotq.kernels.attention import attention, engines, flash3, reference, why_not
+from dirotq.kernels.attention import engines, flash3, reference, why_not
 from dirotq.kernels.attention.kernel import launch, quantized, usual
 from dirotq.kernels.attention.normed import OPERATOR as NORMED
 from dirotq.kernels.attention.redirect import OPERATOR

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from attending import attention
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 pytest.importorskip("triton")
 
-from dirotq.kernels.attention import attention, engines, flash3
+from dirotq.kernels.attention import engines, flash3
 from dirotq.kernels.attention.engines import LONG, LONG_INT8, choose
 from dirotq.kernels.chip import say_once
 from dirotq.kernels.fp8_qkv import Codes, attend, quantize
