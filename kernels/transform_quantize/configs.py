@@ -74,15 +74,17 @@ def project(
     shapes: Shapes,
     *,
     parts: int,
+    beside: int,
     squares: bool,
     amax: bool,
 ) -> Config:
-    """``squares``: it adds up x's squares; ``amax``: it zeroes each row's largest, if whole."""
+    """``beside``: last directions, which stay in z; ``squares``: it adds up x's squares; ``amax``:
+    it zeroes each row's largest, if whole."""
     s = shapes.project
     s = _within(s, 2 * STEP * (s.bm + width_of_c(spec.rank)), 0, chip)
     constants = _shared(spec, chip, dtype) | {
-        "R": spec.rank, "EVEN": spec.in_features % STEP == 0, "BM": s.bm, "BK": STEP, "PARTS":
-        parts, "SQUARES": squares, "AMAX": amax, "KIND": kind,
+        "R": spec.rank, "LEAD": spec.rank - beside, "EVEN": spec.in_features % STEP == 0,
+        "BM": s.bm, "BK": STEP, "PARTS": parts, "SQUARES": squares, "AMAX": amax, "KIND": kind,
     }  # fmt: skip
     return Config(
         kernel=projection.project, constants=constants, warps=s.warps, stages=s.stages,
@@ -96,12 +98,19 @@ def gather(spec: QuantSpec, chip: int | None, *, parts: int) -> Config:
 
 
 def scale_rows(
-    spec: QuantSpec, chip: int | None, columns: int | None, *, bias: bool, parts: int
+    spec: QuantSpec,
+    chip: int | None,
+    columns: int | None,
+    *,
+    bias: bool,
+    parts: int,
+    beside: int,
 ) -> Config:
     """``columns``: appended ones, of which there may be 0; None: not asked for. c and the sums of
-    squares come in so many ``parts``."""
+    squares come in so many ``parts``; ``beside`` as for :func:`project`."""
     constants = _scales(spec, columns, bias) | {
-        "PARTS": parts, "TOP": RMS_TOP, "BM": ROWS, "CHAIN": chained(chip),
+        "LEAD": spec.rank - beside, "PARTS": parts, "TOP": RMS_TOP, "BM": ROWS,
+        "CHAIN": chained(chip),
     }  # fmt: skip
     return Config(kernel=scales.scale_rows, constants=constants, early=chained(chip))
 

@@ -109,17 +109,25 @@ def round_fp4(
     tl.store(at, scale_byte.to(tl.uint8), mask=m_m[:, None] & (o_g * G < K)[None, :])
 
 
-def launch(x: Prologue, p_DR: Tensor | None, t_DK: Tensor | None, spec: QuantSpec) -> Fp4Codes:
+def launch(
+    x: Prologue,
+    p_DR: Tensor | None,
+    t_DK: Tensor | None,
+    spec: QuantSpec,
+    *,
+    beside: int = 0,
+) -> Fp4Codes:
     """Compute FP4 codes, scales and c (``reference.transform_quantize``) of a prologue's rows.
 
     p_DR     bf16, [D, R], contiguous, or None at rank 0
     t_DK     bf16, [D, K]; ``transform="dense"`` only
+    beside   last directions of P that stay in z
     returns  codes uint8 [M, K // 2], scale uint8 [M, K // G], c [M, R] in x's dtype or None, and
              the global scale of each row, float32 [M] (NVFP4)
 
     Fp4Codes are the reference's, but for ties that NVFP4's quotients miss by a rounding.
     """
-    z, amax, c = rotated(x, p_DR, t_DK, spec)
+    z, amax, c = rotated(x, p_DR, t_DK, spec, beside)
     m, k, group = len(z), spec.width, spec.act_group_size
     codes = z.new_empty((m, k // 2), dtype=torch.uint8)
     scale = z.new_empty((m, k // group), dtype=torch.uint8)

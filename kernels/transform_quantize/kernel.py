@@ -30,6 +30,7 @@ def launch(
     container: torch.dtype,
     appended: bool = False,
     bias: bool = False,
+    beside: int = 0,
 ) -> Codes:
     """Compute codes, scales and c (:func:`.reference.transform_quantize`) as the GEMMs want them.
 
@@ -39,6 +40,7 @@ def launch(
     container  int8 or float8_e4m3fn: the dtype of codes
     appended   c (and the coefficient of a ``bias``) become columns behind the codes: float8 and
                one scale per row only
+    beside     last directions of P that stay in z: c has them, and nothing else knows of them
     returns    codes [M, padded(K)] in R1 order (``appended``: [M, columns_with_appended(...)]),
                scale float32 [M, G], c [M, R] in x's dtype (None at rank 0 or if ``appended``)
     """
@@ -51,9 +53,9 @@ def launch(
     codes, scale = new((m, width), dtype=container), new((m, groups), dtype=torch.float32)
     c: Tensor | None
     if p_DR is not None and _straight(spec) and m:
-        c = _by_root_mean_square(x, p_DR, spec, codes, scale, behind, bias)
+        c = _by_root_mean_square(x, p_DR, spec, codes, scale, behind, bias, beside)
     else:
-        z, amax, c = rotated(x, p_DR, t_DK, spec)
+        z, amax, c = rotated(x, p_DR, t_DK, spec, beside)
         if spec.activations.statistic == "rms":
             squares = z.float().square_().sum(1)  # of K channels: padding is zero
             amax = (RMS_TOP * (squares / k).sqrt()).view(torch.int32)
@@ -87,15 +89,17 @@ def _by_root_mean_square(
     scale_M1: Tensor,
     behind: int | None,
     bias: bool,
+    beside: int,
 ) -> Tensor:
     """Fill codes and scales of ``act_scale="rms"``; return c [M, padded R]."""
     prologue = _computed(prologue, spec)
     chip, m = capability(prologue.x_BTD.device), prologue.rows
-    products, spread, squares = _project(prologue, p_DR, spec, squares=True)
+    products, spread, squares = _project(prologue, p_DR, spec, beside, squares=True)
     assert squares is not None
     c = spread.new_empty(products.shape[1:])
     row = products.new_empty((2, m))
-    configs.scale_rows(spec, chip, behind, bias=bias, parts=len(products)).launch(
+    config = configs.scale_rows(spec, chip, behind, bias=bias, parts=len(products), beside=beside)
+    config.launch(
         (triton.cdiv(m, configs.ROWS),),
         products, squares, c, codes_MK, scale_M1, row, m, prologue.channels, codes_MK.stride(0),
         padded(spec.width), BIAS_COEFFICIENT if bias else 0.0,
@@ -105,7 +109,11 @@ def _by_root_mean_square(
 
 
 def rotated(
-    prologue: Prologue, p_DR: Tensor | None, t_DK: Tensor | None, spec: QuantSpec
+    prologue: Prologue,
+    p_DR: Tensor | None,
+    t_DK: Tensor | None,
+    spec: QuantSpec,
+    beside: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return z [M, padded(K)] in R1 order, the bits of its rows' largest |z| (int32 [M]), and c."""
     if spec.transform.kind == "dense":
@@ -116,14 +124,16 @@ def rotated(
     if p_DR is not None and _beyond(spec):
         x_MD, p = x.flatten(0, 1), p_DR.to(x.dtype)
         outside = x_MD @ p
-        prologue, c = plain((x_MD - outside @ p.mT)[None]), _padded(outside)
+        lead = spec.rank - beside
+        prologue = plain((x_MD - outside[:, :lead] @ p[:, :lead].mT)[None])
+        c = _padded(outside)
     m = prologue.rows
     z, amax = x.new_empty((m, padded(spec.width))), x.new_empty((m,), dtype=torch.int32)
     if p_DR is None or c is not None:
         amax.zero_()
         _rotate(prologue, spec, None, z, z, amax_M=amax)
         return z, amax, c
-    products, spread, _ = _project(prologue, p_DR, spec, amax_M=amax)
+    products, spread, _ = _project(prologue, p_DR, spec, beside, amax_M=amax)
     c = products[0]
     if len(products) > 1:
         c = spread.new_empty(c.shape)
@@ -143,6 +153,7 @@ def _project(
     prologue: Prologue,
     p_DR: Tensor,
     spec: QuantSpec,
+    beside: int,
     *,
     squares: bool = False,
     amax_M: Tensor | None = None,
@@ -162,7 +173,7 @@ def _project(
     spread_DR = x.new_empty((tiles(spec) * tile(spec), rp))
     sums = x.new_empty((n_parts, m), dtype=torch.float32) if squares else None
     config = configs.project(
-        spec, prologue.kind, chip, x.dtype, shapes, parts=n_parts, squares=squares,
+        spec, prologue.kind, chip, x.dtype, shapes, parts=n_parts, beside=beside, squares=squares,
         amax=amax_M is not None,
     )  # fmt: skip
     blocks = triton.cdiv(x.shape[1], config.constants["BM"])

@@ -83,14 +83,16 @@ def store_appended(
 @triton.jit
 def scale_rows(
     p_parts, p_squares, p_c, p_codes, p_scale, p_row, M, D, stride_codes, main, one,
-    R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, APPENDED: tl.constexpr, T: tl.constexpr,
-    PARTS: tl.constexpr, QMAX: tl.constexpr, UNIT: tl.constexpr, TOP: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, LEAD: tl.constexpr, RT: tl.constexpr,
+    APPENDED: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, QMAX: tl.constexpr,
+    UNIT: tl.constexpr, TOP: tl.constexpr,
     TINY: tl.constexpr, BM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Compute c [M, RP] of its PARTS, each row's scale from its root mean square, and the appended
     columns.
 
-    z = (x - c Pᵀ) H is as long as x less c: rotations keep lengths, and P is orthonormal.
+    z = (x - c Pᵀ) H is as long as x less the first LEAD of c: rotations keep lengths, and P is
+    orthonormal.
     p_row    float32 [2, M]: codes per unit of z, and what a step is in units of the codes
     p_squares  float32 [PARTS, M], the sums of x's squares
     T, one   as in ``round_rows``
@@ -110,7 +112,8 @@ def scale_rows(
     tl.store(p_c + o_c, c, mask=m_m[:, None])
     c = c.to(tl.float32)
     # Where c holds all but 2^-14 of the length, the difference is nothing but P's rounding.
-    rest = tl.maximum(squares - tl.sum(c * c, 1), squares * 0.00006103515625)
+    out = tl.where(tl.arange(0, RP)[None, :] < LEAD, c, 0.0)
+    rest = tl.maximum(squares - tl.sum(out * out, 1), squares * 0.00006103515625)
     top = TOP * tl.sqrt(rest / D)
     top = tl.where(squares != squares, squares, top)  # NaN shows
     peak = tl.maximum(tl.max(tl.abs(c), 1), one)

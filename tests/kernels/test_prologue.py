@@ -163,6 +163,27 @@ def test_the_columns_appended_behind_scales_of_the_root_mean_square(name, bias, 
         assert (off <= 2**-6 + 0.015 * z.square().mean(1).sqrt()).all()
 
 
+@pytest.mark.parametrize("name", ["even", "rms", "rms-ragged", "floats", "rank-beyond"])
+def test_directions_beside_stay_in_the_rest(name):
+    """What an adapter reads: c has them, codes and scales are those without them."""
+    spec, prologue, p, more = SPECS[name], prologue_of("gelu", name), basis_of(name), 8
+    assert p is not None
+    a = torch.randn(spec.in_features, more, generator=torch.Generator().manual_seed(2))
+    a = (0.1 * a).bfloat16().to(DEVICE)
+    container = torch.float8_e4m3fn if spec.activations.element == "e4m3" else torch.int8
+    codes, scale, c = launch(prologue, p, None, spec, container=container)
+    got_codes, got_scale, got_c = launch(
+        prologue, torch.cat([p, a], 1), None, replace(spec, rank=spec.rank + more),
+        container=container, beside=more,
+    )  # fmt: skip
+    assert c is not None and got_c is not None
+    assert (got_codes.float() == codes.float()).double().mean() > 0.999
+    torch.testing.assert_close(got_scale, scale, rtol=1e-5, atol=0)
+    torch.testing.assert_close(got_c[:, : spec.rank].float(), c.float(), rtol=1e-2, atol=1e-2)
+    want = double(prologue).value().reshape(prologue.rows, -1) @ a.double()
+    assert (got_c[:, spec.rank :] - want).norm() < 2e-3 * want.norm()
+
+
 def test_rows_in_the_protected_directions_alone():
     """Nothing but rounding is left of x: scales are small, codes are not cut off."""
     spec, p = SPECS["rms"], basis_of("rms")

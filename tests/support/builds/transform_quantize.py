@@ -52,7 +52,7 @@ def _large() -> list[Build]:
             if spec.rank:
                 config = configs.project(
                     spec, kind, chip, torch.bfloat16, shapes, parts=PARTS if codes else 1,
-                    squares=codes, amax=not codes,
+                    beside=0, squares=codes, amax=not codes,
                 )  # fmt: skip
                 types = {"p_c": "*fp32", "p_amax": "*fp32"} if codes else {}
                 _add(found, f"project-{name}", config, types, chip)
@@ -87,7 +87,7 @@ def _small() -> list[Build]:
         for appended in (True, False):
             name = f"scale-rows-{spec.activations.bits}-{parts}{'-appended' if appended else ''}"
             fp8 = appended or spec.activations.element == "e4m3"
-            found += _writers(name, configs.scale_rows, spec, appended, fp8, parts=parts)
+            found += _writers(name, configs.scale_rows, spec, appended, fp8, parts=parts, beside=0)
     return found
 
 
