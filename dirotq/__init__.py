@@ -39,6 +39,11 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module 'dirotq' has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    """Name what is public: the rest is for ourselves."""
+    return sorted(__all__)
+
+
 from dirotq._registration import register_when_imported  # noqa: E402
 
 register_when_imported()

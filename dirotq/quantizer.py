@@ -20,14 +20,15 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.errors import ArtifactError
 from dirotq.files.sums import check_part
 from dirotq.kernels.formats.quantize_weight import appended_floor
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.models.family import Site
 from dirotq.packed.config import FORMAT, check_places, read_packing
-from dirotq.packed.guards import guard
+from dirotq.packed.dequantize import dequantize_sites
+from dirotq.packed.guards import guard, unguard
 from dirotq.packed.half import Lost
 from dirotq.packed.swap import put_packed
 from dirotq.runtime.accelerate import accelerate
@@ -90,9 +91,9 @@ class DirotqQuantizer(DiffusersQuantizer):
         self._dtype: torch.dtype | None = None
         self._lost: dict[str, Lost] = {}
 
-    def update_torch_dtype(self, torch_dtype: torch.dtype) -> torch.dtype:
-        self._dtype = torch_dtype
-        return torch_dtype
+    def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
+        self._dtype = torch_dtype or torch.float32  # diffusers' default, which it notes then
+        return self._dtype
 
     def maybe_update_loaded_keys(
         self, loaded_keys: list[str], checkpoint_files: list[str]
@@ -151,18 +152,23 @@ class DirotqQuantizer(DiffusersQuantizer):
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Back to the stored dtype, so that load and save in any compute dtype changes no byte.
-
-        Raises UnsupportedError for pickles, which no loader of packed folders opens.
-        """
-        if not safe_serialization:
-            raise UnsupportedError(
-                "a packed transformer is saved as safetensors only: a pickle can run code when "
-                "loaded, and dirotq opens none. Leave out safe_serialization=False"
-            )
+        """Back to the stored dtype, so that load and save in any compute dtype changes no byte."""
         stored = {n: t.to(stored_dtype(n, t)) for n, t in state_dict.items()}
         changed = {n: lost.put_back(state_dict[n]) for n, lost in self._lost.items() if n in stored}
         return stored | changed, {}
+
+    def _dequantize(self, model: Any) -> Any:
+        """Put 16-bit linears in the place of the packed ones; it is a plain diffusers model then.
+
+        Raises what :func:`dequantize_sites` raises.
+        """
+        dequantize_sites(model, (site for site, _ in self.quantization_config.entries()))
+        accelerate(model, compile=False, graphs=False)
+        unguard(model)
+        del model.to_json_string, model.quantization_method
+        kept = {k: v for k, v in model.config.items() if k != "quantization_config"}
+        model._internal_dict = type(model.config)(kept)
+        return model
 
 
 def mark_packed(transformer: Any, config: DirotqConfig) -> None:

@@ -6,7 +6,9 @@ What is put on an object is a functools.partial: it pickles and deep-copies, unl
 
 import functools
 import inspect
+import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from torch import nn
@@ -14,22 +16,36 @@ from torch import nn
 from dirotq.errors import UnsupportedError
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
 
+log = logging.getLogger(__name__)
+
 PACKED = (QuantLinear, SiteView, PointwiseView)
+_by_pipeline: ContextVar[bool] = ContextVar("cast_by_pipeline", default=False)
+GUARDED = ("to", "save_pretrained", "num_parameters", "fuse_qkv_projections")
+"""Methods of diffusers that a packed transformer answers itself."""
 
 
 def guard(transformer: Any) -> None:
     """Prepare a packed transformer that was just loaded for what diffusers does to any, in place.
 
-    It may be cast (``from_pipe``), refuses 16-bit weights, takes ``fuse_qkv_projections`` as said
+    Its pipeline may cast it (``from_pipe``), it is saved as safetensors whatever is asked for, counts the
+    parameters that it stands for, refuses 16-bit weights, takes ``fuse_qkv_projections`` as said
     already, and is refused by diffusers' ``from_transformer``, which would copy nothing of it.
     """
-    transformer.to = functools.partial(_to, transformer)
-    if hasattr(transformer, "fuse_qkv_projections"):
-        transformer.fuse_qkv_projections = functools.partial(_fused_already, transformer)
+    answers = (_to, _save_pretrained, _num_parameters, _fused_already)
+    for name, answer in zip(GUARDED, answers, strict=True):
+        if hasattr(transformer, name):
+            setattr(transformer, name, functools.partial(answer, transformer))
     for module in transformer.modules():
         if isinstance(module, PACKED):
             module.register_load_state_dict_pre_hook(_refuse_weights)
     _guard_copies()
+    _guard_casts()
+
+
+def unguard(transformer: Any) -> None:
+    """Take off what :func:`guard` put on a transformer that is packed no more."""
+    for name in GUARDED:
+        vars(transformer).pop(name, None)
 
 
 def is_packed(model: Any) -> bool:
@@ -38,13 +54,60 @@ def is_packed(model: Any) -> bool:
 
 
 def _to(transformer: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call ``ModelMixin.to``, also to another dtype, which diffusers refuses: packed tensors keep
-    theirs (``QuantLinear._apply``), only what is in 16 bits is cast."""
-    transformer.is_quantized = False
+    """Call ``ModelMixin.to``. diffusers refuses another dtype, and breaks pipelines half-way: what
+    a pipeline asks for (``pipe.to``, ``from_pipe``) casts what is in 16 bits, and packed tensors
+    keep theirs (``QuantLinear._apply``)."""
+    transformer.is_quantized = not _by_pipeline.get()
     try:
         return type(transformer).to(transformer, *args, **kwargs)
     finally:
         transformer.is_quantized = True
+
+
+def _save_pretrained(
+    transformer: Any,
+    save_directory: Any,
+    is_main_process: bool = True,
+    save_function: Any = None,
+    safe_serialization: bool = True,
+    variant: str | None = None,
+    max_shard_size: int | str = "10GB",
+    push_to_hub: bool = False,
+    use_flashpack: bool = False,
+    **kwargs: Any,
+) -> None:
+    """Call ``ModelMixin.save_pretrained``, as safetensors: no loader of packed folders opens
+    anything else. Raises UnsupportedError for FlashPack, which keeps one dtype for all."""
+    if use_flashpack:
+        raise UnsupportedError(
+            "a packed transformer is saved as safetensors only: FlashPack casts every tensor to "
+            "one dtype, and codes are none. Leave out use_flashpack=True"
+        )
+    if not safe_serialization:
+        log.warning(
+            "safe_serialization=False: the packed %s is saved as safetensors all the same; a "
+            "pickle can run code when loaded, and DiRotQ opens none",
+            type(transformer).__name__,
+        )
+    type(transformer).save_pretrained(
+        transformer, save_directory, is_main_process, save_function, True, variant,
+        max_shard_size, push_to_hub, **kwargs,
+    )  # fmt: skip
+
+
+def _num_parameters(
+    transformer: Any, only_trainable: bool = False, exclude_embeddings: bool = False
+) -> int:
+    """Count parameters as of the 16-bit network: a packed linear stands for [N, D] and a bias."""
+    count = type(transformer).num_parameters(transformer, only_trainable, exclude_embeddings)
+    if only_trainable:
+        return count
+    for module in transformer.modules():
+        if isinstance(module, QuantLinear):
+            bias = 0 if module.bias is None else module.bias.numel()
+            count += module.spec.outputs * module.spec.in_features + bias
+            count -= sum(tensor.numel() for tensor in module.parameters())
+    return count
 
 
 def _fused_already(transformer: Any) -> None:
@@ -58,6 +121,24 @@ def _refuse_weights(module: nn.Module, state_dict: Any, prefix: str, *_: Any) ->
             "the rest of these weights would be mixed into another model. Pack the model that they "
             "belong to: `dirotq compress model=FOLDER`"
         )
+
+
+def _guard_casts() -> None:
+    """Let ``DiffusionPipeline.to`` say that it is the one who casts, once."""
+    from diffusers import DiffusionPipeline
+
+    if hasattr(cast := DiffusionPipeline.to, "__wrapped__"):
+        return
+
+    @functools.wraps(cast)
+    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
+        token = _by_pipeline.set(True)
+        try:
+            return cast(self, *args, **kwargs)
+        finally:
+            _by_pipeline.reset(token)
+
+    DiffusionPipeline.to = to
 
 
 def _guard_copies() -> None:
