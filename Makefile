@@ -14,7 +14,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test aot check bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load tune torture fuzz versions clean
+.PHONY: help setup compress plan sweep test test-diffusers aot check bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load tune torture fuzz versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -40,6 +40,11 @@ sweep: $(STAMP) ## compress once per value: SWEEP="rank.r=8,16,32"
 
 test: $(STAMP) ## all tests that need no network, on JOBS=2 processes (GPU tests where there is a GPU)
 	$(BIN)/python -m pytest -m "not download and not aot" -n $(JOBS) --dist worksteal $(ARGS)
+
+test-diffusers: $(STAMP) ## diffusers' own test mixins on packed pipelines: DIFFUSERS=<its checkout>
+	@test -f "$(DIFFUSERS)/tests/testing_utils.py" || { echo "DIFFUSERS=$(DIFFUSERS) is no checkout of diffusers with its tests; name one: git clone https://github.com/huggingface/diffusers" >&2; exit 1; }
+	DIFFUSERS_CHECKOUT=$(abspath $(DIFFUSERS)) $(BIN)/python -m pytest -o addopts=-ra \
+		--import-mode=prepend -W ignore tests/diffusers_mixins $(ARGS)
 
 aot: $(STAMP) ## compile every kernel for every chip, without one
 	$(BIN)/python -m pytest -m aot $(ARGS)

@@ -1,7 +1,9 @@
 """Teach diffusers to read packed folders, without importing diffusers ourselves.
 
-diffusers finds quantizers in two module-level tables, to which dirotq/quantizer.py adds ours. That
-module is imported here: at once if diffusers is loaded, otherwise the moment those tables exist.
+diffusers finds quantizers in two module-level tables, to which dirotq/quantizer.py adds ours, and
+has no place for what concerns whole pipelines or single files: those functions are wrapped
+(dirotq/packed/pipelines.py, from_single_file.py). Our modules are imported at once where those of
+diffusers are loaded, otherwise the moment that they are.
 """
 
 import importlib
@@ -12,26 +14,34 @@ import sys
 from collections.abc import Sequence
 from types import ModuleType
 
-HOST = "diffusers.quantizers.auto"
-REGISTRAR = "dirotq.quantizer"
-"""Importing it registers (once; Python's import lock and module cache see to that)."""
+OURS = {
+    "diffusers.quantizers.auto": "dirotq.quantizer",
+    "diffusers.loaders.single_file_utils": "dirotq.packed.from_single_file",
+    "diffusers.pipelines.pipeline_utils": "dirotq.packed.pipelines",
+}
+"""{module of diffusers: ours, whose import registers, once; Python's module cache sees to that}."""
 
 
 def register_when_imported() -> None:
     """Register now or on diffusers' first import; calling it again changes nothing."""
-    if HOST in sys.modules:
-        importlib.import_module(REGISTRAR)
-    elif not any(isinstance(finder, _Watch) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Watch())
+    watched = {finder.host for finder in sys.meta_path if isinstance(finder, _Watch)}
+    for host, ours in OURS.items():
+        if host in sys.modules:
+            importlib.import_module(ours)
+        elif host not in watched:
+            sys.meta_path.insert(0, _Watch(host))
 
 
 class _Watch(importlib.abc.MetaPathFinder):
-    """Steps aside for every module but HOST, after which it registers, once."""
+    """Steps aside for every module but ``host``, after which it registers, once."""
+
+    def __init__(self, host: str) -> None:
+        self.host = host
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        if fullname != HOST:
+        if fullname != self.host:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -40,7 +50,7 @@ class _Watch(importlib.abc.MetaPathFinder):
 
             def execute_and_register(module: ModuleType) -> None:
                 execute(module)
-                importlib.import_module(REGISTRAR)
+                importlib.import_module(OURS[self.host])
 
             loader.exec_module = execute_and_register  # type: ignore[method-assign]
         return spec

@@ -26,6 +26,7 @@ from dirotq.kernels.formats.quantize_weight import appended_floor
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.models.family import Site
+from dirotq.packed.beside import ATTRIBUTE, Beside, read_beside
 from dirotq.packed.config import FORMAT, check_places, read_packing
 from dirotq.packed.dequantize import dequantize_sites
 from dirotq.packed.guards import guard, unguard
@@ -90,6 +91,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         self._found: dict[str, Signature] | None = None
         self._dtype: torch.dtype | None = None
         self._lost: dict[str, Lost] = {}
+        self._beside: Beside | None = None
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         self._dtype = torch_dtype or torch.float32  # diffusers' default, which it notes then
@@ -101,6 +103,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         found = {}
         for folder in {Path(file).parent for file in checkpoint_files}:
             check_part(folder)
+            self._beside = read_beside(folder)
         packed = {site.name for site, _ in self.quantization_config.entries()}
         for file in checkpoint_files:
             with open_weights(Path(file)) as tensors:
@@ -147,6 +150,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         accelerate(model, compile=True, graphs=True)
         model.to_json_string = functools.partial(_config_without_path, model)
         guard(model)
+        setattr(model, ATTRIBUTE, self._beside)
         return model
 
     def get_state_dict_and_metadata(

@@ -11,10 +11,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dirotq.errors import ArtifactError
-from dirotq.files.json_file import CALL_FILE
+from dirotq.files.json_file import CALL_FILE, INDEX, read_json
 from dirotq.files.sums import write_sums
 from dirotq.kernels.linear import buffer_shapes
 from dirotq.models.coverage import share_kept
+from dirotq.packed.beside import card_of
+from dirotq.packed.card import README
+from dirotq.packed.made_from import base_of
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.sizes import parse_bytes
@@ -28,19 +31,6 @@ from dirotq.sources.weights import plan_shards, write_index
 
 CODED = ("qweight", "wscale", "wglobal")
 """What `gptq` knows better than `fuse`."""
-
-CARD = """# {name}, packed to 4 bits by DiRotQ
-
-```python
-import dirotq
-pipe = dirotq.load("{name}")          # or, after `import dirotq`: DiffusionPipeline.from_pretrained
-image = pipe("...", **{call}).images[0]
-```
-
-{parameters:.2f} M transformer parameters in {megabytes:.2f} MB: {bits:.2f} bits per parameter,
-everything counted (codes, scales, bases, protected columns, all layers kept in 16 bits).
-`dirotq.load` holds every file against SHA256SUMS; so does `sha256sum -c SHA256SUMS`.
-"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,14 +91,16 @@ class Pack:
         call = self.model.call_arguments()
         (folder / CALL_FILE).write_text(json.dumps(call, indent=2, sort_keys=True) + "\n")
         size = sum(footprint(transformer).values())
-        card = CARD.format(
+        card = card_of(
+            transformer,
+            [(entry.site, entry.spec) for entry in plan],
             name=Path(self.model.path).name,
+            base=base_of(self.model),
+            pipeline=read_json(folder / INDEX)["_class_name"],
+            parameters=parameters,
             call=call,
-            parameters=parameters / 1e6,
-            megabytes=size / 1e6,
-            bits=8 * size / parameters,
         )
-        (folder / "README.md").write_text(card)
+        (folder / README).write_text(card, encoding="utf-8")
         write_sums(folder)  # last: it speaks of every file that is read
         return {
             "transformer_megabytes": size / 1e6,

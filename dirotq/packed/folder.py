@@ -27,7 +27,7 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
     Raises ArtifactError if the folder holds no packed pipeline, or a file differs.
     """
     root = _place(folder)
-    artifact = _artifact_around(root)
+    artifact = artifact_around(root)
     if verify and artifact is not None:
         artifact.tree("model")
     config = root / "transformer" / "config.json"
@@ -55,7 +55,7 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
 
 def held(folder: str | Path) -> AbstractContextManager[Any]:
     """Keep a folder of a store from being replaced or removed while it is read."""
-    artifact = _artifact_around(_place(folder))
+    artifact = artifact_around(_place(folder))
     in_store = artifact is not None and (artifact.path.parent.parent / MARKER).is_file()
     return artifact.held() if artifact is not None and in_store else nullcontext()
 
@@ -91,7 +91,7 @@ def _place(folder: str | Path) -> Path:
     return root / "data" / "model" if inside else root
 
 
-def _artifact_around(root: Path) -> Artifact | None:
+def artifact_around(root: Path) -> Artifact | None:
     """Return the artifact of ``pack`` whose data/model this is, also through a link."""
     place = root.resolve()
     around = place.parent.parent

@@ -19,7 +19,8 @@ from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
 log = logging.getLogger(__name__)
 
 PACKED = (QuantLinear, SiteView, PointwiseView)
-_by_pipeline: ContextVar[bool] = ContextVar("cast_by_pipeline", default=False)
+casting: ContextVar[bool] = ContextVar("casting", default=False)
+"""Whether a pipeline casts its components (dirotq/packed/pipelines.py)."""
 GUARDED = ("to", "save_pretrained", "num_parameters", "fuse_qkv_projections")
 """Methods of diffusers that a packed transformer answers itself."""
 
@@ -27,11 +28,16 @@ GUARDED = ("to", "save_pretrained", "num_parameters", "fuse_qkv_projections")
 def guard(transformer: Any) -> None:
     """Prepare a packed transformer that was just loaded for what diffusers does to any, in place.
 
-    Its pipeline may cast it (``from_pipe``), it is saved as safetensors whatever is asked for, counts the
-    parameters that it stands for, refuses 16-bit weights, takes ``fuse_qkv_projections`` as said
-    already, and is refused by diffusers' ``from_transformer``, which would copy nothing of it.
+    Its pipeline may cast it (``from_pipe``). It is saved as safetensors whatever is asked for,
+    counts the parameters that it stands for, refuses 16-bit weights, takes ``fuse_qkv_projections``
+    as said already, and is refused by diffusers' ``from_transformer``, which would copy nothing.
     """
-    answers = (_to, _save_pretrained, _num_parameters, _fused_already)
+    answers: tuple[Callable[..., Any], ...] = (
+        _to,
+        _save_pretrained,
+        _num_parameters,
+        _fused_already,
+    )
     for name, answer in zip(GUARDED, answers, strict=True):
         if hasattr(transformer, name):
             setattr(transformer, name, functools.partial(answer, transformer))
@@ -39,7 +45,6 @@ def guard(transformer: Any) -> None:
         if isinstance(module, PACKED):
             module.register_load_state_dict_pre_hook(_refuse_weights)
     _guard_copies()
-    _guard_casts()
 
 
 def unguard(transformer: Any) -> None:
@@ -57,7 +62,7 @@ def _to(transformer: Any, *args: Any, **kwargs: Any) -> Any:
     """Call ``ModelMixin.to``. diffusers refuses another dtype, and breaks pipelines half-way: what
     a pipeline asks for (``pipe.to``, ``from_pipe``) casts what is in 16 bits, and packed tensors
     keep theirs (``QuantLinear._apply``)."""
-    transformer.is_quantized = not _by_pipeline.get()
+    transformer.is_quantized = not casting.get()
     try:
         return type(transformer).to(transformer, *args, **kwargs)
     finally:
@@ -121,24 +126,6 @@ def _refuse_weights(module: nn.Module, state_dict: Any, prefix: str, *_: Any) ->
             "the rest of these weights would be mixed into another model. Pack the model that they "
             "belong to: `dirotq compress model=FOLDER`"
         )
-
-
-def _guard_casts() -> None:
-    """Let ``DiffusionPipeline.to`` say that it is the one who casts, once."""
-    from diffusers import DiffusionPipeline
-
-    if hasattr(cast := DiffusionPipeline.to, "__wrapped__"):
-        return
-
-    @functools.wraps(cast)
-    def to(self: Any, *args: Any, **kwargs: Any) -> Any:
-        token = _by_pipeline.set(True)
-        try:
-            return cast(self, *args, **kwargs)
-        finally:
-            _by_pipeline.reset(token)
-
-    DiffusionPipeline.to = to
 
 
 def _guard_copies() -> None:

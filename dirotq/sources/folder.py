@@ -134,8 +134,13 @@ def place(source: Path, target: Path) -> None:
             shutil.copyfile(real, target)
 
 
+def is_licence(name: str) -> bool:
+    """Tell whether a file of this name holds terms: it goes wherever the model goes."""
+    return bool(_LICENCE.fullmatch(name))
+
+
 def _is_carried(name: str) -> bool:
-    return name in (INDEX, CALL_FILE) or bool(_LICENCE.fullmatch(name))
+    return name in (INDEX, CALL_FILE) or is_licence(name)
 
 
 def _is_setting(name: str) -> bool:

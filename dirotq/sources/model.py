@@ -81,6 +81,11 @@ class DiffusersModel:
         """Raises UnsupportedError for a transformer class that no family describes."""
         return family_of(self._config()["_class_name"])
 
+    @property
+    def pipeline_source(self) -> str:
+        """Folder or hub id that all components come from which nothing replaces."""
+        return self._base()[0]
+
     def call_arguments(self) -> dict[str, float | int]:
         """Merge call arguments of the family, of the folder's generation.json, and of ``call``."""
         file = self.folder(weights=False, complete=False) / CALL_FILE

@@ -20,6 +20,8 @@ from .folder import SETTINGS, STEMS, carried_files, missing_weights, pipeline_fi
 from .hub import HubPath, hub_path, unproven
 from .weights import read_header, refuse_quantized
 
+CARD = "README.md"
+LICENCES = ("LICEN[SC]E*", "NOTICE*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -36,7 +38,7 @@ def pipeline_folder(
     as pickles, or leads out of its folder (dirotq/sources/folder.py); UnsupportedError if its
     denoiser is no transformer or is quantized already, or it needs code of its own.
     """
-    place = _on_hub(source)
+    place = on_hub(source)
     if place is None:
         root = resolve(source)
         _refuse_no_pipeline(root, source)
@@ -72,7 +74,7 @@ def pipeline_identity(source: str, *, without: str = "") -> dict[str, Any]:
     """
     root = pipeline_folder(source, weights=False, without=without, complete=False)
     index = read_json(root / INDEX)
-    if (place := _on_hub(source)) is None:
+    if (place := on_hub(source)) is None:
         return {"files": _digests(root, pipeline_files(root, index, without=without))}
     if not unproven(root, _used(root, index, without), place.listing()):
         return place.identity()
@@ -116,7 +118,7 @@ def single_file(source: str) -> Path | None:
     return path
 
 
-def _on_hub(source: str) -> HubPath | None:
+def on_hub(source: str) -> HubPath | None:
     """Return the repository that ``source`` names, unless there is such a folder here."""
     if "://" in source or resolve(source).exists():
         return None
@@ -134,7 +136,7 @@ def _fetch(place: HubPath, *, weights: bool, without: str = "") -> Path:
         )
     index = read_json(root / INDEX)
     wanted = [f"{part}/*.{suffix}" for part in components(index) for suffix in SETTINGS]
-    here = place.fetch([INDEX, CALL_FILE, *wanted])
+    here = place.fetch([INDEX, CALL_FILE, CARD, *LICENCES, *wanted])
     if weights:
         # Of most repositories the standard names; an index may have other ones.
         usual = {f"{stem}{n}.safetensors" for stem in STEMS for n in ("", "-?????-of-?????")}

@@ -1,4 +1,4 @@
-"""diffusers' own test mixins on packed tiny pipelines: ``make test-diffusers DIFFUSERS=<checkout>``.
+"""diffusers' own test mixins on packed tiny pipelines: ``make test-diffusers DIFFUSERS=CHECKOUT``.
 
 The checkout is the user's; nothing of it is copied. Where there is no GPU, the CPU stands in the
 accelerator's place: tests that "require an accelerator" are told that there is one.

@@ -1,8 +1,8 @@
 """The transformer: quantization, memory and caches. Of 16 bits, what is no test of quantization."""
 
-from tests.models import testing_utils as theirs
 from tiny import FluxModelConfig
 
+from tests.models import testing_utils as theirs
 
 MIXINS = {
     "Common": theirs.ModelTesterMixin,

@@ -9,6 +9,7 @@ from tiny import ROOT, FluxModelConfig
 
 from dirotq.kernels.linear import QuantLinear, SiteView
 
+
 class TestQuantization(FluxModelConfig, QuantizationTesterMixin):
     model_class = FluxTransformer2DModel
     pretrained_model_name_or_path = str(transformers(ROOT)[0])

@@ -78,7 +78,9 @@ class FluxModelConfig(BaseModelTesterConfig):
     output_shape = (16, 16)
     input_shape = (16, 16)
     main_input_name = "hidden_states"
-    FASTER_CACHE_CONFIG: ClassVar = FluxPipelineConfig.FASTER_CACHE_CONFIG | {"tensor_format": "BCHW"}
+    FASTER_CACHE_CONFIG: ClassVar = FluxPipelineConfig.FASTER_CACHE_CONFIG | {
+        "tensor_format": "BCHW"
+    }
 
     @property
     def model_class(self) -> Any:

@@ -30,3 +30,8 @@ def test_lazy_names():
     assert {"load", "compress"} <= set(dirotq.__all__)
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         _ = dirotq.nonsense
+
+
+def test_what_is_listed_is_public():
+    assert dir(dirotq) == sorted(dirotq.__all__)
+    assert all(hasattr(dirotq, name) for name in dir(dirotq))

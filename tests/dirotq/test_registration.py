@@ -36,16 +36,21 @@ import sys, dirotq
 from dirotq._registration import register_when_imported
 watching = lambda: sum(type(f).__name__ == "_Watch" for f in sys.meta_path)
 register_when_imported()
-print(watching(), "diffusers" in sys.modules)
+from dirotq._registration import OURS
+print(watching() - len(OURS), "diffusers" in sys.modules)
 import diffusers.quantizers.auto as auto
 register_when_imported()
-print(watching(), auto.AUTO_QUANTIZER_MAPPING["dirotq"].__name__, auto.__spec__.name)
+hosts = {getattr(finder, "host", "") for finder in sys.meta_path}
+print("diffusers.quantizers.auto" in hosts)
+print(auto.AUTO_QUANTIZER_MAPPING["dirotq"].__name__, auto.__spec__.name)
 import dirotq.quantizer
 print(auto.AUTO_QUANTIZER_MAPPING["dirotq"] is dirotq.quantizer.DirotqQuantizer)
 from diffusers import DiffusionPipeline
+from diffusers.loaders import single_file_utils
+print(watching())
 """
         + load
     ).stdout.split()
-    assert said[:2] == ["1", "False"]
-    assert said[2:6] == ["0", "DirotqQuantizer", "diffusers.quantizers.auto", "True"]
-    assert said[6:] == ["QuantLinear", "True"]
+    assert said[:2] == ["0", "False"]
+    assert said[2:6] == ["False", "DirotqQuantizer", "diffusers.quantizers.auto", "True"]
+    assert said[6:] == ["0", "QuantLinear", "True"]

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from tiny_line import CALL, CAPTIONS, run_stage, stage, tree_bytes
 
@@ -79,9 +80,23 @@ def test_hidden_files_and_the_old_card_stay_behind(pack, inputs, own_folder, tmp
     run_stage(moved, tmp_path, **inputs)
     card = (tmp_path / "model" / "README.md").read_text()
     assert "packed to 4 bits by DiRotQ" in card
-    assert "16-bit model" not in card
+    assert "# the 16-bit model" not in card
     assert not (tmp_path / "model" / ".cache").exists()
     assert not (tmp_path / "model" / "training.json").exists()
+
+
+def test_the_terms_of_the_base_are_carried_over(pack, inputs, own_folder, tmp_path):
+    (own_folder / "README.md").write_text("---\nlicense: mit\nbase_model: org/tiny\n---\n# x")
+    (own_folder / "LICENSE").write_text("terms")
+    moved = dataclasses.replace(pack, model=dataclasses.replace(pack.model, path=str(own_folder)))
+    run_stage(moved, tmp_path, **inputs)
+    card = (tmp_path / "model" / "README.md").read_text()
+    data = ModelCard(card).data
+    assert (data.license, data.base_model) == ("mit", "org/tiny")
+    assert data.to_dict()["base_model_relation"] == "quantized"
+    assert "Licence: mit, as the base model's." in card
+    assert str(tmp_path) not in card
+    assert (tmp_path / "model" / "LICENSE").read_text() == "terms"
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ def packed(spec: QuantSpec, *, bias: bool = True, seed: int = 0) -> QuantLinear:
         "wp": torch.randn(spec.outputs, spec.rank, generator=generator),
         "basis": vectors[:, spec.in_features - spec.rank :],
         "rotation": vectors[:, : spec.width],
+        "smooth": torch.rand(spec.in_features, generator=generator) + 0.5,
     }
     if spec.weights.element == "e2m1":
         content |= {

@@ -101,12 +101,20 @@ def test_a_spawned_process_takes_one(pipe):
         assert pool.submit(_rows, pipe.transformer).result() == _rows(pipe.transformer)
 
 
-def test_pickles_are_not_written(pipe, tmp_path):
-    for model in (pipe.transformer, pipe):
-        with pytest.raises(UnsupportedError, match=r"safetensors only.*safe_serialization=False"):
-            model.save_pretrained(tmp_path / "x", safe_serialization=False)
-    assert not list(tmp_path.rglob("diffusion_pytorch_model*.bin"))[1:]  # the VAE's, before ours
-    pipe.transformer.save_pretrained(tmp_path / "y", safe_serialization=True)
+def test_what_is_saved_as_pickles_is_packed_as_safetensors(pipe, tmp_path, caplog):
+    pipe.save_pretrained(tmp_path, safe_serialization=False, variant="x")
+    assert "saved as safetensors all the same" in caplog.text
+    assert [p.name for p in (tmp_path / "transformer").glob("*model*")] == [
+        "diffusion_pytorch_model.x.safetensors"
+    ]
+    assert (tmp_path / "vae" / "diffusion_pytorch_model.x.bin").is_file()
+    again = FluxTransformer2DModel.from_pretrained(tmp_path / "transformer", variant="x")
+    assert torch.equal(image(pipe, again), image(pipe))
+
+
+def test_flashpack_is_refused(pipe, tmp_path):
+    with pytest.raises(UnsupportedError, match=r"safetensors only.*use_flashpack=True"):
+        pipe.transformer.save_pretrained(tmp_path, use_flashpack=True)
 
 
 @pytest.mark.parametrize("shard", ["5GB", "100KB"])
@@ -144,9 +152,29 @@ def test_from_pipe_shares_the_packed_transformer(finished, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_cast_and_save_keeps_what_the_dtype_holds(finished, tmp_path, dtype):
     model = finished["pack"].data / "model" / "transformer"
-    transformer = FluxTransformer2DModel.from_pretrained(model, torch_dtype=torch.float16)
-    transformer.to(dtype).save_pretrained(tmp_path)
+    pipe = dirotq.load(model.parent, device="cpu", dtype=torch.float16)
+    pipe.to(dtype).transformer.save_pretrained(tmp_path)
     assert tree_bytes(tmp_path) == tree_bytes(model)
+
+
+def test_only_a_pipeline_casts(pipe):
+    """As diffusers has it for every quantized model; ``from_pipe`` is what it lets through."""
+    for cast in (lambda t: t.to(torch.float16), lambda t: t.half(), lambda t: t.float()):
+        with pytest.raises(ValueError, match="quantized model"):
+            cast(pipe.transformer)
+    pipe.to("cpu", torch.float16)
+    assert pipe.transformer.dtype == torch.float16
+    with pytest.raises(ValueError, match="quantized model"):
+        pipe.transformer.to(torch.float32)
+
+
+def test_the_parameters_of_the_16_bit_network_are_counted(pipe, folder):
+    plain = FluxTransformer2DModel.from_pretrained(folder / "transformer")
+    for flags in ({}, {"exclude_embeddings": True}):
+        assert pipe.transformer.num_parameters(**flags) == plain.num_parameters(**flags)
+    trainable = sum(p.numel() for p in pipe.transformer.parameters() if p.requires_grad)
+    assert pipe.transformer.num_parameters(only_trainable=True) == trainable
+    assert pipe.transformer.get_memory_footprint() < plain.get_memory_footprint() / 2
 
 
 @pytest.mark.parametrize(
