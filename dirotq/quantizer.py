@@ -20,7 +20,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from dirotq.errors import ArtifactError
+from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.files.sums import check_part
 from dirotq.kernels.formats.quantize_weight import appended_floor
 from dirotq.kernels.formats.spec import QuantSpec
@@ -80,7 +80,7 @@ class DirotqConfig(QuantizationConfigMixin):
 class DirotqQuantizer(DiffusersQuantizer):
     """Rebuilds packed modules on load; strict about every tensor."""
 
-    requires_calibration = True
+    requires_calibration = False  # it does; what diffusers says of that helps nobody
     use_keep_in_fp32_modules = True
     is_serializable = True
     is_trainable = False
@@ -92,6 +92,15 @@ class DirotqQuantizer(DiffusersQuantizer):
         self._dtype: torch.dtype | None = None
         self._lost: dict[str, Lost] = {}
         self._beside: Beside | None = None
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        """Raise UnsupportedError for weights that are not packed yet: that takes calibration."""
+        if not self.pre_quantized:
+            raise UnsupportedError(
+                "a DirotqConfig tells how a transformer is packed, and these weights are not: "
+                "packing takes calibration, `dirotq compress model=FOLDER`. What it writes loads "
+                "without a quantization_config"
+            )
 
     def update_torch_dtype(self, torch_dtype: torch.dtype | None) -> torch.dtype:
         self._dtype = torch_dtype or torch.float32  # diffusers' default, which it notes then

@@ -107,3 +107,29 @@ def test_a_deep_copy_remembers_nothing():
     twin[0].site.site.wscale.mul_(2)
     assert twin[1].shared.site is twin[0].site
     assert not torch.allclose(twin[1](x), parts[1](x))
+
+
+def test_hooks_of_views_and_of_the_site_have_their_say():
+    """Each is called once for a call, may change what passes, and is gone when it is removed."""
+    site, parts = views()
+    x = torch.randn(2, 5, 64)
+    plain = [part(x) for part in parts]
+    fired = []
+    hooks = [
+        parts[1].register_forward_pre_hook(
+            lambda _, given: (fired.append("pre"), given[0] * 2)[1:]
+        ),
+        parts[2].register_forward_hook(lambda _, __, made: (fired.append("post"), made + 1)[1]),
+        site.register_forward_hook(lambda _, __, made: (fired.append("site"), made * 3)[1]),
+    ]
+    got = [part(x) for part in parts]
+    doubled = site.site(x * 2)[..., ROWS[1]]
+    torch.testing.assert_close(got[0], plain[0] * 3)
+    torch.testing.assert_close(got[1], doubled * 3)
+    torch.testing.assert_close(got[2], plain[2] * 3 + 1)
+    assert fired.count("pre") == fired.count("post") == 1
+    assert fired.count("site") >= 2  # the second view reads another tensor
+    for hook in hooks:
+        hook.remove()
+    for part, want in zip(parts, plain, strict=True):
+        torch.testing.assert_close(part(x), want)
