@@ -46,6 +46,13 @@ def test_model_and_args_reach_the_command_line(root, tmp_path):
     assert "--multirun" in make(root, "-n", "sweep", f"VENV={tmp_path}")[1]
 
 
+def test_the_checkout_of_diffusers_is_the_users(root, tmp_path):
+    status, out = make(root, "-n", "test-diffusers", f"VENV={tmp_path}", "DIFFUSERS=/some/where")
+    assert status == 0
+    assert "DIFFUSERS_CHECKOUT=/some/where" in out and "tests/diffusers_mixins" in out
+    assert "git clone" in out  # where there is none
+
+
 def test_an_old_python_is_named_as_the_problem(root, tmp_path):
     status, out = make(root, "setup", f"VENV={tmp_path / 'venv'}", "PYTHON=")
     assert status != 0
