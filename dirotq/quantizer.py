@@ -178,7 +178,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         dequantize_sites(model, (site for site, _ in self.quantization_config.entries()))
         accelerate(model, compile=False, graphs=False)
         unguard(model)
-        del model.to_json_string, model.quantization_method
+        del model.quantization_method
         kept = {k: v for k, v in model.config.items() if k != "quantization_config"}
         model._internal_dict = type(model.config)(kept)
         return model

@@ -21,8 +21,6 @@ log = logging.getLogger(__name__)
 PACKED = (QuantLinear, SiteView, PointwiseView)
 casting: ContextVar[bool] = ContextVar("casting", default=False)
 """Whether a pipeline casts its components (dirotq/packed/pipelines.py)."""
-GUARDED = ("to", "save_pretrained", "num_parameters", "fuse_qkv_projections")
-"""Methods of diffusers that a packed transformer answers itself."""
 
 
 def guard(transformer: Any) -> None:
@@ -32,13 +30,12 @@ def guard(transformer: Any) -> None:
     counts the parameters that it stands for, refuses 16-bit weights, takes ``fuse_qkv_projections``
     as said already, and is refused by diffusers' ``from_transformer``, which would copy nothing.
     """
-    answers: tuple[Callable[..., Any], ...] = (
-        _to,
-        _save_pretrained,
-        _num_parameters,
-        _fused_already,
-    )
-    for name, answer in zip(GUARDED, answers, strict=True):
+    for name, answer in (
+        ("to", _to),
+        ("save_pretrained", _save_pretrained),
+        ("num_parameters", _num_parameters),
+        ("fuse_qkv_projections", _fused_already),
+    ):
         if hasattr(transformer, name):
             setattr(transformer, name, functools.partial(answer, transformer))
     for module in transformer.modules():
@@ -48,9 +45,10 @@ def guard(transformer: Any) -> None:
 
 
 def unguard(transformer: Any) -> None:
-    """Take off what :func:`guard` put on a transformer that is packed no more."""
-    for name in GUARDED:
-        vars(transformer).pop(name, None)
+    """Give a transformer that is packed no more the methods of its class back."""
+    for name, value in list(vars(transformer).items()):
+        if isinstance(value, functools.partial) and value.func.__module__.startswith("dirotq."):
+            delattr(transformer, name)
 
 
 def is_packed(model: Any) -> bool:
