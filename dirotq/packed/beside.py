@@ -3,11 +3,16 @@ card, call (generation.json), licences, digests. diffusers knows of none of them
 """
 
 import json
+import logging
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from dirotq.errors import DirotqError
 from dirotq.files.json_file import CALL_FILE, INDEX, read_json
@@ -22,8 +27,14 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.store import MARKER, ArtifactStore
 from dirotq.sources.folder import is_licence
 
+log = logging.getLogger(__name__)
+
 LARGEST = 1 << 20
 """Bytes of a text; longer ones stay where they are."""
+SNAPSHOT = re.compile(
+    r"(?P<cache>.*)/models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[^/]+)"
+)
+"""Where huggingface_hub keeps one commit of a repository."""
 ATTRIBUTE = "_dirotq_beside"
 """Where a loaded transformer keeps them."""
 
@@ -57,7 +68,7 @@ def complete(pipe: Any, folder: Path, name: str) -> None:
     target stays.
     """
     beside: Beside | None = getattr(pipe.transformer, ATTRIBUTE, None)
-    texts = {} if beside is None else dict(beside.texts)
+    texts = {} if beside is None else {**_left_on_hub(beside), **beside.texts}
     card = texts.pop(README, b"").decode(errors="replace")
     if CALL_FILE not in texts and (family := known_family(type(pipe.transformer).__name__)):
         texts[CALL_FILE] = (json.dumps(dict(family.call), indent=2, sort_keys=True) + "\n").encode()
@@ -68,6 +79,23 @@ def complete(pipe: Any, folder: Path, name: str) -> None:
         validated = None if beside is None else _validated(beside.root)
         _write_card(pipe, there, card, name, validated)
     write_sums(folder)
+
+
+def _left_on_hub(beside: Beside) -> dict[str, bytes]:
+    """Fetch card and call of a repository's snapshot: diffusers downloads components alone."""
+    match = SNAPSHOT.fullmatch(beside.root.as_posix())
+    if match is None:
+        return {}
+    found, repository = {}, f"{match['org']}/{match['name']}"
+    for name in {README, CALL_FILE} - beside.texts.keys():
+        try:
+            file = hf_hub_download(
+                repository, name, revision=match["commit"], cache_dir=Path(match["cache"])
+            )
+            found[name] = Path(file).read_bytes()
+        except (OSError, ValueError, HfHubHTTPError) as error:
+            log.warning("%s of %s is written anew: %s", name, repository, error)
+    return found
 
 
 def _write_card(pipe: Any, there: Path, card: str, name: str, validated: Artifact | None) -> None:

@@ -38,8 +38,8 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
         )
     if verify and not check_sums(root) and artifact is None:
         log.warning(
-            "%s has no %s, so its bytes can't be checked: an older DiRotQ packed it, or "
-            "save_pretrained wrote it (`python -c \"from dirotq.files.sums import write_sums; "
+            "%s has no %s, so its bytes can't be checked: an older DiRotQ "
+            "wrote it (`python -c \"from dirotq.files.sums import write_sums; "
             "write_sums('%s')\"` makes one)",
             root, SUMS, root,
         )  # fmt: skip

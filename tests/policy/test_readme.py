@@ -17,6 +17,7 @@ DOCUMENTS = [
     "docs/judge.md",
     "docs/kernels.md",
     "docs/metrics.md",
+    "docs/diffusers.md",
     "docs/quality.md",
     "docs/reliability.md",
     "docs/speed.md",

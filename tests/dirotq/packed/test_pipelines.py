@@ -10,7 +10,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxImg2ImgPipeline, FluxPipeline
 from diffusers.utils import hub_utils
 from huggingface_hub import ModelCard
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 from tiny_line import CALL, CAPTIONS, run
 
 import dirotq
@@ -150,3 +150,29 @@ def test_an_uploaded_folder_loads(pipe, tmp_path, hub):
     again = DiffusionPipeline.from_pretrained(tmp_path / "down")
     assert torch.equal(image(again), image(pipe))
     write_sums(tmp_path / "down")
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+def test_a_pipeline_of_the_hub_fetches_its_card_when_it_is_saved(
+    packed_folder, tmp_path, monkeypatch, reachable, caplog
+):
+    """diffusers downloads the components, and neither card nor call."""
+    root = tmp_path / "hub" / "models--org--tiny" / "snapshots" / ("a" * 40)
+    left = {name: (packed_folder / name).read_bytes() for name in ("README.md", "generation.json")}
+    for name in (*left, SUMS):
+        (packed_folder / name).unlink()
+    shutil.copytree(packed_folder, root)
+
+    def download(repo, name, *, revision, cache_dir):
+        assert (repo, revision, cache_dir) == ("org/tiny", "a" * 40, tmp_path / "hub")
+        if not reachable:
+            raise LocalEntryNotFoundError("no network")
+        (root / name).write_bytes(left[name])
+        return str(root / name)
+
+    monkeypatch.setattr("dirotq.packed.beside.hf_hub_download", download)
+    DiffusionPipeline.from_pretrained(root).save_pretrained(tmp_path / "model")
+    saved = {name: (tmp_path / "model" / name).read_bytes() for name in left}
+    assert (saved == left) == reachable
+    assert ("written anew" in caplog.text) != reachable
+    assert is_ours(saved["README.md"].decode())
