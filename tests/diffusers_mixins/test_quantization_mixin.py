@@ -3,7 +3,7 @@
 from typing import Any
 
 from diffusers import FluxTransformer2DModel
-from nearest_flux import transformers
+from nearest import flux_transformers
 from tests.models.testing_utils.quantization import QuantizationTesterMixin
 from tiny import ROOT, FluxModelConfig
 
@@ -12,11 +12,11 @@ from dirotq.kernels.linear import QuantLinear, SiteView
 
 class TestQuantization(FluxModelConfig, QuantizationTesterMixin):
     model_class = FluxTransformer2DModel
-    pretrained_model_name_or_path = str(transformers(ROOT)[0])
+    pretrained_model_name_or_path = str(flux_transformers(ROOT)[0])
     sharded_serialization_config: Any = {}  # noqa: RUF012
 
     def _create_quantized_model(self, config_kwargs: Any, **more: Any) -> Any:
-        return FluxTransformer2DModel.from_pretrained(transformers(ROOT)[1], **more)
+        return FluxTransformer2DModel.from_pretrained(flux_transformers(ROOT)[1], **more)
 
     def _verify_if_layer_quantized(self, name: str, module: Any, config_kwargs: Any) -> None:
         assert isinstance(module, QuantLinear | SiteView), name

@@ -1,16 +1,19 @@
-"""What diffusers' mixins ask of a test class, by the tiny FLUX pipeline, unpacked and packed."""
+"""What diffusers' mixins ask of a test class, by tiny pipelines, unpacked and packed."""
 
+import copy
+import functools
 import tempfile
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from nearest_flux import transformers
+from nearest import flux_transformers, save
 from tests.models.testing_utils import BaseModelTesterConfig
 from tests.pipelines.testing_utils import BasePipelineTesterConfig
 from tests.testing_utils import torch_device
 from tiny_line import POOLED, TEXT, model_folder
+from tiny_pipelines import PIPELINES
 
 import dirotq  # noqa: F401  (diffusers reads packed folders from here on)
 
@@ -24,7 +27,7 @@ class Plain(FluxTransformer2DModel):
     from_pretrained = FluxTransformer2DModel.from_pretrained
 
     def __new__(cls, **config: Any) -> Any:
-        return FluxTransformer2DModel.from_pretrained(transformers(ROOT)[cls.packed])
+        return FluxTransformer2DModel.from_pretrained(flux_transformers(ROOT)[cls.packed])
 
 
 class Packed(Plain):
@@ -53,7 +56,9 @@ class FluxPipelineConfig(BasePipelineTesterConfig):
     }
 
     def get_dummy_components(self, num_layers: int = 1, num_single_layers: int = 1) -> Any:
-        folders = transformers(ROOT, num_layers=num_layers, num_single_layers=num_single_layers)
+        folders = flux_transformers(
+            ROOT, num_layers=num_layers, num_single_layers=num_single_layers
+        )
         transformer = FluxTransformer2DModel.from_pretrained(folders[self.packed])
         pipe = FluxPipeline.from_pretrained(model_folder(ROOT), transformer=transformer)
         return pipe.to(torch.float32).components
@@ -69,6 +74,44 @@ class FluxPipelineConfig(BasePipelineTesterConfig):
             "max_sequence_length": 8,
             "output_type": "pt",
         }
+
+
+class TinyPipelineConfig(BasePipelineTesterConfig):
+    """``family`` names a tiny pipeline of tests/support/tiny_pipelines.py."""
+
+    packed: ClassVar[bool]
+    family: ClassVar[str]
+    required_input_params_in_call_signature = frozenset(["prompt", "height", "width"])
+    batch_input_params = frozenset(["prompt"])
+
+    @property
+    def pipeline_class(self) -> Any:
+        return type(_tiny(self.family)[0])
+
+    @property
+    def output_shape(self) -> tuple[int, int, int]:
+        return 3, PIPELINES[self.family].call["height"], PIPELINES[self.family].call["width"]
+
+    def get_dummy_components(self) -> Any:
+        pipe, folders = _tiny(self.family)
+        again = type(pipe.transformer).from_pretrained(folders[self.packed])
+        return copy.deepcopy({k: v for k, v in pipe.components.items() if k != "transformer"}) | {
+            "transformer": again
+        }
+
+    def get_dummy_inputs(self) -> dict[str, Any]:
+        given = {"prompt": "a large red circle", "generator": self.get_generator(0)}
+        return given | PIPELINES[self.family].call | {"output_type": "pt"}
+
+
+@functools.cache
+def _tiny(family: str) -> tuple[Any, tuple[Path, Path]]:
+    torch.manual_seed(0)
+    pipe = PIPELINES[family].build()
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.eval()
+    return pipe, save(ROOT / family, copy.deepcopy(pipe.transformer))
 
 
 class FluxModelConfig(BaseModelTesterConfig):

@@ -1,5 +1,5 @@
-"""The tiny FLUX pipeline with any number of blocks, in 16 bits and packed by rounding to nearest:
-what takes `dirotq compress` a minute, in no time.
+"""Tiny transformers in 16 bits and packed by rounding to nearest: what takes `dirotq compress` a
+minute, in no time.
 """
 
 import functools
@@ -7,33 +7,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FluxTransformer2DModel
 from tiny_line import build_transformer
 from tiny_spec import tiny_spec
 
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
+from dirotq.models.families import family_of
 from dirotq.models.family import Site
-from dirotq.models.flux import FLUX
 from dirotq.packed.swap import swap_sites
 from dirotq.quantize.nearest import nearest
 from dirotq.quantizer import DirotqConfig, mark_packed
 
 
 @functools.cache
-def transformers(root: Path, **blocks: int) -> tuple[Path, Path]:
-    """Folders of one transformer below ``root``: in 16 bits, and packed."""
+def flux_transformers(root: Path, **blocks: int) -> tuple[Path, Path]:
+    """Folders of FLUX's with so many blocks below ``root``: in 16 bits, and packed."""
     name = "-".join(map(str, blocks.values())) or "default"
-    plain, packed = root / f"plain-{name}", root / f"packed-{name}"
-    network = build_transformer(**blocks).to(torch.bfloat16)
-    network.save_pretrained(plain)
+    return save(root / f"flux-{name}", build_transformer(**blocks))
+
+
+def save(folder: Path, network: Any) -> tuple[Path, Path]:
+    """Write a transformer in 16 bits, and packed."""
+    plain, packed = folder / "plain", folder / "packed"
+    network.to(torch.bfloat16).save_pretrained(plain)
     pack(network).save_pretrained(packed)
     return plain, packed
 
 
-def pack(network: FluxTransformer2DModel) -> Any:
+def pack(network: Any) -> Any:
     """Round every site to 4 bits, nothing protected, in place."""
-    sites = FLUX.sites(network)
+    sites = family_of(type(network).__name__).sites(network)
     entries = [(site, spec(site)) for site in sites]
     linears = dict(network.named_modules())
     swap_sites(network, sites, lambda site: _rounded(linears, site))
@@ -48,10 +51,10 @@ def spec(site: Site) -> QuantSpec:
 
 
 def _rounded(linears: dict[str, Any], site: Site) -> QuantLinear:
-    weight = torch.cat([linears[name].weight.float() for name in site.linears])
-    bias = torch.cat([linears[name].bias for name in site.linears])
+    weight = torch.cat([linears[name].weight.float().flatten(1) for name in site.linears])
+    bias = torch.cat([linears[name].bias for name in site.linears]) if site.bias else None
     made = QuantLinear(spec(site), bias=site.bias)
     found = nearest(weight, made.spec, clip=False, wp_NR=None, bias_N=bias).stored(made.spec)
-    for buffer, tensor in (found | {"bias": bias}).items():
+    for buffer, tensor in (found if bias is None else found | {"bias": bias}).items():
         getattr(made, buffer).copy_(tensor)
     return made
