@@ -25,7 +25,7 @@ from dirotq.packed.guards import PACKED
 from dirotq.packed.swap import footprint
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.store import MARKER, ArtifactStore
-from dirotq.sources.folder import is_licence
+from dirotq.sources.folder import is_licence, stays
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +55,8 @@ def read_beside(transformer: Path) -> Beside | None:
     names = [
         p for p in sorted(root.iterdir()) if p.name in (README, CALL_FILE) or is_licence(p.name)
     ]
-    small = [p for p in names if p.is_file() and p.stat().st_size <= LARGEST]
+    inside = [p for p in names if p.is_file() and stays(p, root)]
+    small = [p for p in inside if p.stat().st_size <= LARGEST]
     return Beside(root, {p.name: p.read_bytes() for p in small})
 
 

@@ -139,6 +139,16 @@ def is_licence(name: str) -> bool:
     return bool(_LICENCE.fullmatch(name))
 
 
+def stays(link: Path, *homes: Path) -> bool:
+    """Tell whether a file or link leads into one of these folders, or to a blob of the same
+    repository; ``homes`` are resolved."""
+    real = link.resolve()
+    repository = real.parents[1] if is_blob(real) else None
+    if any(real.is_relative_to(home) for home in homes):
+        return True
+    return repository is not None and any(home.is_relative_to(repository) for home in homes)
+
+
 def _is_carried(name: str) -> bool:
     return name in (INDEX, CALL_FILE) or is_licence(name)
 
@@ -156,15 +166,10 @@ def _refuse_leaving(link: Path, root: Path, parts: Collection[str]) -> None:
         return
     if link != top and top.name not in parts:
         return  # nobody reads what lies there
-    real = link.resolve()
-    homes = [root.resolve(), *([top.resolve()] if link != top else [])]
-    repository = real.parents[1] if is_blob(real) else None
-    if any(real.is_relative_to(home) for home in homes):
-        return
-    if repository and any(home.is_relative_to(repository) for home in homes):
+    if stays(link, root.resolve(), *([top.resolve()] if link != top else [])):
         return
     raise ConfigError(
-        f"{link} is a link out of the model's folder, to {real}: that could be private, and would "
-        "be copied into the packed model. Put a copy of the file in its place (`cp -L`), or let "
-        "the whole folder of the component be a link"
+        f"{link} is a link out of the model's folder, to {link.resolve()}: that could be private, "
+        "and would be copied into the packed model. Put a copy of the file in its place (`cp -L`), "
+        "or let the whole folder of the component be a link"
     )

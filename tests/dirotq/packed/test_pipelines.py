@@ -1,6 +1,7 @@
 """A packed pipeline is saved, and pushed, with all that lies beside its components."""
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -176,3 +177,23 @@ def test_a_pipeline_of_the_hub_fetches_its_card_when_it_is_saved(
     assert (saved == left) == reachable
     assert ("written anew" in caplog.text) != reachable
     assert is_ours(saved["README.md"].decode())
+
+
+def test_what_lies_beside_goes_through_pickle(pipe, packed_folder, tmp_path):
+    again = pickle.loads(pickle.dumps(pipe))  # noqa: S301
+    want = (packed_folder / "LICENSE.md").read_bytes()
+    shutil.rmtree(packed_folder)
+    again.save_pretrained(tmp_path / "model")
+    assert (tmp_path / "model" / "LICENSE.md").read_bytes() == want
+    assert is_ours((tmp_path / "model" / "README.md").read_text())
+
+
+def test_no_private_file_comes_along_through_a_link(packed_folder, tmp_path):
+    (tmp_path / "private").write_text("secret")
+    (packed_folder / "LICENSE").symlink_to(tmp_path / "private")
+    (packed_folder / "NOTICE").symlink_to("README.md")
+    dirotq.load(packed_folder, device="cpu").save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model" / "LICENSE").exists()
+    assert (tmp_path / "model" / "NOTICE").read_bytes() == (
+        packed_folder / "README.md"
+    ).read_bytes()
