@@ -51,12 +51,13 @@ class Prologue:
         """Return it as kernels read it: neighbouring channels, and one image of all rows where the
         rows lie evenly, or are brought to: a copy costs less than kernels that read few rows of
         each image."""
-        x, behind = self.x_BTD, self.behind_BTF
-        if x.shape[1] < SHORT:
-            x, behind = x.contiguous(), None if behind is None else behind.contiguous()
-        x = _contiguous(x)
-        behind = None if behind is None else _contiguous(behind)
-        if _even(x) and (behind is None or _even(behind)):
+        x = _contiguous(self.x_BTD)
+        behind = None if self.behind_BTF is None else _contiguous(self.behind_BTF)
+        even = _even(x) and (behind is None or _even(behind))
+        if not even and x.shape[1] < SHORT:
+            x, even = x.contiguous(), True
+            behind = None if behind is None else behind.contiguous()
+        if even:
             x = x.flatten(0, 1)[None]
             behind = None if behind is None else behind.flatten(0, 1)[None]
         return replace(self, x_BTD=x, behind_BTF=behind)

@@ -7,6 +7,7 @@ import torch
 
 from dirotq.benchmarks import tune
 from dirotq.benchmarks.tune import dumped
+from dirotq.kernels.humming_linear import library
 from dirotq.kernels.measured import TABLE
 from dirotq.kernels.plan import candidates_for, name_of
 from dirotq.tuning import session
@@ -35,7 +36,8 @@ def problems(table):
     return found
 
 
-def test_the_table_that_is_shipped_holds_plans_that_exist():
+def test_the_table_that_is_shipped_holds_plans_that_exist(monkeypatch):
+    monkeypatch.setattr(library, "missing", lambda: None)  # it has rows for who installs Humming
     table = json.loads(TABLE.read_text())
     assert problems(table) == []
     assert dumped(table) == TABLE.read_text()
