@@ -163,10 +163,10 @@ def _signatures(
         empty = QuantLinear(layer.spec, bias=layer.site.bias, device="meta")
         for name, tensor in _layer_tensors(wanted, layer, empty).items():
             yield name, (tensor.dtype, tuple(tensor.shape))
-    for tensor in rest:
-        shapes = [weights.header[name][1] for name in tensor.stored]
+    for one in rest:
+        shapes = [weights.header[name][1] for name in one.stored]
         rows = (sum(shape[0] for shape in shapes), *shapes[0][1:]) if shapes[0] else ()
-        yield tensor.native, (STORED, rows)
+        yield one.native, (STORED, rows)
 
 
 def _tensors(
@@ -181,10 +181,10 @@ def _tensors(
         if packed is None or layer.site.name != site:
             site, packed = layer.site.name, _read(layer, weights)
         yield from _layer_tensors(wanted, layer, packed).items()
-    for tensor in rest:
-        parts = list(weights.tensors(tensor.stored).values())
+    for one in rest:
+        parts = list(weights.tensors(one.stored).values())
         joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-        yield tensor.native, torch.cat(joined.chunk(2)[::-1]) if tensor.swapped else joined
+        yield one.native, torch.cat(joined.chunk(2)[::-1]) if one.swapped else joined
 
 
 def _read(layer: PackedLayer, weights: Weights) -> QuantLinear:

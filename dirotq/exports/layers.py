@@ -69,7 +69,8 @@ def _renamed(
     rules: Sequence[Rename], present: Sequence[str], *, whole: bool
 ) -> Iterator[tuple[str, tuple[str, ...], Rename | None]]:
     """Yield native name, its diffusers modules, and the rule; each present module comes once."""
-    there, taken = dict.fromkeys(present), set()
+    there = dict.fromkeys(present)
+    taken: set[str] = set()
     for rule in rules:
         first = re.escape(rule.modules[0]).replace(r"\*", r"([^.]+)")
         for module in there:

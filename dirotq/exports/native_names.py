@@ -71,9 +71,7 @@ FLUX = (
     Rename("double_blocks.*.txt_mlp.0", (f"{DOUBLE}.ff_context.net.0.proj",)),
     Rename("double_blocks.*.txt_mlp.2", (f"{DOUBLE}.ff_context.net.2",)),
     Rename("single_blocks.*.modulation.lin", (f"{SINGLE}.norm.linear",)),
-    Rename(
-        "single_blocks.*.linear1", (*_joined(f"{SINGLE}.attn", *QKV), f"{SINGLE}.proj_mlp")
-    ),
+    Rename("single_blocks.*.linear1", (*_joined(f"{SINGLE}.attn", *QKV), f"{SINGLE}.proj_mlp")),
     Rename("single_blocks.*.linear2", (f"{SINGLE}.proj_out",)),
 )
 FLUX2 = (

@@ -47,7 +47,7 @@ def write_tensors(
             dtype, shape = signatures[name]
             assert (tensor.dtype, tuple(tensor.shape)) == (dtype, shape), name
             stream.seek(len(header) + offsets.pop(name))
-            stream.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
+            stream.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         assert not offsets, f"{len(offsets)} tensors were not written"
         return stream.seek(0, 2)
 

@@ -14,6 +14,25 @@ from torch import Tensor
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6]).double()
 
+NATIVE = {
+    "double_blocks.0.img_attn.qkv": "transformer_blocks.0.attn.qkv",
+    "double_blocks.0.txt_attn.qkv": "transformer_blocks.0.attn.add_qkv",
+    "double_blocks.0.img_attn.proj": "transformer_blocks.0.attn.to_out.0",
+    "double_blocks.0.txt_attn.proj": "transformer_blocks.0.attn.to_add_out",
+    "double_blocks.0.img_mlp.0": "transformer_blocks.0.ff.net.0.proj",
+    "double_blocks.0.img_mlp.2": "transformer_blocks.0.ff.net.2",
+    "double_blocks.0.txt_mlp.0": "transformer_blocks.0.ff_context.net.0.proj",
+    "double_blocks.0.txt_mlp.2": "transformer_blocks.0.ff_context.net.2",
+    "single_blocks.0.linear1": "single_transformer_blocks.0.qkv_mlp",
+    "single_blocks.0.linear2": "single_transformer_blocks.0.proj_out",
+}
+"""Layers of tiny FLUX in native files: our sites."""
+MODULATORS = {
+    "double_blocks.0.img_mod.lin": "transformer_blocks.0.norm1.linear",
+    "double_blocks.0.txt_mod.lin": "transformer_blocks.0.norm1_context.linear",
+    "single_blocks.0.modulation.lin": "single_transformer_blocks.0.norm.linear",
+}
+
 
 class ExportedFile:
     """Tensors and records of a file."""
@@ -49,7 +68,9 @@ class ExportedFile:
         if kind == "svdquant_w4a4":
             z = rounded(x / t["smooth_factor"].double(), 64, 7)
             branch = x @ t["proj_down"].double() @ t["proj_up"].double().mT
-            return z @ grouped(nibbles(t["weight"]), t["weight_scale"].double().mT).mT + branch + bias
+            return (
+                z @ grouped(nibbles(t["weight"]), t["weight_scale"].double().mT).mT + branch + bias
+            )
         if kind == "awq_w4a16":
             codes = (nibbles(t["weight"]) % 16) - 8
             size, zeros = record["group_size"], t["weight_zeros"].double().mT

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from exported import ExportedFile, nibbles, nvfp4_weight
+from exported import MODULATORS, NATIVE, ExportedFile, nibbles, nvfp4_weight
 from tiny_line import run
 
 import dirotq
@@ -34,23 +34,6 @@ FLOATS = {
     "nvfp4": ("nvfp4", ("method=rtn_nvfp4",)),
     "comfy_nvfp4": ("comfy_nvfp4", ("method=rtn_nvfp4",)),
     "gptq": ("nvfp4", ("method=dirotq_nvfp4", "method.branch=null")),
-}
-NATIVE = {
-    "double_blocks.0.img_attn.qkv": "transformer_blocks.0.attn.qkv",
-    "double_blocks.0.txt_attn.qkv": "transformer_blocks.0.attn.add_qkv",
-    "double_blocks.0.img_attn.proj": "transformer_blocks.0.attn.to_out.0",
-    "double_blocks.0.txt_attn.proj": "transformer_blocks.0.attn.to_add_out",
-    "double_blocks.0.img_mlp.0": "transformer_blocks.0.ff.net.0.proj",
-    "double_blocks.0.img_mlp.2": "transformer_blocks.0.ff.net.2",
-    "double_blocks.0.txt_mlp.0": "transformer_blocks.0.ff_context.net.0.proj",
-    "double_blocks.0.txt_mlp.2": "transformer_blocks.0.ff_context.net.2",
-    "single_blocks.0.linear1": "single_transformer_blocks.0.qkv_mlp",
-    "single_blocks.0.linear2": "single_transformer_blocks.0.proj_out",
-}
-MODULATORS = {
-    "double_blocks.0.img_mod.lin": "transformer_blocks.0.norm1.linear",
-    "double_blocks.0.txt_mod.lin": "transformer_blocks.0.norm1_context.linear",
-    "single_blocks.0.modulation.lin": "single_transformer_blocks.0.norm.linear",
 }
 
 
@@ -223,7 +206,7 @@ def convrot_folder(line, tmp_path):
 def test_a_file_that_exists(convrot_folder, tmp_path):
     out = tmp_path / "x.safetensors"
     out.write_text("mine")
-    with pytest.raises(ConfigError, match="is there already.*--overwrite"):
+    with pytest.raises(ConfigError, match=r"is there already.*--overwrite"):
         dirotq.export(convrot_folder, "convrot_w4a4", out=out)
     assert out.read_text() == "mine"
     dirotq.export(convrot_folder, "convrot_w4a4", out=out, overwrite=True)
@@ -263,7 +246,7 @@ def test_a_folder_of_a_newer_version(convrot_folder, tmp_path):
     config["quantization_config"]["format"] = 99
     write_json(file, config)
     write_sums(convrot_folder)
-    with pytest.raises(UnsupportedError, match="format 99.*Upgrade"):
+    with pytest.raises(UnsupportedError, match=r"format 99.*Upgrade"):
         dirotq.export(convrot_folder, "convrot_w4a4", out=tmp_path / "x.safetensors")
 
 
