@@ -74,8 +74,8 @@ def export(
         entries = read_packing(packing.get("sites"), packing.get("format"))
         if variant := variant_of(root, None):
             raise ArtifactError(
-                f"{folder} holds variant={variant!r:.60} alone; an export reads the files without a "
-                "variant, as `dirotq compress` wrote them"
+                f"{folder} holds variant={variant!r:.60} alone; an export reads the files without "
+                "a variant, as `dirotq compress` wrote them"
             )
         weights = Weights(root / "transformer")
         kept = _check(config, entries, weights)
@@ -128,8 +128,9 @@ def _check(config: dict[str, Any], entries: Sequence[Entry], weights: Weights) -
     cls = getattr(diffusers, str(config.get("_class_name")), None)
     if cls is None:
         raise ArtifactError(
-            f"{weights.folder}/config.json names the class {config.get('_class_name')!r:.60}, which "
-            f"diffusers {diffusers.__version__} doesn't have; upgrade it, or download the model again"
+            f"{weights.folder}/config.json names the class {config.get('_class_name')!r:.60}, "
+            f"which diffusers {diffusers.__version__} doesn't have; upgrade it, or download the "
+            "model again"
         )
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     transformer = empty_transformer(plain, cls)
@@ -144,9 +145,9 @@ def _check(config: dict[str, Any], entries: Sequence[Entry], weights: Weights) -
     for name in sorted(expected.keys() | found.keys()):
         if expected.get(name) != found.get(name):
             raise ArtifactError(
-                f"{weights.folder} does not fit its config: {name} is {found.get(name, 'missing')}, "
-                f"expected {expected.get(name, 'nothing')}. The files are damaged or mixed from two "
-                "models; pack or download them again"
+                f"{weights.folder} does not fit its config: {name} is "
+                f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}. The "
+                "files are damaged or mixed from two models; pack or download them again"
             )
     sites = {site.name for site, _ in entries}
     return [name for name in expected if name.rpartition(".")[0] not in sites]

@@ -17,8 +17,8 @@ class LayerFormat:
     ``name``        as files and the command line spell it
     ``reader``      the program that reads such files
     ``misfits``     of a spec: what the format can't say, in words; nothing if it can say all
-    ``tensors``     of a packed linear: {name below the layer's: tensor}, without its bias; tensors on
-                    the meta device give dtypes and shapes
+    ``tensors``     of a packed linear: {name below the layer's: tensor}, without its bias; on the
+                    meta device it gives dtypes and shapes
     ``record``      of a spec: the JSON object that describes the layer in the file; None: files of
                     this format hold none
     ``modulators``  how linears with 16-bit activations are written; None: as this format itself

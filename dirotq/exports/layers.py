@@ -1,5 +1,6 @@
 """Which rows of a packed folder make a native layer, and which of its tensors stay as they are."""
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ class PackedLayer:
 
 @dataclass(frozen=True, slots=True)
 class KeptTensor:
-    """A native tensor in 16 bits: diffusers' tensors one below the other, or with halves swapped."""
+    """A native tensor in 16 bits: diffusers' tensors one below the other, or halves swapped."""
 
     native: str
     stored: tuple[str, ...]
@@ -97,7 +98,7 @@ def _layer(
 ) -> PackedLayer:
     sites = {site.name for site, _, _ in inside}
     rows = [rows for _, _, rows in inside]
-    lie_together = all(a.stop == b.start for a, b in zip(rows, rows[1:], strict=False))
+    lie_together = all(a.stop == b.start for a, b in itertools.pairwise(rows))
     if len(inside) < len(modules) or len(sites) > 1 or not lie_together:
         raise UnsupportedError(
             f"{native} is one linear in native files, and here {', '.join(modules)} are not one "

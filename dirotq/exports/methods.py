@@ -1,4 +1,4 @@
-"""Which settings of `dirotq compress` lead to a plan that a format can hold, found by trying them."""
+"""Which settings of `dirotq compress` lead to a plan that a format can hold: each is tried."""
 
 import itertools
 from collections.abc import Iterator, Sequence

@@ -94,7 +94,7 @@ FLUX2 = (
 
 
 def _refined(path: str) -> tuple[Rename, ...]:
-    """A block of Z-Image: what is not named keeps its name."""
+    """Return the rules of a block of Z-Image; what is not named keeps its name."""
     attention = f"{path}.attention"
     return (
         Rename(f"{attention}.qkv", _joined(attention, *QKV)),
@@ -128,6 +128,7 @@ def native_names(transformer_class: str) -> tuple[Rename, ...]:
         return NAMES[transformer_class]
     known = ", ".join(f"{f.name} ({f.transformer})" for f in FAMILIES if f.transformer in NAMES)
     raise UnsupportedError(
-        f"a {transformer_class} has no native key names that DiRotQ can convert to, and an exported "
-        f"file needs them; it knows those of {known}. The packed folder itself runs in diffusers"
+        f"a {transformer_class} has no native key names that DiRotQ can convert to, and an "
+        f"exported file needs them; it knows those of {known}. The packed folder itself runs in "
+        "diffusers"
     )

@@ -1,8 +1,8 @@
 """NVFP4 twice: in the layout of ModelOpt and Black Forest Labs, and in ComfyUI's.
 
-A weight is E2M1 · E4M3 of its group of 16 · one float32. Both layouts hold these numbers. ModelOpt's
-are row-major with the even column in the low nibble, as our layout L2; ComfyUI has the even column
-in the high nibble, and scales in the tiles of 128 x 4 that matrix units read.
+A weight is E2M1 · E4M3 of its group of 16 · one float32. Both layouts hold these numbers.
+ModelOpt's are row-major with the even column in the low nibble, as our layout L2; ComfyUI has the
+even column in the high nibble, and scales in the tiles of 128 x 4 that matrix units read.
 
 Letters: N outputs, K channels, G groups.
 """

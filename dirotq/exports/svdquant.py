@@ -1,4 +1,4 @@
-"""``svdquant_w4a4`` of comfy-kitchen: a low-rank branch beside the input, groups of 64 on both sides.
+"""``svdquant_w4a4`` of comfy-kitchen: a low-rank branch beside the input, groups of 64.
 
 y = quant4(x / smooth_factor) · quant4(weight)ᵀ + (x · proj_down) · proj_upᵀ + bias, in the layout
 that its documentation calls natural. Our smoothing factors multiply: theirs are their inverses.

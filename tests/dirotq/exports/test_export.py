@@ -147,7 +147,7 @@ def test_layers_in_sixteen_bits_are_the_stored_ones(exported):
         "img_in.weight": "x_embedder.weight",
         "txt_in.bias": "context_embedder.bias",
         "vector_in.out_layer.weight": "time_text_embed.text_embedder.linear_2.weight",
-        "double_blocks.0.txt_attn.norm.key_norm.scale": "transformer_blocks.0.attn.norm_added_k.weight",
+        "double_blocks.0.img_attn.norm.key_norm.scale": "transformer_blocks.0.attn.norm_k.weight",
         "single_blocks.0.norm.query_norm.scale": "single_transformer_blocks.0.attn.norm_q.weight",
         "final_layer.linear.bias": "proj_out.bias",
     }
