@@ -85,7 +85,7 @@ bench-load: $(STAMP) ## what checking a folder's digests adds to loading it
 	$(BIN)/python benchmarks/load.py $(ARGS)
 
 bench-export: $(STAMP) ## time and memory of `dirotq export` at FLUX.1's shapes: ARGS="svdquant_w4a4"
-	$(BIN)/python benchmarks/load.py $(ARGS)
+	$(BIN)/python benchmarks/export.py $(ARGS)
 
 tune: $(STAMP) ## choose plans for this GPU by measurement, into kernels/plans.json
 	$(BIN)/python benchmarks/tune.py $(ARGS)

@@ -1,4 +1,4 @@
-"""Time and memory of `dirotq export` at FLUX.1's shapes: `python -m benchmarks.export [FORMAT]`.
+"""Time and memory of `dirotq export` at FLUX.1's shapes: `make bench-export ARGS=FORMAT`.
 
 The packed folder is made with random codes in a temporary folder (7 GB, and as much for the file).
 """
@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 from unittest import mock
 
-from benchmarks import contestants
-from dirotq.conf import __name__ as conf
+from dirotq.benchmarks import contestants
 from dirotq.files.sums import write_sums
 from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.settings import make
@@ -39,7 +38,7 @@ finally:
 
 def main(format: str = "convrot_w4a4") -> None:
     """Print seconds and the peak of memory of an export, in a process of its own."""
-    method = make(compose_config(WORDS[format], conf).method, "method")
+    method = make(compose_config(WORDS[format], "dirotq.conf").method, "method")
     with tempfile.TemporaryDirectory(prefix="export-") as scratch:
         folder = Path(scratch) / "flux"
         with mock.patch.object(contestants, "method", lambda preset: method):
