@@ -14,7 +14,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test test-diffusers aot check bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load tune torture fuzz versions clean
+.PHONY: help setup compress plan sweep test test-diffusers aot check bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load bench-export tune torture fuzz versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -83,6 +83,9 @@ bench-models: $(STAMP) ## every family at full size and whole images (needs a GP
 
 bench-load: $(STAMP) ## what checking a folder's digests adds to loading it
 	$(BIN)/python benchmarks/load.py $(ARGS)
+
+bench-export: $(STAMP) ## time and memory of `dirotq export` at FLUX.1's shapes: ARGS="svdquant_w4a4"
+	$(BIN)/python benchmarks/export.py $(ARGS)
 
 tune: $(STAMP) ## choose plans for this GPU by measurement, into kernels/plans.json
 	$(BIN)/python benchmarks/tune.py $(ARGS)

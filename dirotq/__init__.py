@@ -1,9 +1,9 @@
 """DiRotQ: compress a diffusion transformer to 4 bits in the directions that do not matter.
 
 This module is the front door and stays light: importing it loads neither torch nor diffusers.
-``dirotq.load``, ``dirotq.accelerate`` and ``dirotq.compress`` arrive with their first use;
-``import dirotq`` alone is enough for ``DiffusionPipeline.from_pretrained`` to accept a packed
-folder.
+``dirotq.load``, ``dirotq.accelerate``, ``dirotq.compress`` and ``dirotq.export`` arrive with their
+first use; ``import dirotq`` alone is enough for ``DiffusionPipeline.from_pretrained`` to accept a
+packed folder.
 """
 
 from importlib import import_module
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dirotq.exports.export import export
     from dirotq.loading import load
     from dirotq.pipeline.compress import compress
     from dirotq.runtime.accelerate import accelerate
 
-__all__ = ["__version__", "accelerate", "compress", "load"]
+__all__ = ["__version__", "accelerate", "compress", "export", "load"]
 __version__ = "0.1.0"
 
 # In a checkout, pipeline/, stages/, kernels/, ... stand beside this folder and are importable only
@@ -29,6 +30,7 @@ _LAZY = {
     "load": "dirotq.loading",
     "compress": "dirotq.pipeline.compress",
     "accelerate": "dirotq.runtime.accelerate",
+    "export": "dirotq.exports.export",
 }
 
 

@@ -20,6 +20,7 @@ from typing import Any, TextIO, cast
 
 from dirotq import __version__, doctor, generate, tune
 from dirotq.errors import ConfigError
+from dirotq.exports.verb import add_export
 from dirotq.pipeline import compress, explain, housekeeping
 from dirotq.pipeline.faults import explained
 from dirotq.pipeline.secrecy import refuse_secrets
@@ -90,7 +91,7 @@ def command_line(
 
     for add_verb in (
         compress.add_compress, compress.add_plan, explain.add_explain, housekeeping.add_verify,
-        housekeeping.add_gc, generate.add_generate, tune.add_tune, doctor.add_doctor,
+        housekeeping.add_gc, generate.add_generate, add_export, tune.add_tune, doctor.add_doctor,
     ):  # fmt: skip
         add_verb(add)
     return parser, dict(verbs.choices)

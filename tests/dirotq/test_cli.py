@@ -131,7 +131,7 @@ def test_trouble_costs_nothing_that_was_done(dirotq, tmp_path):
     assert ledger.read_text().split() == ["0", "1", "2", "3"]  # each computed once
 
 
-VERBS = ("compress", "plan", "explain", "verify", "gc", "generate", "tune", "doctor")
+VERBS = ("compress", "plan", "explain", "verify", "gc", "generate", "export", "tune", "doctor")
 
 
 def test_help_names_every_verb(dirotq):
