@@ -24,14 +24,13 @@ WORDS = {
     "comfy_nvfp4": ["method=rtn_nvfp4"],
 }
 EXPORT = """
-import re, sys
-from pathlib import Path
+import sys, time
 from dirotq.cli import main
+from dirotq.pipeline.provenance import provenance
 try:
     main(sys.argv[1:])
 finally:
-    peak = re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]
-    print("peak", int(peak) // 1000, "MB")
+    print("peak", provenance(time.time(), [])["peak_rss_bytes"] // 10**6, "MB")
 """
 """The process tells its peak itself: getrusage would tell the parent's, if that is larger."""
 

@@ -9,7 +9,7 @@ diffusers reads before it asks the quantizer: if truncated, the error is diffuse
 
 import enum
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -130,7 +130,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         check_places(model, entries)
         put_packed(model, entries)
         if self._found is not None:
-            _compare({n: Signature.of(n, t) for n, t in model.state_dict().items()}, self._found)
+            hold_tensors(model, self._found)
 
     def check_if_quantized_param(
         self, model: nn.Module, param_value: Tensor, param_name: str, *args: Any, **kwargs: Any
@@ -213,8 +213,12 @@ class Signature(NamedTuple):
         return f"{self.dtype} {list(self.shape)}"
 
 
-def _compare(wanted: dict[str, Signature], found: dict[str, Signature]) -> None:
-    """Hold the files' tensors against the config; ArtifactError names the first that differ."""
+def hold_tensors(transformer: nn.Module, found: Mapping[str, Signature]) -> None:
+    """Hold the files' tensors against a transformer with packed linears in their places.
+
+    Raises ArtifactError naming the first that differ.
+    """
+    wanted = {n: Signature.of(n, t) for n, t in transformer.state_dict().items()}
     missing = sorted(wanted.keys() - found.keys())
     extra = sorted(found.keys() - wanted.keys())
     different = sorted(n for n in wanted.keys() & found.keys() if wanted[n] != found[n])

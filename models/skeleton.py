@@ -8,11 +8,15 @@ from torch import Tensor, nn
 
 
 def empty_transformer(config: dict[str, Any], cls: Any) -> Any:
-    """Make a diffusers transformer whose parameters have no memory yet; buffers have values."""
+    """Make a diffusers transformer whose parameters have no memory yet; buffers have values.
+
+    Of a packed transformer's config it is the 16-bit one.
+    """
     import accelerate
 
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
     with accelerate.init_empty_weights():
-        return cls.from_config(config).eval()
+        return cls.from_config(plain).eval()
 
 
 def names_in(root: nn.Module, block: str) -> list[str]:

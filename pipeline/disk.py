@@ -35,27 +35,36 @@ def write_json(path: Path, value: Mapping[str, Any], *, durable: bool = False) -
     """
     text = json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n"
     while True:
-        scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}")
         try:
-            scratch.write_text(text, encoding="utf-8")
-            if durable:
-                sync(scratch)
-            scratch.replace(path)
+            with replacing(path, durable=durable) as scratch:
+                scratch.write_text(text, encoding="utf-8")
         except FileNotFoundError:
             if not path.parent.is_dir():
                 raise
             continue
-        except BaseException:
-            with contextlib.suppress(OSError):
-                scratch.unlink()
-            raise
         if durable:
             sync(path.parent)
         return
 
 
+@contextlib.contextmanager
+def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
+    """Give a scratch file beside ``path`` to write, which takes its place when the block ends and
+    is removed if anything fails. ``durable``: its bytes reach the disk first."""
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}")
+    try:
+        yield scratch
+        if durable:
+            sync(scratch)
+        scratch.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            scratch.unlink()
+        raise
+
+
 def scratch_of(folder: Path, name: str) -> Iterator[Path]:
-    """Yield what processes left that died in :func:`write_json` to ``folder/name``."""
+    """Yield what processes left that died in :func:`replacing` ``folder/name``."""
     return folder.glob(f".{name}.*")
 
 

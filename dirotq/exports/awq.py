@@ -9,12 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dirotq.exports.layer_format import (
-    LayerFormat,
-    branch_in_words,
-    transform_in_words,
-    weights_in_words,
-)
+from dirotq.exports.layer_format import LayerFormat, plain_misfits, weights_in_words
 from dirotq.kernels.buffers import Packed
 from dirotq.kernels.formats.spec import QuantSpec
 
@@ -27,10 +22,7 @@ OFFSET = 0x88
 def _misfits(spec: QuantSpec) -> Iterator[str]:
     if spec.weights.name != "group":
         yield f"{weights_in_words(spec)} (it has int4 with one scale per group)"
-    if spec.transform.kind == "dense" or spec.transform.block > 1 or spec.transform.smooth:
-        yield f"{transform_in_words(spec)} (it has no rotation)"
-    if spec.rank:
-        yield f"{branch_in_words(spec)} (it has none)"
+    yield from plain_misfits(spec)
 
 
 def _tensors(packed: Packed, spec: QuantSpec) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from dirotq.errors import ArtifactError, ConfigError
 from dirotq.exports.formats import format_named, refuse_misfits
 from dirotq.exports.layer_format import LayerFormat
 from dirotq.exports.layers import KeptTensor, PackedLayer, native_layers
-from dirotq.exports.tensor_file import Signature, write_tensors
+from dirotq.exports.tensor_file import DtypeAndShape, write_tensors
 from dirotq.files.json_file import read_json
 from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.models.skeleton import empty_transformer
@@ -23,7 +23,7 @@ from dirotq.packed.folder import held, packed_folder, variant_of
 from dirotq.packed.swap import put_packed
 from dirotq.pipeline.disk import writable
 from dirotq.progress import track
-from dirotq.quantizer import STORED, check_numbers, stored_dtype
+from dirotq.quantizer import STORED, Signature, check_numbers, hold_tensors
 from dirotq.sources.opening import explained
 from dirotq.sources.weights import Weights
 
@@ -132,25 +132,13 @@ def _check(config: dict[str, Any], entries: Sequence[Entry], weights: Weights) -
             f"which diffusers {diffusers.__version__} doesn't have; upgrade it, or download the "
             "model again"
         )
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    transformer = empty_transformer(plain, cls)
+    transformer = empty_transformer(config, cls)
     check_places(transformer, entries)
     put_packed(transformer, entries)
-    names = {torch.uint8: "U8", torch.int8: "I8", torch.float32: "F32", STORED: "BF16"}
-    expected = {
-        name: (names[stored_dtype(name, tensor)], tuple(tensor.shape))
-        for name, tensor in transformer.state_dict().items()
-    }
-    found = dict(weights.header)
-    for name in sorted(expected.keys() | found.keys()):
-        if expected.get(name) != found.get(name):
-            raise ArtifactError(
-                f"{weights.folder} does not fit its config: {name} is "
-                f"{found.get(name, 'missing')}, expected {expected.get(name, 'nothing')}. The "
-                "files are damaged or mixed from two models; pack or download them again"
-            )
+    found = {n: Signature(tuple(shape), dtype) for n, (dtype, shape) in weights.header.items()}
+    hold_tensors(transformer, found)
     sites = {site.name for site, _ in entries}
-    return [name for name in expected if name.rpartition(".")[0] not in sites]
+    return [name for name in transformer.state_dict() if name.rpartition(".")[0] not in sites]
 
 
 def _signatures(
@@ -158,7 +146,7 @@ def _signatures(
     layers: Iterable[PackedLayer],
     rest: Iterable[KeptTensor],
     weights: Weights,
-) -> Iterator[tuple[str, Signature]]:
+) -> Iterator[tuple[str, DtypeAndShape]]:
     """Yield dtype and shape of every tensor of the file, from shapes alone."""
     for layer in layers:
         empty = QuantLinear(layer.spec, bias=layer.site.bias, device="meta")

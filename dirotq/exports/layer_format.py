@@ -40,6 +40,14 @@ class LayerFormat:
         return not any(True for _ in self.of(spec).misfits(spec))
 
 
+def plain_misfits(spec: QuantSpec) -> Iterator[str]:
+    """Yield what a format can't say that knows neither rotations nor low-rank branches."""
+    if spec.transform.kind == "dense" or spec.transform.block > 1 or spec.transform.smooth:
+        yield f"{transform_in_words(spec)} (it has no rotation)"
+    if spec.rank:
+        yield f"{branch_in_words(spec)} (it has none)"
+
+
 def transform_in_words(spec: QuantSpec) -> str:
     """Name what the main branch's input goes through."""
     kind, block = spec.transform.kind, spec.transform.block

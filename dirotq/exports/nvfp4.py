@@ -18,8 +18,7 @@ from dirotq.exports.awq import AWQ_W4A16
 from dirotq.exports.layer_format import (
     LayerFormat,
     activations_in_words,
-    branch_in_words,
-    transform_in_words,
+    plain_misfits,
     weights_in_words,
 )
 from dirotq.kernels.buffers import Packed
@@ -36,10 +35,7 @@ TILE = (128, 4)
 
 
 def _misfits(spec: QuantSpec) -> Iterator[str]:
-    if spec.transform.kind == "dense" or spec.transform.block > 1 or spec.transform.smooth:
-        yield f"{transform_in_words(spec)} (it has no rotation)"
-    if spec.rank:
-        yield f"{branch_in_words(spec)} (it has none)"
+    yield from plain_misfits(spec)
     if spec.weights.name != "nvfp4":
         yield f"{weights_in_words(spec)} (it has nvfp4)"
     if spec.activations.name != "nvfp4":
@@ -93,20 +89,13 @@ def _comfy_record(spec: QuantSpec) -> dict[str, Any]:
     return {"format": "nvfp4"}
 
 
-def _any(spec: QuantSpec) -> Iterator[str]:
-    if spec.transform.kind == "dense" or spec.transform.block > 1 or spec.transform.smooth:
-        yield f"{transform_in_words(spec)} (it has no rotation)"
-    if spec.rank:
-        yield f"{branch_in_words(spec)} (it has none)"
-
-
 def _dequantized(packed: Packed, spec: QuantSpec) -> dict[str, Tensor]:
     codes_NK, step_NG = unpack_weight(packed.qweight, packed.wscale, packed.wglobal)
     return {"weight": dequantize_weight(codes_NK, step_NG).bfloat16()}
 
 
 BFLOAT16 = LayerFormat(
-    name="bfloat16", reader="any", misfits=_any, tensors=_dequantized, record=None
+    name="bfloat16", reader="any", misfits=plain_misfits, tensors=_dequantized, record=None
 )
 """Modulators where a format has nothing for them: 4-bit weights as bfloat16, rounded once."""
 

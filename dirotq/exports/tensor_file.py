@@ -7,16 +7,13 @@ the library puts them, so that all are aligned.
 
 import json
 import math
-import uuid
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
-from dirotq.pipeline.disk import sync
+from dirotq.pipeline.disk import replacing
 
 DTYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
@@ -24,12 +21,12 @@ DTYPES = {
 }  # fmt: skip
 ALIGNED = 8
 
-Signature = tuple[torch.dtype, tuple[int, ...]]
+DtypeAndShape = tuple[torch.dtype, tuple[int, ...]]
 
 
 def write_tensors(
     file: Path,
-    signatures: Mapping[str, Signature],
+    signatures: Mapping[str, DtypeAndShape],
     tensors: Iterable[tuple[str, Tensor]],
     metadata: Mapping[str, str],
 ) -> int:
@@ -41,7 +38,7 @@ def write_tensors(
     Raises OSError as the file system does.
     """
     header, offsets = _header(signatures, metadata)
-    with _replacing(file) as stream:
+    with replacing(file, durable=True) as scratch, scratch.open("xb") as stream:
         stream.write(header)
         for name, tensor in tensors:
             dtype, shape = signatures[name]
@@ -53,7 +50,7 @@ def write_tensors(
 
 
 def _header(
-    signatures: Mapping[str, Signature], metadata: Mapping[str, str]
+    signatures: Mapping[str, DtypeAndShape], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int]]:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     offsets, end = {}, 0
@@ -66,18 +63,3 @@ def _header(
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % ALIGNED)
     return len(text).to_bytes(8, "little") + text, offsets
-
-
-@contextmanager
-def _replacing(file: Path) -> Iterator[BinaryIO]:
-    """Open a file beside ``file`` that takes its place at the end; it goes if anything fails."""
-    scratch = file.with_name(f".{file.name}.{uuid.uuid4().hex[:16]}")
-    try:
-        with scratch.open("xb") as stream:
-            yield stream
-        sync(scratch)
-        scratch.replace(file)
-    except BaseException:
-        with suppress(OSError):
-            scratch.unlink()
-        raise

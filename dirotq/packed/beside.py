@@ -19,7 +19,7 @@ from dirotq.files.json_file import CALL_FILE, INDEX, read_json
 from dirotq.files.sums import write_sums
 from dirotq.models.families import known_family
 from dirotq.models.family import is_linear
-from dirotq.packed.card import PAIRS, README, Base, is_ours, renewed, write_card
+from dirotq.packed.card import LARGEST, PAIRS, README, Base, is_ours, renewed, write_card
 from dirotq.packed.folder import artifact_around
 from dirotq.packed.guards import PACKED
 from dirotq.packed.swap import footprint
@@ -29,8 +29,6 @@ from dirotq.sources.folder import is_licence, stays
 
 log = logging.getLogger(__name__)
 
-LARGEST = 1 << 20
-"""Bytes of a text; longer ones stay where they are."""
 SNAPSHOT = re.compile(
     r"(?P<cache>.*)/models--(?P<org>[^/]+?)--(?P<name>[^/]+)/snapshots/(?P<commit>[^/]+)"
 )
@@ -99,7 +97,9 @@ def _left_on_hub(beside: Beside) -> dict[str, bytes]:
     return found
 
 
-def _write_card(pipe: Any, there: Path, card: str, name: str, validated: Artifact | None) -> None:
+def _write_card(
+    pipe: Any, there: Path, card: str, name: str, validated: tuple[Artifact, Any] | None
+) -> None:
     call = there.with_name(CALL_FILE)
     text = card or card_of(
         pipe.transformer,
@@ -113,9 +113,9 @@ def _write_card(pipe: Any, there: Path, card: str, name: str, validated: Artifac
     if is_ours(text):
         text = renewed(text, name)
         if validated is not None:
-            report = json.loads(validated.file("report.json").read_text())
-            if shown := PAIRS in validated.manifest["files"]:
-                there.with_name(PAIRS).write_bytes(validated.file(PAIRS).read_bytes())
+            artifact, report = validated
+            if shown := PAIRS in artifact.manifest["files"]:
+                there.with_name(PAIRS).write_bytes(artifact.file(PAIRS).read_bytes())
             text = renewed(text, name, report, pairs=shown)
     there.write_text(text, encoding="utf-8")
 
@@ -129,8 +129,8 @@ def card_of(transformer: Any, entries: Any, **facts: Any) -> str:
     )
 
 
-def _validated(root: Path) -> Artifact | None:
-    """Find the latest artifact of ``validate`` that measured this folder of a store."""
+def _validated(root: Path) -> tuple[Artifact, Any] | None:
+    """Find the latest artifact of ``validate`` that measured this folder of a store; its report."""
     pack = artifact_around(root)
     if pack is None or not (pack.path.parent.parent / MARKER).is_file():
         return None
@@ -140,5 +140,5 @@ def _validated(root: Path) -> Artifact | None:
             continue
         with suppress(DirotqError, KeyError, ValueError):  # damaged: `dirotq verify` says so
             report = json.loads(artifact.file("report.json").read_text())
-            found = artifact if report["inputs"]["pack"] == str(pack) else found
+            found = (artifact, report) if report["inputs"]["pack"] == str(pack) else found
     return found

@@ -6,7 +6,7 @@ ours only the name and the figures are kept up to date.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from posixpath import commonpath
@@ -19,6 +19,8 @@ from dirotq.models.family import Site
 
 README = "README.md"
 PAIRS = "pairs.png"
+LARGEST = 1 << 20
+"""Bytes of a card, or of another text beside a model, that is read."""
 OURS = "<!-- Written by DiRotQ. -->"
 OTHERS = "model card has been automatically generated"
 """What diffusers and huggingface_hub put where there is no card."""
@@ -100,7 +102,7 @@ def write_card(
     pipeline: str,
     parameters: int,
     size: int,
-    kept: Iterable[str],
+    kept: Sequence[str],
     call: Mapping[str, Any],
 ) -> str:
     """Return the card of a packed pipeline.
@@ -133,7 +135,7 @@ def write_card(
         licence=_licence(base.carried),
         linears=sum(len(site.linears) for site, _ in entries),
         sites=len(entries),
-        kept=len(list(kept)),
+        kept=len(kept),
         kept_names=f" ({', '.join(f'`{n}`' for n in names)})" if names else "",
         table="\n".join(rows),
         figures=_between(UNMEASURED),

@@ -29,8 +29,7 @@ def dequantize_sites(transformer: Any, sites: Iterable[Site]) -> None:
                 f"{site.name} {what}, so it can't be dequantized now: take off hooks "
                 "(pipeline.remove_all_hooks()) and adapters (pipeline.unload_lora_weights()) first"
             )
-    config = {k: v for k, v in transformer.config.items() if k != "quantization_config"}
-    skeleton, dtype = empty_transformer(config, type(transformer)), transformer.dtype
+    skeleton, dtype = empty_transformer(transformer.config, type(transformer)), transformer.dtype
     for site in made:
         wide = transformer.get_submodule(site.name)
         weight, bias = effective_weight(wide.packed(), wide.spec), wide.bias

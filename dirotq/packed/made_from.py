@@ -7,13 +7,10 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard
 
-from dirotq.packed.card import CARRIED, README, Base
+from dirotq.packed.card import CARRIED, LARGEST, README, Base
 from dirotq.sources.lora import parse_loras
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.origin import on_hub
-
-LARGEST = 1 << 20
-"""Bytes of a card that is read."""
 
 
 def base_of(model: DiffusersModel) -> Base:

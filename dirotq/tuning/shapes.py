@@ -104,8 +104,7 @@ def rows_of(root: Path, config: dict[str, Any], sites: Sequence[Site]) -> Mappin
     args, kwargs = denoiser_call(root, load_encoders=False, **call)
     with quiet():
         cls = getattr(diffusers, config["_class_name"])
-        plain = {name: value for name, value in config.items() if name != "quantization_config"}
-        transformer = to_meta(empty_transformer(plain, cls))
+        transformer = to_meta(empty_transformer(config, cls))
     return _watched(transformer, args, kwargs, sites)
 
 
