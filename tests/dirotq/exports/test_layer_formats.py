@@ -1,0 +1,68 @@
+"""What a format can hold, one fact at a time: each that it can't is refused by itself."""
+
+import pytest
+from tiny_spec import FP4, tiny_spec
+
+from dirotq.exports.formats import FORMATS
+
+NVFP4 = {**FP4["nvfp4"], "dim": 64}
+GROUPS = {"weight_scale": "group", "act_scale": "group", "weight_group": 64, "act_group": 64}
+REGULAR = {"transform": "regular", "block": 16}
+SIXTEEN = {"act_bits": 16, "weight_scale": "group", "weight_group": 64}
+BESIDE = {"rank": 16, "branch": "beside"}
+HOLDS = {
+    "convrot_w4a4": REGULAR, "svdquant_w4a4": GROUPS | BESIDE, "nvfp4": NVFP4,
+    "comfy_nvfp4": NVFP4,
+}  # fmt: skip
+"""A linear that the format can say all of."""
+KNOWN = {known.name: known for known in FORMATS}
+
+ROTATED, BRANCH = {"block": 16}, {"rank": 16}
+LACKS = [
+    ("convrot_w4a4", {"transform": "hadamard"}, "Sylvester"),
+    ("convrot_w4a4", {"transform": "regular", "block": 1}, "no rotation"),
+    ("convrot_w4a4", BRANCH, "low-rank branch of rank 16"),
+    ("convrot_w4a4", {"weight_scale": "group"}, "per group of 16"),
+    ("convrot_w4a4", {"act_scale": "pow2"}, "`pow2` scales"),
+    ("convrot_w4a4", {"dim": 48}, "48 channels"),
+    ("svdquant_w4a4", ROTATED, "Hadamard blocks of 16"),
+    ("svdquant_w4a4", {"branch": "project"}, "taken out of the input"),
+    ("svdquant_w4a4", {"weight_group": 32}, "weights with one scale per group of 32"),
+    ("svdquant_w4a4", {"act_group": 32}, "`group` scales"),
+    *((name, *more) for name in ("nvfp4", "comfy_nvfp4") for more in (
+        (ROTATED, "Hadamard blocks of 16"),
+        (BRANCH, "low-rank branch of rank 16"),
+    )),
+    ("comfy_nvfp4", {"rows": (40,)}, "[40] outputs"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_it_holds_what_it_is_for(name):
+    assert KNOWN[name].fits(tiny_spec(**HOLDS[name]))
+
+
+@pytest.mark.parametrize(("name", "change", "said"), LACKS)
+def test_each_fact_that_it_lacks_is_refused_by_itself(name, change, said):
+    spec = tiny_spec(**HOLDS[name] | change)
+    (problem,) = KNOWN[name].of(spec).misfits(spec)
+    assert said in problem
+    assert not KNOWN[name].fits(spec)
+
+
+@pytest.mark.parametrize("name", ["nvfp4", "comfy_nvfp4"])
+def test_the_other_fp4_is_refused_on_both_sides(name):
+    """One FP4 format is on both sides of every spec."""
+    problems = list(KNOWN[name].misfits(tiny_spec(**FP4["mxfp4"])))
+    assert [word in p for word, p in zip(("mxfp4 weights", "`mxfp4`"), problems, strict=True)] == [
+        True, True,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HOLDS)
+@pytest.mark.parametrize(("change", "said"), [(ROTATED, "Hadamard"), (BRANCH, "low-rank branch")])
+def test_modulators_are_held_without_rotation_and_branch(name, change, said):
+    plain, spec = tiny_spec(**SIXTEEN), tiny_spec(**SIXTEEN | change)
+    assert KNOWN[name].fits(plain)
+    (problem,) = KNOWN[name].of(spec).misfits(spec)
+    assert said in problem
