@@ -12,7 +12,10 @@ MAX_BLOCK = 512
 """Their largest Hadamard block."""
 
 MAX_RANK = 128
-"""Largest rank that ``rotate`` projects out; above it, plain matrix products do."""
+"""Most directions that ``rotate`` projects out; above it, plain matrix products do."""
+
+MAX_DIRECTIONS = 256
+"""Most that ``project`` finds coefficients of: those, and others that stay in z."""
 
 CASES = (
     Case(name="FLUX qkv", m=4608, k=3072, n=9216, reach=3.0, stretch=2.0),

@@ -80,10 +80,13 @@ def project(
 ) -> Config:
     """``beside``: last directions, which stay in z; ``squares``: it adds up x's squares; ``amax``:
     it zeroes each row's largest, if whole."""
-    s = shapes.project
-    s = _within(s, 2 * STEP * (s.bm + width_of_c(spec.rank)), 0, chip)
+    s, rp = shapes.project, width_of_c(spec.rank)
+    if rp > 128:  # rows enough for Blackwell's own matrix memory: registers would not do
+        s = replace(s, bm=64)
+    s = _within(s, 2 * STEP * (s.bm + rp), 0, chip)
     constants = _shared(spec, chip, dtype) | {
-        "R": spec.rank, "LEAD": spec.rank - beside, "EVEN": spec.in_features % STEP == 0,
+        "R": spec.rank, "LEAD": spec.rank - beside, "LP": width_of_c(spec.rank - beside),
+        "EVEN": spec.in_features % STEP == 0,
         "BM": s.bm, "BK": STEP, "PARTS": parts, "SQUARES": squares, "AMAX": amax, "KIND": kind,
     }  # fmt: skip
     return Config(
@@ -123,26 +126,27 @@ def rotate(
     *,
     channels: int,
     gelu: bool,
-    protected: bool,
+    protected: int,
     codes: bool,
 ) -> Config:
-    """``channels`` of one part of x; ``protected``: c is projected out; ``codes``: not z, leave."""
+    """``channels`` of one part of x; ``protected``: first directions of c, which are projected out;
+    ``codes``: not z, leave."""
     s, width, acts = shapes.rotate, tile(spec), spec.activations
     if width == 128:  # the same registers for twice the threads
         s = replace(s, warps=2 * s.warps, stacked=False)
-    rp = width_of_c(spec.rank) if protected else 0
-    s = _within(s, 2 * s.bm * (4 * width + rp), 2 * width * (4 * rp + width), chip)
+    lead = width_of_c(protected) if protected else 0
+    s = _within(s, 2 * s.bm * (4 * width + lead), 2 * width * (4 * lead + width), chip)
     rounding: dict[str, Any] = {"G": 0, "QMAX": 0, "LEVELS": 0, "CLIP": 0.0}
     if codes:
         group = acts.group_size or 1
         rounding = {"G": group, "QMAX": acts.largest, "LEVELS": acts.levels, "CLIP": POW2_CLIP}
     constants = _shared(spec, chip, dtype) | rounding | {
-        "SUB": max(1, spec.transform.block // width), "PROJECT": protected,
+        "SUB": max(1, spec.transform.block // width), "PROJECT": protected > 0, "LP": max(lead, 16),
         "EVEN": channels % (4 * width) == 0, "BM": s.bm, "GELU": gelu, "STACKED": s.stacked,
     }  # fmt: skip
     return Config(
         kernel=passes.rotate, constants=constants, warps=s.warps, stages=s.stages,
-        early=chained(chip) and protected,
+        early=chained(chip) and protected > 0,
     )  # fmt: skip
 
 

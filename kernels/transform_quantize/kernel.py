@@ -14,7 +14,7 @@ from ..chip import capability
 from ..formats.spec import QuantSpec
 from ..permuted import padded, permuted_columns
 from ..prologue import Prologue, plain
-from . import MAX_RANK, configs
+from . import MAX_DIRECTIONS, MAX_RANK, configs
 from .configs import parts, programs, tile, tiles, usual, width_of_c
 from .reference import RMS_TOP
 
@@ -52,7 +52,7 @@ def launch(
     behind = width - padded(k) if appended else None
     codes, scale = new((m, width), dtype=container), new((m, groups), dtype=torch.float32)
     c: Tensor | None
-    if p_DR is not None and _straight(spec) and m:
+    if p_DR is not None and _straight(spec, beside) and m:
         c = _by_root_mean_square(x, p_DR, spec, codes, scale, behind, bias, beside)
     else:
         z, amax, c = rotated(x, p_DR, t_DK, spec, beside)
@@ -68,17 +68,18 @@ def launch(
     return Codes(codes, scale, None if appended or c is None else c[:, :r])
 
 
-def _straight(spec: QuantSpec) -> bool:
+def _straight(spec: QuantSpec, beside: int) -> bool:
     """Whether codes can come without z: its length follows from x's and c's, and a group lies in
     one tile."""
     acts = spec.activations
-    inside = spec.transform.kind == "hadamard" and not _beyond(spec)
+    inside = spec.transform.kind == "hadamard" and not _beyond(spec, beside)
     return acts.statistic == "rms" and inside and (acts.group_size or 1) <= 64
 
 
-def _beyond(spec: QuantSpec) -> bool:
-    """Whether there are more directions than ``rotate`` projects out."""
-    return spec.rank > (64 if spec.transform.block == 512 else MAX_RANK)
+def _beyond(spec: QuantSpec, beside: int) -> bool:
+    """Whether there are more directions than ``project`` finds, or ``rotate`` projects out."""
+    most = 64 if spec.transform.block == 512 else MAX_RANK
+    return spec.rank > MAX_DIRECTIONS or spec.rank - beside > most
 
 
 def _by_root_mean_square(
@@ -92,7 +93,7 @@ def _by_root_mean_square(
     beside: int,
 ) -> Tensor:
     """Fill codes and scales of ``act_scale="rms"``; return c [M, padded R]."""
-    prologue = _computed(prologue, spec)
+    prologue = _computed(prologue, spec, beside)
     chip, m = capability(prologue.x_BTD.device), prologue.rows
     products, spread, squares = _project(prologue, p_DR, spec, beside, squares=True)
     assert squares is not None
@@ -104,7 +105,7 @@ def _by_root_mean_square(
         products, squares, c, codes_MK, scale_M1, row, m, prologue.channels, codes_MK.stride(0),
         padded(spec.width), BIAS_COEFFICIENT if bias else 0.0,
     )  # fmt: skip
-    _rotate(prologue, spec, c, spread, codes_MK, row_2M=row)
+    _rotate(prologue, spec, spec.rank - beside, c, spread, codes_MK, row_2M=row)
     return c
 
 
@@ -118,20 +119,19 @@ def rotated(
     """Return z [M, padded(K)] in R1 order, the bits of its rows' largest |z| (int32 [M]), and c."""
     if spec.transform.kind == "dense":
         return _dense(prologue.value().flatten(0, 1), p_DR, t_DK, spec.width)
-    prologue = _computed(prologue, spec)
-    x = prologue.x_BTD
+    prologue = _computed(prologue, spec, beside)
+    x, lead = prologue.x_BTD, spec.rank - beside
     c: Tensor | None = None
-    if p_DR is not None and _beyond(spec):
+    if p_DR is not None and _beyond(spec, beside):
         x_MD, p = x.flatten(0, 1), p_DR.to(x.dtype)
         outside = x_MD @ p
-        lead = spec.rank - beside
         prologue = plain((x_MD - outside[:, :lead] @ p[:, :lead].mT)[None])
         c = _padded(outside)
     m = prologue.rows
     z, amax = x.new_empty((m, padded(spec.width))), x.new_empty((m,), dtype=torch.int32)
     if p_DR is None or c is not None:
         amax.zero_()
-        _rotate(prologue, spec, None, z, z, amax_M=amax)
+        _rotate(prologue, spec, 0, z, z, z, amax_M=amax)
         return z, amax, c
     products, spread, _ = _project(prologue, p_DR, spec, beside, amax_M=amax)
     c = products[0]
@@ -139,14 +139,14 @@ def rotated(
         c = spread.new_empty(c.shape)
         config = configs.gather(spec, capability(x.device), parts=len(products))
         config.launch((triton.cdiv(m, configs.ROWS),), products, c, amax, m)
-    _rotate(prologue, spec, c, spread, z, amax_M=amax)
+    _rotate(prologue, spec, lead, c, spread, z, amax_M=amax)
     return z, amax, c
 
 
-def _computed(prologue: Prologue, spec: QuantSpec) -> Prologue:
+def _computed(prologue: Prologue, spec: QuantSpec, beside: int) -> Prologue:
     """Compute of the prologue what the passes can't do on the way in."""
     torn = prologue.kind == "concat" and prologue.x_BTD.shape[-1] % (4 * tile(spec))
-    return plain(prologue.value()) if torn or _beyond(spec) else prologue.laid_out()
+    return plain(prologue.value()) if torn or _beyond(spec, beside) else prologue.laid_out()
 
 
 def _project(
@@ -170,7 +170,7 @@ def _project(
     n_parts, part = parts(x, d, shapes.project)
     whole = amax_M is not None and n_parts == 1
     products = x.new_empty((n_parts, m, rp), dtype=x.dtype if whole else torch.float32)
-    spread_DR = x.new_empty((tiles(spec) * tile(spec), rp))
+    spread_DR = x.new_empty((tiles(spec) * tile(spec), width_of_c(spec.rank - beside)))
     sums = x.new_empty((n_parts, m), dtype=torch.float32) if squares else None
     config = configs.project(
         spec, prologue.kind, chip, x.dtype, shapes, parts=n_parts, beside=beside, squares=squares,
@@ -190,7 +190,8 @@ def _project(
 def _rotate(
     prologue: Prologue,
     spec: QuantSpec,
-    c_MR: Tensor | None,
+    lead: int,
+    c_MR: Tensor,
     spread_DR: Tensor,
     out_MK: Tensor,
     *,
@@ -198,8 +199,9 @@ def _rotate(
     row_2M: Tensor | None = None,
 ) -> None:
     """Fill z and raise ``amax`` or, with ``row``, fill codes (``passes.rotate``): one of the two is
-    None. The parts of a concatenation are launches of their own: a kernel that can do both has
-    shared memory for both."""
+    None. ``lead`` directions of c are projected out; of none, c and the spread basis are not read.
+    The parts of a concatenation are launches of their own: a kernel that can do both has shared
+    memory for both."""
     first, behind, block = prologue.x_BTD, prologue.behind_BTF, spec.transform.block
     chip, columns = capability(first.device), padded(spec.width)
     shapes = usual(prologue.kind, chip)
@@ -211,15 +213,15 @@ def _rotate(
             continue
         d = x.shape[-1]
         config = configs.rotate(
-            spec, chip, x.dtype, shapes, channels=d, gelu=gelu, protected=c_MR is not None,
+            spec, chip, x.dtype, shapes, channels=d, gelu=gelu, protected=lead,
             codes=row_2M is not None,
         )  # fmt: skip
         blocks = triton.cdiv(x.shape[1], config.constants["BM"])
         n_row, n_col = x.shape[0] * blocks, triton.cdiv(d, 4 * tile(spec))
         config.launch(
             (programs(x, n_row, n_col, shapes.rotate, block),),
-            x, x if c_MR is None else c_MR, spread_DR if c_MR is None else spread_DR[begin:],
-            out_MK[:, begin:], row_2M if amax_M is None else amax_M,
+            x, c_MR, spread_DR[begin:] if lead else spread_DR, out_MK[:, begin:],
+            row_2M if amax_M is None else amax_M,
             amax_M if row_2M is None else row_2M, prologue.rows, x.shape[1], d, x.stride(0),
             x.stride(1), out_MK.stride(0), end - begin, n_col, blocks, n_row, block**-0.5,
         )  # fmt: skip

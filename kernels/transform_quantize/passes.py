@@ -21,8 +21,9 @@ waits before it reads what that one wrote.
 KIND, GELU: what happens to x on the way in (kernels/prologue.py), in float32 and rounded to 16 bits
 once, so that c and z are of the same x.
 
-Letters: M rows (T of each image), D channels, K main-branch width, R protected directions (RP:
-padded to a power of two, RT: columns of one part of the appended columns, kernels/appended.py).
+Letters: M rows (T of each image), D channels, K main-branch width, R directions of c, of which the
+first are projected out (RP and LP: both padded to a power of two, RT: columns of one part of the
+appended columns, kernels/appended.py).
 """
 
 import triton
@@ -36,12 +37,12 @@ from .scales import e4m3, exponent, power, row_units, store_appended
 
 @triton.jit
 def _spread(
-    p_spread, col, D, RP: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr,
+    p_spread, col, D, LP: tl.constexpr, W: tl.constexpr, EVEN: tl.constexpr, COLUMNS: tl.constexpr,
     DOT: tl.constexpr,
 ):  # fmt: skip
-    """Read COLUMNS rows of the spread basis, transposed: [RP, COLUMNS]. They fill whole tiles."""
+    """Read COLUMNS rows of the spread basis, transposed: [LP, COLUMNS]. They fill whole tiles."""
     o_d = col + tl.arange(0, COLUMNS)
-    o_p = o_d[None, :] * RP + tl.arange(0, RP)[:, None]
+    o_p = o_d[None, :] * LP + tl.arange(0, LP)[:, None]
     if EVEN:
         return tl.load(p_spread + o_p).to(DOT)
     mask = (o_d < (D + W - 1) // W * W)[None, :]
@@ -64,7 +65,7 @@ def _stacked_tiles(
     DOT: tl.constexpr,
 ):  # fmt: skip
     """Compute four tiles at once, each float32 [BM, W]: x_rows (int64 [4 BM]) are the rows of the
-    first tile, then those of the second, and so on; basis [RP, 4 W].
+    first tile, then those of the second, and so on; basis [LP, 4 W].
 
     Hopper's products run beside their warps, which Triton makes wait for each: two products are two
     waits, where tile by tile there are eight. Taking turns is only words: a thread's part of the
@@ -103,7 +104,7 @@ def _nan_max(a, b):
 def rotate(
     p_x, p_c, p_spread, p_z, p_amax, p_row, M, T, D,
     image_x, stride_x, stride_z, columns, n_col, blocks, n_row, root,
-    B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr,
+    B: tl.constexpr, W: tl.constexpr, SUB: tl.constexpr, RP: tl.constexpr, LP: tl.constexpr,
     PROJECT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, DOT: tl.constexpr,
     CHAIN: tl.constexpr, GELU: tl.constexpr, FAST: tl.constexpr, STACKED: tl.constexpr,
     G: tl.constexpr, QMAX: tl.constexpr, LEVELS: tl.constexpr, CLIP: tl.constexpr,
@@ -122,12 +123,12 @@ def rotate(
         gdc_wait()
     basis0, basis1, basis2, basis3 = turn, turn, turn, turn
     if PROJECT and STACKED:
-        basis0 = _spread(p_spread, col, D, RP, W, EVEN, 4 * W, DOT)
+        basis0 = _spread(p_spread, col, D, LP, W, EVEN, 4 * W, DOT)
     elif PROJECT:
-        basis0 = _spread(p_spread, col, D, RP, W, EVEN, W, DOT)
-        basis1 = _spread(p_spread, col + W, D, RP, W, EVEN, W, DOT)
-        basis2 = _spread(p_spread, col + 2 * W, D, RP, W, EVEN, W, DOT)
-        basis3 = _spread(p_spread, col + 3 * W, D, RP, W, EVEN, W, DOT)
+        basis0 = _spread(p_spread, col, D, LP, W, EVEN, W, DOT)
+        basis1 = _spread(p_spread, col + W, D, LP, W, EVEN, W, DOT)
+        basis2 = _spread(p_spread, col + 2 * W, D, LP, W, EVEN, W, DOT)
+        basis3 = _spread(p_spread, col + 3 * W, D, LP, W, EVEN, W, DOT)
     o_d = col + tl.arange(0, W)
     for block in range(tl.program_id(0) // n_col, n_row, tl.num_programs(0) // n_col):
         # Rows last to first: what ``project`` read last is still in L2.
@@ -137,7 +138,7 @@ def rotate(
         o_t = first + tl.arange(0, BM)
         m_m = o_t < T
         if PROJECT:
-            o_c = (image * T + o_t)[:, None] * RP + tl.arange(0, RP)[None, :]
+            o_c = (image * T + o_t)[:, None] * RP + tl.arange(0, LP)[None, :]
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(DOT)
         else:
             b_c = turn

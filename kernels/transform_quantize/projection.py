@@ -110,15 +110,15 @@ def _times_basis(
 def project(
     p_x, p_behind, p_basis, p_c, p_spread, p_amax, p_squares, M, T, D,
     image_x, stride_x, image_behind, stride_behind, split, blocks, n_main, part,
-    R: tl.constexpr, RP: tl.constexpr, LEAD: tl.constexpr, B: tl.constexpr, W: tl.constexpr,
-    EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, CHAIN: tl.constexpr,
+    R: tl.constexpr, RP: tl.constexpr, LEAD: tl.constexpr, LP: tl.constexpr, B: tl.constexpr,
+    W: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, CHAIN: tl.constexpr,
     KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr,
     SQUARES: tl.constexpr, AMAX: tl.constexpr,
 ):  # fmt: skip
-    """Compute c = x P, [M, RP], and, in the last programs, the spread basis -P''.
+    """Compute c = x P, [M, RP], and, in the last programs, the spread basis -P'' [tiles W, LP].
 
     Row t of image i begins at i * image_x + t * stride_x; ``blocks`` row blocks per image
-    LEAD   directions that are projected out: P'' of the others is 0
+    LEAD   first directions, which are projected out: P'' has them alone
     split  first column that lies behind (``concat``), a multiple of BK
     PARTS  the columns are cut into so many parts of ``part`` each, whose products go into a
            float32 [PARTS, M, RP] that ``gather`` or ``scale_rows`` adds up: few rows alone don't
@@ -166,10 +166,11 @@ def project(
             tl.store(p_amax + o_m, tl.zeros((BM,), dtype=tl.int32), mask=m_m)
     else:
         o_d = (pid - n_main * PARTS) * W + tl.arange(0, W)
-        m_p = (o_d < D)[:, None] & (o_r < LEAD)[None, :]
-        b_p = tl.load(p_basis + o_d[:, None] * R + o_r[None, :], mask=m_p, other=0.0)
+        o_l = tl.arange(0, LP)
+        m_p = (o_d < D)[:, None] & (o_l < LEAD)[None, :]
+        b_p = tl.load(p_basis + o_d[:, None] * R + o_l[None, :], mask=m_p, other=0.0)
         spread = -tl.dot(rotation(B, W, True).to(DOT), b_p.to(DOT))
-        tl.store(p_spread + o_d[:, None] * RP + o_r[None, :], spread.to(p_spread.dtype.element_ty))
+        tl.store(p_spread + o_d[:, None] * LP + o_l[None, :], spread.to(p_spread.dtype.element_ty))
 
 
 @triton.jit

@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from dirotq.kernels.appended import BIAS_COEFFICIENT, appended_part, columns_with_appended
 from dirotq.kernels.permuted import from_permuted, padded
 from dirotq.kernels.prologue import SHORT, Prologue, concat_gelu, gelu, plain
-from dirotq.kernels.transform_quantize import kernel, quantize_rows, transform
+from dirotq.kernels.transform_quantize import MAX_DIRECTIONS, kernel, quantize_rows, transform
 from dirotq.kernels.transform_quantize.kernel import MAX_RANK, launch, usual
 
 SPECS = {
@@ -163,23 +163,31 @@ def test_the_columns_appended_behind_scales_of_the_root_mean_square(name, bias, 
         assert (off <= 2**-6 + 0.015 * z.square().mean(1).sqrt()).all()
 
 
-@pytest.mark.parametrize("name", ["even", "rms", "rms-ragged", "floats", "rank-beyond"])
-def test_directions_beside_stay_in_the_rest(name):
+BESIDE = [("even", 8), ("rms", 8), ("rms-ragged", 8), ("floats", 8), ("rank-beyond", 8)]
+BESIDE += [("rms", MAX_RANK), ("even", MAX_DIRECTIONS), ("rank-0", 8), ("rms-0", 24)]
+
+
+@pytest.mark.parametrize(("name", "more"), BESIDE)
+def test_directions_beside_stay_in_the_rest(name, more):
     """What an adapter reads: c has them, codes and scales are those without them."""
-    spec, prologue, p, more = SPECS[name], prologue_of("gelu", name), basis_of(name), 8
-    assert p is not None
+    spec, prologue, p = SPECS[name], prologue_of("gelu", name), basis_of(name)
     a = torch.randn(spec.in_features, more, generator=torch.Generator().manual_seed(2))
     a = (0.1 * a).bfloat16().to(DEVICE)
     container = torch.float8_e4m3fn if spec.activations.element == "e4m3" else torch.int8
     codes, scale, c = launch(prologue, p, None, spec, container=container)
     got_codes, got_scale, got_c = launch(
-        prologue, torch.cat([p, a], 1), None, replace(spec, rank=spec.rank + more),
-        container=container, beside=more,
+        prologue, a if p is None else torch.cat([p, a], 1), None,
+        replace(spec, rank=spec.rank + more), container=container, beside=more,
     )  # fmt: skip
-    assert c is not None and got_c is not None
-    assert (got_codes.float() == codes.float()).double().mean() > 0.999
-    torch.testing.assert_close(got_scale, scale, rtol=1e-5, atol=0)
-    torch.testing.assert_close(got_c[:, : spec.rank].float(), c.float(), rtol=1e-2, atol=1e-2)
+    assert got_c is not None
+    # Library products round z once more; scales of a root mean square are x's and c's, or z's own.
+    same_passes = p is not None and spec.rank + more <= MAX_DIRECTIONS
+    equal = (got_codes.float() == codes.float()).double().mean()
+    assert equal > (0.999 if same_passes else 0.99)
+    torch.testing.assert_close(got_scale, scale, rtol=1e-5 if same_passes else 1e-3, atol=0)
+    if c is not None:
+        lead = got_c[:, : spec.rank].float()
+        torch.testing.assert_close(lead, c.float(), rtol=1e-2, atol=1e-2)
     want = double(prologue).value().reshape(prologue.rows, -1) @ a.double()
     assert (got_c[:, spec.rank :] - want).norm() < 2e-3 * want.norm()
 

@@ -1,6 +1,7 @@
 """Configurations of ``transform_quantize`` that are compiled for chips that are not here."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ def _large() -> list[Build]:
     rms = _spec(act_scale="rms", act_group=16)
     kinds: tuple[Kind, ...] = ("plain", "gelu", "concat")
     found: list[Build] = []
+    beside = {"b256-r256-plain-16": 192}
     for name, spec, kind, codes in (  # codes and not z leave ``rotate``
         *((f"b256-r64-{kind}-16", rms, kind, True) for kind in kinds),
         ("b256-r64-plain-0", _spec(), "plain", False),
@@ -45,6 +47,7 @@ def _large() -> list[Build]:
         ("b32-r64-plain-32", _spec(2272, 32, act_scale="rms", act_group=32), "plain", True),
         ("b512-r64-plain-0", _spec(block=512), "plain", False),
         ("b256-r128-plain-0", _spec(rank=128), "plain", False),
+        ("b256-r256-plain-16", replace(rms, rank=256), "plain", True),
         ("b256-r0-plain-0", _spec(rank=0), "plain", False),
     ):
         for chip in FP8_CHIPS if spec.activations.element == "e4m3" else CHIPS:
@@ -52,7 +55,7 @@ def _large() -> list[Build]:
             if spec.rank:
                 config = configs.project(
                     spec, kind, chip, torch.bfloat16, shapes, parts=PARTS if codes else 1,
-                    beside=0, squares=codes, amax=not codes,
+                    beside=beside.get(name, 0), squares=codes, amax=not codes,
                 )  # fmt: skip
                 types = {"p_c": "*fp32", "p_amax": "*fp32"} if codes else {}
                 _add(found, f"project-{name}", config, types, chip)
@@ -62,7 +65,7 @@ def _large() -> list[Build]:
             for gelu in (False, True) if kind == "concat" else (kind == "gelu",):
                 config = configs.rotate(
                     spec, chip, torch.bfloat16, shapes, channels=spec.in_features, gelu=gelu,
-                    protected=spec.rank > 0, codes=codes,
+                    protected=spec.rank - beside.get(name, 0), codes=codes,
                 )  # fmt: skip
                 part = "-gelu" if gelu and kind == "concat" else ""
                 _add(found, f"rotate-{name}{part}", config, types, chip)
