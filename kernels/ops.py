@@ -88,6 +88,8 @@ def _by_recording(
     behind: Tensor | None,
 ) -> Tensor:
     """Compute the operator, on a GPU by what was recorded of such a call."""
+    # Channels of a convolution's input lie apart; a copy could not be repeated from a recording.
+    x = x if x.stride(-1) == 1 else x.contiguous()
     compute = functools.partial(_by_plan, x, packed, spec, rows, prologue, behind)
     if not x.is_cuda or not x.numel():
         return compute()
