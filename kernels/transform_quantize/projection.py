@@ -111,8 +111,8 @@ def project(
     p_x, p_behind, p_basis, p_c, p_spread, p_amax, p_squares, M, T, D,
     image_x, stride_x, image_behind, stride_behind, split, blocks, n_main, part,
     R: tl.constexpr, RP: tl.constexpr, LEAD: tl.constexpr, LP: tl.constexpr, B: tl.constexpr,
-    W: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr, CHAIN: tl.constexpr,
-    KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr,
+    W: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr, DOT: tl.constexpr,
+    CHAIN: tl.constexpr, KIND: tl.constexpr, FAST: tl.constexpr, PARTS: tl.constexpr,
     SQUARES: tl.constexpr, AMAX: tl.constexpr,
 ):  # fmt: skip
     """Compute c = x P, [M, RP], and, in the last programs, the spread basis -P'' [tiles W, LP].
