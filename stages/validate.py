@@ -214,8 +214,8 @@ def _sites(
         weight, bias = weights.stacked(entry.site, device)
         want = linear(x_TD, weight, bias)
         got = packed.get_submodule(entry.site.name)(x_TD)
-        rows = [part.square().sum(-1).double().cpu() for part in (want, got - want)]
-        errors[entry.site.name] = RowErrors(*rows, captured.timesteps(entry.site))
+        signal_T, noise_T = (p.square().sum(-1).double().cpu() for p in (want, got - want))
+        errors[entry.site.name] = RowErrors(signal_T, noise_T, captured.timesteps(entry.site))
     timesteps, columns = by_timestep(errors)
     found = [
         {

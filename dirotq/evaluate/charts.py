@@ -127,7 +127,7 @@ class _Scale:
             exponents = range(math.ceil(self.low), math.floor(self.high) + 1)
             step = max(1, len(exponents) // 5)
             return [(10.0**e, f"{10.0**e:g}") for e in exponents[::step]]
-        low, high = (10**b if self.log else b for b in (self.low, self.high))
+        low, high = (10.0**b if self.log else b for b in (self.low, self.high))
         step = _round_step((high - low) / 6)
         first, last = math.ceil(low / step), math.floor(high / step)
         return [(n * step, f"{n * step:g}") for n in range(first, last + 1)]

@@ -91,7 +91,8 @@ def write_report(
         resamples=RESAMPLES,
         scales=scales(min(report["size"])),
     )
-    path.write_text(page, encoding="utf-8")
+    # Half of a letter, as a damaged prompt file may have, is shown by its number.
+    path.write_text(page, encoding="utf-8", errors="backslashreplace")
 
 
 def write_pairs(path: Path, want: Tensor, got: Tensor) -> None:

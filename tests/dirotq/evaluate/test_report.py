@@ -133,6 +133,11 @@ def test_prompts_and_names_are_text_and_not_markup(page):
     assert f"packed: {PROMPT}" in [image["alt"] for image in shown.all("img")]
 
 
+def test_half_a_letter_is_shown_by_its_number(page, report):
+    images = [image | {"prompt": "\ud83d"} for image in report["images"]]
+    assert "\\ud83d" in page(images=images).text
+
+
 def test_worst_prompts_come_first(page, report):
     assert worst_first(report["images"], 8) == [1, 0]
     assert worst_first(report["images"], 1) == [1]
