@@ -125,8 +125,8 @@ class _Scale:
         """Return about five round values inside, with their texts."""
         if self.log and self.high - self.low >= 1:
             exponents = range(math.ceil(self.low), math.floor(self.high) + 1)
-            step = max(1, len(exponents) // 5)
-            return [(10.0**e, f"{10.0**e:g}") for e in exponents[::step]]
+            shown = exponents[:: max(1, len(exponents) // 5)]
+            return [(10.0**e, f"{10.0**e:g}") for e in shown]
         low, high = (10.0**b if self.log else b for b in (self.low, self.high))
         step = _round_step((high - low) / 6)
         first, last = math.ceil(low / step), math.floor(high / step)

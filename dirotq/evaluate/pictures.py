@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-QUALITIES = (95, 90, 85, 80, 72, 64, 52, 40, 25, 10)
+QUALITIES = range(95, 5, -5)
 """Of lossy WebP, the best first."""
 LOSSLESS_GAIN = 4
 """PNG is not tried where it had to make a picture smaller by more than this."""
