@@ -20,6 +20,7 @@ from typing import Any, TextIO, cast
 
 from dirotq import __version__, doctor, generate, tune
 from dirotq.errors import ConfigError
+from dirotq.evaluate.comparing.verb import add_compare
 from dirotq.exports.verb import add_export
 from dirotq.pipeline import compress, explain, housekeeping
 from dirotq.pipeline.faults import explained
@@ -90,8 +91,9 @@ def command_line(
         return made
 
     for add_verb in (
-        compress.add_compress, compress.add_plan, explain.add_explain, housekeeping.add_verify,
-        housekeeping.add_gc, generate.add_generate, add_export, tune.add_tune, doctor.add_doctor,
+        compress.add_compress, compress.add_plan, explain.add_explain, add_compare,
+        housekeeping.add_verify, housekeeping.add_gc, generate.add_generate, add_export,
+        tune.add_tune, doctor.add_doctor,
     ):  # fmt: skip
         add_verb(add)
     return parser, dict(verbs.choices)

@@ -5,6 +5,7 @@ share (a prompt's embeddings over all its steps) are stored once.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dirotq.errors import ArtifactError, UnsupportedError
@@ -54,6 +55,21 @@ class Call:
     def tensors(self) -> list[Tensor]:
         """List every tensor, in order."""
         return [leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+
+def timestep(transformer: nn.Module, call: Call) -> float | None:
+    """Return the timestep that a call is made for, as the pipeline states it; None if it does not.
+
+    Of a batch, the mean. Pipelines call it ``timestep``, or ``t``.
+    """
+    try:
+        given = inspect.signature(transformer.forward).bind_partial(*call.args, **call.kwargs)
+    except TypeError:  # arguments that a wrapper takes
+        return None
+    found = given.arguments.get("timestep", given.arguments.get("t"))
+    if isinstance(found, Tensor) and found.numel():
+        return float(found.double().mean())
+    return float(found) if isinstance(found, int | float) else None
 
 
 def save_calls(folder: Path, name: str, calls: Sequence[Call]) -> None:

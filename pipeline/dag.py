@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dirotq.errors import ArtifactError, ConfigError, DirotqError
+from dirotq.pipeline.command import running
 from dirotq.pipeline.differences import differences
 from dirotq.pipeline.stage import Stage, fingerprint, recipe
 from dirotq.pipeline.store import Artifact, ArtifactStore
@@ -179,7 +180,8 @@ def _produce(
             return None
         began = time.monotonic()
         log.info("%-8s running %s", step.name, step)
-        with _unmixed(step, inputs, lambda: store.discard(draft.data.parent)):
+        discard = functools.partial(store.discard, draft.data.parent)
+        with running(overrides), _unmixed(step, inputs, discard):
             draft.metrics.update(step.stage.run(draft.data, **inputs))
     seconds = time.monotonic() - began
     log.info("%-8s done in %.1f s", step.name, seconds)

@@ -106,6 +106,14 @@ def needed(store: ArtifactStore, count: int) -> Needed:
     )
 
 
+def recorded(folder: Path) -> dict[Path, frozenset[str]]:
+    """Return {record: the artifacts it names} of the run, or of the runs of a sweep, in ``folder``.
+
+    Raises ArtifactError for a record that can't be read.
+    """
+    return {path: frozenset(_read(path)) for path in sorted(folder.rglob(RECORD))}
+
+
 def leftovers(store: ArtifactStore) -> list[Path]:
     """List half-written records of processes that died."""
     return sorted((store.root / "runs").rglob(f".{RECORD}.*"))

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import zarr
@@ -22,14 +22,14 @@ from dirotq.calibrate.replay import Replay
 from dirotq.calibrate.trajectory import Trajectories
 from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls
+from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls, timestep
 from dirotq.models.family import Site
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.progress import track
 from dirotq.quantize import memory
-from dirotq.quantize.moments import add_earlier, read_stored, write_moment
+from dirotq.quantize.moments import TIMESTEPS, add_earlier, read_stored, write_moment
 from dirotq.quantize.tensors import create_array, read_array, write_array, write_rows
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
@@ -56,8 +56,9 @@ class Capture:
     ``vram``    GPU memory to stay within ("24GB"), or None for what is free
 
     Writes ``moments.zarr`` (per site the block triangle of S in float32, or its rows where they are
-    fewer; dirotq/quantize/moments.py), ``rows.zarr`` (bfloat16 [rows, D]), ``peaks.zarr`` (float32
-    [D], the largest magnitude of each channel) and ``probe.*`` (PROBES calls).
+    fewer; dirotq/quantize/moments.py), ``rows.zarr`` (bfloat16 [rows, D], with the timestep of each
+    row), ``peaks.zarr`` (float32 [D], the largest magnitude of each channel) and ``probe.*``
+    (PROBES calls).
 
     Raises NumericalError naming the site whose activations are not finite or that saw no token.
     """
@@ -180,7 +181,8 @@ def replay_calls(
             mask=mask,
             level=stage.weighting == "leveled",
         )
-        store = partial(_store, trees, rows=rows, of=stage.rows, first=number == 0)
+        times = [timestep(replay.transformer, call) for call in recorder.calls]
+        store = partial(_store, trees, rows=rows, of=stage.rows, times=times, first=number == 0)
         what = "capture: replay" + (f" {number + 1} of {len(passes)}" if len(passes) > 1 else "")
         with recorder.watching(left.get("", [])) as seen_outside:
             for step in track(replay.steps(recorder.calls), what, total=len(replay.blocks)):
@@ -215,11 +217,13 @@ def _store(
     *,
     rows: range,
     of: int,
+    times: Sequence[float | None],
     first: bool,
 ) -> None:
     """Write what one pass has seen of sites, together with what earlier passes wrote.
 
-    rows  places of this pass's sampled rows among all ``of``
+    rows   places of this pass's sampled rows among all ``of``
+    times  the timestep of each call of this pass
     """
     moments, samples, absmax = (trees[name] for name in TREES)
     for site, one in seen.items():
@@ -238,6 +242,9 @@ def _store(
             sample = torch.cat(one.sample)
             repeats = -(-len(rows) // len(sample))
             write_rows(samples, site.name, rows.start, sample.repeat(repeats, 1)[: len(rows)])
+            told = [times[call] for call in one.sampled * repeats][: len(rows)]
+            attributes: Any = samples[site.name].attrs
+            attributes[TIMESTEPS] = [*attributes.get(TIMESTEPS, []), *told]
 
 
 def _name_the_site(stage: Capture, out: Path, device: torch.device, calls: list[Call]) -> None:

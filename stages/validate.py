@@ -1,7 +1,7 @@
 """Quality, size and speed of exactly the folder that ``pack`` wrote, through the public loader."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
 from dirotq.errors import ArtifactError, ConfigError
+from dirotq.evaluate.about import about
 from dirotq.evaluate.attribute_judge import AttributeJudge
 from dirotq.evaluate.images import (
     ImageWriter,
@@ -24,12 +25,15 @@ from dirotq.evaluate.images import (
     typical_seconds,
 )
 from dirotq.evaluate.metrics import Metric
-from dirotq.evaluate.report import write_pairs, write_report
+from dirotq.evaluate.report import worst_first, write_pairs, write_report
 from dirotq.evaluate.scoring import FLOOR, ORIGINAL, PACKED, ImageSets, Scores, score, stills
+from dirotq.evaluate.timesteps import RowErrors, by_timestep
+from dirotq.evaluate.verdict import verdict
 from dirotq.loading import load
 from dirotq.packed.swap import footprint
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.stage import untracked
+from dirotq.pipeline.lineage import stage_settings
+from dirotq.pipeline.stage import recipe, untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured
@@ -49,12 +53,12 @@ class Validate:
     ``learned``  metrics that need weights, by the name they have in the report (dirotq/metrics)
     ``batch``    prompts per pipeline call; each prompt has its own seed, so it changes no image
                  beyond rounding; one batch is the unit of resuming
-    ``pairs``    image pairs shown in the report
+    ``pairs``    image pairs shown in the report, those of the worst prompts
     ``dtype``    of everything that isn't packed; has to be that of the reference images
 
     Writes ``images.zarr`` with the array ``packed`` (dirotq/evaluate/images.py), ``report.json``
-    (every number, per image and per site), ``report.html`` (one file, nothing to fetch) and
-    ``pairs.png``.
+    (every number, per image and per site; what was measured and by which command),
+    ``report.html`` (one file, nothing to fetch) and ``pairs.png`` (of the first prompts).
     """
 
     version: ClassVar[str] = "3"
@@ -111,9 +115,12 @@ class Validate:
         writer = ImageWriter(
             tree, PACKED, len(prompts), device=where, dtype=_plain(dtype), units=units
         )
+        resumed = len(prompts) - sum(map(len, writer.missing(self.batch)))
         call = self.model.call_arguments()
         generate_all(writer, pipe, prompts, call, self.batch, "packed images")
-        sites = _sites(self.model.weights(), pipe.transformer, plan, Captured(capture), device)
+        sites, timesteps = _sites(
+            self.model.weights(), pipe.transformer, plan, Captured(capture), device
+        )
         size = footprint(pipe.transformer)
         parameters = sum(p.numel() for p in self.model.skeleton().parameters())
         del pipe
@@ -121,11 +128,16 @@ class Validate:
             torch.cuda.empty_cache()
 
         scores = score(sets, prompts, self.reader, self.learned, device)
-        report = {
-            "images": scores.rows(prompts),
-            "scores": scores.table(),
+        images, table = scores.rows(prompts), scores.table()
+        inputs = (capture, basis, rank, pack, reference)
+        report = about(self.model, inputs, stage_settings("validate", recipe(self))) | {
+            "verdict": verdict(images, table),
+            "resumed": resumed,
+            "images": images,
+            "scores": table,
             "attributes": scores.attributes or None,
             "sites": sites,
+            "timesteps": timesteps,
             "bytes": size | {"total": sum(size.values()), "original": 2 * parameters},
             "bits_per_parameter": 8 * sum(size.values()) / parameters,
             "parameters": parameters,
@@ -137,7 +149,7 @@ class Validate:
             "devices": {"original": made_on(theirs, ORIGINAL), "packed": made_on(tree, PACKED)},
             "dtype": made_in(tree, PACKED),
             "size": list(read_images(tree, PACKED, [0]).shape[-2:]),
-            "inputs": {a.stage: str(a) for a in (capture, basis, rank, pack, reference)},
+            "inputs": {a.stage: str(a) for a in inputs},
         }
         metrics = _headline(report, scores)
         report["metrics"] = metrics
@@ -147,12 +159,16 @@ class Validate:
             for entry in plan
             if entry.site.kind == "block"
         }
-        few = slice(min(self.pairs, len(prompts)))
-        shown = [stills(read_images(*sets.places[name], few)) for name in (ORIGINAL, PACKED)]
-        write_report(out / "report.html", report, spectra, *shown)
+        worst = worst_first(images, self.pairs)
+        write_report(out / "report.html", report, spectra, worst, *_shown(sets, worst))
         if self.pairs:
-            write_pairs(out / "pairs.png", *shown)
+            write_pairs(out / "pairs.png", *_shown(sets, range(min(self.pairs, len(prompts)))))
         return metrics
+
+
+def _shown(sets: ImageSets, indices: Sequence[int]) -> list[torch.Tensor]:
+    """Read the pairs to show: [B, 3, H, W] of the 16-bit and of the packed model."""
+    return [stills(read_images(*sets.places[name], indices)) for name in (ORIGINAL, PACKED)]
 
 
 def _sets(stage: Validate, out: Path, reference: Artifact) -> ImageSets:
@@ -187,28 +203,35 @@ def _sites(
     plan: list[SitePlan],
     captured: Captured,
     device: torch.device,
-) -> list[dict[str, Any]]:
-    """Measure the output SQNR of every site on its sampled rows, with its line of the plan."""
-    found = []
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Measure the output SQNR of every site on its sampled rows, with its line of the plan.
+
+    Also returns the timesteps that ``by_timestep`` of each site is for.
+    """
+    errors = {}
     for entry in plan:
-        x = captured.rows(entry.site).to(device, torch.float32)
+        x_TD = captured.rows(entry.site).to(device, torch.float32)
         weight, bias = weights.stacked(entry.site, device)
-        want = linear(x, weight, bias)
-        got = packed.get_submodule(entry.site.name)(x)
-        noise = (got - want).square().sum().clamp_min(1e-30)
-        found.append(
-            {
-                "site": entry.site.name,
-                "kind": entry.site.kind,
-                "dim": entry.site.in_features,
-                "outputs": entry.spec.outputs,
-                "rank": entry.spec.rank,
-                "format": entry.spec.format,
-                "sqnr_db": float(10 * torch.log10(want.square().sum() / noise)),
-                "why": entry.why,
-            }
-        )
-    return found
+        want = linear(x_TD, weight, bias)
+        got = packed.get_submodule(entry.site.name)(x_TD)
+        signal_T, noise_T = (p.square().sum(-1).double().cpu() for p in (want, got - want))
+        errors[entry.site.name] = RowErrors(signal_T, noise_T, captured.timesteps(entry.site))
+    timesteps, columns = by_timestep(errors)
+    found = [
+        {
+            "site": entry.site.name,
+            "kind": entry.site.kind,
+            "dim": entry.site.in_features,
+            "outputs": entry.spec.outputs,
+            "rank": entry.spec.rank,
+            "format": entry.spec.format,
+            "sqnr_db": errors[entry.site.name].sqnr_db,
+            "by_timestep": columns.get(entry.site.name, []),
+            "why": entry.why,
+        }
+        for entry in plan
+    ]
+    return found, timesteps
 
 
 def _headline(report: Mapping[str, Any], scores: Scores) -> dict[str, float]:

@@ -33,6 +33,8 @@ class Seen:
     """Largest magnitude of each channel, float32 [D]."""
     sample: list[Tensor] = field(default_factory=list)
     """Sampled rows [?, D]."""
+    sampled: list[int] = field(default_factory=list)
+    """Per sampled row the call that it is from."""
 
     def triangle(self, dim: int, device: torch.device) -> Tensor:
         """Return the sum as a triangle, on ``device`` if it was none yet."""
@@ -84,6 +86,7 @@ class Recorder:
         take = self._sampled(index, order, len(x_TD))
         if len(take):
             seen.sample.append(x_TD[take.to(x_TD.device)].to(torch.bfloat16))
+            seen.sampled += [index] * len(take)
         if len(x_TD):
             absmax_D = x_TD.abs().amax(0).float()
             earlier = seen.absmax

@@ -5,6 +5,8 @@ A second moment is a block triangle, or the rows themselves where those are fewe
 Letters: D channels, T tokens, B side of a tile.
 """
 
+from typing import Any
+
 import torch
 import zarr
 from torch import Tensor
@@ -15,6 +17,9 @@ from dirotq.kernels.full_float32 import full_float32
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.quantize.tensors import read_array, write_array
+
+TIMESTEPS = "timesteps"
+"""Attribute of a site's sampled rows: the timestep of each; captures before 0.2 have none."""
 
 
 class Captured:
@@ -31,6 +36,11 @@ class Captured:
     def rows(self, site: Site) -> Tensor:
         """Return sampled activation rows, bfloat16 [T, D], on the CPU."""
         return read_array(self._tree("rows.zarr"), site.name)
+
+    def timesteps(self, site: Site) -> list[float | None]:
+        """Return the timestep that each sampled row is from; empty where none was recorded."""
+        told: Any = self._tree("rows.zarr")[site.name].attrs.get(TIMESTEPS, [])
+        return list(told)
 
     def absmax(self, site: Site) -> Tensor:
         """Return the largest magnitude of each channel, float32 [D], on the CPU."""

@@ -131,7 +131,10 @@ def test_trouble_costs_nothing_that_was_done(dirotq, tmp_path):
     assert ledger.read_text().split() == ["0", "1", "2", "3"]  # each computed once
 
 
-VERBS = ("compress", "plan", "explain", "verify", "gc", "generate", "export", "tune", "doctor")
+VERBS = (
+    "compress", "plan", "explain", "compare", "verify", "gc", "generate", "export", "tune",
+    "doctor",
+)  # fmt: skip
 
 
 def test_help_names_every_verb(dirotq):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from dirotq.errors import ArtifactError
-from dirotq.models.call import Call, call_files, load_calls, load_probe, save_calls
+from dirotq.models.call import Call, call_files, load_calls, load_probe, save_calls, timestep
 from dirotq.pipeline.store import ArtifactStore
 
 DAMAGES = {
@@ -30,6 +30,32 @@ def test_calls_come_back_as_they_were(tmp_path):
     [got] = load_calls(tmp_path, ["x"])
     same(got, calls()[0])
     assert sorted(tmp_path.iterdir()) == sorted(call_files(tmp_path, "x"))
+
+
+class Denoiser(torch.nn.Module):
+    def forward(self, x, timestep=None, guidance=None):
+        return x
+
+
+class Short(torch.nn.Module):
+    def forward(self, x, t):
+        return x
+
+
+@pytest.mark.parametrize(
+    ("model", "call", "want"),
+    [
+        (Denoiser(), Call((0, torch.tensor([0.5, 0.7])), {}), 0.6),
+        (Denoiser(), Call((0,), {"timestep": torch.tensor(981)}), 981.0),
+        (Denoiser(), Call((0,), {"timestep": 3}), 3.0),
+        (Short(), Call((0, torch.tensor([0.25])), {}), 0.25),
+        (Denoiser(), Call((0,), {}), None),
+        (Denoiser(), Call((0,), {"timestep": torch.zeros(0)}), None),
+        (Denoiser(), Call((0,), {"unknown": 1}), None),
+    ],
+)
+def test_the_timestep_of_a_call(model, call, want):
+    assert timestep(model, call) == (want if want is None else pytest.approx(want))
 
 
 @pytest.mark.parametrize("part", [0, 1])

@@ -4,8 +4,7 @@ import subprocess
 import sys
 
 SLOW = (
-    "openai", "diffusers", "transformers", "datasets", "pandas", "torchmetrics", "matplotlib",
-    "sympy",
+    "openai", "diffusers", "transformers", "datasets", "pandas", "torchmetrics", "sympy",
 )  # fmt: skip
 JUDGED = ["model=tiny_flux", "pipeline=judged", "judge=openai", "judge.backend.model=m"]
 SCRIPT = f"""

@@ -20,6 +20,7 @@ DOCUMENTS = [
     "docs/diffusers.md",
     "docs/quality.md",
     "docs/reliability.md",
+    "docs/report.md",
     "docs/speed.md",
 ]
 

@@ -4,15 +4,6 @@ import pytest
 from tiny_fixtures import *  # noqa: F403
 
 
-@pytest.fixture(autouse=True)
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Reports' figures are plotted, but not typeset, which takes a third of a line's time.
-
-    test_validate.py, where reports are looked at, has them.
-    """
-    monkeypatch.setattr("dirotq.evaluate.report._svg", lambda figure: "<svg></svg>")
-
-
 @pytest.fixture(scope="module")
 def looks_every_time():
     """For tests that stop a stage half-way: units take milliseconds here, so each one's entry is

@@ -105,6 +105,21 @@ def test_rows_are_rows_that_were_seen_evenly_from_every_call(whole, seen):
             assert (apart < 0.005 * got.double().norm(dim=1)).all(), name
 
 
+def test_rows_tell_their_timesteps(capture, whole):
+    """Three steps, of which a shard records two: each row's is its call's, in the rows' order."""
+    group = zarr.open_group(whole / "rows.zarr", mode="r")
+    told = {tuple(group[site.name].attrs["timesteps"]) for site in capture.model.sites()}
+    (rows,) = told
+    assert len(rows) == ROWS
+    pipe = capture.model.pipeline(torch.float32, torch.device("cpu"))
+    generate(pipe, capture.prompts.load()[:1], capture.model.call_arguments(), output="latent")
+    steps = (pipe.scheduler.timesteps / 1000).tolist()
+    calls = [steps[i] for shard in range(3) for i in module.chosen_calls(shard, 3, 3, 6)]
+    share = [ROWS * (i + 1) // len(calls) - ROWS * i // len(calls) for i in range(len(calls))]
+    want = [t for t, count in zip(calls, share, strict=True) for _ in range(count)]
+    assert rows == pytest.approx(want, abs=1e-5)
+
+
 def test_absmax_is_the_largest_magnitude_of_each_channel(whole, seen):
     group = zarr.open_group(whole / "peaks.zarr", mode="r")
     for name, calls in seen.items():
@@ -144,6 +159,11 @@ def test_calls_that_do_not_fit_go_in_several_passes(capture, whole, tmp_path, mo
         torch.testing.assert_close(*absmax, rtol=1e-5, atol=1e-6)
     rows = zarr.open_group(tmp_path / "several" / "rows.zarr", mode="r")
     assert all(bool(read_array(rows, s.name).any(1).all()) for s in capture.model.sites())
+    for folder in (whole, tmp_path / "several"):
+        group = zarr.open_group(folder / "rows.zarr", mode="r")
+        times = [group[site.name].attrs["timesteps"] for site in capture.model.sites()]
+        assert [len(set(one)) for one in times] == [3] * len(times)
+        assert [len(one) for one in times] == [ROWS] * len(times)
 
 
 @given(st.integers(1, 40), st.integers(1, 60), st.integers(1, 500))

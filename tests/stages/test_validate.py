@@ -1,7 +1,6 @@
 import dataclasses
 import json
 import math
-import re
 import shutil
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 import zarr
 from tiny_line import publish, run_stage, stage
 from torch.nn.functional import linear
+from web_page import Page, refuse_faults
 
 import dirotq
 from dirotq.errors import ArtifactError, ConfigError
@@ -20,11 +20,6 @@ from dirotq.sources.generation import generate
 from dirotq.stages.validate import Validate
 
 pytestmark = pytest.mark.usefixtures("looks_every_time")
-
-
-@pytest.fixture(autouse=True)
-def no_figures() -> None:
-    """Instead of conftest's: reports with figures."""
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +86,16 @@ class _Meter:
 
 def test_report_has_every_number(report, finished):
     assert report.keys() == {
+        "model",
+        "method",
+        "date",
+        "command",
+        "settings",
+        "fingerprints",
+        "versions",
+        "verdict",
+        "resumed",
+        "timesteps",
         "images",
         "scores",
         "attributes",
@@ -177,18 +182,39 @@ def test_noise_is_relative_to_the_original_output(report, validate, inputs):
         assert found["sqnr_db"] == pytest.approx(want_db, abs=1e-4)
 
 
+def test_report_says_what_it_is_about(report, validate, finished):
+    assert (report["model"], report["method"]) == ("model", "dirotq")
+    assert report["command"] == "dirotq compress"  # the fixture runs the stages without overrides
+    assert report["settings"]["rank.r"] == 16
+    assert report["settings"]["validate.batch"] == 2
+    assert report["settings"]["model.call.height"] == 32
+    made = {name: str(artifact) for name, artifact in finished.items() if name != "validate"}
+    assert report["fingerprints"] == made
+    assert report["resumed"] == 0
+    assert report["verdict"]["level"] == "close"
+    text = json.dumps(report)
+    assert str(validate.model.path) not in text  # no path of this machine
+    assert str(finished["pack"].path.parents[1]) not in text
+
+
+def test_errors_by_timestep_add_up_to_those_of_the_sites(report):
+    assert report["timesteps"] == sorted(report["timesteps"], reverse=True)
+    assert len(report["timesteps"]) == 3
+    for site in report["sites"]:
+        low, high = min(site["by_timestep"]), max(site["by_timestep"])
+        assert low - 1e-9 <= site["sqnr_db"] <= high + 1e-9
+
+
 def test_report_html_is_one_file_that_fetches_nothing(validate, inputs, report, tmp_path):
     run_stage(validate, tmp_path, **inputs)
-    html = (tmp_path / "report.html").read_text()
-    assert html.count("<svg ") == 3
-    links = re.findall(r'(?:src|href)\s*=\s*["\']([^"\']*)', html)
-    assert len([link for link in links if link.startswith("data:image/png;base64,")]) == 6
-    assert all(link.startswith(("data:", "#")) for link in links)
-    assert not re.search(r"url\(\s*['\"]?(?!#)|@import|<link|<iframe", html)
-    assert "<script" not in html
-    assert f"{report['metrics']['psnr']:.2f} dB" in html
+    page = Page((tmp_path / "report.html").read_text())
+    refuse_faults(page)
+    assert len(page.all("svg")) == 3
+    assert [picture.size for picture in page.pictures()] == [(32, 32)] * 6
+    assert f"{report['metrics']['psnr']:.2f} dB" in page.text
     for site in report["sites"]:
-        assert site["site"] in html
+        assert site["site"] in page.text
+    assert "no command is known" in page.text
 
 
 def test_a_reader_sees_all_three_sets(validate, inputs, tmp_path):
@@ -255,7 +281,9 @@ def test_without_a_floor(validate, inputs, line, tmp_path):
     ))  # fmt: skip
     metrics = run_stage(validate, tmp_path / "out", **inputs | {"reference": reference})
     assert not [name for name in metrics if name.endswith("_floor")]
-    assert "noise floor" not in (tmp_path / "out" / "report.html").read_text()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert "noise floor was not measured" in " ".join(report["verdict"]["reasons"])
+    assert "(noise floor)" not in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_images_stay_and_an_interrupted_run_goes_on(
@@ -278,7 +306,10 @@ def test_images_stay_and_an_interrupted_run_goes_on(
     )
     run_stage(single, tmp_path, **inputs)
     assert made == [106, 107]
-    alone = json.loads((tmp_path / "report.json").read_text())["images"]
+    told = json.loads((tmp_path / "report.json").read_text())
+    assert told["resumed"] == 1
+    assert "1 of 2 packed images" in (tmp_path / "report.html").read_text()
+    alone = told["images"]
     for a, b in zip(alone, report["images"], strict=True):
         assert a["psnr"] == pytest.approx(
             b["psnr"], abs=1.5

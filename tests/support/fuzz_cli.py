@@ -18,7 +18,7 @@ from dirotq.cli import main
 
 CONFIG = "toyline.conf"
 SECRET = "sk-proj-Zq81XyWvuTsrQponM26"
-VERBS = ("compress", "plan", "explain", "verify", "gc", "generate", "tune", "doctor")
+VERBS = ("compress", "plan", "explain", "compare", "verify", "gc", "generate", "tune", "doctor")
 
 NASTY = st.text(
     alphabet="abé/.\\'\"${}[]()=,~ #:;&|<>*?!@%^-+_\n\t\0\x85\u2028\udcff0", max_size=12
