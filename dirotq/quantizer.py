@@ -26,6 +26,7 @@ from dirotq.kernels.formats.quantize_weight import appended_floor
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.models.family import Site
+from dirotq.packed.adapters import without_adapters
 from dirotq.packed.beside import ATTRIBUTE, Beside, read_beside
 from dirotq.packed.config import FORMAT, check_places, read_packing
 from dirotq.packed.dequantize import dequantize_sites
@@ -166,6 +167,7 @@ class DirotqQuantizer(DiffusersQuantizer):
         self, state_dict: dict[str, Tensor], safe_serialization: bool = False
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Back to the stored dtype, so that load and save in any compute dtype changes no byte."""
+        state_dict = without_adapters(state_dict)
         stored = {n: t.to(stored_dtype(n, t)) for n, t in state_dict.items()}
         changed = {n: lost.put_back(state_dict[n]) for n, lost in self._lost.items() if n in stored}
         return stored | changed, {}

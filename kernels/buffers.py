@@ -40,6 +40,15 @@ class Packed(NamedTuple):
     def rank(self) -> int:
         return 0 if self.wp is None else self.wp.shape[1]
 
+    def without(self, last: int) -> "Packed":
+        """Return the same linear without the last directions of its branch."""
+        if last == 0 or self.basis is None or self.wp is None:
+            return self
+        rank = self.rank - last
+        if rank == 0:
+            return self._replace(basis=None, wp=None)
+        return self._replace(basis=self.basis[:, :rank], wp=self.wp[:, :rank])
+
     def rows(self, rows: slice) -> "Packed":
         """Return the same linear with some of its outputs."""
         return Packed(

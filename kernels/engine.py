@@ -4,6 +4,7 @@ Letters: M rows, D channels, N outputs, R low-rank directions, G groups.
 """
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -40,45 +41,60 @@ def reference(x_MD: Tensor, packed: Packed, spec: QuantSpec) -> Tensor:
     return y.to(x_MD.dtype)
 
 
-def linear(plan: Plan, x: Tensor | Prologue, packed: Packed, spec: QuantSpec) -> Tensor:
+def added(y_MN: Tensor, x_MD: Tensor, down_Dr: Tensor, up_Nr: Tensor) -> Tensor:
+    """Return y + (x A^T) B^T in x's dtype: updates that no kernel takes, or none runs for."""
+    return torch.addmm(y_MN, x_MD @ down_Dr.to(x_MD.dtype), up_Nr.to(x_MD.dtype).mT)
+
+
+def linear(
+    plan: Plan, x: Tensor | Prologue, packed: Packed, spec: QuantSpec, last: int = 0
+) -> Tensor:
     """Return y [M, N] of rows [M, D], or of a prologue of so many rows, by a plan's kernels.
+
+    last  directions at the end of the branch that stay in the main branch's input
 
     The transform mostly waits for memory; unpacking the weights beside it fills some of the gaps.
     """
     if plan.engine == "reference" or spec.activations.bits == 16:
         x_MD = x.value().flatten(0, 1) if isinstance(x, Prologue) else x
         if plan.engine != "reference":
-            return sixteen_bits(plan, x_MD, packed, spec)
+            return sixteen_bits(plan, x_MD, packed, spec, last)
         # On a GPU somebody expected speed; on a CPU it is the way that it works.
         level = logging.WARNING if x_MD.is_cuda else logging.INFO
         say_once(f"packed linears run on the torch reference path: {plan.why}", level)
-        return reference(x_MD, packed, spec)
+        if not last or packed.basis is None or packed.wp is None:
+            return reference(x_MD, packed, spec)
+        own = packed.without(last)
+        y = reference(x_MD, own, replace(spec, rank=own.rank))
+        return added(y, x_MD, packed.basis[:, own.rank :], packed.wp[:, own.rank :])
     prologue = x if isinstance(x, Prologue) else plain(x[None])
     with torch.cuda.device_of(prologue.x_BTD):
         if plan.engine in ("packed", "fp4"):
-            codes, weights = quantize(plan, prologue, packed, spec), None
+            codes, weights = quantize(plan, prologue, packed, spec, last), None
         else:
             weights = allocate(plan, packed)
             products = prologue.rows * prologue.channels * len(packed.qweight)
             start = fork(prologue.x_BTD.device, products)
-            codes = quantize(plan, prologue, packed, spec)
+            codes = quantize(plan, prologue, packed, spec, last)
             with beside(start):
                 unpack(plan, packed, weights)
         return multiply(plan, codes, packed, weights, spec, prologue.x_BTD.dtype)
 
 
-def quantize(plan: Plan, x: Prologue, packed: Packed, spec: QuantSpec) -> Codes | Fp4Codes:
+def quantize(
+    plan: Plan, x: Prologue, packed: Packed, spec: QuantSpec, last: int = 0
+) -> Codes | Fp4Codes:
     """Return codes, scales and, but for ``scaled_mm``, c of x, as the plan's product wants them."""
     if plan.engine == "fp4":
         from .transform_quantize.fp4 import launch as round_to_fp4
 
-        return round_to_fp4(x, packed.basis, packed.rotation, spec)
+        return round_to_fp4(x, packed.basis, packed.rotation, spec, beside=last)
     from .transform_quantize.kernel import launch
 
     appended = plan.appended
     return launch(
         x, packed.basis, packed.rotation, spec, container=plan.dtype, appended=appended,
-        bias=appended and packed.bias is not None,
+        bias=appended and packed.bias is not None, beside=last,
     )  # fmt: skip
 
 
@@ -138,10 +154,12 @@ def multiply(
     )  # fmt: skip
 
 
-def sixteen_bits(plan: Plan, x_MD: Tensor, packed: Packed, spec: QuantSpec) -> Tensor:
+def sixteen_bits(
+    plan: Plan, x_MD: Tensor, packed: Packed, spec: QuantSpec, last: int = 0
+) -> Tensor:
     """Return y [M, N] of activations that stay as they are."""
     with torch.cuda.device_of(x_MD):
-        z, c = transform(x_MD, packed.basis, packed.rotation, spec)
+        z, c = transform(x_MD, packed.basis, packed.rotation, spec, beside=last)
         if isinstance(plan.tile, fp4_tiles.Tile):
             from .fp4_linear.kernel import launch as launch_fp4
 

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from . import ops
 from .buffers import Packed, buffer_dtype, buffer_shapes
 from .chip import capability
+from .effective_weight import effective_weight
 from .formats.spec import QuantSpec
 from .plan import Plan, choose
+from .updates import Updates
 
 
 class QuantLinear(nn.Module):
@@ -21,6 +23,8 @@ class QuantLinear(nn.Module):
 
     It is only ever read by a call, ``linear(x, rows=...)``: whatever brings its tensors in for a
     call (accelerate, diffusers), or watches it, wraps the call.
+
+    Adapters add to its outputs through ``updates``, None until one does (kernels/updates.py).
 
     Its tensors are those of :class:`.buffers.Packed`, by the same names (portable layout, the same
     on disk and in ``state_dict``; absent ones are None). They are parameters without gradients, and
@@ -41,6 +45,7 @@ class QuantLinear(nn.Module):
         super().__init__()
         self.spec = spec
         self._key = ops.format_key(spec)
+        self.updates: Updates | None = None
         for name, shape in buffer_shapes(spec, bias=bias).items():
             dtype = buffer_dtype(spec, name)
             empty = None if shape is None else torch.empty(shape, dtype=dtype, device=device)
@@ -58,11 +63,45 @@ class QuantLinear(nn.Module):
         y = ops.quant_linear(
             x, t["qweight"], t["wscale"], t["wglobal"], t["basis"], t["rotation"], t["wp"],
             t["bias"], self._key, t["smooth"], t["wpscale"],
-            None if rows is None else [rows.start, rows.stop],
+            None if rows is None else [rows.start, rows.stop], **self._directions(),
         )  # fmt: skip
         if y.requires_grad and not torch.compiler.is_compiling():
             y.register_hook(_no_gradient)
         return y
+
+    @property
+    def in_features(self) -> int:
+        return self.spec.in_features
+
+    @property
+    def out_features(self) -> int:
+        return self.spec.outputs
+
+    @property
+    def weight(self) -> Tensor:
+        """The 16-bit weight that this linear stands for, computed at every look."""
+        return _weight(self, slice(0, self.spec.outputs))
+
+    def adapted(self) -> Updates:
+        """Return the updates of this linear, which there may be none of yet."""
+        if self.updates is None:
+            self.updates = Updates()
+        return self.updates
+
+    def renew(self) -> None:
+        """Make the directions of the updates, if they have changed."""
+        if self.updates is not None:
+            self.updates.renew(self.packed(), self.spec)
+
+    def _directions(self) -> dict[str, Tensor]:
+        updates = self.updates
+        if updates is None:
+            return {}
+        # Compiled code can't look: who calls it looks before (dirotq/runtime/compiled.py).
+        if not (torch.compiler.is_compiling() and updates.current):
+            _renew(self)
+        made = updates.made
+        return {} if made is None else {"down": made.down, "up": made.up}
 
     def packed(self) -> Packed:
         """Return the tensors, as kernels take them."""
@@ -96,6 +135,8 @@ class QuantLinear(nn.Module):
             after: Tensor = fn(tensor)
             return after if after.dtype == tensor.dtype else tensor.to(after.device)
 
+        if self.updates is not None:
+            self.updates.moved(moved)
         return super()._apply(moved, recurse)
 
     def extra_repr(self) -> str:
@@ -119,6 +160,29 @@ class SiteView(nn.Module):
         object.__setattr__(self, "site", site)
         self.output_rows = rows
         self.shared = shared
+
+    @property
+    def in_features(self) -> int:
+        return int(self.site.spec.in_features)
+
+    @property
+    def out_features(self) -> int:
+        return int(self.output_rows.stop - self.output_rows.start)
+
+    @property
+    def qweight(self) -> Tensor:
+        """Its codes: peft asks where a layer lies."""
+        return self.site.qweight[self.output_rows]
+
+    @property
+    def weight(self) -> Tensor:
+        """The 16-bit weight of its rows, computed at every look."""
+        return _weight(self.site, self.output_rows)
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Tensor | None = self.site.bias
+        return None if bias is None else bias[self.output_rows]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.shared is None or torch.compiler.is_compiling():  # a pass joins compiled reads
@@ -198,9 +262,47 @@ class PointwiseView(nn.Module):
         super().__init__()
         object.__setattr__(self, "linear", linear)
 
+    in_channels = property(lambda self: self.linear.in_features)
+    out_channels = property(lambda self: self.linear.out_features)
+    qweight = property(lambda self: self.linear.qweight)
+    bias = property(lambda self: self.linear.bias)
+    # What a 1x1 convolution has beside its channels.
+    kernel_size = stride = dilation = (1, 1)
+    padding, groups, padding_mode = (0, 0), 1, "zeros"
+
+    @property
+    def weight(self) -> Tensor:
+        """The 16-bit kernel, [N, D, 1, 1], computed at every look."""
+        weight: Tensor = self.linear.weight
+        return weight[..., None, None]
+
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, N, ...] of x [B, D, ...], in channels-last memory: tokens stay as they lie."""
         return self.linear(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def rows_of(linear: Any) -> tuple[QuantLinear, slice]:
+    """Return the wide linear that a packed module reads, and which of its outputs are its own."""
+    inner = linear.linear if isinstance(linear, PointwiseView) else linear
+    if isinstance(inner, SiteView):
+        return inner.site, inner.output_rows
+    return inner, slice(0, inner.spec.outputs)
+
+
+def _weight(site: Any, rows: slice) -> Tensor:
+    weight = effective_weight(site.packed().rows(rows), site.spec)
+    for part in () if site.updates is None else site.updates.fixed:
+        low, high = max(part.rows.start, rows.start), min(part.rows.stop, rows.stop)
+        if low < high:
+            up, down = (t.flatten(1).float().to(weight.device) for t in (part.up, part.down))
+            up = up[low - part.rows.start : high - part.rows.start]
+            weight[low - rows.start : high - rows.start] += float(part.scale) * (up @ down)
+    return weight
+
+
+@torch._disable_dynamo
+def _renew(linear: QuantLinear) -> None:
+    linear.renew()
 
 
 def _no_gradient(gradient: Tensor) -> Tensor:

@@ -22,13 +22,15 @@ from .recorder import recorded
 SCHEMA = """(
     Tensor x, Tensor qweight, Tensor wscale, Tensor? wglobal, Tensor? basis, Tensor? rotation,
     Tensor? wp, Tensor? bias, str spec, Tensor? smooth=None, Tensor? wpscale=None,
-    SymInt[]? rows=None, str prologue="plain", Tensor? behind=None
+    SymInt[]? rows=None, str prologue="plain", Tensor? behind=None, Tensor? down=None,
+    Tensor? up=None
 ) -> Tensor"""
 """Return y [..., N] of x [..., D]; tensors as :class:`.buffers.Packed` describes them.
 
 rows      first output and the one after the last; None: all
 prologue  what happens to x first (kernels/prologue.py)
 behind    [..., F], of ``concat``: D + F channels are read
+down, up  further directions, as :class:`.updates.Directions` describes them
 
 Exported graphs know the order of the arguments.
 """
@@ -65,14 +67,26 @@ def _linear(
     rows: Sequence[int] | None = None,
     prologue: str = "plain",
     behind: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     """Compute the operator; by the next plan, where the kernels of one don't compile."""
     packed = Packed(qweight, wscale, wglobal, basis, rotation, smooth, wp, wpscale, bias)
-    while True:
+    beside, apart = 0, down is not None and down.dtype != torch.bfloat16
+    if down is not None and not apart:
+        beside = down.shape[1] - packed.rank
+        packed = packed._replace(basis=down, wp=up)
+    y = None
+    while y is None:
         try:
-            return _by_recording(x, packed, spec, rows, prologue, behind)
+            y = _by_recording(x, packed, spec, rows, prologue, behind, beside)
         except _PlanRefused:
             continue
+    if not apart or down is None or up is None or not y.numel():
+        return y
+    read = _read(x, prologue, behind)
+    up = up if rows is None else up[slice(*rows)]
+    return engine.added(y.flatten(0, -2), read.value().flatten(0, 1), down, up).view(y.shape)
 
 
 class _PlanRefused(Exception):
@@ -86,11 +100,12 @@ def _by_recording(
     rows: Sequence[int] | None,
     prologue: str,
     behind: Tensor | None,
+    beside: int,
 ) -> Tensor:
     """Compute the operator, on a GPU by what was recorded of such a call."""
     # Channels of a convolution's input lie apart; a copy could not be repeated from a recording.
     x = x if x.stride(-1) == 1 else x.contiguous()
-    compute = functools.partial(_by_plan, x, packed, spec, rows, prologue, behind)
+    compute = functools.partial(_by_plan, x, packed, spec, rows, prologue, behind, beside)
     if not x.is_cuda or not x.numel():
         return compute()
     for tensor in packed:
@@ -99,7 +114,7 @@ def _by_recording(
     kind = (
         spec, prologue, None if rows is None else tuple(rows), x.shape, x.stride(), x.dtype,
         x.device, None if behind is None else (behind.shape, behind.stride(), behind.dtype),
-        packed.qweight.shape, None if packed.wp is None else packed.wp.shape,
+        packed.qweight.shape, None if packed.wp is None else packed.wp.shape, beside,
     )  # fmt: skip
     return recorded(kind, (x, behind, *packed), compute)
 
@@ -111,20 +126,23 @@ def _by_plan(
     rows: Sequence[int] | None,
     prologue: str,
     behind: Tensor | None,
+    beside: int = 0,
 ) -> Tensor:
-    """Compute the operator by the plan for so many rows."""
+    """Compute the operator by the plan for so many rows; ``beside`` as :func:`engine.linear`'s
+    ``last``."""
     if rows is not None:
         packed = packed.rows(slice(*rows))
     outputs = len(packed.qweight)
-    more = None if behind is None else _images(behind)
-    read = Prologue(kind=kind_of(prologue), x_BTD=_images(x), behind_BTF=more)
+    read = _read(x, prologue, behind)
     if read.rows == 0:
         return x.new_empty((*x.shape[:-1], outputs))
-    known = spec_of(spec, read.channels, outputs, packed.rank)
+    known = spec_of(spec, read.channels, outputs, packed.rank - beside)
     chip = capability(x.device)
     plan = choose(chip, read.rows, outputs, known, x.dtype)
     try:
-        return engine.linear(plan, read, packed, known).view(*x.shape[:-1], outputs)
+        wide = spec_of(spec, read.channels, outputs, packed.rank)
+        y = engine.linear(plan, read, packed, wide, beside)
+        return y.view(*x.shape[:-1], outputs)
     except Exception as error:
         if refuse(chip, known, plan, error):
             raise _PlanRefused from error
@@ -146,9 +164,16 @@ def _fake(
     rows: Sequence[int] | None = None,
     prologue: str = "plain",
     behind: Tensor | None = None,
+    down: Tensor | None = None,
+    up: Tensor | None = None,
 ) -> Tensor:
     outputs = wscale.shape[0] if rows is None else rows[1] - rows[0]
     return x.new_empty((*x.shape[:-1], outputs))
+
+
+def _read(x: Tensor, prologue: str, behind: Tensor | None) -> Prologue:
+    more = None if behind is None else _images(behind)
+    return Prologue(kind=kind_of(prologue), x_BTD=_images(x), behind_BTF=more)
 
 
 def _images(x: Tensor) -> Tensor:

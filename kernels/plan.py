@@ -106,6 +106,15 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
     return replace(plan, why=why)
 
 
+def takes_directions(chip: int | None, spec: QuantSpec, count: int) -> bool:
+    """Tell whether a linear's kernels take ``count`` further directions as part of its branch.
+
+    They stay in the main branch's input (kernels/updates.py). Otherwise torch adds their products.
+    """
+    fits = spec.transform.kind == "hadamard" and spec.rank + count <= spec.in_features
+    return fits and unsupported(spec, chip) is None
+
+
 def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype) -> list[Plan]:
     """Every plan that can run this linear on this chip; none where it is unsupported."""
     if unsupported(spec, chip, dtype):

@@ -6,10 +6,10 @@ from typing import Any
 from torch import nn
 
 from dirotq.errors import UnsupportedError
-from dirotq.kernels.effective_weight import effective_weight
 from dirotq.kernels.linear import QuantLinear
 from dirotq.models.family import Site
 from dirotq.models.skeleton import empty_transformer
+from dirotq.packed.adapters import has_adapters
 
 
 def dequantize_sites(transformer: Any, sites: Iterable[Site]) -> None:
@@ -21,6 +21,12 @@ def dequantize_sites(transformer: Any, sites: Iterable[Site]) -> None:
     Raises UnsupportedError while a site is offloaded, or an adapter holds it.
     """
     made = list(sites)
+    if has_adapters(transformer):
+        raise UnsupportedError(
+            "adapters are loaded, which a transformer in 16 bits would lose: unload them "
+            "(pipeline.unload_lora_weights()), or fuse them first (pipeline.fuse_lora()) and then "
+            "unload them"
+        )
     for site in made:
         wide = transformer.get_submodule(site.name)
         if not isinstance(wide, QuantLinear) or wide.qweight.is_meta:
@@ -32,7 +38,7 @@ def dequantize_sites(transformer: Any, sites: Iterable[Site]) -> None:
     skeleton, dtype = empty_transformer(transformer.config, type(transformer)), transformer.dtype
     for site in made:
         wide = transformer.get_submodule(site.name)
-        weight, bias = effective_weight(wide.packed(), wide.spec), wide.bias
+        weight, bias = wide.weight, wide.bias
         _remove(transformer, site.name)
         for name, rows in site.slices():
             linear: Any = skeleton.get_submodule(name)

@@ -15,6 +15,7 @@ from torch import nn
 
 from dirotq.errors import UnsupportedError
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView
+from dirotq.packed.adapters import guard_adapters, refuse_fused
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def guard(transformer: Any) -> None:
     for module in transformer.modules():
         if isinstance(module, PACKED):
             module.register_load_state_dict_pre_hook(_refuse_weights)
+    guard_adapters(transformer)
     _guard_copies()
 
 
@@ -81,6 +83,7 @@ def _save_pretrained(
 ) -> None:
     """Call ``ModelMixin.save_pretrained``, as safetensors: no loader of packed folders opens
     anything else. Raises UnsupportedError for FlashPack, which keeps one dtype for all."""
+    refuse_fused(transformer)
     if use_flashpack:
         raise UnsupportedError(
             "a packed transformer is saved as safetensors only: FlashPack casts every tensor to "

@@ -124,10 +124,13 @@ class CompiledForward:
     def __init__(self, block: nn.Module, compiler: Compiler) -> None:
         self.block, self.compiler = block, compiler
         self._made: Made | None = None
+        self._linears: list[QuantLinear] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._may_compile(args, kwargs):
             return self._plain(*args, **kwargs)
+        for linear in self._linears:
+            linear.renew()
         usual = map(_usual_strides, args)
         named = {name: _usual_strides(value) for name, value in kwargs.items()}
         try:
@@ -156,10 +159,11 @@ class CompiledForward:
         """Tell whether nobody counts on the calls of the modules inside, as offloading does."""
         if self._made is None or not self._made.inside():
             self._made = Made.now(self.block)  # adapters put other modules there
+            self._linears = [m for m in self._made.modules if isinstance(m, QuantLinear)]
         return self._made.inside()
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"_made": None}
+        return vars(self) | {"_made": None, "_linears": []}
 
 
 def _usual_strides(x: Any) -> Any:

@@ -13,12 +13,15 @@ from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from dirotq.kernels.linear import QuantLinear
+
 from .compiled import CompiledForward
 
 RUNTIME = "_dirotq_runtime"
 """Attribute of a transformer: anything hashable, graphs don't outlive its change."""
 ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-"""Attributes of peft's layers that its Python decides by; weights of adapters are submodules'."""
+"""Attributes of peft's layers that its Python decides by; weights of adapters are submodules'.
+Packed linears go by what their updates amount to."""
 
 
 class Watch:
@@ -43,6 +46,9 @@ class Watch:
         ]
         self.attentions = [m for m in modules if hasattr(m, "processor")]
         self.adapters = [vars(m) for m in modules if hasattr(type(m), "adapter_layer_names")]
+        self.updated = [
+            m.updates for m in modules if isinstance(m, QuantLinear) and m.updates is not None
+        ]
         self.blocks = [vars(b) for m in modules if isinstance(m, nn.ModuleList) for b in m]
         parameters = (t for t in network.parameters() if t.is_floating_point())
         self.sample = next(parameters, None)
@@ -64,6 +70,7 @@ class Watch:
             [block.get("_compiled_call_impl") for block in self.blocks],
             [_attention(module) for module in self.attentions],
             [_set_to(state.get(name)) for state in self.adapters for name in ADAPTER],
+            [updates.stamp() for updates in self.updated],
             getattr(self.network, RUNTIME, None),
         )
 

@@ -28,6 +28,7 @@ OTHER_KINDS = {
     "lokr_": "LoKr",
     "hada_": "LoHa",
     "oft_": "OFT",
+    "vera_lambda": "VeRA",
 }
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -121,7 +122,8 @@ def read_lora(
     file = lora.file
     settings = _settings(file)
     tensors = load_file(file)
-    _refuse_other_kinds(name, tensors)
+    refuse_kinds(name, tensors)
+    _refuse_text(name, tensors)
     pairs, rest = pairs_in(tensors, name)
     _refuse_odd_numbers(name, pairs)
     scales = {module: _scale(pair, settings, name) for module, pair in pairs.items()}
@@ -152,7 +154,7 @@ def read_lora(
             f"{name} holds more than pairs of matrices: {len(rest)} tensors, such as "
             f"{sorted(rest)[:3]}{because}. Without them the images would not be the LoRA's. {FUSE}"
         )
-    _refuse_misfits(name, pairs, shapes, because)
+    refuse_misfits(name, pairs, shapes, because)
     found = {}
     for module, pair in pairs.items():
         assert pair.down and pair.up  # else a misfit
@@ -225,7 +227,8 @@ def _refuse_odd_numbers(name: str, pairs: Mapping[str, Pair]) -> None:
                 )
 
 
-def _refuse_other_kinds(name: str, tensors: Mapping[str, Tensor]) -> None:
+def refuse_kinds(name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Raise UnsupportedError, naming the kind, for tensors of anything but plain LoRAs."""
     for key in tensors:
         for mark, kind in OTHER_KINDS.items():
             if mark in key:
@@ -233,7 +236,6 @@ def _refuse_other_kinds(name: str, tensors: Mapping[str, Tensor]) -> None:
                     f"{name} is a {kind} ({key}), not a LoRA: it is no plain sum of low-rank "
                     f"updates. {FUSE}"
                 )
-    _refuse_text(name, tensors)
 
 
 def _refuse_text(name: str, keys: Iterable[str]) -> None:
@@ -245,10 +247,10 @@ def _refuse_text(name: str, keys: Iterable[str]) -> None:
         )
 
 
-def _refuse_misfits(
-    name: str, pairs: Mapping[str, Pair], shapes: Mapping[str, tuple[int, ...]], because: str
+def refuse_misfits(
+    name: str, pairs: Mapping[str, Pair], shapes: Mapping[str, tuple[int, ...]], because: str = ""
 ) -> None:
-    """Refuse a LoRA for another model, naming its first parts that fit nowhere."""
+    """Raise ConfigError for a LoRA of another model, naming its first parts that fit nowhere."""
     misfits = []
     for module, pair in pairs.items():
         shape = shapes.get(f"{module}.weight")

@@ -133,22 +133,76 @@ def converted(
             neutral[pair.alpha.key] = torch.tensor(float(pair.rank))
     if far := next((key for key in given if _FAR.search(key)), None):
         return {}, f"no model has as many blocks as {far} says"  # a converter would count so far
-    marked = traced({key: tensor for key, tensor in given.items() if key not in neutral})
-    alphas = "return_alphas" in inspect.signature(convert).parameters
+    weights = {key: tensor for key, tensor in given.items() if key not in neutral}
     try:
-        with quiet() as said:
-            made = convert(marked | neutral, **({"return_alphas": True} if alphas else {}))
-        state = made[0] if isinstance(made, tuple) else made
-        lost = [key for key in left_out(marked, state) if bool(given[key].count_nonzero())]
+        state, lost = _through(convert, weights, neutral)
     except Exception as error:  # noqa: BLE001 - it was not written for such keys: the finding
         return {}, f"diffusers' converter for {pipeline}: {type(error).__name__} {error!s:.120}"
-    if said or lost:
-        what = said[0][:300] if said else f"it passes over {len(lost)} tensors, such as {lost[:3]}"
+    _refuse_lost(lost, pipeline, name)
+    return plain({key: t for key, t in state.items() if key not in neutral}), ""
+
+
+def with_alphas(tensors: Mapping[str, Tensor], name: str) -> dict[str, Tensor] | None:
+    """Work the alphas of sd-scripts' layout into a file's matrices; None for other layouts.
+
+    diffusers' converter passes over some of them, and counts for ever with negative ones.
+
+    Raises ConfigError for an alpha that is no number or zero.
+    """
+    if not any(".lora_down.weight" in key for key in tensors):
+        return None
+    made = dict(tensors)
+    for pair in pairs_in(tensors, name)[0].values():
+        if pair.alpha is None or pair.up is None or not pair.rank:
+            continue
+        alpha = pair.alpha.tensor
+        value = number(alpha.item() if alpha.numel() == 1 else None, f"{name}: {pair.alpha.key}")
+        made[pair.up.key] = pair.up.tensor.float() * (value / pair.rank)
+        made[pair.alpha.key] = torch.tensor(float(pair.rank))
+    return made
+
+
+def converted_whole(
+    tensors: Mapping[str, Tensor], pipeline: type[Any], name: str
+) -> dict[str, Tensor]:
+    """Return what a pipeline's converter of diffusers makes of a file, and see that it uses it all.
+
+    Of what it can't convert nothing is returned: loading then says why.
+
+    Raises ConfigError if it leaves tensors out.
+    """
+    alphas = {key: tensor for key, tensor in tensors.items() if _ALPHA.fullmatch(key)}
+    weights = {key: tensor for key, tensor in tensors.items() if key not in alphas}
+    convert: Any = getattr(pipeline, "lora_state_dict")  # noqa: B009 - of a mixin
+    try:
+        state, lost = _through(convert, weights, alphas)
+    except Exception:  # noqa: BLE001 - loading meets it again, and tells
+        return {}
+    _refuse_lost(lost, pipeline.__name__, name)
+    return plain(state)
+
+
+def _through(
+    convert: Any, weights: Mapping[str, Tensor], alphas: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], str]:
+    """Return what a converter makes of a file, and in words what it left out of the weights."""
+    marked = traced(weights)
+    more = "return_alphas" in inspect.signature(convert).parameters
+    with quiet() as said:
+        made = convert(marked | dict(alphas), **({"return_alphas": True} if more else {}))
+    state = made[0] if isinstance(made, tuple) else made
+    lost = [key for key in left_out(marked, state) if bool(weights[key].count_nonzero())]
+    if said:
+        return state, said[0][:300]
+    return state, f"it passes over {len(lost)} tensors, such as {lost[:3]}" if lost else ""
+
+
+def _refuse_lost(lost: str, pipeline: str, name: str) -> None:
+    if lost:
         raise ConfigError(
-            f"{name} is not understood as a whole by diffusers' converter for {pipeline}: {what}. "
+            f"{name} is not understood as a whole by diffusers' converter for {pipeline}: {lost}. "
             f"{FUSE}, or save a copy without these tensors"
         )
-    return plain({key: t for key, t in state.items() if key not in neutral}), ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,13 +275,14 @@ def read_settings(file: Path, metadata: Mapping[str, str]) -> Settings:
         values = read_json(beside, "LoRA")
     else:
         return Settings(str(file), {})
-    _refuse_other_kinds(values, where)
+    refuse_other_kinds(values, where)
     for field in PATTERNS:
         _refuse_patterns(values.get(field), field, where)
     return Settings(where, values)
 
 
-def _refuse_other_kinds(values: Mapping[str, Any], where: str) -> None:
+def refuse_other_kinds(values: Mapping[str, Any], where: str) -> None:
+    """Raise UnsupportedError for peft's settings of anything but plain low-rank sums."""
     kind = values.get("peft_type", "LORA")
     start = values.get("init_lora_weights")
     other = next((f"{name}={values[name]!r:.60}" for name in OTHER_KINDS if values.get(name)), None)

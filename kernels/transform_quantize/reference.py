@@ -25,6 +25,7 @@ def transform(
     t_DK: Tensor | None,
     spec: QuantSpec,
     smooth_D: Tensor | None = None,
+    beside: int = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Split x into protected coefficients c = xP and the main branch z.
 
@@ -32,6 +33,7 @@ def transform(
     p_DR      [D, R] in any float dtype, or None at rank 0
     t_DK      [D, K], the dense rotation of the remainder; None unless the transform is ``dense``
     smooth_D  [D], a factor per channel; None unless ``spec.transform.smooth``
+    beside    last directions of P that stay in z (kernels/updates.py)
     returns   z [..., K] and c [..., R] (None at rank 0), both in x's dtype:
               z = (x - c Pᵀ) H (M2), z = (x * smooth) H for ``branch="beside"`` (M3),
               z = x T for ``dense`` (M1)
@@ -42,7 +44,8 @@ def transform(
         return x_MD @ t_DK.to(x_MD.dtype), c_MR
     if c_MR is not None and spec.branch.kind == "project":
         assert p_DR is not None
-        x_MD = x_MD - c_MR @ p_DR.to(x_MD.dtype).mT
+        lead = p_DR.shape[1] - beside
+        x_MD = x_MD - c_MR[..., :lead] @ p_DR[:, :lead].to(x_MD.dtype).mT
     if spec.transform.smooth:
         assert smooth_D is not None
         x_MD = x_MD * smooth_D.to(x_MD.dtype)

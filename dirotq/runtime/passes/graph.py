@@ -11,6 +11,9 @@ LINEAR = "dirotq.quant_linear.default"
 X, SPEC, ROWS = 0, 8, 11
 """Positions of some of its arguments (kernels/ops.py)."""
 
+UPDATES = frozenset({"down", "up"})
+"""Arguments of a packed linear that an adapter updates."""
+
 WRITERS = frozenset({
     "setitem", "delitem", "iadd", "iand", "iconcat", "ifloordiv", "ilshift", "imatmul", "imod",
     "imul", "ior", "ipow", "irshift", "isub", "itruediv", "ixor",
@@ -21,6 +24,11 @@ WRITERS = frozenset({
 def is_linear(node: Node) -> bool:
     """Tell whether it is a packed linear."""
     return node.op == "call_function" and str(node.target) == LINEAR
+
+
+def is_untouched(node: Node) -> bool:
+    """Tell whether it is a packed linear of which no pass has taken anything in yet."""
+    return is_linear(node) and len(node.args) <= ROWS + 1 and node.kwargs.keys() <= UPDATES
 
 
 def call(module: GraphModule, target: Any, *args: Any, **kwargs: Any) -> Node:

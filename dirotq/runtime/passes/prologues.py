@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from .graph import LINEAR, SPEC, X, is_linear
+from .graph import LINEAR, SPEC, X, is_untouched
 
 gelu = torch._C._nn.gelu
 
@@ -19,7 +19,7 @@ def rewrite(module: GraphModule) -> int:
     """Move GELU (tanh) into the linears that read nothing else of it; return into how many."""
     found = 0
     for node in list(module.graph.nodes):
-        if not (is_linear(node) and not node.kwargs and _quantizes(node)):
+        if not (is_untouched(node) and _quantizes(node)):
             continue
         read: Any = node.args[X]
         if _is_gelu(read) and _only_linears(read):
@@ -31,7 +31,7 @@ def rewrite(module: GraphModule) -> int:
         else:
             continue
         node.args = (first, *node.args[1:])
-        node.kwargs = kwargs
+        node.kwargs = {**node.kwargs, **kwargs}
         _erase_unread(module, read)
         found += 1
     return found

@@ -9,15 +9,15 @@ from collections import defaultdict
 
 from torch.fx import GraphModule, Node
 
-from .graph import ROWS, between, call, is_linear, writes
+from .graph import ROWS, between, call, is_untouched, writes
 
 
 def rewrite(module: GraphModule) -> int:
     """Join calls of the same packed tensors with the same input; return how many are gone."""
     groups: dict[tuple[object, ...], list[Node]] = defaultdict(list)
     for node in module.graph.nodes:
-        if is_linear(node) and not node.kwargs and len(node.args) <= ROWS + 1:
-            groups[node.args[:ROWS]].append(node)
+        if is_untouched(node):
+            groups[(*node.args[:ROWS], *sorted(node.kwargs.items()))].append(node)
     gone = 0
     for nodes in groups.values():
         for run in _neighbours(nodes):
@@ -56,7 +56,8 @@ def _join(module: GraphModule, run: list[Node]) -> None:
     rows = [_rows(node) for node in run]
     start, end = min(first for first, _ in rows), max(last for _, last in rows)
     with module.graph.inserting_before(run[0]):
-        wide = call(module, run[0].target, *run[0].args[:ROWS], [start, end])
+        read = (*run[0].args[:ROWS], [start, end])
+        wide = call(module, run[0].target, *read, **run[0].kwargs)
         parts = [
             call(module, operator.getitem, wide, (..., slice(first - start, last - start)))
             for first, last in rows
