@@ -13,7 +13,7 @@ from torch import Tensor
 from dirotq.kernels import engine, updates
 from dirotq.kernels.appended import LIMIT
 from dirotq.kernels.linear import QuantLinear, SharedRead, SiteView
-from dirotq.kernels.plan import candidates_for, takes_directions
+from dirotq.kernels.plan import Plan, candidates_for, takes_directions
 from dirotq.kernels.updates import Part
 
 ROWS = slice(0, 48), slice(48, 80), slice(80, 96)
@@ -134,6 +134,19 @@ def test_many_directions_beside_few(monkeypatch, act_scale, rank):
     want = engine.reference(x.double(), linear.packed(), spec) + x.double() @ delta(linear, parts).T
     got = engine.linear(plan, x, packed, wider, 3 * rank).double()
     assert (got - want).norm() < 0.02 * want.norm()
+
+
+def test_where_no_kernel_runs_they_are_added_in_torch(monkeypatch):
+    """The whole branch in bfloat16, and an input that only the specification takes."""
+    spec = tiny_spec(**SHAPE | {"rank": 24, "act_scale": "pow2"})
+    parts = [part(rows, 320, dtype=torch.bfloat16) for rows in ROWS]
+    linear, _, packed, wider = wide(monkeypatch, spec, parts)
+    x, plan = inputs(5, 320).double(), Plan(engine="reference", container="none")
+    want = engine.reference(x, linear.packed(), spec) + x @ delta(linear, parts).T
+    got = engine.linear(plan, x, packed, wider, 12)
+    assert (got - want).norm() < 2.0**-8 * want.norm()
+    linear.renew()
+    assert torch.equal(linear(x), got)  # by the operator
 
 
 def test_which_linears_kernels_take_them():
