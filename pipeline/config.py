@@ -4,13 +4,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_module
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -122,7 +123,13 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
             raise ConfigError(
                 reworded(error, lambda: compose("config", overrides=chosen))
             ) from error
-        _refuse_unknown(cfg, words, module)
+        _refuse_unknown(cfg, module)
+        if appended := [word for word in words if _appends(word)]:
+            plain = cfg
+            with suppress(*STUMBLES):  # a later word changes what was appended
+                plain = compose("config", [word for word in words if word not in appended])
+            for word in appended:
+                _refuse_appended(cfg, plain, setting(word)[1])
     return cfg
 
 
@@ -213,21 +220,12 @@ def _refuse_plain_misfits(cfg: DictConfig) -> None:
         raise ConfigError("weights is empty; give a folder, or unset DIROTQ_WEIGHTS")
 
 
-def _refuse_unknown(cfg: DictConfig, words: Sequence[str], module: str) -> None:
-    """Refuse settings that nothing reads: ``+`` appends anything, and so may a file of a user's."""
+def _refuse_unknown(cfg: DictConfig, module: str) -> None:
+    """Refuse settings at the root that nothing reads: ``+`` appends anything, as do files."""
     known = _roots(module)
     for key in cfg:
         if str(key) not in known:
             raise no_such_setting("", str(key), known)
-    for word in words:
-        mark, key, _ = setting(word)
-        parts = key.split(".")
-        if (
-            mark in ("+", "++")
-            and not {"@", "/"} & set(key)
-            and parts[0] not in ("hydra", "pipeline")
-        ):
-            _refuse_appended(cfg, parts)
 
 
 def _primary(module: str) -> Any:
@@ -242,9 +240,24 @@ def _roots(module: str) -> list[str]:
     return [name for name in names if "/" not in name]
 
 
-def _refuse_appended(cfg: DictConfig, parts: Sequence[str]) -> None:
-    """Refuse what was appended to anything but a mapping that a class takes (model.call)."""
+def _appends(word: str) -> bool:
+    """Tell whether a word appends a single setting; groups are Hydra's to know."""
+    mark, key, _ = setting(word)
+    return mark in ("+", "++") and "." in key and not {"@", "/"} & set(key)
+
+
+def _refuse_appended(cfg: DictConfig, plain: DictConfig, key: str) -> None:
+    """Refuse what was appended to anything but a mapping that a class takes (model.call).
+
+    plain  the configuration without what was appended
+    """
+    parts = key.split(".")
+    if parts[0] == "pipeline":  # its stages are held by `build`
+        return
+    if parts[0] == "hydra":
+        cfg = plain = OmegaConf.create({"hydra": OmegaConf.structured(HydraConf)})
     node: Any = cfg
+    there: Any = plain
     of_class = False
     for depth, part in enumerate(parts):
         above = ".".join(parts[:depth])
@@ -255,8 +268,11 @@ def _refuse_appended(cfg: DictConfig, parts: Sequence[str]) -> None:
             if part not in fields:
                 raise no_such_setting(above, part, fields, moved(node, above, part))
             of_class = True
-        elif of_class:
-            return
-        elif depth and depth == len(parts) - 1:
-            raise no_such_setting(above, part, [str(key) for key in node if key != part])
-        node = node.get(part)
+        elif of_class or not depth:
+            pass
+        elif not isinstance(there, DictConfig):
+            raise ConfigError(f"{key}: there is no such setting; {above} is a value without parts")
+        elif part not in there and len(there):  # an empty one takes any name (hydra.job.env_set)
+            raise no_such_setting(above, part, map(str, there))
+        node = node.get(part) if isinstance(node, DictConfig) else None
+        there = there.get(part) if isinstance(there, DictConfig) else None

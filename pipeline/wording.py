@@ -65,6 +65,8 @@ _WORDS: tuple[tuple[str, Callable[..., str]], ...] = (
      "+{0}=...: {0} is there already; write {0}=... without the +".format),
     (r"^(\S+) appears more than once in the final defaults list",
      "+{0}=...: {0} is chosen already; write {0}=... without the +".format),
+    (r"^Multiple values for (\S+)\.",
+     "+{0}=...: {0} is chosen already; write {0}=... without the +".format),
     (r"Could not delete from config\. '([^']*)' does not exist",
      "~{0}: there is nothing called {0} to leave out".format),
     (r"Ambiguous value for argument '(.*?)'\n", _ambiguous),

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from toyline.stages import Squares
 
@@ -108,3 +110,38 @@ def test_another_folders_groups(dirotq, tmp_path):
     (tmp_path / "é (1)" / "squares" / "mine.yaml").write_text(mine)
     result = dirotq("compress", "--config-dir", str(tmp_path / "é (1)"), "squares=mine")
     assert (result.status, "largest=27" in result.out) == (0, True), result
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("+squares.powr=3", "squares.powr: there is no such setting; did you mean `squares.power`"),
+        ("++squares.powr=3", "did you mean `squares.power`"),
+        ("+squars.power=3", "squars: there is no such setting; did you mean `squares`"),
+        ("+stor=x", "did you mean `store`"),
+        ("+store.x=1", "store.x: there is no such setting; store is a value without parts"),
+        ("+hydra.run.dirr=x", "did you mean `hydra.run.dir`"),
+        ("+squares=default", "squares is chosen already; write squares=... without the +"),
+        ("+hydra.rn.dir=x", "did you mean `hydra.run`"),
+    ],
+)
+def test_an_unknown_setting_with_a_plus(word, says):
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        compose_config([word], TOY)
+
+
+def test_a_mapping_without_a_class_takes_no_new_names():
+    with pytest.raises(ConfigError, match=re.escape("did you mean `prompts.calibration`")):
+        compose_config(["+prompts.calibratio.count=1"], "dirotq.conf")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["+model.call.num_inference_steps=3"],
+        ["+model.call.height=32", "model.call.height=64"],  # the second is about the first
+        ["+hydra.job.env_set.NAME=x"],
+    ],
+)
+def test_what_may_be_appended(words):
+    assert compose_config(words, "dirotq.conf")
