@@ -3,7 +3,7 @@
 import argparse
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib import import_module
 from typing import TYPE_CHECKING
@@ -38,34 +38,38 @@ def add_doctor(add: Callable[..., argparse.ArgumentParser]) -> None:
 
 def _doctor(options: argparse.Namespace) -> int:
     """Say what is installed, which GPU there is, and what would run."""
-    for name, found in findings().items():
-        print(f"{name:<14}{found}")
+    for name, found in findings():
+        print(f"{name:<14}{found}", flush=True)  # at once: the next one may take seconds
     return 0
 
 
-def findings() -> dict[str, str]:
-    """Return {topic: what was found}; what is missing or broken is a finding, not an error."""
-    found = {"python": platform.python_version(), "platform": platform.platform()}
+def findings() -> Iterator[tuple[str, str]]:
+    """Yield (topic, what was found); what is missing or broken is a finding, not an error."""
+    yield "python", platform.python_version()
+    yield "platform", platform.platform()
     for name, version in versions().items():
-        found[name] = version or "missing: pip install -e ."
-    for name in ("torch", "triton", "diffusers"):
-        try:
-            import_module(name)
-        except Exception as error:  # noqa: BLE001 - whatever a broken install raises is the finding
-            found[name] += f" (import fails: {type(error).__name__}: {error})"
-    found["gpu"] = "; ".join(map(str, graphics.installed())) or "none that nvidia-smi knows"
-    usable, found["cuda"] = _cuda()
-    fast, found["kernels"] = _kernels()
+        found = version or "missing: pip install -e ."
+        if name in ("torch", "triton", "diffusers"):
+            try:
+                import_module(name)
+            except Exception as error:  # noqa: BLE001 - whatever a broken install raises
+                found += f" (import fails: {type(error).__name__}: {error})"
+        yield name, found
+    yield "gpu", "; ".join(map(str, graphics.installed())) or "none that nvidia-smi knows"
+    usable, told = _cuda()
+    yield "cuda", told
+    fast, told = _kernels()
+    yield "kernels", told
     if fast:
-        found["plans"] = _plans()
-    found["store"] = _store()
+        yield "plans", _plans()
+    yield "store", _store()
     offline = os.environ.get("HF_HUB_OFFLINE") == "1"
-    found["hub"] = "offline (HF_HUB_OFFLINE=1)" if offline else "not used: models are local folders"
-    found["would run"] = (
+    yield "hub", "offline (HF_HUB_OFFLINE=1)" if offline else "not used: models are local folders"
+    yield (
+        "would run",
         f"all stages on the {'GPU (device=cuda)' if usable else 'CPU (device=cpu)'}; "
-        f"packed models on {'the Triton kernels' if fast else 'the torch reference path'}"
+        f"packed models on {'the Triton kernels' if fast else 'the torch reference path'}",
     )
-    return found
 
 
 def _store() -> str:

@@ -14,7 +14,7 @@ from dirotq.pipeline.housekeeping import store_option
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.manifest import read_json
 from dirotq.pipeline.store import ArtifactStore
-from dirotq.progress import told
+from dirotq.progress import begin, told
 from dirotq.sources.calls import arguments, pipeline_class, refuse_call
 
 STILL, MOVING = "image.png", "video.webp"
@@ -55,6 +55,7 @@ def _generate(options: argparse.Namespace) -> int:
     out = options.out or Path(MOVING if moving else STILL)
     _refuse_place(out, moving=moving)
 
+    begin("loading torch and the model")
     # With torch, which takes seconds: not before the options are right.
     import torch
 

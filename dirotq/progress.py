@@ -20,6 +20,12 @@ QUIET_SECONDS = 2.0  # shorter work says nothing at all
 LINE_SECONDS = 5.0  # between two plain lines
 
 
+def begin(what: str) -> None:
+    """Say at once, on stderr, what a verb does first: what comes next may take seconds."""
+    if sys.stderr is not None:
+        print(f"{what} ...", file=sys.stderr, flush=True)
+
+
 def track(items: Iterable[T], description: str, *, total: int | None = None) -> Iterator[T]:
     """Yield ``items``, reporting how far the loop has come and how long it will take.
 

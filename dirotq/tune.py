@@ -17,6 +17,7 @@ from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.files.digest import cache_root
 from dirotq.pipeline import graphics
 from dirotq.pipeline.disk import printable, write_json
+from dirotq.progress import begin
 
 if TYPE_CHECKING:
     from dirotq.kernels.measured import Tuned
@@ -51,7 +52,8 @@ def _tune(options: argparse.Namespace) -> int:
     so an interrupted run goes on where it stopped. A kernel that doesn't compile or run here is
     passed over. Nothing else should use the GPU meanwhile.
     """
-    begin = time.monotonic()
+    started = time.monotonic()
+    begin("loading torch")
     # With torch, which takes seconds: not before the options are right.
     from dirotq.kernels import recorder
     from dirotq.kernels.plan import renew
@@ -70,11 +72,11 @@ def _tune(options: argparse.Namespace) -> int:
         write_json(file, asdict(table))
 
     seconds = 60 * options.minutes
-    compiling.compile_all(todo, chip, begin + COMPILING * seconds, say)
-    outcome = session.measure(todo, chip, keep=keep, deadline=begin + seconds, say=say)
+    compiling.compile_all(todo, chip, started + COMPILING * seconds, say)
+    outcome = session.measure(todo, chip, keep=keep, deadline=started + seconds, say=say)
     renew()
     recorder.forget()
-    say(f"{outcome}, in {time.monotonic() - begin:.0f} s; kept in {file}")
+    say(f"{outcome}, in {time.monotonic() - started:.0f} s; kept in {file}")
     if outcome.left:
         again = " (without --fresh)" if options.fresh else ""
         say(f"out of time: the same command{again} goes on with the shapes that are left")

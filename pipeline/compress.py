@@ -1,6 +1,7 @@
 """``dirotq compress`` and ``dirotq plan``: run the pipeline under Hydra, or say what would run."""
 
 import argparse
+import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,6 +17,9 @@ from dirotq.pipeline import config, dag, preflight, report, runs
 from dirotq.pipeline.config import Pipeline, build, compose_config
 from dirotq.pipeline.quoting import parsed, quoted
 from dirotq.pipeline.store import Artifact
+from dirotq.progress import begin
+
+log = logging.getLogger(__name__)
 
 CONFIG = "dirotq.conf"  # the package of the config tree
 
@@ -44,6 +48,9 @@ def add_compress(add: Callable[..., argparse.ArgumentParser]) -> None:
         choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
         help="print how the settings come about: %(choices)s",
     )  # fmt: skip
+    parser.add_argument(
+        "-v", "--verbose", action="store_true", help="at the end, every metric of each stage"
+    )
     parser.add_argument("--resolve", action="store_true", help="with --cfg: values of ${...}")
     parser.add_argument("-p", "--package", help="with --cfg: of this part only")
     parser.add_argument("-cd", "--config-dir", metavar="FOLDER", help="has groups of your own")
@@ -96,6 +103,10 @@ def _compress(options: argparse.Namespace) -> int:
         return 0
     if options.resolve and not options.cfg:
         options.parser.error("--resolve goes with --cfg only")
+    if options.verbose:  # a setting, because launchers send it to other processes
+        options.overrides = [*options.overrides, "verbose=true"]
+    if not (options.cfg or options.info or options.hydra_help):
+        begin("reading the settings and the model")
     _try_out(options)
     options.overrides = config.with_model_folder(
         options.overrides, options.config, sweep=options.multirun
@@ -173,7 +184,7 @@ def _job(cfg: DictConfig) -> None:
     # As typed: what an interpolation takes from the environment stays there.
     overrides: Any = OmegaConf.to_container(context.overrides.task, resolve=False)
     outcomes = _run(pipeline, cfg, folder, overrides)
-    report.summary(outcomes, folder)
+    report.summary(outcomes, folder, verbose=bool(cfg.get("verbose")))
 
 
 def _run(
@@ -181,6 +192,7 @@ def _run(
 ) -> dict[str, dag.Outcome]:
     found = preflight.examine(pipeline, cfg)
     preflight.refuse(found, pipeline.store.root)
+    log.info("%s", report.outlook(pipeline, found))
     runs.record(folder, pipeline.store, {step.name: str(step) for step in pipeline.steps})
     return dag.run(
         pipeline.steps, pipeline.store, pipeline.executor, force=pipeline.force,
@@ -193,6 +205,7 @@ def _plan(options: argparse.Namespace) -> int:
 
     Nothing is written. A `~` stands before an estimate.
     """
+    begin("reading the settings and the model")
     cfg = compose_config(options.overrides, options.config)
     pipeline = build(cfg)
     found = preflight.examine(pipeline, cfg)

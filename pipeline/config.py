@@ -35,6 +35,7 @@ PLAIN: Mapping[str, Any] = {
     "device": str,
     "dtype": str,
     "preflight": bool,
+    "verbose": bool,
     "pipeline": Mapping[str, Mapping[str, str]],
 }
 """Types of the settings that belong to no class."""

@@ -10,6 +10,7 @@ from dirotq.pipeline.compress import add_overrides
 from dirotq.pipeline.config import build, compose_config
 from dirotq.pipeline.differences import differences
 from dirotq.pipeline.store import ArtifactStore, default_root
+from dirotq.progress import begin
 
 
 def add_explain(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -30,6 +31,7 @@ def _explain(options: argparse.Namespace) -> int:
     words = options.overrides
     if any("=" not in word and not word.startswith(("~", "-", "+")) for word in words):
         return _compare(words)
+    begin("reading the settings and the model")
     pipeline = build(compose_config(words, options.config))
     for step in pipeline.steps:
         if step.name in pipeline.force:

@@ -1,4 +1,4 @@
-"""What ``plan`` and ``compress`` print on stdout: one short table each."""
+"""What ``plan`` and ``compress`` print on stdout: a table of what would run, two lines at the end."""
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -15,6 +15,13 @@ from dirotq.pipeline.machine import Needs
 from dirotq.pipeline.preflight import Preflight, free_disk
 from dirotq.pipeline.store import Artifact
 
+HEADLINE = {
+    "psnr": "PSNR {:.1f} dB",
+    "bits_per_parameter": "{:.2f} bits per parameter",
+    "compression": "{:.1f} times smaller",
+}
+"""Metrics that are told at the end of a run, in words."""
+
 
 def plan(pipeline: Pipeline, found: Preflight) -> None:
     """Print per stage: cached or to run; of a cached one, what it took; of one to run, the seconds
@@ -25,24 +32,49 @@ def plan(pipeline: Pipeline, found: Preflight) -> None:
     table = Table("stage", "state", "artifact", box=None, pad_edge=False)
     for name in ("seconds", "VRAM", "RAM", "disk"):
         table.add_column(name, justify="right")
-    past = pipeline.store.list()  # sorted by time
-    machine = found.machine.name if found.machine else None
-    missing: dict[str, float | None] = {}  # seconds of stages to run, where they ran before
+    past = last_times(pipeline, found)
     for step in pipeline.steps:
         cached = pipeline.cached(step)
         if cached:
             cached.manifest  # noqa: B018 - a damaged one is no plan
-            known = took(cached)
-        else:
-            known = last_run_here(step, past, machine)
-            missing[step.name] = known.seconds if known else None
+        known = took(cached) if cached else past[step.name]
         estimate = found.estimates.get(step.name)
         cells = _cells(known, estimate.needs if estimate else None)
         table.add_row(step.name, "cached" if cached else "to run", step.fingerprint, *cells)
     Console().print(table)
-    print(f"\n{_outlook(missing, found, pipeline.store.root)}")
+    print(f"\n{outlook(pipeline, found)}")
     for note in found.notes:
         print(note)
+
+
+def last_times(pipeline: Pipeline, found: Preflight) -> dict[str, Took | None]:
+    """Return {stage to run: what its last run on this machine took, None without one}."""
+    todo = [step for step in pipeline.steps if not pipeline.cached(step)]
+    past = pipeline.store.list() if todo else []  # sorted by time
+    machine = found.machine.name if found.machine else None
+    return {step.name: last_run_here(step, past, machine) for step in todo}
+
+
+def outlook(pipeline: Pipeline, found: Preflight) -> str:
+    """Say in a line what there is to run, what it writes, and how long it took the last time."""
+    times = last_times(pipeline, found)
+    if not times:
+        return "everything is cached"
+    new = [name for name, took in times.items() if took is None]
+    seconds = [took.seconds for took in times.values() if took is not None]
+    parts = [f"{len(times)} to run"]
+    if found.machine:
+        root = pipeline.store.root
+        parts[0] += f" on {found.machine.name}"
+        written = sum(estimate.needs.disk for estimate in found.estimates.values())
+        parts.append(f"~{decimal(int(written))} to write, {decimal(free_disk(root))} of disk free")
+        if found.cache:
+            parts.append(f"{decimal(found.cache)} more for the model in {cache_root()}")
+    if seconds:
+        parts.append(f"about {duration_text(sum(seconds))}, going by the last time")
+    if new:
+        parts.append(f"never run here: {', '.join(new)}")
+    return "; ".join(parts)
 
 
 def _cells(known: Took | None, needs: Needs | None) -> list[str]:
@@ -58,25 +90,6 @@ def _cells(known: Took | None, needs: Needs | None) -> list[str]:
     return ["-"] * 4
 
 
-def _outlook(missing: Mapping[str, float | None], found: Preflight, root: Path) -> str:
-    if not missing:
-        return "everything is cached"
-    new = [name for name, seconds in missing.items() if seconds is None]
-    seconds = [seconds for seconds in missing.values() if seconds is not None]
-    parts = [f"{len(missing)} to run"]
-    if found.machine:
-        parts[0] += f" on {found.machine.name}"
-        written = sum(estimate.needs.disk for estimate in found.estimates.values())
-        parts.append(f"~{decimal(int(written))} to write, {decimal(free_disk(root))} of disk free")
-        if found.cache:
-            parts.append(f"{decimal(found.cache)} more for the model in {cache_root()}")
-    if seconds:
-        parts.append(f"about {duration_text(sum(seconds))}, going by the last time")
-    if new:
-        parts.append(f"never run here: {', '.join(new)}")
-    return "; ".join(parts)
-
-
 def duration_text(seconds: float) -> str:
     """Write a time for people: 45 s, 12 min, 3.5 h."""
     if seconds < 100:
@@ -84,8 +97,33 @@ def duration_text(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
-def summary(outcomes: Mapping[str, Outcome], folder: Path) -> None:
-    """Print per stage what happened and its metrics; then where to look."""
+def summary(outcomes: Mapping[str, Outcome], folder: Path, *, verbose: bool = False) -> None:
+    """Print where the packed model and the report are, with the scores that matter most.
+
+    verbose  before that, what happened per stage and all its metrics
+    """
+    if verbose:
+        _all_metrics(outcomes)
+    artifacts = [outcome.artifact for outcome in outcomes.values()]
+    scores: dict[str, float] = {}
+    for artifact in artifacts:
+        scores |= artifact.metrics
+    told = [words.format(scores[name]) for name, words in HEADLINE.items() if name in scores]
+    places = [
+        ("packed model", _holding(artifacts, "model_index.json", folder=True), ""),
+        ("report", _holding(artifacts, "report.html"), f" ({', '.join(told)})" if told else ""),
+        ("judging", _holding(artifacts, "judge.html"), ""),
+    ]
+    if not any(path for _, path, _ in places):  # stopped before (until=STAGE)
+        places.append((artifacts[-1].stage, artifacts[-1].data, ""))
+    if verbose:
+        places.append(("this run", folder, ""))
+    for what, path, more in places:
+        if path:
+            print(f"{what:<13}{path}{more}")
+
+
+def _all_metrics(outcomes: Mapping[str, Outcome]) -> None:
     table = Table("stage", "state", box=None, pad_edge=False)
     table.add_column("seconds", justify="right")
     table.add_column("metrics", overflow="fold")
@@ -95,15 +133,6 @@ def summary(outcomes: Mapping[str, Outcome], folder: Path) -> None:
         metrics = sorted(outcome.artifact.metrics.items())
         table.add_row(name, state, seconds, " ".join(f"{k}={v:.4g}" for k, v in metrics))
     Console().print(table)
-    artifacts = [outcome.artifact for outcome in outcomes.values()]
-    for what, path in [
-        ("packed model", _holding(artifacts, "model_index.json", folder=True)),
-        ("report", _holding(artifacts, "report.html")),
-        ("judging", _holding(artifacts, "judge.html")),
-        ("this run", folder),
-    ]:
-        if path:
-            print(f"{what:<13}{path}")
 
 
 def seconds_text(seconds: float) -> str:

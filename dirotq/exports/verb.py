@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dirotq.pipeline.disk import printable
+from dirotq.progress import begin
 
 
 def add_export(add: Callable[..., argparse.ArgumentParser]) -> None:
@@ -33,7 +34,8 @@ def _export(options: argparse.Namespace) -> int:
     quantized is refused, and the methods that it can hold are named. docs/export.md has the
     formats, and what the programs need that read them.
     """
-    begin = time.monotonic()
+    started = time.monotonic()
+    begin("loading torch and the model")
     # With torch, which takes seconds: not before the options are right.
     from dirotq.exports.export import export
 
@@ -41,6 +43,6 @@ def _export(options: argparse.Namespace) -> int:
     layers = ", ".join(f"{count} layers as {name}" for name, count in done.layers.items())
     print(printable(
         f"{done.file}: {done.size / 1e6:.1f} MB; {layers}, {done.kept} tensors in 16 bits; "
-        f"{time.monotonic() - begin:.1f} s"
+        f"{time.monotonic() - started:.1f} s"
     ))  # fmt: skip
     return 0

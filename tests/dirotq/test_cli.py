@@ -9,7 +9,8 @@ import pytest
 
 import dirotq as front_door
 from dirotq.cli import command_line
-from dirotq.pipeline import compress
+from dirotq.errors import ConfigError
+from dirotq.pipeline import compress, explain
 
 
 def lines(text):
@@ -19,12 +20,44 @@ def lines(text):
 def test_compress_tells_what_it_did(dirotq, store):
     first = dirotq("compress")
     assert first.status == 0
-    assert "numbers  ran" in first.out
-    assert "total=14" in first.out
     total = next(artifact for artifact in store.list() if artifact.stage == "total")
-    assert f"packed model {total.data / 'model'}" in first.out
-    assert f"report       {total.data / 'report.html'}" in first.out
-    assert dirotq("compress").out.count("cached") == 3
+    told = [f"packed model {total.data / 'model'}", f"report       {total.data / 'report.html'}"]
+    assert first.out.splitlines() == told
+    assert "] 3 to run; never run here: numbers, squares, total\n" in first.err
+    again = dirotq("compress", "-v")
+    assert again.out.count("cached") == 3
+    assert "total=14" in again.out
+    assert again.out.splitlines()[-3:-1] == told
+    assert "] everything is cached\n" in again.err
+
+
+def test_a_run_that_stops_early_says_where_it_stopped(dirotq, store):
+    found = dirotq("compress", "until=squares")
+    (squares,) = (artifact for artifact in store.list() if artifact.stage == "squares")
+    assert found.out == f"squares      {squares.data}\n"
+
+
+@pytest.mark.parametrize("verb", ["compress", "plan", "explain"])
+def test_something_is_said_before_the_settings_are_read(dirotq, monkeypatch, verb):
+    def late(*_, **__):
+        raise ConfigError("late")
+
+    for module in (compress, explain):
+        monkeypatch.setattr(module, "compose_config", late)
+    assert dirotq(verb).err == "reading the settings and the model ...\ndirotq: late\n"
+    assert dirotq("compress", "--cfg", "job").err == "dirotq: late\n"
+
+
+def test_forty_columns_without_colours(monkeypatch):
+    env = {**os.environ, "COLUMNS": "40", "TERM": "dumb", "NO_COLOR": "1"}
+    for words in (["--help"], ["plan", "--help"], ["plann"]):
+        done = subprocess.run(
+            [os.sys.executable, "-m", "dirotq", *words],
+            capture_output=True, text=True, check=False, env=env,
+        )  # fmt: skip
+        assert done.returncode == (2 if words == ["plann"] else 0)
+        assert "\x1b" not in done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_run_leaves_its_configuration_log_and_artifacts(dirotq, store):
@@ -241,7 +274,7 @@ def test_two_processes_race_for_the_same_line(spawn, store, tmp_path):
     for racer in racers:
         out, err = racer.communicate(timeout=60)
         assert racer.returncode == 0, err
-        assert "total=14" in out
+        assert "report       " in out
     assert sorted(ledger.read_text().split()) == ["0", "1", "2", "3"]  # one result, not two
     assert len(store.list()) == 3
     for artifact in store.list():

@@ -35,7 +35,7 @@ def test_broken_installs_are_findings_not_failures(monkeypatch):
 
     monkeypatch.setattr(doctor, "import_module", broken)
     monkeypatch.setattr(doctor, "versions", lambda: dict.fromkeys(provenance.LIBRARIES))
-    found = doctor.findings()
+    found = dict(doctor.findings())
     assert "missing" in found["torch"]
     assert "undefined symbol" in found["diffusers"]
     assert importlib.import_module("json")
@@ -185,13 +185,13 @@ def test_a_cache_that_cannot_be_written_is_a_finding(tables, monkeypatch, tmp_pa
 def test_plans_are_a_topic_where_kernels_run(tables, monkeypatch):
     tables(False)
     monkeypatch.setattr(doctor, "_kernels", lambda: (True, "sm_89"))
-    assert doctor.findings()["plans"].startswith("by rule")
+    assert dict(doctor.findings())["plans"].startswith("by rule")
     monkeypatch.setattr(doctor, "_kernels", lambda: (False, "no GPU"))
-    assert "plans" not in doctor.findings()
+    assert "plans" not in dict(doctor.findings())
 
 
 def test_would_run_follows_the_kernels(gpu, monkeypatch):
     monkeypatch.setattr(doctor, "_kernels", lambda: (True, "sm_90"))
-    assert "packed models on the Triton kernels" in doctor.findings()["would run"]
+    assert "packed models on the Triton kernels" in dict(doctor.findings())["would run"]
     monkeypatch.setattr(doctor, "_kernels", lambda: (False, "no GPU"))
-    assert "packed models on the torch reference path" in doctor.findings()["would run"]
+    assert "packed models on the torch reference path" in dict(doctor.findings())["would run"]

@@ -108,7 +108,7 @@ def test_another_folders_groups(dirotq, tmp_path):
     (tmp_path / "é (1)" / "squares").mkdir(parents=True)
     mine = "_target_: toyline.stages.Squares\npower: 3\nfail: false\n"
     (tmp_path / "é (1)" / "squares" / "mine.yaml").write_text(mine)
-    result = dirotq("compress", "--config-dir", str(tmp_path / "é (1)"), "squares=mine")
+    result = dirotq("compress", "-v", "--config-dir", str(tmp_path / "é (1)"), "squares=mine")
     assert (result.status, "largest=27" in result.out) == (0, True), result
 
 

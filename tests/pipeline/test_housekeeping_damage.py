@@ -309,7 +309,7 @@ def test_a_store_that_can_only_be_read(filled, tmp_path):
         done = as_stranger(filled.root, verb, home=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "can only be read: this run's folder is" in done.stderr
-    assert str(tmp_path / ".cache" / "dirotq" / "runs") in done.stdout
+    assert str(tmp_path / ".cache" / "dirotq" / "runs") in done.stderr
     refused = as_stranger(filled.root, "compress", "squares.power=3", home=tmp_path)
     assert refused.returncode == 2
     for says in ("cannot be written: no permission to write", "belongs to", "store=FOLDER"):
