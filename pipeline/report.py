@@ -1,4 +1,4 @@
-"""What ``plan`` and ``compress`` print on stdout: a table of what would run, two lines at the end."""
+"""What ``plan`` prints on stdout, and the two lines at the end of ``compress``."""
 
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
