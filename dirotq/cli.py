@@ -22,7 +22,7 @@ from dirotq import __version__, doctor, generate, tune
 from dirotq.errors import ConfigError
 from dirotq.evaluate.comparing.verb import add_compare
 from dirotq.exports.verb import add_export
-from dirotq.pipeline import compress, explain, housekeeping
+from dirotq.pipeline import compress, explain, housekeeping, listing
 from dirotq.pipeline.faults import explained
 from dirotq.pipeline.secrecy import refuse_secrets
 from dirotq.pipeline.settings import close_to
@@ -91,7 +91,8 @@ def command_line(
         return made
 
     for add_verb in (
-        compress.add_compress, compress.add_plan, explain.add_explain, add_compare,
+        compress.add_compress, compress.add_plan, explain.add_explain, listing.add_list,
+        add_compare,
         housekeeping.add_verify, housekeeping.add_gc, generate.add_generate, add_export,
         tune.add_tune, doctor.add_doctor,
     ):  # fmt: skip

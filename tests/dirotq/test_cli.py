@@ -165,8 +165,8 @@ def test_trouble_costs_nothing_that_was_done(dirotq, tmp_path):
 
 
 VERBS = (
-    "compress", "plan", "explain", "compare", "verify", "gc", "generate", "export", "tune",
-    "doctor",
+    "compress", "plan", "explain", "list", "compare", "verify", "gc", "generate",
+    "export", "tune", "doctor",
 )  # fmt: skip
 
 
