@@ -26,6 +26,7 @@ from dirotq.pipeline import compress, explain, housekeeping, listing
 from dirotq.pipeline.faults import explained
 from dirotq.pipeline.secrecy import refuse_secrets
 from dirotq.pipeline.settings import close_to
+from dirotq.sites import add_sites
 
 
 def main(argv: Sequence[str] | None = None, *, config: str = compress.CONFIG) -> None:
@@ -91,7 +92,7 @@ def command_line(
         return made
 
     for add_verb in (
-        compress.add_compress, compress.add_plan, explain.add_explain, listing.add_list,
+        compress.add_compress, compress.add_plan, explain.add_explain, add_sites, listing.add_list,
         add_compare,
         housekeeping.add_verify, housekeeping.add_gc, generate.add_generate, add_export,
         tune.add_tune, doctor.add_doctor,

@@ -65,10 +65,10 @@ class Discovered:
 
 
 @functools.lru_cache(maxsize=8)
-def discovered_sites(
+def discovered(
     folder: Path, transformer_class: str, call: tuple[tuple[str, Any], ...]
-) -> tuple[Site, ...]:
-    """Return the sites of a pipeline's transformer, traced once per process, without weights.
+) -> Discovered:
+    """Discover the sites of a pipeline's transformer, traced once per process, without weights.
 
     call  the pipeline's arguments, as sorted items
 
@@ -81,7 +81,7 @@ def discovered_sites(
     found = discover(skeleton, *denoiser_call(folder, **dict(call)))
     for note in found.notes:
         log.info("discovery: %s", note)
-    return tuple(found.sites)
+    return found
 
 
 def discover(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Discovered:

@@ -22,7 +22,15 @@ from dirotq.pipeline import dag
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.quoting import parsed, quote, quoted, setting
 from dirotq.pipeline.secrecy import refuse_secret_settings, refuse_secrets
-from dirotq.pipeline.settings import TARGET, fields_of, make, moved, no_such_setting, refuse_misfit
+from dirotq.pipeline.settings import (
+    TARGET,
+    close_to,
+    fields_of,
+    make,
+    moved,
+    no_such_setting,
+    refuse_misfit,
+)
 from dirotq.pipeline.store import Artifact, ArtifactStore
 from dirotq.pipeline.wording import reworded
 
@@ -156,9 +164,10 @@ def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = Fa
             result += ["model=local", f"model.path={quote(path)}"]
         else:
             raise ConfigError(
-                f"model={value}: no such model. Known models are {', '.join(known)}; the path of "
-                "an existing diffusers folder or .safetensors file works too, and so does the hub "
-                "id of a diffusers pipeline (org/name, org/name@revision)"
+                f"model={value}: no such model.{close_to(value, known).replace(' d', ' D')} Known "
+                f"models are {', '.join(known)}; the path of an existing diffusers folder or "
+                ".safetensors file works too, and so does the hub id of a diffusers pipeline "
+                "(org/name, org/name@revision)"
             )
     return result
 

@@ -10,7 +10,7 @@ import torch
 from dirotq.errors import ConfigError
 from dirotq.files.digest import input_digests
 from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
-from dirotq.models.discovery import discovered_sites
+from dirotq.models.discovery import Discovered, discovered
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
 from dirotq.models.skeleton import empty_transformer
@@ -149,8 +149,12 @@ class DiffusersModel:
         """
         if self.family.rules:
             return self.family.sites(self.skeleton())
+        return list(self.discovered().sites)
+
+    def discovered(self) -> Discovered:
+        """Return what one traced forward shows, whether there is a table or not."""
         folder, call = self.folder(weights=False), tuple(sorted(self.call_arguments().items()))
-        return list(discovered_sites(folder.resolve(), self.family.transformer, call))
+        return discovered(folder.resolve(), self.family.transformer, call)
 
     def weights(self) -> Weights:
         """Return the transformer's tensors on disk, to be read by name."""

@@ -165,7 +165,7 @@ def test_trouble_costs_nothing_that_was_done(dirotq, tmp_path):
 
 
 VERBS = (
-    "compress", "plan", "explain", "list", "compare", "verify", "gc", "generate",
+    "compress", "plan", "explain", "sites", "list", "compare", "verify", "gc", "generate",
     "export", "tune", "doctor",
 )  # fmt: skip
 

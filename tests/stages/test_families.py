@@ -13,7 +13,7 @@ from tiny_pipelines import LONG_CAPTION, family_folder
 
 from dirotq.errors import UnsupportedError
 from dirotq.models import families
-from dirotq.models.discovery import discovered_sites
+from dirotq.models.discovery import discovered
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import Pipeline, build, compose_config
@@ -105,6 +105,6 @@ def test_what_cannot_be_traced_is_refused_with_the_reason(line, monkeypatch, tmp
 
     monkeypatch.setattr(families, "FAMILIES", ())
     monkeypatch.setattr("diffusers.FluxTransformer2DModel.forward", untraceable)
-    discovered_sites.cache_clear()
+    discovered.cache_clear()
     with pytest.raises(UnsupportedError, match=r"ask the data[\s\S]*CONTRIBUTING"):
         line("flux", f"store={tmp_path}")

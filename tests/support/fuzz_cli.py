@@ -18,7 +18,10 @@ from dirotq.cli import main
 
 CONFIG = "toyline.conf"
 SECRET = "sk-proj-Zq81XyWvuTsrQponM26"
-VERBS = ("compress", "plan", "explain", "compare", "verify", "gc", "generate", "tune", "doctor")
+VERBS = (
+    "compress", "plan", "explain", "sites", "list", "compare", "verify", "gc", "generate", "tune",
+    "doctor",
+)  # fmt: skip
 
 NASTY = st.text(
     alphabet="abé/.\\'\"${}[]()=,~ #:;&|<>*?!@%^-+_\n\t\0\x85\u2028\udcff0", max_size=12
