@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dirotq.compressing import Compressed, compress
     from dirotq.exports.export import export
     from dirotq.loading import load
-    from dirotq.pipeline.compress import compress
     from dirotq.runtime.accelerate import accelerate
 
-__all__ = ["__version__", "accelerate", "compress", "export", "load"]
+__all__ = ["Compressed", "__version__", "accelerate", "compress", "export", "load"]
 __version__ = "0.1.0"
 
 # In a checkout, pipeline/, stages/, kernels/, ... stand beside this folder and are importable only
@@ -28,7 +28,8 @@ if (_CHECKOUT / "pyproject.toml").is_file():
 
 _LAZY = {
     "load": "dirotq.loading",
-    "compress": "dirotq.pipeline.compress",
+    "compress": "dirotq.compressing",
+    "Compressed": "dirotq.compressing",
     "accelerate": "dirotq.runtime.accelerate",
     "export": "dirotq.exports.export",
 }

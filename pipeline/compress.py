@@ -76,11 +76,8 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
 
 
-def compress(*overrides: str) -> dict[str, Artifact]:
-    """Run the pipeline from Python: ``compress("model=tiny_flux", "rank.r=32")["pack"].path``.
-
-    returns {stage: artifact}. Raises DirotqError.
-    """
+def run(overrides: Sequence[str]) -> dict[str, Artifact]:
+    """Run the pipeline without Hydra's command line; {stage: artifact}. Raises DirotqError."""
     cfg = compose_config(overrides, CONFIG)
     pipeline = build(cfg)
     folder = runs.new_folder(pipeline.store)

@@ -110,9 +110,9 @@ def summary(outcomes: Mapping[str, Outcome], folder: Path, *, verbose: bool = Fa
         scores |= artifact.metrics
     told = [words.format(scores[name]) for name, words in HEADLINE.items() if name in scores]
     places = [
-        ("packed model", _holding(artifacts, "model_index.json", folder=True), ""),
-        ("report", _holding(artifacts, "report.html"), f" ({', '.join(told)})" if told else ""),
-        ("judging", _holding(artifacts, "judge.html"), ""),
+        ("packed model", holding(artifacts, "model_index.json", folder=True), ""),
+        ("report", holding(artifacts, "report.html"), f" ({', '.join(told)})" if told else ""),
+        ("judging", holding(artifacts, "judge.html"), ""),
     ]
     if not any(path for _, path, _ in places):  # stopped before (until=STAGE)
         places.append((artifacts[-1].stage, artifacts[-1].data, ""))
@@ -139,8 +139,8 @@ def seconds_text(seconds: float) -> str:
     return f"{seconds:.1f}" if seconds < 100 else f"{seconds:.0f}"
 
 
-def _holding(artifacts: list[Artifact], name: str, *, folder: bool = False) -> Path | None:
-    """Find the last artifact's file ``name`` (the least deep one), or the folder it lies in."""
+def holding(artifacts: list[Artifact], name: str, *, folder: bool = False) -> Path | None:
+    """Return the last artifact's file ``name`` (the least deep one), or the folder it lies in."""
     for artifact in reversed(artifacts):
         found = [f for f in artifact.manifest["files"] if PurePosixPath(f).name == name]
         if found:

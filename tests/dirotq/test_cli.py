@@ -7,7 +7,6 @@ import time
 
 import pytest
 
-import dirotq as front_door
 from dirotq.cli import command_line
 from dirotq.errors import ConfigError
 from dirotq.pipeline import compress, explain
@@ -70,15 +69,6 @@ def test_a_run_leaves_its_configuration_log_and_artifacts(dirotq, store):
     provenance = store.find(named["squares"]).provenance
     assert provenance["overrides"] == ["squares.power=3"]
     assert provenance["libraries"]["hydra-core"]
-
-
-def test_python_face(monkeypatch, store):
-    monkeypatch.setattr(compress, "CONFIG", "toyline.conf")
-    artifacts = front_door.compress("squares.power=3", "until=squares")
-    assert set(artifacts) == {"numbers", "squares"}
-    assert artifacts["squares"].metrics == {"largest": 27}
-    (run,) = (store.root / "runs").iterdir()
-    assert "power: 3" in (run / "config.yaml").read_text()
 
 
 def test_plan_touches_nothing_and_knows_the_past(dirotq, store):
