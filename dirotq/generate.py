@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dirotq.errors import ArtifactError, ConfigError
+from dirotq.original import as_pictures, original_of, psnr
 from dirotq.pipeline.housekeeping import store_option
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.manifest import read_json
@@ -29,6 +30,7 @@ def add_generate(add: Callable[..., argparse.ArgumentParser]) -> None:
         _generate, "one image from a packed model",
         'pack/1f3a --prompt "a small red star" --out star.png',
         'FOLDER --prompt "a hat" --image in.png --mask hat.png --seed 7',
+        'pack/1f3a --prompt "a small red star" --compare',
     )  # fmt: skip
     parser.add_argument("model", help="a packed folder, or an artifact such as pack/1f3a")
     parser.add_argument("--prompt", required=True, metavar="TEXT", help="what the image shows")
@@ -37,13 +39,22 @@ def add_generate(add: Callable[..., argparse.ArgumentParser]) -> None:
     parser.add_argument("--steps", type=int, help="default: generation.json of the model")
     parser.add_argument("--image", metavar="FILE", help="what an editing model starts from")
     parser.add_argument("--mask", metavar="FILE", help="white where a filling model paints")
+    parser.add_argument(
+        "--compare", nargs="?", const="", metavar="ORIGINAL",
+        help="make it with the 16-bit model too, and tell the PSNR; default: the model that the "
+        "artifact was made from",
+    )  # fmt: skip
     parser.add_argument("--fps", type=int, default=16, help="of a video (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
     store_option(parser)
 
 
 def _generate(options: argparse.Namespace) -> int:
-    """Load a packed model and write one image, or one video as an animated image."""
+    """Load a packed model and write one image, or one video as an animated image.
+
+    With --compare, NAME-original lies beside it afterwards: the 16-bit model's, of the same prompt
+    and noise.
+    """
     _refuse_options(options)
     folder = model_folder(options.model, options.store)
     defaults = folder / "generation.json"
@@ -55,27 +66,59 @@ def _generate(options: argparse.Namespace) -> int:
     out = options.out or Path(MOVING if moving else STILL)
     _refuse_place(out, moving=moving)
 
+    beside = out.with_name(f"{out.stem}-original{out.suffix}")
+    if options.compare is not None:
+        _refuse_place(beside, moving=moving)
     begin("loading torch and the model")
     # With torch, which takes seconds: not before the options are right.
-    import torch
-
     from dirotq.loading import load
 
+    original = None
+    if options.compare is not None:
+        original = original_of(folder, options.compare, options.config)
+        settings["output_type"] = "pt"  # not rounded to 8 bits before it is compared
+    elif moving:
+        settings["output_type"] = "pil"
+    arguments = f"those of {defaults}, --prompt, --steps, --image and --mask"
     pipeline = load(folder, device=options.device)
+    made = _called(pipeline, options, images | settings, arguments)
+    if original is None:
+        print(_write(made, out, options.fps))
+        return 0
+    del pipeline  # one of both is in memory
+    pipeline = _open_original(original, options.device)
+    want = _called(pipeline, options, images | settings, arguments)
+    print(_write(as_pictures(made), out, options.fps))
+    print(_write(as_pictures(want), beside, options.fps))
+    print(f"PSNR {psnr(made, want):.1f} dB")
+    return 0
+
+
+def _called(pipeline: Any, options: argparse.Namespace, call: Mapping[str, Any], known: str) -> Any:
+    """Call a pipeline; ConfigError if it refuses its arguments, which are ``known``."""
+    import torch
+
     # The noise comes from the CPU's generator, so a seed means the same image on every device.
     noise = torch.Generator("cpu").manual_seed(options.seed)
-    if moving:
-        settings["output_type"] = "pil"
     try:
         with told("dirotq.runtime"):  # a first image waits for the compiler
-            made = pipeline(options.prompt, generator=noise, **images, **settings)
+            return pipeline(options.prompt, generator=noise, **call)
     except (ValueError, TypeError) as error:  # how pipelines refuse their arguments
         raise ConfigError(
-            f"{type(pipeline).__name__} refuses this call: {error}. Its arguments are those of "
-            f"{defaults}, --prompt, --steps, --image and --mask"
+            f"{type(pipeline).__name__} refuses this call: {error}. Its arguments are {known}"
         ) from error
-    print(_write(made, out, options.fps))
-    return 0
+
+
+def _open_original(model: Any, device: str) -> Any:
+    """Open the 16-bit pipeline where and in what the packed one ran."""
+    import torch
+
+    from dirotq.device import compute_dtype, pick_device
+
+    target = pick_device(device)
+    if target.type == "cuda":
+        torch.cuda.empty_cache()
+    return model.pipeline(compute_dtype(target), target)
 
 
 def model_folder(name: str, store: str) -> Path:
