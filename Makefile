@@ -14,7 +14,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test test-diffusers aot check bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load bench-export tune torture fuzz versions clean
+.PHONY: help setup compress plan sweep test test-diffusers aot check bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load bench-export tune release torture fuzz versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -89,6 +89,9 @@ bench-export: $(STAMP) ## time and memory of `dirotq export` at FLUX.1's shapes:
 
 tune: $(STAMP) ## choose plans for this GPU by measurement, into kernels/plans.json
 	$(BIN)/python benchmarks/tune.py $(ARGS)
+
+release: $(STAMP) ## build sdist and wheel of the last commit, check them, say what to upload
+	$(BIN)/python .ci/release.py $(ARGS)
 
 torture: $(STAMP) ## kill, cut the power, damage, fill the disk, race: ARGS="--kills 200" (all: about half an hour)
 	PYTHONPATH=tests/support $(BIN)/python -m torture $(ARGS)

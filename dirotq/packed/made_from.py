@@ -39,7 +39,10 @@ def _facts(card: Path) -> dict[str, Any]:
     if not card.is_file() or card.stat().st_size > LARGEST:
         return {}
     try:
-        data = ModelCard(card.read_text(encoding="utf-8")).data.to_dict()
+        text = card.read_text(encoding="utf-8")
+        if not text.lstrip().startswith("---"):  # ModelCard would warn that it states nothing
+            return {}
+        data = ModelCard(text).data.to_dict()
     except (ValueError, TypeError, yaml.YAMLError):
         return {}
     wanted = (*CARRIED, "base_model")

@@ -2,11 +2,9 @@
 
 import fnmatch
 import os
-import shutil
 import subprocess
 import sys
 import tomllib
-import zipfile
 from importlib import metadata
 
 import pytest
@@ -89,33 +87,3 @@ def test_hugging_face_packages_import_from_the_root(root):
 def test_imports_from_any_working_folder(root, tmp_path):
     code = "import dirotq.pipeline, dirotq.conf, dirotq.kernels; print(dirotq.pipeline.__file__)"
     assert run(code, cwd=tmp_path, path=[root]) == str(root / "pipeline" / "__init__.py")
-
-
-@pytest.mark.slow
-def test_wheel_holds_everything(root, tool, folders, tmp_path):
-    """Built from a copy, imported alone: the checkout must not be needed."""
-    if int(metadata.version("setuptools").split(".")[0]) < 77:
-        pytest.skip("building needs setuptools >= 77")
-    source = tmp_path / "source"
-    skip = shutil.ignore_patterns("__pycache__")
-    for folder in folders.values():
-        shutil.copytree(folder, source / folder.name, ignore=skip)
-    for name in ("pyproject.toml", "LICENSE", "README.md"):
-        shutil.copy(root / name, source / name)
-    build = "from setuptools import build_meta; print(build_meta.build_wheel('.'))"
-    wheel = source / run(build, cwd=source, path=[]).splitlines()[-1]
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
-    site = tmp_path / "site"
-    shutil.rmtree(source)
-    code = (
-        "import dirotq, dirotq.cli as c, dirotq.kernels.formats.pack_int4 as k; print(c.__file__)"
-    )
-    assert run(code, cwd=tmp_path, path=[site]) == str(site / "dirotq" / "cli.py")
-    top = {path.name for path in site.iterdir()}
-    assert {name for name in top if not name.endswith(".dist-info")} == {"dirotq"}
-    compose = (
-        "from dirotq.pipeline.config import compose_config\n"
-        "print(compose_config([], 'dirotq.conf').pipeline.keys() >= {'capture', 'validate'})"
-    )
-    assert run(compose, cwd=tmp_path, path=[site]) == "True"

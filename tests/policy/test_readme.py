@@ -18,6 +18,7 @@ DOCUMENTS = [
     "docs/kernels.md",
     "docs/metrics.md",
     "docs/diffusers.md",
+    "docs/versions.md",
     "docs/quality.md",
     "docs/reliability.md",
     "docs/report.md",
