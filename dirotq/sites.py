@@ -82,10 +82,10 @@ def told(sites: "Iterable[Site]", kept: Mapping[str, str]) -> list[str]:
         kind = " ".join([site.kind, *(name for name, is_so in traits if is_so)])
         rows[pattern(site.name), shape, kind, pattern(parent) + ", ".join(linears)] += 1
     lines = [f"{sum(len(s.linears) for s in sites)} linears in {len(sites)} sites are packed:"]
-    for (name, shape, kind, linears), count in rows.items():
+    for (name, shape, kind, readers), count in rows.items():
         lines.append(f"  {count:>3} x {name}  {shape}  ({kind})")
-        if linears != name:
-            lines.append(f"        = {linears}")
+        if readers != name:
+            lines.append(f"        = {readers}")
     lines.append(f"{len(kept)} linears stay in 16 bits:")
     for (name, why), count in Counter((pattern(n), why) for n, why in kept.items()).items():
         lines.append(f"  {count:>3} x {name}  ({why})")
