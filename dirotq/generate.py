@@ -56,6 +56,7 @@ def _generate(options: argparse.Namespace) -> int:
     and noise.
     """
     _refuse_options(options)
+    begin("loading torch and the model")
     folder = model_folder(options.model, options.store)
     defaults = folder / "generation.json"
     settings = dict(read_json(defaults)) if defaults.is_file() else {}
@@ -69,7 +70,6 @@ def _generate(options: argparse.Namespace) -> int:
     beside = out.with_name(f"{out.stem}-original{out.suffix}")
     if options.compare is not None:
         _refuse_place(beside, moving=moving)
-    begin("loading torch and the model")
     # With torch, which takes seconds: not before the options are right.
     from dirotq.loading import load
 
