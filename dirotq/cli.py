@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None, *, config: str = compress.CONFIG) ->
     # Calls that wait between blocks change their tensors' sizes on the way: without this, torch
     # holds on to the memory of both. Read when CUDA is first used.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # torch's threads sleep while they wait for each other. Spinning, as they would, takes a core
+    # from the one that they wait for, wherever this isn't alone. Read when torch is imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words or any(
         os.environ.get(name) == "1" for name in ("DIROTQ_DEBUG", "HYDRA_FULL_ERROR")

@@ -19,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Before torch is imported. Threads on busy cores run many times slower than one thread.
 _threads = 1 if "PYTEST_XDIST_WORKER" in os.environ else min(os.cpu_count() or 1, 4)
 os.environ.setdefault("OMP_NUM_THREADS", str(_threads))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as dirotq/cli.py has it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis  # noqa: E402

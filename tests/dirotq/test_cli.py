@@ -47,6 +47,15 @@ def test_something_is_said_before_the_settings_are_read(dirotq, monkeypatch, ver
     assert dirotq("compress", "--cfg", "job").err == "dirotq: late\n"
 
 
+def test_threads_wait_asleep_unless_told_otherwise(dirotq, monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    dirotq("list")
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    dirotq("list")
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
 def test_forty_columns_without_colours(monkeypatch):
     env = {**os.environ, "COLUMNS": "40", "TERM": "dumb", "NO_COLOR": "1"}
     for words in (["--help"], ["plan", "--help"], ["plann"]):

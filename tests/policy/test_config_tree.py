@@ -195,3 +195,11 @@ def test_the_judged_line_plans(tmp_path):
         keys.add(line.steps[-1].fingerprint)
         assert line.steps[:-1] == build(compose()).steps
     assert len(keys) == 3
+
+
+def test_published_figures_keep_their_calibration():
+    """docs/quality.md was measured with 128 captions; a model's own default is quicker."""
+    for model in ("tiny_flux", "tiny_pixart"):
+        assert compose(f"model={model}").prompts.calibration.count == 32
+        published = compose(f"model={model}", "experiment=quality")
+        assert (published.prompts.calibration.count, published.capture.calls) == (128, 512)
