@@ -14,7 +14,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test test-diffusers aot check bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load bench-export tune release torture fuzz versions clean
+.PHONY: help setup compress plan sweep test test-diffusers aot check docs bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load bench-export tune release torture fuzz versions clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,11 +49,14 @@ test-diffusers: $(STAMP) ## diffusers' own test mixins on packed pipelines: DIFF
 aot: $(STAMP) ## compile every kernel for every chip, without one
 	$(BIN)/python -m pytest -m aot $(ARGS)
 
-check: $(STAMP) .links ## formatting, lint, types, import contracts
+check: $(STAMP) .links docs ## formatting, lint, types, import contracts, the documentation's links
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd .links && $(abspath $(BIN))/mypy --config-file ../pyproject.toml --package dirotq
 	cd .links && $(abspath $(BIN))/lint-imports --config ../pyproject.toml --no-logo
+
+docs: $(STAMP) ## the documentation's site into site/, without network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: bench-bits table ## the tables that need no GPU: bits per parameter, quality from stored scores
 
@@ -105,7 +108,7 @@ versions: $(STAMP) ## record the code of the stages after bumping a version
 
 clean: ## remove .venv and caches; artifacts/ stays
 	rm -rf $(VENV) .links .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
-	rm -rf build dist *.egg-info
+	rm -rf build dist site *.egg-info
 
 # mypy and import-linter look for packages on disk and cannot follow dirotq.__path__ to the folders
 # beside dirotq/; this tree of links shows them the layout that a wheel has.

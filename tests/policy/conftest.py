@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from tiny_fixtures import *  # noqa: F403
 
 FOLDERS = ("dirotq", "pipeline", "stages", "models", "kernels", "assets", "conf")
 

@@ -13,7 +13,7 @@ TABLE_COLUMNS = 150
 README_BYTES = 9_000
 GLOSSARY_LINES = 40
 FOLDERS = ("assets", "benchmarks", "conf", "dirotq", "docs", "kernels", "models", "pipeline")
-FOLDERS += ("stages", "tests")
+FOLDERS += ("stages", "tests", "examples")
 FILE = r"[\w.<>{},*/-]+\.(?:py|yaml|j2|md|toml)\b"
 
 

@@ -4,36 +4,21 @@ import re
 import shlex
 
 import pytest
+import snippets
+from snippets import blocks, documents
 
 from dirotq.cli import command_line
 from dirotq.pipeline.compress import CONFIG
 from dirotq.pipeline.config import compose_config
 
-DOCUMENTS = [
-    "README.md",
-    "CONTRIBUTING.md",
-    "artifacts/README.md",
-    "docs/compress.md",
-    "docs/judge.md",
-    "docs/kernels.md",
-    "docs/metrics.md",
-    "docs/diffusers.md",
-    "docs/versions.md",
-    "docs/quality.md",
-    "docs/reliability.md",
-    "docs/report.md",
-    "docs/speed.md",
-]
-
 
 def commands(root):
     """(document, command) of every line in a shell block, and of every `make ...` in the text."""
-    for name in filter(lambda name: (root / name).is_file(), DOCUMENTS):
+    for name in documents(root):
         text = (root / name).read_text()
-        for block in re.findall(r"```(?:bash|sh|console)\n(.*?)```", text, re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                if command := line.removeprefix("$ ").partition("  #")[0].strip():
-                    yield name, command
+        for block in blocks(text):
+            if block.language == "bash":
+                yield from ((name, command) for command in snippets.commands(block.code))
         for command in re.findall(r"`((?:make|dirotq) [^`\n]*)`", text):
             yield name, command
 
@@ -42,11 +27,6 @@ def pytest_generate_tests(metafunc):
     if "command" in metafunc.fixturenames:
         found = sorted(set(commands(metafunc.config.rootpath)))
         metafunc.parametrize(("document", "command"), found, ids=[f"{d}: {c}" for d, c in found])
-
-
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_document_exists(root, name):
-    assert (root / name).is_file()
 
 
 def test_command_exists(document, command, root):
