@@ -13,7 +13,7 @@ from dirotq.pipeline.config import compose_config
 
 
 def commands(root):
-    """(document, command) of every line in a block that is not run, and of `make ...` in the text."""
+    """(document, command) of each line in a block that is not run, and `make ...` in the text."""
     for name in documents(root):
         text = (root / name).read_text()
         for block in blocks(text):

@@ -81,8 +81,8 @@ def test_the_site_is_built_by_check_and_not_committed(root):
     assert "/site/" in (root / ".gitignore").read_text().splitlines()
 
 
-@pytest.mark.parametrize("page", ["index", "finetune", "own", "choose", "low-vram", "sweeps",
+@pytest.mark.parametrize("page", ["index", "finetune", "lora", "own", "choose", "low-vram", "sweeps",
                                   "formats", "families", "limits", "faq", "export"])  # fmt: skip
 def test_a_page_for_users_begins_with_its_command(page, root):
     lines = (root / "docs" / f"{page}.md").read_text().splitlines()
-    assert lines[0].startswith("# ") and lines[2] == "```bash"
+    assert lines[0].startswith("# ") and lines[2] in ("```bash", "```python")

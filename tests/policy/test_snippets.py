@@ -1,8 +1,8 @@
 """Blocks of commands and Python in README and docs do what they say, on a tiny pipeline.
 
 They run in a folder that holds what readers have, by the names that the documents use: FOLDER (a
-16-bit pipeline), PACKED (a packed one), PROMPTS.jsonl, the method of docs/own.md, and the store
-``artifacts`` with one run, whose names take the place of STAGE/FINGERPRINT. Not as written:
+16-bit pipeline), PACKED (a packed one), PROMPTS.jsonl, two LoRAs, docs/own.md's method, the store
+``artifacts`` with a run, whose names take the place of STAGE/FINGERPRINT. Not as written:
 
 - Sizes are small: ``overrides`` of tests/support/tiny_line.py are added, but for settings that the
   command has itself, and images are 32 pixels wide.
@@ -19,13 +19,19 @@ import shutil
 import subprocess
 
 import pytest
+import torch
+from safetensors.torch import save_file
 from snippets import RUN, blocks, commands, documents, faults
-from tiny_line import CALL, LINE, prompt_file
+from tiny_line import CALL, LINE, WIDTH, prompt_file
 
 import dirotq
 from dirotq.cli import main
 
 EXPORTABLE = ("method=convrot", "weight_format=int4_channel", "act_format=int4_token")
+
+
+NEEDS = {"docs/lora.md": "peft"}
+"""Packages of the development extra that a document needs."""
 
 
 def text_of(root, document):
@@ -53,6 +59,10 @@ def made(folder, root, tiny_root, tmp_path_factory):
     shutil.copy(prompt_file(tiny_root), here / "small.jsonl")
     rows = (json.dumps({"prompt": f"{i} small red stars"}) + "\n" for i in range(64))
     (here / "PROMPTS.jsonl").write_text("".join(rows))
+    for name in ("style", "detail"):
+        q = "transformer.transformer_blocks.0.attn.to_q"
+        shapes = {f"{q}.lora_A.weight": (4, WIDTH), f"{q}.lora_B.weight": (WIDTH, 4)}
+        save_file({k: torch.ones(s) / 10 for k, s in shapes.items()}, here / f"{name}.safetensors")
     (method,) = (b.code for b in blocks(text_of(root, "docs/own.md")) if b.language == "yaml")
     (here / "mine" / "method").mkdir(parents=True)
     (here / "mine" / "method" / "mine.yaml").write_text(method)
@@ -163,6 +173,7 @@ def test_a_reason_is_of_the_next_block_only():
 
 def test_blocks_run(runnable, root, made, small, done, tmp_path, capsys):
     """In one Python for a document: a block may use what an earlier one made."""
+    pytest.importorskip(NEEDS.get(runnable, "dirotq"))
     names = {"__name__": "__main__"}
     for block in filter(is_run, blocks(text_of(root, runnable))):
         code = re.sub(r"(\w+)/FINGERPRINT", lambda m: str(made[m[1]]), block.code)
