@@ -6,6 +6,9 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
+USERS = "index finetune lora own choose low-vram sweeps export formats families faq limits".split()
+"""Pages that answer a user's question with a command."""
+
 
 def listed(nav: object) -> Iterator[str]:
     """Pages of a `nav`, at any depth."""
@@ -81,8 +84,7 @@ def test_the_site_is_built_by_check_and_not_committed(root):
     assert "/site/" in (root / ".gitignore").read_text().splitlines()
 
 
-@pytest.mark.parametrize("page", ["index", "finetune", "lora", "own", "choose", "low-vram", "sweeps",
-                                  "formats", "families", "limits", "faq", "export"])  # fmt: skip
+@pytest.mark.parametrize("page", USERS)
 def test_a_page_for_users_begins_with_its_command(page, root):
     lines = (root / "docs" / f"{page}.md").read_text().splitlines()
     assert lines[0].startswith("# ") and lines[2] in ("```bash", "```python")
