@@ -6,7 +6,10 @@ from collections.abc import Iterator
 import pytest
 import yaml
 
-USERS = "index finetune lora own choose low-vram sweeps export formats families faq limits".split()
+USERS = (
+    "index", "finetune", "lora", "own", "choose", "low-vram", "sweeps", "export", "formats",
+    "families", "faq", "limits",
+)  # fmt: skip
 """Pages that answer a user's question with a command."""
 
 

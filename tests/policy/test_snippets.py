@@ -28,8 +28,6 @@ import dirotq
 from dirotq.cli import main
 
 EXPORTABLE = ("method=convrot", "weight_format=int4_channel", "act_format=int4_token")
-
-
 NEEDS = {"docs/lora.md": "peft"}
 """Packages of the development extra that a document needs."""
 
