@@ -2,11 +2,13 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 HERE = Path(__file__).parent
 POLICY = (
@@ -20,7 +22,7 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "size": size, "plain": plain}
+    environment.filters |= {"number": number, "size": size, "plain": plain, "breaks": breaks, "count": count}
     return environment.get_template(template).render(
         style=(HERE / "page.css.j2").read_text(), **values
     )
@@ -46,6 +48,18 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count / 1e3:.1f} kB"
+
+
+def breaks(name: str) -> Markup:
+    """Let a dotted name break after its parts, and not within one."""
+    return Markup("<wbr>").join(escape(part) for part in re.findall(r"[^._+/]*[._+/]|[^._+/]+", name))
+
+
+def count(number: float) -> str:
+    """Write how many: 11.90 billion, 2.6 million, 8,000."""
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} billion"
+    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,.0f}"
 
 
 def plain(value: Any) -> str:
