@@ -22,7 +22,13 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "size": size, "plain": plain, "breaks": breaks, "count": count}
+    environment.filters |= {
+        "number": number,
+        "size": size,
+        "plain": plain,
+        "breaks": breaks,
+        "count": count,
+    }
     return environment.get_template(template).render(
         style=(HERE / "page.css.j2").read_text(), **values
     )
@@ -52,7 +58,9 @@ def size(count: float) -> str:
 
 def breaks(name: str) -> Markup:
     """Let a dotted name break after its parts, and not within one."""
-    return Markup("<wbr>").join(escape(part) for part in re.findall(r"[^._+/]*[._+/]|[^._+/]+", name))
+    return Markup("<wbr>").join(
+        escape(part) for part in re.findall(r"[^._+/]*[._+/]|[^._+/]+", name)
+    )
 
 
 def count(number: float) -> str:
