@@ -41,7 +41,7 @@ def timestep_chart(timesteps: Sequence[float], rows: Sequence[Mapping[str, Any]]
 
     rows  of :func:`kinds`; the first one, the worst, is named
     """
-    lines = []
+    lines: list[Series] = []
     for row in rows:
         points = [(i, v) for i, v in enumerate(row["by_timestep"]) if v is not None]
         if points:
@@ -94,7 +94,7 @@ def kinds(sites: Sites) -> list[dict[str, Any]]:
     groups: dict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for site in sites:
         groups[_kind(site["site"])[0]].append(site)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, alike in groups.items():
         worst = min(alike, key=lambda site: float(site["sqnr_db"]))
         rows.append(

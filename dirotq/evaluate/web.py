@@ -43,9 +43,9 @@ def script(name: str) -> Mapping[str, str]:
 
 def number(value: float) -> str:
     """Write four figures or so, and no more digits than a table has room for."""
-    if value and abs(value) < 1e-3:
+    if 1e-9 < abs(value) < 1e-3:  # what is smaller is rounding
         return f"{value:.1e}"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+    return f"{value:.2f}" if abs(value) >= 10 else f"{round(value, 4) + 0.0:.4f}"
 
 
 def size(count: float) -> str:

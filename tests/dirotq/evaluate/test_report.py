@@ -81,7 +81,8 @@ def test_worst_prompts_come_first(page, report):
     assert worst_first(report["images"], 1) == [1]
     text = page().text
     assert text.index("30.0 dB") < text.index("31.4 dB , SSIM")
-    assert "the 2 worst of 2 prompts, worst first" in text
+    assert "Images: all 2 prompts, worst first" in text
+    assert "the 2 worst of 3 prompts, worst first" in page(images=3 * report["images"][:1]).text
 
 
 @pytest.mark.parametrize(("side", "wide"), [(12, 384), (384, 384), (400, 400)])

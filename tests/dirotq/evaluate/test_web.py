@@ -1,6 +1,6 @@
 import pytest
 
-from dirotq.evaluate.web import breaks, count
+from dirotq.evaluate.web import breaks, count, number
 
 
 def test_names_break_after_their_parts_and_stay_text():
@@ -15,3 +15,17 @@ def test_names_break_after_their_parts_and_stay_text():
 )
 def test_numbers_of_parameters(number, said):
     assert count(number) == said
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (12.375, "12.38"),
+        (9.5, "9.5000"),
+        (0.0, "0.0000"),
+        (-2.4e-14, "0.0000"),
+        (-2e-6, "-2.0e-06"),
+    ],
+)
+def test_numbers_of_tables(value, said):
+    assert number(value) == said
