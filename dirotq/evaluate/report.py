@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dirotq.evaluate.fidelity import scales
+from dirotq.evaluate.fidelity import PSNR_LIMIT, scales
 from dirotq.evaluate.losses import depth_chart, heat, kinds, spectrum_chart, timestep_chart
 from dirotq.evaluate.pictures import embed
 from dirotq.evaluate.png import picture
@@ -85,6 +85,8 @@ def write_report(
         parts=_parts(report["bytes"]),
         prompts=[report["images"][i] for i in worst_first(report["images"], PROMPT_ROWS)],
         on_cpu="reference path" in report["devices"]["packed"],
+        speed=_speed(report),
+        stored_limit=PSNR_LIMIT - 0.1,
         gain=DIFFERENCE_GAIN,
         labels=LABELS,
         resamples=RESAMPLES,
@@ -117,6 +119,15 @@ def _pair(numbers: Mapping[str, Any], want: Tensor, got: Tensor, budget: int) ->
         "height": height,
         "wide": width * max(1, SMALL // width),
     }
+
+
+def _speed(report: Mapping[str, Any]) -> str:
+    """Compare both times in words, or return nothing where they are of different devices."""
+    seconds, devices = report["seconds_per_image"], report["devices"]
+    if devices["packed"] != devices["original"] or not min(seconds.values()) > 0:
+        return ""
+    ratio = seconds["original"] / seconds["packed"]
+    return f"{ratio:.1f} times faster" if ratio >= 1 else f"{1 / ratio:.1f} times slower"
 
 
 def _parts(size: Mapping[str, int]) -> list[dict[str, Any]]:

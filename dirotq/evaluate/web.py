@@ -2,11 +2,13 @@
 
 import base64
 import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup, escape
 
 HERE = Path(__file__).parent
 POLICY = (
@@ -20,7 +22,13 @@ def render(template: str, **values: Any) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {"number": number, "size": size, "plain": plain}
+    environment.filters |= {
+        "number": number,
+        "size": size,
+        "plain": plain,
+        "breaks": breaks,
+        "count": count,
+    }
     return environment.get_template(template).render(
         style=(HERE / "page.css.j2").read_text(), **values
     )
@@ -35,9 +43,9 @@ def script(name: str) -> Mapping[str, str]:
 
 def number(value: float) -> str:
     """Write four figures or so, and no more digits than a table has room for."""
-    if value and abs(value) < 1e-3:
+    if 1e-9 < abs(value) < 1e-3:  # what is smaller is rounding
         return f"{value:.1e}"
-    return f"{value:.2f}" if abs(value) >= 10 else f"{value:.4f}"
+    return f"{value:.2f}" if abs(value) >= 10 else f"{round(value, 4) + 0.0:.4f}"
 
 
 def size(count: float) -> str:
@@ -46,6 +54,20 @@ def size(count: float) -> str:
         if count >= factor:
             return f"{count / factor:.2f} {unit}"
     return f"{count / 1e3:.1f} kB"
+
+
+def breaks(name: str) -> Markup:
+    """Let a dotted name break after its parts, and not within one."""
+    return Markup("<wbr>").join(
+        escape(part) for part in re.findall(r"[^._+/]*[._+/]|[^._+/]+", name)
+    )
+
+
+def count(number: float) -> str:
+    """Write how many: 11.90 billion, 2.6 million, 8,000."""
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} billion"
+    return f"{number / 1e6:.1f} million" if number >= 1e6 else f"{number:,.0f}"
 
 
 def plain(value: Any) -> str:

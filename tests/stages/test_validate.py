@@ -211,7 +211,7 @@ def test_report_html_is_one_file_that_fetches_nothing(validate, inputs, report, 
     refuse_faults(page)
     assert len(page.all("svg")) == 3
     assert [picture.size for picture in page.pictures()] == [(32, 32)] * 6
-    assert f"{report['metrics']['psnr']:.2f} dB" in page.text
+    assert f"{report['metrics']['psnr']:.1f} dB" in page.text
     for site in report["sites"]:
         assert site["site"] in page.text
     assert "no command is known" in page.text

@@ -19,20 +19,27 @@ class Page(HTMLParser):
         self.html, self.tags, self.scripts, self.styles = html, [], [], []
         self._open: list[str] = []
         self._text: list[str] = []
+        self._within_word = False
         self.feed(html)
         self.close()
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
         self._open = [*self._open, tag] if tag in ("script", "style") else self._open
+        self._within_word = tag == "wbr"
 
     def handle_endtag(self, tag):
         if tag in ("script", "style"):
             self._open.pop()
+        self._within_word = False
 
     def handle_data(self, data):
         place = {"script": self.scripts, "style": self.styles}
-        place.get(self._open[-1] if self._open else "", self._text).append(data)
+        pieces = place.get(self._open[-1] if self._open else "", self._text)
+        if self._within_word:
+            pieces[-1] += data
+        else:
+            pieces.append(data)
 
     @property
     def text(self) -> str:

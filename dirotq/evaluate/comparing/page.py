@@ -44,7 +44,7 @@ def write_comparison(files: Sequence[Path], runs: Sequence[Run], notes: Sequence
         "comparing/compare.html.j2",
         **head,
         rows=[row | {"against": said} for row, said in zip(table, against, strict=True)],
-        charts=[_chart(group, names, numbers, fronts) for group in groups],
+        charts=[_chart(g, names, numbers, fronts) for g in groups if len(g) > 1],
         script=script("comparing/compare.js.j2"),
         pairs=[[p.first, p.second, *_rounded(p), p.closer] for p in pairs],
         counts=[len(run.psnr_N) for run in runs],
@@ -147,7 +147,12 @@ def _chart(
         lines=[line] if len(best) > 1 else [],
         dots=dots,
     )
-    return {"title": title, "svg": drawn}
+    ends = {"Closest": max(group, key=lambda r: r.psnr.mean), "Smallest": best[0]}
+    said = [
+        f"{word}: {numbers[r.name]}. {names[r.name]} ({r.psnr.mean:.2f} dB, {r.bits:.2f} bits)."
+        for word, r in ends.items()
+    ]
+    return {"title": title, "said": " ".join(said), "svg": drawn}
 
 
 def _cautions(runs: Sequence[Run]) -> list[str]:

@@ -59,3 +59,24 @@ def test_named_ticks_take_the_place_of_numbers():
     texts = [t.text for t in svg.iter("text") if t.get("text-anchor") == "middle"]
     assert texts[:2] == ["start", "end"]
     assert re.fullmatch(r"[\d.]+,[\d.]+ [\d.]+,[\d.]+", next(svg.iter("polyline")).get("points"))
+
+
+def test_few_powers_of_ten_have_ticks_between_them():
+    svg = ElementTree.fromstring(
+        chart("t", Axis("x"), Axis("y", log=True), lines=[Series("l", [(0, 0.04), (1, 1.0)])])
+    )
+    found = [t.text for t in svg.iter("text") if t.get("text-anchor") == "end"]
+    assert [t for t in found if t in {"0.02", "0.05", "0.1", "0.2", "0.5", "1", "2"}] == [
+        "0.05", "0.1", "0.2", "0.5", "1",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("x", "anchor"), [(0, "start"), (1, "end")])
+def test_a_name_stands_below_its_point_and_inside_of_the_chart(x, anchor):
+    dots = [Dot("", 0, 5), Dot("", 1, 5), Dot("", x, 1, label="a.long.name", wordy=True)]
+    svg = drawn(dots=dots)
+    [name] = [t for t in svg.iter("text") if t.get("class") == "name"]
+    at, height = places(svg)[-1]
+    assert (name.text, name.get("text-anchor")) == ("a.long.name", anchor)
+    assert float(name.get("x")) == pytest.approx(at)
+    assert height < float(name.get("y")) < HEIGHT

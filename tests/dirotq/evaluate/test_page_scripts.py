@@ -21,7 +21,8 @@ const element = (more) => ({
 });
 const stage = element({}), slider = element({value: "50"}), differs = element({checked: false});
 const parts = {".stage": stage, "input[type=range]": slider, "input[type=checkbox]": differs};
-globalThis.document = {querySelectorAll: () => [{querySelector: (name) => parts[name]}]};
+const pairs = [{querySelector: (name) => parts[name]}];
+globalThis.document = {querySelectorAll: (name) => name === "figure.pair" ? pairs : []};
 const told = [], tell = () => told.push([stage.style["--at"], slider["aria-valuetext"]]);
 """
 ANY_TWO = """
@@ -53,6 +54,30 @@ def test_a_pair_s_slider_pointer_and_difference():
     assert [at for at, _ in told] == ["50%", "7%", "25%", "25%", "50%"]
     assert told[1][1] == "7 % 16 bit, the rest packed"
     assert shown is True
+
+
+def test_one_pair_is_shown_at_a_time():
+    before = """
+    const strip = [0, 1].map((i) => ({checked: i === 0, after(image) { this.image = image; },
+      addEventListener(name, call) { this.call = call; }}));
+    const away = [null, null];
+    const silent = {style: {setProperty() {}}, setAttribute() {}, addEventListener() {}};
+    globalThis.document = {
+      createElement: () => ({}),
+      querySelectorAll: (name) => name === "figure.pair"
+        ? [0, 1].map((i) => ({
+          classList: {toggle(name, on) { away[i] = on; }},
+          querySelector: (part) => part === ".over" ? {src: "data:" + i} : silent,
+        })) : strip,
+    };
+    """
+    acts = """
+    const first = [...away]; strip[0].checked = false; strip[1].checked = true; strip[1].call();
+    console.log(JSON.stringify([first, away, strip.map((choice) => choice.image)]));
+    """
+    first, second, images = run(before, "pairs.js.j2", acts)
+    assert (first, second) == ([False, True], [True, False])
+    assert images == [{"src": f"data:{i}", "alt": f"pair {i + 1}"} for i in (0, 1)]
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from shown_report import PROMPT, site, whole_report
 from web_page import Page, refuse_faults
 
 from dirotq.evaluate.pictures import Embedded, embed
@@ -16,73 +17,10 @@ from dirotq.evaluate.report import (
     write_report,
 )
 
-PROMPT = "<script>alert('x')</script> & a star"
-
-
-def site(name: str, kind: str, rank: int) -> dict:
-    return {
-        "site": name,
-        "kind": kind,
-        "dim": 8,
-        "outputs": 24,
-        "rank": rank,
-        "format": "W4A4",
-        "sqnr_db": 21.5,
-        "by_timestep": [20.0, None, 23.0],
-        "why": "fixed: 4 of 8 directions hold 93.1% of the energy",
-    }
-
 
 @pytest.fixture
 def report() -> dict:
-    scores = {"mean": 0.875, "colour": 1.0}
-    image = {"prompt": PROMPT, "seed": 1, "psnr": 31.4, "ssim": 0.91, "floor": {"psnr": 61.5}}
-    return {
-        "model": "org/model + <b>style</b> x 0.8",
-        "method": "dirotq",
-        "date": "2026-11-30T08:00:00Z",
-        "command": "dirotq compress 'model=a & b' rank.r=16",
-        "settings": {"rank.r": 16, "rank.energy": None, "method.act_bits": 4},
-        "fingerprints": {"pack": "pack/0123456789abcdef"},
-        "versions": {"torch": "2.13.0"},
-        "verdict": {"level": "small", "headline": "Good: <so>", "reasons": ["One reason."]},
-        "resumed": 0,
-        "timesteps": [0.9, 0.5, 0.1],
-        "parameters": 8000,
-        "images": [image, image | {"psnr": 30.0, "prompt": "a worse one", "seed": 2}],
-        "attributes": {"original": scores, "packed": scores},
-        "scores": {
-            "psnr": {
-                "packed": {"mean": 31.4, "low": 30.25, "high": 32.5},
-                "floor": {"mean": 61.5, "low": 60.0, "high": 63.0},
-            },
-            "clip": {
-                "packed": {"mean": 26.5, "low": 25.0, "high": 28.0},
-                "original": {"mean": 26.75, "low": 25.0, "high": 28.0},
-                "difference": {"mean": -0.25, "low": -0.5, "high": 0.00001},
-            },
-            "fid": {"packed": {"mean": 0.125}, "floor": {"mean": 0.0625}},
-        },
-        "sites": [site("block.qkv", "block", 4), site("block.norm", "modulator", 0)],
-        "bytes": {"codes": 4000, "scales": 100, "basis": 0, "total": 4100, "original": 16000},
-        "bits_per_parameter": 4.1,
-        "seconds_per_image": {"original": 1.0, "packed": 2.0},
-        "device": "CPU, reference path",
-        "devices": {"packed": "CPU, reference path", "original": "some card"},
-        "dtype": "float32",
-        "size": [128, 128],
-        "inputs": {"pack": "pack/0123456789abcdef"},
-        "metrics": {
-            "psnr": 31.4,
-            "ssim": 0.91,
-            "bits_per_parameter": 4.1,
-            "compression": 3.9,
-            "seconds_per_image": 2.0,
-            "seconds_per_image_original": 1.0,
-            "attributes": 0.875,
-            "attributes_original": 0.875,
-        },
-    }
+    return whole_report()
 
 
 @pytest.fixture
@@ -111,7 +49,7 @@ def test_pairs_and_their_magnified_difference(page):
 def test_the_headline_says_verdict_distance_size_model_and_method(page):
     text = page().text
     assert "Good: <so>. 31.4 dB from the 16-bit images, 3.9 times smaller." in text
-    assert "org/model + <b>style</b> x 0.8, packed by dirotq , 2026-11-30" in text
+    assert "org/model + <b>style</b> x 0.8 , packed by dirotq , 2026-11-30" in text
     assert "One reason." in text
 
 
@@ -143,7 +81,8 @@ def test_worst_prompts_come_first(page, report):
     assert worst_first(report["images"], 1) == [1]
     text = page().text
     assert text.index("30.0 dB") < text.index("31.4 dB , SSIM")
-    assert "the 2 worst of 2 prompts, worst first" in text
+    assert "Images: all 2 prompts, worst first" in text
+    assert "the 2 worst of 3 prompts, worst first" in page(images=3 * report["images"][:1]).text
 
 
 @pytest.mark.parametrize(("side", "wide"), [(12, 384), (384, 384), (400, 400)])
@@ -160,8 +99,35 @@ def test_a_slider_that_the_keyboard_reaches(page):
     assert all(a.get("tabindex") == "0" for a in page().all("div") if a.get("class") == "wide")
 
 
+def test_the_tiles_answer_what_was_kept_how_small_how_fast_and_what_was_lost(page, report):
+    text = page().text
+    assert "Quality 31.4 dB PSNR to the 16-bit images. The 16-bit model to itself (noise" in text
+    assert (
+        "Size 4.1 kB transformer, 4.10 bits per parameter, all counted (16 bit: 16.0 kB)." in text
+    )
+    assert (
+        "Most was lost in block.qkv output SQNR 21.5 dB; the least in block.norm, 21.5 dB." in text
+    )
+    same = {"psnr": {"packed": {"mean": 31.4}, "floor": {"mean": 104.1}}}
+    assert "The 16-bit model run again: the same images." in page(scores=same).text
+
+
+@pytest.mark.parametrize(
+    ("packed", "original", "said"),
+    [
+        (("H200", 2.0), ("H200", 5.0), "3.9 times smaller, 2.5 times faster."),
+        (("H200", 3.0), ("H200", 1.5), "3.9 times smaller, 2.0 times slower."),
+        (("H200", 2.0), ("H100", 5.0), "3.9 times smaller."),
+        (("CPU, reference path", 2.0), ("CPU, reference path", 5.0), "3.9 times smaller."),
+    ],
+)
+def test_speed_is_compared_on_one_gpu_only(page, packed, original, said):
+    names, seconds = ({"packed": packed[i], "original": original[i]} for i in (0, 1))
+    assert said in page(devices=names, seconds_per_image=seconds).text
+
+
 def test_times_of_the_reference_path_are_told_apart(page, report):
-    assert "2.00 s per image on the CPU\u2019s reference path" in page().text
+    assert "not measured 2.00 s per image on the CPU\u2019s reference path" in page().text
     metal = page(devices={"packed": "H200", "original": "H100"}).text
     assert "2.00 s per image, H200 (16 bit, H100: 1.00 s)" in metal
     assert "reference path" not in metal
@@ -175,7 +141,9 @@ def test_a_run_that_was_interrupted_says_so(page, resumed, told):
 
 def test_scores_with_their_intervals_and_the_noise_floor(page):
     shown = page()
-    table = re.search(r"<h2>Scores</h2>\n<div[^>]*><table>(.*?)</table>", shown.html, re.DOTALL)[1]
+    table = re.search(
+        r"<h2 id=.scores.>Scores</h2>\n<div[^>]*><table>(.*?)</table>", shown.html, re.DOTALL
+    )[1]
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in table.split("<tr>")[2:]]
     plain = [[re.sub("<[^>]+>", "", cell) for cell in row] for row in rows]
     assert plain == [
@@ -193,8 +161,9 @@ def test_losses_have_the_names_of_their_sites(page):
     shown = page()
     assert len(shown.all("svg")) == 3
     assert "block.qkv: 21.5 dB, W4A4, rank 4" in shown.text
-    assert "t = 0.9 t = 0.5 t = 0.1" in shown.text
-    assert re.search(r"block\.qkv 1 21\.5 21\.5 block\.qkv 20\.0 23\.0", shown.text)
+    assert "dB at timestep kind (* is the block), worst first sites" in shown.text
+    assert "worst, dB in block 0.9 0.5 0.1" in shown.text
+    assert re.search(r"block\.qkv 1 21\.5 21\.5 20\.0 23\.0", shown.text)
     assert "fixed: 4 of 8 directions" in shown.text
     none = [site | {"by_timestep": []} for site in shown_sites()]
     assert "recorded no timesteps" in page(timesteps=[], sites=none).text

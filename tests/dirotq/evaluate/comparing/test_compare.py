@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import time
 
 import pytest
@@ -56,6 +57,8 @@ def test_all_runs_of_a_store_the_closest_first(dirotq, here, two):
     assert (first, second, closer) == (0, 1, 12)
     assert low < mean < high
     assert "Still good: differences are hard to see" in page.text
+    assert re.search(r"Closest: 1\. dirotq, rank\.r=64 \(4[12]\.\d\d dB, 6\.00 bits\)\. "
+                     r"Smallest: 2\. dirotq, rank\.r=16 ", page.text)  # fmt: skip
 
 
 def test_a_run_that_another_beats_is_not_on_the_front(dirotq, here, store, two):
@@ -89,7 +92,8 @@ def test_other_prompts_are_unpaired_and_said(dirotq, here, store, two):
 
 
 def test_several_models_are_said(dirotq, here, store, two):
-    publish(store, report(scores(41.0)), model="another")
+    for rank in (8, 16):
+        publish(store, report(scores(41.0, rank)), rank=rank, model="another")
     assert "several 16-bit models" in dirotq("compare").out
     assert len(Page((here / "compare.html").read_text()).all("svg")) == 2
 
@@ -100,7 +104,9 @@ def test_times_of_the_reference_path_are_said(dirotq, here, store):
     done = dirotq("compare")
     assert "reference path say nothing about speed" in done.out
     assert "compare.html: 1 run;" in done.out
-    assert not Page((here / "compare.html").read_text()).scripts
+    page = Page((here / "compare.html").read_text())
+    assert not page.scripts
+    assert not page.all("svg")  # one dot says nothing that the table doesn't
 
 
 def test_runs_by_name_by_what_they_were_made_from_and_by_folder(dirotq, here, store, two):
