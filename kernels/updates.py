@@ -45,6 +45,11 @@ class Source(Protocol):
         """Return the updates, as tensors that are only looked at."""
         ...
 
+    def state(self) -> Any:
+        """Return what is equal as long as ``parts`` are, but for values that are written in place:
+        looked at before every call, so at little cost."""
+        ...
+
 
 class Directions(NamedTuple):
     """What an operator takes (kernels/ops.py).
@@ -89,6 +94,11 @@ class Updates:
         self._sources: list[weakref.ref[Any]] = []
         self._fixed: list[Part] = []
         self._made: _Made | None = None
+        self._turn = 0
+        """How often directions were made, or were found to be none."""
+        self._written: list[Tensor] = []
+        """What directions were made of, if it counts how often it is written in place."""
+        self._seen: Any = None
 
     def attach(self, source: Source) -> None:
         """Let a source update the linear as long as it lives."""
@@ -116,10 +126,10 @@ class Updates:
     def fixed(self) -> tuple[Part, ...]:
         return tuple(self._fixed)
 
-    def stamp(self) -> list[Any]:
-        """Return what is equal as long as the updates are the same."""
-        parts = self._parts()
-        return [_weights(parts), [_scale(part) for part in parts]]
+    def stamp(self) -> Any:
+        """Return what is equal as long as the directions are right, if sources say what is set
+        otherwise (``current``): written values show here."""
+        return self.current, self._turn, [tensor._version for tensor in self._written]
 
     def forget_made(self) -> None:
         """Make the directions anew at the next call: weights were written unseen."""
@@ -128,7 +138,10 @@ class Updates:
 
     def renew(self, packed: Packed, spec: QuantSpec) -> None:
         """Make the directions if something has changed."""
-        parts, device = self._parts(), packed.qweight.device
+        device, before = packed.qweight.device, self.made
+        if self.current and self._seen == self._look(device):
+            return
+        parts = self._parts()
         if not parts:
             self.made = self._made = None
         elif device.type != "meta":
@@ -138,7 +151,16 @@ class Updates:
                 self._make(parts, weights, scales, packed, spec)
             elif made.scales != scales:
                 self._scale_again(made, parts, scales, packed, spec)
+        held = [t for p in parts for t in (p.down, p.up, p.scale) if isinstance(t, Tensor)]
+        self._written = [tensor for tensor in held if not tensor.is_inference()]
+        self._turn += self.made is not before
         self.current = True
+        self._seen = self._look(device)
+
+    def _look(self, device: torch.device) -> Any:
+        """Return what tells, at little cost, whether anything has changed."""
+        sources = [alive.state() for known in self._sources if (alive := known()) is not None]
+        return device, sources, list(map(id, self._fixed)), self.stamp()
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> None:
         """Take the directions along to another device."""

@@ -97,10 +97,10 @@ def _changed(transformer: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     if name == "load_lora_adapter":
         _check_loaded(transformer, *args, **kwargs)
     result = getattr(type(transformer), name)(transformer, *args, **kwargs)
-    from diffusers.hooks.group_offloading import _is_group_offload_enabled  # imports models
-
-    away = _is_group_offload_enabled(transformer)  # what it takes away may hold anything
-    for module in transformer.modules():
+    modules = list(transformer.modules())
+    # What group offloading takes away may hold anything.
+    away = any("_diffusers_hook" in vars(module) for module in modules)
+    for module in modules:
         if not isinstance(module, QuantLinear) or module.updates is None:
             continue
         if name == "unload_lora":

@@ -45,6 +45,22 @@ class _OnPacked:
             if name in layer.lora_A:
                 yield self._part(name)
 
+    def state(self) -> Any:
+        """Return what :meth:`parts` go by, and which matrices they are."""
+        own = vars(self)  # a module's attributes are found slowly
+        halves = own["_modules"]
+        matrices = [
+            id(half._parameters["weight"])
+            for side in ("lora_A", "lora_B")
+            for half in halves[side]._modules.values()
+        ]
+        scales = [(n, id(s) if isinstance(s, Tensor) else s) for n, s in own["scaling"].items()]
+        active = own.get("_active_adapter")
+        return (
+            own.get("_disable_adapters"), [*own["merged_adapters"]],
+            [*active] if isinstance(active, list) else active, scales, matrices,
+        )  # fmt: skip
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the packed linear's outputs, the adapters' part in them."""
         if kwargs.pop("adapter_names", None) is not None:

@@ -24,6 +24,8 @@ ROUND_ROWS, ROUND_COLUMNS = 4, 512
 """Of a program of ``round_rows``."""
 STEP = 64
 """Channels of a step of ``project``."""
+LEAST_STAGES = 3
+"""Of ``project``: rather than fewer, fewer programs share a multiprocessor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,9 @@ def project(
     s, rp = shapes.project, width_of_c(spec.rank)
     if rp > 128:  # rows enough for Blackwell's own matrix memory: registers would not do
         s = replace(s, bm=64)
-    s = _within(s, 2 * STEP * (s.bm + rp), 0, chip)
+    each = 2 * STEP * (s.bm + rp)
+    beside_others = shared_bytes(chip or CHIPS[-1]) // s.per_sm // each
+    s = _within(replace(s, stages=min(s.stages, max(LEAST_STAGES, beside_others))), each, 0, chip)
     constants = _shared(spec, chip, dtype) | {
         "R": spec.rank, "LEAD": spec.rank - beside, "LP": width_of_c(spec.rank - beside),
         "EVEN": spec.in_features % STEP == 0,

@@ -33,6 +33,9 @@ class Adapter:
     def parts(self) -> list[Part]:
         return self.found
 
+    def state(self) -> list[Part]:
+        return list(map(id, self.found))
+
 
 def update(rows: slice, width: int, seed: int, scale: float = 1.0) -> Part:
     draw = torch.Generator().manual_seed(seed)
@@ -113,7 +116,7 @@ def test_every_plan(name):
         plain = engine.reference(x, linear.packed(), linear.spec).double() - base
         error = (got.double() - base - more).norm()
         assert error < 2 * plain.norm() + 2.0**-7 * (base + more).norm(), name_of(plan)
-        assert error < 0.05 * more.norm(), name_of(plan)
+        assert error < plain.norm() + 0.05 * more.norm(), name_of(plan)
     assert len(seen) > 1
 
 
@@ -135,7 +138,7 @@ def adapters(network) -> list[Adapter]:
         if isinstance(module, QuantLinear):
             rows = slice(0, module.spec.outputs)
             part = update(rows, module.in_features, seed)
-            found.append(Adapter([part._replace(up=part.up * 0.02)]))
+            found.append(Adapter([part]))
             module.adapted().attach(found[-1])
     return found
 
@@ -146,24 +149,26 @@ def scale(found: list[Adapter], value: float) -> None:
 
 
 def test_graphs_and_the_compiler_follow():
+    """Twice the error of plain torch, both against float64, and nothing is compiled again."""
     plain = build()
-    twin = copy.deepcopy(plain)
-    mine, theirs = adapters(plain), adapters(twin)
+    exact, twin = copy.deepcopy(plain).double(), copy.deepcopy(plain)
     call = arguments(1, 64, 1)
+    doubles = {k: v.double() if isinstance(v, Tensor) else v for k, v in call.items()}
+    networks = plain, exact, twin
+    every = [adapters(network) for network in networks]
     torch._dynamo.reset()
     dirotq.accelerate(twin, compile=True)
     graph_forward(twin)
-    before = run(plain, **call)
-    compiled = None
-    for value in (1.0, 0.5, 2.0, 0.0):
-        scale(mine, value)
-        scale(theirs, value)
-        want = run(plain, **call).float()
+    without, compiled = run(exact, **doubles), None
+    for value in (1.0, 1.5, 2.0, 0.0):
+        for found in every:
+            scale(found, value)
+        want = run(exact, **doubles)
+        allowed = 2 * (run(plain, **call).double() - want).norm()
+        assert ((want - without).norm() > allowed) == (value > 0)
         for _ in range(3):
-            got = run(twin, **call).float()
-            assert (got - want).norm() < 0.05 * want.norm()
+            assert (run(twin, **call).double() - want).norm() <= allowed
         now = sum(torch._dynamo.utils.counters["aot_autograd"].values())
         compiled = compiled or now
         assert now == compiled  # never again
-    assert (run(plain, **call) - before).float().norm() > 0
     ungraph_forward(twin)

@@ -28,6 +28,9 @@ class Adapter:
     def parts(self) -> list[Part]:
         return self.found
 
+    def state(self) -> list[Part]:
+        return list(map(id, self.found))
+
 
 def part(rows: slice, dim: int, rank: int = 4, scale: float = 0.5, seed: int = 0, **like) -> Part:
     draw = torch.Generator().manual_seed(seed + rows.start)
