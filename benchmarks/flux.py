@@ -124,7 +124,7 @@ def prepare(jobs: list[str], places: Any) -> None:
         elif name == "quality":
             import dirotq
 
-            dirotq.compress("model=tiny_flux", f"store={places.store}", "until=pack")
+            dirotq.compress("tiny_flux", store=places.store, until="pack")
         else:
             places.packed("flux", "dirotq")
 

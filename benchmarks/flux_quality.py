@@ -26,13 +26,13 @@ def compared(store: str, overrides: tuple[str, ...] = (), *, count: int = COUNT)
 
     Another batch size is the change that anyone accepts; fusing may cost no more than that.
     """
-    made = dirotq.compress("model=tiny_flux", f"store={store}", "until=pack", *overrides)
+    made = dirotq.compress("tiny_flux", *overrides, store=store, until="pack")
     prompts = PromptSet(
         path=CAPTIONS, start=0, count=count, column="prompt", subset=None, split="train"
     ).load()
     source = DiffusersModel(path="assets://tiny-flux", call={}, base=None, lora=[])
     call = source.call_arguments()
-    pipe: Any = dirotq.load(made["pack"].data / "model", dtype=torch.bfloat16)
+    pipe: Any = dirotq.load(made.folder, dtype=torch.bfloat16)
 
     def one_by_one() -> Tensor:
         return torch.cat([generate(pipe, [prompt], call) for prompt in prompts])

@@ -69,7 +69,7 @@ def measured(row: Row, common: list[str], deadline: float | None) -> dict[str, A
         return {"error": "not started: out of time"}
     began = time.perf_counter()
     try:
-        made = dirotq.compress(*common, *row.overrides)
+        made = dirotq.compress(*common, *row.overrides).artifacts
     except Exception as error:  # noqa: BLE001 (a row that fails must not cost the others)
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}

@@ -60,11 +60,11 @@ class Places:
     def packed(self, model: str, preset: str) -> Path:
         """Return the folder that our own pipeline packs by a method."""
         began = time.monotonic()
-        stages = dirotq.compress(
-            f"model={self.original(model)}", f"store={self.store}", f"method={preset}",
-            "until=pack", *CALIBRATION, *self.overrides,
-        )  # fmt: skip
-        folder = stages["pack"].data / "model"
+        folder = dirotq.compress(
+            self.original(model), *CALIBRATION, *self.overrides, method=preset, store=self.store,
+            until="pack",
+        ).folder  # fmt: skip
+        assert folder is not None
         print(f"packed {model}, {preset}: {folder} in {time.monotonic() - began:.0f} s", flush=True)
         return folder
 

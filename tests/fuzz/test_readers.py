@@ -42,7 +42,11 @@ def test_a_reader_raises_errors_of_ours_and_nothing_else(name, capfd):
             "outside",
             "home/x",
         ),
-        (lambda folder, _: (folder / "../../../x").unlink(missing_ok=True), "outside", "x"),
+        (
+            lambda folder, _: (folder / "../../../no-such-file").unlink(missing_ok=True),
+            "outside",
+            "no-such-file",
+        ),
         (lambda folder, _: __import__("time").sleep(30), "hang", "test_readers.py"),
     ],
 )

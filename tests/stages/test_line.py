@@ -100,9 +100,10 @@ def test_another_store_gets_the_same_bytes(tiny_root, tmp_path, line):
 
 
 def test_compress_from_python(tiny_root, tmp_path):
-    artifacts = dirotq.compress(*overrides(tiny_root, tmp_path / "store"), "until=rank")
-    assert list(artifacts) == STAGES[:3]
-    assert (artifacts["rank"].data / "plan.json").is_file()
+    made = dirotq.compress(*overrides(tiny_root, tmp_path / "store"), until="rank")
+    assert list(made.artifacts) == STAGES[:3]
+    assert (made.artifacts["rank"].data / "plan.json").is_file()
+    assert made.folder is None and made.report is None and not made.scores
 
 
 KILLS = {
