@@ -300,9 +300,9 @@ def test_images_of_the_embedded_model_are_compared_in_four_ways(monkeypatch, tmp
         plain = not (more[COMPILE] or graphs)
         pipe.how = "plain" if plain else {"exact": "fused"}.get(attention, "fp8")
 
-    made = {"pack": types.SimpleNamespace(data=tmp_path)}
+    made = types.SimpleNamespace(folder=tmp_path)
     pipe = types.SimpleNamespace(transformer="packed", how="as loaded")
-    monkeypatch.setattr(dirotq, "compress", lambda *overrides: made)
+    monkeypatch.setattr(dirotq, "compress", lambda *overrides, **chosen: made)
     monkeypatch.setattr(dirotq, "load", lambda folder, dtype: pipe)
     monkeypatch.setattr(flux_quality, "generate", generate)
     monkeypatch.setattr(dirotq, "accelerate", ours)
