@@ -22,7 +22,7 @@ from dirotq import __version__, doctor, generate, tune
 from dirotq.errors import ConfigError
 from dirotq.evaluate.comparing.verb import add_compare
 from dirotq.exports.verb import add_export
-from dirotq.pipeline import compress, explain, housekeeping, listing
+from dirotq.pipeline import compress, explain, housekeeping, listing, sharing
 from dirotq.pipeline.faults import explained
 from dirotq.pipeline.secrecy import refuse_secrets
 from dirotq.pipeline.settings import close_to
@@ -96,7 +96,7 @@ def command_line(
 
     for add_verb in (
         compress.add_compress, compress.add_plan, explain.add_explain, add_sites, listing.add_list,
-        add_compare,
+        add_compare, sharing.add_push, sharing.add_pull,
         housekeeping.add_verify, housekeeping.add_gc, generate.add_generate, add_export,
         tune.add_tune, doctor.add_doctor,
     ):  # fmt: skip

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dirotq.pipeline.quoting import quoted, setting
 from dirotq.pipeline.secrecy import without_secrets
 
+SILENT = ("force", "store_remote", "store_push")
 _OVERRIDES: ContextVar[tuple[str, ...] | None] = ContextVar("overrides", default=None)
 
 
@@ -24,14 +25,14 @@ def running(overrides: Sequence[str]) -> Iterator[None]:
 def command() -> str | None:
     """Return the shell command that makes this run's artifacts; None outside of a run.
 
-    Of one job of a sweep, its own values. No key and no password is in it, and no ``force``, which
-    decides nothing about what comes out.
+    Of one job of a sweep, its own values. No key and no password is in it, and nothing of
+    ``SILENT``, which decides nothing about what comes out.
     """
     overrides = _OVERRIDES.get()
     if overrides is None:
         return None
-    words = [_as_typed(word) for word in without_secrets(overrides) if setting(word)[1] != "force"]
-    return shlex.join(["dirotq", "compress", *words])
+    telling = [word for word in without_secrets(overrides) if setting(word)[1] not in SILENT]
+    return shlex.join(["dirotq", "compress", *map(_as_typed, telling)])
 
 
 def _as_typed(word: str) -> str:

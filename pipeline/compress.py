@@ -16,6 +16,7 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import config, dag, preflight, report, runs
 from dirotq.pipeline.config import Pipeline, build, compose_config
 from dirotq.pipeline.quoting import parsed, quoted
+from dirotq.pipeline.sharing import pushed_too
 from dirotq.pipeline.store import Artifact
 from dirotq.progress import begin
 
@@ -191,10 +192,11 @@ def _run(
     preflight.refuse(found, pipeline.store.root)
     log.info("%s", report.outlook(pipeline, found))
     runs.record(folder, pipeline.store, {step.name: str(step) for step in pipeline.steps})
-    return dag.run(
-        pipeline.steps, pipeline.store, pipeline.executor, force=pipeline.force,
-        overrides=list(overrides), estimates=found.records,
-    )  # fmt: skip
+    with pushed_too(pipeline.store.remote if pipeline.push else None) as push:
+        return dag.run(
+            pipeline.steps, pipeline.store, pipeline.executor, force=pipeline.force,
+            overrides=list(overrides), estimates=found.records, finished=push,
+        )  # fmt: skip
 
 
 def _plan(options: argparse.Namespace) -> int:

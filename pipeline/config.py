@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import dag
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.quoting import parsed, quote, quoted, setting
+from dirotq.pipeline.remote_store import RemoteStore
 from dirotq.pipeline.secrecy import refuse_secret_settings, refuse_secrets
 from dirotq.pipeline.settings import (
     TARGET,
@@ -39,6 +40,8 @@ PLAIN: Mapping[str, Any] = {
     "until": str | None,
     "force": str | list[str],
     "store": str,
+    "store_remote": str | None,
+    "store_push": bool,
     "weights": str,
     "device": str,
     "dtype": str,
@@ -57,12 +60,22 @@ STUMBLES = (
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Everything a configuration says, built."""
+    """Everything a configuration says, built.
+
+    remote  {step that will be pulled: its bytes}
+    push    whether artifacts go to the remote store too
+    """
 
     steps: list[dag.Step]
     store: ArtifactStore
     executor: Executor
     force: frozenset[str]
+    remote: Mapping[str, int] = field(default_factory=dict)
+    push: bool = False
+
+    def todo(self) -> list[dag.Step]:
+        """List the steps to run: those that are neither here nor in the remote store."""
+        return [s for s in self.steps if not self.cached(s) and s.name not in self.remote]
 
     def cached(self, step: dag.Step) -> Artifact | None:
         """Return the step's artifact if it is there, and nobody asked to make it again."""
@@ -102,16 +115,32 @@ def build(cfg: DictConfig) -> Pipeline:
     for name, stage in stages.items():
         if isinstance(device := getattr(stage, "device", None), str):
             refuse_device(device, "device" if device == cfg.get("device") else f"{name}.device")
+    url, push = cfg.get("store_remote"), bool(cfg.get("store_push"))
+    if push and not url:
+        raise ConfigError("store_push=true says nothing of where to: add store_remote=URL")
     pipeline = Pipeline(
         steps=dag.plan(stages, wiring),
-        store=ArtifactStore(cfg.store),
+        store=ArtifactStore(cfg.store, RemoteStore(url) if url else None),
         executor=executor,
         force=frozenset(force),
+        push=push,
     )
-    for step in pipeline.steps:
-        if callable(check := getattr(step.stage, "check", None)) and not pipeline.cached(step):
+    pipeline = replace(pipeline, remote=_to_pull(pipeline))
+    for step in pipeline.todo():
+        if callable(check := getattr(step.stage, "check", None)):
             check()
     return pipeline
+
+
+def _to_pull(pipeline: Pipeline) -> dict[str, int]:
+    """Ask the remote store, if any, for what is missing; {step: bytes}."""
+    if (remote := pipeline.store.remote) is None:
+        return {}
+    found = {}
+    for step in pipeline.todo():
+        if step.name not in pipeline.force and (m := remote.manifest(step.name, step.fingerprint)):
+            found[step.name] = sum(entry["bytes"] for entry in m["files"].values())
+    return found
 
 
 def compose_config(overrides: Sequence[str], module: str) -> DictConfig:

@@ -107,6 +107,7 @@ def run(
     force: Collection[str] = (),
     overrides: Sequence[str] = (),
     estimates: Mapping[str, Mapping[str, Any]] | None = None,
+    finished: Callable[[Artifact], None] = lambda artifact: None,
 ) -> dict[str, Outcome]:
     """Run, in order, every step whose artifact is not in the store.
 
@@ -114,6 +115,7 @@ def run(
 
     force      names of stages to recompute although their artifact exists
     estimates  {stage: what it was expected to take}, for provenance.json
+    finished   is given each artifact once it is there, made or found
 
     Raises KeyboardInterrupt with the step's name as its argument, and ArtifactError if what a step
     reads is no longer what its recipe says.
@@ -130,6 +132,7 @@ def run(
             )
             try:
                 done[step.name] = _obtain(step, store, held, start, forced)
+                finished(done[step.name].artifact)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(step.name) from None
             except Exception as error:
@@ -176,7 +179,7 @@ def _produce(
         step.name, step.recipe, resume=resume, force=force, overrides=overrides, notes=notes
     ) as draft:
         if draft.artifact:
-            log.info("%-8s taken from another process: %s", step.name, step)
+            log.info("%-8s taken from %s: %s", step.name, draft.source, step)
             return None
         began = time.monotonic()
         log.info("%-8s running %s", step.name, step)

@@ -4,13 +4,15 @@ import hashlib
 import json
 import re
 import stat
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from dirotq.errors import ArtifactError
+from dirotq.errors import ArtifactError, ConfigError
 from dirotq.files.digest import file_digest
 from dirotq.pipeline.disk import denied, files_below, kind, printable
+from dirotq.pipeline.stage import fingerprint
 from dirotq.pipeline.units import JOURNAL
 
 SCHEMA = 1  # of manifest.json and of the store's marker; newer ones are refused
@@ -32,18 +34,24 @@ def read_json(path: Path) -> dict[str, Any]:
         # Not opened before it is known: a named pipe would wait for its other end.
         if not stat.S_ISREG(mode := path.lstat().st_mode):
             raise DamagedError(f"{printable(path)} is {kind(mode)}, not a file")
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_constant)
+        return json_object(path.read_bytes(), path)
     except FileNotFoundError as error:
         raise DamagedError(f"{printable(path)} does not exist") from error
     except PermissionError as error:
         raise ArtifactError(denied(path)) from error
     except OSError as error:
         raise DamagedError(f"{printable(path)} can't be read: {error.strerror}") from error
+
+
+def json_object(text: bytes, where: object) -> dict[str, Any]:
+    """Parse a JSON object, named ``where`` in errors. Raises DamagedError if it is none."""
+    try:
+        value = json.loads(text.decode(), parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
-        raise DamagedError(f"{printable(path)} is damaged: no valid JSON ({error})") from error
+        raise DamagedError(f"{printable(where)} is damaged: no valid JSON ({error})") from error
     if not isinstance(value, dict):
         found = f"{value!r:.40}"
-        raise DamagedError(f"{printable(path)} is damaged: expected a JSON object, found {found}")
+        raise DamagedError(f"{printable(where)} is damaged: expected a JSON object, found {found}")
     return value
 
 
@@ -56,11 +64,23 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises DamagedError if it is of another shape, names a file outside of data/ or is not what its
     digest says; ArtifactError if a newer DiRotQ wrote it, or it may not be read.
     """
-    content = read_json(path)
-    refuse_newer(content, path)
+    return manifest_of(read_json(path), path)
+
+
+def manifest_of(content: dict[str, Any], where: object) -> dict[str, Any]:
+    """Return what was read at ``where`` if it is a manifest; raises as :func:`read_manifest`."""
+    refuse_newer(content, where)
     if problem := _problem(content):
-        raise DamagedError(f"{printable(path)} is damaged: {printable(problem)}")
+        raise DamagedError(f"{printable(where)} is damaged: {printable(problem)}")
     return content
+
+
+def answers_to(content: Mapping[str, Any], stage: str, key: str) -> bool:
+    """Tell whether a manifest is the one of ``stage/key``, and its recipe hashes to that key."""
+    try:
+        return (content["stage"], fingerprint(content["recipe"])) == (stage, key)
+    except ConfigError:  # numbers that no recipe has
+        return False
 
 
 def sealed(content: dict[str, Any]) -> dict[str, Any]:
@@ -70,12 +90,12 @@ def sealed(content: dict[str, Any]) -> dict[str, Any]:
     return plain | {"digest": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def refuse_newer(content: dict[str, Any], path: Path) -> None:
+def refuse_newer(content: dict[str, Any], where: object) -> None:
     """Raise ArtifactError if ``content`` states a schema that this version cannot read."""
     schema = content.get("schema")
     if type(schema) is int and schema > SCHEMA:
         raise ArtifactError(
-            f"{path} has schema {schema}, and this DiRotQ reads up to {SCHEMA}: a newer version "
+            f"{where} has schema {schema}, and this DiRotQ reads up to {SCHEMA}: a newer version "
             "wrote it. Upgrade DiRotQ, or use another store (store=FOLDER, or the environment "
             "variable DIROTQ_STORE)"
         )

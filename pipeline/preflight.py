@@ -64,7 +64,7 @@ def examine(pipeline: Pipeline, cfg: DictConfig) -> Preflight:
     Touches no GPU. Raises ConfigError for a setting that contradicts the machine, and what the
     workload raises for a model that can't be read.
     """
-    todo = [step for step in pipeline.steps if not pipeline.cached(step)]
+    todo = pipeline.todo()
     telling = any(hasattr(step.stage, "needs") for step in todo)
     if not telling or not cfg.get("preflight") or "workload" not in cfg:
         return Preflight()

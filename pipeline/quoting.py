@@ -14,8 +14,8 @@ from hydra.errors import HydraException
 
 from dirotq.errors import ConfigError
 
-PATHS = ("store", "weights", "path", "base", "lora", "config", "ground_truth")
-"""Last words of the settings that name a file or a folder (hydra's own keep Hydra's grammar)."""
+PATHS = ("store", "store_remote", "weights", "path", "base", "lora", "config", "ground_truth")
+"""Last words of the settings that name a file, folder or URL (hydra's own keep Hydra's grammar)."""
 _STRUCTURE = re.compile(r"([\[\]{},]|:\s)")
 
 

@@ -24,10 +24,10 @@ HEADLINE = {
 
 
 def plan(pipeline: Pipeline, found: Preflight) -> None:
-    """Print per stage: cached or to run; of a cached one, what it took; of one to run, the seconds
-    of its last run here, and what it needs: an estimate (``~``) or an upper bound (``<``).
+    """Print per stage: cached, to run or to pull; of a cached one, what it took; of one to run, the
+    seconds of its last run here, and what it needs: an estimate (``~``) or an upper bound (``<``).
 
-    Without a workload, what that run took. Memory is the peak.
+    Without a workload, what that run took; of one to pull, its size. Memory is the peak.
     """
     table = Table("stage", "state", "artifact", box=None, pad_edge=False)
     for name in ("seconds", "VRAM", "RAM", "disk"):
@@ -37,10 +37,13 @@ def plan(pipeline: Pipeline, found: Preflight) -> None:
         cached = pipeline.cached(step)
         if cached:
             cached.manifest  # noqa: B018 - a damaged one is no plan
-        known = took(cached) if cached else past[step.name]
+        known = took(cached) if cached else past.get(step.name)
         estimate = found.estimates.get(step.name)
         cells = _cells(known, estimate.needs if estimate else None)
-        table.add_row(step.name, "cached" if cached else "to run", step.fingerprint, *cells)
+        state = "cached" if cached else "to run"
+        if (size := pipeline.remote.get(step.name)) is not None:
+            state, cells = "to pull", ["-", "", "", decimal(size)]
+        table.add_row(step.name, state, step.fingerprint, *cells)
     Console().print(table)
     print(f"\n{outlook(pipeline, found)}")
     for note in found.notes:
@@ -49,7 +52,7 @@ def plan(pipeline: Pipeline, found: Preflight) -> None:
 
 def last_times(pipeline: Pipeline, found: Preflight) -> dict[str, Took | None]:
     """Return {stage to run: what its last run on this machine took, None without one}."""
-    todo = [step for step in pipeline.steps if not pipeline.cached(step)]
+    todo = pipeline.todo()
     past = pipeline.store.list() if todo else []  # sorted by time
     machine = found.machine.name if found.machine else None
     return {step.name: last_run_here(step, past, machine) for step in todo}
@@ -58,8 +61,9 @@ def last_times(pipeline: Pipeline, found: Preflight) -> dict[str, Took | None]:
 def outlook(pipeline: Pipeline, found: Preflight) -> str:
     """Say in a line what there is to run, what it writes, and how long it took the last time."""
     times = last_times(pipeline, found)
+    pulls = f"{len(pipeline.remote)} to pull, {decimal(sum(pipeline.remote.values()))}"
     if not times:
-        return "everything is cached"
+        return pulls if pipeline.remote else "everything is cached"
     new = [name for name, took in times.items() if took is None]
     seconds = [took.seconds for took in times.values() if took is not None]
     parts = [f"{len(times)} to run"]
@@ -70,6 +74,8 @@ def outlook(pipeline: Pipeline, found: Preflight) -> str:
         parts.append(f"~{decimal(int(written))} to write, {decimal(free_disk(root))} of disk free")
         if found.cache:
             parts.append(f"{decimal(found.cache)} more for the model in {cache_root()}")
+    if pipeline.remote:
+        parts.append(pulls)
     if seconds:
         parts.append(f"about {duration_text(sum(seconds))}, going by the last time")
     if new:

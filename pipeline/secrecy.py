@@ -37,7 +37,8 @@ _VALUE = re.compile(
 _AWAY = (
     "Settings are written into every record of a run. Put the key into an environment variable "
     "such as OPENAI_API_KEY and name that one with judge.backend.api_key_env=OPENAI_API_KEY (the "
-    "Hugging Face Hub reads HF_TOKEN, or log in with `hf auth login`)"
+    "Hugging Face Hub reads HF_TOKEN, or log in with `hf auth login`; for buckets there are "
+    "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE)"
 )
 
 

@@ -3,10 +3,11 @@
     <root>/dirotq-store.json                 marker: the schema of everything below
     <root>/<stage>/<fingerprint>/            manifest.json, provenance.json, data/
     <root>/<stage>/<fingerprint>.partial/    work in progress, or what an interrupted run left
+    <root>/<stage>/<fingerprint>.pull/       the same of a copy from a remote store
     <root>/.locks/  <root>/runs/             one lock file per key; one folder per run
 
-All access to artifacts goes through this module and pipeline/artifact.py (docs/adr: roots are
-local folders for now).
+All access to artifacts goes through this module and pipeline/artifact.py. Roots are local folders;
+what is missing is pulled from a remote store, if one stands beside (pipeline/remote_store.py).
 """
 
 import contextlib
@@ -21,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dirotq.errors import ArtifactError, ConfigError
+from dirotq.errors import ArtifactError
 from dirotq.pipeline import locks
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.disk import (
@@ -37,6 +38,7 @@ from dirotq.pipeline.manifest import (
     MANIFEST,
     SCHEMA,
     DamagedError,
+    answers_to,
     inventory,
     read_json,
     refuse_newer,
@@ -44,6 +46,7 @@ from dirotq.pipeline.manifest import (
 )
 from dirotq.pipeline.place import store_place
 from dirotq.pipeline.provenance import provenance, reset_peaks
+from dirotq.pipeline.remote_store import RemoteStore
 from dirotq.pipeline.stage import fingerprint
 from dirotq.pipeline.units import retire
 
@@ -63,24 +66,32 @@ class Draft:
     metrics   scalars to fill in for the manifest
     artifact  None while there is work to do; otherwise the published result (another process may
               have finished the same key while this one waited for its lock)
+    source    whose work that result is
     """
 
     data: Path
     metrics: dict[str, float] = field(default_factory=dict)
     artifact: Artifact | None = None
+    source: str = "another process"
 
 
 class ArtifactStore:
     """Artifacts under one local folder; safe for several processes at a time."""
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, remote: RemoteStore | None = None) -> None:
         """Open the store; a missing folder is created by the first artifact.
+
+        remote  ``create`` pulls from there what is missing here
 
         Raises ArtifactError for a URL, or if a newer DiRotQ wrote the store.
         """
         if "://" in str(root):
-            raise ArtifactError(f"store {root} is a URL; only local folders work as a store so far")
+            raise ArtifactError(
+                f"store {root} is a URL, and stages read local files. Give a folder, and the URL "
+                f"beside it: store_remote={root}"
+            )
         self.root = store_place(root)
+        self.remote = remote
         self._marked()
 
     def get(self, stage: str, key: str) -> Artifact | None:
@@ -157,10 +168,13 @@ class ArtifactStore:
         final, partial = self.root / stage / key, self.root / stage / f"{key}.partial"
         with self._disk_full_explained(stage, key), self._making(final):
             draft = Draft(partial / "data")
-            if not force and (published := self.get(stage, key)):
-                draft.artifact = published
-                yield draft
-                return
+            if not force:
+                draft.artifact = self.get(stage, key)
+                if not draft.artifact and (pulled := self._pulled(stage, key)):
+                    draft.artifact, draft.source = pulled, str(self.remote)
+                if draft.artifact:
+                    yield draft
+                    return
             with self._unwritable_explained():
                 self._prepare(partial, resume)
             resumed = any(draft.data.iterdir())
@@ -178,14 +192,15 @@ class ArtifactStore:
             made = provenance(started, overrides) | {"resumed": resumed} | dict(notes or {})
             write_json(partial / "provenance.json", made)
             write_json(partial / MANIFEST, sealed(manifest))
-            open_modes(partial)
-            sync_tree(partial)
-            retire(draft.data)  # last: killed before, the run finds its units again
-            self.discard(final)  # there only under force, or damaged
-            partial.replace(final)
-            for folder in (final.parent, self.root):
-                sync(folder)
-            draft.artifact = Artifact(stage, key, final)
+            draft.artifact = self._published(partial, final)
+
+    def pull(self, stage: str, key: str) -> Artifact | None:
+        """Copy an artifact from the remote store, unless it is here; None if it is not there.
+
+        Raises ArtifactError for damage there, or if it can't be read there or written here.
+        """
+        with self._disk_full_explained(stage, key), self._making(self.root / stage / key):
+            return self.get(stage, key) or self._pulled(stage, key)
 
     def verify(self, artifact: Artifact) -> None:
         """Hold an artifact against its name and its manifest.
@@ -193,11 +208,7 @@ class ArtifactStore:
         Raises DamagedError if it is not what its name says, or a file differs; another
         ArtifactError if that can't be told.
         """
-        manifest = artifact.manifest
-        told: tuple[str, str | None] = manifest["stage"], None
-        with contextlib.suppress(ConfigError):  # numbers that no recipe has
-            told = manifest["stage"], fingerprint(manifest["recipe"])
-        if told != (artifact.stage, artifact.fingerprint):
+        if not answers_to(artifact.manifest, artifact.stage, artifact.fingerprint):
             raise DamagedError(
                 f"artifact {artifact} is damaged: its recipe does not hash to its folder's name. "
                 f"Remove it with `dirotq verify --remove {artifact}`"
@@ -262,6 +273,24 @@ class ArtifactStore:
             return False
         refuse_newer(content, marker)
         return type(content.get("schema")) is int
+
+    def _pulled(self, stage: str, key: str) -> Artifact | None:
+        """Pull what is missing here, under its lock."""
+        final, folder = self.root / stage / key, self.root / stage / f"{key}.pull"
+        if self.remote is None or self.remote.fill(stage, key, folder) is None:
+            return None
+        return self._published(folder, final)
+
+    def _published(self, folder: Path, final: Path) -> Artifact:
+        """Give a folder that is complete its name, whole and on disk."""
+        open_modes(folder)
+        sync_tree(folder)
+        retire(folder / "data")  # last: killed before, the run finds its units again
+        self.discard(final)  # there only under force, or damaged
+        folder.replace(final)
+        for above in (final.parent, self.root):
+            sync(above)
+        return Artifact(final.parent.name, final.name, final)
 
     def _prepare(self, partial: Path, resume: bool) -> None:
         """Make the draft's folder, with nothing but ``data`` in it, and that only to ``resume``.
