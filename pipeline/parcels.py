@@ -4,8 +4,9 @@ Beside what was sent, ``.sent/<file>`` says of each large file that it arrived, 
 Neither a listing nor a service's own tag tells whether a file is the right one.
 """
 
+import contextlib
 import json
-import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from dirotq.pipeline.manifest import DamagedError
 from dirotq.pipeline.remote import Remote
 from dirotq.progress import track
 
-log = logging.getLogger(__name__)
-
 THREADS = 8
+HUGE = 100 << 20
+"""Bytes of a file that is sent in parts at the same time. Few of these are under way together: what
+is sent again after a kill is files that had not arrived."""
 SENT = ".sent"
 LARGE = 1 << 20
 """Bytes from which a note costs less than sending the file twice."""
@@ -45,7 +47,13 @@ def send(
     again  send all of them: what is there is damaged
     """
 
+    few = threading.Semaphore(2)
+
     def one(name: str) -> int:
+        with few if files[name]["bytes"] >= HUGE else contextlib.nullcontext():
+            return send_one(name)
+
+    def send_one(name: str) -> int:
         wanted = files[name]
         path, there, note = local(name), _at(place, name), _at(place, f"{SENT}/{name}")
         if wanted["bytes"] < LARGE:

@@ -33,7 +33,7 @@ PIECE = 16 << 20
 SMALL = 256 << 20
 """Bytes of the largest object that is read into memory: manifests, of many files."""
 _S3: Mapping[str, Any] = {
-    "max_concurrency": 2,  # parts of one file at a time, 50 MB each; several files are under way
+    "max_concurrency": 8,  # parts of one large file at a time, 50 MB each
     "config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 3}},
 }
 OPTIONS: Mapping[str, Mapping[str, Any]] = {
@@ -177,6 +177,7 @@ class Remote:
                     raise
                 if lasting(error) or tries == ATTEMPTS:
                     raise explained(error, does, where, tries) from error
-                log.debug("%s, attempt %d: %s: %s", where, tries, type(error).__name__, error)
+                level = logging.INFO if tries > 2 else logging.DEBUG  # one or two are nothing
+                log.log(level, "%s, attempt %d of %d: %s", where, tries, ATTEMPTS, error)
             time.sleep(PAUSE * 2 ** (tries - 1) * random.uniform(0.5, 1))
         raise AssertionError

@@ -46,7 +46,7 @@ def push(options: argparse.Namespace) -> int:
 
     What arrived there before is not sent again. Whoever pulls gets all of it or nothing.
     """
-    with told("dirotq.pipeline"):
+    with told("dirotq"):
         folder = Path(options.what).expanduser()
         if (folder / INDEX).is_file():
             remote = Remote(options.url)
@@ -84,7 +84,7 @@ def pull(options: argparse.Namespace) -> int:
     A packed folder that was pushed there by itself goes to --out. Every file is held against its
     digest; what an interrupted pull left is used.
     """
-    with told("dirotq.pipeline"):
+    with told("dirotq"):
         remote = Remote(options.url)
         content = None if options.what else listed(remote)
         if content is not None:

@@ -9,6 +9,7 @@ from importlib import metadata
 
 import pytest
 
+from dirotq.pipeline import remote_errors
 from dirotq.pipeline.wording import EXTRAS
 
 
@@ -45,10 +46,11 @@ def test_package_dir_maps_every_root_folder(tool, folders):
 
 
 def test_every_extra_is_used(pyproject):
-    """By a launcher of Hydra's that is named, or by imports; dev holds what the tests need."""
+    """By a launcher of Hydra's, a URL's protocol, or imports; dev holds what the tests need."""
     extras = pyproject["project"]["optional-dependencies"]
-    assert {"attention", "dev", "humming", "judge", "metrics", *EXTRAS.values()} == set(extras)
-    assert "dirotq[judge,slurm,sweep]" in extras["dev"]
+    named = {*EXTRAS.values(), *remote_errors.EXTRAS.values()}
+    assert {"attention", "dev", "humming", "judge", "metrics", *named} == set(extras)
+    assert "dirotq[judge,s3,slurm,sweep]" in extras["dev"]
 
 
 def test_every_data_file_is_shipped(tool, folders):
