@@ -170,9 +170,7 @@ def main() -> None:
         raw_put, raw_get, push, pull = (statistics.median(column) for column in zip(*rates))
         print(f"median: push {push / raw_put:.0%} of the raw rate, pull {pull / raw_get:.0%}")
         sent, there = killed(bad, artifact, megabytes / push * 0.6)
-        print(
-            f"killed after 60 % of the time: {there / 1e6:.0f} MB had arrived, {sent / 1e6:.0f} MB were sent"
-        )
+        print(f"killed at 60 %: {there / 1e6:.0f} MB had arrived, {sent / 1e6:.0f} MB were sent")
 
 
 if __name__ == "__main__":

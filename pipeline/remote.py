@@ -75,7 +75,7 @@ class Remote:
     def read(self, name: str) -> bytes | None:
         """Return a small object, or None if there is none. Raises ArtifactError, of a bucket that
         is missing too."""
-        get = partial(self._fs.cat_file, self._path(name), start=0, end=SMALL)
+        get: Callable[[], bytes] = partial(self._fs.cat_file, self._path(name), start=0, end=SMALL)
         try:
             return self._tried("read", name, get)
         except FileNotFoundError:
