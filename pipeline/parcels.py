@@ -1,6 +1,6 @@
 """Files with known digests, sent to a remote place and fetched from one: in parallel, resumed.
 
-Beside what was sent, ``.sent/<file>`` says of each large file that it arrived, and which it was.
+Beside a large file that arrived, ``<file>.dirotq-sent`` says so, and which file it was.
 Neither a listing nor a service's own tag tells whether a file is the right one.
 """
 
@@ -22,9 +22,9 @@ THREADS = 8
 HUGE = 100 << 20
 """Bytes of a file that is sent in parts at the same time. Few of these are under way together: what
 is sent again after a kill is files that had not arrived."""
-SENT = ".sent"
-LARGE = 1 << 20
-"""Bytes from which a note costs less than sending the file twice."""
+SENT = ".dirotq-sent"
+LARGE = 256 << 10
+"""Bytes from which a note costs less than sending the file twice, over most lines."""
 
 Files = Mapping[str, Mapping[str, Any]]
 """{relative path: {sha256, bytes}}, as in a manifest."""
@@ -55,7 +55,7 @@ def send(
 
     def send_one(name: str) -> int:
         wanted = files[name]
-        path, there, note = local(name), _at(place, name), _at(place, f"{SENT}/{name}")
+        path, there, note = local(name), _at(place, name), _at(place, name + SENT)
         if wanted["bytes"] < LARGE:
             remote.send(path, there)
             return int(wanted["bytes"])
@@ -71,9 +71,11 @@ def send(
     return _moved(one, files, "sending")
 
 
-def settle(remote: Remote, place: str) -> None:
+def settle(remote: Remote, place: str, files: Files) -> None:
     """Remove the notes of ``send``, once all has arrived and something says so."""
-    remote.tidy(_at(place, SENT))
+    noted = [_at(place, name + SENT) for name, entry in files.items() if entry["bytes"] >= LARGE]
+    with ThreadPoolExecutor(THREADS) as pool:
+        list(pool.map(remote.tidy, noted))
 
 
 def fetch(remote: Remote, place: str, files: Files, folder: Path) -> Moved:

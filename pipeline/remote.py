@@ -24,6 +24,7 @@ from dirotq.pipeline.secrecy import refuse_secrets
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+Does = Literal["read", "written", "removed"]
 
 ATTEMPTS = 7
 PAUSE = 0.1
@@ -130,14 +131,14 @@ class Remote:
     def remove(self, name: str) -> None:
         """Remove one object, if it is there."""
         with suppress(FileNotFoundError):
-            self._tried("written", name, lambda: self._fs.rm_file(self._path(name)))
+            self._tried("removed", name, lambda: self._fs.rm_file(self._path(name)))
 
-    def tidy(self, folder: str) -> None:
-        """Remove a folder that nobody needs any more, if that is allowed."""
+    def tidy(self, name: str) -> None:
+        """Remove one object that nobody needs any more, if that is allowed."""
         try:
-            self._fs.rm(self._path(folder), recursive=True)
-        except Exception as error:  # noqa: BLE001 - rights to remove may be missing; it harms nobody
-            log.debug("%s/%s stays: %s", self.url, folder, error)
+            self._fs.rm_file(self._path(name))
+        except Exception as error:  # noqa: BLE001 - it may be gone, or not be ours to remove
+            log.debug("%s/%s stays: %s", self.url, name, error)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}" if name else self._root
@@ -158,22 +159,21 @@ class Remote:
                     self._fs.rm_file(scratch)
                 raise
 
-        try:
-            self._tried("written", name, whole)
-        except FileNotFoundError as error:
-            raise explained(error, "written", f"{self.url}/{name}", 1) from error
+        self._tried("written", name, whole)
 
-    def _tried(self, does: Literal["read", "written"], name: str, call: Callable[[], T]) -> T:
+    def _tried(self, does: Does, name: str, call: Callable[[], T]) -> T:
         """Return what ``call`` returns, after some attempts if it must be.
 
-        Raises FileNotFoundError for an object that is not there, ArtifactError for all else.
+        Raises FileNotFoundError if what is to be read or removed is not there, ArtifactError for
+        all else. Where something is written, another process may just have removed its folder.
         """
         where = f"{self.url}/{name}"
         for tries in range(1, ATTEMPTS + 1):
             try:
                 return call()
             except Exception as error:  # whatever a protocol's package raises
-                if isinstance(error, FileNotFoundError) and not no_bucket(error):
+                absent = isinstance(error, FileNotFoundError) and not no_bucket(error)
+                if absent and does != "written":
                     raise
                 if lasting(error) or tries == ATTEMPTS:
                     raise explained(error, does, where, tries) from error

@@ -7,7 +7,6 @@ known of them here, as none of them has to be installed.
 import errno
 import re
 from collections.abc import Iterator
-from typing import Literal
 
 from fsspec.registry import known_implementations
 
@@ -17,8 +16,8 @@ from dirotq.pipeline.disk import is_disk_full
 EXTRAS = {"s3": "s3", "s3a": "s3"}
 """Protocols, and the extras of this package that install what they need."""
 LASTING = (
-    AttributeError, FileExistsError, FileNotFoundError, ImportError, IsADirectoryError,
-    NotADirectoryError, NotImplementedError, PermissionError, TypeError, ValueError,
+    AttributeError, FileExistsError, ImportError, IsADirectoryError, NotADirectoryError,
+    NotImplementedError, PermissionError, TypeError, ValueError,
 )  # fmt: skip
 LASTING_CODES = (errno.EPERM, errno.ENOSYS, errno.ENAMETOOLONG, errno.EROFS)
 _NO_CREDENTIALS = re.compile(r"Credentials|ProfileNotFound|TokenRetrieval|SSOToken|RefreshError")
@@ -27,8 +26,9 @@ _NO_BUCKET = re.compile(r"NoSuchBucket|(?:bucket|container)\W.*not (?:exist|foun
 
 def lasting(error: Exception) -> bool:
     """Tell whether the same request would fail again; all else is tried again a few times."""
-    coded = isinstance(error, OSError) and error.errno in LASTING_CODES
-    return isinstance(error, LASTING) or coded or is_disk_full(error) or _unknown(error)
+    if isinstance(error, LASTING) or is_disk_full(error) or _unknown(error) or no_bucket(error):
+        return True
+    return isinstance(error, OSError) and error.errno in LASTING_CODES
 
 
 def no_bucket(error: BaseException) -> bool:
@@ -36,11 +36,10 @@ def no_bucket(error: BaseException) -> bool:
     return any(_NO_BUCKET.search(f"{type(e).__name__} {e}") for e in _chain(error))
 
 
-def explained(
-    error: Exception, does: Literal["read", "written"], where: str, tries: int
-) -> ArtifactError:
+def explained(error: Exception, does: str, where: str, tries: int) -> ArtifactError:
     """Return what tells a user why the URL ``where`` could not be read or written.
 
+    does   read, written, removed
     tries  how often it was tried
     """
     host = "/".join(where.split("/")[:3])

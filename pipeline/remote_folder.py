@@ -50,7 +50,7 @@ def push_folder(folder: Path, remote: Remote, *, force: bool = False) -> Moved |
     remote.remove(LIST)  # nobody reads a mixture
     moved = parcels.send(remote, "", files, lambda name: folder / name, again=force)
     remote.write(LIST, parcels.json_bytes(content))
-    parcels.settle(remote, "")
+    parcels.settle(remote, "", files)
     return moved
 
 

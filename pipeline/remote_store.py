@@ -88,7 +88,7 @@ class RemoteStore:
         if artifact.provenance:
             self.remote.send(artifact.path / PROVENANCE, f"{place}/{PROVENANCE}")
         self.remote.send(artifact.path / MANIFEST, f"{stage}/{key}/{MANIFEST}")
-        parcels.settle(self.remote, f"{place}/data")
+        parcels.settle(self.remote, f"{place}/data", manifest["files"])
         return moved
 
     def fill(self, stage: str, key: str, folder: Path) -> Moved | None:

@@ -53,6 +53,11 @@ def push(options: argparse.Namespace) -> int:
             with _timed("pushed", str(folder), options.url) as tell:
                 tell(push_folder(folder, remote, force=options.force))
             return 0
+        if folder.is_dir():
+            raise ArtifactError(
+                f"{folder} is no packed folder: it has no {INDEX}. Artifacts are named "
+                "STAGE/FINGERPRINT, as `dirotq list` shows them"
+            )
         store, remote_store = ArtifactStore(options.store), RemoteStore(options.url)
         names = _last_run(store) if options.what == LAST else {}
         chosen = [store.find(name) for name in names.values() or [options.what]]

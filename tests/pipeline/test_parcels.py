@@ -55,8 +55,8 @@ def test_there_and_back(place, folder, tmp_path):
     assert send(place, folder).sent == TOTAL
     assert parcels.fetch(place, "x", files_of(folder), tmp_path / "back").sent == TOTAL
     assert files_of(tmp_path / "back") == files_of(folder)
-    parcels.settle(place, "x")
-    assert not [name for name in FaultyFiles.store if ".sent" in name]
+    parcels.settle(place, "x", files_of(folder))
+    assert not [name for name in FaultyFiles.store if name.endswith(parcels.SENT)]
 
 
 def test_a_bad_network_loses_nothing(place, faulty, folder, tmp_path, monkeypatch):

@@ -18,9 +18,9 @@ DATA = bytes(range(256)) * 40
 DIGEST = hashlib.sha256(DATA).hexdigest()
 
 
-@pytest.fixture(params=["file", "faulty"])
+@pytest.fixture(params=["file", "memory", "faulty"])
 def place(request, faulty, tmp_path):
-    return Remote(f"file://{tmp_path}/far" if request.param == "file" else "faulty://far")
+    return Remote(f"{request.param}://{tmp_path}/far")
 
 
 def test_objects_there_and_back(place, tmp_path):
@@ -42,6 +42,7 @@ def test_what_is_not_there(place, tmp_path):
     assert place.size("nix") is None
     assert place.names("nix") == []
     assert place.fetch("nix", tmp_path / "back", 7) is None
+    place.remove("nix")
     place.tidy("nix")
 
 

@@ -156,12 +156,11 @@ def test_lost_provenance_stops_nobody(store, remote, other):
     assert got.provenance == {}
 
 
-def publish_other(root):
-    """The same recipe, and other bytes: as another GPU rounds."""
+def publish_bytes(root, what):
     store = ArtifactStore(root)
     with store.create("toy", RECIPE) as draft:
         for name in ("one.txt", "tree.txt"):
-            (draft.data / name).write_text(f"{name} of {root.name}" * 50)
+            (draft.data / name).write_text(f"{name} of {what}" * 50)
     return draft.artifact
 
 
@@ -171,10 +170,13 @@ def pushes(root, url):
         RemoteStore(url).push(artifact, force=True)
 
 
-def test_processes_that_push_one_artifact_with_other_bytes(tmp_path):
-    """At every moment, what a third process reads is all of one or all of the other."""
+@pytest.mark.parametrize("bytes_of", ["ab", "aa"])
+def test_processes_that_push_one_artifact(bytes_of, tmp_path, monkeypatch):
+    """With the same bytes or with others, as another GPU rounds: at every moment, what a third
+    process reads is all of one or all of the other."""
+    monkeypatch.setattr(parcels, "LARGE", 1)
     url, roots = f"file://{tmp_path}/far", [tmp_path / name for name in "ab"]
-    wanted = [contents(publish_other(root).data) for root in roots]
+    wanted = [contents(publish_bytes(*it).data) for it in zip(roots, bytes_of, strict=True)]
     fork = multiprocessing.get_context("fork")
     workers = [fork.Process(target=pushes, args=(root, url)) for root in roots]
     for worker in workers:

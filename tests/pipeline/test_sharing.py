@@ -11,6 +11,7 @@ from faulty_files import faulty as faulty
 
 from dirotq.files.sums import check_sums, write_sums
 from dirotq.pipeline import remote_folder
+from dirotq.pipeline.parcels import SENT
 from dirotq.pipeline.store import ArtifactStore
 
 FAR = "faulty://far"
@@ -130,7 +131,7 @@ def test_a_packed_folder_goes_and_comes(dirotq, packed, tmp_path, monkeypatch):
     place = f"{FAR}/models/mine"
     assert dirotq("push", str(packed), place).status == 0
     assert not [name for name in FaultyFiles.store if "token" in name or "away" in name]
-    assert not [name for name in FaultyFiles.store if ".sent" in name]
+    assert not [name for name in FaultyFiles.store if name.endswith(SENT)]
     assert "there " in dirotq("push", str(packed), place).out
     monkeypatch.chdir(tmp_path / "mine")
     found = dirotq("pull", place)
@@ -189,6 +190,7 @@ def test_two_pulls_to_one_place(packed, dirotq, tmp_path):
         (["push", "total", "/tmp/far"], "is no URL of a remote store"),
         (["push", "total", "nix://far/x"], "knows no protocol nix://"),
         (["push", "nix", FAR], "no artifact matches 'nix'"),
+        (["push", "/tmp", FAR], "is no packed folder"),
         (["pull", FAR], "holds no packed folder and no run"),
         (["pull", FAR, "total"], "no artifact matches 'total'"),
         (["pull", FAR, "total/" + "a" * 16], "has no artifact total/a"),
