@@ -5,6 +5,10 @@ from pathlib import Path
 
 from dirotq.errors import ArtifactError
 
+MARKER, REMOTE_MARKER = "dirotq-store.json", "dirotq-remote.json"
+"""Files that say what lies around them: a store (pipeline/store.py) or a remote one
+(pipeline/remote_store.py), whose layouts differ."""
+
 
 def store_place(root: str | Path) -> Path:
     """Return the absolute path of a store; the folder itself may be still to come.

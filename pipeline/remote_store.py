@@ -28,9 +28,9 @@ from dirotq.pipeline.manifest import (
     refuse_newer,
 )
 from dirotq.pipeline.parcels import Moved, json_bytes
+from dirotq.pipeline.place import MARKER, REMOTE_MARKER
 from dirotq.pipeline.remote import Remote
 
-MARKER = "dirotq-remote.json"
 LAST = "last-run.json"
 PROVENANCE = "provenance.json"
 _NAME = re.compile(r"([A-Za-z_]\w*)/([0-9a-f]{16})", re.ASCII)  # becomes a path here
@@ -42,13 +42,19 @@ class RemoteStore:
     def __init__(self, url: str) -> None:
         """Open it, and look whether this version can read what is there.
 
-        Raises ArtifactError for a URL that can't be opened or read, or if a newer DiRotQ wrote it.
+        Raises ArtifactError for a URL that can't be opened or read or is a local store's, or if a
+        newer DiRotQ wrote it.
         """
         self.remote = Remote(url)
-        self.marked = (found := self.remote.read(MARKER)) is not None
+        self.marked = (found := self.remote.read(REMOTE_MARKER)) is not None
         if found is not None:
-            where = f"{self.remote}/{MARKER}"
+            where = f"{self.remote}/{REMOTE_MARKER}"
             refuse_newer(json_object(found, where), where)
+        elif self.remote.read(MARKER) is not None:
+            raise ArtifactError(
+                f"{url} is a local store, whose layout is another one: use it with store=FOLDER, "
+                "or push to another place"
+            )
 
     def __str__(self) -> str:
         return self.remote.url
@@ -79,7 +85,7 @@ class RemoteStore:
         if not force and self._has(stage, key):
             return None
         if not self.marked:
-            self.remote.write(MARKER, json_bytes({"schema": SCHEMA}))
+            self.remote.write(REMOTE_MARKER, json_bytes({"schema": SCHEMA}))
             self.marked = True
         place = _place(manifest)
         moved = parcels.send(

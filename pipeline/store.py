@@ -44,7 +44,7 @@ from dirotq.pipeline.manifest import (
     refuse_newer,
     sealed,
 )
-from dirotq.pipeline.place import store_place
+from dirotq.pipeline.place import MARKER, REMOTE_MARKER, store_place
 from dirotq.pipeline.provenance import provenance, reset_peaks
 from dirotq.pipeline.remote_store import RemoteStore
 from dirotq.pipeline.stage import fingerprint
@@ -54,7 +54,6 @@ __all__ = ["Artifact", "ArtifactStore", "Draft", "default_root"]
 
 log = logging.getLogger(__name__)
 
-MARKER = "dirotq-store.json"
 _KEY = re.compile(r"[0-9a-f]{16}")
 
 
@@ -83,7 +82,7 @@ class ArtifactStore:
 
         remote  ``create`` pulls from there what is missing here
 
-        Raises ArtifactError for a URL, or if a newer DiRotQ wrote the store.
+        Raises ArtifactError for a URL or a remote store's folder, or if a newer DiRotQ wrote it.
         """
         if "://" in str(root):
             raise ArtifactError(
@@ -92,6 +91,11 @@ class ArtifactStore:
             )
         self.root = store_place(root)
         self.remote = remote
+        if os.path.lexists(self.root / REMOTE_MARKER):
+            raise ArtifactError(
+                f"{self.root} is a remote store, which `dirotq push` filled: its layout is another "
+                f"one. Give a folder as the store, and beside it store_remote=file://{self.root}"
+            )
         self._marked()
 
     def get(self, stage: str, key: str) -> Artifact | None:

@@ -24,7 +24,8 @@ from dirotq.packed.folder import artifact_around
 from dirotq.packed.guards import PACKED
 from dirotq.packed.swap import footprint
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.store import MARKER, ArtifactStore
+from dirotq.pipeline.place import MARKER
+from dirotq.pipeline.store import ArtifactStore
 from dirotq.sources.folder import is_licence, stays
 
 log = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from dirotq.files.json_file import INDEX, read_json
 from dirotq.files.sums import SUMS, check_sums
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.manifest import MANIFEST
-from dirotq.pipeline.store import MARKER
+from dirotq.pipeline.place import MARKER
 
 log = logging.getLogger(__name__)
 

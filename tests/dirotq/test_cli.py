@@ -120,7 +120,7 @@ def test_plan_touches_nothing_and_knows_the_past(dirotq, store):
             "interrupted in numbers; finished work is",
         ),
         (["compress", "-m", "squares.power=2,5"], "squares.power=5: allowed are 2 and 3"),
-        (["compress", "store=s3://bucket"], "only local folders work as a store"),
+        (["compress", "store=s3://bucket"], "store_remote=s3://bucket"),
         (["verify", "rank/abc"], "no artifact matches 'rank/abc'"),
         (["explain", "a"], "explain takes two artifacts"),
         (["generate", "nix", "--prompt", "x"], "no artifact matches 'nix'"),
@@ -164,8 +164,8 @@ def test_trouble_costs_nothing_that_was_done(dirotq, tmp_path):
 
 
 VERBS = (
-    "compress", "plan", "explain", "sites", "list", "compare", "verify", "gc", "generate",
-    "export", "tune", "doctor",
+    "compress", "plan", "explain", "sites", "list", "compare", "push", "pull", "verify",
+    "gc", "generate", "export", "tune", "doctor",
 )  # fmt: skip
 
 

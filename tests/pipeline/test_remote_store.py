@@ -15,7 +15,8 @@ from dirotq.errors import ArtifactError
 from dirotq.pipeline import dag, parcels
 from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.manifest import SCHEMA, DamagedError
-from dirotq.pipeline.remote_store import MARKER, RemoteStore
+from dirotq.pipeline.place import REMOTE_MARKER as MARKER
+from dirotq.pipeline.remote_store import RemoteStore
 from dirotq.pipeline.stage import fingerprint
 from dirotq.pipeline.store import ArtifactStore
 
@@ -92,6 +93,15 @@ def test_a_newer_store_is_refused(remote, url):
     remote.remote.write(MARKER, json.dumps({"schema": SCHEMA + 1}).encode())
     with pytest.raises(ArtifactError, match=rf"{MARKER} has schema {SCHEMA + 1}.*Upgrade"):
         RemoteStore(url)
+
+
+def test_a_local_store_and_a_remote_one_are_not_taken_for_each_other(store, tmp_path):
+    publish(store)
+    with pytest.raises(ArtifactError, match=r"is a local store.*store=FOLDER"):
+        RemoteStore(f"file://{store.root}")
+    RemoteStore(f"file://{tmp_path}/far").push(store.find("toy"))
+    with pytest.raises(ArtifactError, match=rf"store_remote=file://{tmp_path}/far"):
+        ArtifactStore(tmp_path / "far")
 
 
 def test_a_newer_artifact_is_refused(store, remote, other):

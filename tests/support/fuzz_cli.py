@@ -19,8 +19,8 @@ from dirotq.cli import main
 CONFIG = "toyline.conf"
 SECRET = "sk-proj-Zq81XyWvuTsrQponM26"
 VERBS = (
-    "compress", "plan", "explain", "sites", "list", "compare", "verify", "gc", "generate", "tune",
-    "doctor",
+    "compress", "plan", "explain", "sites", "list", "compare", "push", "pull", "verify", "gc",
+    "generate", "tune", "doctor",
 )  # fmt: skip
 
 NASTY = st.text(
@@ -31,7 +31,7 @@ PATHS = st.one_of(
     st.sampled_from(
         ["inside", "a b/(1) [x]", "it's", "é/ü", "a=b,c", "~", "~/x", "~nosuchuser/x", "${x}",
          "a${b", "${oc.env:HOME}", "null", "123", "1e3", "true", "file", "file/x", "", " ",
-         "/dev/null/x", "/proc/nope", "x" * 300, "s3://bucket", "[a]", "{a: b}"]
+         "/dev/null/x", "/proc/nope", "x" * 300, "gs://bucket", "memory://x", "[a]", "{a: b}"]
     ),
 )  # fmt: skip
 VALUES = st.one_of(
@@ -44,7 +44,8 @@ VALUES = st.one_of(
 )  # fmt: skip
 KEYS = st.one_of(
     st.sampled_from(
-        ["store", "model", "model.path", "model.offset", "numbers.count", "numbers.trouble",
+        ["store", "store_remote", "store_push", "model", "model.path", "model.offset",
+         "numbers.count", "numbers.trouble",
          "numbers.ledger", "squares.power", "squares.powr", "squares", "until", "force", "methd",
          "pipeline", "pipeline.squares", "executor", "executor._target_", "squares._target_",
          "hydra/launcher", "hydra.run.dir", "hydra.job.chdir", "a.b.c", "model@x", "x.api_key"]
