@@ -22,6 +22,7 @@ TESTS = (
     "tests/stages/test_line.py", "tests/dirotq/sources/test_model.py", "tests/dirotq/test_cli.py",
     "tests/dirotq/test_registration.py", "tests/dirotq/evaluate/test_report.py",
     "tests/pipeline/test_multirun.py", "tests/pipeline/test_quoting.py",
+    "tests/pipeline/test_remote_store.py",
 )  # fmt: skip
 
 
