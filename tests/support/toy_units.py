@@ -80,6 +80,8 @@ class Parts:
 
 
 if __name__ == "__main__":
+    from toy_units import Parts  # by the name that it has in a worker too
+
     out, workers, count, pause = sys.argv[1:]
     ledger = Path(out).parent / "ledger"
     ledger.mkdir(exist_ok=True)
