@@ -109,10 +109,14 @@ class Worker:
 
 
 def environment(count: int, device: int | None) -> dict[str, str]:
-    """Return the environment variables of one of ``count`` workers, which sees only ``device``."""
-    given = os.environ.get("OMP_NUM_THREADS", "").split(",")[0]
-    threads = int(given) if given.isdigit() else len(os.sched_getaffinity(0))
-    settings = dict.fromkeys(THREADS, str(max(threads // count, 1)))
+    """Return the environment variables of one of ``count`` workers, which sees only ``device``.
+
+    A number of threads that the environment gives holds for each; else all cores are divided.
+    """
+    settings = {}
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        settings = dict.fromkeys(THREADS, str(max(cores // count, 1)))
     if device is not None:
         names = [name for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
         settings[VISIBLE] = names[device] if names else str(device)

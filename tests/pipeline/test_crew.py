@@ -186,20 +186,17 @@ with Crew(1, None) as crew:
     assert 'if __name__ == "__main__":' in run.stderr.splitlines()[-1]
 
 
-@pytest.mark.parametrize(
-    ("given", "count", "threads"), [("8", 2, "4"), ("1", 2, "1"), ("3", 2, "1"), ("6,2", 3, "2")]
-)
-def test_threads_are_divided(monkeypatch, given, count, threads):
-    monkeypatch.setenv("OMP_NUM_THREADS", given)
-    assert environment(count, None) == dict.fromkeys(
-        ["OMP_NUM_THREADS", "MKL_NUM_THREADS"], threads
-    )
-
-
-def test_threads_of_the_machine_are_divided(monkeypatch):
+@pytest.mark.parametrize(("count", "threads"), [(1, "8"), (2, "4"), (3, "2"), (9, "1")])
+def test_cores_are_divided(monkeypatch, count, threads):
     monkeypatch.delenv("OMP_NUM_THREADS")
-    cores = len(os.sched_getaffinity(0))
-    assert environment(1, None)["OMP_NUM_THREADS"] == str(cores)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    wanted = dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS"], threads)
+    assert environment(count, None) == wanted
+
+
+def test_threads_that_were_asked_for_are_each_ones(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert environment(2, None) == {}
 
 
 @pytest.mark.parametrize(("visible", "seen"), [(None, "1"), ("5,3", "3"), ("GPU-a,GPU-b", "GPU-b")])
