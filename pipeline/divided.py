@@ -37,6 +37,8 @@ class Divided(Protocol):
     def merge(self, units: Units, **inputs: Any) -> Mapping[str, float]: ...
 
 
+FEW = 2
+"""Units of which so few are to do are long, and tell of their progress themselves."""
 Share = Callable[[Any, Units, Sequence[str], Inputs], Iterator[str]]
 """Has the named units of a stage made, and yields their names as they are finished."""
 
@@ -52,7 +54,7 @@ def in_units(
     todo = units.todo(stage.units(**inputs), str, stage.what)
     if todo:
         made = (share or _here)(stage, units, todo, inputs)
-        for _ in track(made, stage.what, total=len(todo)):
+        for _ in track(made, stage.what, total=len(todo)) if len(todo) > FEW else made:
             pass
         units.flush()  # merging may take long, or fail
     return dict(stage.merge(units, **inputs))

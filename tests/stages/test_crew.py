@@ -8,7 +8,12 @@ from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import in_units
 from dirotq.pipeline.units import JOURNAL
 
-STAGES = {"capture": (), "basis": ("capture",), "gptq": ("capture", "basis", "rank")}
+STAGES = {
+    "capture": (),
+    "basis": ("capture",),
+    "gptq": ("capture", "basis", "rank"),
+    "fuse": ("capture", "basis", "rank"),
+}
 
 
 @pytest.fixture(scope="module")
