@@ -34,6 +34,8 @@ class Crew:
     """``count`` workers, started when there is something to do and stopped with the block.
 
     devices  GPUs for them, in turn: each sees one; None: they compute where the stage says
+
+    ``peaks``: the memory that each took for the last stage.
     """
 
     def __init__(self, count: int, devices: Sequence[int] | None) -> None:
@@ -42,6 +44,7 @@ class Crew:
         )
         self._workers = [Worker(environment(count, device)) for device in chosen]
         self._devices = devices
+        self.peaks: list[dict[str, int]] = []
 
     def __enter__(self) -> "Crew":
         return self
@@ -89,9 +92,10 @@ class Crew:
                     )
                 idle.append(worker)
                 yield from finished
+        self.peaks = []
         for future in [worker.rest() for worker in self._workers]:
             with contextlib.suppress(BrokenExecutor):  # it is started anew when it is needed
-                future.result()
+                self.peaks.append(future.result())
 
     def _job(self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs) -> Job:
         known = recipe(stage)

@@ -124,7 +124,9 @@ def run(
         for step in steps:
             inputs = {slot: done[need].artifact for slot, need in step.needs.items()}
             forced = step.name in force
-            notes = {"estimate": estimates[step.name]} if step.name in estimates else {}
+            notes: dict[str, Any] = {}
+            if step.name in estimates:
+                notes["estimate"] = estimates[step.name]
             produce = functools.partial(
                 _produce, step, store, run_stage, inputs, forced, overrides, notes
             )
@@ -169,7 +171,7 @@ def _produce(
     inputs: Mapping[str, Artifact],
     force: bool,
     overrides: Sequence[str],
-    notes: Mapping[str, Any],
+    notes: dict[str, Any],
 ) -> float | None:
     """Run the step and publish what it makes; its seconds, or None if another process did."""
     resume = bool(getattr(step.stage, "resumable", False))
@@ -183,7 +185,7 @@ def _produce(
         log.info("%-8s running %s", step.name, step)
         discard = functools.partial(store.discard, draft.data.parent)
         with running(overrides), _unmixed(step, inputs, discard):
-            draft.metrics.update(run_stage(step.stage, draft.data, inputs))
+            draft.metrics.update(run_stage(step.stage, draft.data, inputs, notes))
     seconds = time.monotonic() - began
     log.info("%-8s done in %.1f s", step.name, seconds)
     return seconds

@@ -2,7 +2,7 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,19 +10,23 @@ from typing import Any, Protocol
 from dirotq.errors import ConfigError
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Divided, Inputs, in_units
-from dirotq.pipeline.machine import refuse_devices
+from dirotq.pipeline.machine import Needs, refuse_devices
 
-RunStage = Callable[[Any, Path, Inputs], Mapping[str, float]]
-"""Runs a stage on its inputs into a folder; returns its metrics."""
+Notes = dict[str, Any]
+RunStage = Callable[[Any, Path, Inputs, Notes], Mapping[str, float]]
+"""Runs a stage on its inputs into a folder and returns its metrics; may add to provenance.json."""
 
 
 class Executor(Protocol):
     """``opened`` gives what runs the stages of one run; what it started ends with the block.
 
-    ``refuse`` raises ConfigError for a stage's ``device`` that contradicts the executor's.
+    ``refuse`` raises ConfigError for a stage's ``device`` that contradicts the executor's;
+    ``together`` makes of what a stage needs in one process what it needs of the machine.
     """
 
     def refuse(self, device: str, setting: str) -> None: ...
+
+    def together(self, stage: Any, needs: Needs) -> Needs: ...
     def opened(self) -> contextlib.AbstractContextManager[RunStage]: ...
 
 
@@ -70,6 +74,13 @@ class LocalExecutor:
                 "compute: leave one of them out"
             )
 
+    def together(self, stage: Any, needs: Needs) -> Needs:
+        """Return what all processes need that make the stage's units."""
+        if not self.processes or not isinstance(stage, Divided):
+            return needs
+        sharing = self.processes // len(self.devices or [0])
+        return replace(needs, vram=needs.vram * sharing, ram=needs.ram * self.processes)
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[RunStage]:
         """Yield what runs a stage. Other processes start when a stage first has units for them."""
@@ -80,13 +91,17 @@ class LocalExecutor:
             yield partial(_run_shared, crew)
 
 
-def run_here(stage: Any, out: Path, inputs: Inputs) -> Mapping[str, float]:
+def run_here(stage: Any, out: Path, inputs: Inputs, notes: Notes) -> Mapping[str, float]:
     """Run a stage in this process."""
     metrics: Mapping[str, float] = stage.run(out, **inputs)
     return metrics
 
 
-def _run_shared(crew: Crew, stage: Any, out: Path, inputs: Inputs) -> Mapping[str, float]:
-    if isinstance(stage, Divided):
-        return in_units(stage, out, inputs, crew.share)
-    return run_here(stage, out, inputs)
+def _run_shared(
+    crew: Crew, stage: Any, out: Path, inputs: Inputs, notes: Notes
+) -> Mapping[str, float]:
+    if not isinstance(stage, Divided):
+        return run_here(stage, out, inputs, notes)
+    metrics = in_units(stage, out, inputs, crew.share)
+    notes["workers"] = crew.peaks
+    return metrics

@@ -12,19 +12,20 @@ import multiprocessing.connection
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.divided import Inputs, Make
-from dirotq.pipeline.provenance import reset_peaks
+from dirotq.pipeline.provenance import peaks, reset_peaks
 from dirotq.pipeline.stage import recipe
 from dirotq.pipeline.units import Units
 
+T = TypeVar("T")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 START = 30.0
@@ -83,9 +84,9 @@ class Worker:
         self.start()
         return self._submit(make_units, job, list(names))
 
-    def rest(self) -> Future[None]:
-        """Have the process let go of what it opened for a stage, and of the memory."""
-        return self._submit(_forget) if self._pool else _ended(None)
+    def rest(self) -> Future[dict[str, int]]:
+        """Have the process let go of what it opened for a stage, and tell what memory that took."""
+        return self._submit(_forget)
 
     def stop(self) -> None:
         """Kill the process if it lives. Nothing is lost: what it finished is on the disk."""
@@ -100,12 +101,16 @@ class Worker:
         self._relay.join(timeout=1.0)  # its last words
         self._pool = self._pid = self._relay = None
 
-    def _submit(self, function: Any, *given: Any) -> Future[None]:
-        assert self._pool is not None
+    def _submit(self, function: Callable[..., T], *given: Any) -> Future[T]:
+        failed: Future[T] = Future()
+        if self._pool is None:
+            failed.set_exception(BrokenExecutor("it was never started"))
+            return failed
         try:
             return self._pool.submit(function, *given)
         except BrokenExecutor as error:  # it died since its last units
-            return _ended(error)
+            failed.set_exception(error)
+            return failed
 
 
 def environment(count: int, device: int | None) -> dict[str, str]:
@@ -147,9 +152,11 @@ def _opened(job: Job) -> Make:
     return make
 
 
-def _forget() -> None:
+def _forget() -> dict[str, int]:
+    taken = peaks()
     _opened.cache_clear()
     reset_peaks()
+    return taken
 
 
 def _begin(writer: Any, level: int) -> None:
@@ -184,12 +191,6 @@ def _relay(reader: Any) -> None:
             here = logging.getLogger(record.name)
             if here.isEnabledFor(record.levelno):
                 here.handle(record)
-
-
-def _ended(error: BaseException | None) -> Future[None]:
-    future: Future[None] = Future()
-    future.set_exception(error) if error else future.set_result(None)
-    return future
 
 
 @contextlib.contextmanager

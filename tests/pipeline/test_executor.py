@@ -8,6 +8,7 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import dag, graphics, machine
 from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.graphics import Graphics
+from dirotq.pipeline.machine import Needs
 
 CARD = Graphics(name="NVIDIA H200", memory=141 << 30, capability="9.0", driver="570")
 
@@ -25,7 +26,7 @@ def test_without_settings_this_process_does_it_all():
         return {"out": out, **inputs}
 
     with LocalExecutor().opened() as run:
-        made = run(SimpleNamespace(run=stage), Path("there"), {"first": 1})
+        made = run(SimpleNamespace(run=stage), Path("there"), {"first": 1}, {})
     assert made == {"out": Path("there"), "first": 1}
     assert LocalExecutor(workers=1).processes == 0
 
@@ -34,13 +35,31 @@ def test_the_line_with_two_workers_publishes_what_one_does(tmp_path, store):
     (tmp_path / "ledger").mkdir()
     stage = Parts(count=4, ledger=str(tmp_path / "ledger"))
     steps = dag.plan({"parts": stage}, {"parts": {}})
-    made = [
-        dag.run(steps, store, LocalExecutor(workers=workers), force=["parts"])["parts"].artifact
-        for workers in (None, 2)
-    ]
+    found = []
+    for workers in (None, 2):
+        done = dag.run(steps, store, LocalExecutor(workers=workers), force=["parts"])
+        artifact = done["parts"].artifact
+        found.append((artifact.manifest, artifact.provenance))
     assert len({process for _, process in stage.begun()}) == 3
-    first, second = (artifact.manifest for artifact in made)
-    assert first["files"] == second["files"] and first["fingerprint"] == second["fingerprint"]
+    (one, alone), (two, shared) = found
+    assert one == two
+    peaks = [worker["peak_rss_bytes"] for worker in shared["workers"]]
+    assert len(peaks) == 2 and min(peaks) > 1e6
+    assert "workers" not in alone
+
+
+def test_needs_are_those_of_all_workers(gpus):
+    gpus(2)
+    one, parts = Needs(vram=3.0, ram=5.0, disk=7.0), Parts(count=1, ledger="")
+    assert LocalExecutor().together(parts, one) == one
+    assert LocalExecutor(workers=3).together(object(), one) == one  # not divided
+    wanted = {
+        LocalExecutor(workers=3): (9.0, 15.0),
+        LocalExecutor(devices=(0, 1)): (3.0, 10.0),
+        LocalExecutor(devices=(0, 1), workers=4): (6.0, 20.0),
+    }
+    for executor, (vram, ram) in wanted.items():
+        assert executor.together(parts, one) == Needs(vram=vram, ram=ram, disk=7.0)
 
 
 @pytest.mark.parametrize(
