@@ -72,30 +72,37 @@ class Crew:
         for worker in idle:  # all begin to start before one is waited for
             worker.start()
         running: dict[Future[None], tuple[Worker, list[str]]] = {}
-        while left or running:
+
+        def give_out() -> None:
             while left and idle:
                 worker, names = idle.pop(0), self._next(left, lost)
                 running[worker.make(job, names)] = worker, names
+
+        give_out()
+        while running:
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
                 worker, names = running.pop(future)
-                died = self._died(future)
+                if not (died := self._died(future)):
+                    idle.append(worker)
+                    give_out()  # it goes on while what it made is looked at
                 finished = units.adopt(names)
                 missing = [name for name in names if name not in finished]
                 if died:
                     self._again(stage, worker, missing, lost)
                     left.extend(missing)
+                    idle.append(worker)
+                    give_out()
                 elif missing:
                     raise ArtifactError(
                         f"{stage.what}: {missing[0]} is not as it was written: another program "
                         "changes the store while it is written to; the same command makes it anew"
                     )
-                idle.append(worker)
                 yield from finished
         self.peaks = []
-        for future in [worker.rest() for worker in self._workers]:
+        for resting in [worker.rest() for worker in self._workers]:
             with contextlib.suppress(BrokenExecutor):  # it is started anew when it is needed
-                self.peaks.append(future.result())
+                self.peaks.append(resting.result())
 
     def _job(self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs) -> Job:
         known = recipe(stage)

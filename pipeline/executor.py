@@ -88,7 +88,8 @@ class LocalExecutor:
             yield run_here
             return
         with Crew(self.processes, self.devices) as crew:
-            yield partial(_run_shared, crew)
+            first = None if self.devices is None else f"cuda:{self.devices[0]}"
+            yield partial(_run_shared, crew, first)
 
 
 def run_here(stage: Any, out: Path, inputs: Inputs, notes: Notes) -> Mapping[str, float]:
@@ -98,8 +99,11 @@ def run_here(stage: Any, out: Path, inputs: Inputs, notes: Notes) -> Mapping[str
 
 
 def _run_shared(
-    crew: Crew, stage: Any, out: Path, inputs: Inputs, notes: Notes
+    crew: Crew, device: str | None, stage: Any, out: Path, inputs: Inputs, notes: Notes
 ) -> Mapping[str, float]:
+    """Run a stage, its units in other processes; on ``device`` what remains for this one."""
+    if device is not None and hasattr(stage, "device"):
+        stage = replace(stage, device=device)
     if not isinstance(stage, Divided):
         return run_here(stage, out, inputs, notes)
     metrics = in_units(stage, out, inputs, crew.share)

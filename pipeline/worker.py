@@ -179,8 +179,12 @@ def _end_with(sentinel: int) -> None:
 class _Sender(logging.handlers.QueueHandler):
     """Sends records through a pipe of this process alone: one that dies blocks no other."""
 
+    def __init__(self, writer: Any) -> None:
+        super().__init__(writer)
+        self._writer = writer
+
     def enqueue(self, record: logging.LogRecord) -> None:
-        self.queue.send(record)
+        self._writer.send(record)
 
 
 def _relay(reader: Any) -> None:
