@@ -1,4 +1,4 @@
-"""What sharing units out to processes costs, and what it gains: tiny-flux on a CPU, one thread each.
+"""What sharing units out to processes costs and gains: tiny-flux on a CPU, one thread each.
 
     python benchmarks/workers.py --workers 2 --store artifacts
 
@@ -43,8 +43,8 @@ def main() -> None:
     print(
         f"{options.model}, {os.cpu_count()} cores of {platform.machine()}, torch "
         f"{torch.__version__}, load {os.getloadavg()[0]:.1f}, {time.strftime('%Y-%m-%d')}\n\n"
-        f"| stage | units | here, s | 1 worker, s | {count} workers, s | gain | ms more per unit |\n"
-        + "|---" * 7 + "|"
+        f"| stage | units | here, s | 1 worker, s | {count} workers, s | gain "
+        "| ms more per unit |\n" + "|---" * 7 + "|"
     )  # fmt: skip
     with Crew(1, None) as one, Crew(count, None) as several:
         ways = {"here": None, "one": one.share, "several": several.share}
