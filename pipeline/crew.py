@@ -20,7 +20,7 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.divided import Inputs
 from dirotq.pipeline.stage import recipe
 from dirotq.pipeline.units import Units
-from dirotq.pipeline.worker import Job, Worker, environment
+from dirotq.pipeline.worker import Job, Seen, Worker, environment
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ class Crew:
         idle = self._workers[: len(todo)]
         for worker in idle:  # all begin to start before one is waited for
             worker.start()
-        running: dict[Future[None], tuple[Worker, list[str]]] = {}
+        running: dict[Future[Seen], tuple[Worker, list[str]]] = {}
 
         def give_out() -> None:
             while left and idle:
@@ -83,7 +83,7 @@ class Crew:
             ended, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in ended:
                 worker, names = running.pop(future)
-                if not (died := self._died(future)):
+                if not (died := self._died(future, inputs)):
                     idle.append(worker)
                     give_out()  # it goes on while what it made is looked at
                 finished = units.adopt(names)
@@ -120,11 +120,14 @@ class Crew:
             names.append(left.popleft())
         return names
 
-    def _died(self, future: Future[None]) -> bool:
+    def _died(self, future: Future[Seen], inputs: Inputs) -> bool:
+        """Tell whether the worker died; else note what it read, or raise the error it met."""
         try:
-            future.result()
+            seen = future.result()
         except BrokenExecutor:
             return True
+        for slot, files in seen.items():
+            inputs[slot].saw(files)
         return False
 
     def _again(self, stage: Any, worker: Worker, missing: list[str], lost: Counter[str]) -> None:

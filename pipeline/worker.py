@@ -28,6 +28,8 @@ from dirotq.pipeline.units import Units
 T = TypeVar("T")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+Seen = dict[str, dict[str, tuple[int, ...]]]
+"""{input: its files that were read, and what told each from any other}."""
 START = 30.0
 """Seconds that a process may take to start, when it is to be stopped."""
 
@@ -79,7 +81,7 @@ class Worker:
         self._relay = threading.Thread(target=_relay, args=(reader,), daemon=True)
         self._relay.start()
 
-    def make(self, job: Job, names: Sequence[str]) -> Future[None]:
+    def make(self, job: Job, names: Sequence[str]) -> Future[Seen]:
         """Have units made; the future raises BrokenExecutor if the process dies."""
         self.start()
         return self._submit(make_units, job, list(names))
@@ -128,28 +130,47 @@ def environment(count: int, device: int | None) -> dict[str, str]:
     return settings
 
 
-def make_units(job: Job, names: Sequence[str]) -> None:
+def make_units(job: Job, names: Sequence[str]) -> Seen:
     """Make the named units and enter them in the journal: what a worker is for.
+
+    Returns what it saw of its inputs that it did not tell before, for their last look.
 
     Raises ArtifactError if here the stage is not what was planned.
     """
-    make = _opened(job)
+    opened = _opened(job)
     units = Units.joined(job.out, job.stage, job.known)
-    for _ in units.finishing(make(names)):
+    for _ in units.finishing(opened.make(names)):
         pass
     units.flush()
+    return opened.news()
+
+
+class _Opened:
+    """What a worker made of its job, and the inputs that it reads."""
+
+    def __init__(self, job: Job) -> None:
+        self.make: Make = job.stage.maker(job.out, job.names, **job.inputs)
+        self._inputs = job.inputs
+        self._told: set[tuple[str, str]] = set()
+
+    def news(self) -> Seen:
+        found: Seen = {}
+        for slot, artifact in self._inputs.items():
+            new = {n: s for n, s in artifact.seen.items() if (slot, n) not in self._told}
+            self._told.update((slot, name) for name in new)
+            found[slot] = new
+        return found
 
 
 @lru_cache(1)
-def _opened(job: Job) -> Make:
+def _opened(job: Job) -> _Opened:
     if recipe(job.stage) != job.known:
         raise ArtifactError(
             "a worker reads another model or other prompts than those that were planned, or runs "
             "another version of DiRotQ. Leave them alone until the run ends; the same command "
             "plans anew"
         )
-    make: Make = job.stage.maker(job.out, job.names, **job.inputs)
-    return make
+    return _Opened(job)
 
 
 def _forget() -> dict[str, int]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import toy_units
-from toy_units import Parts
+from toy_units import Parts, ReadsFirst
 
 from dirotq.errors import ArtifactError, NumericalError, UnsupportedError
 from dirotq.pipeline import crew as module
@@ -229,3 +229,19 @@ def test_a_folder_is_left_alone_by_who_joins(stage, tmp_path):
     units.flush()
     assert Units(tmp_path / "out", stage).done("part 00")
     assert Path(tmp_path / "out" / "half").exists() is False
+
+
+def test_what_workers_read_is_looked_at_once_more(store, stage, tmp_path, pair):
+    (tmp_path / "input").mkdir()
+    with store.create("first", {"made": "by a test"}) as draft:
+        (draft.data / "read").write_text("right")
+        (draft.data / "ignored").write_text("right")
+    first = draft.artifact
+    reading = ReadsFirst(**{f.name: getattr(stage, f.name) for f in dataclasses.fields(stage)})
+    (tmp_path / "out").mkdir()
+    in_units(reading, tmp_path / "out", {"first": first}, pair.share)
+    assert set(first.seen) == {"read"}
+    first.recheck()
+    (first.data / "read").write_text("WRONG")
+    with pytest.raises(ArtifactError, match="read changed after it was written"):
+        first.recheck()

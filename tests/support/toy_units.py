@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from dirotq.errors import NumericalError
+from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Make, in_units
 from dirotq.pipeline.stage import untracked
@@ -77,6 +78,21 @@ class Parts:
         """(unit, process) of every unit of that name that was begun; of all, without a name."""
         found = (path.name.rsplit(" ", 2) for path in sorted(Path(self.ledger).iterdir()))
         return [(unit, process) for unit, process, _ in found if unit == name or not name]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadsFirst(Parts):
+    """Reads one file of the artifact ``first``."""
+
+    def units(self, *, first: Artifact) -> list[str]:
+        return super().units()
+
+    def maker(self, out: Path, left: Sequence[str], *, first: Artifact) -> Make:
+        first.file("read")
+        return super().maker(out, left)
+
+    def merge(self, units: Units, *, first: Artifact) -> Mapping[str, float]:
+        return {}
 
 
 if __name__ == "__main__":
