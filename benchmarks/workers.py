@@ -1,6 +1,6 @@
 """What sharing units out to processes costs and gains: tiny-flux on a CPU, one thread each.
 
-    python benchmarks/workers.py --workers 2 --store artifacts
+    python benchmarks/workers.py --workers 2 --stages gptq --store artifacts
 
 Prints, per stage: seconds in this process, with one worker and with several, and what a unit costs
 more in a worker. Workers run already, but for the first row. Medians; ways take turns.
@@ -31,12 +31,13 @@ def main() -> None:
     parser.add_argument("--model", default="tiny_flux")
     parser.add_argument("--store", default="artifacts")
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--stages", nargs="+", default=STAGES)
     parser.add_argument("--repeat", type=int, default=3)
     parser.add_argument("overrides", nargs="*", help="e.g. capture.calls=64")
     options = parser.parse_intermixed_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # the workers'
     torch.set_num_threads(1)
-    told = [f"model={options.model}", f"store={options.store}", "until=fuse", "device=cpu"]
+    told = [f"model={options.model}", f"store={options.store}", "until=pack", "device=cpu"]
     line = build(compose_config([*told, *options.overrides], "dirotq.conf"))
     made = {n: o.artifact for n, o in dag.run(line.steps, line.store, LocalExecutor()).items()}
     count = options.workers
@@ -49,7 +50,7 @@ def main() -> None:
     with Crew(1, None) as one, Crew(count, None) as several:
         ways = {"here": None, "one": one.share, "several": several.share}
         for step in line.steps:
-            if step.name not in STAGES:
+            if step.name not in options.stages:
                 continue
             inputs = {slot: made[need] for slot, need in step.needs.items()}
             for share in (one.share, several.share):  # processes start, torch is imported
