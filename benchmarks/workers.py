@@ -3,13 +3,12 @@
     python benchmarks/workers.py --workers 2 --stages gptq --store artifacts
 
 Prints, per stage: seconds in this process, with one worker and with several, and what a unit costs
-more in a worker. Workers run already, but for the first row. Medians; ways take turns.
+more in a worker. Workers run already. The best of several runs; ways take turns.
 """
 
 import argparse
 import os
 import platform
-import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -59,7 +58,7 @@ def main() -> None:
             for _ in range(options.repeat):
                 for way, share in ways.items():
                     took[way].append(seconds(step.stage, inputs, share))
-            here, alone, shared = (statistics.median(took[way]) for way in ways)
+            here, alone, shared = (min(took[way]) for way in ways)
             units = len(step.stage.units(**inputs))
             print(
                 f"| {step.name} | {units} | {here:.2f} | {alone:.2f} | {shared:.2f} | "
