@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import multiprocessing
 import sys
 import threading
 import time
@@ -36,7 +37,8 @@ def track(items: Iterable[T], description: str, *, total: int | None = None) -> 
     """
     if total is None and isinstance(items, Sized):
         total = len(items)
-    show = _bar if _console().is_terminal else _lines
+    alone = multiprocessing.parent_process() is None  # bars of several would write over each other
+    show = _bar if _console().is_terminal and alone else _lines
     yield from show(items, description, total)
 
 

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,9 +124,18 @@ class Artifact:
         """
         self._check([name for name, stamp in self._seen.items() if stamp != self._stamp(name)])
 
+    @property
+    def seen(self) -> Mapping[str, tuple[int, ...]]:
+        """{file: what told it from any other when its digest was right}, of what was handed out."""
+        return self._seen
+
+    def saw(self, elsewhere: Mapping[str, tuple[int, ...]]) -> None:
+        """Add what another process of this machine has ``seen``: ``recheck`` looks at it too."""
+        for name, stamp in elsewhere.items():
+            self._seen.setdefault(name, stamp)
+
     @functools.cached_property
     def _seen(self) -> dict[str, tuple[int, ...]]:
-        """{file: what told it from any other when its digest was right}."""
         return {}
 
     def _stamp(self, name: str) -> tuple[int, ...] | None:

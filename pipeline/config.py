@@ -3,7 +3,6 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.resources import files
@@ -19,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dirotq.errors import ConfigError
 from dirotq.pipeline import dag
+from dirotq.pipeline.executor import Executor
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.quoting import parsed, quote, quoted, setting
 from dirotq.pipeline.remote_store import RemoteStore
@@ -114,7 +114,9 @@ def build(cfg: DictConfig) -> Pipeline:
         raise ConfigError(reworded(error)) from error
     for name, stage in stages.items():
         if isinstance(device := getattr(stage, "device", None), str):
-            refuse_device(device, "device" if device == cfg.get("device") else f"{name}.device")
+            setting = "device" if device == cfg.get("device") else f"{name}.device"
+            refuse_device(device, setting)
+            executor.refuse(device, setting)
     url, push = cfg.get("store_remote"), bool(cfg.get("store_push"))
     if push and not url:
         raise ConfigError("store_push=true says nothing of where to: add store_remote=URL")

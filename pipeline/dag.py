@@ -7,13 +7,13 @@ import inspect
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from typing import Any
 
 from dirotq.errors import ArtifactError, ConfigError, DirotqError
 from dirotq.pipeline.command import running
 from dirotq.pipeline.differences import differences
+from dirotq.pipeline.executor import Executor, RunStage
 from dirotq.pipeline.stage import Stage, fingerprint, recipe
 from dirotq.pipeline.store import Artifact, ArtifactStore
 
@@ -122,16 +122,18 @@ def run(
     """
     done: dict[str, Outcome] = {}
     estimates = estimates or {}
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as held, executor.opened() as run_stage:
         for step in steps:
             inputs = {slot: done[need].artifact for slot, need in step.needs.items()}
             forced = step.name in force
-            notes = {"estimate": estimates[step.name]} if step.name in estimates else {}
-            start = functools.partial(
-                executor.submit, _produce, step, store, inputs, forced, overrides, notes
+            notes: dict[str, Any] = {}
+            if step.name in estimates:
+                notes["estimate"] = estimates[step.name]
+            produce = functools.partial(
+                _produce, step, store, run_stage, inputs, forced, overrides, notes
             )
             try:
-                done[step.name] = _obtain(step, store, held, start, forced)
+                done[step.name] = _obtain(step, store, held, produce, forced)
                 finished(done[step.name].artifact)
             except KeyboardInterrupt:
                 raise KeyboardInterrupt(step.name) from None
@@ -145,7 +147,7 @@ def _obtain(
     step: Step,
     store: ArtifactStore,
     held: contextlib.ExitStack,
-    start: Callable[[], Future[float | None]],
+    produce: Callable[[], float | None],
     force: bool,
 ) -> Outcome:
     """Get the step's artifact, made where it is missing; ``held`` keeps it from other processes.
@@ -162,16 +164,17 @@ def _obtain(
                     if not started:
                         log.info("%-8s cached  %s", step.name, step)
                     return Outcome(artifact, seconds)
-        started, seconds = True, start().result()
+        started, seconds = True, produce()
 
 
 def _produce(
     step: Step,
     store: ArtifactStore,
+    run_stage: RunStage,
     inputs: Mapping[str, Artifact],
     force: bool,
     overrides: Sequence[str],
-    notes: Mapping[str, Any],
+    notes: dict[str, Any],
 ) -> float | None:
     """Run the step and publish what it makes; its seconds, or None if another process did."""
     resume = bool(getattr(step.stage, "resumable", False))
@@ -185,7 +188,7 @@ def _produce(
         log.info("%-8s running %s", step.name, step)
         discard = functools.partial(store.discard, draft.data.parent)
         with running(overrides), _unmixed(step, inputs, discard):
-            draft.metrics.update(step.stage.run(draft.data, **inputs))
+            draft.metrics.update(run_stage(step.stage, draft.data, inputs, notes))
     seconds = time.monotonic() - began
     log.info("%-8s done in %.1f s", step.name, seconds)
     return seconds

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +65,31 @@ def refuse_device(device: str, setting: str) -> None:
         raise ConfigError(f"{setting}={device} is unknown; use auto, cpu, cuda or cuda:N")
     if not device.startswith("cuda"):
         return
-    advice = f"use {setting}=cpu or {setting}=auto"
+    _refuse_absent(device, setting, device, f"use {setting}=cpu or {setting}=auto")
+
+
+def refuse_devices(numbers: Sequence[int]) -> None:
+    """Raise ConfigError for GPUs, as executor.devices names them, that aren't there, or twice."""
+    setting, told = "executor.devices", f"[{','.join(map(str, numbers))}]"
+    if not numbers or min(numbers) < 0:
+        raise ConfigError(
+            f"{setting}={told}: use the numbers of GPUs, from 0 on, such as [0,1], or null"
+        )
+    if len(set(numbers)) < len(numbers):
+        raise ConfigError(
+            f"{setting}={told} names a GPU twice: name each once, and let several workers share "
+            f"them with executor.workers={len(numbers)}"
+        )
+    advice = f"name GPUs that are there, or leave {setting} out"
+    _refuse_absent(told, setting, f"cuda:{max(numbers)}", advice)
+
+
+def _refuse_absent(told: str, setting: str, device: str, advice: str) -> None:
+    """Raise ConfigError if ``cuda`` or ``cuda:N`` isn't there; told: as it was set."""
     torch = versions()["torch"] or ""
     if torch.endswith("+cpu"):
         raise ConfigError(
-            f"{setting}={device}, and the torch that is installed ({torch}) is built without CUDA; "
+            f"{setting}={told}, and the torch that is installed ({torch}) is built without CUDA; "
             f"{advice}, or install a build with CUDA"
         )
     if graphics.hidden():
@@ -79,9 +100,7 @@ def refuse_device(device: str, setting: str) -> None:
         there = f"{len(found)} GPU{'s' * (len(found) > 1)}" if found else "no usable GPU"
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         within = f" (CUDA_VISIBLE_DEVICES={visible})" if visible is not None else ""
-        raise ConfigError(
-            f"{setting}={device}, but nvidia-smi finds {there} here{within}; {advice}"
-        )
+        raise ConfigError(f"{setting}={told}, but nvidia-smi finds {there} here{within}; {advice}")
 
 
 def free_ram() -> int:

@@ -76,7 +76,7 @@ def examine(pipeline: Pipeline, cfg: DictConfig) -> Preflight:
         needs = stage.needs(workload, here) if hasattr(stage, "needs") else Needs()
         partial = pipeline.store.root / step.name / f"{step.fingerprint}.partial"
         present = size_of(partial) if getattr(stage, "resumable", False) else 0
-        estimates[step.name] = Estimate(needs, present)
+        estimates[step.name] = Estimate(pipeline.executor.together(stage, needs), present)
     notes = tuple(getattr(workload, "notes", ()))
     return Preflight(here, estimates, notes, cache=getattr(workload, "cache_bytes", 0))
 

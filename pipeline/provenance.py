@@ -23,18 +23,11 @@ LIBRARIES = (
 
 
 def provenance(started: float, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return provenance.json of work that began at ``started`` (seconds since 1970).
-
-    Peaks of memory are those since :func:`reset_peaks`, in bytes; the GPU's, as reserved by torch,
-    only where one was used.
-    """
-    found = {"peak_rss_bytes": _peak_rss()}
-    if cuda := _cuda():
-        found["peak_vram_bytes"] = cuda.max_memory_reserved()
+    """Return provenance.json of work that began at ``started`` (seconds since 1970)."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(started)),
         "seconds": round(time.time() - started, 3),
-        **found,
+        **peaks(),
         "argv": without_secrets(sys.argv),
         "overrides": list(overrides),
         "git": git_revision(),
@@ -44,6 +37,17 @@ def provenance(started: float, overrides: Sequence[str]) -> dict[str, Any]:
         "libraries": versions(),
         "gpu": [str(found) for found in graphics.installed()],
     }
+
+
+def peaks() -> dict[str, int]:
+    """Return this process's peaks of memory since :func:`reset_peaks`, in bytes.
+
+    The GPU's, as reserved by torch, only where one was used.
+    """
+    found = {"peak_rss_bytes": _peak_rss()}
+    if cuda := _cuda():
+        found["peak_vram_bytes"] = int(cuda.max_memory_reserved())
+    return found
 
 
 def reset_peaks() -> None:

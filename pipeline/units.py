@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +25,8 @@ from dirotq.pipeline.stage import recipe
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Made = tuple[str, Sequence[Path]]
+"""A unit's name, and its files and folders: written and closed."""
 
 JOURNAL = ".units"
 LOOK = 5.0
@@ -45,11 +47,30 @@ class Units:
     """
 
     def __init__(self, out: Path, of: Any = None, apart: Collection[str] = ()) -> None:
+        self._open(out, of, recipe(of), apart)
+        present = _files(out) if out.is_dir() else []
+        entries = [file for file in present if file.parent == self._journal]
+        self._keep_only(self._intact(entries, present))
+
+    @classmethod
+    def joined(cls, out: Path, of: Any, known: Any) -> "Units":
+        """Return the units of one of several processes at work in ``out``, which another opened.
+
+        It finishes some, and neither looks at others nor removes anything.
+
+        known  the recipe of ``of`` when the stage began
+        """
+        units = cls.__new__(cls)
+        units._open(out, of, known, ())
+        return units
+
+    def _open(self, out: Path, of: Any, known: Any, apart: Collection[str]) -> None:
         self.out, self.apart = out, frozenset(apart)
         self._journal = out / JOURNAL
-        self._keep_only(self._intact())
-        self._of, self._recipe, self._looked = of, recipe(of), time.monotonic()
+        self._of, self._recipe, self._looked = of, known, time.monotonic()
         self._waiting: dict[Path, dict[str, Any]] = {}
+        self._files: dict[str, frozenset[str]] = {}
+        self._spelled: dict[str, str] = {}
 
     def done(self, name: str) -> bool:
         """Tell whether the unit was finished, by this run or by one before it."""
@@ -75,34 +96,42 @@ class Units:
         found = self._hashed(files)
         if lost := files - {self.out / file for file in found}:
             raise FileNotFoundError(f"{min(lost)} of the unit {name!r} can't be read")
-        for file in found:
-            other = self._spelled.setdefault(file.casefold(), file)
-            if other != file and (self.out / other).samefile(self.out / file):
-                raise UnsupportedError(
-                    f"{other} and {file} are one file on this disk, which does not tell upper from "
-                    "lower case: choose a store on one that does (store=FOLDER)"
-                )
-        self._files[name] = frozenset(found)
+        self._add(name, found)
         self._waiting[self._journal / _entry_name(name)] = {"unit": name, "files": found}
         if self._of is None or time.monotonic() - self._looked >= LOOK:
             self._write_waiting()
 
-    def finishing(self, items: Iterable[T], unit: Callable[[T], tuple[str, Path]]) -> Iterator[T]:
-        """Yield the items; as soon as the next is asked for, finish the unit of the last in a
-        thread, so that one is hashed while the next is computed.
-
-        unit  name of an item's unit, and its file or folder
+    def finishing(self, made: Iterable[Made]) -> Iterator[str]:
+        """Yield the names of units as they are made; as soon as the next is asked for, finish the
+        last in a thread, so that one is hashed while the next is computed.
         """
         with ThreadPoolExecutor(1) as pool:  # an error elsewhere waits for what is being hashed
             last: Future[None] | None = None
-            for item in items:
-                yield item
+            for name, parts in made:
                 if last is not None:
                     last.result()
-                name, part = unit(item)
-                last = pool.submit(self.finish, name, [part])
+                last = pool.submit(self.finish, name, parts)
+                yield name
             if last is not None:
                 last.result()
+
+    def flush(self) -> None:
+        """Write the entries of all that is finished, whenever the inputs were looked at last."""
+        if self._waiting:
+            self._write_waiting()
+
+    def adopt(self, names: Iterable[str]) -> list[str]:
+        """Take over what other processes finished here; return those of ``names`` that are intact.
+
+        Raises UnsupportedError if the disk took a file for one of another unit.
+        """
+        entries = [self._journal / _entry_name(name) for name in names]
+        named = {self.out / file for found in map(_read, entries) if found for file in found[1]}
+        present = [file for file in named if file.is_file() and not file.is_symlink()]
+        intact = self._intact(entries, present)
+        for name, files in intact.items():
+            self._add(name, files)
+        return [name for name in names if name in intact]
 
     def forget(self, prefix: str) -> None:
         """Remove the units whose names begin with ``prefix``, and whatever no unit owns."""
@@ -120,10 +149,22 @@ class Units:
             write_json(file, entry)
         self._waiting, self._looked = {}, time.monotonic()
 
-    def _intact(self) -> dict[str, frozenset[str]]:
-        """Return {unit: its files, relative to ``out``} of all units that are as finished."""
-        present = _files(self.out) if self.out.is_dir() else []
-        entries = [found for f in present if f.parent == self._journal and (found := _read(f))]
+    def _add(self, name: str, files: Iterable[str]) -> None:
+        for file in files:
+            other = self._spelled.setdefault(file.casefold(), file)
+            if other != file and (self.out / other).samefile(self.out / file):
+                raise UnsupportedError(
+                    f"{other} and {file} are one file on this disk, which does not tell upper from "
+                    "lower case: choose a store on one that does (store=FOLDER)"
+                )
+        self._files[name] = frozenset(files)
+
+    def _intact(self, journal: Iterable[Path], present: list[Path]) -> dict[str, frozenset[str]]:
+        """Return {unit: its files, relative to ``out``} of entries whose files are as finished.
+
+        present  files that may be meant, each a regular one
+        """
+        entries = [found for file in journal if (found := _read(file))]
         named = {file for _, files in entries for file in files}
         have = self._hashed(file for file in present if self._relative(file) in named)
         return {

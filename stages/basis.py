@@ -1,6 +1,6 @@
 """Leading eigenvectors of each site's second moment."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -9,13 +9,14 @@ from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.divided import Make, in_units
 from dirotq.pipeline.stage import untracked
-from dirotq.pipeline.units import Units
+from dirotq.pipeline.units import Made, Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
 from dirotq.quantize.spectrum import principal_basis
-from dirotq.quantize.tensors import load_site, save_site, site_file, unfinished
+from dirotq.quantize.tensors import ahead, load_site, save_site, site_file
 from dirotq.sources.model import DiffusersModel
 
 
@@ -35,6 +36,7 @@ class FitBasis:
 
     version: ClassVar[str] = "2"
     resumable: ClassVar[bool] = True
+    what: ClassVar[str] = "basis"
     needs = memory.basis
 
     model: DiffusersModel
@@ -54,20 +56,34 @@ class FitBasis:
             )
 
     def run(self, out: Path, *, capture: Artifact) -> Mapping[str, float]:
-        device = pick_device(self.device)
-        captured = Captured(capture)
-        sites = [site for site in self.model.sites() if site.kind == "block"]
-        todo = unfinished(sites, Units(out, self), out / "sites", captured.stored_moment, "basis")
-        for site, stored in todo:
-            s_DD = moment(stored, device)
-            try:
-                variances, vectors = principal_basis(s_DD, self.leading)
-            except NumericalError as error:
-                raise NumericalError(f"site {site.name}: {error}") from error
-            energy = s_DD.diagonal().double().sum().reshape(1)
-            found = {"vectors": vectors.float(), "variances": variances, "energy": energy}
-            save_site(out / "sites", site.name, found)
-        return {"sites": len(sites), "rank_deficient": _deficient(out, sites)}
+        return in_units(self, out, {"capture": capture})
+
+    def units(self, **_: Artifact) -> list[str]:
+        return [site.name for site in self._sites()]
+
+    def maker(self, out: Path, _: Sequence[str], *, capture: Artifact) -> Make:
+        device, captured = pick_device(self.device), Captured(capture)
+        sites = {site.name: site for site in self._sites()}
+
+        def make(names: Iterable[str]) -> Iterator[Made]:
+            for site, stored in ahead(captured.stored_moment, map(sites.__getitem__, names)):
+                s_DD = moment(stored, device)
+                try:
+                    variances, vectors = principal_basis(s_DD, self.leading)
+                except NumericalError as error:
+                    raise NumericalError(f"site {site.name}: {error}") from error
+                energy = s_DD.diagonal().double().sum().reshape(1)
+                found = {"vectors": vectors.float(), "variances": variances, "energy": energy}
+                yield site.name, [save_site(out / "sites", site.name, found)]
+
+        return make
+
+    def merge(self, units: Units, **_: Artifact) -> Mapping[str, float]:
+        sites = self._sites()
+        return {"sites": len(sites), "rank_deficient": _deficient(units.out, sites)}
+
+    def _sites(self) -> list[Site]:
+        return [site for site in self.model.sites() if site.kind == "block"]
 
 
 def _deficient(out: Path, sites: list[Site]) -> int:

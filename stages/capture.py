@@ -8,7 +8,7 @@ moments are in memory at a time, however large the model.
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,21 +24,23 @@ from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls, timestep
 from dirotq.models.family import Site
+from dirotq.pipeline.divided import Make, in_units
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.pipeline.stage import untracked
-from dirotq.pipeline.units import Units
+from dirotq.pipeline.units import Made, Units
 from dirotq.progress import track
 from dirotq.quantize import memory
 from dirotq.quantize.moments import TIMESTEPS, add_earlier, read_stored, write_moment
 from dirotq.quantize.tensors import create_array, read_array, write_array, write_rows
 from dirotq.sources.model import DiffusersModel
-from dirotq.sources.prompts import PromptSet
+from dirotq.sources.prompts import Prompt, PromptSet
 
 log = logging.getLogger(__name__)
 
 GOLDEN = 0.6180339887498949
+RECORD = "calls "
 REPLAY = "replay "
-"""Before a block's name, the name of its unit."""
+"""Before a shard's number, and before a block's name: names of units."""
 TREES = ("moments.zarr", "rows.zarr", "peaks.zarr")
 
 
@@ -65,6 +67,7 @@ class Capture:
 
     version: ClassVar[str] = "3"
     resumable: ClassVar[bool] = True
+    what: ClassVar[str] = "capture: record"
     needs = memory.capture
 
     model: DiffusersModel
@@ -94,13 +97,45 @@ class Capture:
         self.model.check()
 
     def run(self, out: Path) -> Mapping[str, float]:
-        device, units = pick_device(self.device), Units(out, self)
-        calls, prompts = record_calls(self, out, units, device)
+        return in_units(self, out, {})
+
+    def units(self) -> list[str]:
+        return list(_shards(self))
+
+    def maker(self, out: Path, names: Sequence[str]) -> Make:
+        device, shards = pick_device(self.device), _shards(self)
+        places = {name: index for index, name in enumerate(shards)}
+        wanted = -(-self.calls // self.batch)
+        vram = None if self.vram is None else parse_bytes(self.vram)
+        source = Trajectories(self.model, compute_dtype(device), device, vram)
+        source.encode([shards[name] for name in names])
+        source.load_transformer()
+
+        def make(names: Iterable[str]) -> Iterator[Made]:
+            for name in names:
+                choose = partial(chosen_calls, places[name], len(shards), wanted=wanted)
+                try:
+                    recorded = source.record(shards[name], choose)
+                except NumericalError:
+                    _name_the_site(self, out / f"diagnosis of {name}", device, source.made)
+                    raise
+                file = name.removeprefix(RECORD)
+                save_calls(out / "calls", file, recorded)
+                yield name, call_files(out / "calls", file)
+
+        return make
+
+    def merge(self, units: Units) -> Mapping[str, float]:
+        """Replay the calls that were recorded: blocks follow each other."""
+        device, out, shards = pick_device(self.device), units.out, _shards(self)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        calls = load_calls(out / "calls", [name.removeprefix(RECORD) for name in shards])
         tokens = replay_calls(self, out, units, device, calls)
         save_calls(out, PROBE, [calls[i * len(calls) // PROBES] for i in range(PROBES)])
         shutil.rmtree(out / "calls")
         return {
-            "prompts": prompts,
+            "prompts": sum(map(len, shards.values())),
             "calls": len(calls) * self.batch,
             "sites": len(tokens),
             "tokens": max(tokens.values()),
@@ -111,36 +146,13 @@ class Capture:
         }
 
 
-def record_calls(
-    stage: Capture, out: Path, units: Units, device: torch.device
-) -> tuple[list[Call], int]:
-    """Return the calls to replay and the number of prompts they were chosen from.
-
-    A shard of prompts whose calls are on disk is not generated again.
-    """
+def _shards(stage: Capture) -> dict[str, list[Prompt]]:
+    """Return {unit: prompts of one pipeline call}."""
     prompts = stage.prompts.load()
-    shards = [prompts[i : i + stage.batch] for i in range(0, len(prompts), stage.batch)]
-    names = [f"{index:05d}" for index in range(len(shards))]
-    todo = units.todo(range(len(shards)), lambda i: f"calls {names[i]}", "capture: record")
-    if todo:
-        vram = None if stage.vram is None else parse_bytes(stage.vram)
-        source = Trajectories(stage.model, compute_dtype(device), device, vram)
-        source.encode([shards[i] for i in todo])
-        source.load_transformer()
-        wanted = -(-stage.calls // stage.batch)
-        for index in track(todo, "capture: record"):
-            try:
-                choose = partial(chosen_calls, index, len(shards), wanted=wanted)
-                recorded = source.record(shards[index], choose)
-            except NumericalError:
-                _name_the_site(stage, out / "diagnosis", device, source.made)
-                raise
-            save_calls(out / "calls", names[index], recorded)
-            units.finish(f"calls {names[index]}", call_files(out / "calls", names[index]))
-        del source
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    return load_calls(out / "calls", names), len(prompts)
+    starts = range(0, len(prompts), stage.batch)
+    return {
+        f"{RECORD}{index:05d}": list(prompts[i : i + stage.batch]) for index, i in enumerate(starts)
+    }
 
 
 def replay_calls(

@@ -3,15 +3,17 @@
 Letters: M rows, D channels, N outputs.
 """
 
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from dirotq.calibrate.replay import Replay
+from dirotq.calibrate.replay import Replay, Step
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.formats.spec import QuantSpec
@@ -21,14 +23,19 @@ from dirotq.models.call import load_probe
 from dirotq.models.family import Site
 from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.divided import Make, in_units
 from dirotq.pipeline.stage import untracked
+from dirotq.pipeline.units import Made, Units
 from dirotq.progress import track
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured
 from dirotq.quantize.plan import read_plan
 from dirotq.quantize.rotation import Rotation, site_rotation
-from dirotq.quantize.tensors import save_site
+from dirotq.quantize.tensors import load_site, save_site
 from dirotq.sources.model import DiffusersModel
+
+ORIGINAL, FUSED = "original", "fused"
+"""The network as it was and with fused sites: units of the stage, and what it compares."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +54,8 @@ class Fuse:
     """
 
     version: ClassVar[str] = "3"
+    resumable: ClassVar[bool] = True
+    what: ClassVar[str] = "fuse"
     needs = memory.fuse
 
     model: DiffusersModel
@@ -61,11 +70,53 @@ class Fuse:
     def run(
         self, out: Path, *, capture: Artifact, basis: Artifact, rank: Artifact
     ) -> Mapping[str, float]:
-        device = pick_device(self.device)
-        plan, captured = read_plan(rank.file("plan.json")), Captured(capture)
-        weights, (probe, *_) = self.model.weights(), load_probe(capture)
-        worst = {"layer_error": 0.0, "wp_rounding": 0.0}
-        entries = {entry.site: entry for entry in plan}
+        return in_units(self, out, {"capture": capture, "basis": basis, "rank": rank})
+
+    def units(self, **_: Artifact) -> list[str]:
+        """Name the two passes that are compared; of each, a block needs the one before."""
+        return [ORIGINAL, FUSED]
+
+    def maker(
+        self, out: Path, _: Sequence[str], *, capture: Artifact, basis: Artifact, rank: Artifact
+    ) -> Make:
+        device, (probe, *_others) = pick_device(self.device), load_probe(capture)
+        proof = out / "proof"
+
+        def make(names: Iterable[str]) -> Iterator[Made]:
+            proof.mkdir(exist_ok=True)
+            for name in names:
+                with full_float32():
+                    network, worst = Replay.of(self.model, device, torch.float32), {}
+                    steps = track(
+                        network.steps([probe]), f"fuse: {name}", total=len(network.blocks)
+                    )
+                    if name == ORIGINAL:
+                        for step in steps:
+                            step.run()
+                    else:
+                        worst = self._fused(out, network, steps, capture, basis, rank)
+                (output,) = network.outputs
+                del network
+                found = {k: torch.tensor([v], dtype=torch.float64) for k, v in worst.items()}
+                file = proof / f"{name}.safetensors"
+                save_file({"output": output.cpu().contiguous(), **found}, file)
+                yield name, [file, *([out / "sites"] if name == FUSED else [])]
+
+        return make
+
+    def _fused(
+        self,
+        out: Path,
+        network: Replay,
+        steps: Iterable[Step],
+        capture: Artifact,
+        basis: Artifact,
+        rank: Artifact,
+    ) -> dict[str, float]:
+        """Fuse and prove every site as the call comes to its block; return the largest errors."""
+        device, captured = network.device, Captured(capture)
+        weights, worst = self.model.weights(), {"layer_error": 0.0, "wp_rounding": 0.0}
+        entries = {entry.site: entry for entry in read_plan(rank.file("plan.json"))}
 
         def fused(site: Site) -> FusedLinear:
             weight, bias = weights.stacked(site, device)
@@ -82,29 +133,26 @@ class Fuse:
                 worst["wp_rounding"] = max(worst["wp_rounding"], rounding)
             return linear
 
-        with full_float32():
-            original = Replay.of(self.model, device, torch.float32)
-            blocks = len(original.blocks)
-            for step in track(original.steps([probe]), "fuse: original", total=blocks):
-                step.run()
-            (want,) = original.outputs
-            del original
-            changed = Replay.of(self.model, device, torch.float32)
-            swap_sites(changed.transformer, _inside("", entries), fused)
-            for step in track(changed.steps([probe]), "fuse", total=blocks):
-                inside = _inside(step.block, entries)
-                swap_sites(changed.transformer, inside, fused)
-                step.run()
-                for site in inside:
-                    changed.transformer.get_submodule(site.name).to("meta")
-            (got,) = changed.outputs
-        network = relative_error(got, want)
+        swap_sites(network.transformer, _inside("", entries), fused)
+        for step in steps:
+            inside = _inside(step.block, entries)
+            swap_sites(network.transformer, inside, fused)
+            step.run()
+            for site in inside:
+                network.transformer.get_submodule(site.name).to("meta")
+        return worst
+
+    def merge(self, units: Units, **_: Artifact) -> Mapping[str, float]:
+        device, proof = pick_device(self.device), units.out / "proof"
+        want, got = (load_site(proof / f"{name}.safetensors", device) for name in (ORIGINAL, FUSED))
+        network = relative_error(got.pop("output"), want["output"])
         if not network <= self.network_tolerance:
             raise NumericalError(
                 f"the fused network and the original differ by {network:.2g} (relative) on the "
                 f"captured call, more than fuse.network_tolerance={self.network_tolerance:g}"
             )
-        return worst | {"network_error": network}
+        shutil.rmtree(proof)
+        return {name: float(value) for name, value in got.items()} | {"network_error": network}
 
 
 class FusedLinear(nn.Module):

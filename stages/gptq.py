@@ -1,6 +1,6 @@
 """4-bit codes and scales of every weight, in its site's rotated coordinates."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
@@ -12,14 +12,15 @@ from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.divided import Make, in_units
 from dirotq.pipeline.stage import untracked
-from dirotq.pipeline.units import Units
+from dirotq.pipeline.units import Made, Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.nearest import nearest
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.rotation import site_rotation
-from dirotq.quantize.tensors import load_site, save_site, site_file, unfinished
+from dirotq.quantize.tensors import ahead, load_site, save_site, site_file
 from dirotq.sources.model import DiffusersModel
 
 ROUNDING = (2.0**-22, 2.0**-18, 2.0**-14)
@@ -46,6 +47,7 @@ class QuantizeWeights:
 
     version: ClassVar[str] = "4"
     resumable: ClassVar[bool] = True
+    what: ClassVar[str] = "gptq"
     needs = memory.gptq
 
     model: DiffusersModel
@@ -62,22 +64,36 @@ class QuantizeWeights:
     def run(
         self, out: Path, *, capture: Artifact, basis: Artifact, rank: Artifact
     ) -> Mapping[str, float]:
+        return in_units(self, out, {"capture": capture, "basis": basis, "rank": rank})
+
+    def units(self, *, rank: Artifact, **_: Artifact) -> list[str]:
+        return [entry.site.name for entry in read_plan(rank.file("plan.json"))]
+
+    def maker(
+        self, out: Path, _: Sequence[str], *, capture: Artifact, basis: Artifact, rank: Artifact
+    ) -> Make:
         device = pick_device(self.device)
-        plan, captured = read_plan(rank.file("plan.json")), Captured(capture)
-        weights, entries = self.model.weights(), {entry.site: entry for entry in plan}
-        todo = unfinished(entries, Units(out, self), out / "sites", captured.stored_moment, "gptq")
-        for site, stored in todo:
-            entry = entries[site]
-            rotation = site_rotation(entry, basis, device)
-            weight, bias = weights.stacked(site, device)
-            w_z, protected = rotation.weights(weight)
-            del weight
-            s_DD = moment(stored, device)
-            s_z, energy = rotation.moments(s_DD), s_DD.diagonal().double().sum()
-            del s_DD
-            tensors = quantize_site(w_z, s_z, energy, entry, self.damping, protected, bias)
-            save_site(out / "sites", site.name, tensors)
-        return _summary(out, plan)
+        captured, weights = Captured(capture), self.model.weights()
+        entries = {entry.site.name: entry for entry in read_plan(rank.file("plan.json"))}
+
+        def make(names: Iterable[str]) -> Iterator[Made]:
+            sites = (entries[name].site for name in names)
+            for site, stored in ahead(captured.stored_moment, sites):
+                entry = entries[site.name]
+                rotation = site_rotation(entry, basis, device)
+                weight, bias = weights.stacked(site, device)
+                w_z, protected = rotation.weights(weight)
+                del weight
+                s_DD = moment(stored, device)
+                s_z, energy = rotation.moments(s_DD), s_DD.diagonal().double().sum()
+                del s_DD
+                tensors = quantize_site(w_z, s_z, energy, entry, self.damping, protected, bias)
+                yield site.name, [save_site(out / "sites", site.name, tensors)]
+
+        return make
+
+    def merge(self, units: Units, *, rank: Artifact, **_: Artifact) -> Mapping[str, float]:
+        return _summary(units.out, read_plan(rank.file("plan.json")))
 
 
 def quantize_site(

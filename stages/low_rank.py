@@ -3,7 +3,7 @@
 Stands in the place of ``basis`` (conf/basis): what it writes, every later stage reads alike.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -15,15 +15,16 @@ from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.divided import Make, in_units
 from dirotq.pipeline.stage import untracked
-from dirotq.pipeline.units import Units
+from dirotq.pipeline.units import Made, Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
 from dirotq.quantize.rivals import best, smoothing, svd_branch, weighted_branch
 from dirotq.quantize.rotation import Rotation
 from dirotq.quantize.spectrum import principal_basis
-from dirotq.quantize.tensors import load_site, save_site, site_file, unfinished
+from dirotq.quantize.tensors import ahead, load_site, save_site, site_file
 from dirotq.sources.model import DiffusersModel
 
 
@@ -50,6 +51,7 @@ class FitLowRank:
 
     version: ClassVar[str] = "1"
     resumable: ClassVar[bool] = True
+    what: ClassVar[str] = "basis"
     needs = memory.low_rank
 
     model: DiffusersModel
@@ -96,26 +98,42 @@ class FitLowRank:
             )
 
     def run(self, out: Path, *, capture: Artifact) -> Mapping[str, float]:
+        return in_units(self, out, {"capture": capture})
+
+    def units(self, **_: Artifact) -> list[str]:
+        return [site.name for site in self._sites()]
+
+    def maker(self, out: Path, _: Sequence[str], *, capture: Artifact) -> Make:
         device = pick_device(self.device)
         captured, weights = Captured(capture), self.model.weights()
-        sites = [site for site in self.model.sites() if site.kind == "block"]
-        todo = unfinished(sites, Units(out, self), out / "sites", captured.stored_moment, "basis")
-        for site, stored in todo:
-            weight, _ = weights.stacked(site, device)
-            absmax_D = captured.absmax(site).to(device)
-            x_TD = captured.rows(site).to(device, torch.float32)
-            s_DD = moment(stored, device)
-            try:
-                found = fit_site(self, site, weight, s_DD, absmax_D, x_TD)
-                if "variances" not in found:
-                    found["variances"], _ = principal_basis(s_DD, self.leading)
-                    found["energy"] = s_DD.diagonal().double().sum().reshape(1)
-            except NumericalError as error:
-                raise NumericalError(f"site {site.name}: {error}") from error
-            save_site(out / "sites", site.name, found)
-        chosen = [load_site(out / "sites" / site_file(s.name)).get("alpha") for s in sites]
+        sites = {site.name: site for site in self._sites()}
+
+        def make(names: Iterable[str]) -> Iterator[Made]:
+            for site, stored in ahead(captured.stored_moment, map(sites.__getitem__, names)):
+                weight, _ = weights.stacked(site, device)
+                absmax_D = captured.absmax(site).to(device)
+                x_TD = captured.rows(site).to(device, torch.float32)
+                s_DD = moment(stored, device)
+                try:
+                    found = fit_site(self, site, weight, s_DD, absmax_D, x_TD)
+                    if "variances" not in found:
+                        found["variances"], _ = principal_basis(s_DD, self.leading)
+                        found["energy"] = s_DD.diagonal().double().sum().reshape(1)
+                except NumericalError as error:
+                    raise NumericalError(f"site {site.name}: {error}") from error
+                yield site.name, [save_site(out / "sites", site.name, found)]
+
+        return make
+
+    def merge(self, units: Units, **_: Artifact) -> Mapping[str, float]:
+        sites = self._sites()
+        files = [units.out / "sites" / site_file(site.name) for site in sites]
+        chosen = [load_site(file).get("alpha") for file in files]
         alphas = [float(a) for a in chosen if a is not None]
         return {"sites": len(sites)} | ({"mean_alpha": sum(alphas) / len(alphas)} if alphas else {})
+
+    def _sites(self) -> list[Site]:
+        return [site for site in self.model.sites() if site.kind == "block"]
 
 
 def fit_site(

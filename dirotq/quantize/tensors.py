@@ -1,6 +1,6 @@
 """Tensors in files: Zarr arrays for what is read in part, safetensors for what is read whole.
 
-And the loop over sites that writes them: skip finished ones, read ahead, hash behind.
+And the loop that reads one ahead.
 """
 
 import math
@@ -16,9 +16,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dirotq.errors import ArtifactError, UnsupportedError
-from dirotq.models.family import Site
-from dirotq.pipeline.units import Units
-from dirotq.progress import track
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -79,13 +76,13 @@ def read_array(group: zarr.Group, name: str) -> Tensor:
     return tensor.view(dtype) if dtype == torch.bfloat16 else tensor
 
 
-def save_site(folder: Path, site: str, tensors: Mapping[str, Tensor]) -> None:
+def save_site(folder: Path, site: str, tensors: Mapping[str, Tensor]) -> Path:
     """Write ``folder/<site>.safetensors``, whole or not at all (a kill leaves no half file)."""
     target = folder / site_file(site)
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f"{site}.partial"
     save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial)
-    partial.replace(target)
+    return partial.replace(target)
 
 
 def load_site(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
@@ -104,21 +101,6 @@ def site_file(site: str) -> str:
     if "/" in site:
         raise UnsupportedError(f"site {site}: a module with '/' in its name has no file of its own")
     return f"{site}.safetensors"
-
-
-def unfinished(
-    sites: Iterable[Site], units: Units, folder: Path, load: Callable[[Site], R], what: str
-) -> Iterator[tuple[Site, R]]:
-    """Yield ``(site, load(site))``, in order, of every site whose file is not finished.
-
-    The loop's body writes the site's file in ``folder`` (dirotq/quantize/tensors.py:save_site); it
-    is finished, as the unit of the site's name, while the next site is computed.
-
-    what  names the loop where its progress is shown
-    """
-    todo = units.todo(sites, lambda site: site.name, what)
-    loaded = track(ahead(load, todo), what, total=len(todo))
-    return units.finishing(loaded, lambda item: (item[0].name, folder / site_file(item[0].name)))
 
 
 def ahead(load: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:

@@ -192,8 +192,8 @@ def reading_line(weights, meanwhile=lambda: None):
     return dag.plan({"reading": Reading(FileModel(str(weights)), meanwhile)}, {"reading": {}})
 
 
-def go(line, store, executor=None, **options):
-    return dag.run(line, store, executor or LocalExecutor(), **options)
+def go(line, store, **options):
+    return dag.run(line, store, LocalExecutor(), **options)
 
 
 def test_weights_that_change_while_a_stage_reads_them(store, weights):
@@ -324,9 +324,9 @@ def test_other_processes_lock_and_look_again_too(store, weights, method):
     context = multiprocessing.get_context(method)
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         with pytest.raises(ArtifactError, match="changed while it ran"):
-            go(line(str(weights)), store, pool)
+            pool.submit(go, line(str(weights)), store).result()
         weights.write_text("right")
-        done = go(line(""), store, pool)
+        done = pool.submit(go, line(""), store).result()
         assert done["numbers"].seconds is None
         assert done["else"].artifact.file("one")
     shutil.rmtree(store.root)

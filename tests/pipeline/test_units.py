@@ -294,11 +294,16 @@ def test_one_unit_is_finished_while_the_next_is_computed(tmp_path):
         first_is_hashed.set()
 
     units.finish = slow
-    for item in units.finishing("xyz", lambda item: (item, tmp_path / item)):
-        if item == "y":
-            assert first_is_hashed.wait(5)
-        (tmp_path / item).write_text(item)
-        order.append(f"write {item}")
+
+    def made():
+        for item in "xyz":
+            if item == "y":
+                assert first_is_hashed.wait(5)
+            (tmp_path / item).write_text(item)
+            order.append(f"write {item}")
+            yield item, [tmp_path / item]
+
+    assert list(units.finishing(made())) == ["x", "y", "z"]
     assert [o for o in order if o[0] == "w"] == ["write x", "write y", "write z"]
     assert all(order.index(f"write {i}") < order.index(f"hash {i}") for i in "xyz")
     assert all(Units(tmp_path).done(i) for i in "xyz")
@@ -307,11 +312,16 @@ def test_one_unit_is_finished_while_the_next_is_computed(tmp_path):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_an_error_in_the_loop_waits_for_the_last_unit_and_leaves_its_own_undone(tmp_path, error):
     units = Units(tmp_path)
-    with pytest.raises(error):
-        for item in units.finishing("xy", lambda item: (item, tmp_path / item)):
+
+    def made():
+        for item in "xy":
             (tmp_path / item).write_bytes(bytes(10**7))
             if item == "y":
                 raise error
+            yield item, [tmp_path / item]
+
+    with pytest.raises(error):
+        list(units.finishing(made()))
     again = Units(tmp_path)
     assert again.done("x") and not again.done("y")
     assert not (tmp_path / "y").exists()
@@ -319,8 +329,7 @@ def test_an_error_in_the_loop_waits_for_the_last_unit_and_leaves_its_own_undone(
 
 def test_an_error_in_finishing_stops_the_loop(tmp_path):
     with pytest.raises(FileNotFoundError, match="of the unit 'x'"):
-        for _ in Units(tmp_path).finishing("xyz", lambda item: (item, tmp_path / "absent")):
-            pass
+        list(Units(tmp_path).finishing((name, [tmp_path / "absent"]) for name in "xyz"))
 
 
 def test_the_published_folder_has_no_journal(store_root):

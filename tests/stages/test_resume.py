@@ -265,8 +265,9 @@ def test_a_site_torn_while_the_stage_still_runs_is_named(cases, prepared, tmp_pa
     out = Path(shutil.copytree(left, tmp_path / "out"))
 
     def torn(folder, site, tensors):
-        save_site(folder, site, tensors)
+        file = save_site(folder, site, tensors)
         WAYS[2](folder / f"{case.finished[0]}.safetensors")
+        return file
 
     with monkeypatch.context() as patch:
         patch.setattr(basis, "save_site", torn)

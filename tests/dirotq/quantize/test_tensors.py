@@ -5,8 +5,6 @@ import torch
 import zarr
 
 from dirotq.errors import ArtifactError, UnsupportedError
-from dirotq.models.family import Site
-from dirotq.pipeline.units import Units
 from dirotq.quantize import tensors
 from dirotq.quantize.tensors import (
     ahead,
@@ -15,7 +13,6 @@ from dirotq.quantize.tensors import (
     read_array,
     save_site,
     site_file,
-    unfinished,
     write_rows,
 )
 
@@ -125,12 +122,6 @@ def test_a_site_cannot_name_a_folder(tmp_path, site):
         site_file(site)
 
 
-SITES = [
-    Site(name=name, linears=(name,), in_features=8, out_features=(8,), kind="block", bias=False)
-    for name in ("a", "b", "c", "d")
-]
-
-
 def test_one_item_is_loaded_ahead_and_no_more():
     loaded = []
     seen = []
@@ -138,22 +129,3 @@ def test_one_item_is_loaded_ahead_and_no_more():
         seen.append((item, value))
         assert max(loaded) <= item + 1
     assert seen == [(0, 0), (1, 10), (2, 20), (3, 30)]
-
-
-def test_what_was_written_before_a_kill_is_not_loaded_again(tmp_path):
-    def through(stop_at):
-        out = []
-        for site, loaded in unfinished(SITES, Units(tmp_path), tmp_path, lambda s: s.name, "x"):
-            assert loaded == site.name
-            out.append(site.name)
-            if site.name == stop_at:
-                raise KeyboardInterrupt
-            (tmp_path / site_file(site.name)).write_text(site.name)
-        return out
-
-    with pytest.raises(KeyboardInterrupt):
-        through("c")
-    assert through(None) == ["c", "d"]
-    (tmp_path / site_file("b")).write_text("B")  # damaged: its digest is another one
-    assert through(None) == ["b"]
-    assert through(None) == []

@@ -1,0 +1,64 @@
+"""Stages whose work is units that need nothing of each other: a site, a batch of prompts.
+
+One process makes all units, or several share them out (pipeline/crew.py); the code of the stage is
+the same, and so are the bytes.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.units import Made, Units
+from dirotq.progress import track
+
+Inputs = Mapping[str, Artifact]
+Make = Callable[[Iterable[str]], Iterator[Made]]
+"""Makes the named units one after the other, and yields each one's name and files."""
+
+
+@runtime_checkable
+class Divided(Protocol):
+    """A stage that says what its units are. Its ``run`` is :func:`in_units`.
+
+    what     names the units where progress is shown
+    units    ``units(**inputs)``: their names, in the order in which one process makes them
+    maker    ``maker(out, names, **inputs)``: open whatever units are made from, once per process,
+             and return the function that makes them under ``out``; ``names`` are all that are left,
+             whoever makes them
+    merge    ``merge(units, **inputs)``: what is to do when all units are there, in an order that
+             does not depend on who made them; returns the stage's metrics
+    """
+
+    what: ClassVar[str]
+
+    def units(self, **inputs: Any) -> Sequence[str]: ...
+    def maker(self, out: Path, names: Sequence[str], **inputs: Any) -> Make: ...
+    def merge(self, units: Units, **inputs: Any) -> Mapping[str, float]: ...
+
+
+FEW = 2
+"""Units of which so few are to do are long, and tell of their progress themselves."""
+Share = Callable[[Any, Units, Sequence[str], Inputs], Iterator[str]]
+"""Has the named units of a stage made, and yields their names as they are finished."""
+
+
+def in_units(
+    stage: Any, out: Path, inputs: Inputs, share: Share | None = None
+) -> Mapping[str, float]:
+    """Make the units of a divided stage that an earlier run did not finish, then merge all.
+
+    share  makes them in other processes; None: this one does
+    """
+    units = Units(out, stage)
+    todo = units.todo(stage.units(**inputs), str, stage.what)
+    if todo:
+        made = (share or _here)(stage, units, todo, inputs)
+        for _ in track(made, stage.what, total=len(todo)) if len(todo) > FEW else made:
+            pass
+        units.flush()  # merging may take long, or fail
+    return dict(stage.merge(units, **inputs))
+
+
+def _here(stage: Any, units: Units, todo: Sequence[str], inputs: Inputs) -> Iterator[str]:
+    return units.finishing(stage.maker(units.out, todo, **inputs)(todo))

@@ -1,0 +1,233 @@
+"""One process that makes units, and what it does there.
+
+It sees one GPU if it was given one, takes its share of the processor's threads, sends what it logs
+to the process that started it, leaves Ctrl-C to that one, and ends with it.
+"""
+
+import contextlib
+import logging
+import logging.handlers
+import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dirotq.errors import ArtifactError
+from dirotq.pipeline.divided import Inputs, Make
+from dirotq.pipeline.provenance import peaks, reset_peaks
+from dirotq.pipeline.stage import recipe
+from dirotq.pipeline.units import Units
+
+T = TypeVar("T")
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+Seen = dict[str, dict[str, tuple[int, ...]]]
+"""{input: its files that were read, and what told each from any other}."""
+START = 30.0
+"""Seconds that a process may take to start, when it is to be stopped."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """Units of one stage: what a worker needs to make any of them. Two are equal by their token.
+
+    known  the recipe of ``stage``, as it was planned
+    names  all units that are left, of which a worker makes some
+    """
+
+    token: str
+    stage: Any = field(compare=False)
+    known: Any = field(compare=False)
+    out: Path = field(compare=False)
+    names: tuple[str, ...] = field(compare=False)
+    inputs: Inputs = field(compare=False)
+
+
+class Worker:
+    """A process, started when it is first needed, and again after :meth:`stop`.
+
+    settings  environment variables that it starts with
+    """
+
+    def __init__(self, settings: Mapping[str, str]) -> None:
+        self._settings = settings
+        self._pool: ProcessPoolExecutor | None = None
+        self._pid: Future[int] | None = None
+        self._relay: threading.Thread | None = None
+
+    @property
+    def started(self) -> bool:
+        """Whether the process that was started last got as far as doing what it is told."""
+        return self._pid is not None and self._pid.done() and self._pid.exception() is None
+
+    def start(self) -> None:
+        """Begin to start the process, unless it runs."""
+        if self._pool is not None:
+            return
+        context = multiprocessing.get_context("spawn")  # CUDA and threads survive no fork
+        reader, writer = context.Pipe(duplex=False)
+        level = logging.getLogger().getEffectiveLevel()
+        self._pool = ProcessPoolExecutor(1, context, _begin, (writer, level))
+        with _environ(self._settings):
+            self._pid = self._pool.submit(os.getpid)
+        writer.close()  # the worker's end is the only one now: it closes when that dies
+        self._relay = threading.Thread(target=_relay, args=(reader,), daemon=True)
+        self._relay.start()
+
+    def make(self, job: Job, names: Sequence[str]) -> Future[Seen]:
+        """Have units made; the future raises BrokenExecutor if the process dies."""
+        self.start()
+        return self._submit(make_units, job, list(names))
+
+    def rest(self) -> Future[dict[str, int]]:
+        """Have the process let go of what it opened for a stage, and tell what memory that took."""
+        return self._submit(_forget)
+
+    def stop(self) -> None:
+        """Kill the process if it lives. Nothing is lost: what it finished is on the disk."""
+        if self._pool is None or self._pid is None or self._relay is None:
+            return
+        with contextlib.suppress(BrokenExecutor, TimeoutError):
+            pid = self._pid.result(timeout=START)
+            for child in multiprocessing.active_children():
+                if child.pid == pid:
+                    child.kill()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._relay.join(timeout=1.0)  # its last words
+        self._pool = self._pid = self._relay = None
+
+    def _submit(self, function: Callable[..., T], *given: Any) -> Future[T]:
+        failed: Future[T] = Future()
+        if self._pool is None:
+            failed.set_exception(BrokenExecutor("it was never started"))
+            return failed
+        try:
+            return self._pool.submit(function, *given)
+        except BrokenExecutor as error:  # it died since its last units
+            failed.set_exception(error)
+            return failed
+
+
+def environment(count: int, device: int | None) -> dict[str, str]:
+    """Return the environment variables of one of ``count`` workers, which sees only ``device``.
+
+    A number of threads that the environment gives holds for each; else all cores are divided.
+    """
+    settings = {}
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0))
+        settings = dict.fromkeys(THREADS, str(max(cores // count, 1)))
+    if device is not None:
+        names = [name for name in os.environ.get(VISIBLE, "").split(",") if name.strip()]
+        settings[VISIBLE] = names[device] if names else str(device)
+    return settings
+
+
+def make_units(job: Job, names: Sequence[str]) -> Seen:
+    """Make the named units and enter them in the journal: what a worker is for.
+
+    Returns what it saw of its inputs that it did not tell before, for their last look.
+
+    Raises ArtifactError if here the stage is not what was planned.
+    """
+    opened = _opened(job)
+    units = Units.joined(job.out, job.stage, job.known)
+    for _ in units.finishing(opened.make(names)):
+        pass
+    units.flush()
+    return opened.news()
+
+
+class _Opened:
+    """What a worker made of its job, and the inputs that it reads."""
+
+    def __init__(self, job: Job) -> None:
+        self.make: Make = job.stage.maker(job.out, job.names, **job.inputs)
+        self._inputs = job.inputs
+        self._told: set[tuple[str, str]] = set()
+
+    def news(self) -> Seen:
+        found: Seen = {}
+        for slot, artifact in self._inputs.items():
+            new = {n: s for n, s in artifact.seen.items() if (slot, n) not in self._told}
+            self._told.update((slot, name) for name in new)
+            found[slot] = new
+        return found
+
+
+@lru_cache(1)
+def _opened(job: Job) -> _Opened:
+    if recipe(job.stage) != job.known:
+        raise ArtifactError(
+            "a worker reads another model or other prompts than those that were planned, or runs "
+            "another version of DiRotQ. Leave them alone until the run ends; the same command "
+            "plans anew"
+        )
+    return _Opened(job)
+
+
+def _forget() -> dict[str, int]:
+    taken = peaks()
+    _opened.cache_clear()
+    reset_peaks()
+    return taken
+
+
+def _begin(writer: Any, level: int) -> None:
+    """Set up the process, before anything else is imported in it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it comes to all in a terminal; one answers
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+    root = logging.getLogger()
+    root.handlers = [_Sender(writer)]
+    root.setLevel(level)
+
+
+def _end_with(sentinel: int) -> None:
+    """End, at once, with the process that started this one: nobody else may write to the store."""
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+class _Sender(logging.handlers.QueueHandler):
+    """Sends records through a pipe of this process alone: one that dies blocks no other."""
+
+    def __init__(self, writer: Any) -> None:
+        super().__init__(writer)
+        self._writer = writer
+
+    def enqueue(self, record: logging.LogRecord) -> None:
+        self._writer.send(record)
+
+
+def _relay(reader: Any) -> None:
+    """Log here what a worker logs, until it ends."""
+    with contextlib.suppress(EOFError, OSError), reader:
+        while True:
+            record = reader.recv()
+            here = logging.getLogger(record.name)
+            if here.isEnabledFor(record.levelno):
+                here.handle(record)
+
+
+@contextlib.contextmanager
+def _environ(settings: Mapping[str, str]) -> Iterator[None]:
+    """Let processes that start in this block have these environment variables."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,43 @@
+"""The bytes of a stage do not depend on how many processes made its units."""
+
+import pytest
+import torch
+from tiny_line import stage, tree_bytes
+
+from dirotq.pipeline.crew import Crew
+from dirotq.pipeline.divided import in_units
+from dirotq.pipeline.units import JOURNAL
+
+STAGES = {
+    "capture": (),
+    "basis": ("capture",),
+    "gptq": ("capture", "basis", "rank"),
+    "fuse": ("capture", "basis", "rank"),
+}
+
+
+@pytest.fixture(scope="module")
+def crews():
+    """{workers: a crew}, with one thread per process: sums of several threads are rounded otherwise
+    than those of one, whoever computes them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch, Crew(3, None) as three:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        two = Crew(2, None)
+        two._workers = three._workers[:2]  # a start takes seconds: torch
+        yield {1: None, 2: two.share, 3: three.share}
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_bytes_do_not_depend_on_the_workers(line, finished, crews, tmp_path, name):
+    inputs, found = {slot: finished[slot] for slot in STAGES[name]}, {}
+    for workers, share in crews.items():
+        out = tmp_path / str(workers)
+        out.mkdir()
+        metrics = in_units(stage(line(), name), out, inputs, share)
+        made = {n: b for n, b in tree_bytes(out).items() if not n.startswith(JOURNAL)}
+        found[workers] = made, metrics
+    assert set(found[1][0]) == set(tree_bytes(finished[name].data))
+    assert found[1] == found[2] == found[3]
