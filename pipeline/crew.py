@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 TRIES = 3
 """Processes that a unit may take down before it is given up."""
-MOST = 4
+MOST = 8
 """Units given out at once: a worker reads one while it computes another, and hashes a third."""
 
 
