@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import uuid
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
 from types import TracebackType
 from typing import Any
@@ -58,7 +58,9 @@ class Crew:
         for worker in self._workers:
             worker.stop()
 
-    def share(self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs) -> Iterator[str]:
+    def share(
+        self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs
+    ) -> Generator[str, None, None]:
         """Have the units ``todo`` made; yield the names of those that are finished and intact.
 
         What a worker leaves behind when it dies is given out again, one unit at a time. An error
@@ -78,27 +80,33 @@ class Crew:
                 worker, names = idle.pop(0), self._next(left, lost)
                 running[worker.make(job, names)] = worker, names
 
-        give_out()
-        while running:
-            ended, _ = wait(running, return_when=FIRST_COMPLETED)
-            for future in ended:
-                worker, names = running.pop(future)
-                if not (died := self._died(future, inputs)):
-                    idle.append(worker)
-                    give_out()  # it goes on while what it made is looked at
-                finished = units.adopt(names)
-                missing = [name for name in names if name not in finished]
-                if died:
-                    self._again(stage, worker, missing, lost)
-                    left.extend(missing)
-                    idle.append(worker)
-                    give_out()
-                elif missing:
-                    raise ArtifactError(
-                        f"{stage.what}: {missing[0]} is not as it was written: another program "
-                        "changes the store while it is written to; the same command makes it anew"
-                    )
-                yield from finished
+        try:
+            give_out()
+            while running:
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    worker, names = running.pop(future)
+                    if not (died := self._died(future, inputs)):
+                        idle.append(worker)
+                        give_out()  # it goes on while what it made is looked at
+                    finished = units.adopt(names)
+                    missing = [name for name in names if name not in finished]
+                    if died:
+                        self._again(stage, worker, missing, lost)
+                        left.extend(missing)
+                        idle.append(worker)
+                        give_out()
+                    elif missing:
+                        raise ArtifactError(
+                            f"{stage.what}: {missing[0]} is not as it was written: another "
+                            "program changes the store while it is written to; the same command "
+                            "makes it anew"
+                        )
+                    yield from finished
+        except BaseException:  # before the folder's lock is let go
+            for worker, _ in running.values():
+                worker.stop()
+            raise
         self.peaks = []
         for resting in [worker.rest() for worker in self._workers]:
             with contextlib.suppress(BrokenExecutor):  # it is started anew when it is needed

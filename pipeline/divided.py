@@ -4,7 +4,8 @@ One process makes all units, or several share them out (pipeline/crew.py); the c
 the same, and so are the bytes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
@@ -39,7 +40,7 @@ class Divided(Protocol):
 
 FEW = 2
 """Units of which so few are to do are long, and tell of their progress themselves."""
-Share = Callable[[Any, Units, Sequence[str], Inputs], Iterator[str]]
+Share = Callable[[Any, Units, Sequence[str], Inputs], Generator[str, None, None]]
 """Has the named units of a stage made, and yields their names as they are finished."""
 
 
@@ -54,11 +55,14 @@ def in_units(
     todo = units.todo(stage.units(**inputs), str, stage.what)
     if todo:
         made = (share or _here)(stage, units, todo, inputs)
-        for _ in track(made, stage.what, total=len(todo)) if len(todo) > FEW else made:
-            pass
+        with contextlib.closing(made):  # nobody works on once this ends, whatever ends it
+            for _ in track(made, stage.what, total=len(todo)) if len(todo) > FEW else made:
+                pass
         units.flush()  # merging may take long, or fail
     return dict(stage.merge(units, **inputs))
 
 
-def _here(stage: Any, units: Units, todo: Sequence[str], inputs: Inputs) -> Iterator[str]:
+def _here(
+    stage: Any, units: Units, todo: Sequence[str], inputs: Inputs
+) -> Generator[str, None, None]:
     return units.finishing(stage.maker(units.out, todo, **inputs)(todo))

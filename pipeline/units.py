@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -101,7 +101,7 @@ class Units:
         if self._of is None or time.monotonic() - self._looked >= LOOK:
             self._write_waiting()
 
-    def finishing(self, made: Iterable[Made]) -> Iterator[str]:
+    def finishing(self, made: Iterable[Made]) -> Generator[str, None, None]:
         """Yield the names of units as they are made; as soon as the next is asked for, finish the
         last in a thread, so that one is hashed while the next is computed.
         """
