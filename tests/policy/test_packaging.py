@@ -49,8 +49,8 @@ def test_every_extra_is_used(pyproject):
     """By a launcher of Hydra's, a URL's protocol, or imports; dev holds what the tests need."""
     extras = pyproject["project"]["optional-dependencies"]
     named = {*EXTRAS.values(), *remote_errors.EXTRAS.values()}
-    assert {"attention", "dev", "humming", "judge", "metrics", *named} == set(extras)
-    assert "dirotq[judge,s3,slurm,sweep]" in extras["dev"]
+    assert {"attention", "dev", "humming", "judge", "metrics", "s3test", *named} == set(extras)
+    assert "dirotq[judge,slurm,sweep]" in extras["dev"] and "dirotq[s3]" in extras["s3test"]
 
 
 def test_every_data_file_is_shipped(tool, folders):
