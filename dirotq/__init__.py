@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dirotq.runtime.accelerate import accelerate
 
 __all__ = ["Compressed", "__version__", "accelerate", "compress", "export", "load"]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # In a checkout, pipeline/, stages/, kernels/, ... stand beside this folder and are importable only
 # as dirotq.<folder>: at the top level `kernels` would hide Hugging Face's package of that name.
