@@ -1,11 +1,12 @@
 """Low-rank updates in the kernels of a real GPU, behind graphs and the compiler."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from formats import DEVICE, inputs, random_linear, spec_of
+from listed_updates import Adapter
 from packed_flux import arguments, build, run
 from torch import Tensor
 
@@ -24,17 +25,6 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600), pytest.mark.usefixtures
 CHIP = capability(DEVICE) or 90
 RANK, WIDTH, ROWS = 32, 2240, (slice(0, 336), slice(336, 672), slice(672, 1008))
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-
-
-@dataclass(eq=False)
-class Adapter:
-    found: list[Part]
-
-    def parts(self) -> list[Part]:
-        return self.found
-
-    def state(self) -> list[Part]:
-        return list(map(id, self.found))
 
 
 def update(rows: slice, width: int, seed: int, scale: float = 1.0) -> Part:

@@ -1,11 +1,12 @@
 """Updates of a packed linear's outputs: exact as plain products, and in every kernel's branch."""
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from formats import DEVICE, FORMATS, inputs, random_linear, spec_of
+from listed_updates import Adapter
 from scaled_mm import emulated
 from tiny_spec import FP4, tiny_spec
 from torch import Tensor
@@ -17,19 +18,6 @@ from dirotq.kernels.plan import Plan, candidates_for, takes_directions
 from dirotq.kernels.updates import Part
 
 ROWS = slice(0, 48), slice(48, 80), slice(80, 96)
-
-
-@dataclass(eq=False)
-class Adapter:
-    """A source of updates."""
-
-    found: list[Part]
-
-    def parts(self) -> list[Part]:
-        return self.found
-
-    def state(self) -> list[Part]:
-        return list(map(id, self.found))
 
 
 def part(rows: slice, dim: int, rank: int = 4, scale: float = 0.5, seed: int = 0, **like) -> Part:
