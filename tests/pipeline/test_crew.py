@@ -81,8 +81,9 @@ def test_a_unit_that_ends_its_worker_is_tried_again(stage, tmp_path, pair, caplo
 
 def test_a_unit_that_always_ends_its_worker_is_named_and_the_others_are_kept(stage, tmp_path, pair):
     harmed = dataclasses.replace(stage, harm={"part 05": "die"})
-    with pytest.raises(UnsupportedError, match="parts: part 05 ended 3 workers"):
-        shared(harmed, tmp_path / "out", pair)
+    message = "parts: part 05 ended 3 workers"
+    with pytest.raises(UnsupportedError, match=message), Crew(2, None) as ended:
+        shared(harmed, tmp_path / "out", ended)
     assert len(stage.begun("part 05")) == module.TRIES
     kept = [name for name in stage.units() if Units(tmp_path / "out", stage).done(name)]
     assert len(kept) >= 8 and "part 05" not in kept

@@ -13,10 +13,6 @@ import yaml
 from packaging.requirements import Requirement
 
 FILES = ("pyproject.toml", "LICENSE", "README.md", "CITATION.cff", "CHANGELOG.md")
-FEW = (
-    "prompts.calibration.count=4", "capture.calls=16", "prompts.heldout.count=2",
-    "validate.pairs=1", "reference.floor=false", "+model.call.num_inference_steps=2", "device=cpu",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -27,9 +23,8 @@ def release(root):
     return module
 
 
-@pytest.mark.slow
-def test_the_wheel_alone_compresses_a_model(release, root, folders, tmp_path, monkeypatch):
-    """Built from a copy through the sdist, and run far from the checkout."""
+def test_the_wheel_holds_all_that_runs(release, root, folders, tmp_path):
+    """Built from a copy through the sdist; `make lowest` compresses a model with it."""
     source, out, site = (tmp_path / name for name in ("source", "out", "site"))
     for folder in folders.values():
         ignored = shutil.ignore_patterns("__pycache__")
@@ -43,12 +38,6 @@ def test_the_wheel_alone_compresses_a_model(release, root, folders, tmp_path, mo
     top = {path.name for path in site.iterdir() if path.suffix != ".dist-info"}
     assert top == {"dirotq", "bin"}
     assert (site / "dirotq" / "py.typed").is_file()
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("DIROTQ_STORE", str(tmp_path / "store"))
-    told = release.run_installed(site, tmp_path, "compress", "model=tiny_flux", *FEW)
-    packed, report = (line.split()[-1] for line in re.sub(r" \(.*\)", "", told).splitlines())
-    assert os.path.isfile(f"{packed}/model_index.json") and os.path.isfile(report)  # noqa: PTH113
-    assert "tiny-flux  dirotq" in release.run_installed(site, tmp_path, "list")
     code = "import dirotq; print(dirotq.__file__)"
     where = release._run([os.sys.executable, "-c", code], tmp_path, {"PYTHONPATH": str(site)})
     assert where.strip() == str(site / "dirotq" / "__init__.py")
