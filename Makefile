@@ -17,7 +17,7 @@ FOLDERS := pipeline stages models kernels assets conf
 .PHONY: help setup compress plan sweep test test-diffusers test-s3 lowest aot check docs bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load bench-export tune release torture fuzz versions clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 	@echo
 	@echo 'make compress MODEL=<config name or diffusers folder> ARGS="rank.r=32"'
 
