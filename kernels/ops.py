@@ -103,11 +103,11 @@ def _by_recording(
     beside: int,
 ) -> Tensor:
     """Compute the operator, on a GPU by what was recorded of such a call."""
+    if not x.is_cuda or not x.numel():
+        return _by_plan(x, packed, spec, rows, prologue, behind, beside)
     # Channels of a convolution's input lie apart; a copy could not be repeated from a recording.
     x = x if x.stride(-1) == 1 else x.contiguous()
     compute = functools.partial(_by_plan, x, packed, spec, rows, prologue, behind, beside)
-    if not x.is_cuda or not x.numel():
-        return compute()
     for tensor in packed:
         if tensor is not None and not tensor.is_contiguous():
             return compute()
