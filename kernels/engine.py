@@ -169,4 +169,4 @@ def sixteen_bits(
 
             assert isinstance(plan.tile, w4a16_tiles.Tile)
             y = launch(z, packed, tile=plan.tile)
-        return y if c is None or packed.wp is None else torch.addmm(y, c, packed.wp.to(c.dtype).mT)
+        return y if c is None or packed.wp is None else y.addmm_(c, packed.wp.to(c.dtype).mT)

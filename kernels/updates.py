@@ -179,6 +179,7 @@ class Updates:
                 found += alive.parts()
         return found
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _make(
         self,
@@ -214,6 +215,7 @@ class Updates:
         largest = [max(abs(number), 1.0) * ROOM for number in numbers]
         self._made = _Made(weights, scales, parts, groups, largest)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def _scale_again(
         self,
@@ -223,16 +225,27 @@ class Updates:
         packed: Packed,
         spec: QuantSpec,
     ) -> None:
+        """Write s B anew where it lies: CUDA graphs that read it stay right."""
         numbers = [float(part.scale) for part in parts]
         if any(abs(n) > most for n, most in zip(numbers, made.largest, strict=True)):
             self._make(parts, made.weights, scales, packed, spec)
             return
         assert self.made is not None
-        down, up = self.made
+        up = self.made.up
         ups = [_loaded(part, up.device)[1] for part in parts]
-        lead = up.shape[1] - made.groups[-1].columns.stop
-        again = _ups(made.groups, parts, ups, numbers, packed, spec, up.dtype, lead)
-        self.made, made.scales = Directions(down, again), scales
+        _fill(up[:, up.shape[1] - made.groups[-1].columns.stop :], made.groups, parts, ups, numbers)
+        made.scales = scales
+
+
+def _fill(
+    out_Nr: Tensor, groups: list[_Group], parts: list[Part], ups: list[Tensor], scales: list[float]
+) -> None:
+    """Write s B of every part into its rows and columns."""
+    for group in groups:
+        for i in group.parts:
+            factor = scales[i] if group.balance is None else group.balance * scales[i]
+            up = ups[i] if out_Nr.dtype == torch.bfloat16 else ups[i].to(out_Nr.dtype)
+            torch.mul(up, factor, out=out_Nr[parts[i].rows, group.columns])
 
 
 def _ups(
@@ -250,11 +263,7 @@ def _ups(
     out_Nr = torch.zeros(spec.outputs, lead + count, dtype=dtype, device=packed.qweight.device)
     if lead and packed.wp is not None:
         out_Nr[:, :lead] = packed.wp
-    for group in groups:
-        for i in group.parts:
-            factor = scales[i] if group.balance is None else group.balance * scales[i]
-            up = ups[i] if dtype == torch.bfloat16 else ups[i].to(dtype)
-            out_Nr[parts[i].rows, lead:][:, group.columns] = up * factor
+    _fill(out_Nr[:, lead:], groups, parts, ups, scales)
     return out_Nr
 
 

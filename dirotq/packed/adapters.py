@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dirotq.errors import UnsupportedError
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView, rows_of
+from dirotq.runtime.own_modules import own_modules
 from dirotq.sources.lora import refuse_kinds, refuse_misfits
 from dirotq.sources.lora_files import FUSE, pairs_in
 
@@ -97,7 +98,7 @@ def _changed(transformer: Any, name: str, *args: Any, **kwargs: Any) -> Any:
     if name == "load_lora_adapter":
         _check_loaded(transformer, *args, **kwargs)
     result = getattr(type(transformer), name)(transformer, *args, **kwargs)
-    modules = list(transformer.modules())
+    modules = list(own_modules(transformer))
     # What group offloading takes away may hold anything.
     away = any("_diffusers_hook" in vars(module) for module in modules)
     for module in modules:

@@ -16,12 +16,13 @@ from torch.nn.modules.module import _has_any_global_hook
 from dirotq.kernels.linear import QuantLinear
 
 from .compiled import CompiledForward
+from .own_modules import adapts_packed, own_modules
 
 RUNTIME = "_dirotq_runtime"
 """Attribute of a transformer: anything hashable, graphs don't outlive its change."""
 ADAPTER = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 """Attributes of peft's layers that its Python decides by; weights of adapters are submodules'.
-Packed linears go by what their updates amount to."""
+Packed linears go by what their updates amount to (own_modules.py)."""
 
 
 class Watch:
@@ -29,7 +30,7 @@ class Watch:
 
     def __init__(self, network: nn.Module, before: "Watch | None" = None) -> None:
         """before: an earlier watch, whose replaced forwards stay the ones that are known."""
-        modules = list(network.modules())
+        modules = list(own_modules(network))
         known: dict[nn.Module, Any] = {} if before is None else before.known
         self.network = network
         self.known: dict[nn.Module, Any] = {
@@ -45,12 +46,16 @@ class Watch:
             hooks for m in modules[1:] for hooks in (m._forward_hooks, m._forward_pre_hooks)
         ]
         self.attentions = [m for m in modules if hasattr(m, "processor")]
-        self.adapters = [vars(m) for m in modules if hasattr(type(m), "adapter_layer_names")]
+        self.adapters = [
+            vars(m)
+            for m in modules
+            if hasattr(type(m), "adapter_layer_names") and not adapts_packed(m)
+        ]
         self.updated = [
             m.updates for m in modules if isinstance(m, QuantLinear) and m.updates is not None
         ]
         self.blocks = [vars(b) for m in modules if isinstance(m, nn.ModuleList) for b in m]
-        parameters = (t for t in network.parameters() if t.is_floating_point())
+        parameters = (t for m in modules for t in m.parameters(False) if t.is_floating_point())
         self.sample = next(parameters, None)
         self._judged: tuple[list[Any], str | None] | None = None
 

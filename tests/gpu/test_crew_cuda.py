@@ -14,10 +14,10 @@ def test_bytes_do_not_depend_on_workers_or_devices(tiny_root, tmp_path, devices)
     if len(devices) > torch.cuda.device_count():
         pytest.skip("one GPU")
     settings = f"executor.devices=[{','.join(map(str, devices))}]"
-    one = run(configured(tiny_root, tmp_path / "one", "device=cuda", "until=fuse"))
+    one = run(configured(tiny_root, tmp_path / "one", "device=cuda", "until=pack"))
     two = run(
         configured(
-            tiny_root, tmp_path / "two", "device=cuda", "until=fuse", settings, "executor.workers=2"
+            tiny_root, tmp_path / "two", "device=cuda", "until=pack", settings, "executor.workers=2"
         )
     )
     for name in STAGES:

@@ -145,11 +145,11 @@ def test_graphs_and_the_compiler_follow():
     call = arguments(1, 64, 1)
     doubles = {k: v.double() if isinstance(v, Tensor) else v for k, v in call.items()}
     networks = plain, exact, twin
+    without, compiled = run(exact, **doubles), None
     every = [adapters(network) for network in networks]
     torch._dynamo.reset()
     dirotq.accelerate(twin, compile=True)
     graph_forward(twin)
-    without, compiled = run(exact, **doubles), None
     for value in (1.0, 1.5, 2.0, 0.0):
         for found in every:
             scale(found, value)

@@ -202,9 +202,13 @@ def test_changes_are_seen():
     made, stamp = linear.updates.made, linear.updates.stamp()
     linear(x)
     assert linear.updates.made is made
-    adapter.found[0] = adapter.found[0]._replace(scale=2.0)  # cheaply: downs stay
+    adapter.found[0] = adapter.found[0]._replace(scale=2.0)  # in place: graphs stay right
     again = linear(x)
-    assert linear.updates.made.down is made.down and linear.updates.stamp() != stamp
+    assert linear.updates.made is made and linear.updates.stamp() == stamp
+    adapter.found[0] = adapter.found[0]._replace(scale=20.0)  # scales so far apart don't fit
+    linear(x)
+    assert linear.updates.made is not made and linear.updates.stamp() != stamp
+    adapter.found[0] = adapter.found[0]._replace(scale=2.0)
     adapter.found[0].up.mul_(2)  # in place
     want = random_linear(spec)(x)
     torch.testing.assert_close(linear(x) - want, 2 * (again - want))

@@ -182,7 +182,7 @@ def test_graphs_follow():
             got = run(made, **call)[0]
             with torch.no_grad():
                 assert torch.equal(got, made.forward.original(**call)[0])
-        assert Again.captures == turn + 1
+        assert Again.captures == max(turn, 1)  # another weight is written where graphs read it
     want = [run(made, **call)[0]]
     for scale in (0.25, 1.0, 0.25):
         given = call | {"joint_attention_kwargs": {"scale": scale}}
