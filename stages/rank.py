@@ -1,6 +1,6 @@
 """How many directions each site protects: the plan, by one rule for all sites."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,9 +14,10 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.stage import untracked
 from dirotq.quantize import memory
 from dirotq.quantize.measure import site_errors
-from dirotq.quantize.overrides import check_worst, parse_worst
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import check_plan, make_plan, read_spectrum, refuse_rules
+from dirotq.quantize.sensitive import check_sensitive, parse_sensitive
+from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 
 
@@ -28,8 +29,9 @@ class ChooseRank:
     ``fraction``  the multiple of the grid nearest to this share of a site's channels, or null
     ``energy``    the smallest rank that holds this share of a site's variance, or null
     ``grid``      ranks are multiples of this (the kernels' granularity)
-    ``worst``     {count: k, keep: 16} or {count: k, act_bits: 8}: what the k sites do whose
-                  quantization alone, at these ranks, disturbs the denoiser most; or null
+    ``sensitive`` {count: k, keep: 16} or {count: k, act_bits: 8}: what the k sites do whose
+                  quantization alone, at these ranks, disturbs the denoiser most; auto: 8-bit
+                  activations where they gain enough (dirotq/quantize/sensitive.py); or null
     ``least_packed``  share of the blocks' parameters that sites must hold: a model of which less
                 could be packed is refused
 
@@ -40,7 +42,8 @@ class ChooseRank:
     don't divide them, or an override that fits no site; :meth:`check` does so before anything runs.
     """
 
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
+    moved: ClassVar[Mapping[str, str]] = {"worst": "rank.sensitive={count: 3, act_bits: 8}"}
     needs = memory.rank
 
     model: DiffusersModel
@@ -49,7 +52,7 @@ class ChooseRank:
     fraction: float | None
     energy: float | None
     grid: int
-    worst: Mapping[str, Any] | None
+    sensitive: str | Mapping[str, Any] | None
     least_packed: float = untracked()
     device: str = untracked()
 
@@ -65,7 +68,7 @@ class ChooseRank:
             share = rules[name]
             if share is not None and not 0 <= share < 1:
                 raise ConfigError(f"rank.{name}={share} is no share: use 0 <= {name} < 1")
-        parse_worst(self.worst, self.method.activations.bits)
+        parse_sensitive(self.sensitive, self.method.activations.bits)
 
     def check(self) -> None:
         """Refuse, before anything runs, what the shapes alone can refute."""
@@ -73,7 +76,7 @@ class ChooseRank:
         refuse_few(self.model.skeleton(), sites, self.least_packed)
         ranks = self.expected(sites)
         check_plan(self.method, sites, self.grid, lambda site: ranks[site.name])
-        check_worst(self.worst, self.method, sites)
+        check_sensitive(self.sensitive, self.method, sites)
         leading, most = self.method.leading, max(ranks.values())
         if leading is not None and self.method.branch is not None and most > leading:
             rule = f"rank.r={self.r}" if self.fraction is None else f"rank.fraction={self.fraction}"
@@ -88,12 +91,18 @@ class ChooseRank:
         def choose(site: Site) -> tuple[int, str]:
             return self._rank(site, basis)
 
-        planned = make_plan(self.method, sites, choose)
-        if worst := parse_worst(self.worst, self.method.activations.bits):
+        method = self.method
+        if asked := parse_sensitive(self.sensitive, method.activations.bits):
             probes, device = load_probe(capture), pick_device(self.device)
-            errors = site_errors(self.model, planned.blocks, basis, probes, device)
-            overrides = [*self.method.overrides, *worst.overrides(errors)]
-            planned = make_plan(replace(self.method, overrides=overrides), sites, choose)
+
+            def measure(method: Method, names: Collection[str]) -> Mapping[str, float]:
+                lines = make_plan(method, sites, choose).among(names)
+                return site_errors(self.model, lines, basis, probes, device) if lines else {}
+
+            blocks = [line.site.name for line in make_plan(method, sites, choose).blocks]
+            added = asked.overrides(method, blocks, measure, Workload.alone(self))
+            method = replace(method, overrides=[*method.overrides, *added])
+        planned = make_plan(method, sites, choose)
         planned.write(out)
         return planned.metrics(self.model)
 

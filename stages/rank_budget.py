@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,7 +20,6 @@ from dirotq.pipeline.stage import untracked
 from dirotq.quantize import memory
 from dirotq.quantize.budget import Prices, in_bits, in_forwards, refuse_unpriced, water_fill
 from dirotq.quantize.measure import plans_psnr, site_errors
-from dirotq.quantize.overrides import check_worst, parse_worst
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import (
     Planned,
@@ -31,6 +30,7 @@ from dirotq.quantize.planning import (
     read_spectrum,
     refuse_rules,
 )
+from dirotq.quantize.sensitive import check_sensitive, parse_sensitive
 from dirotq.quantize.workload import Workload
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
@@ -50,7 +50,7 @@ class AllocateRank:
     ``gate``         calibration prompts whose images decide between this plan and the uniform
                      rank of the same budget; 0 leaves the comparison out
     ``prompts``      where they come from; ``batch`` of them per pipeline call
-    ``worst``        as in stages/rank.py, measured at that uniform rank
+    ``sensitive``    as in stages/rank.py, measured at that uniform rank
     ``least_packed`` as there
 
     Exactly one of ``bits``, ``like`` and ``overhead`` is set. Writes ``plan.json``, ``kept.json``
@@ -60,7 +60,8 @@ class AllocateRank:
     branch does not project; :meth:`check` does so before anything runs.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
+    moved: ClassVar[Mapping[str, str]] = {"worst": "rank.sensitive={count: 3, act_bits: 8}"}
     needs = memory.rank_budget
 
     model: DiffusersModel
@@ -72,7 +73,7 @@ class AllocateRank:
     grid: int
     gate: int
     batch: int
-    worst: Mapping[str, Any] | None
+    sensitive: str | Mapping[str, Any] | None
     least_packed: float = untracked()
     device: str = untracked()
     sensitivity: str = field(init=False, default="measured")
@@ -90,7 +91,7 @@ class AllocateRank:
             raise ConfigError(
                 f"rank.gate={self.gate}, rank.batch={self.batch}: use at least 0 and 1"
             )
-        parse_worst(self.worst, self.method.activations.bits)
+        parse_sensitive(self.sensitive, self.method.activations.bits)
         refuse_unpriced(self.method)
 
     def check(self) -> None:
@@ -98,7 +99,7 @@ class AllocateRank:
         sites = self.model.sites()
         refuse_few(self.model.skeleton(), sites, self.least_packed)
         check_plan(self.method, sites, self.grid, lambda s: largest_rank(self.method, s, self.grid))
-        check_worst(self.worst, self.method, sites)
+        check_sensitive(self.sensitive, self.method, sites)
         leading = self.method.leading
         if leading is not None and (self.like or 0) > leading:
             raise ConfigError(
@@ -117,30 +118,34 @@ class AllocateRank:
         spectra = {s.name: read_spectrum(basis, s) for s in sites if s.kind == "block"}
         probes = load_probe(capture)
 
-        def errors_of(plan: Planned, names: set[str]) -> dict[str, float]:
-            lines = [line for line in plan.blocks if line.site.name in names]
-            return site_errors(self.model, lines, basis, probes, device)
-
-        def plan_of(ranks: Mapping[str, int], mode: str) -> Planned:
+        def plan_of(method: Method, ranks: Mapping[str, int], mode: str) -> Planned:
             def choose(site: Site) -> tuple[int, str]:
                 rank = ranks[site.name]
                 return rank, f"{mode}: {spectra[site.name].told(rank, site)}"
 
             return make_plan(method, sites, choose)
 
-        def uniform_plan() -> Planned:
-            rank = prices.largest_uniform(limit, self.grid)
-            return plan_of(prices.uniform(rank), "uniform")
-
-        prices, limit = self._budget(method, sites)
-        uniform = uniform_plan()
-        errors = errors_of(uniform, set(spectra))
-        if worst := parse_worst(self.worst, method.activations.bits):
-            added = worst.overrides(errors)
-            method = replace(method, overrides=[*method.overrides, *added])
+        def uniform_plan(method: Method) -> Planned:
             prices, limit = self._budget(method, sites)
-            uniform = uniform_plan()
-            errors |= errors_of(uniform, {entry["sites"] for entry in added})
+            rank = prices.largest_uniform(limit, self.grid)
+            return plan_of(method, prices.uniform(rank), "uniform")
+
+        errors: dict[str, float] = {}
+
+        def measure(method: Method, names: Collection[str]) -> Mapping[str, float]:
+            lines = uniform_plan(method).among(names)
+            found = site_errors(self.model, lines, basis, probes, device) if lines else {}
+            errors.update({name: found[name] for name in found.keys() - errors.keys()})
+            return found
+
+        if asked := parse_sensitive(self.sensitive, method.activations.bits):
+            added = asked.overrides(method, set(spectra), measure, Workload.alone(self))
+            method = replace(method, overrides=[*method.overrides, *added])
+            for entry in added:
+                errors.pop(entry["sites"])
+        measure(method, spectra.keys() - errors.keys())
+        prices, limit = self._budget(method, sites)
+        uniform = uniform_plan(method)
         ranks_before = {line.site.name: line.spec.rank for line in uniform.blocks}
         gains = {
             name: _sensitivity(spectra[name], ranks_before[name], errors[name])
@@ -177,7 +182,7 @@ class AllocateRank:
             "predicted_gain_db": float(10 * (ratio[0] / ratio[1]).log10()),
         }
         if after < before:
-            budgeted = plan_of(ranks, "budget")
+            budgeted = plan_of(method, ranks, "budget")
             planned, judged = self._gated(budgeted, uniform, basis, device)
         else:  # steps are coarse: what was too dear at the end can outweigh what was gained
             log.warning("rank: fell back to the uniform rank: no gain is predicted for the budget")
@@ -198,11 +203,7 @@ class AllocateRank:
     def _budget(self, method: Method, sites: Sequence[Site]) -> tuple[Prices, float]:
         """Return what directions cost under ``method``, and the limit in the setting's unit."""
         if self.overhead is not None:
-            work = Workload(
-                model=self.model, method=method, ranks=self, calibration=1, heldout=1, batch=1,
-                calls=1,
-            )  # fmt: skip
-            prices, limit = in_forwards(work, method, self.grid), self.overhead
+            prices, limit = in_forwards(Workload.alone(self), method, self.grid), self.overhead
         else:
             prices = in_bits(self.model, method, sites, self.grid)
             limit = self.bits or 0.0

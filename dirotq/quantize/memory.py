@@ -10,6 +10,7 @@ from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.errors import ConfigError
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
+from dirotq.quantize.sensitive import parse_sensitive
 from dirotq.quantize.spectrum import DENSE, MARGIN
 from dirotq.quantize.workload import Workload
 
@@ -78,8 +79,9 @@ def low_rank(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 
 def rank(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """One site's spectrum at a time, or what measuring the worst sites takes."""
-    return _sensitivities(work, machine) if stage.worst else _spectra(work, machine)
+    """One site's spectrum at a time, or what measuring sensitive sites takes."""
+    asked = parse_sensitive(stage.sensitive, stage.method.activations.bits)
+    return _sensitivities(work, machine) if asked else _spectra(work, machine)
 
 
 def rank_budget(stage: Any, work: Workload, machine: Machine) -> Needs:

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -144,73 +144,3 @@ def check_overrides(
             "method.overrides keep every block site in 16 bits: nothing is left to quantize; use "
             "narrower patterns"
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Worst:
-    """The ``count`` sites with the largest measured error stay in 16 bits (``keep``), or quantize
-    their activations in ``act_bits``."""
-
-    count: int
-    keep: int | None = None
-    act_bits: int | None = None
-
-    def overrides(self, errors: Mapping[str, float]) -> list[dict[str, Any]]:
-        """Return entries for ``method.overrides``.
-
-        errors  what each site alone adds to the network's error, {site: any unit}
-        """
-        total = sum(errors.values()) or 1.0
-        ranked = sorted(errors, key=lambda name: -errors[name])[: self.count]
-        change = {"keep": self.keep} if self.keep else {"act_bits": self.act_bits}
-        return [
-            {
-                "sites": name,
-                **change,
-                "why": f"number {place} in measured error ({errors[name] / total:.1%} of the sum)",
-            }
-            for place, name in enumerate(ranked, 1)
-        ]
-
-
-def check_worst(value: Mapping[str, Any] | None, method: Any, sites: Sequence[Any]) -> None:
-    """Try ``rank.worst`` on every block site's formats, before anything is measured.
-
-    Raises ConfigError for a format that can't have its precision, or if no site would be left.
-    """
-    worst = parse_worst(value, method.activations.bits)
-    if worst is None:
-        return
-    blocks = [site.name for site in sites if site.kind == "block"]
-    if worst.keep and worst.count >= len(blocks):
-        raise ConfigError(
-            f"rank.worst.count={worst.count} keeps all {len(blocks)} block sites in 16 bits: use "
-            "less"
-        )
-    everywhere = replace(worst, count=len(blocks)).overrides(dict.fromkeys(blocks, 1.0))
-    tried = replace(method, overrides=[*method.overrides, *everywhere])
-    for site in sites:
-        tried.spec(site, 0)
-
-
-def parse_worst(value: Mapping[str, Any] | None, act_bits: int) -> Worst | None:
-    """``rank.worst``, checked against the method's own ``act_bits``.
-
-    Raises ConfigError for anything but null or {count: k, keep: 16} or {count: k, act_bits: 8}.
-    """
-    if value is None:
-        return None
-    form = "write {count: 3, keep: 16} or {count: 3, act_bits: 8}, or null for none"
-    if not isinstance(value, Mapping) or not set(value) <= {"count", "keep", "act_bits"}:
-        raise ConfigError(f"rank.worst={value!r}: {form}")
-    count, keep, finer = (value.get(name) for name in ("count", "keep", "act_bits"))
-    if type(count) is not int or count < 1:
-        raise ConfigError(f"rank.worst.count={count!r}: use at least 1 site; {form}")
-    if (keep is None) == (finer is None) or keep not in (None, 16) or finer not in (None, 8, 16):
-        raise ConfigError(f"rank.worst={dict(value)!r} says no finer precision: {form}")
-    if finer is not None and finer <= act_bits:
-        raise ConfigError(
-            f"rank.worst.act_bits={finer} is no finer than the method's {act_bits}-bit "
-            "activations (act_format): use more bits or keep: 16"
-        )
-    return Worst(count=count, keep=keep, act_bits=finer)

@@ -33,6 +33,7 @@ class Method:
     ``rounding``         ``gptq`` or ``nearest``
     ``modulator_group``  W4A16 group of linears that see one row per image; null keeps them 16 bit
     ``overrides``        exceptions by site (dirotq/quantize/overrides.py)
+    ``sensitive``        what ``rank.sensitive`` is by default
 
     Where a group does not divide a site's channels (SANA has sites of 5600), the site takes half of
     it, or half of that, down to 16: the plan tells which (:func:`fitting_group`). Groups of an FP4
@@ -62,6 +63,7 @@ class Method:
     rounding: Rounding
     modulator_group: int | None
     overrides: Sequence[Mapping[str, Any]]
+    sensitive: str | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if self.rounding not in ("gptq", "nearest"):

@@ -4,7 +4,7 @@ Letters: L leading directions that ``basis`` kept.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -68,6 +68,10 @@ class Planned:
     def blocks(self) -> list[SitePlan]:
         return [line for line in self.lines if line.site.kind == "block"]
 
+    def among(self, names: Collection[str]) -> list[SitePlan]:
+        """Return the lines of block sites of these names."""
+        return [line for line in self.blocks if line.site.name in names]
+
     def because(self, reason: str) -> "Planned":
         """Return the same plan with a further reason for the ranks of block sites."""
         lines = [
@@ -88,6 +92,7 @@ class Planned:
             "mean_rank": sum(ranks) / max(len(ranks), 1),
             "bits_per_parameter": effective_bits(skeleton, packed),
             "sites_kept": len(self.ignored),
+            "sites_finer": sum(line.spec.activations.bits == 8 for line in self.blocks),
             "block_parameters_kept": share_kept(skeleton, (site for site, _ in packed)),
         }
 

@@ -47,6 +47,12 @@ class Workload:
     batch: int
     calls: int
 
+    @classmethod
+    def alone(cls, ranks: Any) -> "Workload":
+        """Return the work of one call for one prompt; ``ranks`` has a model and a method."""
+        one = {"calibration": 1, "heldout": 1, "batch": 1, "calls": 1}
+        return cls(model=ranks.model, method=ranks.method, ranks=ranks, **one)
+
     @cached_property
     def size(self) -> tuple[int, int, int]:
         """Height, width and frames of one image (one frame) or video."""
@@ -141,10 +147,17 @@ class Workload:
             return self.image_tokens
         return self.image_tokens + self.text_tokens
 
+    def share(self, site: Site) -> float:
+        """Return the part of a forward's FLOPs that a site's linears have."""
+        return self._flops(site) / self.forward_flops
+
+    def _flops(self, site: Site) -> float:
+        return 2.0 * self.tokens(site) * site.in_features * sum(site.out_features)
+
     @cached_property
     def forward_flops(self) -> float:
         """One forward for one prompt (one branch of guidance): linears and attention."""
-        total = sum(2.0 * self.tokens(s) * s.in_features * sum(s.out_features) for s in self.sites)
+        total = sum(map(self._flops, self.sites))
         everything = self.image_tokens + self.text_tokens
         for sites in self.by_block.values():
             inside = [s for s in sites if s.kind == "block"]

@@ -32,7 +32,7 @@ def rank(line) -> ChooseRank:
         ({"r": None}, r"rank\.r=None, rank\.fraction=None, rank\.energy=None: set exactly one"),
         ({"r": None, "fraction": 1.0}, r"rank\.fraction=1\.0 is no share: use 0 <= fraction < 1"),
         ({"r": None, "fraction": -0.5}, r"rank\.fraction=-0\.5 is no share"),
-        ({"worst": {"count": 1}}, r"rank\.worst=\{'count': 1\} says no finer precision"),
+        ({"sensitive": {"count": 1}}, r"rank\.sensitive=\{'count': 1\} says no finer precision"),
         ({"r": None, "energy": 1.0}, r"rank\.energy=1\.0 is no share"),
         ({"r": None, "energy": -0.1}, r"rank\.energy=-0\.1 is no share"),
     ],
@@ -209,7 +209,7 @@ def test_no_probe_is_read_past_its_digest(rank, finished, tmp_path, file):
     content = bytearray((capture.data / file).read_bytes())
     content[-20] ^= 1
     (capture.data / file).write_bytes(content)
-    chosen = dataclasses.replace(rank, worst={"count": 1, "act_bits": 8})
+    chosen = dataclasses.replace(rank, sensitive={"count": 1, "act_bits": 8})
     with pytest.raises(ArtifactError, match=rf"{re.escape(file)} changed after it was written"):
         run_stage(chosen, tmp_path / "out", capture=capture, basis=finished["basis"])
 
@@ -220,11 +220,43 @@ def copied(artifact, tmp_path):
 
 
 def test_the_worst_site_takes_finer_activations(rank, finished, tmp_path):
-    chosen = dataclasses.replace(rank, worst={"count": 1, "act_bits": 8})
+    chosen = dataclasses.replace(rank, sensitive={"count": 1, "act_bits": 8})
     run_stage(chosen, tmp_path, capture=finished["capture"], basis=finished["basis"])
     finer = [e for e in read_plan(tmp_path / "plan.json") if e.spec.activations.bits == 8]
     assert len(finer) == 1
     assert "; number 1 in measured error (" in finer[0].why
+
+
+def test_sites_that_gain_enough_take_finer_activations(rank, finished, tmp_path, monkeypatch):
+    """Errors are measured once for all, and once more for those that could gain."""
+    asked = []
+
+    def errors(model, lines, *_):
+        asked.append({line.site.name: line.spec.activations.bits for line in lines})
+        return {
+            line.site.name: (100.0 if line.site.name == FF else 1.0)
+            / (10 if line.spec.activations.bits == 8 else 1)
+            for line in lines
+        }
+
+    monkeypatch.setattr("dirotq.stages.rank.site_errors", errors)
+    monkeypatch.setattr("dirotq.quantize.sensitive.LEAST_GAIN", 1.0)
+    monkeypatch.setattr("dirotq.quantize.sensitive.MOST_WORK", 0.5)
+    chosen = dataclasses.replace(rank, sensitive="auto")
+    chosen.check()
+    metrics = run_stage(chosen, tmp_path, capture=finished["capture"], basis=finished["basis"])
+    finer = [e for e in read_plan(tmp_path / "plan.json") if e.spec.activations.bits == 8]
+    assert [entry.site.name for entry in finer] == [FF]
+    assert "% of the arithmetic: 8-bit activations" in finer[0].why
+    assert metrics["sites_finer"] == 1
+    blocks = [e for e in read_plan(tmp_path / "plan.json") if e.site.kind == "block"]
+    assert asked == [{e.site.name: 4 for e in blocks}, {FF: 8}]
+
+
+def test_auto_measures_nothing_where_eight_bits_are_no_finer(rank, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("dirotq.stages.rank.site_errors", None)
+    chosen = dataclasses.replace(rank, sensitive="auto", method=method("dirotq_w4a8"))
+    run_stage(chosen, tmp_path, capture=finished["capture"], basis=finished["basis"])
 
 
 def test_metrics(finished):

@@ -59,7 +59,7 @@ def block_ranks(plan):
         ({"like": 12}, r"rank\.like=12 is not on the grid: use a multiple of 8"),
         ({"gate": -1}, r"rank\.gate=-1, rank\.batch=4"),
         ({"batch": 0}, r"rank\.batch=0: use at least 0 and 1"),
-        ({"worst": {"count": 0, "keep": 16}}, r"rank\.worst\.count=0"),
+        ({"sensitive": {"count": 0, "keep": 16}}, r"rank\.sensitive\.count=0"),
         ({"method": method("rtn")}, "rank=budget needs a projecting basis.*method rtn has"),
         ({"method": method("dirotq_dense")}, "dirotq_dense has transform=dense"),
     ],
@@ -180,13 +180,13 @@ def test_the_worst_sites_are_measured_and_stay_out(budget, captured, tmp_path, m
         return {line.site.name: 9.0 if line.site.name == worst else 1.0 for line in lines}
 
     monkeypatch.setattr(rank_budget, "site_errors", errors)
-    stage = dataclasses.replace(budget, worst={"count": 1, "keep": 16})
+    stage = dataclasses.replace(budget, sensitive={"count": 1, "keep": 16})
     plan, metrics = planned(stage, captured, tmp_path / "kept")
     assert worst not in plan
     assert metrics["sites_kept"] == 1
     kept = json.loads((tmp_path / "kept" / "kept.json").read_text())
     assert "number 1 in measured error" in kept[worst]
-    stage = dataclasses.replace(budget, worst={"count": 1, "act_bits": 8})
+    stage = dataclasses.replace(budget, sensitive={"count": 1, "act_bits": 8})
     plan, _ = planned(stage, captured, tmp_path / "finer")
     assert (plan[worst].spec.activations.bits, plan[worst].spec.activations.name) == (8, "token")
     assert "number 1 in measured error" in plan[worst].why

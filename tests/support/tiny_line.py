@@ -52,6 +52,7 @@ LINE = (
     "capture.calls=12",
     "capture.rows=64",
     "rank.r=16",
+    "rank.sensitive=null",
     "reference.batch=2",
     "validate.batch=2",
     "validate.pairs=2",

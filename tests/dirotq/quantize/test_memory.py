@@ -84,9 +84,9 @@ def test_tiny_flux_on_a_cpu_takes_what_was_measured():
 
 
 def test_parts_of_a_rank_that_measures():
-    plain = needs(H200, "tiny_flux", "until=rank")["rank"]
+    plain = needs(H200, "tiny_flux", "until=rank", "rank.sensitive=null")["rank"]
     assert not plain.bound
-    worst = needs(H200, "tiny_flux", "until=rank", "rank.worst={count: 1, keep: 16}")["rank"]
+    worst = needs(H200, "tiny_flux", "until=rank", "rank.sensitive={count: 1, keep: 16}")["rank"]
     assert (worst.bound, plain.vram) == (True, 0)
     assert worst.vram > 0
     on_budget = needs(H200, "tiny_flux", "until=rank", "rank=budget", "rank.like=16")["rank"]

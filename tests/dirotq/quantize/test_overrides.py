@@ -5,7 +5,7 @@ from tiny_line import method
 
 from dirotq.errors import ConfigError
 from dirotq.models.family import Site
-from dirotq.quantize.overrides import check_overrides, override_of, parse_overrides, parse_worst
+from dirotq.quantize.overrides import check_overrides, override_of, parse_overrides
 
 QKV = Site("blocks.0.attn.qkv", ("blocks.0.attn.q", "blocks.0.attn.k"), 64, (8, 8), "block", True)
 OUT = Site("blocks.0.attn.out", ("blocks.0.attn.out",), 64, (64,), "block", True)
@@ -103,46 +103,6 @@ def test_entries_that_do_not_fit_the_model(entry, message):
 
 def test_entries_that_fit():
     check_overrides(parse_overrides([{"sites": "*.out", "keep": 16}]), SITES, grid=8)
-
-
-ERRORS = {"a": 1.0, "b": 6.0, "c": 3.0}
-
-
-def test_the_worst_become_overrides_with_their_reason():
-    entries = parse_worst({"count": 2, "act_bits": 8}, 4).overrides(ERRORS)
-    assert [(entry["sites"], entry["act_bits"]) for entry in entries] == [("b", 8), ("c", 8)]
-    [first, second] = parse_overrides(entries)
-    assert first.told == "number 1 in measured error (60.0% of the sum): 8-bit activations"
-    assert second.why == "number 2 in measured error (30.0% of the sum)"
-    kept = parse_worst({"count": 9, "keep": 16}, 4).overrides(ERRORS)
-    assert [(entry["sites"], entry["keep"]) for entry in kept] == [("b", 16), ("c", 16), ("a", 16)]
-
-
-def test_no_worst():
-    assert parse_worst(None, 4) is None
-
-
-@pytest.mark.parametrize(
-    ("value", "message"),
-    [
-        ({"count": 0, "keep": 16}, r"rank\.worst\.count=0: use at least 1"),
-        ({"keep": 16}, r"rank\.worst\.count=None"),
-        ({"count": 2}, "says no finer precision"),
-        ({"count": 2, "keep": 16, "act_bits": 8}, "says no finer precision"),
-        ({"count": 2, "keep": 8}, "says no finer precision"),
-        ({"count": 2, "act_bits": 4}, "says no finer precision"),
-        ({"count": 2, "rank": 8}, r"rank\.worst=\{'count': 2, 'rank': 8\}: write"),
-        (3, r"rank\.worst=3: write"),
-    ],
-)
-def test_worst_that_says_nothing_or_too_much(value, message):
-    with pytest.raises(ConfigError, match=message):
-        parse_worst(value, 4)
-
-
-def test_worst_that_is_no_finer_than_the_method():
-    with pytest.raises(ConfigError, match=r"act_bits=8 is no finer than the method's 8-bit"):
-        parse_worst({"count": 1, "act_bits": 8}, 8)
 
 
 def test_overrides_change_the_recipe_of_a_method():
