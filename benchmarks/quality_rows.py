@@ -95,7 +95,7 @@ BUDGET = "rank=budget rank.like=16 rank.batch=64"
 ALLOCATION = (
     _row("budget", "budget of uniform r = 16, gated", f"{POW2} {BUDGET} rank.gate=64", OURS),
     _row("budget_ungated", "the same, no gate", f"{POW2} {BUDGET} rank.gate=0", OURS),
-    _row("worst", "r = 16, worst 3 sites A8", POW2 + " rank.worst={count:3,act_bits:8}", OURS),
+    _row("worst", "r = 16, worst 3 sites A8", POW2 + " rank.sensitive={count:3,act_bits:8}", OURS),
 )
 
 ABLATIONS = (

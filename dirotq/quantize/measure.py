@@ -40,26 +40,30 @@ def site_errors(
 
     Every call passes through the network once as it is and once per site, all of these block by
     block together (dirotq/calibrate/replay.py): one block's weights are in memory, and a waiting
-    call per site, in as many passes as their memory asks for. In bfloat16 (on a GPU) the rounding
-    of the network itself is a noise floor under every error.
+    copy of each call per site, in as many passes as their memory asks for. A site is packed once
+    per pass. In bfloat16 (on a GPU) the rounding of the network itself is a noise floor under every
+    error.
 
     Raises NumericalError naming the site whose error is not finite.
     """
     replay = Replay.of(model, device, compute_dtype(device))
-    at_once = max(replay.make_room(calls[0], len(lines) + 1), 2)  # the plain copy and another
+    at_once = max(replay.make_room(calls[0], len(calls) * (len(lines) + 1)), 2)
     sums = dict.fromkeys((line.site.name for line in lines), 0.0)
     parts = [lines[i : i + at_once - 1] for i in range(0, len(lines), at_once - 1)]
-    passes = [(call, part) for call in calls for part in parts]
-    for number, (call, part) in enumerate(passes, 1):
-        copies = [call] * (len(part) + 1)  # the first stays as it is
+    few = max(at_once // (len(lines) + 1), 1)  # calls in one pass
+    passes = [(calls[i : i + few], part) for i in range(0, len(calls), few) for part in parts]
+    for number, (some, part) in enumerate(passes, 1):
+        each = len(part) + 1  # copies of a call, of which the first stays as it is
+        copies = [call for call in some for _ in range(each)]
         what = f"rank: sensitivities, pass {number} of {len(passes)}"
         with _perturbed(replay, part, "", basis):
             for step in track(replay.steps(copies), what, total=len(replay.blocks)):
                 with _perturbed(replay, part, step.block, basis):
                     step.run()
-        want, *found = replay.outputs
-        for line, got in zip(part, found, strict=True):
-            sums[line.site.name] += _squared_error(got, want, line.site.name) / len(calls)
+        for i in range(len(some)):
+            want, *found = replay.outputs[i * each : (i + 1) * each]
+            for line, got in zip(part, found, strict=True):
+                sums[line.site.name] += _squared_error(got, want, line.site.name) / len(calls)
     return sums
 
 
@@ -103,7 +107,7 @@ def plans_psnr(
 def _perturbed(
     replay: Replay, lines: Sequence[SitePlan], block: str, basis: Artifact
 ) -> Iterator[None]:
-    """While open, copy i + 1 of a call has ``lines[i]`` quantized, of the sites in ``block``."""
+    """While open, copy i + 1 of each call has ``lines[i]`` quantized, of the sites in ``block``."""
     with ExitStack() as hooks:
         for copy, line in enumerate(lines, 1):
             if line.site.block != block:
@@ -118,7 +122,8 @@ def _perturbed(
                     _: nn.Module, args: Any, output: Tensor, view: Any = view, copy: int = copy
                 ) -> Any:
                     # None leaves the output as it is.
-                    return view(args[0]) if replay.current == copy else None
+                    here = replay.current % (len(lines) + 1) == copy
+                    return view(args[0]) if here else None
 
                 module = replay.transformer.get_submodule(linear)
                 hooks.callback(module.register_forward_hook(perturb).remove)
