@@ -6,10 +6,13 @@ prompts by several plans, before anything is built on one.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dirotq.calibrate.replay import Replay
 from dirotq.device import compute_dtype
@@ -41,13 +44,14 @@ def site_errors(
     Every call passes through the network once as it is and once per site, all of these block by
     block together (dirotq/calibrate/replay.py): one block's weights are in memory, and a waiting
     copy of each call per site, in as many passes as their memory asks for. A site is packed once
-    per pass. In bfloat16 (on a GPU) the rounding of the network itself is a noise floor under every
-    error.
+    per pass, and its copies are computed from the site's block on. In bfloat16 (on a GPU) the
+    rounding of the network itself is a noise floor under every error.
 
     Raises NumericalError naming the site whose error is not finite.
     """
     replay = Replay.of(model, device, compute_dtype(device))
     at_once = max(replay.make_room(calls[0], len(calls) * (len(lines) + 1)), 2)
+    shared = _Shared(replay)
     sums = dict.fromkeys((line.site.name for line in lines), 0.0)
     parts = [lines[i : i + at_once - 1] for i in range(0, len(lines), at_once - 1)]
     few = max(at_once // (len(lines) + 1), 1)  # calls in one pass
@@ -56,8 +60,10 @@ def site_errors(
         each = len(part) + 1  # copies of a call, of which the first stays as it is
         copies = [call for call in some for _ in range(each)]
         what = f"rank: sensitivities, pass {number} of {len(passes)}"
+        shared.begin(part)
         with _perturbed(replay, part, "", basis):
             for step in track(replay.steps(copies), what, total=len(replay.blocks)):
+                shared.step(part, step.block)
                 with _perturbed(replay, part, step.block, basis):
                     step.run()
         for i in range(len(some)):
@@ -101,6 +107,45 @@ def plans_psnr(
         got = images(plan, f"A/B check: plan {number} of {len(plans)}")
         found.append(psnr(got, want).double())
     return found
+
+
+@dataclass
+class _Shared:
+    """What copies of a call have in common up to the block in which they begin to differ.
+
+    ``each``  copies of a call; ``same`` those that equal the first one so far
+    """
+
+    replay: Replay
+    each: int = 1
+    same: set[int] = field(default_factory=set)
+    outputs: dict[int, Any] = field(default_factory=dict)
+    """Of the block that is run, by the first copy of each call."""
+
+    def __post_init__(self) -> None:
+        for block in self.replay.blocks:
+            module = self.replay.transformer.get_submodule(block)
+            module.forward = partial(self._forward, module.forward)
+
+    def begin(self, part: Sequence[SitePlan]) -> None:
+        """Begin a pass, whose copies follow their calls as far as a block's inputs are equal."""
+        self.each = len(part) + 1
+        blocks = self.replay.blocks
+        self.same = {copy for copy, line in enumerate(part, 1) if line.site.block in blocks}
+
+    def step(self, part: Sequence[SitePlan], block: str) -> None:
+        """Begin a step of the pass."""
+        self.same -= {copy for copy, line in enumerate(part, 1) if line.site.block == block}
+        self.outputs = {}
+
+    def _forward(self, compute: Any, *args: Any, **kwargs: Any) -> Any:
+        call, copy = divmod(self.replay.current, self.each)
+        if copy in self.same and call in self.outputs:
+            return tree_map_only(Tensor, Tensor.clone, self.outputs[call])  # each waits alone
+        output = compute(*args, **kwargs)
+        if copy == 0:
+            self.outputs[call] = output
+        return output
 
 
 @contextmanager

@@ -70,3 +70,23 @@ def test_more_protected_directions_and_finer_codes_disturb_less(folder, captured
 def test_passes_and_repeated_calls_change_nothing(folder, captured, plain, monkeypatch):
     monkeypatch.setattr(measure.Replay, "make_room", lambda *_: 4)
     assert measured(folder, captured, calls=2) == pytest.approx(plain, rel=1e-6)
+
+
+def test_a_copy_is_computed_from_its_sites_block_on(folder, captured, plain, monkeypatch):
+    """Blocks before it would repeat what the call as it is has computed, bit for bit."""
+    followed = []
+    clone = torch.Tensor.clone
+
+    def count(tensor):
+        followed.append(tensor.shape)
+        return clone(tensor)
+
+    monkeypatch.setattr(measure.Tensor, "clone", count)
+    assert measured(folder, captured) == plain
+    assert followed
+    monkeypatch.setattr(
+        measure._Shared, "begin", lambda self, part: setattr(self, "each", len(part) + 1)
+    )
+    seen = len(followed)
+    assert measured(folder, captured) == plain
+    assert len(followed) == seen
