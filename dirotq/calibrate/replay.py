@@ -42,8 +42,8 @@ class Replay:
     dtype        compute dtype; with float32, 16-bit arguments are widened too
 
     ``park`` waiting calls' activations are kept in page-locked host memory (:meth:`make_room`).
-    ``current`` is the index of the call that is running, in the sequence given to :meth:`steps`;
-    ``outputs`` has what each call of the last pass returned.
+    ``current`` is the index of the call that is running, ``first`` for the first of those given to
+    :meth:`steps`; ``outputs`` has what each call of the last pass returned.
     """
 
     def __init__(
@@ -72,14 +72,14 @@ class Replay:
         blocks = dict.fromkeys(site.block for site in model.sites() if site.block)
         return cls(model.skeleton(), model.weights(), blocks, device=device, dtype=dtype)
 
-    def steps(self, calls: Sequence[Call]) -> Iterator["Step"]:
+    def steps(self, calls: Sequence[Call], first: int = 0) -> Iterator["Step"]:
         """Make one pass: yield every block, in order, once its weights are there.
 
         What is inside of a block may be watched or swapped before its step runs; a step that was
         not run by the time the next one is asked for is run then. What the transformer does before
         its first block happens before the first step, and the rest of it within the last one.
         """
-        forwards = [_Forward(self, index, call) for index, call in enumerate(calls)]
+        forwards = [_Forward(self, index, call) for index, call in enumerate(calls, first)]
         try:
             for forward in forwards:
                 forward.proceed()
@@ -95,12 +95,14 @@ class Replay:
             for forward in forwards:
                 forward.cancel()
 
-    def make_room(self, call: Call, count: int, vram: int | None = None) -> int:
+    def make_room(self, call: Call, count: int, vram: int | None = None, processes: int = 1) -> int:
         """Return how many of ``count`` calls like ``call`` to keep on their way; set ``park``.
 
-        vram  bytes of GPU memory to stay within; None for what is free
+        vram       bytes of GPU memory to stay within; None for what is free
+        processes  how many share the host's memory
         """
-        each, host = max(self._state_bytes(call), 1), int(HOST_SHARE * free_ram())
+        each = max(self._state_bytes(call), 1)
+        host = int(HOST_SHARE * free_ram() / processes)
         if self.device.type == "cpu":
             return calls_at_once(each, count, host, host)[0]
         limit = torch.cuda.mem_get_info(self.device)[0] if vram is None else vram

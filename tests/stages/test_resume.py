@@ -19,8 +19,9 @@ from dirotq.errors import ArtifactError
 from dirotq.evaluate import images as stored_images
 from dirotq.evaluate.images import ImageWriter, read_images
 from dirotq.pipeline.units import JOURNAL, Units
+from dirotq.quantize import replayed_moments
 from dirotq.quantize.tensors import load_site, save_site
-from dirotq.stages import basis, capture, gptq, low_rank
+from dirotq.stages import basis, gptq, low_rank
 
 pytestmark = pytest.mark.usefixtures("looks_every_time")
 
@@ -99,7 +100,7 @@ def cases(line, finished):
     order = tuple(dict.fromkeys(sorted(of.values(), key=lambda b: (not b, "single" in b))))
     few = dataclasses.replace(captured, batch=2, calls=4)
     made["replay"] = Case(
-        few, capture, "write_moment", lambda group, name, *_: of[name], order[:1], order
+        few, replayed_moments, "write_moment", lambda group, name, *_: of[name], order[:1], order
     )
     reference = dataclasses.replace(stage(line(), "reference"), batch=1, floor=False)
     seed = lambda pipe, prompts, call: str(prompts[0].seed)  # noqa: E731
@@ -253,7 +254,7 @@ def test_passes_that_fall_otherwise_drop_what_a_single_one_left(
     cases, prepared, tmp_path, monkeypatch
 ):
     case, (left, _) = cases["replay"], prepared("replay")
-    monkeypatch.setattr(capture.Replay, "make_room", lambda *_: 1)
+    monkeypatch.setattr(replayed_moments.Replay, "make_room", lambda *_: 1)
     case.run(tmp_path / "whole")
     out = Path(shutil.copytree(left, tmp_path / "out"))
     assert case.run(out) == list(case.every)
