@@ -42,7 +42,8 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
     largest = max(moments.values())
     of_block = max(sum(moments[s.name] for s in sites) for sites in work.by_block.values())
     waiting, parked = _waiting(work, machine, -(-work.recorded // work.samples), limit)
-    block = machine.width * work.block_parameters + of_block + largest
+    # The sums of one block are stored while those of the next are made.
+    block = machine.width * work.block_parameters + 2 * of_block + largest
     alive = _activations(work, work.samples, machine.width)
     encoders = sum(
         size for name, size in work.components.items() if name.startswith("text_encoder")

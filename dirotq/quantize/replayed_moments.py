@@ -85,7 +85,7 @@ class ReplayedMoments:
         for site in self.model.sites():
             if site.block in left:
                 left[site.block].append(site)
-        trees = {name: zarr.open_group(out / name, mode="a") for name in TREES}
+        trees = {name: zarr.open_group(out / name, mode="a") for name in TREES if self._last}
         passes = self._passes(replay, calls)
         for number, indices in enumerate(passes):
             rows = range(*(i * self.rows // len(calls) for i in (indices.start, indices.stop)))
