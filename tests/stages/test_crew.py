@@ -31,7 +31,7 @@ def crews():
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_bytes_do_not_depend_on_the_workers(line, finished, crews, tmp_path, name):
+def test_bytes_do_not_depend_on_the_workers(line, finished, crews, tmp_path, caplog, name):
     inputs, found = {slot: finished[slot] for slot in STAGES[name]}, {}
     for workers, way in crews.items():
         out = tmp_path / str(workers)
@@ -41,3 +41,4 @@ def test_bytes_do_not_depend_on_the_workers(line, finished, crews, tmp_path, nam
         found[workers] = made, metrics
     assert set(found[1][0]) == set(tree_bytes(finished[name].data))
     assert found[1] == found[2] == found[3]
+    assert "alone" not in caplog.text  # no part was done by one process
