@@ -8,6 +8,7 @@ however it ends, and whatever it was told.
 import contextlib
 import dataclasses
 import logging
+import shutil
 import uuid
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
@@ -29,13 +30,18 @@ TRIES = 3
 MOST = 8
 """Units given out at once: a worker reads one while it computes another, and hashes a third."""
 
+MEETING = ".meeting"
+"""Folder of what workers hand to each other while they make units that follow each other."""
+LOOK = 1.0
+"""Seconds between two looks for units that are finished meanwhile."""
+
 
 class Crew:
     """``count`` workers, started when there is something to do and stopped with the block.
 
     devices  GPUs for them, in turn: each sees one; None: they compute where the stage says
 
-    ``peaks``: the memory that each took for the last stage.
+    ``peaks``: {worker: the memory that it took}, since they were cleared.
     """
 
     def __init__(self, count: int, devices: Sequence[int] | None) -> None:
@@ -44,7 +50,7 @@ class Crew:
         )
         self._workers = [Worker(environment(count, device)) for device in chosen]
         self._devices = devices
-        self.peaks: list[dict[str, int]] = []
+        self.peaks: dict[int, dict[str, int]] = {}
 
     def __enter__(self) -> "Crew":
         return self
@@ -55,8 +61,7 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        for worker in self._workers:
-            worker.stop()
+        self.stop()
 
     def share(
         self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs
@@ -97,20 +102,64 @@ class Crew:
                         idle.append(worker)
                         give_out()
                     elif missing:
-                        raise ArtifactError(
-                            f"{stage.what}: {missing[0]} is not as it was written: another "
-                            "program changes the store while it is written to; the same command "
-                            "makes it anew"
-                        )
+                        raise ArtifactError(_spoilt(stage.what, missing[0]))
                     yield from finished
         except BaseException:  # before the folder's lock is let go
             for worker, _ in running.values():
                 worker.stop()
             raise
-        self.peaks = []
-        for resting in [worker.rest() for worker in self._workers]:
+        self._rest()
+
+    def chain(
+        self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs
+    ) -> Generator[str, None, None]:
+        """Have units made that follow each other, and of each every worker does its part.
+
+        When one dies, all are ended, and begin anew with the units that are left.
+
+        Raises UnsupportedError if that happens TRIES times to one unit.
+        """
+        left, lost, meeting = list(todo), Counter[str](), units.out / MEETING
+        try:
+            while left:
+                died, place = None, meeting / uuid.uuid4().hex
+                for worker in self._workers:
+                    worker.start()
+                running: dict[Future[Seen], Worker] = {}
+                for index, worker in enumerate(self._workers):
+                    part = stage.part(index, len(self._workers), place)
+                    running[worker.make(self._job(part, units, left, inputs), left)] = worker
+                while running and died is None:
+                    ended, _ = wait(running, LOOK, FIRST_COMPLETED)
+                    for future in ended:
+                        worker = running.pop(future)
+                        died = worker if self._died(future, inputs) else died
+                    finished = units.adopt(left)
+                    left = [name for name in left if name not in finished]
+                    yield from finished
+                if died is not None and left:
+                    self._again(stage, died, left[:1], lost)
+                    self.stop()
+                elif left:
+                    raise ArtifactError(_spoilt(stage.what, left[0]))
+            if meeting.exists():
+                shutil.rmtree(meeting)
+        except BaseException:
+            self.stop()
+            raise
+        self._rest()
+
+    def stop(self) -> None:
+        """End all workers, before the lock of a folder that they write to is let go."""
+        for worker in self._workers:
+            worker.stop()
+
+    def _rest(self) -> None:
+        """Have the workers let go of what they opened; add to the peaks of this stage."""
+        for index, resting in enumerate([worker.rest() for worker in self._workers]):
             with contextlib.suppress(BrokenExecutor):  # it is started anew when it is needed
-                self.peaks.append(resting.result())
+                took, before = resting.result(), self.peaks.setdefault(index, {})
+                before |= {what: max(size, before.get(what, 0)) for what, size in took.items()}
 
     def _job(self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs) -> Job:
         known = recipe(stage)
@@ -155,6 +204,13 @@ NO_START = (
     "with executor.workers or executor.devices is imported by each of them: let it do its work "
     'under `if __name__ == "__main__":`'
 )
+
+
+def _spoilt(what: str, name: str) -> str:
+    return (
+        f"{what}: {name} is not as it was written: another program changes the store while it is "
+        "written to; the same command makes it anew"
+    )
 
 
 def _given_up(what: str, name: str) -> str:

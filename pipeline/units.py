@@ -133,11 +133,6 @@ class Units:
             self._add(name, files)
         return [name for name in names if name in intact]
 
-    def forget(self, prefix: str) -> None:
-        """Remove the units whose names begin with ``prefix``, and whatever no unit owns."""
-        kept = {name: files for name, files in self._files.items() if not name.startswith(prefix)}
-        self._keep_only(kept)
-
     def _write_waiting(self) -> None:
         if recipe(self._of) != self._recipe:
             raise ArtifactError(

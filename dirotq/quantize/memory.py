@@ -42,12 +42,14 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
     largest = max(moments.values())
     of_block = max(sum(moments[s.name] for s in sites) for sites in work.by_block.values())
     waiting, parked = _waiting(work, machine, -(-work.recorded // work.samples), limit)
-    block = machine.width * work.block_parameters + of_block + largest
+    # One block's sums are stored, and another's weights read, while calls pass a block.
+    block = 2 * (machine.width * work.block_parameters + of_block) + largest
+    streamed = 2 * (machine.width * work.block_parameters + of_block + largest)
     alive = _activations(work, work.samples, machine.width)
     encoders = sum(
         size for name, size in work.components.items() if name.startswith("text_encoder")
     )
-    recording = max(encoders, 2 * block if streams else weights + alive)
+    recording = max(encoders, streamed if streams else weights + alive)
     replaying = block + alive + waiting * (FRAGMENTS if machine.gpu and not parked else 1)
     # An upper bound of the recorded calls, as a prompt's steps share its text.
     calls = work.recorded * work.argument_bytes
@@ -108,8 +110,8 @@ def gptq(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 
 def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """One block of both networks in float32 with the captured call; a site's halves in float64."""
-    device = 2.0 * 4 * work.block_parameters + 8 * 2 * work.largest_weight
+    """Hold a block of both networks and the next one in float32, with a call; a site in float64."""
+    device = 3.0 * 4 * work.block_parameters + 8 * 2 * work.largest_weight
     device += _activations(work, work.samples, 4) + 3 * work.samples * work.state
     disk = sum(work.packed[part] for part in ("basis", "protected", "bias"))
     lower = "capture.batch=1, a smaller model.call.height and width"
@@ -155,7 +157,7 @@ def _spectra(work: Workload, machine: Machine) -> Needs:
 def _sensitivities(work: Workload, machine: Machine) -> Needs:
     """One block, and a waiting call for each of its sites (dirotq/quantize/measure.py)."""
     waiting, parked = _waiting(work, machine, len(work.block_sites) + 1, machine.vram)
-    block = 2 * machine.width * work.block_parameters + 8 * 3 * work.largest_weight
+    block = 3 * machine.width * work.block_parameters + 8 * 3 * work.largest_weight
     device = block + _activations(work, work.samples, machine.width) + waiting
     host, disk = _block_read(work) + parked, 1200 * len(work.sites)
     return _needs(machine, device, host, disk, "capture.batch=1", bound=True)
