@@ -8,6 +8,7 @@ from typing import Any
 
 from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.errors import ConfigError
+from dirotq.kernels.formats.quantize_weight import CHUNK
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.quantize.sensitive import parse_sensitive
@@ -30,6 +31,8 @@ DECODED = 512
 """Numbers alive in an image decoder, per pixel."""
 IMAGE_BYTES = 1.8
 """Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
+SEARCHED = 8 * 4 * CHUNK
+"""What the search for scales holds beside them: float32 tensors of a chunk of weights."""
 FRAGMENTS = 1.15
 """What waiting calls reserve on a GPU over what they hold: their tensors change size on the way."""
 
@@ -105,6 +108,13 @@ def gptq(stage: Any, work: Workload, machine: Machine) -> Needs:
     host = max(map(work.moment_bytes, work.sites))
     disk = work.packed["codes"] + work.packed["scales"]
     return _needs(machine, device, host, disk, "method.rounding=nearest (lower quality)")
+
+
+def rounding(stage: Any, work: Workload, machine: Machine) -> Needs:
+    """Two sites at a time: one in float32, as read, transformed, rounded; the next as it is read."""
+    device = 4 * 4 * work.largest_weight + SEARCHED
+    disk = sum(size for part, size in work.packed.items() if part != "kept")
+    return _needs(machine, device, 2 * 4 * work.largest_weight, disk, bound=True)
 
 
 def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
