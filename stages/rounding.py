@@ -21,25 +21,25 @@ from dirotq.quantize.plan import Method, SitePlan
 from dirotq.quantize.planning import Planned, check_plan, make_plan
 from dirotq.quantize.rotation import Rotation
 from dirotq.quantize.tensors import ahead, load_site, save_site, site_file
-from dirotq.quantize.uncalibrated import advice
+from dirotq.quantize.uncalibrated import advice, guessed_codes
 from dirotq.sources.model import DiffusersModel
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundWeights:
-    """Plan every site, transform its weights and round them to nearest (docs/method.md M5).
+    """Plan every site, transform its weights and round them (docs/method.md M5).
 
     Stands in the place of ``capture`` to ``fuse`` where a method needs no statistics of inputs: no
-    directions protected, Hadamard blocks or no transform, rounding to nearest. Scales are those of
-    the least squared error of the weights; all columns count alike.
+    directions protected, Hadamard blocks or no transform. Scales are those of the least squared
+    error of the weights; all columns count alike. ``method.rounding=gptq`` takes the second moment
+    that the weights suggest (dirotq/quantize/uncalibrated.py).
 
     ``least_packed``  share of the blocks' parameters that sites must hold: a model of which less
                       could be packed is refused
 
     Writes ``plan.json`` and ``kept.json`` as ``rank`` does, and ``sites/<site>.safetensors`` with
     all that a packed linear holds, and ``loss`` (float64 [1]: |ΔW|² over |W|²). One site's weights
-    are computed at a time, the next one's are read meanwhile; an interrupted run goes on at the
-    next site.
+    are in memory at a time; an interrupted run goes on at the next site.
 
     Raises ConfigError for a method that needs statistics, NumericalError naming a linear whose
     weights are not finite.
@@ -61,15 +61,14 @@ class RoundWeights:
             f"transform={method.transform.kind}": method.transform.kind == "dense",
             "transform.smooth=true": method.transform.smooth,
             f"method.branch={method.branch and method.branch.kind}": method.branch is not None,
-            f"method.rounding={method.rounding}": method.rounding != "nearest",
         }
         if said := [setting for setting, needs in needed.items() if needs]:
             raise ConfigError(
                 f"method={method.name} with pipeline=instant: {', '.join(said)} "
                 f"{'needs' if len(said) == 1 else 'need'} statistics of the inputs, which this "
-                "pipeline doesn't gather. Use method=instant or rtn, or add what makes the method "
-                "do without (method.branch=null method.rounding=nearest); for a calibrated model "
-                "leave out preset=instant, or pipeline=instant"
+                "pipeline doesn't gather. Use method=instant, quarot, convrot or rtn, or add "
+                "method.branch=null; for a calibrated model leave out preset=instant, or "
+                "pipeline=instant"
             )
 
     def check(self) -> None:
@@ -90,7 +89,11 @@ class RoundWeights:
 
         def make(names: Iterable[str]) -> Iterator[Made]:
             sites = (lines[name].site for name in names)
-            for site, (weight, bias) in ahead(weights.stacked, sites):
+            # Beside a GPU the next site is read meanwhile; a CPU would not compute faster.
+            read = ((site, weights.stacked(site)) for site in sites)
+            if device.type == "cuda":
+                read = ahead(weights.stacked, sites)
+            for site, (weight, bias) in read:
                 held = None if bias is None else bias.to(device)
                 tensors = round_site(weight.to(device), held, lines[site.name])
                 del weight
@@ -129,6 +132,9 @@ def round_site(w_ND: Tensor, bias_N: Tensor | None, entry: SitePlan) -> dict[str
     rotation = Rotation.cut({}, entry.spec)
     main, protected = rotation.weights(w_ND)
     rounded = nearest(main, entry.spec, clip=entry.clip, wp_NR=protected, bias_N=bias_N)
+    if entry.rounding == "gptq" and entry.site.kind == "block":
+        codes = guessed_codes(main, rounded.codes, rounded.step, entry.spec.weights.element)
+        rounded = rounded._replace(codes=codes)
     lost = (rounded.values() - main).square().sum() / main.square().sum().clamp_min(1e-30)
     stored = rotation.stored(protected, bias_N) | rounded.stored(entry.spec)
     return stored | {"loss": lost.double().reshape(1)}

@@ -13,6 +13,7 @@ from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.quantize.sensitive import parse_sensitive
 from dirotq.quantize.spectrum import DENSE, MARGIN
+from dirotq.quantize.uncalibrated import part_of
 from dirotq.quantize.workload import Workload
 
 GPU_RAM = 3.0e9
@@ -111,10 +112,16 @@ def gptq(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 
 def rounding(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """Two sites at a time: one in float32, as read, transformed, rounded; the next as it is read."""
-    device = 4 * 4 * work.largest_weight + SEARCHED
+    """One site: weights as read and transformed in float32, and GPTQ of one of its parts; beside a
+    GPU the next site waits.
+    """
+    sizes = ((s.outputs, s.width, part_of(s.width, s.weight_group_size)) for _, s in work.planned)
+    device = SEARCHED + max(11 * n * k + 4 * 5 * n * part + 8 * 4 * part**2 for n, k, part in sizes)
     disk = sum(size for part, size in work.packed.items() if part != "kept")
-    return _needs(machine, device, 2 * 4 * work.largest_weight, disk, bound=True)
+    host = 10 * work.largest_weight * (2 if machine.gpu else 0)
+    return _needs(
+        machine, device, host, disk, "method.rounding=nearest (lower quality)", bound=True
+    )
 
 
 def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
