@@ -32,8 +32,8 @@ def refuse_few(
     """Raise UnsupportedError if sites hold less than ``least`` of the blocks' parameters.
 
     Packing would be slower then, hardly smaller, and look as if it had worked. What a method or an
-    override leaves in 16 bits is a decision, and counts as held. ``stage`` is the one whose setting
-    ``least`` is. Raises ConfigError for a ``least`` that is no share.
+    override leaves in 16 bits is a decision, and counts as held. ``stage`` is the one that has the
+    setting. Raises ConfigError for a ``least`` that is no share.
     """
     if not isinstance(least, int | float) or not 0 <= least <= 1:
         raise ConfigError(f"{stage}.least_packed={least} is no share: use 0 ... 1")

@@ -76,8 +76,8 @@ def order(wiring: Wiring, until: str | None = None) -> list[str]:
 def plan(stages: Mapping[str, Stage], wiring: Wiring) -> list[Step]:
     """Return steps in dependency order, each with its recipe. Touches neither the store nor a GPU.
 
-    Raises ConfigError if a stage's input slots and its wiring differ. A slot that its ``run`` gives a
-    default may stay unwired.
+    Raises ConfigError if a stage's input slots and its wiring differ. A slot to which ``run`` gives
+    a default may stay unwired.
     """
     steps: dict[str, Step] = {}
     for name in order({name: wiring[name] for name in stages}):

@@ -90,21 +90,27 @@ def test_the_guess_is_better_where_it_is_right():
     assert error[0] < 0.7 * error[1]
 
 
-def test_a_wide_site_is_rounded_inpart_ofs_and_zeros_stay():
+@pytest.mark.parametrize("scales", ["group", "channel"])
+def test_a_wide_site_is_rounded_in_parts_and_zeros_stay(monkeypatch, scales):
+    monkeypatch.setattr(uncalibrated, "WIDEST", 128)
     torch.manual_seed(0)
-    w_NK = torch.randn(16, 2 * WIDEST)
-    w_NK[:, :WIDEST] = 0
-    rounded = nearest(w_NK, _spec(2 * WIDEST, 16), clip=True, wp_NR=None, bias_N=None)
+    w_NK = torch.randn(64, 384)
+    w_NK[:, :128] = 0
+    rounded = nearest(w_NK, _spec(384, 64, scales), clip=True, wp_NR=None, bias_N=None)
     codes = guessed_codes(w_NK, rounded.codes, rounded.step, "int4")
-    assert codes.shape == w_NK.shape
-    assert not codes[:, :WIDEST].any() and codes[:, WIDEST:].any()
+    assert not codes[:, :128].any()
+    for start in (128, 256):  # each part as if it were alone
+        part = slice(start, start + 128)
+        steps = rounded.step if scales == "channel" else rounded.step[:, start // 64 :][:, :2]
+        alone = guessed_codes(w_NK[:, part], rounded.codes[:, part], steps, "int4")
+        assert torch.equal(codes[:, part], alone)
 
 
 @pytest.mark.parametrize(
     ("columns", "group", "width"),
     [(4096, 64, 4096), (4160, 64, 832), (15360, 64, 3840), (8192, 8192, 4096), (8198, 4099, 8198)],
 )
-def testpart_ofs_hold_whole_groups(columns, group, width):
+def test_parts_hold_whole_groups(columns, group, width):
     assert part_of(columns, group) == width
 
 
