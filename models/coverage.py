@@ -43,8 +43,8 @@ def refuse_few(
         raise UnsupportedError(
             f"{told(left)}: of {type(transformer).__name__} only {1 - left:.1%} can be packed. The "
             f"largest of the rest are {', '.join(name for name, _ in largest)}: DiRotQ packs "
-            f"linears and 1x1 convolutions that are called as modules. {stage}.least_packed={least} "
-            f"asks for more; {stage}.least_packed={int(100 * (1 - left)) / 100:g} goes on with it"
+            "linears and 1x1 convolutions that are called as modules. "
+            f"{stage}.least_packed={least} asks for more; {stage}.least_packed={int(100 * (1 - left)) / 100:g} goes on with it"
         )
 
 

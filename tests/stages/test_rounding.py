@@ -12,6 +12,7 @@ from dirotq.kernels.formats.quantize_weight import dequantize_weight, unpack_wei
 from dirotq.kernels.linear import QuantLinear
 from dirotq.loading import load
 from dirotq.pipeline.config import build, compose_config
+from dirotq.quantize import uncalibrated
 from dirotq.quantize.nearest import nearest
 from dirotq.quantize.plan import read_plan
 from dirotq.quantize.rotation import Rotation
