@@ -44,7 +44,8 @@ def refuse_few(
             f"{told(left)}: of {type(transformer).__name__} only {1 - left:.1%} can be packed. The "
             f"largest of the rest are {', '.join(name for name, _ in largest)}: DiRotQ packs "
             "linears and 1x1 convolutions that are called as modules. "
-            f"{stage}.least_packed={least} asks for more; {stage}.least_packed={int(100 * (1 - left)) / 100:g} goes on with it"
+            f"{stage}.least_packed={least} asks for more; "
+            f"{stage}.least_packed={int(100 * (1 - left)) / 100:g} goes on with it"
         )
 
 
