@@ -277,7 +277,7 @@ def _refuse_idle(cfg: DictConfig, words: Sequence[str]) -> None:
         return
     for word in words:
         stage = re.split(r"[.@]", setting(word)[1])[0]
-        node = cfg.get(stage) if stage in cfg and stage not in cfg.pipeline else None
+        node: Any = cfg.get(stage) if stage in cfg and stage not in cfg.pipeline else None
         if OmegaConf.is_dict(node) and ".stages." in str(node.get(TARGET)):
             raise ConfigError(
                 f"{word} says something of the stage {stage}, which {chosen[-1]} leaves out (it "

@@ -90,10 +90,9 @@ class RoundWeights:
         def make(names: Iterable[str]) -> Iterator[Made]:
             sites = (lines[name].site for name in names)
             # Beside a GPU the next site is read meanwhile; a CPU would not compute faster.
-            read = ((site, weights.stacked(site)) for site in sites)
-            if device.type == "cuda":
-                read = ahead(weights.stacked, sites)
-            for site, (weight, bias) in read:
+            beside = device.type == "cuda"
+            here = ((site, weights.stacked(site)) for site in sites)
+            for site, (weight, bias) in ahead(weights.stacked, sites) if beside else here:
                 held = None if bias is None else bias.to(device)
                 tensors = round_site(weight.to(device), held, lines[site.name])
                 del weight
