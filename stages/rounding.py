@@ -61,14 +61,15 @@ class RoundWeights:
             f"transform={method.transform.kind}": method.transform.kind == "dense",
             "transform.smooth=true": method.transform.smooth,
             f"method.branch={method.branch and method.branch.kind}": method.branch is not None,
+            f"method.sensitive={method.sensitive}": method.sensitive is not None,
         }
         if said := [setting for setting, needs in needed.items() if needs]:
             raise ConfigError(
                 f"method={method.name} with pipeline=instant: {', '.join(said)} "
                 f"{'needs' if len(said) == 1 else 'need'} statistics of the inputs, which this "
                 "pipeline doesn't gather. Use method=instant, quarot, convrot or rtn, or add "
-                "method.branch=null; for a calibrated model leave out preset=instant, or "
-                "pipeline=instant"
+                "method.branch=null method.sensitive=null; for a calibrated model leave out "
+                "preset=instant, or pipeline=instant"
             )
 
     def check(self) -> None:

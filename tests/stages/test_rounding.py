@@ -123,7 +123,7 @@ def test_another_method_without_statistics(instant):
 @pytest.mark.parametrize(
     ("word", "says"),
     [
-        ("method=dirotq", "method.branch=project needs statistics"),
+        ("method=dirotq", "method.branch=project, method.sensitive=auto need statistics"),
         ("method=smoothquant", "transform.smooth=true needs"),
         ("capture.calls=64", "the stage capture, which preset=instant leaves out"),
         ("rank.r=32", "the stage rank, which preset=instant leaves out"),
