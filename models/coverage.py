@@ -26,23 +26,26 @@ def told(share: float) -> str:
     return f"{100 * share:.1f} % of the block parameters stay in 16 bits"
 
 
-def refuse_few(transformer: nn.Module, sites: Iterable[Site], least: float) -> None:
+def refuse_few(
+    transformer: nn.Module, sites: Iterable[Site], least: float, stage: str = "rank"
+) -> None:
     """Raise UnsupportedError if sites hold less than ``least`` of the blocks' parameters.
 
     Packing would be slower then, hardly smaller, and look as if it had worked. What a method or an
-    override leaves in 16 bits is a decision, and counts as held. Raises ConfigError for a ``least``
-    that is no share.
+    override leaves in 16 bits is a decision, and counts as held. ``stage`` is the one that has the
+    setting. Raises ConfigError for a ``least`` that is no share.
     """
     if not isinstance(least, int | float) or not 0 <= least <= 1:
-        raise ConfigError(f"rank.least_packed={least} is no share: use 0 ... 1")
+        raise ConfigError(f"{stage}.least_packed={least} is no share: use 0 ... 1")
     left = share_kept(transformer, sites)
     if 1 - left < least:
         largest = sorted(_outside(transformer, sites).items(), key=lambda item: -item[1])[:3]
         raise UnsupportedError(
             f"{told(left)}: of {type(transformer).__name__} only {1 - left:.1%} can be packed. The "
             f"largest of the rest are {', '.join(name for name, _ in largest)}: DiRotQ packs "
-            f"linears and 1x1 convolutions that are called as modules. rank.least_packed={least} "
-            f"asks for more; rank.least_packed={int(100 * (1 - left)) / 100:g} goes on with it"
+            "linears and 1x1 convolutions that are called as modules. "
+            f"{stage}.least_packed={least} asks for more; "
+            f"{stage}.least_packed={int(100 * (1 - left)) / 100:g} goes on with it"
         )
 
 

@@ -8,10 +8,12 @@ from typing import Any
 
 from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.errors import ConfigError
+from dirotq.kernels.formats.quantize_weight import CHUNK
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.quantize.sensitive import parse_sensitive
 from dirotq.quantize.spectrum import DENSE, MARGIN
+from dirotq.quantize.uncalibrated import part_of
 from dirotq.quantize.workload import Workload
 
 GPU_RAM = 3.0e9
@@ -30,6 +32,8 @@ DECODED = 512
 """Numbers alive in an image decoder, per pixel."""
 IMAGE_BYTES = 1.8
 """Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
+SEARCHED = 8 * 4 * CHUNK
+"""What the search for scales holds beside them: float32 tensors of a chunk of weights."""
 FRAGMENTS = 1.15
 """What waiting calls reserve on a GPU over what they hold: their tensors change size on the way."""
 
@@ -107,6 +111,19 @@ def gptq(stage: Any, work: Workload, machine: Machine) -> Needs:
     host = max(map(work.moment_bytes, work.sites))
     disk = work.packed["codes"] + work.packed["scales"]
     return _needs(machine, device, host, disk, "method.rounding=nearest (lower quality)")
+
+
+def rounding(stage: Any, work: Workload, machine: Machine) -> Needs:
+    """One site: weights as read and transformed in float32, and GPTQ of one of its parts; beside a
+    GPU the next site waits.
+    """
+    sizes = ((s.outputs, s.width, part_of(s.width, s.weight_group_size)) for _, s in work.planned)
+    device = SEARCHED + max(11 * n * k + 4 * 5 * n * part + 8 * 4 * part**2 for n, k, part in sizes)
+    disk = sum(size for part, size in work.packed.items() if part != "kept")
+    host = 10 * work.largest_weight * (2 if machine.gpu else 0)
+    return _needs(
+        machine, device, host, disk, "method.rounding=nearest (lower quality)", bound=True
+    )
 
 
 def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
