@@ -1,7 +1,7 @@
 """The sites of a transformer that no family table describes, read off one forward.
 
-Linears that are handed the same view of the same memory share a site. No number matters, so the
-meta device will do: a forward there needs no weights and next to no time, however large the model.
+Linears that are handed the same view of the same memory share a site. No number of a weight
+matters: the network that runs is a hollow one (models/hollow.py), however large the model.
 """
 
 import copy
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
 from dirotq.errors import UnsupportedError
@@ -25,6 +26,7 @@ from dirotq.errors import UnsupportedError
 from .call import Call
 from .denoiser_call import denoiser_call
 from .family import TABLE, Kind, Site, is_linear, is_pointwise
+from .hollow import Cheaply, hollow
 from .skeleton import empty_transformer
 
 log = logging.getLogger(__name__)
@@ -87,29 +89,23 @@ def discovered(
 def discover(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Discovered:
     """Trace one forward, ``transformer(*args, **kwargs)``, and group what its linears read.
 
-    transformer  on the meta device (all its parameters or some), or real; it is left as it was. A
-                 real one holds the inputs of all its linears in memory until the trace ends
+    transformer  real, or on the meta device (all its parameters or some): it is left as it was
     args, kwargs one call's arguments, batch first in the first of them; see ``denoiser_call``
 
     Linears and 1x1 convolutions of repeated blocks become sites, if their input lies in one block:
     a block is a member of an ``nn.ModuleList`` of one class, with attention in it. What reads one
     row per sample is a modulator.
 
-    Raises UnsupportedError if the forward fails (on the meta device: where control flow depends on
-    data), or shows no site.
+    Raises UnsupportedError if the forward fails, or shows no site.
     """
-    name, call = type(transformer).__name__, Call(args, kwargs)
-    if on_meta := any(p.is_meta for p in transformer.parameters()):
-        transformer, call = to_meta(transformer), call.map(lambda t: t.to("meta"))
-    trace = _Trace(transformer)
+    name, call = type(transformer).__name__, Call(args, kwargs).on(torch.device("cpu"))
+    trace = _Trace(hollow(transformer))
     try:
         trace.run(call)
     except Exception as error:
-        where = " on the meta device, where control flow can't depend on data," if on_meta else ""
-        advice = "trace it with real weights, or " if on_meta else ""
         raise UnsupportedError(
-            f"no family table describes {name}, and one forward of it{where} failed with "
-            f"{type(error).__name__}: {error}. To compress it, {advice}write a {TABLE}"
+            f"no family table describes {name}, and one forward of it with noise for weights "
+            f"failed with {type(error).__name__}: {error}. To compress it, write a {TABLE}"
         ) from error
     found = trace.discovered(_batch(transformer, call))
     if not found.sites:
@@ -149,7 +145,8 @@ class _Trace(TorchFunctionMode):
         }
         self.parameters = {id(parameter): name for name, parameter in self.root.named_parameters()}
         self.inside: list[str] = []
-        self.alive: list[Tensor] = []  # a freed storage's address would be given away again
+        # The address of a storage is not given away again while someone points at it, be it weakly.
+        self.known: list[StorageWeakRef] = []
 
     def run(self, call: Call) -> None:
         hooks = []
@@ -158,10 +155,10 @@ class _Trace(TorchFunctionMode):
             hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.append(module.register_forward_hook(self._leave))
         try:
-            with torch.no_grad(), self:
+            with torch.no_grad(), Cheaply(), self:
                 self.root(*call.args, **call.kwargs)
         finally:
-            self.alive.clear()
+            self.known.clear()
             for hook in hooks:
                 hook.remove()
 
@@ -171,7 +168,7 @@ class _Trace(TorchFunctionMode):
             self.calls.add(name)
         if name in self.linears:
             x = args[0] if args else next(iter(kwargs.values()))
-            self.alive.append(x)
+            self.known.append(StorageWeakRef(x.untyped_storage()))
             self.reads[name].append(_view(x))
 
     def _leave(self, *_: Any) -> None:
