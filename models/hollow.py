@@ -8,11 +8,13 @@ products, which would take the time, are made up too, and so is what is computed
 
 import copy
 import math
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch.nn.attention import flex_attention as flex
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -61,6 +63,8 @@ def hollow(network: nn.Module) -> Any:
 class Cheaply(TorchDispatchMode):
     """Makes large products, and what is computed from them, something of the right shape."""
 
+    supports_higher_order_operators = True  # flex attention is one
+
     def __init__(self) -> None:
         super().__init__()
         # A storage that someone points at, be it weakly, gives its address to no other one.
@@ -70,10 +74,30 @@ class Cheaply(TorchDispatchMode):
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if op is flex.flex_attention_hop:
+            return self._attended(*args[:3])
+        if not isinstance(op, OpOverload):
+            return op(*args, **kwargs)
         if not (self._is_idle(op, args) or op.overloadpacket in PRODUCTS and _is_costly(args)):
             return op(*args, **kwargs)
         shapes = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
         return tree_map_only(Tensor, self._made, op(*shapes[0], **shapes[1]))
+
+    def __enter__(self) -> Self:
+        # A compiler can't look into this mode, and eager it materializes scores: see `_attended`.
+        self.compiles = not flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
+        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = not self.compiles
+        super().__exit__(*error)
+
+    def _attended(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
+        """Return what flex attention does: the result, and two numbers for each query."""
+        rows = query.shape[:-1]
+        shapes = [query.new_empty(shape, device="meta") for shape in (rows, (*rows, value.shape[-1]))]
+        return self._made(shapes[1]), self._made(shapes[0]), self._made(shapes[0])
 
     def _is_idle(self, op: Any, args: tuple[Any, ...]) -> bool:
         """Tell whether it makes large floats from large made-up ones, and does nothing else."""
