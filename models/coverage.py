@@ -21,9 +21,15 @@ def share_kept(transformer: nn.Module, sites: Iterable[Site]) -> float:
     return max(1 - held / whole, 0.0) if whole else 0.0
 
 
-def told(share: float) -> str:
-    """Put the share in words, as `plan` says it."""
-    return f"{100 * share:.1f} % of the block parameters stay in 16 bits"
+def told(transformer: nn.Module, sites: Iterable[Site]) -> str:
+    """Say what :func:`share_kept` returns, and how much of it experts are that are no modules."""
+    inside = _in_blocks(transformer)
+    stacked = sum(p.numel() for n, p in inside.items() if _is_stacked(transformer, n, p))
+    said = f"{100 * share_kept(transformer, sites):.1f} % of the block parameters stay in 16 bits"
+    if not stacked:
+        return said
+    share = stacked / sum(p.numel() for p in inside.values())
+    return f"{said} ({100 * share:.1f} % lie in expert tensors, multiplied slice by slice)"
 
 
 def refuse_few(transformer: nn.Module, sites: Iterable[Site], least: float) -> None:
@@ -35,15 +41,23 @@ def refuse_few(transformer: nn.Module, sites: Iterable[Site], least: float) -> N
     """
     if not isinstance(least, int | float) or not 0 <= least <= 1:
         raise ConfigError(f"rank.least_packed={least} is no share: use 0 ... 1")
+    sites = list(sites)
     left = share_kept(transformer, sites)
     if 1 - left < least:
         largest = sorted(_outside(transformer, sites).items(), key=lambda item: -item[1])[:3]
         raise UnsupportedError(
-            f"{told(left)}: of {type(transformer).__name__} only {1 - left:.1%} can be packed. The "
+            f"{told(transformer, sites)}: of {type(transformer).__name__} only {1 - left:.1%} can be packed. The "
             f"largest of the rest are {', '.join(name for name, _ in largest)}: DiRotQ packs "
             f"linears and 1x1 convolutions that are called as modules. rank.least_packed={least} "
             f"asks for more; rank.least_packed={int(100 * (1 - left)) / 100:g} goes on with it"
         )
+
+
+def _is_stacked(transformer: nn.Module, name: str, parameter: Any) -> bool:
+    """Tell whether a parameter is several matrices, of which a convolution's kernel is none."""
+    owner = transformer.get_submodule(name.rpartition(".")[0])
+    convolution = isinstance(owner, nn.modules.conv._ConvNd)
+    return parameter.ndim == 3 and parameter.shape[0] > 1 and not convolution
 
 
 def _in_blocks(transformer: nn.Module) -> dict[str, Any]:

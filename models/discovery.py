@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from dirotq.errors import UnsupportedError
 
@@ -143,7 +144,8 @@ class _Trace(TorchFunctionMode):
             for number, member in enumerate(members)
             if len({type(m) for m in members}) == 1
         }
-        self.parameters = {id(parameter): name for name, parameter in self.root.named_parameters()}
+        # By storage: a slice of a parameter, or its transpose, is the parameter.
+        self.parameters = {_storage(p): name for name, p in self.root.named_parameters()}
         self.inside: list[str] = []
         # The address of a storage is not given away again while someone points at it, be it weakly.
         self.known: list[StorageWeakRef] = []
@@ -183,7 +185,8 @@ class _Trace(TorchFunctionMode):
             return result
         given = [*args, *(kwargs or {}).values()]
         given += [inner for value in given if isinstance(value, list | tuple) for inner in value]
-        read = [self.parameters[id(value)] for value in given if id(value) in self.parameters]
+        storages = [_storage(value) for value in given if type(value) in (Tensor, nn.Parameter)]
+        read = [self.parameters[key] for key in storages if key in self.parameters]
         for parameter in read:
             module = parameter.rpartition(".")[0]
             if module in self.linears:
@@ -264,10 +267,14 @@ class _Trace(TorchFunctionMode):
         return f"{parent}.{leaf}"
 
 
+def _storage(x: Tensor) -> int:
+    return int(x.untyped_storage()._cdata)
+
+
 def _view(x: Tensor) -> View:
     # A write in place makes another activation of the same memory.
     version = 0 if x.is_inference() else x._version
-    return x.untyped_storage()._cdata, version, int(x.storage_offset()), tuple(x.shape), x.stride()
+    return _storage(x), version, int(x.storage_offset()), tuple(x.shape), x.stride()
 
 
 def _block(name: str) -> str:
@@ -294,6 +301,15 @@ def to_meta(transformer: nn.Module) -> nn.Module:
 
 
 def _batch(transformer: Any, call: Call) -> int:
-    """Count samples of a call: the length of its first argument, a tensor or a list of them."""
+    """Count samples of a call: the length of what is denoised, a tensor or a list of them.
+
+    It is the first argument with numbers in it that are no indices.
+    """
     names = [n for n in inspect.signature(transformer.forward).parameters if n in call.kwargs]
-    return len((*call.args, *(call.kwargs[n] for n in names), *call.kwargs.values())[0])
+    for given in (*call.args, *(call.kwargs[n] for n in names), *call.kwargs.values()):
+        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+        if floats:
+            plain = isinstance(given, list) and all(isinstance(one, Tensor) for one in given)
+            return len(given if plain else floats[0])
+    return 1

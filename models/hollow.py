@@ -19,8 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-NOISE = torch.rand(1 << 16, generator=torch.Generator().manual_seed(0)) / 10
-"""Positive, since a model may take a parameter's root or logarithm."""
+NOISE = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)) / 10
 COSTLY = 1 << 24
 """Multiplications from which on a product is not computed."""
 LARGE = 1 << 18
@@ -127,6 +126,8 @@ def _noise(tensor: Tensor) -> Any:
     """Return windows of one strip of noise, of the tensor's shape: rows differ, memory is shared."""
     length = sum(tensor.shape) + 1
     strip = NOISE.repeat(math.ceil(length / len(NOISE))).to(tensor.dtype)
+    if tensor.ndim < 2:
+        strip = strip.abs()  # a model may take its logarithm or root
     windows = strip.as_strided(tensor.shape, (1,) * tensor.ndim)
     return nn.Parameter(windows, False) if isinstance(tensor, nn.Parameter) else windows
 

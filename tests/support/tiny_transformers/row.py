@@ -33,6 +33,9 @@ class Row:
         with torch.random.fork_rng():
             torch.manual_seed(0)
             made = getattr(diffusers, name)(**self.config)
+            for parameter in made.parameters():
+                if parameter.ndim == 3:  # stacked experts, which a class may leave empty
+                    nn.init.normal_(parameter, std=parameter.shape[1] ** -0.5)
         for module in made.modules():
             if isinstance(module, nn.Linear):
                 module.register_forward_pre_hook(_widened)
