@@ -185,7 +185,7 @@ class _Trace(TorchFunctionMode):
             return result
         given = [*args, *(kwargs or {}).values()]
         given += [inner for value in given if isinstance(value, list | tuple) for inner in value]
-        storages = [_storage(value) for value in given if type(value) in (Tensor, nn.Parameter)]
+        storages = [_storage(value) for value in given if isinstance(value, Tensor)]
         read = [self.parameters[key] for key in storages if key in self.parameters]
         for parameter in read:
             module = parameter.rpartition(".")[0]
@@ -268,7 +268,10 @@ class _Trace(TorchFunctionMode):
 
 
 def _storage(x: Tensor) -> int:
-    return int(x.untyped_storage()._cdata)
+    try:
+        return int(x.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse, or one of many in torch.vmap
+        return 0
 
 
 def _view(x: Tensor) -> View:

@@ -95,7 +95,9 @@ class Cheaply(TorchDispatchMode):
     def _attended(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Return what flex attention does: the result, and two numbers for each query."""
         rows = query.shape[:-1]
-        shapes = [query.new_empty(shape, device="meta") for shape in (rows, (*rows, value.shape[-1]))]
+        shapes = [
+            query.new_empty(shape, device="meta") for shape in (rows, (*rows, value.shape[-1]))
+        ]
         return self._made(shapes[1]), self._made(shapes[0]), self._made(shapes[0])
 
     def _is_idle(self, op: Any, args: tuple[Any, ...]) -> bool:

@@ -95,8 +95,10 @@ IMAGES = {
             "axes_dims": ROPE,
             "axes_lens": (64, 64, 64),
         },
-        lambda: call(4, 8, 8, time=FRACTIONS, encoder_attention_mask=flag(5, 3))
-        | {"encoder_hidden_states": random(2, 5, TOKENS, TEXT)},
+        lambda: (
+            call(4, 8, 8, time=FRACTIONS, encoder_attention_mask=flag(5, 3))
+            | {"encoder_hidden_states": random(2, 5, TOKENS, TEXT)}
+        ),
     ),
     "ChromaTransformer2DModel": Row(
         {
@@ -125,8 +127,10 @@ IMAGES = {
     ),
     "DreamLiteTransformer2DModel": Row(
         {**SMALL, "in_channels": 64, "cross_attention_dim": TEXT},
-        lambda: {"hidden_states": random(2, 64, 4, 4)}
-        | {"encoder_hidden_states": random(2, TOKENS, TEXT)},
+        lambda: (
+            {"hidden_states": random(2, 64, 4, 4)}
+            | {"encoder_hidden_states": random(2, TOKENS, TEXT)}
+        ),
     ),
     "ErnieImageTransformer2DModel": Row(
         {
@@ -152,8 +156,7 @@ IMAGES = {
             "axes_dims_rope": (8, 8, 8, 8),
             "timestep_channels": 32,
         },
-        lambda: call(9, 16, time=FRACTIONS)
-        | ids(4),
+        lambda: call(9, 16, time=FRACTIONS) | ids(4),
     ),
     "GlmImageTransformer2DModel": Row(
         {
@@ -164,9 +167,11 @@ IMAGES = {
             "condition_dim": 16,
             "prior_vq_quantizer_codebook_size": 32,
         },
-        lambda: call(4, 8, 8, **sizes("target_size", "crop_coords"))
-        | {"prior_token_id": torch.arange(16).expand(2, 16)}
-        | {"prior_token_drop": torch.zeros(2, 16, dtype=torch.bool)},
+        lambda: (
+            call(4, 8, 8, **sizes("target_size", "crop_coords"))
+            | {"prior_token_id": torch.arange(16).expand(2, 16)}
+            | {"prior_token_drop": torch.zeros(2, 16, dtype=torch.bool)}
+        ),
     ),
     "HiDreamImageTransformer2DModel": Row(
         {
@@ -214,9 +219,11 @@ IMAGES = {
             "text_embed_2_dim": 32,
             "rope_axes_dim": (16, 16),
         },
-        lambda: call(4, 8, 8, time=1000 * FRACTIONS, encoder_attention_mask=mask(5, 3))
-        | {"encoder_hidden_states_2": random(2, TOKENS, 32)}
-        | {"encoder_attention_mask_2": mask(4, 2)},
+        lambda: (
+            call(4, 8, 8, time=1000 * FRACTIONS, encoder_attention_mask=mask(5, 3))
+            | {"encoder_hidden_states_2": random(2, TOKENS, 32)}
+            | {"encoder_attention_mask_2": mask(4, 2)}
+        ),
     ),
     "Ideogram4Transformer2DModel": Row(
         {
@@ -227,11 +234,13 @@ IMAGES = {
             "llm_features_dim": TEXT,
             "mrope_section": (6, 5, 5),
         },
-        lambda: call(14, 16, time=FRACTIONS)
-        | {"encoder_hidden_states": random(2, 14, TEXT)}
-        | {"position_ids": torch.arange(14)[None, :, None].expand(2, 14, 3)}
-        | {"segment_ids": torch.ones(2, 14, dtype=torch.long)}
-        | {"indicator": torch.tensor([3] * 5 + [2] * 9).expand(2, 14)},
+        lambda: (
+            call(14, 16, time=FRACTIONS)
+            | {"encoder_hidden_states": random(2, 14, TEXT)}
+            | {"position_ids": torch.arange(14)[None, :, None].expand(2, 14, 3)}
+            | {"segment_ids": torch.ones(2, 14, dtype=torch.long)}
+            | {"indicator": torch.tensor([3] * 5 + [2] * 9).expand(2, 14)}
+        ),
     ),
     "Krea2Transformer2DModel": Row(
         {
@@ -249,9 +258,11 @@ IMAGES = {
             "num_refiner_text_blocks": 1,
             **AXES,
         },
-        lambda: call(9, 16, time=FRACTIONS, encoder_attention_mask=flag(5, 3))
-        | {"encoder_hidden_states": random(2, TOKENS, 3, TEXT)}
-        | {"position_ids": torch.arange(14)[:, None].expand(14, 3)},
+        lambda: (
+            call(9, 16, time=FRACTIONS, encoder_attention_mask=flag(5, 3))
+            | {"encoder_hidden_states": random(2, TOKENS, 3, TEXT)}
+            | {"position_ids": torch.arange(14)[:, None].expand(14, 3)}
+        ),
     ),
     "LongCatImageTransformer2DModel": Row({**DOUBLE, "pooled_projection_dim": POOLED}, packed),
     "Lumina2Transformer2DModel": Row(
@@ -281,8 +292,10 @@ IMAGES = {
             "multiple_of": 32,
             "cross_attention_dim": TEXT,
         },
-        lambda: call(4, 8, 8, time=FRACTIONS, encoder_mask=flag(5, 3), cross_attention_kwargs={})
-        | {"image_rotary_emb": torch.polar(torch.ones(8, 8, 16), random(8, 8, 16))},
+        lambda: (
+            call(4, 8, 8, time=FRACTIONS, encoder_mask=flag(5, 3), cross_attention_kwargs={})
+            | {"image_rotary_emb": torch.polar(torch.ones(8, 8, 16), random(8, 8, 16))}
+        ),
     ),
     "NucleusMoEImageTransformer2DModel": Row(
         {
@@ -296,8 +309,10 @@ IMAGES = {
             "moe_intermediate_dim": 128,
             "capacity_factors": 2.0,
         },
-        lambda: call(9, 16, time=FRACTIONS, encoder_hidden_states_mask=flag(5, 3))
-        | {"img_shapes": [(1, 3, 3)] * 2},
+        lambda: (
+            call(9, 16, time=FRACTIONS, encoder_hidden_states_mask=flag(5, 3))
+            | {"img_shapes": [(1, 3, 3)] * 2}
+        ),
     ),
     "OmniGenTransformer2DModel": Row(
         {
@@ -357,13 +372,17 @@ IMAGES = {
             "context_in_dim": TEXT,
             **AXES,
         },
-        lambda: call(16, 16, time=FRACTIONS, encoder_hidden_states_mask=flag(5, 3))
-        | {"img_shapes": [[(1, 4, 4)]] * 2}
-        | {"img_mask": torch.tensor([[False] * TOKENS + [True] * 4] * 2)},
+        lambda: (
+            call(16, 16, time=FRACTIONS, encoder_hidden_states_mask=flag(5, 3))
+            | {"img_shapes": [[(1, 4, 4)]] * 2}
+            | {"img_mask": torch.tensor([[False] * TOKENS + [True] * 4] * 2)}
+        ),
     ),
     "Transformer2DModel": Row(
         {**SMALL, "in_channels": 32, "cross_attention_dim": TEXT},
-        lambda: {"hidden_states": random(2, 32, 4, 4)}
-        | {"encoder_hidden_states": random(2, TOKENS, TEXT)},
+        lambda: (
+            {"hidden_states": random(2, 32, 4, 4)}
+            | {"encoder_hidden_states": random(2, TOKENS, TEXT)}
+        ),
     ),
 }

@@ -90,8 +90,10 @@ OTHERS = {
             "dit_text_dim": TEXT,
             "latent_dim": 4,
         },
-        lambda: call(9, 4, time=FRACTIONS, encoder_attention_mask=flag(5, 3))
-        | {"latent_cond": random(2, 9, 4), "attention_mask": torch.ones(2, 9, dtype=torch.bool)},
+        lambda: (
+            call(9, 4, time=FRACTIONS, encoder_attention_mask=flag(5, 3))
+            | {"latent_cond": random(2, 9, 4), "attention_mask": torch.ones(2, 9, dtype=torch.bool)}
+        ),
     ),
     "MiniMaxMusic3RVQDepthDecoder": Row(
         {
@@ -145,9 +147,11 @@ OTHERS = {
             "global_states_input_dim": 24,
             "cross_attention_input_dim": TEXT,
         },
-        lambda: call(4, 16, time=FRACTIONS)
-        | {"global_hidden_states": random(2, 1, 24)}
-        | {"rotary_embedding": (random(17, 16), random(17, 16))},
+        lambda: (
+            call(4, 16, time=FRACTIONS)
+            | {"global_hidden_states": random(2, 1, 24)}
+            | {"rotary_embedding": (random(17, 16), random(17, 16))}
+        ),
     ),
     "StableAudio3DiTModel": Row(
         {
@@ -161,8 +165,10 @@ OTHERS = {
             "timestep_features_dim": 32,
             "num_memory_tokens": 3,
         },
-        lambda: call(4, 16, time=FRACTIONS)
-        | {"global_hidden_states": random(2, 24), "local_add_cond": random(2, 5, 16)},
+        lambda: (
+            call(4, 16, time=FRACTIONS)
+            | {"global_hidden_states": random(2, 24), "local_add_cond": random(2, 5, 16)}
+        ),
     ),
     "T5FilmDecoder": Row(
         {

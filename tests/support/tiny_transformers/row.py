@@ -18,7 +18,7 @@ LATENT = {"in_channels": 4, "out_channels": 4}
 AXES = {"axes_dims_rope": ROPE}
 
 __all__ = ["AXES", "FRACTIONS", "HEADS", "LATENT", "POOLED", "ROPE", "SMALL", "STEPS", "TEXT"]
-__all__ += ["TOKENS", "WIDTH", "Row", "call", "flag", "mask", "random"]
+__all__ += ["TOKENS", "WIDTH", "Row", "call", "flag", "mask", "random", "wide"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,11 @@ class Row:
                 module.register_forward_pre_hook(_widened)
         return randomize(made).double()
 
-    def wide(self) -> dict[str, Any]:
-        """Return the arguments in float64."""
-        wide = Call((), self.inputs()).map(lambda t: t.double() if t.is_floating_point() else t)
-        return wide.kwargs
+
+def wide(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Return arguments in float64."""
+    call = Call((), inputs).map(lambda t: t.double() if t.is_floating_point() else t)
+    return call.kwargs
 
 
 def _widened(linear: Any, args: tuple[Any, ...]) -> Any:

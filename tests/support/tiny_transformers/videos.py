@@ -68,7 +68,9 @@ VIDEOS = {
             "sample_width": 8,
             "sample_frames": 2,
         },
-        lambda: call(*CLIP, encoder_attention_mask=mask(5, 3), attention_mask=torch.ones(2, 2, 8, 8)),
+        lambda: call(
+            *CLIP, encoder_attention_mask=mask(5, 3), attention_mask=torch.ones(2, 2, 8, 8)
+        ),
     ),
     "AnyFlowTransformer3DModel": Row(WAN, two_times),
     "AnyFlowFARTransformer3DModel": Row(
@@ -125,34 +127,40 @@ VIDEOS = {
     ),
     "HeliosTransformer3DModel": Row(
         {**WAN, "rope_dim": ROPE},
-        lambda: call(*CLIP)
-        | {"indices_hidden_states": torch.tensor([[3, 4]] * 2)}
-        | {"indices_latents_history_short": torch.tensor([[2]] * 2)}
-        | {"indices_latents_history_mid": torch.tensor([[0, 1]] * 2)}
-        | {"indices_latents_history_long": torch.tensor([[0, 1, 2, 3]] * 2)}
-        | {"latents_history_short": random(2, 4, 1, 8, 8)}
-        | {"latents_history_mid": random(2, 4, 2, 8, 8)}
-        | {"latents_history_long": random(2, 4, 4, 8, 8)},
+        lambda: (
+            call(*CLIP)
+            | {"indices_hidden_states": torch.tensor([[3, 4]] * 2)}
+            | {"indices_latents_history_short": torch.tensor([[2]] * 2)}
+            | {"indices_latents_history_mid": torch.tensor([[0, 1]] * 2)}
+            | {"indices_latents_history_long": torch.tensor([[0, 1, 2, 3]] * 2)}
+            | {"latents_history_short": random(2, 4, 1, 8, 8)}
+            | {"latents_history_mid": random(2, 4, 2, 8, 8)}
+            | {"latents_history_long": random(2, 4, 4, 8, 8)}
+        ),
     ),
     "HunyuanVideoTransformer3DModel": Row(DUAL, lambda: pooled(guidance=1000 * FRACTIONS)),
     "HunyuanVideoFramepackTransformer3DModel": Row(
         {**DUAL, "has_image_proj": True, "image_proj_dim": 32, "has_clean_x_embedder": True},
-        lambda: pooled(guidance=1000 * FRACTIONS)
-        | {"image_embeds": random(2, 3, 32)}
-        | {"indices_latents": torch.tensor([5, 6])}
-        | {"latents_clean": random(2, 4, 2, 8, 8)}
-        | {"indices_latents_clean": torch.tensor([0, 1])}
-        | {"latents_history_2x": random(2, 4, 2, 8, 8)}
-        | {"indices_latents_history_2x": torch.tensor([0, 1])}
-        | {"latents_history_4x": random(2, 4, 4, 8, 8)}
-        | {"indices_latents_history_4x": torch.tensor([0, 1, 2, 3])},
+        lambda: (
+            pooled(guidance=1000 * FRACTIONS)
+            | {"image_embeds": random(2, 3, 32)}
+            | {"indices_latents": torch.tensor([5, 6])}
+            | {"latents_clean": random(2, 4, 2, 8, 8)}
+            | {"indices_latents_clean": torch.tensor([0, 1])}
+            | {"latents_history_2x": random(2, 4, 2, 8, 8)}
+            | {"indices_latents_history_2x": torch.tensor([0, 1])}
+            | {"latents_history_4x": random(2, 4, 4, 8, 8)}
+            | {"indices_latents_history_4x": torch.tensor([0, 1, 2, 3])}
+        ),
     ),
     "HunyuanVideo15Transformer3DModel": Row(
         {**HUNYUAN, "text_embed_2_dim": 32, "image_embed_dim": 24, "target_size": 16},
-        lambda: call(*CLIP, time=1000 * FRACTIONS, encoder_attention_mask=flag(5, 3))
-        | {"encoder_hidden_states_2": random(2, TOKENS, 32)}
-        | {"encoder_attention_mask_2": flag(4, 2)}
-        | {"image_embeds": random(2, 3, 24)},
+        lambda: (
+            call(*CLIP, time=1000 * FRACTIONS, encoder_attention_mask=flag(5, 3))
+            | {"encoder_hidden_states_2": random(2, TOKENS, 32)}
+            | {"encoder_attention_mask_2": flag(4, 2)}
+            | {"image_embeds": random(2, 3, 24)}
+        ),
     ),
     "JoyImageEditTransformer3DModel": Row(
         {
@@ -174,8 +182,10 @@ VIDEOS = {
             "text_dim": TEXT,
             "rope_dim_list": list(ROPE),
         },
-        lambda: call(32, 4, 1, 2, 2, encoder_hidden_states_mask=mask(5, 3))
-        | {"shape_list": [[(1, 4, 4), (1, 4, 4)], [(1, 4, 4)]]},
+        lambda: (
+            call(32, 4, 1, 2, 2, encoder_hidden_states_mask=mask(5, 3))
+            | {"shape_list": [[(1, 4, 4), (1, 4, 4)], [(1, 4, 4)]]}
+        ),
     ),
     "Kandinsky5Transformer3DModel": Row(
         {
@@ -215,8 +225,10 @@ VIDEOS = {
             "in_audio_dim": 6,
             "out_audio_dim": 6,
         },
-        lambda: call(2, 8, 8, 4, encoder_attention_mask=flag(5, 3))
-        | {"pooled_projections": random(2, POOLED), "audio_hidden_states": random(2, 7, 6)},
+        lambda: (
+            call(2, 8, 8, 4, encoder_attention_mask=flag(5, 3))
+            | {"pooled_projections": random(2, POOLED), "audio_hidden_states": random(2, 7, 6)}
+        ),
     ),
     "Kandinsky6SRTransformer3DModel": Row(
         {
@@ -260,10 +272,12 @@ VIDEOS = {
             "audio_attention_head_dim": 16,
             "audio_cross_attention_dim": 32,
         },
-        lambda: call(12, 4, num_frames=1, height=3, width=4, audio_num_frames=7)
-        | {"audio_hidden_states": random(2, 7, 4)}
-        | {"audio_encoder_hidden_states": random(2, TOKENS, TEXT)}
-        | {"encoder_attention_mask": mask(5, 3), "audio_encoder_attention_mask": mask(5, 3)},
+        lambda: (
+            call(12, 4, num_frames=1, height=3, width=4, audio_num_frames=7)
+            | {"audio_hidden_states": random(2, 7, 4)}
+            | {"audio_encoder_hidden_states": random(2, TOKENS, TEXT)}
+            | {"encoder_attention_mask": mask(5, 3), "audio_encoder_attention_mask": mask(5, 3)}
+        ),
     ),
     "MiniMaxH3Transformer3DModel": Row(
         {
@@ -349,8 +363,10 @@ VIDEOS = {
             "audio_attention_head_dim": 16,
             "audio_cross_attention_dim": 32,
         },
-        lambda: call(12, 4, encoder_attention_mask=mask(5, 3))
-        | {"video_rotary_emb": (random(2, 12, 64), random(2, 12, 64))},
+        lambda: (
+            call(12, 4, encoder_attention_mask=mask(5, 3))
+            | {"video_rotary_emb": (random(2, 12, 64), random(2, 12, 64))}
+        ),
     ),
     "SkyReelsV2Transformer3DModel": Row(WAN, lambda: call(*CLIP)),
     "WanAnimateTransformer3DModel": Row(
@@ -368,10 +384,12 @@ VIDEOS = {
             "face_encoder_num_heads": 2,
             "inject_face_latents_blocks": 1,
         },
-        lambda: call(12, 3, 8, 8)
-        | {"encoder_hidden_states_image": random(2, 257, 24)}
-        | {"pose_hidden_states": random(2, 4, 2, 8, 8)}
-        | {"face_pixel_values": random(2, 3, 5, 16, 16)},
+        lambda: (
+            call(12, 3, 8, 8)
+            | {"encoder_hidden_states_image": random(2, 257, 24)}
+            | {"pose_hidden_states": random(2, 4, 2, 8, 8)}
+            | {"face_pixel_values": random(2, 3, 5, 16, 16)}
+        ),
     ),
     "WanAnimate2Transformer3DModel": Row(
         {

@@ -1,0 +1,44 @@
+"""Every transformer class of diffusers: its linears are found, and swapping them changes nothing.
+
+Tiny networks of random weights (tests/support/tiny_transformers), traced without weights.
+"""
+
+import pytest
+import torch
+from tiny_transformers import UNTABLED, classes, made
+from tiny_transformers.proof import apart, closed, found, output
+
+from dirotq.models.families import FAMILIES, family_of
+from dirotq.models.family import is_linear, is_pointwise
+from dirotq.packed.swap import swap_sites
+
+from .contract import fused
+
+
+def test_every_class_of_diffusers_has_a_row():
+    assert sorted([*UNTABLED, *(family.transformer for family in FAMILIES)]) == classes()
+    assert {family_of(name).transformer for name in UNTABLED} == set(UNTABLED)
+
+
+@pytest.mark.parametrize("name", UNTABLED)
+def test_a_class_is_found_and_stays_what_it_was(name):
+    network, inputs = made(name)
+    seen = found(network, inputs)
+    packed = [linear for site in seen.sites for linear in site.linears]
+    assert len(packed) == len(set(packed))
+    assert set(packed).isdisjoint(seen.kept)
+    assert {n for n, module in network.named_modules() if is_linear(module)} <= {
+        *packed,
+        *seen.kept,
+    }
+    for site in seen.sites:
+        for linear, rows in zip(site.linears, site.out_features, strict=True):
+            module = network.get_submodule(linear)
+            assert module.weight.shape[:2] == (rows, site.in_features)
+            assert (module.bias is not None, is_pointwise(module)) == (site.bias, site.pointwise)
+    want = output(network, inputs)
+    with torch.no_grad():
+        swap_sites(network, seen.sites, lambda site: fused(network, site))
+    assert apart(output(network, inputs), want) <= 1e-12
+    closed(network, seen.sites)
+    assert apart(output(network, inputs), want) > 1e-3
