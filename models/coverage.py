@@ -45,11 +45,12 @@ def refuse_few(transformer: nn.Module, sites: Iterable[Site], least: float) -> N
     left = share_kept(transformer, sites)
     if 1 - left < least:
         largest = sorted(_outside(transformer, sites).items(), key=lambda item: -item[1])[:3]
+        name = type(transformer).__name__
         raise UnsupportedError(
-            f"{told(transformer, sites)}: of {type(transformer).__name__} only {1 - left:.1%} can be packed. The "
-            f"largest of the rest are {', '.join(name for name, _ in largest)}: DiRotQ packs "
-            f"linears and 1x1 convolutions that are called as modules. rank.least_packed={least} "
-            f"asks for more; rank.least_packed={int(100 * (1 - left)) / 100:g} goes on with it"
+            f"{told(transformer, sites)}: of {name} only {1 - left:.1%} can be packed. The largest "
+            f"of the rest are {', '.join(name for name, _ in largest)}: DiRotQ packs linears and "
+            f"1x1 convolutions that are called as modules. rank.least_packed={least} asks for "
+            f"more; rank.least_packed={int(100 * (1 - left)) / 100:g} goes on with it"
         )
 
 

@@ -44,7 +44,7 @@ def family_of(
         return ModelFamily("discovered", transformer_class, rules=(), keep=(), call={})
     known = ", ".join(f"{f.name} ({f.transformer})" for f in FAMILIES)
     raise UnsupportedError(
-        f"{transformer_class!r} is no transformer class of {installed_diffusers(config)}; described "
-        f"are {known}, others of diffusers are discovered. CONTRIBUTING.md says how to add a family (a "
-        "table of about 40 lines)."
+        f"{transformer_class!r} is no transformer class of {installed_diffusers(config)}; "
+        f"described are {known}, others of diffusers are discovered. CONTRIBUTING.md says how to "
+        "add a family (a table of about 40 lines)."
     )

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
-from torch.nn.attention import flex_attention as flex
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.attention import flex_attention as flex
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -23,32 +23,20 @@ NOISE = torch.randn(1 << 16, generator=torch.Generator().manual_seed(0)) / 10
 COSTLY = 1 << 24
 """Multiplications from which on a product is not computed."""
 LARGE = 1 << 18
-"""Elements from which on what is made of noise is zeros, whose memory nobody touches."""
-OPS = torch.ops.aten
-PRODUCTS = {
-    OPS.mm,
-    OPS.addmm,
-    OPS.bmm,
-    OPS.baddbmm,
-    OPS._grouped_mm,
-    OPS.convolution,
-    OPS._scaled_dot_product_flash_attention_for_cpu,
-}
-ELEMENTWISE = {
-    OPS.clone,
-    OPS._to_copy,
-    OPS.cat,
-    OPS._softmax,
-    OPS.native_layer_norm,
-    OPS._fused_rms_norm,
-}
+"""Elements from which on what is made up is zeros, whose memory nobody touches, and not noise."""
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "_grouped_mm", "convolution"}
+PRODUCTS |= {"_scaled_dot_product_flash_attention_for_cpu"}
+ELEMENTWISE = {"clone", "_to_copy", "cat", "_softmax", "native_layer_norm", "_fused_rms_norm"}
 """What costs as much as an operation with the tag ``pointwise``, and is as indifferent."""
+
+EAGER_FLEX = "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG"
+"""What keeps flex attention from compiling itself, where torch has it."""
 
 
 def hollow(network: nn.Module) -> Any:
     """Copy a network to the CPU without its parameters' memory; buffers keep their values.
 
-    network  real or on the meta device; it is left as it is. Buffers there become noise
+    network  real or on the meta device; it is left as it is. Buffers on that device become noise
     """
     tensors = [t for t in (*network.parameters(), *network.buffers()) if not _has_value(t)]
     twin = copy.deepcopy(network, {id(tensor): _noise(tensor) for tensor in tensors}).to("cpu")
@@ -69,6 +57,19 @@ class Cheaply(TorchDispatchMode):
         # A storage that someone points at, be it weakly, gives its address to no other one.
         self.made_up: dict[int, StorageWeakRef] = {}
 
+    def __enter__(self) -> Self:
+        # No compiler looks into this mode, and without one scores take memory: see `_attended`.
+        self.eager = vars(flex).get(EAGER_FLEX)
+        if self.eager is not None:
+            setattr(flex, EAGER_FLEX, True)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        if self.eager is not None:
+            setattr(flex, EAGER_FLEX, self.eager)
+        super().__exit__(*error)
+
     def __torch_dispatch__(
         self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -77,32 +78,23 @@ class Cheaply(TorchDispatchMode):
             return self._attended(*args[:3])
         if not isinstance(op, OpOverload):
             return op(*args, **kwargs)
-        if not (self._is_idle(op, args) or op.overloadpacket in PRODUCTS and _is_costly(args)):
+        costly = op.overloadpacket.__name__ in PRODUCTS and _is_costly(args)
+        if not costly and not self._is_idle(op, args):
             return op(*args, **kwargs)
-        shapes = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
-        return tree_map_only(Tensor, self._made, op(*shapes[0], **shapes[1]))
-
-    def __enter__(self) -> Self:
-        # A compiler can't look into this mode, and eager it materializes scores: see `_attended`.
-        self.compiles = not flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG
-        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = True
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        flex._FLEX_ATTENTION_DISABLE_COMPILE_DEBUG = not self.compiles
-        super().__exit__(*error)
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": "meta"}
+        args, kwargs = tree_map_only(Tensor, lambda t: t.to("meta"), (args, kwargs))
+        return tree_map_only(Tensor, self._made, op(*args, **kwargs))
 
     def _attended(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, ...]:
         """Return what flex attention does: the result, and two numbers for each query."""
-        rows = query.shape[:-1]
-        shapes = [
-            query.new_empty(shape, device="meta") for shape in (rows, (*rows, value.shape[-1]))
-        ]
-        return self._made(shapes[1]), self._made(shapes[0]), self._made(shapes[0])
+        row = query.new_empty(query.shape[:-1], device="meta")
+        result = query.new_empty((*row.shape, value.shape[-1]), device="meta")
+        return self._made(result), self._made(row), self._made(row)
 
     def _is_idle(self, op: Any, args: tuple[Any, ...]) -> bool:
         """Tell whether it makes large floats from large made-up ones, and does nothing else."""
-        if torch.Tag.pointwise not in op.tags and op.overloadpacket not in ELEMENTWISE:
+        if torch.Tag.pointwise not in op.tags and op.overloadpacket.__name__ not in ELEMENTWISE:
             return False
         if op._schema.is_mutable:
             return False
@@ -125,19 +117,19 @@ def _has_value(tensor: Tensor) -> bool:
 
 
 def _noise(tensor: Tensor) -> Any:
-    """Return windows of one strip of noise, of the tensor's shape: rows differ, memory is shared."""
+    """Return windows of one strip of noise: rows differ, memory is shared."""
     length = sum(tensor.shape) + 1
     strip = NOISE.repeat(math.ceil(length / len(NOISE))).to(tensor.dtype)
     if tensor.ndim < 2:
-        strip = strip.abs()  # a model may take its logarithm or root
+        strip = strip.abs()  # a model may take its root or logarithm
     windows = strip.as_strided(tensor.shape, (1,) * tensor.ndim)
     return nn.Parameter(windows, False) if isinstance(tensor, nn.Parameter) else windows
 
 
 def _is_costly(args: tuple[Any, ...]) -> bool:
-    factors = sorted(t.numel() for t in args if isinstance(t, Tensor) and t.is_floating_point())
-    # Of [M, K] times [K, N] the sizes bound the work from below by M K N = MK KN / K.
-    return len(factors) > 1 and math.prod(factors[-2:]) > COSTLY * max(args[0].shape[-1], 1)
+    sizes = sorted(t.numel() for t in args if isinstance(t, Tensor) and t.is_floating_point())
+    # [M, K] times [K, N] takes M N K multiplications: the sizes' product, divided by K.
+    return len(sizes) > 1 and sizes[-1] * sizes[-2] > COSTLY * max(args[0].shape[-1], 1)
 
 
 def _filled(shape: Tensor) -> Tensor:

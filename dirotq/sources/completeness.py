@@ -70,7 +70,8 @@ def _all_problems(folder: Path, weights: bool, without: str, prompts: bool) -> I
     name = index.get("_class_name")
     pipeline: Any = getattr(diffusers, str(name), None)
     if not hasattr(pipeline, "_optional_components"):  # of another kind, or not there
-        yield f"{INDEX} names the pipeline {name!r}, which no part is of {installed_diffusers(index)}"
+        installed = installed_diffusers(index)
+        yield f"{INDEX} names the pipeline {name!r}, which is none of {installed}"
         return
     required, optional = map(set, pipeline._get_signature_keys(pipeline))
     spare = _dispensable(pipeline, prompts)

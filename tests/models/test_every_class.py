@@ -27,10 +27,8 @@ def test_a_class_is_found_and_stays_what_it_was(name):
     packed = [linear for site in seen.sites for linear in site.linears]
     assert len(packed) == len(set(packed))
     assert set(packed).isdisjoint(seen.kept)
-    assert {n for n, module in network.named_modules() if is_linear(module)} <= {
-        *packed,
-        *seen.kept,
-    }
+    linears = {name for name, module in network.named_modules() if is_linear(module)}
+    assert linears <= {*packed, *seen.kept}
     for site in seen.sites:
         for linear, rows in zip(site.linears, site.out_features, strict=True):
             module = network.get_submodule(linear)

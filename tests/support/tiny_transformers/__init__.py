@@ -12,9 +12,10 @@ from dirotq.models.families import known_family
 from .images import IMAGES
 from .others import OTHERS
 from .row import Row, wide
+from .sounding import SOUNDING
 from .videos import VIDEOS
 
-UNTABLED: dict[str, Row] = IMAGES | VIDEOS | OTHERS
+UNTABLED: dict[str, Row] = IMAGES | VIDEOS | SOUNDING | OTHERS
 """Classes that no family table describes."""
 
 

@@ -150,12 +150,7 @@ IMAGES = {
         },
     ),
     "Flux3Transformer2DModel": Row(
-        {
-            **DOUBLE,
-            "cond_in_channels": 16,
-            "axes_dims_rope": (8, 8, 8, 8),
-            "timestep_channels": 32,
-        },
+        {**DOUBLE, "cond_in_channels": 16, "axes_dims_rope": (8, 8, 8, 8), "timestep_channels": 32},
         lambda: call(9, 16, time=FRACTIONS) | ids(4),
     ),
     "GlmImageTransformer2DModel": Row(
@@ -351,11 +346,7 @@ IMAGES = {
         lambda: call(4, 8, 8, time=FRACTIONS, attention_mask=flag(5, 3)),
     ),
     "PriorTransformer": Row(
-        {
-            **SMALL,
-            "embedding_dim": 32,
-            "num_embeddings": TOKENS,
-        },
+        {**SMALL, "embedding_dim": 32, "num_embeddings": TOKENS},
         lambda: {
             "hidden_states": random(2, 32),
             "timestep": torch.tensor([300, 700]),
@@ -365,13 +356,7 @@ IMAGES = {
         },
     ),
     "QwenImage21Transformer2DModel": Row(
-        {
-            **SMALL,
-            "in_channels": 16,
-            "out_channels": 16,
-            "context_in_dim": TEXT,
-            **AXES,
-        },
+        {**SMALL, "in_channels": 16, "out_channels": 16, "context_in_dim": TEXT, **AXES},
         lambda: (
             call(16, 16, time=FRACTIONS, encoder_hidden_states_mask=flag(5, 3))
             | {"img_shapes": [[(1, 4, 4)]] * 2}

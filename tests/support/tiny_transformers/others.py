@@ -4,21 +4,7 @@ from typing import Any
 
 import torch
 
-from .row import (
-    FRACTIONS,
-    HEADS,
-    LATENT,
-    SMALL,
-    STEPS,
-    TEXT,
-    TOKENS,
-    WIDTH,
-    Row,
-    call,
-    flag,
-    mask,
-    random,
-)
+from .row import FRACTIONS, SMALL, TEXT, TOKENS, WIDTH, Row, call, flag, mask, random
 
 
 def cosmos3() -> dict[str, Any]:
@@ -83,13 +69,7 @@ OTHERS = {
         cosmos3,
     ),
     "LongCatAudioDiTTransformer": Row(
-        {
-            "dit_dim": WIDTH,
-            "dit_depth": 2,
-            "dit_heads": 2,
-            "dit_text_dim": TEXT,
-            "latent_dim": 4,
-        },
+        {"dit_dim": WIDTH, "dit_depth": 2, "dit_heads": 2, "dit_text_dim": TEXT, "latent_dim": 4},
         lambda: (
             call(9, 4, time=FRACTIONS, encoder_attention_mask=flag(5, 3))
             | {"latent_cond": random(2, 9, 4), "attention_mask": torch.ones(2, 9, dtype=torch.bool)}

@@ -1,4 +1,4 @@
-"""One row of the table of tiny transformers: a class, its configuration, the arguments of a call."""
+"""A row of the table of tiny transformers: a class's configuration, and the arguments of a call."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -5,14 +5,12 @@ from typing import Any
 import torch
 
 from .row import (
-    AXES,
     FRACTIONS,
     HEADS,
     LATENT,
     POOLED,
     ROPE,
     SMALL,
-    STEPS,
     TEXT,
     TOKENS,
     WIDTH,
@@ -61,13 +59,7 @@ def wan_animate_2() -> dict[str, Any]:
 
 VIDEOS = {
     "AllegroTransformer3DModel": Row(
-        {
-            **LATENT,
-            **CROSS,
-            "sample_height": 8,
-            "sample_width": 8,
-            "sample_frames": 2,
-        },
+        {**LATENT, **CROSS, "sample_height": 8, "sample_width": 8, "sample_frames": 2},
         lambda: call(
             *CLIP, encoder_attention_mask=mask(5, 3), attention_mask=torch.ones(2, 2, 8, 8)
         ),
@@ -209,27 +201,6 @@ VIDEOS = {
             "text_rope_pos": torch.arange(TOKENS),
         },
     ),
-    "Kandinsky6Transformer3DModel": Row(
-        {
-            "in_visual_dim": 4,
-            "out_visual_dim": 4,
-            "in_text_dim": TEXT,
-            "in_text_dim2": POOLED,
-            "time_dim": 32,
-            "model_dim": WIDTH,
-            "ff_dim": 128,
-            "num_text_blocks": 1,
-            "num_visual_blocks": 2,
-            "axes_dims": ROPE,
-            "visual_cond": False,
-            "in_audio_dim": 6,
-            "out_audio_dim": 6,
-        },
-        lambda: (
-            call(2, 8, 8, 4, encoder_attention_mask=flag(5, 3))
-            | {"pooled_projections": random(2, POOLED), "audio_hidden_states": random(2, 7, 6)}
-        ),
-    ),
     "Kandinsky6SRTransformer3DModel": Row(
         {
             "in_visual_dim": 4,
@@ -261,51 +232,6 @@ VIDEOS = {
     "LTXVideoTransformer3DModel": Row(
         {**LATENT, **CROSS},
         lambda: call(12, 4, encoder_attention_mask=mask(5, 3), num_frames=1, height=3, width=4),
-    ),
-    "LTX2VideoTransformer3DModel": Row(
-        {
-            **LATENT,
-            **CROSS,
-            "audio_in_channels": 4,
-            "audio_out_channels": 4,
-            "audio_num_attention_heads": 2,
-            "audio_attention_head_dim": 16,
-            "audio_cross_attention_dim": 32,
-        },
-        lambda: (
-            call(12, 4, num_frames=1, height=3, width=4, audio_num_frames=7)
-            | {"audio_hidden_states": random(2, 7, 4)}
-            | {"audio_encoder_hidden_states": random(2, TOKENS, TEXT)}
-            | {"encoder_attention_mask": mask(5, 3), "audio_encoder_attention_mask": mask(5, 3)}
-        ),
-    ),
-    "MiniMaxH3Transformer3DModel": Row(
-        {
-            **HEADS,
-            "hidden_size": WIDTH,
-            "num_layers": 2,
-            "num_refiner_layers": 1,
-            "ffn_dim": 128,
-            "in_channels": 4,
-            "audio_in_channels": 6,
-            "text_dim": TEXT,
-            "freq_dim": 32,
-            "time_embed_hidden_dim": 32,
-            "time_embed_dim": 32,
-            "rope_freq_dim": 4,
-        },
-        lambda: {
-            "hidden_states": random(1, 9, 16),
-            "audio_hidden_states": random(1, 4, 6),
-            "encoder_hidden_states": random(1, TOKENS, TEXT),
-            "timestep": torch.tensor([0.3, 0.8]),
-            "timestep_indices": torch.tensor([0] * 10 + [1] * 8),
-            "token_tags": torch.tensor([1] * 5 + [0] * 9 + [2] * 4),
-            "position_ids": torch.arange(54).reshape(18, 3) % 5,
-            "text_indices": torch.arange(5),
-            "video_indices": torch.arange(5, 14),
-            "audio_indices": torch.arange(14, 18),
-        },
     ),
     "MochiTransformer3DModel": Row(
         {
@@ -352,21 +278,6 @@ VIDEOS = {
             "camera_conditions": random(1, 2, 20),
             "chunk_plucker": random(1, 6, 2, 4, 4),
         },
-    ),
-    "SanaWMLTX2RefinerTransformer3DModel": Row(
-        {
-            **LATENT,
-            **CROSS,
-            "audio_in_channels": 4,
-            "audio_out_channels": 4,
-            "audio_num_attention_heads": 2,
-            "audio_attention_head_dim": 16,
-            "audio_cross_attention_dim": 32,
-        },
-        lambda: (
-            call(12, 4, encoder_attention_mask=mask(5, 3))
-            | {"video_rotary_emb": (random(2, 12, 64), random(2, 12, 64))}
-        ),
     ),
     "SkyReelsV2Transformer3DModel": Row(WAN, lambda: call(*CLIP)),
     "WanAnimateTransformer3DModel": Row(
