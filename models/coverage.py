@@ -15,7 +15,7 @@ def share_kept(transformer: nn.Module, sites: Iterable[Site]) -> float:
 
     transformer  not packed; shapes are enough (meta device)
     """
-    whole = sum(p.numel() for p in _in_blocks(transformer).values())
+    whole = sum(p.numel() for p in in_blocks(transformer).values())
     # Sites outside of the repeated blocks are no part of either number.
     held = sum(site.in_features * sum(site.out_features) for site in sites if site.block)
     return max(1 - held / whole, 0.0) if whole else 0.0
@@ -23,7 +23,7 @@ def share_kept(transformer: nn.Module, sites: Iterable[Site]) -> float:
 
 def told(transformer: nn.Module, sites: Iterable[Site]) -> str:
     """Say what :func:`share_kept` returns, and how much of it experts are that are no modules."""
-    inside = _in_blocks(transformer)
+    inside = in_blocks(transformer)
     stacked = sum(p.numel() for n, p in inside.items() if _is_stacked(transformer, n, p))
     said = f"{100 * share_kept(transformer, sites):.1f} % of the block parameters stay in 16 bits"
     if not stacked:
@@ -61,7 +61,8 @@ def _is_stacked(transformer: nn.Module, name: str, parameter: Any) -> bool:
     return parameter.ndim == 3 and parameter.shape[0] > 1 and not convolution
 
 
-def _in_blocks(transformer: nn.Module) -> dict[str, Any]:
+def in_blocks(transformer: nn.Module) -> dict[str, Any]:
+    """Return {name: parameter} of what lies in repeated blocks."""
     lists = [n for n, m in transformer.named_modules() if isinstance(m, nn.ModuleList)]
     inside = tuple(f"{name}." for name in lists)
     return {n: p for n, p in transformer.named_parameters() if inside and n.startswith(inside)}
@@ -69,4 +70,4 @@ def _in_blocks(transformer: nn.Module) -> dict[str, Any]:
 
 def _outside(transformer: nn.Module, sites: Iterable[Site]) -> dict[str, int]:
     held = {f"{linear}.weight" for site in sites for linear in site.linears}
-    return {n: p.numel() for n, p in _in_blocks(transformer).items() if n not in held}
+    return {n: p.numel() for n, p in in_blocks(transformer).items() if n not in held}

@@ -241,7 +241,7 @@ class _Trace(TorchFunctionMode):
         block = _block(name)
         exact = set(getattr(self.root, "_keep_in_fp32_modules", None) or ())
         if block not in self.calls:
-            return OUTSIDE
+            return UNCALLED if block in self.members and not self.reads[name] else OUTSIDE
         if block.rpartition(".")[0] not in self.mixing:
             return UNMIXED
         if name in self.bypassed:

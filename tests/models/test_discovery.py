@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from fused_sites import fused
 from tiny_families import TINY
 from tiny_transformers import made
 from torch import Tensor, nn
@@ -20,8 +21,6 @@ from dirotq.models.family import Site
 from dirotq.models.flux import FLUX
 from dirotq.models.skeleton import empty_transformer
 from dirotq.packed.swap import swap_sites
-
-from .contract import fused
 
 
 def under(path: str, sites: str) -> set[str]:

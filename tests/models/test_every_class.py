@@ -5,14 +5,13 @@ Tiny networks of random weights (tests/support/tiny_transformers), traced withou
 
 import pytest
 import torch
+from fused_sites import fused
 from tiny_transformers import UNTABLED, classes, made
 from tiny_transformers.proof import apart, closed, found, output
 
 from dirotq.models.families import FAMILIES, family_of
 from dirotq.models.family import is_linear, is_pointwise
 from dirotq.packed.swap import swap_sites
-
-from .contract import fused
 
 
 def test_every_class_of_diffusers_has_a_row():

@@ -54,6 +54,7 @@ def test_what_is_small_or_no_float_or_not_made_up_is_computed(cheap):
         assert not (made_up + 1).any()
         assert torch.equal(made_up > 0, torch.zeros(64, 64, dtype=torch.bool))
         assert torch.equal(made_up.where(x > 0, x), torch.where(x > 0, 0, x))  # a mask's values
+        assert not made_up.to("cpu", torch.float64).any()
         assert made_up.add_(1).all()  # in place
         indices = (torch.arange(64)[:, None] * torch.arange(64)).sum()
         assert int(indices) == (63 * 32) ** 2

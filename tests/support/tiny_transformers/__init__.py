@@ -33,5 +33,6 @@ def made(name: str) -> tuple[Any, dict[str, Any]]:
     """Make a class's transformer in float64, and the arguments of one call of it."""
     if (family := known_family(name)) is not None:
         tiny = TINY[family.name]
-        return tiny.build().double(), wide(tiny.inputs())
+        guided = {"guidance_embeds": True} if "guidance" in tiny.inputs() else {}
+        return tiny.build(**guided).double(), wide(tiny.inputs())
     return UNTABLED[name].build(name), wide(UNTABLED[name].inputs())

@@ -131,6 +131,7 @@ IMAGES = {
             {"hidden_states": random(2, 64, 4, 4)}
             | {"encoder_hidden_states": random(2, TOKENS, TEXT)}
         ),
+        {"in_channels": 320, "cross_attention_dim": 2048},
     ),
     "ErnieImageTransformer2DModel": Row(
         {
@@ -151,7 +152,9 @@ IMAGES = {
     ),
     "Flux3Transformer2DModel": Row(
         {**DOUBLE, "cond_in_channels": 16, "axes_dims_rope": (8, 8, 8, 8), "timestep_channels": 32},
-        lambda: call(9, 16, time=FRACTIONS) | ids(4),
+        lambda: call(9, 16, time=FRACTIONS, image_cond_hidden_states=random(2, 9, 16))
+        | ids(4)
+        | {"image_cond_ids": torch.ones(9, 4)},
     ),
     "GlmImageTransformer2DModel": Row(
         {
@@ -184,6 +187,12 @@ IMAGES = {
             "axes_dims_rope": (16, 8, 8),
         },
         hidream,
+        {
+            "patch_size": 2,
+            "caption_channels": [4096, 4096],
+            "llama_layers": [*range(48)],
+            "axes_dims_rope": (64, 32, 32),
+        },
     ),
     "HunyuanDiT2DModel": Row(
         {
@@ -203,6 +212,7 @@ IMAGES = {
             "use_style_cond_and_image_meta_size": False,
         },
         hunyuan_dit,
+        {"in_channels": 4, "patch_size": 2},
     ),
     "HunyuanImageTransformer2DModel": Row(
         {
@@ -291,6 +301,7 @@ IMAGES = {
             call(4, 8, 8, time=FRACTIONS, encoder_mask=flag(5, 3), cross_attention_kwargs={})
             | {"image_rotary_emb": torch.polar(torch.ones(8, 8, 16), random(8, 8, 16))}
         ),
+        {"num_kv_heads": 8},
     ),
     "NucleusMoEImageTransformer2DModel": Row(
         {
@@ -332,6 +343,7 @@ IMAGES = {
             "attention_mask": torch.ones(2, 22, 22),
             "position_ids": torch.arange(22).expand(2, 22),
         },
+        {"rope_scaling": {"long_factor": [1.0] * 48, "short_factor": [1.0] * 48}},
     ),
     "OvisImageTransformer2DModel": Row({**DOUBLE, "out_channels": 16}, packed),
     "PRXTransformer2DModel": Row(
@@ -369,5 +381,6 @@ IMAGES = {
             {"hidden_states": random(2, 32, 4, 4)}
             | {"encoder_hidden_states": random(2, TOKENS, TEXT)}
         ),
+        {"in_channels": 320, "cross_attention_dim": 768, "norm_type": "layer_norm"},
     ),
 }

@@ -169,5 +169,6 @@ OTHERS = {
     "TransformerTemporalModel": Row(
         {**SMALL, "in_channels": 64},
         lambda: {"hidden_states": random(4, 64, 4, 4), "num_frames": 2},
+        {"in_channels": 320},
     ),
 }

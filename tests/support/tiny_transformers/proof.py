@@ -16,6 +16,8 @@ from dirotq.models.families import known_family
 from dirotq.models.family import Site, is_linear
 from dirotq.models.skeleton import empty_transformer
 
+BY_TABLE = "the family table says so"
+
 
 def found(network: Any, inputs: dict[str, Any]) -> Discovered:
     """Find the sites of a network as `compress` does: without its weights."""
@@ -23,7 +25,7 @@ def found(network: Any, inputs: dict[str, Any]) -> Discovered:
         sites = family.sites(network)
         packed = {linear for site in sites for linear in site.linears}
         linears = [name for name, module in network.named_modules() if is_linear(module)]
-        return Discovered(sites, {n: "the table says so" for n in linears if n not in packed})
+        return Discovered(sites, {n: BY_TABLE for n in linears if n not in packed})
     call = Call((), inputs).map(lambda t: t.float() if t.is_floating_point() else t)
     return discover(empty_transformer(dict(network.config), type(network)), (), call.kwargs)
 

@@ -1,7 +1,7 @@
 """A row of the table of tiny transformers: a class's configuration, and the arguments of a call."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
@@ -23,10 +23,15 @@ __all__ += ["TOKENS", "WIDTH", "Row", "call", "flag", "mask", "random", "wide"]
 
 @dataclass(frozen=True)
 class Row:
-    """``inputs`` are the arguments of one call, for two samples where the class takes several."""
+    """A class.
+
+    ``inputs``   arguments of one call, for two samples where the class takes several
+    ``lacking``  what the class's own defaults lack to be a configuration
+    """
 
     config: dict[str, Any]
     inputs: Callable[[], dict[str, Any]]
+    lacking: dict[str, Any] = field(default_factory=dict)
 
     def build(self, name: str) -> Any:
         """Make the transformer, random, in float64 and eval mode."""

@@ -116,6 +116,7 @@ VIDEOS = {
             "text_embed_dim": TEXT,
         },
         lambda: call(*CLIP, time=FRACTIONS),
+        {**LATENT, "patch_size": 2},
     ),
     "HeliosTransformer3DModel": Row(
         {**WAN, "rope_dim": ROPE},
@@ -228,6 +229,14 @@ VIDEOS = {
             "video_length": 2,
         },
         lambda: call(*CLIP),
+        {
+            **LATENT,
+            "patch_size": 2,
+            "num_layers": 28,
+            "norm_type": "ada_norm_single",
+            "cross_attention_dim": 1408,
+            "caption_channels": 4096,
+        },
     ),
     "LTXVideoTransformer3DModel": Row(
         {**LATENT, **CROSS},
