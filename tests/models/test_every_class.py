@@ -3,6 +3,9 @@
 Tiny networks of random weights (tests/support/tiny_transformers), traced without weights.
 """
 
+import re
+
+import diffusers
 import pytest
 import torch
 from fused_sites import fused
@@ -17,6 +20,15 @@ from dirotq.packed.swap import swap_sites
 def test_every_class_of_diffusers_has_a_row():
     assert sorted([*UNTABLED, *(family.transformer for family in FAMILIES)]) == classes()
     assert {family_of(name).transformer for name in UNTABLED} == set(UNTABLED)
+
+
+def test_the_page_lists_every_class(pytestconfig):
+    page = (pytestconfig.rootpath / "docs" / "models.md").read_text()
+    assert re.findall(r"^\| `(\w+)`", page, re.MULTILINE) == classes(), "run make classes"
+    tabled = re.findall(r"^\| `(\w+)` \(table\)", page, re.MULTILINE)
+    assert sorted(tabled) == sorted(family.transformer for family in FAMILIES), "run make classes"
+    assert f"diffusers {diffusers.__version__} " in page, "run make classes, and name the version"
+    assert page.count(", refused |") <= len(classes()) - 70
 
 
 @pytest.mark.parametrize("name", UNTABLED)

@@ -152,9 +152,11 @@ IMAGES = {
     ),
     "Flux3Transformer2DModel": Row(
         {**DOUBLE, "cond_in_channels": 16, "axes_dims_rope": (8, 8, 8, 8), "timestep_channels": 32},
-        lambda: call(9, 16, time=FRACTIONS, image_cond_hidden_states=random(2, 9, 16))
-        | ids(4)
-        | {"image_cond_ids": torch.ones(9, 4)},
+        lambda: (
+            call(9, 16, time=FRACTIONS, image_cond_hidden_states=random(2, 9, 16))
+            | ids(4)
+            | {"image_cond_ids": torch.ones(9, 4)}
+        ),
     ),
     "GlmImageTransformer2DModel": Row(
         {
