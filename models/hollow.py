@@ -78,8 +78,7 @@ class Cheaply(TorchDispatchMode):
             return self._attended(*args[:3])
         if not isinstance(op, OpOverload):
             return op(*args, **kwargs)
-        costly = op.overloadpacket.__name__ in PRODUCTS and _is_costly(args)
-        if not costly and not self._is_idle(op, args):
+        if not self._is_idle(op, args):
             return op(*args, **kwargs)
         if "device" in kwargs:
             kwargs = {**kwargs, "device": "meta"}
@@ -93,16 +92,19 @@ class Cheaply(TorchDispatchMode):
         return self._made(result), self._made(row), self._made(row)
 
     def _is_idle(self, op: Any, args: tuple[Any, ...]) -> bool:
-        """Tell whether it makes large floats from large made-up ones, and does nothing else."""
-        if torch.Tag.pointwise not in op.tags and op.overloadpacket.__name__ not in ELEMENTWISE:
-            return False
+        """Tell whether its result may be made up: a costly product, or made of what is made up."""
+        name = op.overloadpacket.__name__
         if op._schema.is_mutable:
             return False
         given = [value for value in tree_leaves(args) if isinstance(value, Tensor)]
-        large = [tensor for tensor in given if tensor.numel() > LARGE]
-        return any(t.untyped_storage()._cdata in self.made_up for t in large) and all(
-            t.is_floating_point() for t in given
+        made_up = any(
+            t.numel() > LARGE and t.untyped_storage()._cdata in self.made_up for t in given
         )
+        if name in PRODUCTS:
+            # A router's scores are small, but zeros would send every token to the same expert.
+            return made_up or _is_costly(args)
+        alike = torch.Tag.pointwise in op.tags or name in ELEMENTWISE
+        return alike and made_up and all(t.is_floating_point() for t in given)
 
     def _made(self, shape: Tensor) -> Tensor:
         made = _filled(shape)

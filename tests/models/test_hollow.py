@@ -58,10 +58,19 @@ def test_what_is_small_or_no_float_or_not_made_up_is_computed(cheap):
         assert made_up.add_(1).all()  # in place
         indices = (torch.arange(64)[:, None] * torch.arange(64)).sum()
         assert int(indices) == (63 * 32) ** 2
-    monkey = small @ small
+    want = small @ small
     hollow.COSTLY = 1 << 24
     with torch.no_grad(), Cheaply():
-        assert torch.equal(small @ small, monkey)
+        assert torch.equal(small @ small, want)
+
+
+def test_made_up_scores_send_tokens_to_every_expert(cheap):
+    x, gate = torch.randn(64, 64), torch.randn(64, 8)
+    with torch.no_grad(), Cheaply():
+        made_up = x @ x
+        hollow.COSTLY = 1 << 24  # the scores cost little
+        routed = (made_up @ gate).topk(2).indices
+    assert set(routed.flatten().tolist()) == set(range(8))
 
 
 @pytest.mark.parametrize(("width", "real"), [(256, True), (257, False)])
