@@ -222,19 +222,14 @@ def test_a_truncated_shard_is_named(packed_folder):
         load_alone(packed_folder)
 
 
-@pytest.fixture(params=["lm4_channel", "lm4_group"])
-def levels_folder(request, line, tmp_path) -> Path:
-    artifacts = run(line(f"weight_format={request.param}", "until=pack"))
-    return Path(shutil.copytree(artifacts["pack"].tree("model"), tmp_path / request.param))
-
-
-def test_a_folder_of_levels_is_read_by_who_knows_them(levels_folder, tmp_path, monkeypatch):
+def test_a_folder_of_levels_is_read_by_who_knows_them(line, tmp_path, monkeypatch):
+    artifacts = run(line("method=levels", "until=pack"))
+    levels_folder = Path(shutil.copytree(artifacts["pack"].tree("model"), tmp_path / "levels"))
     packing = json.loads((levels_folder / "transformer" / "config.json").read_text())
     assert packing["quantization_config"]["format"] == 3 == FORMAT
     assert packing["quantization_config"]["levels"] == list(LEVELS)
     card = (levels_folder / "README.md").read_text()
-    group = "" if levels_folder.name == "lm4_channel" else " of 64"
-    assert f"| W4A4 LM4 | weights: {levels_folder.name}{group}, activations: rms" in card
+    assert "| W4A4 LM4 | weights: lm4_channel, activations: rms" in card
     assert "| W4A16 LM4 | weights: lm4_group of " in card
     model = load_alone(levels_folder)
     site = model.get_submodule(SITE)
@@ -242,8 +237,6 @@ def test_a_folder_of_levels_is_read_by_who_knows_them(levels_folder, tmp_path, m
     assert codes == sorted([*LM4_CODES, *(-code for code in LM4_CODES)])
     model.save_pretrained(tmp_path / "again")
     assert tree_bytes(tmp_path / "again") == tree_bytes(levels_folder / "transformer")
-    with pytest.raises(UnsupportedError, match=r"convrot_w4a4 can't hold .* lm4 weights .*int4_ch"):
-        dirotq.export(levels_folder, "convrot_w4a4", out=tmp_path / "file.safetensors")
     edit_packing(levels_folder, levels=[*LEVELS[:-1], 7.0])
     with pytest.raises(ArtifactError, match=r"levels is .*7\.0\]; LM4's are"):
         load_alone(levels_folder)
