@@ -13,6 +13,8 @@ In torch a code is int8, counted in units: "value = code * step" holds as for IN
 scale's UNITS-th part. Letters: N outputs, K columns.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ UNITS = 16
 CODES = tuple(int(level * UNITS) for level in LEVELS)
 """Magnitudes in units: 4, 13, 22, 32, 44, 56, 72, 96."""
 
-BETWEEN = tuple((low + high) / 2 for low, high in zip(CODES, CODES[1:]))
+BETWEEN = tuple((low + high) / 2 for low, high in itertools.pairwise(CODES))
 """Magnitudes halfway between two codes: what is no larger takes the lower one."""
 
 

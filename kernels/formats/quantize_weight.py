@@ -23,8 +23,8 @@ LARGEST: dict[Element, float] = {"int4": QMAX, "lm4": lm4.LEVELS[-1]}
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 LM4_CLIPS = (*CLIPS, 1.15, 1.1, 1.05, 0.55, 0.5)
-"""The same for LM4, whose outer levels lie far apart: a small group may want a larger scale than its
-largest weight, and a row with a long tail a smaller one."""
+"""The same for LM4, whose outer levels lie far apart: a small group may want a larger scale than
+that of its largest weight, and a row with a long tail a smaller one."""
 
 FP4_CLIPS = {"nvfp4": (*CLIPS, 1.5), "mxfp4": (1.0, 2.0, 0.5)}
 """The same for FP4. 1.5 maps the largest weight to 4, around which E2M1 is denser ("four over six",

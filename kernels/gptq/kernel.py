@@ -3,6 +3,8 @@
 Letters: N outputs, B columns of the block.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
@@ -21,7 +23,7 @@ FIRST = tl.constexpr(float(CODES[0]))
 RISES = tl.constexpr(len(BETWEEN))
 AFTER = tl.constexpr(BETWEEN)
 """Magnitudes after which LM4's codes rise ..."""
-BY = tl.constexpr(tuple(float(b - a) for a, b in zip(CODES, CODES[1:])))
+BY = tl.constexpr(tuple(float(b - a) for a, b in itertools.pairwise(CODES)))
 """... and by how much."""
 
 

@@ -52,7 +52,7 @@ def sweep(
 
     w_NB       float, [N, B]: the weights
     target_NB  float, [N, B]: the weights and what the blocks before have left to them
-    step_NB    float, [N, B] or [N, 1]: value of a code of 1; 0 gives code 0, or the least of ``lm4``
+    step_NB    float, [N, B] or [N, 1]: value of a code of 1; 0 gives the least code
     f_BB       float, [B, B], upper triangular with unit diagonal
     element    what a code is: ``int4`` in [-7, 7], ``lm4`` in units (kernels/formats/lm4.py), or
                ``e2m1`` in halves (kernels/formats/fp4.py)

@@ -12,8 +12,8 @@ from builds.gptq import builds
 
 from dirotq.kernels import gptq as op
 from dirotq.kernels.formats.lm4 import BETWEEN, CODES
-from dirotq.kernels.gptq import reference
 from dirotq.kernels.formats.quantize_weight import weight_steps
+from dirotq.kernels.gptq import reference
 from dirotq.kernels.gptq.kernel import COLUMNS, ROWS, launch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

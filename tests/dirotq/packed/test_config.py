@@ -99,7 +99,7 @@ def test_levels_that_are_not_the_formats_are_refused(of_levels, levels, message)
 
 
 def test_levels_of_no_site_are_refused(sites):
-    with pytest.raises(ArtifactError, match="it has levels .*, and no site has LM4 weights"):
+    with pytest.raises(ArtifactError, match=r"it has levels .*, and no site has LM4 weights"):
         read_packing(sites, FORMAT, list(LEVELS))
 
 
