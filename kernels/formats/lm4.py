@@ -37,10 +37,9 @@ def nearest_lm4(v: Tensor, step: Tensor) -> Tensor:
     v     floating; zero takes the smallest positive code
     step  value of a unit, broadcast against v; where it is zero, so is the value of every code
     """
-    units = torch.where(step > 0, v / step, 0.0)
-    rank = torch.bucketize(units.abs(), units.new_tensor(BETWEEN), out_int32=True)
-    magnitude = units.new_tensor(CODES)[rank]
-    return torch.where(units < 0, -magnitude, magnitude)
+    units = torch.where(step > 0, v / step, 0.0).add_(0.0)  # -0 + 0 is 0, which has no sign to copy
+    rank = torch.bucketize(units.abs(), units.new_tensor(BETWEEN))
+    return units.new_tensor(CODES)[rank].copysign_(units)
 
 
 def pack_lm4(code_NK: Tensor) -> Tensor:

@@ -1,6 +1,8 @@
 """What a format can hold, one fact at a time: each that it can't is refused by itself."""
 
 import pytest
+import torch
+from tiny_packed import packed
 from tiny_spec import FP4, tiny_spec
 
 from dirotq.exports.formats import FORMATS
@@ -61,8 +63,11 @@ def test_the_other_fp4_is_refused_on_both_sides(name):
     ]  # fmt: skip
 
 
-def test_modulators_of_levels_are_refused():
+def test_modulators_of_levels_are_refused_but_as_bfloat16():
     spec = tiny_spec(**SIXTEEN | {"weight_scale": "lm4_group"})
+    linear = packed(spec)
+    weight = KNOWN["nvfp4"].of(spec).tensors(linear.packed(), spec)["weight"]
+    assert torch.equal(weight, linear.weight.bfloat16())
     (problem,) = KNOWN["svdquant_w4a4"].of(spec).misfits(spec)
     assert problem == (
         "lm4 weights with one scale per group of 64 (it has int4 with one scale per group)"

@@ -41,7 +41,8 @@ def test_a_block_takes_the_method_and_the_largest_hadamard_block_that_fits():
 def test_a_modulator_is_w4a16_in_groups_and_never_rotated(name):
     spec = method(name).spec(MODULATOR, 16)
     assert (spec.rank, spec.transform.kind, spec.transform.block) == (0, "hadamard", 1)
-    assert (spec.activations.bits, spec.weights.name, spec.weights.group) == (16, "group", 64)
+    weights = "lm4_group" if name == "levels" else "group"
+    assert (spec.activations.bits, spec.weights.name, spec.weights.group) == (16, weights, 64)
 
 
 def test_modulators_may_stay_in_sixteen_bits():

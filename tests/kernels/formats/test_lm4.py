@@ -96,6 +96,7 @@ def test_either_container_holds_every_level_exactly() -> None:
 def test_rounding_is_a_search_over_all_levels() -> None:
     """Of two equally near the one closer to zero, of zero's the positive one."""
     v = torch.arange(-1800, 1801).double() / 16  # steps of a unit's sixteenth, beyond both ends
+    v = torch.cat([v, torch.tensor([-0.0]).double()])
     values = [*CODES, *(-code for code in CODES)]
     found = nearest_lm4(v, torch.ones(1)).tolist()
     want = [min(values, key=lambda c: (abs(c - x), abs(c), -c)) for x in v.tolist()]
