@@ -146,7 +146,7 @@ def unpacked(plan: Plan, linear: QuantLinear) -> Scratch:
     if plan.engine == "packed":
         return None
     weights = engine.allocate(plan, linear.packed())
-    engine.unpack(plan, linear.packed(), weights)
+    engine.unpack(plan, linear.packed(), linear.spec, weights)
     return weights
 
 

@@ -127,7 +127,11 @@ def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtyp
         kinds = ["few", "many"] + (["wide"] if chip in w4a16.WIDE_CHIPS else [])
         if m <= 4:
             kinds = ["row", *kinds]
-        few = [t for kind in kinds for t in w4a16.TILES[kind] if m > 16 or t.bm <= 16]
+        lm4 = spec.weights.element == "lm4"
+        few = [
+            t for kind in kinds for t in w4a16.TILES[kind]
+            if (m > 16 or t.bm <= 16) and (not lm4 or w4a16.takes_tables(t))
+        ]  # fmt: skip
         return [Plan(engine="w4a16", container="none", tile=tile) for tile in few]
     by_row = not _grouped(spec)
     library = dtype == torch.bfloat16 and n % 16 == 0  # what torch._scaled_mm takes

@@ -163,10 +163,11 @@ def builds() -> list[Build]:
         columns = padded(width) if rank is None else columns_with_appended(width, rank, True)
         made = config(width, columns, rank or 0, bias=rank is not None, fp8=fp8, lm4=lm4)
         kinds = types if fp8 else types | {"p_codes": "*i8"}
+        element, container = "lm4" if lm4 else "int4", "fp8" if fp8 else "int8"
         found.append(
             Build.of(
                 made, kinds, aligned=("words", "row_words", "row_bytes", "main"),
-                name=f"unpack_w4-{'lm4-' if lm4 else ''}{'fp8' if fp8 else 'int8'}-r{rank}-k{width}",
+                name=f"unpack_w4-{element}-{container}-r{rank}-k{width}",
                 chips=FP8_CHIPS if fp8 else CHIPS, tensor_core=False,
             )
         )  # fmt: skip

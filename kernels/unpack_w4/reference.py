@@ -12,8 +12,8 @@ from ..formats.weight import Element
 from ..permuted import to_permuted
 
 FP8_UNIT = 2.0**-9
-"""An FP8 code stands for q 2^-9: sign and magnitude of INT4's q are the bits of that E4M3 subnormal,
-and LM4's levels are exact there too."""
+"""An FP8 code stands for q 2^-9. Sign and magnitude of INT4's q are that E4M3 subnormal's bits;
+LM4's q, which count units, are exact there too."""
 
 
 def unpack_w4(

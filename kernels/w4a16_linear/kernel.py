@@ -24,7 +24,7 @@ from ..build import CHIPS, Build, Config
 from ..formats.weight import Element
 from ..lm4_lookup import INTERPRETED, lm4_pair, lm4_planes, lm4_tables
 from .row import HIGH, LOW, one_row, parts
-from .tiles import TILES, WIDE_CHIPS, Tile, fits
+from .tiles import TILES, WIDE_CHIPS, Tile, fits, takes_tables
 
 HALVES = {torch.bfloat16: (0x43084308, 136.0), torch.float16: (0x64086408, 1032.0)}
 """Two 16-bit floats in a word, code bits at 0 ... 3 of each; and the offset they carry."""
@@ -180,8 +180,8 @@ def launch(
     """Compute y = x (s_w q_w)ᵀ + bias on the GPU; specification: ``reference.py``.
 
     x_MK     bf16 or fp16, [M, K], any strides
-    packed   weights of ``element`` in layout L1, with bf16 scales [N, 1] or one per group of a multiple of 32
-             columns, and bias
+    packed   weights of ``element`` in layout L1, with bf16 scales [N, 1] or one per group of a
+             multiple of 32 columns, and bias
     out      [M, N] to write to, bf16, fp16 or float32 with neighbouring columns; None: a new one
     returns  y, [M, N], accumulated in float32, in x's dtype or ``out``
 
@@ -256,7 +256,8 @@ def builds() -> list[Build]:
             chips = CHIPS if common else WIDE_CHIPS
             for dtype, width, groups in formats if tile is tiles[0] else formats[:2]:
                 found.append(_build(tile, dtype, width, groups, chips))
-            found.append(_build(tile, *formats[0], chips, lm4=True))
+            if takes_tables(tile):
+                found.append(_build(tile, *formats[0], chips, lm4=True))
             if common:
                 found.append(_build(tile, *formats[2], chips, lm4=True))
     return found

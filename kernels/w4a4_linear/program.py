@@ -26,8 +26,8 @@ def multiply(left, right, acc):
 
 @triton.jit
 def weight_scale(wscale_at, FP8: tl.constexpr, LM4: tl.constexpr):
-    """Load the value of a weight code of 1 in float32: LM4's are units of the scale, and FP8 weights
-    are codes * 2^-9, which is made up for here."""
+    """Load the value of a weight code of 1 in float32: LM4 counts units of the scale, and FP8
+    weights are codes * 2^-9, which is made up for here."""
     UNIT: tl.constexpr = (512.0 if FP8 else 1.0) / (UNITS_PER_SCALE if LM4 else 1)
     return tl.load(wscale_at).to(tl.float32) * UNIT
 
