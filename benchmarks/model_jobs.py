@@ -12,6 +12,7 @@ from dirotq.benchmarks.ways import (
     OFFLOADED,
     PACKED,
     PACKED_ATTENTION,
+    PACKED_LEVELS,
     PLAIN,
 )
 
@@ -39,6 +40,7 @@ IMAGES = ("flux_images", "z_image_images")
 
 CONTESTANTS: Mapping[str, str] = {
     "packed": PACKED,
+    "levels": PACKED_LEVELS,
     "fp8_attention": PACKED_ATTENTION,
     "no_graph": NO_GRAPHS,
     "plain": PLAIN,
