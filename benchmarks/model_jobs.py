@@ -40,12 +40,12 @@ IMAGES = ("flux_images", "z_image_images")
 
 CONTESTANTS: Mapping[str, str] = {
     "packed": PACKED,
-    "levels": PACKED_LEVELS,
     "fp8_attention": PACKED_ATTENTION,
     "no_graph": NO_GRAPHS,
     "plain": PLAIN,
     "adapter": ADAPTED,
     "offload": OFFLOADED,
+    "levels": PACKED_LEVELS,
     "bf16": EAGER,
     "compiled": COMPILED,
     "bf16_adapter": EAGER_ADAPTED,
