@@ -285,4 +285,5 @@ def _build(
         + ("-lm4" if lm4 else ""),
         chips=chips,
         tensor_core=tile.kind == "dots",
+        spills=8 if lm4 and tile.kind == "dots" else 0,  # tables take registers, of sm_120 too
     )

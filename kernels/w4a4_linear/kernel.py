@@ -223,4 +223,5 @@ def _build(
         + ("" if even else "-masked")
         + ("-plain" if plain else ""),
         chips=tuple(chip for chip in chips if fits(tile, variant, chip, fp8=fp8)),
+        spills=2 if lm4 and not fp8 else 0,  # signs take registers: 64 x 128 on sm_80 has none left
     )
