@@ -9,8 +9,6 @@ coefficient is constant.
 import torch
 from torch import Tensor
 
-from .formats.lm4 import UNITS
-from .formats.weight import Element
 from .permuted import padded, to_permuted
 
 TINY = 1e-30
@@ -23,10 +21,6 @@ BIAS_COEFFICIENT = 4.0
 """c of the bias's direction: |bias| / weight scale may be that much larger, up to BIAS_LIMIT."""
 
 BIAS_LIMIT = LIMIT * BIAS_COEFFICIENT
-
-
-COUNTED: dict[Element, int] = {"int4": 1, "lm4": UNITS}
-"""Weight codes that are worth a scale."""
 
 
 def appended_part(rank: int, bias: bool) -> int:
@@ -52,7 +46,7 @@ def with_appended(
     *,
     bits_below: int,
     bias: bool,
-    element: Element = "int4",
+    counted: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return codes of ``quantize_rows`` in FP8, R1 order, c behind them: as the kernel writes.
 
@@ -60,7 +54,7 @@ def with_appended(
     bits_below  the powers of two that the codes carry below a step (``ActFormat.levels``)
     scale_M1    float32, [M, 1]
     c_MR        floating, [M, R], or None at rank 0
-    element     of the weights, ``int4`` or ``lm4``
+    counted     weight codes that are worth a scale: 1 of INT4, 16 of LM4
     returns     float8_e4m3fn [M, columns_with_appended(K, R, bias)] and their scale, float32
                 [M, 1], for a product with what ``unpack_w4`` makes of the weights
 
@@ -68,7 +62,6 @@ def with_appended(
     its largest coefficient needs to stay within FP8's 448. LM4's codes are 16 times INT4's, so that
     coefficients, too, are 16 times as large beside the codes.
     """
-    counted = COUNTED[element]
     m = len(codes_MK)
     step_M1 = scale_M1 * 2.0**bits_below
     directions = [] if c_MR is None else [c_MR.float()]

@@ -20,6 +20,7 @@ from dirotq.kernels.unpack_w4 import unpack_w4
 from dirotq.kernels.w4a4_linear import w4a4_linear
 
 FP8 = torch.float8_e4m3fn
+COUNTED = {"int4": 1, "lm4": 16}
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(-2, 8))
@@ -90,7 +91,9 @@ def product(codes: Tensor, scale: Tensor, weights: Tensor, wscale: Tensor) -> Te
 )
 def test_one_product_is_the_whole_linear(seed, rank, bias, levels, size, element):
     codes, scale, c, qweight, wscale, wp, beta = operands(seed, rank, bias, levels, size)
-    left, left_scale = with_appended(codes, scale, c, bits_below=levels, bias=bias, element=element)
+    left, left_scale = with_appended(
+        codes, scale, c, bits_below=levels, bias=bias, counted=COUNTED[element]
+    )
     right = unpack_w4(qweight, FP8, wscale, wp, beta, element)
     assert left.shape[1] == right.shape[1] == columns_with_appended(96, rank, bias)
     assert left.float().isfinite().all()
@@ -117,7 +120,7 @@ def test_without_appended_columns_the_product_is_exact(levels, element):
     codes, scale, _, qweight, wscale, _, _ = operands(0, 0, False, levels, 1.0)
     scale = torch.exp2(scale.log2().round())
     left, left_scale = with_appended(
-        codes, scale, None, bits_below=levels, bias=False, element=element
+        codes, scale, None, bits_below=levels, bias=False, counted=COUNTED[element]
     )
     right = unpack_w4(qweight, FP8, wscale, element=element)
     got = product(left, left_scale, right, wscale)
