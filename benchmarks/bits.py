@@ -43,7 +43,8 @@ def main() -> None:
 
 
 def method(name: str) -> Method:
-    return instantiate(compose_config([f"method={name}"], "dirotq.conf").method)
+    """Return a method (conf/method) by its name, behind which overrides may stand."""
+    return instantiate(compose_config(f"method={name}".split(), "dirotq.conf").method)
 
 
 def online(specs: Iterable[QuantSpec]) -> float:

@@ -12,6 +12,7 @@ from dirotq.benchmarks.ways import (
     OFFLOADED,
     PACKED,
     PACKED_ATTENTION,
+    PACKED_LEVELS,
     PLAIN,
 )
 
@@ -44,6 +45,7 @@ CONTESTANTS: Mapping[str, str] = {
     "plain": PLAIN,
     "adapter": ADAPTED,
     "offload": OFFLOADED,
+    "levels": PACKED_LEVELS,
     "bf16": EAGER,
     "compiled": COMPILED,
     "bf16_adapter": EAGER_ADAPTED,

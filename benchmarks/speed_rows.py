@@ -18,6 +18,7 @@ from dirotq.kernels import engine, transform_quantize, unpack_w4, w4a4_linear, w
 from dirotq.kernels.buffers import Codes, Repacked, Unpacked
 from dirotq.kernels.case import Case
 from dirotq.kernels.chip import capability
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import Plan, candidates_for, name_of
 from dirotq.kernels.prologue import plain
@@ -39,32 +40,35 @@ Contestant = Callable[[Case], tuple[str, str, Timing] | None]
 Scratch = Unpacked | Repacked | None
 """Weights as a plan's product reads them; None: as they are packed."""
 FLOOR, BF16 = "floor", "bf16"
+LEVELS = f"{OURS}, levels"
+"""The same with weights in LM4: what it costs beside INT4."""
 
 
 def linears() -> Iterator[Row]:
     """Time whole linears: ours, cuBLAS bf16, FP8 with per-row scales, plain W4A16; and ours by the
     products of two libraries, whichever the plan is."""
     libraries = [functools.partial(_by_engine, name) for name in ("humming", "scaled_mm")]
-    others: list[Contestant] = [_fp8, _w4a16, *libraries]
+    others: list[Contestant] = [functools.partial(_levels, "w4a4"), _fp8, _w4a16, *libraries]
     for case in LINEARS:
         yield from _against_bf16("linear", case, "w4a4", others)
 
 
 def few_rows() -> Iterator[Row]:
     for case in w4a16_linear.CASES:
-        yield from _against_bf16("w4a16", case, "w4a16", [])
+        yield from _against_bf16("w4a16", case, "w4a16", [functools.partial(_levels, "w4a16")])
 
 
 def gemms() -> Iterator[Row]:
     """Time what follows the codes, against cuBLAS bf16."""
     for case in w4a4_linear.CASES:
-        linear, x = _checked("w4a4", case)
-        plan = linear.plan(case.m)
         base = _bf16(case)
-        size = read_bytes(linear) + case.m * linear.spec.width
-        ours = _time(functools.partial(product, plan), linear, x, size)
         yield _row("gemm", case, BF16, base)
-        yield _row("gemm", case, OURS, ours, plan=name_of(plan), ratio=base.p50 / ours.p50)
+        for who in (OURS, LEVELS):
+            linear, x = _checked("w4a4", case, who)
+            plan = linear.plan(case.m)
+            size = read_bytes(linear) + case.m * linear.spec.width
+            ours = _time(functools.partial(product, plan), linear, x, size)
+            yield _row("gemm", case, who, ours, plan=name_of(plan), ratio=base.p50 / ours.p50)
 
 
 def transforms() -> Iterator[Row]:
@@ -79,11 +83,12 @@ def transforms() -> Iterator[Row]:
 def unpacks() -> Iterator[Row]:
     """Time nibbles into scratch, with appended columns, against reading ½ byte and writing 1."""
     for case in unpack_w4.CASES:
-        linear, x = _checked("w4a4", replace(case, m=64))
-        plan = linear.plan(case.m)
-        size = linear.qweight.numel()
-        ours = _time(functools.partial(unpacking, plan), linear, x, size)
-        yield from _against_memory("unpack_w4", case, ours, 3 * size, plan)
+        for who in (OURS, LEVELS):
+            linear, x = _checked("w4a4", replace(case, m=64), who)
+            plan = linear.plan(case.m)
+            size = linear.qweight.numel()
+            ours = _time(functools.partial(unpacking, plan), linear, x, size)
+            yield from _against_memory("unpack_w4", case, ours, 3 * size, plan, who)
 
 
 def norms_and_rotations() -> Iterator[Row]:
@@ -146,7 +151,7 @@ def unpacked(plan: Plan, linear: QuantLinear) -> Scratch:
     if plan.engine == "packed":
         return None
     weights = engine.allocate(plan, linear.packed())
-    engine.unpack(plan, linear.packed(), weights)
+    engine.unpack(plan, linear.packed(), linear.spec, weights)
     return weights
 
 
@@ -187,10 +192,13 @@ def _against_bf16(op: str, case: Case, kind: str, others: list[Contestant]) -> I
         yield replace(row, reach=None, stretch=None)
 
 
-def _against_memory(op: str, case: Case, ours: Timing, traffic: int, plan: Plan) -> Iterator[Row]:
+def _against_memory(
+    op: str, case: Case, ours: Timing, traffic: int, plan: Plan, who: str = OURS
+) -> Iterator[Row]:
     floor = traffic / bandwidth() * 1e6
-    yield _row(op, case, FLOOR, Timing(floor, floor, floor))
-    yield _row(op, case, OURS, ours, plan=name_of(plan), ratio=ours.p50 / floor)
+    if who == OURS:
+        yield _row(op, case, FLOOR, Timing(floor, floor, floor))
+    yield _row(op, case, who, ours, plan=name_of(plan), ratio=ours.p50 / floor)
 
 
 def _row(
@@ -208,13 +216,25 @@ def _time(make: Make, linear: QuantLinear, x: Tensor, bytes_per_call: int) -> Ti
     return time_calls([make(copy.deepcopy(linear), x.clone()) for _ in range(count)])
 
 
-def _checked(kind: str, case: Case) -> tuple[QuantLinear, Tensor]:
+def _checked(kind: str, case: Case, who: str = OURS) -> tuple[QuantLinear, Tensor]:
     """Make a linear and its input. Raises RuntimeError if its plan computes something else."""
-    linear = random_linear(spec_for(kind, case.k, case.n, case.rank))
+    spec = spec_for(kind, case.k, case.n, case.rank)
+    linear = random_linear(of_levels(spec) if who == LEVELS else spec)
     x = random_rows(case.m, case.k)
     if problem := Checker(linear, x).problem(linear(x)):
         raise RuntimeError(f"{case}, {name_of(linear.plan(case.m))}: {problem}")
     return linear, x
+
+
+def of_levels(spec: QuantSpec) -> QuantSpec:
+    """Return a spec with INT4 weights with LM4's in their place."""
+    return replace(spec, weights=replace(spec.weights, element="lm4"))
+
+
+def _levels(kind: str, case: Case) -> tuple[str, str, Timing]:
+    linear, x = _checked(kind, case, LEVELS)
+    timing = _time(functools.partial, linear, x, read_bytes(linear) + 2 * x.numel())
+    return LEVELS, name_of(linear.plan(case.m)), timing
 
 
 def _bf16(case: Case) -> Timing:

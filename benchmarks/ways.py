@@ -17,6 +17,7 @@ from dirotq.benchmarks.model_inputs import Case
 from dirotq.runtime.accelerate import Runtime
 
 PACKED = "packed"
+PACKED_LEVELS = "packed, levels"
 PACKED_ATTENTION = "packed, FP8 attention"
 NO_GRAPHS = "packed, no graph"
 PLAIN = "packed, no compiler, no graph"
@@ -34,7 +35,7 @@ Apply = Callable[[Any, Case], Undo | None]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """``base``: bf16, or the method (conf/method) by which weights are packed."""
+    """``base``: bf16, or the method (conf/method) by which weights are packed, and overrides."""
 
     base: str
     apply: Apply
@@ -126,6 +127,7 @@ SLOW = {COMPILE: False, "graphs": False}
 DEFAULT = accelerated()
 WAYS: Mapping[str, Way] = {
     PACKED: Way("dirotq", DEFAULT),
+    PACKED_LEVELS: Way("dirotq weight_format=lm4_channel", DEFAULT),
     PACKED_ATTENTION: Way("dirotq", accelerated(attention="fp8")),
     NO_GRAPHS: Way("dirotq", accelerated(graphs=False)),
     PLAIN: Way("dirotq", accelerated(**SLOW)),

@@ -40,7 +40,13 @@ def split_fp8(v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def with_appended(
-    codes_MK: Tensor, scale_M1: Tensor, c_MR: Tensor | None, *, bits_below: int, bias: bool
+    codes_MK: Tensor,
+    scale_M1: Tensor,
+    c_MR: Tensor | None,
+    *,
+    bits_below: int,
+    bias: bool,
+    counted: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """Return codes of ``quantize_rows`` in FP8, R1 order, c behind them: as the kernel writes.
 
@@ -48,11 +54,13 @@ def with_appended(
     bits_below  the powers of two that the codes carry below a step (``ActFormat.levels``)
     scale_M1    float32, [M, 1]
     c_MR        floating, [M, R], or None at rank 0
+    counted     weight codes that are worth a scale: 1 of INT4, 16 of LM4
     returns     float8_e4m3fn [M, columns_with_appended(K, R, bias)] and their scale, float32
                 [M, 1], for a product with what ``unpack_w4`` makes of the weights
 
     A step is worth 2^(6 - k) in FP8: k >= 0 halves a row's codes, exactly down to 2^-9, as often as
-    its largest coefficient needs to stay within FP8's 448.
+    its largest coefficient needs to stay within FP8's 448. LM4's codes are 16 times INT4's, so that
+    coefficients, too, are 16 times as large beside the codes.
     """
     m = len(codes_MK)
     step_M1 = scale_M1 * 2.0**bits_below
@@ -61,10 +69,10 @@ def with_appended(
     v_Mr = torch.cat([scale_M1.new_zeros(m, 0), *directions], 1)
     absmax_M1 = v_Mr.abs().amax(1, keepdim=True) if v_Mr.shape[1] else torch.zeros_like(scale_M1)
     step_M1 = torch.where(step_M1 > TINY / 7, step_M1, absmax_M1.clamp_min(TINY) / 256)
-    mantissa, exponent = torch.frexp(absmax_M1 / (step_M1 * 1792))
+    mantissa, exponent = torch.frexp(absmax_M1 / (step_M1 * (1792 / counted)))
     k_M1 = torch.where(mantissa > 0.5, exponent, exponent - 1).clamp(0, 60)
     unit_M1 = torch.ldexp(torch.ones_like(step_M1), 6 - bits_below - k_M1)
-    out_scale_M1 = torch.ldexp(step_M1, k_M1 + 3)
+    out_scale_M1 = torch.ldexp(step_M1, k_M1 + 3) / counted
     rank = 0 if c_MR is None else c_MR.shape[1]
     v_Mr = torch.nn.functional.pad(
         v_Mr * (2 / out_scale_M1), (0, appended_part(rank, bias) - v_Mr.shape[1])

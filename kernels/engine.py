@@ -77,7 +77,7 @@ def linear(
             start = fork(prologue.x_BTD.device, products)
             codes = quantize(plan, prologue, packed, spec, last)
             with beside(start):
-                unpack(plan, packed, weights)
+                unpack(plan, packed, spec, weights)
         return multiply(plan, codes, packed, weights, spec, prologue.x_BTD.dtype)
 
 
@@ -109,7 +109,7 @@ def allocate(plan: Plan, packed: Packed) -> Unpacked | Repacked:
     return for_codes(packed, plan.dtype, appended=plan.appended)
 
 
-def unpack(plan: Plan, packed: Packed, out: Unpacked | Repacked) -> None:
+def unpack(plan: Plan, packed: Packed, spec: QuantSpec, out: Unpacked | Repacked) -> None:
     """Fill what :func:`allocate` returned."""
     if isinstance(out, Repacked):
         from .humming_linear.kernel import launch as repack
@@ -118,7 +118,7 @@ def unpack(plan: Plan, packed: Packed, out: Unpacked | Repacked) -> None:
     else:
         from .unpack_w4.kernel import launch
 
-        launch(packed, plan.dtype, appended=plan.appended, out=out)
+        launch(packed, plan.dtype, element=spec.weights.element, appended=plan.appended, out=out)
 
 
 def multiply(
@@ -150,7 +150,7 @@ def multiply(
     assert isinstance(plan.tile, w4a4_tiles.Tile)
     return launch(
         codes, packed, None if weights is None else weights.weights,
-        width=spec.width, out_dtype=dtype, tile=plan.tile,
+        width=spec.width, out_dtype=dtype, tile=plan.tile, element=spec.weights.element,
     )  # fmt: skip
 
 
@@ -168,5 +168,5 @@ def sixteen_bits(
             from .w4a16_linear.kernel import launch
 
             assert isinstance(plan.tile, w4a16_tiles.Tile)
-            y = launch(z, packed, tile=plan.tile)
+            y = launch(z, packed, tile=plan.tile, element=spec.weights.element)
         return y if c is None or packed.wp is None else y.addmm_(c, packed.wp.to(c.dtype).mT)

@@ -8,7 +8,7 @@ rules in :func:`unmeasured`. Letters: M rows, N outputs, K width.
 import functools
 import math
 from dataclasses import dataclass, fields, replace
-from logging import WARNING
+from logging import INFO, WARNING
 from typing import Literal
 
 import torch
@@ -101,8 +101,8 @@ def choose(chip: int | None, m: int, n: int, spec: QuantSpec, dtype: torch.dtype
         why = f"no measurement for sm_{chip}"
     if refused:
         why += f"; {', '.join(refused)} did not compile here"
-    if rows and _lacks_humming(chip, m, n, spec, dtype, near):
-        why += f"; humming was faster there: {humming.missing()}"
+    if rows and (lacking := _lacks_humming(chip, m, n, spec, dtype, near)):
+        why += f"; humming was faster there: {lacking}"
     return replace(plan, why=why)
 
 
@@ -127,7 +127,11 @@ def candidates_for(chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtyp
         kinds = ["few", "many"] + (["wide"] if chip in w4a16.WIDE_CHIPS else [])
         if m <= 4:
             kinds = ["row", *kinds]
-        few = [t for kind in kinds for t in w4a16.TILES[kind] if m > 16 or t.bm <= 16]
+        lm4 = spec.weights.element == "lm4"
+        few = [
+            t for kind in kinds for t in w4a16.TILES[kind]
+            if (m > 16 or t.bm <= 16) and (not lm4 or w4a16.takes_tables(t))
+        ]  # fmt: skip
         return [Plan(engine="w4a16", container="none", tile=tile) for tile in few]
     by_row = not _grouped(spec)
     library = dtype == torch.bfloat16 and n % 16 == 0  # what torch._scaled_mm takes
@@ -227,15 +231,24 @@ def renew() -> None:
 
 def _lacks_humming(
     chip: int, m: int, n: int, spec: QuantSpec, dtype: torch.dtype, near: measured.Row
-) -> bool:
-    """Tell whether Humming won where this plan was measured, and only its package is not here."""
+) -> str | None:
+    """Say what alone keeps Humming from a shape where it won: its package, or weights of levels."""
     at = near.m, near.n, near.k
     won = any(
         row.plan == "humming" and (row.m, row.n, row.k) == at
         for row in measured.rows(chip, kind_of(spec))
     )
+    if not won:
+        return None
+    if spec.weights.element == "lm4":
+        integers = replace(spec, weights=replace(spec.weights, element="int4"))
+        if humming.why_not(chip, m, n, integers, dtype) is not None:
+            return None
+        reason = "it reads integers itself, and these weights are levels (lm4)"
+        say_once(f"Humming is left out: {reason}", INFO)
+        return reason
     why = humming.why_not(chip, m, n, spec, dtype)
-    return won and why is not None and why == humming.missing()
+    return why if why == humming.missing() else None
 
 
 def _distance(a: tuple[int, ...], b: tuple[int, ...]) -> float:

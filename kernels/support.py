@@ -34,6 +34,10 @@ PRODUCTS = {
     ("int4", "int4"): Product("w4a4_linear"),
     ("int4", "int8"): Product("w4a4_linear"),
     ("int4", "e4m3"): Product("w4a4_linear", FP8_CHIPS[0], FLOATS),
+    ("lm4", "bf16"): Product("w4a16_linear"),
+    ("lm4", "int4"): Product("w4a4_linear"),
+    ("lm4", "int8"): Product("w4a4_linear"),
+    ("lm4", "e4m3"): Product("w4a4_linear", FP8_CHIPS[0], FLOATS),
     ("e2m1", "e2m1"): Product("fp4_linear"),
     ("e2m1", "bf16"): Product("fp4_linear"),
 }

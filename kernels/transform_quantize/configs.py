@@ -11,6 +11,7 @@ from torch import Tensor
 from ..appended import TINY, appended_part
 from ..build import CHIPS, Config, shared_bytes
 from ..chip import chained, processors
+from ..formats.lm4 import UNITS
 from ..formats.spec import QuantSpec
 from ..prologue import Kind
 from . import passes, projection, scales
@@ -184,6 +185,7 @@ def _scales(spec: QuantSpec, columns: int | None, bias: bool) -> dict[str, Any]:
         "R": spec.rank, "RP": width_of_c(spec.rank), "RT": max(appended_part(spec.rank, bias), 1),
         "APPENDED": columns is not None, "T": triton.next_power_of_2(columns) if columns else 0,
         "QMAX": acts.largest, "UNIT": 2.0**acts.levels, "TINY": TINY,
+        "COUNTED": UNITS if columns is not None and spec.weights.element == "lm4" else 1,
     }  # fmt: skip
 
 

@@ -246,8 +246,8 @@ def round_rows(
     R: tl.constexpr, RP: tl.constexpr, RT: tl.constexpr, APPENDED: tl.constexpr, T: tl.constexpr,
     SCALE: tl.constexpr,
     G: tl.constexpr, QMAX: tl.constexpr, UNIT: tl.constexpr, LEVELS: tl.constexpr,
-    CLIP: tl.constexpr, TINY: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
-    CHAIN: tl.constexpr,
+    CLIP: tl.constexpr, COUNTED: tl.constexpr, TINY: tl.constexpr, BM: tl.constexpr,
+    BW: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Compute codes [M, padded(K)] in R1 order and scales; the last of n_col programs writes what
     is appended.
@@ -275,7 +275,7 @@ def round_rows(
             b_c = tl.load(p_c + o_c, mask=m_m[:, None], other=0.0).to(tl.float32)
             peak = tl.maximum(tl.max(tl.abs(b_c), 1), peak)
         amax = tl.load(p_amax + o_m, mask=m_m, other=0).to(tl.float32, bitcast=True)
-        inverse, unit, scale = row_units(amax, peak, QMAX, UNIT, TINY, APPENDED)
+        inverse, unit, scale = row_units(amax, peak, QMAX, UNIT, TINY, APPENDED, COUNTED)
         if pid % n_col == 0:
             tl.store(p_scale + o_m, scale, mask=m_m)
         if T > 0 and pid % n_col == n_col - 1:

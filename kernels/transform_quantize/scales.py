@@ -33,18 +33,20 @@ def e4m3(v):
 
 @triton.jit
 def row_units(
-    amax, peak, QMAX: tl.constexpr, UNIT: tl.constexpr, TINY: tl.constexpr, APPENDED: tl.constexpr
-):
+    amax, peak, QMAX: tl.constexpr, UNIT: tl.constexpr, TINY: tl.constexpr,
+    APPENDED: tl.constexpr, COUNTED: tl.constexpr,
+):  # fmt: skip
     """Return per row: codes per unit of z, what a step is in units of the codes, and the scale."""
     some = (amax > TINY) | (amax != amax)
     inverse = tl.where(some, QMAX / tl.where(some, amax, 1.0), 0.0)
     scale = amax / QMAX
     if APPENDED:
-        # Codes q 2^(6 + e - k) against weights q 2^-9; k makes room for the row's largest
-        # coefficient, whose column 2 c / (scale 2^(k + 3)) must not pass FP8's 448.
+        # Codes q 2^(6 + e - k) against weights q 2^-9, of which COUNTED are worth a scale; k makes
+        # room for the row's largest coefficient, whose column 2 c COUNTED / (scale 2^(k + 3)) must
+        # not pass FP8's 448.
         scale = tl.where(some, scale, tl.maximum(peak, TINY) / 256)
-        k = tl.minimum(tl.maximum(exponent(peak / (scale * 1792)), 0), 60)
-        return inverse, power(6 - k), scale * power(3 + k)
+        k = tl.minimum(tl.maximum(exponent(peak / (scale * (1792 / COUNTED))), 0), 60)
+        return inverse, power(6 - k), scale * power(3 + k) * (1 / COUNTED)
     else:
         return inverse, tl.full(amax.shape, UNIT, dtype=tl.float32), scale / UNIT
 
@@ -85,8 +87,8 @@ def scale_rows(
     p_parts, p_squares, p_c, p_codes, p_scale, p_row, M, D, stride_codes, main, one,
     R: tl.constexpr, RP: tl.constexpr, LEAD: tl.constexpr, RT: tl.constexpr,
     APPENDED: tl.constexpr, T: tl.constexpr, PARTS: tl.constexpr, QMAX: tl.constexpr,
-    UNIT: tl.constexpr, TOP: tl.constexpr,
-    TINY: tl.constexpr, BM: tl.constexpr, CHAIN: tl.constexpr,
+    UNIT: tl.constexpr, COUNTED: tl.constexpr, TOP: tl.constexpr, TINY: tl.constexpr,
+    BM: tl.constexpr, CHAIN: tl.constexpr,
 ):  # fmt: skip
     """Compute c [M, RP] of its PARTS, each row's scale from its root mean square, and the appended
     columns.
@@ -117,7 +119,7 @@ def scale_rows(
     top = TOP * tl.sqrt(rest / D)
     top = tl.where(squares != squares, squares, top)  # NaN shows
     peak = tl.maximum(tl.max(tl.abs(c), 1), one)
-    inverse, unit, scale = row_units(top, peak, QMAX, UNIT, TINY, APPENDED)
+    inverse, unit, scale = row_units(top, peak, QMAX, UNIT, TINY, APPENDED, COUNTED)
     tl.store(p_row + o_m, inverse, mask=m_m)
     tl.store(p_row + M + o_m, unit, mask=m_m)
     tl.store(p_scale + o_m, scale, mask=m_m)

@@ -10,6 +10,8 @@ import triton.language as tl
 from ..appended import BIAS_COEFFICIENT, appended_part, columns_with_appended
 from ..buffers import Packed, Unpacked
 from ..build import CHIPS, FP8_CHIPS, Build, Config
+from ..formats.weight import Element
+from ..lm4_lookup import lm4_bytes
 from ..permuted import BLOCK, padded
 from ..transform_quantize.scales import e4m3
 
@@ -34,8 +36,8 @@ def _bytes(nibbles, FP8: tl.constexpr):
 def unpack(
     p_q, p_out, p_codes, p_scale, p_wp, p_bias, p_scale32, N, blocks, words, row_words, row_bytes,
     main, n_main, n_blocks, one,
-    R: tl.constexpr, RT: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, BIAS: tl.constexpr,
-    RAGGED: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
+    R: tl.constexpr, RT: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, LM4: tl.constexpr,
+    BIAS: tl.constexpr, RAGGED: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     """Unpack BB 64-column blocks each (programs below ``n_main``), or append to BN rows.
 
@@ -58,8 +60,15 @@ def unpack(
             inside = mask
         packed = tl.load(p_q + source, mask=inside, other=0)  # [BB, 8]
         target = row.to(tl.int64)[:, None] * row_words + (column * 16)[:, None] + word[None, :]
-        tl.store(p_out + target, _bytes(packed & 0x0F0F0F0F, FP8), mask=mask)
-        tl.store(p_out + target + WORDS, _bytes((packed >> 4) & 0x0F0F0F0F, FP8), mask=mask)
+        if LM4:
+            even, odd = lm4_bytes(packed, FP8)
+            if RAGGED:  # LM4 has no zero, which the columns past the last one are
+                even, odd = tl.where(inside, even, 0), tl.where(inside, odd, 0)
+        else:
+            even = _bytes(packed & 0x0F0F0F0F, FP8)
+            odd = _bytes((packed >> 4) & 0x0F0F0F0F, FP8)
+        tl.store(p_out + target, even, mask=mask)
+        tl.store(p_out + target + WORDS, odd, mask=mask)
     else:
         o_n = (pid - n_main) * BN + tl.arange(0, BN)
         o_t = tl.arange(0, T)
@@ -98,6 +107,7 @@ def launch(
     packed: Packed,
     container: torch.dtype,
     *,
+    element: Element = "int4",
     appended: bool = False,
     out: Unpacked | None = None,
     blocks_per_program: int = 128,
@@ -113,7 +123,7 @@ def launch(
         wp = bias = None
     made = config(
         k, columns, 0 if wp is None else wp.shape[1], bias=bias is not None,
-        fp8=container != torch.int8, blocks=blocks_per_program,
+        fp8=container != torch.int8, lm4=element == "lm4", blocks=blocks_per_program,
     )  # fmt: skip
     blocks = padded(k) // BLOCK
     n_main = triton.cdiv(n * blocks, blocks_per_program)
@@ -128,33 +138,36 @@ def launch(
 
 
 def config(
-    width: int, columns: int, rank: int, *, bias: bool, fp8: bool, blocks: int = 128
+    width: int, columns: int, rank: int, *, bias: bool, fp8: bool, lm4: bool, blocks: int = 128
 ) -> Config:
     """Configure rows of ``width`` codes that leave as ``columns``, for ``rank`` and bias."""
     constants = {
         "R": rank, "RT": max(1, appended_part(rank, bias)),
-        "T": triton.next_power_of_2(max(16, columns - padded(width))), "FP8": fp8, "BIAS": bias,
-        "RAGGED": width % BLOCK != 0, "BB": blocks, "BN": ROWS,
+        "T": triton.next_power_of_2(max(16, columns - padded(width))), "FP8": fp8, "LM4": lm4,
+        "BIAS": bias, "RAGGED": width % BLOCK != 0, "BB": blocks, "BN": ROWS,
     }  # fmt: skip
     return Config(kernel=unpack, constants=constants)
 
 
 def builds() -> list[Build]:
-    """List FP8 with and without (rank None) appended columns and INT8, whole and ragged rows."""
+    """List FP8 with and without (rank None) appended columns and INT8, whole and ragged rows, in
+    both elements."""
     types = {"p_q": "*i32", "p_out": "*i32", "p_codes": "*fp8e4nv", "p_scale": "*bf16"}
     types |= {"p_wp": "*bf16", "p_bias": "*bf16", "p_scale32": "*fp32", "one": "fp32"}
     found = []
-    for fp8, rank, width in (
-        (True, 64, 3072), (True, 64, 2272), (True, 0, 3072), (True, None, 3072),
-        (False, None, 3072),
+    for lm4, fp8, rank, width in (
+        (False, True, 64, 3072), (False, True, 64, 2272), (False, True, 0, 3072),
+        (False, True, None, 3072), (False, False, None, 3072),
+        (True, True, 64, 3072), (True, True, 64, 2272), (True, False, None, 3072),
     ):  # fmt: skip
         columns = padded(width) if rank is None else columns_with_appended(width, rank, True)
-        made = config(width, columns, rank or 0, bias=rank is not None, fp8=fp8)
+        made = config(width, columns, rank or 0, bias=rank is not None, fp8=fp8, lm4=lm4)
         kinds = types if fp8 else types | {"p_codes": "*i8"}
+        element, container = "lm4" if lm4 else "int4", "fp8" if fp8 else "int8"
         found.append(
             Build.of(
                 made, kinds, aligned=("words", "row_words", "row_bytes", "main"),
-                name=f"unpack_w4-{'fp8' if fp8 else 'int8'}-r{rank}-k{width}",
+                name=f"unpack_w4-{element}-{container}-r{rank}-k{width}",
                 chips=FP8_CHIPS if fp8 else CHIPS, tensor_core=False,
             )
         )  # fmt: skip

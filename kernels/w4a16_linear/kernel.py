@@ -1,11 +1,12 @@
 """Triton ``w4a16_linear``: one row at the speed of memory, more rows on the tensor cores.
 
 Weights are read as 32-bit words of eight codes: code i of a word stands in bits 4 i ... 4 i + 3 and
-belongs to column 8 * word + i (layout L1, little endian). One instruction makes a code a float:
-under the exponent of a power of two its bits are the last bits of the mantissa, so
+belongs to column 8 * word + i (layout L1, little endian). One instruction makes an INT4 code a
+float: under the exponent of a power of two its bits are the last bits of the mantissa, so
 ``(bits & mask) ^ magic`` is offset + code exactly; the offset is taken off the sums (one row,
 row.py) or the halves (tensor cores). The magic numbers are arguments and not constants on purpose:
-the instruction that does both operations takes one constant only.
+the instruction that does both operations takes one constant only. LM4's levels come from tables
+(kernels/lm4_lookup.py), without an offset.
 
 Letters: M rows, N outputs, K inputs, G groups; W words of a tile (8 W columns), BM and BN its rows
 and outputs.
@@ -20,29 +21,63 @@ from torch import Tensor
 
 from ..buffers import Packed
 from ..build import CHIPS, Build, Config
+from ..formats.weight import Element
+from ..lm4_lookup import INTERPRETED, lm4_pair, lm4_planes, lm4_tables
 from .row import HIGH, LOW, one_row, parts
-from .tiles import TILES, WIDE_CHIPS, Tile, fits
+from .tiles import TILES, WIDE_CHIPS, Tile, fits, takes_tables
 
 HALVES = {torch.bfloat16: (0x43084308, 136.0), torch.float16: (0x64086408, 1032.0)}
 """Two 16-bit floats in a word, code bits at 0 ... 3 of each; and the offset they carry."""
+
+_SCALE = "{{ .reg .b32 z; mov.b32 z, 0x80008000; fma.rn.{}x2 $0, $1, $2, z; }}"
+SCALE_BF16, SCALE_FP16 = (tl.constexpr(_SCALE.format(kind)) for kind in ("bf16", "f16"))
+"""Two floats times two: minus zero is added, which changes no product."""
 
 
 @triton.jit
 def _halves(bits, magic, OFFSET: tl.constexpr, DTYPE: tl.constexpr):
     """Decode codes i, i + 4 of words (``bits`` shifted right by 4 i), [BN, W] -> [BN, W, 2]."""
-    pair = (bits & 0x000F000F) ^ magic
-    low = pair.to(tl.int16).to(DTYPE, bitcast=True)
-    high = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-    return tl.join(low, high) - OFFSET
+    return _joined((bits & 0x000F000F) ^ magic, DTYPE) - OFFSET
 
 
 @triton.jit
-def _multiply(bits, x, s, acc, magic, OFFSET: tl.constexpr, SCALED: tl.constexpr):
-    """Add to acc [BN, BM] weights in ``bits`` (see _halves) times their columns x [BM, W, 2]."""
+def _joined(pair, DTYPE: tl.constexpr):
+    """Take the two 16-bit floats of words apart: [BN, W] -> [BN, W, 2]."""
+    low = pair.to(tl.int16).to(DTYPE, bitcast=True)
+    high = (pair >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+    return tl.join(low, high)
+
+
+@triton.jit
+def _levels(low, high, SECOND: tl.constexpr, s, DTYPE: tl.constexpr, SCALED: tl.constexpr):
+    """Join bytes to LM4's levels (:func:`lm4_pair`), times s [BN, W] if SCALED: [BN, W, 2]."""
+    pair = lm4_pair(low, high, SECOND)
+    if SCALED and not INTERPRETED:
+        # Both at once: of two multiplications by a scalar, ptxas makes one between swaps of halves.
+        half = s.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        PTX: tl.constexpr = SCALE_FP16 if DTYPE.is_fp16() else SCALE_BF16
+        pair = tl.inline_asm_elementwise(
+            PTX, "=r,r,r", [pair, half | (half << 16)], dtype=tl.int32, is_pure=True, pack=1
+        )
+    levels = _joined(pair, DTYPE)
+    return levels * s[:, :, None] if SCALED and INTERPRETED else levels
+
+
+@triton.jit
+def _neighbours(x, SHAPE: tl.constexpr):
+    """Split x in ``SHAPE`` [BM, W, 2, 2, 2] by columns 2 i, 2 i + 1 of a word, i = 0 ... 3."""
+    even, odd = tl.split(tl.permute(tl.reshape(x, SHAPE), (0, 1, 4, 2, 3)))
+    x0, x2 = tl.split(even)
+    x1, x3 = tl.split(odd)
+    return x0, x1, x2, x3
+
+
+@triton.jit
+def _multiply(weight, x, s, acc, SCALED: tl.constexpr):
+    """Add to acc [BN, BM] weights [BN, W, 2] times their columns x [BM, W, 2]."""
     BM: tl.constexpr = x.shape[0]
-    BN: tl.constexpr = bits.shape[0]
-    W: tl.constexpr = bits.shape[1]
-    weight = _halves(bits, magic, OFFSET, x.dtype)
+    BN: tl.constexpr = weight.shape[0]
+    W: tl.constexpr = weight.shape[1]
     if SCALED:
         weight *= s[:, :, None]
     return tl.dot(tl.reshape(weight, [BN, 2 * W]), tl.trans(tl.reshape(x, [BM, 2 * W])), acc)
@@ -63,8 +98,8 @@ def _largest(p_rows, groups, BN: tl.constexpr):
 def dots(
     p_x, p_w, p_scale, p_bias, p_y, M, N, units, x_stride, y_stride, scale_stride, magic,
     UNIT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
-    SUMS: tl.constexpr, OFFSET: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr,
-    STAGES: tl.constexpr,
+    SUMS: tl.constexpr, OFFSET: tl.constexpr, LM4: tl.constexpr, BIAS: tl.constexpr,
+    EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute y of BM rows and BN outputs; weights are the left operand. Arguments as in row.py.
 
@@ -83,6 +118,8 @@ def dots(
         top = _largest(p_scale + n * scale_stride, words // GROUP, BN)  # [BN]
         inverse = 1 / top
     acc = tl.zeros([BN, BM], tl.float32)
+    if LM4:
+        tables = lm4_tables(N, DTYPE.is_fp16())
     for start in tl.range(0, words, W, num_stages=STAGES):
         o_w = start + tl.arange(0, W)
         o_k = start * 8 + tl.arange(0, 8 * W)
@@ -103,11 +140,19 @@ def dots(
                 s = s.to(tl.float32) * inverse[:, None]
             s = s.to(DTYPE)
         p = tl.zeros([BN, BM], tl.float32) if GROUP > 0 and SUMS else acc
-        x0, x1, x2, x3 = parts(x, [BM, W, 2, 2, 2])
-        p = _multiply(w, x0, s, p, magic, OFFSET, SCALED)
-        p = _multiply(w >> 4, x1, s, p, magic, OFFSET, SCALED)
-        p = _multiply(w >> 8, x2, s, p, magic, OFFSET, SCALED)
-        p = _multiply(w >> 12, x3, s, p, magic, OFFSET, SCALED)
+        if LM4:
+            x0, x1, x2, x3 = _neighbours(x, [BM, W, 2, 2, 2])
+            head, head_high, tail, tail_high = lm4_planes(w, tables)
+            p = _multiply(_levels(head, head_high, False, s, DTYPE, SCALED), x0, s, p, False)
+            p = _multiply(_levels(head, head_high, True, s, DTYPE, SCALED), x1, s, p, False)
+            p = _multiply(_levels(tail, tail_high, False, s, DTYPE, SCALED), x2, s, p, False)
+            p = _multiply(_levels(tail, tail_high, True, s, DTYPE, SCALED), x3, s, p, False)
+        else:
+            x0, x1, x2, x3 = parts(x, [BM, W, 2, 2, 2])
+            p = _multiply(_halves(w, magic, OFFSET, DTYPE), x0, s, p, SCALED)
+            p = _multiply(_halves(w >> 4, magic, OFFSET, DTYPE), x1, s, p, SCALED)
+            p = _multiply(_halves(w >> 8, magic, OFFSET, DTYPE), x2, s, p, SCALED)
+            p = _multiply(_halves(w >> 12, magic, OFFSET, DTYPE), x3, s, p, SCALED)
         if GROUP > 0 and SUMS:
             group = tl.load(p_scale + n * scale_stride + start // GROUP)  # [BN]
             acc += p * group.to(tl.float32)[:, None]
@@ -129,13 +174,14 @@ def launch(
     packed: Packed,
     *,
     tile: Tile,
+    element: Element = "int4",
     out: Tensor | None = None,
 ) -> Tensor:
     """Compute y = x (s_w q_w)ᵀ + bias on the GPU; specification: ``reference.py``.
 
     x_MK     bf16 or fp16, [M, K], any strides
-    packed   weights in layout L1, with bf16 scales [N, 1] or one per group of a multiple of 32
-             columns, and bias
+    packed   weights of ``element`` in layout L1, with bf16 scales [N, 1] or one per group of a
+             multiple of 32 columns, and bias
     out      [M, N] to write to, bf16, fp16 or float32 with neighbouring columns; None: a new one
     returns  y, [M, N], accumulated in float32, in x's dtype or ``out``
 
@@ -154,7 +200,7 @@ def launch(
         return y_MN
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
-    made = config(tile, x_MK.dtype, K, groups, bias=bias_N is not None)
+    made = config(tile, x_MK.dtype, K, groups, bias=bias_N is not None, lm4=element == "lm4")
     words_NW = packed.qweight.contiguous().view(torch.int32)
     units = words_NW.shape[1] // made.constants["UNIT"]
     pointers = x_MK, words_NW, wscale_NG, wscale_NG if bias_N is None else bias_N, y_MN
@@ -176,12 +222,13 @@ def config(
     groups: int,
     *,
     bias: bool,
+    lm4: bool,
 ) -> Config:
     """Configure a tile's kernel for x of ``dtype``, K ``width``."""
     group = width // groups // 8 if groups > 1 else 0
     constants: dict[str, Any] = {
         "UNIT": 4 if width % 32 == 0 else 1, "BN": tile.bn, "W": tile.words, "GROUP": group,
-        "BIAS": bias, "EVEN": width % (8 * tile.words) == 0, "STAGES": tile.stages,
+        "LM4": lm4, "BIAS": bias, "EVEN": width % (8 * tile.words) == 0, "STAGES": tile.stages,
     }  # fmt: skip
     kernel = one_row if tile.kind == "row" else dots
     if tile.kind == "dots":
@@ -192,7 +239,8 @@ def config(
 
 def builds() -> list[Build]:
     """List the usual tiles for every chip: groups of 128 and 64, fp16, one scale, masked steps; the
-    others, which only measurements choose, for the chips that they are measured on.
+    others, which only measurements choose, for the chips that they are measured on. LM4: bf16 in
+    groups of 128, and fp16.
     """
     formats = (
         (torch.bfloat16, 3072, 24),
@@ -208,6 +256,10 @@ def builds() -> list[Build]:
             chips = CHIPS if common else WIDE_CHIPS
             for dtype, width, groups in formats if tile is tiles[0] else formats[:2]:
                 found.append(_build(tile, dtype, width, groups, chips))
+            if takes_tables(tile):
+                found.append(_build(tile, *formats[0], chips, lm4=True))
+            if common:
+                found.append(_build(tile, *formats[2], chips, lm4=True))
     return found
 
 
@@ -217,8 +269,10 @@ def _build(
     width: int,
     groups: int,
     chips: tuple[int, ...],
+    *,
+    lm4: bool = False,
 ) -> Build:
-    made = config(tile, dtype, width, groups, bias=True)
+    made = config(tile, dtype, width, groups, bias=True, lm4=lm4)
     kinds = {"p_x": "*bf16", "p_w": "*i32", "p_scale": "*bf16", "p_bias": "*bf16", "p_y": "*bf16"}
     if dtype == torch.float16:
         kinds |= {"p_x": "*fp16", "p_y": "*fp16"}
@@ -227,7 +281,9 @@ def _build(
         kinds,
         aligned=("x_stride", "y_stride"),
         name=f"{tile.kind}-{tile.bm}x{tile.bn}x{tile.words}"
-        f"-w{tile.warps}s{tile.stages}-{tile.scale}-{kinds['p_x'][1:]}-k{width}g{groups}",
+        f"-w{tile.warps}s{tile.stages}-{tile.scale}-{kinds['p_x'][1:]}-k{width}g{groups}"
+        + ("-lm4" if lm4 else ""),
         chips=chips,
         tensor_core=tile.kind == "dots",
+        spills=8 if lm4 and tile.kind == "dots" else 0,  # tables take registers, of sm_120 too
     )

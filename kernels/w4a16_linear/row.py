@@ -1,7 +1,8 @@
 """One row of ``w4a16_linear`` a program: multiply-adds in float32.
 
-Weights are read as 32-bit words of eight codes, as in kernel.py. One instruction makes a code a
-float32 under the exponent of 128 or 2048; the offsets are taken off the sums.
+Weights are read as 32-bit words of eight codes, as in kernel.py. One instruction makes an INT4 code
+a float32 under the exponent of 128 or 2048; the offsets are taken off the sums. LM4's come from
+tables as bf16, which is a float32's upper half.
 
 Letters: M rows, N outputs, K inputs; W words of a step (8 W columns), BN outputs of a
 program.
@@ -9,6 +10,8 @@ program.
 
 import triton
 import triton.language as tl
+
+from ..lm4_lookup import lm4_pair, lm4_planes, lm4_tables
 
 HIGH = 0x43080000
 """float32 128 + 8 with the code's bits at 16 ... 19: codes -8 ... 7 are 136 + code."""
@@ -39,17 +42,29 @@ def _float(bits, MASK: tl.constexpr, magic):
 
 
 @triton.jit
+def _first(pair):
+    """Make the lower bf16 of every word a float32."""
+    return (pair << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _second(pair):
+    """Make the upper one a float32."""
+    return (pair & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def one_row(
     p_x, p_w, p_scale, p_bias, p_y, N, units, x_stride, y_stride, scale_stride, high, low,
     UNIT: tl.constexpr, BN: tl.constexpr, W: tl.constexpr, GROUP: tl.constexpr,
-    BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
+    LM4: tl.constexpr, BIAS: tl.constexpr, EVEN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute y of one row and BN outputs: 16 bytes a thread.
 
     units    words of a weight row / UNIT; UNIT 4 says that rows are whole 16 bytes
     GROUP    words of a group, a multiple of 4; 0: one scale per row
 
-    Taking the offsets off rounds by up to 2056 * 2^-24 (about 1e-4) of |x| times the scale, far
+    Taking INT4's offsets off rounds by up to 2056 * 2^-24 (about 1e-4) of |x| times the scale, far
     below what rounding an output to 16 bits costs, even where the code itself is 0.
     """
     m = tl.program_id(1).to(tl.int64)
@@ -59,6 +74,8 @@ def one_row(
     o_n = tl.program_id(0) * BN + tl.arange(0, BN)
     n = tl.minimum(o_n, N - 1).to(tl.int64)
     acc = tl.zeros([BN, W // 4], tl.float32)
+    if LM4:
+        tables = lm4_tables(N, False)
     for start in tl.range(0, words, W, num_stages=STAGES):
         o_w = start + tl.arange(0, W)
         o_k = start * 8 + tl.arange(0, 8 * W)
@@ -78,22 +95,39 @@ def one_row(
                 s = tl.load(scale_at)  # [BN, W / 4]
             else:
                 s = tl.load(scale_at, mask=(o_g * GROUP < words)[None, :], other=0.0)
+        if LM4:  # here, or its parts change hands as 16-bit numbers, four times as many reads
+            x = x.to(tl.float32)
         x04, x15, x26, x37 = parts(x, [W, 2, 2, 2])
         x0, x4 = _columns(x04)
         x1, x5 = _columns(x15)
         x2, x6 = _columns(x26)
         x3, x7 = _columns(x37)
-        # Two codes of every shifted word stand where they are wanted: four shifts for eight codes.
-        left, right = w << 8, w >> 12
-        p = _float(w << 16, 0xF0000, high) * x0
-        p -= (x0 + x2 + x4 + x5 + x7) * 136.0 + (x1 + x3 + x6) * 2056.0
-        p += _float(left, 0xF000, low) * x1
-        p += _float(left, 0xF0000, high) * x2
-        p += _float(w, 0xF000, low) * x3
-        p += _float(w, 0xF0000, high) * x4
-        p += _float(w >> 4, 0xF0000, high) * x5
-        p += _float(right, 0xF000, low) * x6
-        p += _float(right, 0xF0000, high) * x7
+        if LM4:
+            head, head_high, tail, tail_high = lm4_planes(w, tables)
+            pair = lm4_pair(head, head_high, False)
+            p = _first(pair) * x0
+            p += _second(pair) * x1
+            pair = lm4_pair(head, head_high, True)
+            p += _first(pair) * x2
+            p += _second(pair) * x3
+            pair = lm4_pair(tail, tail_high, False)
+            p += _first(pair) * x4
+            p += _second(pair) * x5
+            pair = lm4_pair(tail, tail_high, True)
+            p += _first(pair) * x6
+            p += _second(pair) * x7
+        else:
+            # Two codes of every shifted word stand where they are wanted: four shifts for eight.
+            left, right = w << 8, w >> 12
+            p = _float(w << 16, 0xF0000, high) * x0
+            p -= (x0 + x2 + x4 + x5 + x7) * 136.0 + (x1 + x3 + x6) * 2056.0
+            p += _float(left, 0xF000, low) * x1
+            p += _float(left, 0xF0000, high) * x2
+            p += _float(w, 0xF000, low) * x3
+            p += _float(w, 0xF0000, high) * x4
+            p += _float(w >> 4, 0xF0000, high) * x5
+            p += _float(right, 0xF000, low) * x6
+            p += _float(right, 0xF0000, high) * x7
         p4 = tl.sum(tl.reshape(p, [BN, W // 4, 4]), 2)
         if GROUP > 0:
             acc += p4 * s.to(tl.float32)

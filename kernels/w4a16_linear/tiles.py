@@ -60,6 +60,11 @@ def fits(width: int, groups: int) -> bool:
     return whole_words and (groups == 1 or (width % groups == 0 and width // groups % 32 == 0))
 
 
+def takes_tables(tile: Tile) -> bool:
+    """Tell whether registers are left for LM4's tables: for 16 words a thread on tensor cores."""
+    return tile.kind == "row" or tile.bn * tile.words <= 16 * 32 * tile.warps
+
+
 def usual(rows: int, chip: int) -> Tile:
     """Return the tile for ``rows`` rows on a chip (90: 9.0), where nobody measured."""
     if rows <= 2:

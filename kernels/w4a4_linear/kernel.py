@@ -17,6 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..buffers import Codes, Packed
 from ..build import CHIPS, FP8_CHIPS, Build, Config
 from ..chip import processors
+from ..formats.weight import Element
 from ..permuted import padded
 from .packed import packed_kernel
 from .tiles import TILES, Tile, Variant, fits, packed_fits, scales_fit, step
@@ -34,13 +35,14 @@ def launch(
     width: int,
     out_dtype: torch.dtype,
     tile: Tile,
+    element: Element = "int4",
     out: Tensor | None = None,
 ) -> Tensor:
     """Compute y = s_x s_w (q_x q_wᵀ) + c (WP)ᵀ + bias on the GPU; specification: ``reference.py``.
 
     x           codes in layout R1, [M, padded(width)]; further columns are ignored, rows may lie
                 any distance apart; scales [M, 1] or one per group; c bf16 or fp16
-    packed      weights in layout L1, with bf16 scales [N, 1] or one per group
+    packed      weights of ``element`` in layout L1, with bf16 scales [N, 1] or one per group
     weights_NK  the weights unpacked (``unpack_w4``): codes of x's dtype in layout R1,
                 [N, padded(width)], FP8 ones times 2^-9; None decodes the packed ones on the way
     width       columns of the main branch (K)
@@ -75,6 +77,7 @@ def launch(
         tile, width, act_groups, weight_groups, rank=0 if x.c is None else x.c.shape[1],
         bias=packed.bias is not None, fp8=codes_MK.dtype == torch.float8_e4m3fn,
         half=x.c is not None and x.c.dtype == torch.float16, packed=weights_NK is None,
+        lm4=element == "lm4",
     )  # fmt: skip
     programs = triton.cdiv(M, tile.bm) * triton.cdiv(N, tile.bn)
     columns = padded(width)
@@ -119,6 +122,7 @@ def config(
     bias: bool,
     fp8: bool,
     packed: bool,
+    lm4: bool,
     half: bool = False,
 ) -> Config:
     """Configure K ``width`` with so many scales per row; ``half``: c is fp16, not bf16.
@@ -131,7 +135,7 @@ def config(
     inner, inner_step = (width // 2, bk // 2) if packed else (padded(width), bk)
     dot = tl.float16 if half else tl.bfloat16  # c's, so that nothing of c is lost
     constants = {
-        "R": rank, "BIAS": bias, "FP8": fp8, "DOT": tl.float32 if INTERPRETED else dot,
+        "R": rank, "BIAS": bias, "FP8": fp8, "LM4": lm4, "DOT": tl.float32 if INTERPRETED else dot,
         "BM": tile.bm, "BN": tile.bn, "BK": bk, "GROUP_M": tile.group_m, "ACT_GROUP": act_group,
         "WEIGHT_GROUP": weight_group, "EVEN": inner % inner_step == 0,
     }  # fmt: skip
@@ -159,12 +163,14 @@ def builds() -> list[Build]:
     """List every kernel and configuration that runs, in both containers: rank 64, bias, bf16.
 
     Masks for widths that are no whole number of steps, and rank 0 without bias, are compiled with
-    each variant's first tile.
+    each variant's first tile. LM4 is compiled where it is decoded: elsewhere it is a factor.
     """
     found = []
     for variant, tiles in TILES.items():
         for tile, fp8 in itertools.product(tiles, (False, True)):
             found.append(_build(variant, tile, fp8=fp8))
+            if variant in ("packed", "grouped"):
+                found.append(_build(variant, tile, fp8=fp8, lm4=True))
             if tile is tiles[0]:
                 found.append(_build(variant, tile, fp8=fp8, plain=True))
                 if variant in ("packed", "unpacked"):
@@ -173,7 +179,13 @@ def builds() -> list[Build]:
 
 
 def _build(
-    variant: Variant, tile: Tile, *, fp8: bool, even: bool = True, plain: bool = False
+    variant: Variant,
+    tile: Tile,
+    *,
+    fp8: bool,
+    lm4: bool = False,
+    even: bool = True,
+    plain: bool = False,
 ) -> Build:
     grouped = variant == "grouped"
     chips = FP8_CHIPS if fp8 else CHIPS
@@ -181,7 +193,7 @@ def _build(
     groups = width // 64 if grouped else 1
     made = config(
         tile, width, groups, groups, rank=0 if plain else 64, bias=not plain, fp8=fp8,
-        packed=variant in ("packed", "grouped"),
+        packed=variant in ("packed", "grouped"), lm4=lm4,
     )  # fmt: skip
     if variant == "tma":
         made = persistent(made)
@@ -206,8 +218,10 @@ def _build(
         aligned=[n for n in made.kernel.arg_names if n not in ("codes", "weight", "y")],
         given=given,
         name=f"w4a4_{made.kernel.__name__}-{code}-{size}"
+        + ("-lm4" if lm4 else "")
         + ("-grouped" if grouped else "")
         + ("" if even else "-masked")
         + ("-plain" if plain else ""),
         chips=tuple(chip for chip in chips if fits(tile, variant, chip, fp8=fp8)),
+        spills=2 if lm4 and not fp8 else 0,  # signs take registers: 64 x 128 on sm_80 has none left
     )

@@ -9,26 +9,40 @@ Letters: M rows, N outputs, K main-branch width, R low-rank directions; BM, BN, 
 import triton
 import triton.language as tl
 
+from ..lm4_lookup import lm4_bytes
 from .program import finish, multiply, tile_at, weight_scale
 
 
 @triton.jit
-def decode(words, FP8: tl.constexpr):
-    """Decode the low nibbles of uint32 words' bytes: [N, W] -> [N, 4 W], int8 or FP8.
+def _int4_bytes(words, FP8: tl.constexpr):
+    """Decode INT4 in the low nibbles of uint32 words' bytes, four bytes."""
+    negative = (words >> 3) & 0x01010101
+    if FP8:
+        # Two's complement to magnitude, -8 too: flip the bits and add one. The sign is bit 7.
+        return ((words & 0x0F0F0F0F) ^ (negative * 15)) + negative * 129
+    return (words & 0x0F0F0F0F) | (negative * 240)
+
+
+@triton.jit
+def _codes(four, FP8: tl.constexpr):
+    """Take words of four bytes apart: [N, W] -> [N, 4 W], int8 or FP8."""
+    even = tl.join(four.to(tl.uint8), (four >> 16).to(tl.uint8))
+    odd = tl.join((four >> 8).to(tl.uint8), (four >> 24).to(tl.uint8))
+    codes = tl.reshape(tl.join(even, odd), (four.shape[0], 4 * four.shape[1]))
+    return codes.to(tl.float8e4nv if FP8 else tl.int8, bitcast=True)
+
+
+@triton.jit
+def decode(words, FP8: tl.constexpr, LM4: tl.constexpr):
+    """Decode the low nibbles of uint32 words' bytes, and the high ones: [N, W] -> two of [N, 4 W].
 
     Four codes at a time, so that few instructions stand between memory and the tensor cores. FP8
     codes are times 2^-9: a subnormal E4M3's bits are its sign and its magnitude.
     """
-    negative = (words >> 3) & 0x01010101
-    if FP8:
-        # Two's complement to magnitude, -8 too: flip the bits and add one. The sign is bit 7.
-        four = ((words & 0x0F0F0F0F) ^ (negative * 15)) + negative * 129
-    else:
-        four = (words & 0x0F0F0F0F) | (negative * 240)
-    even = tl.join(four.to(tl.uint8), (four >> 16).to(tl.uint8))
-    odd = tl.join((four >> 8).to(tl.uint8), (four >> 24).to(tl.uint8))
-    codes = tl.reshape(tl.join(even, odd), (words.shape[0], 4 * words.shape[1]))
-    return codes.to(tl.float8e4nv if FP8 else tl.int8, bitcast=True)
+    if LM4:
+        low, high = lm4_bytes(words, FP8)
+        return _codes(low, FP8), _codes(high, FP8)
+    return _codes(_int4_bytes(words, FP8), FP8), _codes(_int4_bytes(words >> 4, FP8), FP8)
 
 
 @triton.jit
@@ -36,7 +50,7 @@ def packed_kernel(
     codes_ptr, scale_ptr, c_ptr, weight_ptr, wscale_ptr, wp_ptr, bias_ptr, y_ptr, M, N, BYTES,
     codes_stride, scale_stride, c_stride, weight_stride, wscale_stride, wp_stride, y_stride,
     R: tl.constexpr, ACT_GROUP: tl.constexpr, WEIGHT_GROUP: tl.constexpr, BIAS: tl.constexpr,
-    FP8: tl.constexpr, DOT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+    FP8: tl.constexpr, LM4: tl.constexpr, DOT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Compute y [BM, BN] of one tile as yᵀ: only a left operand may come from registers.
@@ -77,20 +91,20 @@ def packed_kernel(
             words = tl.load(weight_at + start // 4, mask=more_words, other=0)
             low = tl.load(codes_at + 2 * start, mask=more, other=0.0)
             high = tl.load(codes_at + (2 * start + 32), mask=more, other=0.0)
-        low_w, high_w = decode(words, FP8), decode(words >> 4, FP8)  # [BN, BK / 2]
+        low_w, high_w = decode(words, FP8, LM4)  # [BN, BK / 2]
         if GROUPED:
             part = multiply(low_w, low, tl.zeros((BN, BM), dtype=SUM))
             part = multiply(high_w, high, part)
             s_x = tl.load(scale_at + (2 * start // ACT_GROUP if ACT_GROUP else 0))
             s_w_at = wscale_at + (2 * start // WEIGHT_GROUP if WEIGHT_GROUP else 0)
-            acc += part.to(tl.float32) * (weight_scale(s_w_at, FP8)[:, None] * s_x[None, :])
+            acc += part.to(tl.float32) * (weight_scale(s_w_at, FP8, LM4)[:, None] * s_x[None, :])
         else:
             acc = multiply(low_w, low, acc)
             acc = multiply(high_w, high, acc)
 
     acc = acc.to(tl.float32)
     if not GROUPED:
-        acc *= weight_scale(wscale_at, FP8)[:, None] * tl.load(scale_at)[None, :]
+        acc *= weight_scale(wscale_at, FP8, LM4)[:, None] * tl.load(scale_at)[None, :]
     y = finish(
         acc, c_ptr, c_stride, wp_ptr, wp_stride, bias_ptr, row, col, R, BIAS, DOT, WEIGHTS_LEFT=True
     )

@@ -6,6 +6,8 @@ Letters: M rows, N outputs, R low-rank directions; BM, BN, BR are their tiles.
 import triton
 import triton.language as tl
 
+from ..lm4_lookup import UNITS_PER_SCALE
+
 
 @triton.jit
 def tile_at(index, M, N, BM: tl.constexpr, BN: tl.constexpr, GROUP_M: tl.constexpr):
@@ -23,10 +25,11 @@ def multiply(left, right, acc):
 
 
 @triton.jit
-def weight_scale(wscale_at, FP8: tl.constexpr):
-    """Load weight scales in float32; FP8 weights are codes * 2^-9, which is made up for here."""
-    s_w = tl.load(wscale_at).to(tl.float32)
-    return s_w * 512.0 if FP8 else s_w
+def weight_scale(wscale_at, FP8: tl.constexpr, LM4: tl.constexpr):
+    """Load the value of a weight code of 1 in float32: LM4 counts units of the scale, and FP8
+    weights are codes * 2^-9, which is made up for here."""
+    UNIT: tl.constexpr = (512.0 if FP8 else 1.0) / (UNITS_PER_SCALE if LM4 else 1)
+    return tl.load(wscale_at).to(tl.float32) * UNIT
 
 
 @triton.jit

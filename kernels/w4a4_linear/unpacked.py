@@ -14,7 +14,7 @@ def unpacked_kernel(
     codes_ptr, scale_ptr, c_ptr, weight_ptr, wscale_ptr, wp_ptr, bias_ptr, y_ptr, M, N, COLUMNS,
     codes_stride, scale_stride, c_stride, weight_stride, wscale_stride, wp_stride, y_stride,
     R: tl.constexpr, ACT_GROUP: tl.constexpr, WEIGHT_GROUP: tl.constexpr, BIAS: tl.constexpr,
-    FP8: tl.constexpr, DOT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
+    FP8: tl.constexpr, LM4: tl.constexpr, DOT: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr,
     BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Compute y [BM, BN] of one tile; arguments as of ``packed_kernel``, weights are codes.
@@ -47,13 +47,13 @@ def unpacked_kernel(
             part = multiply(codes, weight, tl.zeros((BM, BN), dtype=SUM))
             s_x = tl.load(scale_at + (k // ACT_GROUP if ACT_GROUP else 0))
             s_w_at = wscale_at + (k // WEIGHT_GROUP if WEIGHT_GROUP else 0)
-            acc += part.to(tl.float32) * (s_x[:, None] * weight_scale(s_w_at, FP8)[None, :])
+            acc += part.to(tl.float32) * (s_x[:, None] * weight_scale(s_w_at, FP8, LM4)[None, :])
         else:
             acc = multiply(codes, weight, acc)
 
     acc = acc.to(tl.float32)
     if not GROUPED:
-        acc *= tl.load(scale_at)[:, None] * weight_scale(wscale_at, FP8)[None, :]
+        acc *= tl.load(scale_at)[:, None] * weight_scale(wscale_at, FP8, LM4)[None, :]
     y = finish(acc, c_ptr, c_stride, wp_ptr, wp_stride, bias_ptr, row, col, R, BIAS, DOT, False)
     y_at = y_ptr + (row * y_stride)[:, None] + cols[None, :]
     tl.store(y_at, y.to(y_ptr.dtype.element_ty), mask=(rows < M)[:, None] & (cols < N)[None, :])
@@ -63,7 +63,7 @@ def unpacked_kernel(
 def tma_kernel(
     codes, scale_ptr, c_ptr, weight, wscale_ptr, wp_ptr, bias_ptr, y, M, N, COLUMNS,
     scale_stride, c_stride, wscale_stride, wp_stride,
-    R: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr, DOT: tl.constexpr,
+    R: tl.constexpr, BIAS: tl.constexpr, FP8: tl.constexpr, LM4: tl.constexpr, DOT: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     """Compute all of y by one program per multiprocessor: a tile's first loads overlap the last
@@ -81,7 +81,7 @@ def tma_kernel(
         row = tl.minimum(m * BM + tl.arange(0, BM), M - 1).to(tl.int64)
         col = tl.minimum(n * BN + tl.arange(0, BN), N - 1).to(tl.int64)
         s_x = tl.load(scale_ptr + row * scale_stride)
-        s_w = weight_scale(wscale_ptr + col * wscale_stride, FP8)
+        s_w = weight_scale(wscale_ptr + col * wscale_stride, FP8, LM4)
         scaled = acc.to(tl.float32) * (s_x[:, None] * s_w[None, :])
         done = finish(
             scaled, c_ptr, c_stride, wp_ptr, wp_stride, bias_ptr, row, col, R, BIAS, DOT, False

@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 from dirotq.kernels import engine
 from dirotq.kernels.buffers import Packed
 from dirotq.kernels.chip import capability
+from dirotq.kernels.formats.lm4 import unpack_lm4
 from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
@@ -26,6 +27,8 @@ from dirotq.kernels.plan import Plan, candidates_for, name_of
 from dirotq.kernels.transform_quantize.kernel import MAX_RANK
 from dirotq.kernels.unpack_w4 import unpack_w4
 from dirotq.kernels.unpack_w4.kernel import launch as unpack
+from dirotq.kernels.w4a16_linear import tiles as w4a16
+from dirotq.kernels.w4a16_linear.kernel import launch as multiply_w4a16
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +40,7 @@ CHIP = capability(DEVICE) or 90
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 ROWS = 64
 
-PER_ROW = ("pow2", "token", "token-r0", "w4a8", "w4a16")
+PER_ROW = ("pow2", "token", "token-r0", "w4a8", "w4a16", "lm4", "lm4-w4a16")
 """Formats that every width of a multiple of 8 can have (w4a16 then has one scale per row)."""
 
 
@@ -82,6 +85,11 @@ ENGINES = [
         "w4a8-groups",
         "dense",
         "w4a16-protected",
+        "lm4",
+        "lm4-floats",
+        "lm4-w4a8",
+        "lm4-groups",
+        "lm4-w4a16",
         "nvfp4",
         "mxfp4",
         "nvfp4-w4a16",
@@ -94,7 +102,7 @@ ONE_OF_EACH = [
     for plan in {(p.engine, getattr(p.tile, "tma", 0)): p for p in plans("pow2")}.values()
 ] + [
     pytest.param(name, plans(name)[0], id=name.removesuffix("-protected"))
-    for name in ("w4a16-protected", "nvfp4", "mxfp4")
+    for name in ("w4a16-protected", "lm4", "nvfp4", "mxfp4")
 ]
 
 
@@ -246,10 +254,26 @@ def test_longest_sums_of_largest_codes(name, plan, signs, record_property, capsy
 
 @pytest.mark.parametrize("container", [torch.int8, torch.float8_e4m3fn], ids=["int8", "fp8"])
 @pytest.mark.parametrize("width", [64, 1000, 2240, 3072])
-def test_unpacked_codes_are_exact(container, width, empty_is):
-    codes = torch.randint(-8, 8, (100, width), device=DEVICE, dtype=torch.int8)
+@pytest.mark.parametrize("element", ["int4", "lm4"])
+def test_unpacked_codes_are_exact(container, width, element, empty_is):
+    q = torch.randint(256, (100, width // 2), device=DEVICE, dtype=torch.uint8)
     with empty_is(255):
-        got, scale = unpack(Packed(pack_int4(codes), codes.new_empty(0)), container)
+        got, scale = unpack(Packed(q, q.new_empty(0)), container, element=element)
     assert scale is None
-    want = unpack_w4(pack_int4(codes), container)
+    want = unpack_w4(q, container, element=element)
     assert torch.equal(got.view(torch.int8), want.view(torch.int8))
+
+
+@pytest.mark.parametrize("tile", [t for tiles in w4a16.TILES.values() for t in tiles], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_every_level_at_every_place(tile, dtype):
+    """One row of the identity picks one column: each nibble, in each place of a word, exactly."""
+    if not w4a16.takes_tables(tile) or (tile in w4a16.TILES["wide"] and CHIP != 90):
+        pytest.skip("not a tile for levels here")
+    columns = torch.arange(256, device=DEVICE)
+    nibbles = (columns[None, :] + columns[:16, None]) % 16
+    q = (nibbles[:, 0::2] | (nibbles[:, 1::2] << 4)).to(torch.uint8)
+    one = torch.ones(16, 4, dtype=torch.bfloat16, device=DEVICE)
+    x = torch.eye(256, dtype=dtype, device=DEVICE)
+    got = multiply_w4a16(x, Packed(q, one), tile=tile, element="lm4")
+    assert torch.equal(got.T.float(), unpack_lm4(q).float() / 16)

@@ -20,6 +20,7 @@ from dirotq.kernels.unpack_w4 import unpack_w4
 from dirotq.kernels.w4a4_linear import w4a4_linear
 
 FP8 = torch.float8_e4m3fn
+COUNTED = {"int4": 1, "lm4": 16}
 
 
 @given(st.integers(0, 2**32 - 1), st.integers(-2, 8))
@@ -86,16 +87,19 @@ def product(codes: Tensor, scale: Tensor, weights: Tensor, wscale: Tensor) -> Te
     st.booleans(),
     st.sampled_from([0, POW2_LEVELS]),
     st.sampled_from([0.01, 1.0, 30.0, 1000.0]),
+    st.sampled_from(["int4", "lm4"]),
 )
-def test_one_product_is_the_whole_linear(seed, rank, bias, levels, size):
+def test_one_product_is_the_whole_linear(seed, rank, bias, levels, size, element):
     codes, scale, c, qweight, wscale, wp, beta = operands(seed, rank, bias, levels, size)
-    left, left_scale = with_appended(codes, scale, c, bits_below=levels, bias=bias)
-    right = unpack_w4(qweight, FP8, wscale, wp, beta)
+    left, left_scale = with_appended(
+        codes, scale, c, bits_below=levels, bias=bias, counted=COUNTED[element]
+    )
+    right = unpack_w4(qweight, FP8, wscale, wp, beta, element)
     assert left.shape[1] == right.shape[1] == columns_with_appended(96, rank, bias)
     assert left.float().isfinite().all()
     assert right.float().isfinite().all()
     got = product(left, left_scale, right, wscale)
-    want = w4a4_linear(codes, scale, c, qweight, wscale, wp, beta).double()
+    want = w4a4_linear(codes, scale, c, qweight, wscale, wp, beta, None, element).double()
     # Low times low is left out: 2^-8 of each product; values below 2^-2 lose up to 2^-10 of a unit.
     terms = torch.zeros_like(want)
     if c is not None and wp is not None:
@@ -111,12 +115,16 @@ def test_one_product_is_the_whole_linear(seed, rank, bias, levels, size):
 
 
 @pytest.mark.parametrize("levels", [0, POW2_LEVELS])
-def test_without_appended_columns_the_product_is_exact(levels):
+@pytest.mark.parametrize("element", ["int4", "lm4"])
+def test_without_appended_columns_the_product_is_exact(levels, element):
     codes, scale, _, qweight, wscale, _, _ = operands(0, 0, False, levels, 1.0)
     scale = torch.exp2(scale.log2().round())
-    left, left_scale = with_appended(codes, scale, None, bits_below=levels, bias=False)
-    got = product(left, left_scale, unpack_w4(qweight, FP8, wscale), wscale)
-    want = w4a4_linear(codes, scale, None, qweight, wscale, None, None)
+    left, left_scale = with_appended(
+        codes, scale, None, bits_below=levels, bias=False, counted=COUNTED[element]
+    )
+    right = unpack_w4(qweight, FP8, wscale, element=element)
+    got = product(left, left_scale, right, wscale)
+    want = w4a4_linear(codes, scale, None, qweight, wscale, None, None, None, element)
     assert torch.equal(got, want.double())
 
 

@@ -28,11 +28,14 @@ FORMATS = {
     "groups": tiny_spec(**SHAPE, rank=8, act_scale="group", weight_scale="group"),
     "weight-groups": tiny_spec(**SHAPE, rank=8, weight_scale="group"),
     "w4a8-groups": tiny_spec(**SHAPE, rank=8, act_bits=8, act_scale="group"),
+    "lm4": tiny_spec(**SHAPE, rank=24, act_scale="pow2", weight_scale="lm4_channel"),
+    "lm4-w4a8": tiny_spec(**SHAPE, rank=8, act_bits=8, weight_scale="lm4_channel"),
 }
 SIXTEEN = {
     "w4a16": tiny_spec(**SHAPE, act_bits=16, weight_scale="group"),
     "w4a16-protected": tiny_spec(**SHAPE, act_bits=16, weight_scale="group", rank=8),
     "w4a16-channel": tiny_spec(**SHAPE, act_bits=16),
+    "lm4-w4a16": tiny_spec(**SHAPE, act_bits=16, weight_scale="lm4_group"),
 }
 
 
@@ -56,7 +59,9 @@ def cases(specs, chips, rows=5):
     ("spec", "plan"),
     cases({n: FORMATS[n] for n in ("pow2", "w4a8", "groups", "w4a8-groups")}, (90,))
     + cases({"pow2-int8": FORMATS["pow2"]}, (80,))[:2]
-    + cases({n: FORMATS[n] for n in ("token", "weight-groups")}, (90,))[:2],
+    + cases({n: FORMATS[n] for n in ("token", "weight-groups")}, (90,))[:2]
+    + cases({"lm4": FORMATS["lm4"]}, (90,))[:2]
+    + cases({"lm4-w4a8": FORMATS["lm4-w4a8"]}, (90,))[:1],
 )
 def test_every_plan(spec, plan, empty_is):
     module = random_linear(spec)

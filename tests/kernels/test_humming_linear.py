@@ -218,6 +218,21 @@ def test_measurement_chooses_it(fake, measured_rows):
     assert "humming" not in half.why + floats.why
 
 
+def test_levels_are_left_to_others_and_it_is_said(fake, measured_rows, caplog):
+    levels = tiny_spec(**SHAPE | {"weight_scale": "lm4_channel"})
+    plans.say_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        chosen = choose(90, 4608, 64, levels, BF16)
+        choose(90, 4607, 64, levels, BF16)
+    assert chosen.engine == "scaled_mm"
+    assert "humming was faster there: it reads integers itself" in chosen.why
+    assert [r.getMessage() for r in caplog.records] == [
+        "Humming is left out: it reads integers itself, and these weights are levels (lm4)"
+    ]
+    few = choose(90, 16, 64, levels, BF16)  # of which integers would not have it either
+    assert "humming" not in few.why
+
+
 def test_a_plan_says_what_to_install(absent, measured_rows):
     chosen = choose(90, 4608, 64, tiny_spec(**SHAPE), BF16)
     assert chosen.engine == "scaled_mm"

@@ -52,7 +52,7 @@ def unmeasured_chips(table):
 
 
 def variant_of(plan: Plan, spec: QuantSpec) -> str:
-    if spec.activations.name == "group" or spec.weights.name == "group":
+    if "group" in (spec.activations.granularity, spec.weights.granularity):
         return "grouped"
     assert plan.tile is not None
     return "tma" if plan.tile.tma else plan.engine
@@ -79,7 +79,7 @@ def assert_runs(plan: Plan, chip: int, m: int, n: int, spec: QuantSpec, dtype) -
     assert plan.dtype == (torch.float8_e4m3fn if fp8 else torch.int8)
     if plan.engine == "scaled_mm":
         assert fp8 and dtype == BF16 and n % 16 == 0
-        assert spec.activations.name != "group" and spec.weights.name == "channel"
+        assert spec.activations.name != "group" and spec.weights.granularity == "channel"
     else:
         assert plan.tile is not None
         assert fits(plan.tile, variant_of(plan, spec), chip, fp8=fp8)
@@ -263,6 +263,25 @@ def test_floats_need_fp8_matrix_units():
 
 
 FLOATS = tiny_spec(dim=1024, rank=64, act_scale="rms", act_bits=8)
+
+
+def test_levels_take_the_products_of_integers(monkeypatch):
+    """But for one that reads integers itself, and a tile that leaves no registers for tables."""
+    monkeypatch.setattr(plans.humming, "missing", lambda: None)
+    for name, like in (("lm4", "rms"), ("lm4-floats", "floats"), ("lm4-w4a8", "w4a8")):
+        for chip in CHIPS:
+            ours, theirs = (
+                [name_of(p) for p in candidates_for(chip, 4608, 1024, SPECS[n], BF16)]
+                for n in (name, like)
+            )
+            assert "humming" not in ours
+            assert ours == [plan for plan in theirs if plan != "humming"]
+    assert "humming" in [name_of(p) for p in candidates_for(90, 4608, 1024, SPECS["rms"], BF16)]
+    few = [p.tile for p in candidates_for(90, 4, 1024, SPECS["lm4-w4a16"], BF16)]
+    more = [p.tile for p in candidates_for(90, 4, 1024, SPECS["w4a16"], BF16)]
+    assert [t for t in more if t not in few] == [w4a16.TILES["wide"][2]]
+    assert not w4a16.takes_tables(w4a16.TILES["wide"][2])
+    assert all(map(w4a16.takes_tables, few))
 
 
 @pytest.mark.parametrize(

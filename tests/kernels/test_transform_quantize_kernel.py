@@ -40,6 +40,7 @@ EXACT = {
     "pow2-32": tiny_spec(dim=160, block=16, rank=8, act_scale="pow2", act_group=32),
     "pow2-64": tiny_spec(dim=320, block=1, act_scale="pow2", act_group=64),
     "pow2-128": tiny_spec(dim=256, block=16, rank=8, act_scale="pow2", act_group=128),
+    "lm4": tiny_spec(dim=160, block=16, rank=24, act_scale="pow2", weight_scale="lm4_channel"),
     "group-16": tiny_spec(dim=160, block=16, rank=8, act_scale="group"),
     "group-32": tiny_spec(dim=160, block=1, act_scale="group", act_group=32),
     "group-64": tiny_spec(dim=192, block=16, rank=24, act_scale="group", act_group=64),
@@ -71,14 +72,16 @@ def test_exact_inputs_give_exact_codes(name, container, empty_is):
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("name", ["token", "token-b1", "token-b64", "pow2-16", "pow2-64"])
+@pytest.mark.parametrize("name", ["token", "token-b1", "token-b64", "pow2-16", "pow2-64", "lm4"])
 def test_exact_inputs_give_exact_appended_columns(name, bias, empty_is):
     spec = EXACT[name]
     x, p, z, c = exact_case(spec, 7)
     c = c if spec.rank else None
     levels = POW2_LEVELS if spec.activations.name == "pow2" else 0
     codes, scale = quantize_rows(z, spec)
-    want, want_scale = with_appended(codes, scale, c, bits_below=levels, bias=bias)
+    want, want_scale = with_appended(
+        codes, scale, c, bits_below=levels, bias=bias, counted=16 if name == "lm4" else 1
+    )
     for byte in (255, 0):
         with empty_is(byte):
             got, got_scale, none = launch(x, p, None, spec, container=FP8, appended=True, bias=bias)

@@ -12,7 +12,8 @@ pytest.importorskip("triton")
 
 from dirotq.kernels.appended import appended_part, columns_with_appended
 from dirotq.kernels.buffers import Packed
-from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
+from dirotq.kernels.formats.pack_int4 import pack_int4
+from dirotq.kernels.formats.quantize_weight import unpack_codes
 from dirotq.kernels.permuted import from_permuted, padded
 from dirotq.kernels.unpack_w4 import unpack_w4
 from dirotq.kernels.unpack_w4.kernel import allocate, builds
@@ -20,6 +21,7 @@ from dirotq.kernels.unpack_w4.kernel import launch as launch_packed
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 containers = pytest.mark.parametrize("container", [INT8, FP8], ids=["int8", "fp8"])
+elements = pytest.mark.parametrize("element", ["int4", "lm4"])
 
 
 def qweight(rows: int, width: int) -> torch.Tensor:
@@ -45,26 +47,36 @@ def raw(t: torch.Tensor) -> torch.Tensor:
 
 
 @containers
-@pytest.mark.parametrize(("rows", "width"), [(1, 64), (5, 128), (3, 352), (40, 160), (7, 8)])
-@pytest.mark.parametrize("per_program", [4, 128])
-def test_codes_are_exact(container, rows, width, per_program, empty_is):
+@pytest.mark.parametrize(
+    ("element", "rows", "width", "per_program"),
+    [
+        *(
+            ("int4", *size, per_program)
+            for size in ((1, 64), (5, 128), (3, 352), (40, 160), (7, 8)) for per_program in (4, 128)
+        ),
+        # Ragged rows too: what follows their last column must be no level.
+        ("lm4", 5, 128, 4), ("lm4", 3, 352, 128), ("lm4", 7, 8, 128),
+    ],
+)  # fmt: skip
+def test_codes_are_exact(container, element, rows, width, per_program, empty_is):
     q = qweight(rows, width)
-    want = unpack_w4(q, container)
+    want = unpack_w4(q, container, element=element)
     for byte in (255, 0):
         with empty_is(byte):
-            got, scale = launch(q, container, blocks_per_program=per_program)
+            got, scale = launch(q, container, element=element, blocks_per_program=per_program)
         assert scale is None
         assert got.shape == (rows, padded(width))
         assert torch.equal(raw(got), raw(want))
 
 
 @containers
-def test_every_code_at_every_place(container):
+@elements
+def test_every_code_at_every_place(container, element):
     columns, codes = torch.arange(128), torch.arange(-8, 8, dtype=INT8)
     q = pack_int4(codes[(columns[None] + columns[:16, None]) % 16]).to(DEVICE)
-    got, _ = launch(q, container)
+    got, _ = launch(q, container, element=element)
     values = got.float() * (512 if container == FP8 else 1)
-    assert torch.equal(from_permuted(values, 128), unpack_int4(q).float())
+    assert torch.equal(from_permuted(values, 128), unpack_codes(q, element).float())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dirotq.kernels.buffers import Packed
+from dirotq.kernels.formats.lm4 import unpack_lm4
 from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
 from dirotq.kernels.w4a16_linear import w4a16_linear
 from dirotq.kernels.w4a16_linear.kernel import HALVES, builds, launch
@@ -67,6 +68,31 @@ def test_equals_the_specification(tile, M, N, K, group, bias):
     got = launch(x, Packed(qweight, wscale, bias=beta), tile=tile, out=out)
     assert got is out
     assert_close(got, x, qweight, wscale, beta)
+
+
+@every_kernel
+@pytest.mark.parametrize("M, N, K, group", [(1, 40, 96, None), (3, 40, 160, 32), (2, 33, 256, 64)])
+def test_levels_equal_the_specification(tile, M, N, K, group):
+    qweight, wscale, beta = weights(N, K, group)
+    x = activations(M, K)
+    got = launch(x, Packed(qweight, wscale, bias=beta), tile=tile, element="lm4")
+    want = w4a16_linear(x, qweight, wscale, beta, None, "lm4")
+    products = w4a16_linear(x.abs(), qweight & 0x77, wscale, None, None, "lm4")
+    limits = torch.finfo(x.dtype)
+    bound = limits.eps * (0.3 * products + want.abs() + limits.smallest_normal)
+    assert ((got.float() - want).abs() <= bound).all()
+
+
+@every_kernel
+def test_every_level_at_every_place(tile):
+    K = 16
+    columns, codes = torch.arange(K), torch.arange(-8, 8, dtype=torch.int8)
+    x = torch.eye(K, dtype=torch.float16, device=DEVICE)
+    q = pack_int4(codes[(columns[None, :] + columns[:16, None]) % 16])
+    one = torch.ones(16, 1, dtype=torch.bfloat16, device=DEVICE)
+    out = torch.empty(K, 16, device=DEVICE)
+    got = launch(x, Packed(q.to(DEVICE), one), tile=tile, element="lm4", out=out)
+    assert torch.equal(got.T.cpu(), unpack_lm4(q).float() / 16)
 
 
 @every_kernel

@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 
 from dirotq.kernels.buffers import Codes, Packed
 from dirotq.kernels.build import FP8_CHIPS
-from dirotq.kernels.formats.pack_int4 import pack_int4, unpack_int4
+from dirotq.kernels.formats.pack_int4 import pack_int4
+from dirotq.kernels.formats.quantize_weight import unpack_codes
 from dirotq.kernels.permuted import padded, to_permuted
 from dirotq.kernels.w4a4_linear import kernel as engine
 from dirotq.kernels.w4a4_linear import w4a4_linear
@@ -46,9 +47,9 @@ def operands(M, N, K, *, act_groups=1, weight_groups=1, R=0, bias=False, c_dtype
     }
 
 
-def unpacked(qweight_NK2: Tensor, container: torch.dtype) -> Tensor:
+def unpacked(qweight_NK2: Tensor, container: torch.dtype, element: str = "int4") -> Tensor:
     """What ``unpack_w4`` leaves in the workspace."""
-    weight_NK = to_permuted(unpack_int4(qweight_NK2))
+    weight_NK = to_permuted(unpack_codes(qweight_NK2, element))
     return weight_NK if container == INT8 else (weight_NK.float() * 2.0**-9).to(FP8)
 
 
@@ -60,10 +61,11 @@ def run(args, *, container=INT8, tile=SMALL, from_packed=True, out_dtype=torch.f
     return launch(
         Codes(to_permuted(codes_MK).to(container), args["scale_MG"], args["c_MR"]),
         packed_of(args),
-        None if from_packed else unpacked(qweight_NK2, container),
+        None if from_packed else unpacked(qweight_NK2, container, args.get("element", "int4")),
         width=codes_MK.shape[1],
         out_dtype=out_dtype,
         tile=tile,
+        element=args.get("element", "int4"),
         **more,
     )
 
@@ -88,6 +90,23 @@ def test_main_term_is_exact(container, from_packed, tile, M, N, K):
     args = operands(M, N, K)
     got = run(args, container=container, tile=tile, from_packed=from_packed)
     assert torch.equal(got, w4a4_linear(**args))
+
+
+@containers
+@sources
+@pytest.mark.parametrize(
+    ("M", "N", "K", "groups"), [(7, 72, 96, 1), (3, 5, 72, 1), (7, 40, 128, 2)]
+)
+def test_levels_are_exact(container, from_packed, M, N, K, groups):
+    """Columns past the last one must stay nothing: there is no zero among the levels."""
+    args = operands(M, N, K, act_groups=groups, weight_groups=groups) | {"element": "lm4"}
+    args["qweight_NK2"] = torch.randint(256, (N, K // 2), dtype=torch.uint8).to(DEVICE)
+    got = run(args, container=container, tile=WIDE, from_packed=from_packed)
+    want = w4a4_linear(**args)
+    if groups == 1:
+        assert torch.equal(got, want)
+    else:  # of groups, float32 holds each, not the sum of all
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6 * float(want.abs().max()))
 
 
 @containers

@@ -37,6 +37,11 @@ FORMATS: dict[str, dict[str, Any]] = {
     "mxfp4-r0": FP4["mxfp4"],
     "nvfp4-w4a16": {"rank": 64, "act_bits": 16, "weight_scale": "nvfp4", "weight_group": 16},
     "mxfp4-w4a16": {"act_bits": 16, "weight_scale": "mxfp4", "weight_group": 32},
+    "lm4": {"rank": 64, "act_scale": "rms", "weight_scale": "lm4_channel"},
+    "lm4-floats": {"rank": 64, "act_bits": 8, "act_scale": "rms", "weight_scale": "lm4_channel"},
+    "lm4-w4a8": {"rank": 64, "act_bits": 8, "weight_scale": "lm4_channel"},
+    "lm4-groups": {"rank": 64, "weight_scale": "lm4_group", "act_scale": "group"},
+    "lm4-w4a16": {"act_bits": 16, "weight_scale": "lm4_group", "block": 1},
 }
 """Fields of the spec that differ from W4A4 with one scale per row."""
 
@@ -46,8 +51,10 @@ def spec_of(name: str, dim: int, outputs: int) -> QuantSpec:
     changes = {"block": 256, **FORMATS[name]}
     changes["block"] = hadamard_block(dim, changes["block"])
     group = hadamard_block(dim, 64)
-    if group < 64 and changes.get("weight_scale") == "group":
-        changes["weight_scale"] = "channel"
+    if group < 64:
+        channel = {"group": "channel", "lm4_group": "lm4_channel"}
+        scale = changes.get("weight_scale", "channel")
+        changes["weight_scale"] = channel.get(scale, scale)
     if group < 16 and changes.get("act_scale") in ("pow2", "rms") and "act_bits" not in changes:
         changes["act_scale"] = "token"
     groups = {"act_group": group, "weight_group": group}
@@ -70,10 +77,11 @@ def random_linear(spec: QuantSpec, *, bias: bool = True) -> QuantLinear:
         "basis": vectors[:, : spec.rank],
         "rotation": torch.nn.functional.pad(rest, (0, spec.width - rest.shape[1])),
     }
+    if spec.weights.element != "int4":
+        content["qweight"] = torch.randint(0, 256, module.qweight.shape, device=DEVICE)
     if spec.weights.element == "e2m1":
         low, high = (0, 127) if spec.weights.scale == "e4m3" else (118, 125)
         content |= {
-            "qweight": torch.randint(0, 256, module.qweight.shape, device=DEVICE),
             "wscale": torch.randint(low, high, module.wscale.shape, device=DEVICE),
             "wglobal": torch.full((1,), 3e-4, device=DEVICE),
         }
