@@ -69,6 +69,12 @@ FORMATS = (
         "dirotq_rms",
     ),
     _row(
+        "dirotq_lm4_auto",
+        "the same, 8 bits where they matter",
+        "weight_format=lm4_channel method.sensitive=auto",
+        "dirotq_lm4",
+    ),
+    _row(
         "dirotq_g64_lm4",
         "dirotq, g64/g64 of levels",
         "weight_format=lm4_group act_format=int4_group",
