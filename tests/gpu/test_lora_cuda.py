@@ -139,7 +139,7 @@ def scale(found: list[Adapter], value: float) -> None:
 
 
 def test_graphs_and_the_compiler_follow():
-    """Twice the error of plain torch, both against float64, and nothing is compiled again."""
+    """About twice the error of plain torch, against float64, and nothing is compiled again."""
     plain = build()
     exact, twin = copy.deepcopy(plain).double(), copy.deepcopy(plain)
     call = arguments(1, 64, 1)
@@ -154,7 +154,8 @@ def test_graphs_and_the_compiler_follow():
         for found in every:
             scale(found, value)
         want = run(exact, **doubles)
-        allowed = 2 * (run(plain, **call).double() - want).norm()
+        # Further directions are rounded like the branch: by about 2^-7 of what they add.
+        allowed = 2 * (run(plain, **call).double() - want).norm() + 2.0**-6 * (want - without).norm()
         assert ((want - without).norm() > allowed) == (value > 0)
         for _ in range(3):
             assert (run(twin, **call).double() - want).norm() <= allowed
