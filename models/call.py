@@ -141,7 +141,8 @@ def digest_of(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().reshape(-1)
     # One number that was expanded has the stride 0, which counts as contiguous but is no view.
     flat = flat.clone(memory_format=torch.contiguous_format)
-    return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()
+    content: Any = flat.view(torch.uint8).numpy()
+    return hashlib.sha256(content).hexdigest()
 
 
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
