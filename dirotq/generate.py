@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dirotq.errors import ArtifactError, ConfigError
+from dirotq.models.pipeline_images import pictures_needed
 from dirotq.original import as_pictures, original_of, psnr
 from dirotq.pipeline.housekeeping import store_option
 from dirotq.pipeline.machine import refuse_device
@@ -179,10 +180,9 @@ def _refuse_model(folder: Path, settings: Mapping[str, Any], images: Mapping[str
     for name, option in options.items():
         if name in images and name not in known:
             raise ConfigError(f"{option}: {cls.__name__} starts from no {name}; leave it out")
-        required = "mask_image" in known or "Img2Img" in cls.__name__
-        if name in known and required and name not in images:
+        if name in pictures_needed(cls) and name not in images:
             raise ConfigError(
-                f"{cls.__name__} paints into an image that it is given: {option} is missing (it "
+                f"{cls.__name__} starts from an image that it is given: {option} is missing (it "
                 f"takes {' and '.join(options[n] for n in options if n in known)})"
             )
     return "num_frames" in known

@@ -45,8 +45,8 @@ def _sites(options: argparse.Namespace) -> int:
     if not hasattr(model, "sites"):
         raise UnsupportedError(f"{name} is no diffusers pipeline")
     sites, kept = sites_and_rest(model)
-    if options.table:
-        print(table(model, sites, kept))
+    if options.table:  # of the first of several denoisers, which are of one class
+        print(table(model, *_of_one(sites, kept)))
         return 0
     for line in told(sites, kept):
         print(printable(line))
@@ -66,6 +66,16 @@ def sites_and_rest(model: Any) -> "tuple[list[Site], dict[str, str]]":
     linears = [name for name, module in model.skeleton().named_modules() if is_linear(module)]
     why = TABLED.format(name=model.family.name)
     return sites, {name: why for name in linears if name not in packed}
+
+
+def _of_one(sites: "list[Site]", kept: Mapping[str, str]) -> "tuple[list[Site], dict[str, str]]":
+    from dirotq.models.denoisers import MAIN, alone, prefix
+
+    before = prefix(MAIN)
+    if not all(site.name.startswith(before) for site in sites[:1]):
+        return sites, dict(kept)
+    mine = [alone(site, MAIN) for site in sites if site.name.startswith(before)]
+    return mine, {n.removeprefix(before): w for n, w in kept.items() if n.startswith(before)}
 
 
 def told(sites: "Iterable[Site]", kept: Mapping[str, str]) -> list[str]:

@@ -28,20 +28,25 @@ DAMAGES = SafetensorError, FileNotFoundError, ValueError, LookupError, TypeError
 
 PROBE = "probe"
 PROBES = 4
-"""Calls that `capture` keeps whole, from all over prompts and timesteps: `fuse` proves the network
-on the first, `rank` measures on all of them."""
+"""Calls that `capture` keeps whole, from all over prompts and timesteps, of each denoiser: `fuse`
+proves the network on the first, `rank` measures on all of them."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """Positional and keyword arguments of one forward of the transformer."""
+    """Positional and keyword arguments of one forward of the transformer.
+
+    ``part``  the component that is called, where a pipeline has several denoisers; else ""
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    part: str = ""
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Call":
         """Return the same call with every tensor changed."""
-        return Call(*tree_map_only(Tensor, change, (self.args, self.kwargs)))
+        args, kwargs = tree_map_only(Tensor, change, (self.args, self.kwargs))
+        return Call(args, kwargs, self.part)
 
     def on(self, device: torch.device, wide: torch.dtype | None = None) -> "Call":
         """Return it on ``device``; 16-bit tensors in ``wide`` where that is given."""
@@ -63,7 +68,8 @@ def timestep(transformer: nn.Module, call: Call) -> float | None:
     Of a batch, the mean. Pipelines call it ``timestep``, or ``t``.
     """
     try:
-        given = inspect.signature(transformer.forward).bind_partial(*call.args, **call.kwargs)
+        forward = transformer.get_submodule(call.part).forward
+        given = inspect.signature(forward).bind_partial(*call.args, **call.kwargs)
     except TypeError:  # arguments that a wrapper takes
         return None
     found = given.arguments.get("timestep", given.arguments.get("t"))
@@ -79,7 +85,11 @@ def save_calls(folder: Path, name: str, calls: Sequence[Call]) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors: dict[str, Tensor] = {}
-    trees = [{"args": _pack(c.args, tensors), "kwargs": _pack(c.kwargs, tensors)} for c in calls]
+    trees = [
+        {"args": _pack(c.args, tensors), "kwargs": _pack(c.kwargs, tensors)}
+        | ({"part": c.part} if c.part else {})
+        for c in calls
+    ]
     tensor_file, tree_file = call_files(folder, name)
     save_file(tensors, tensor_file)
     tree_file.write_text(json.dumps(trees))
@@ -101,13 +111,22 @@ def load_calls(folder: Path, names: Iterable[str]) -> list[Call]:
         try:
             tensors = load_file(tensor_file)
             for tree in json.loads(tree_file.read_text()):
-                calls.append(Call(_unpack(tree["args"], tensors), _unpack(tree["kwargs"], tensors)))
+                args, kwargs = (_unpack(tree[name], tensors) for name in ("args", "kwargs"))
+                calls.append(Call(args, kwargs, str(tree.get("part", ""))))
         except DAMAGES as error:
             raise ArtifactError(
                 f"the recorded calls {tensor_file} are damaged ({error!r}); run the same command "
                 "again: it records them anew"
             ) from error
     return calls
+
+
+def by_part(calls: Sequence[Call]) -> dict[str, list[Call]]:
+    """Return the calls of each denoiser, in order, by its component."""
+    found: dict[str, list[Call]] = {}
+    for call in calls:
+        found.setdefault(call.part, []).append(call)
+    return dict(sorted(found.items()))
 
 
 def load_probe(capture: Artifact) -> list[Call]:
@@ -117,10 +136,19 @@ def load_probe(capture: Artifact) -> list[Call]:
     return load_calls(capture.data, [PROBE])
 
 
+def digest_of(tensor: Tensor) -> str:
+    """Return the sha256 of a tensor's content."""
+    flat = tensor.detach().cpu().reshape(-1)
+    # One number that was expanded has the stride 0, which counts as contiguous but is no view.
+    flat = flat.clone(memory_format=torch.contiguous_format)
+    content: Any = flat.view(torch.uint8).numpy()
+    return hashlib.sha256(content).hexdigest()
+
+
 def _pack(value: Any, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         value = value.detach().cpu().contiguous()
-        digest = hashlib.sha256(value.reshape(-1).view(torch.uint8).numpy()).hexdigest()[:24]
+        digest = digest_of(value)[:24]
         key = f"{digest}-{'x'.join(map(str, value.shape))}-{str(value.dtype)[6:]}"
         # A clone: safetensors refuses two names for one memory, as views of a batch have.
         tensors.setdefault(key, value.clone())

@@ -15,6 +15,7 @@ from dirotq.quiet import quiet
 
 from .call import Call
 from .family import TABLE
+from .pipeline_images import pictures_needed
 from .skeleton import empty_transformer
 
 SIZE, FRAMES = 256, 25
@@ -101,7 +102,7 @@ def _component(path: Path, entry: list[str | None], weights: bool) -> Any:
     cls = getattr(known.get(library) or getattr(diffusers.pipelines, library), name)
     if not issubclass(cls, nn.Module):
         return cls.from_pretrained(path, local_files_only=True)
-    denoiser = path.name.startswith("transformer")
+    denoiser = "transformer" in path.name
     if weights and not denoiser:
         options = {"use_safetensors": True, "local_files_only": True}
         return cls.from_pretrained(path, dtype=torch.bfloat16, **options).eval()
@@ -144,6 +145,5 @@ def _smallest(pipe: Any) -> dict[str, Any]:
     takes = inspect.signature(pipe.__call__).parameters
     wanted: dict[str, Any] = {"prompt": "a photo", "height": SIZE, "width": SIZE}
     wanted |= {"num_frames": FRAMES, "num_inference_steps": 2}  # the last may skip its denoiser
-    if "image" in takes and takes["image"].default is inspect.Parameter.empty:
-        wanted["image"] = Image.new("RGB", (SIZE, SIZE))
+    wanted |= {name: Image.new("RGB", (SIZE, SIZE)) for name in pictures_needed(type(pipe))}
     return {name: value for name, value in wanted.items() if name in takes}

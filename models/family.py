@@ -36,7 +36,8 @@ class Site:
     pointwise: bool = False
     """The linears are 1x1 convolutions, which read and write [B, C, H, W]."""
     text: bool = False
-    """Reads text tokens: those that the model masks are not counted."""
+    """Reads text tokens: those that the model masks are not counted. A ``modulator`` that does is
+    no modulator but the keys and values of a cross-attention: few rows, packed alike."""
 
     def recorded(self) -> dict[str, Any]:
         """Return the site as plan.json and packed folders hold it."""
@@ -104,10 +105,12 @@ class ModelFamily:
     rules: tuple[SiteRule, ...]
     keep: tuple[str, ...]
     """Linears and 1x1 convolutions that stay in 16 bits (paths with ``*``)."""
-    call: Mapping[str, float | int]
+    call: Mapping[str, float | int | str]
     """Defaults of a pipeline call; a folder's generation.json wins over them."""
     mask: str | None = None
     """Argument of the transformer's forward that masks text tokens; None where it masks none."""
+    revision: int = 1
+    """Of the rules: a change of the sites that they name must not meet artifacts of others."""
 
     def sites(self, transformer: nn.Module) -> list[Site]:
         """List the sites of ``transformer``, in the order of its blocks.

@@ -31,6 +31,8 @@ QWEN_IMAGE = ModelFamily(
     call={
         "num_inference_steps": 50,
         "true_cfg_scale": 4.0,
+        # Without one the pipeline leaves guidance out; its model card has a space.
+        "negative_prompt": " ",
         "height": 1328,
         "width": 1328,
         "max_sequence_length": 512,

@@ -13,6 +13,8 @@ SANA = ModelFamily(
         SiteRule(f"{BLOCK}.attn1", ("to_q", "to_k", "to_v"), "qkv"),
         SiteRule(f"{BLOCK}.attn1", ("to_out.0",)),
         SiteRule(f"{BLOCK}.attn2", ("to_q",)),
+        # Of the text, which is short: next to no time, but 13% of the weights.
+        SiteRule(f"{BLOCK}.attn2", ("to_k", "to_v"), "kv", kind="modulator", text=True),
         SiteRule(f"{BLOCK}.attn2", ("to_out.0",)),
         # The 3x3 convolution between them is depthwise: 0.2% of the weights.
         SiteRule(f"{BLOCK}.ff", ("conv_inverted",), "inverted"),
@@ -20,9 +22,6 @@ SANA = ModelFamily(
     ),
     keep=(
         "patch_embed.proj",
-        # Keys and values of the text: next to no time, as it is short, but 13% of the weights.
-        f"{BLOCK}.attn2.to_k",
-        f"{BLOCK}.attn2.to_v",
         # SANA-Sprint embeds the guidance beside the time.
         "time_embed.*.linear_1",
         "time_embed.*.linear_2",
@@ -40,4 +39,5 @@ SANA = ModelFamily(
         "max_sequence_length": 300,
     },
     mask="encoder_attention_mask",
+    revision=2,  # keys and values of the text
 )

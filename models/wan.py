@@ -13,15 +13,14 @@ WAN = ModelFamily(
         SiteRule(f"{BLOCK}.attn1", ("to_q", "to_k", "to_v"), "qkv"),
         SiteRule(f"{BLOCK}.attn1", ("to_out.0",)),
         SiteRule(f"{BLOCK}.attn2", ("to_q",)),
+        # Of the text, which is short: next to no time, but 15% of the weights.
+        SiteRule(f"{BLOCK}.attn2", ("to_k", "to_v"), "kv", kind="modulator", text=True),
         SiteRule(f"{BLOCK}.attn2", ("to_out.0",)),
         SiteRule(f"{BLOCK}.ffn", ("net.0.proj",)),
         SiteRule(f"{BLOCK}.ffn", ("net.2",)),
     ),
     keep=(
-        # Keys and values of the text: next to no time, as it is short, but 15% of the weights.
-        f"{BLOCK}.attn2.to_k",
-        f"{BLOCK}.attn2.to_v",
-        f"{BLOCK}.attn2.add_k_proj",  # of image-to-video models, and
+        f"{BLOCK}.attn2.add_k_proj",  # of the image, in image-to-video models of Wan 2.1
         f"{BLOCK}.attn2.add_v_proj",
         "condition_embedder.image_embedder.ff.net.0.proj",
         "condition_embedder.image_embedder.ff.net.2",
@@ -39,4 +38,5 @@ WAN = ModelFamily(
         "num_frames": 81,
         "max_sequence_length": 512,
     },
+    revision=2,  # keys and values of the text
 )

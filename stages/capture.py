@@ -19,7 +19,7 @@ import zarr
 from dirotq.calibrate.trajectory import Trajectories
 from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls
+from dirotq.models.call import PROBE, PROBES, Call, by_part, call_files, load_calls, save_calls
 from dirotq.pipeline.divided import Make, in_units
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.pipeline.stage import untracked
@@ -40,7 +40,8 @@ RECORD = "calls "
 class Capture:
     """Accumulate S = XᵀX / T per site over calibration calls (docs/method.md Eq. 1).
 
-    ``batch``   prompts per pipeline call; one batch is one shard, the unit of resuming
+    ``batch``   prompts per pipeline call; one batch is one shard, the unit of resuming. Pipelines
+                to which a list of pictures is one prompt's references get one prompt
     ``calls``   denoiser calls to record (a call for a batch of four counts as four), spread evenly
                 over all prompts and timesteps (:func:`chosen_calls`)
     ``rows``    activation rows kept per site, for proofs and per-layer errors
@@ -52,7 +53,7 @@ class Capture:
     Writes ``moments.zarr`` (per site the block triangle of S in float32, or its rows where they are
     fewer; dirotq/quantize/moments.py), ``rows.zarr`` (bfloat16 [rows, D], with the timestep of each
     row), ``peaks.zarr`` (float32 [D], the largest magnitude of each channel) and ``probe.*``
-    (PROBES calls).
+    (PROBES calls of each denoiser).
 
     Raises NumericalError naming the site whose activations are not finite or that saw no token.
     """
@@ -87,6 +88,7 @@ class Capture:
     def check(self) -> None:
         """Refuse, before anything runs, an incomplete model, or an argument it won't take."""
         self.model.check()
+        self.model.check_prompts(self.prompts)
 
     def run(self, out: Path) -> Mapping[str, float]:
         return in_units(self, out, {})
@@ -97,7 +99,7 @@ class Capture:
     def maker(self, out: Path, names: Sequence[str]) -> Make:
         device, shards = pick_device(self.device), _shards(self)
         places = {name: index for index, name in enumerate(shards)}
-        wanted = -(-self.calls // self.batch)
+        wanted = -(-self.calls // _batch(self))
         vram = None if self.vram is None else parse_bytes(self.vram)
         source = Trajectories(self.model, compute_dtype(device), device, vram)
         source.encode([shards[name] for name in names])
@@ -128,11 +130,13 @@ class Capture:
         moments = zarr.open_group(out / "moments.zarr", mode="r")
         tokens = {s: int(str(moments[s.name].attrs["tokens"])) for s in sites}
         calls = load_calls(out / "calls", _files(shards))
-        save_calls(out, PROBE, [calls[i * len(calls) // PROBES] for i in range(PROBES)])
+        groups = by_part(calls).values()
+        probes = [group[i * len(group) // PROBES] for group in groups for i in range(PROBES)]
+        save_calls(out, PROBE, probes)
         shutil.rmtree(out / "calls")
         return {
             "prompts": sum(map(len, shards.values())),
-            "calls": len(calls) * self.batch,
+            "calls": len(calls) * _batch(self),
             "sites": len(tokens),
             "tokens": max(tokens.values()),
             # No more tokens than channels: such a site's basis is not determined by its data alone.
@@ -144,11 +148,14 @@ class Capture:
 
 def _shards(stage: Capture) -> dict[str, list[Prompt]]:
     """Return {unit: prompts of one pipeline call}."""
-    prompts = stage.prompts.load()
-    starts = range(0, len(prompts), stage.batch)
-    return {
-        f"{RECORD}{index:05d}": list(prompts[i : i + stage.batch]) for index, i in enumerate(starts)
-    }
+    prompts, batch = stage.prompts.load(), _batch(stage)
+    starts = range(0, len(prompts), batch)
+    return {f"{RECORD}{index:05d}": prompts[i : i + batch] for index, i in enumerate(starts)}
+
+
+def _batch(stage: Capture) -> int:
+    """Return how many prompts make one call: one by one where each starts from its pictures."""
+    return stage.model.batch(stage.prompts.load(), stage.batch)
 
 
 def _files(shards: Iterable[str]) -> list[str]:

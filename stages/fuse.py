@@ -19,7 +19,7 @@ from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.full_float32 import full_float32
 from dirotq.kernels.transform_quantize import transform
-from dirotq.models.call import load_probe
+from dirotq.models.call import by_part, load_probe
 from dirotq.models.family import Site
 from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
@@ -43,7 +43,7 @@ class Fuse:
     """Write what each site holds besides its codes; prove the fused network equals the original.
 
     ``layer_tolerance``    largest relative error of a site on its sampled rows, in float64
-    ``network_tolerance``  largest relative error of the denoiser on the captured call, float32
+    ``network_tolerance``  largest relative error of a denoiser on the captured call, float32
 
     Writes ``sites/<site>.safetensors`` with ``basis``, ``rotation``, ``smooth``, ``wp``, ``bias``
     (bfloat16, those that exist; 8-bit ``wp`` as codes with ``wpscale``). The network passes block
@@ -79,27 +79,28 @@ class Fuse:
     def maker(
         self, out: Path, _: Sequence[str], *, capture: Artifact, basis: Artifact, rank: Artifact
     ) -> Make:
-        device, (probe, *_others) = pick_device(self.device), load_probe(capture)
-        proof = out / "proof"
+        device, proof = pick_device(self.device), out / "proof"
+        probes = [calls[0] for calls in by_part(load_probe(capture)).values()]
 
         def make(names: Iterable[str]) -> Iterator[Made]:
             proof.mkdir(exist_ok=True)
             for name in names:
                 with full_float32():
                     network, worst = Replay.of(self.model, device, torch.float32), {}
-                    steps = track(
-                        network.steps([probe]), f"fuse: {name}", total=len(network.blocks)
-                    )
+                    steps = track(network.steps(probes), f"fuse: {name}", total=len(network.blocks))
                     if name == ORIGINAL:
                         for step in steps:
                             step.run()
                     else:
                         worst = self._fused(out, network, steps, capture, basis, rank)
-                (output,) = network.outputs
+                outputs = {
+                    f"output{call.part}": output.cpu().contiguous()
+                    for call, output in zip(probes, network.outputs, strict=True)
+                }
                 del network
                 found = {k: torch.tensor([v], dtype=torch.float64) for k, v in worst.items()}
                 file = proof / f"{name}.safetensors"
-                save_file({"output": output.cpu().contiguous(), **found}, file)
+                save_file({**outputs, **found}, file)
                 yield name, [file, *([out / "sites"] if name == FUSED else [])]
 
         return make
@@ -145,12 +146,16 @@ class Fuse:
     def merge(self, units: Units, **_: Artifact) -> Mapping[str, float]:
         device, proof = pick_device(self.device), units.out / "proof"
         want, got = (load_site(proof / f"{name}.safetensors", device) for name in (ORIGINAL, FUSED))
-        network = relative_error(got.pop("output"), want["output"])
-        if not network <= self.network_tolerance:
-            raise NumericalError(
-                f"the fused network and the original differ by {network:.2g} (relative) on the "
-                f"captured call, more than fuse.network_tolerance={self.network_tolerance:g}"
-            )
+        network = 0.0
+        for name in [name for name in got if name.startswith("output")]:
+            error = relative_error(got.pop(name), want[name])
+            if not error <= self.network_tolerance:
+                what = name.removeprefix("output") or "network"
+                raise NumericalError(
+                    f"the fused {what} and the original differ by {error:.2g} (relative) on the "
+                    f"captured call, more than fuse.network_tolerance={self.network_tolerance:g}"
+                )
+            network = max(network, error)
         shutil.rmtree(proof)
         return {name: float(value) for name, value in got.items()} | {"network_error": network}
 

@@ -15,6 +15,7 @@ from dirotq.files.json_file import CALL_FILE, INDEX, read_json
 from dirotq.files.sums import write_sums
 from dirotq.kernels.linear import buffer_shapes
 from dirotq.models.coverage import share_kept
+from dirotq.models.denoisers import alone, prefix
 from dirotq.packed.beside import card_of
 from dirotq.packed.card import README
 from dirotq.packed.made_from import base_of
@@ -35,7 +36,7 @@ CODED = ("qweight", "wscale", "wglobal")
 
 @dataclass(frozen=True, kw_only=True)
 class Pack:
-    """Write ``model/``: the source pipeline with a packed transformer (layouts L1, L2).
+    """Write ``model/``: the source pipeline, its denoisers packed (layouts L1, L2).
 
     The weights are written shard by shard: no more than one is in memory.
 
@@ -66,28 +67,32 @@ class Pack:
         parameters = sum(p.numel() for p in transformer.parameters())
         kept_share = share_kept(transformer, (entry.site for entry in plan))
         put_packed(transformer, ((entry.site, entry.spec) for entry in plan))
-        mark_packed(transformer, DirotqConfig.of((e.site, e.spec) for e in plan))
-        (folder / "transformer").mkdir(parents=True)
-        transformer.save_config(folder / "transformer")
-        tensor, sites = _site_tensors(plan, gptq, fuse), {e.site.name for e in plan}
-        sizes = {
-            name: tensor.numel() * stored_dtype(name, tensor).itemsize
-            for name, tensor in transformer.state_dict().items()
-        }
-        shards = plan_shards(sizes, parse_bytes(self.shard))
-        weights = self.model.weights()
-        for file, names in track(shards.filename_to_tensors.items(), "pack"):
-            inside = {name: name.rpartition(".") for name in names}
-            packed = {n: parts for n, parts in inside.items() if parts[0] in sites}
-            kept = weights.tensors(n for n in names if n not in packed)
-            tensors = {n: t.to(STORED) if t.is_floating_point() else t for n, t in kept.items()}
-            tensors |= {n: tensor(site, buffer) for n, (site, _, buffer) in packed.items()}
-            save_file(
-                {name: tensors[name].contiguous() for name in names},
-                folder / "transformer" / file,
-                metadata={"format": "pt"},
-            )
-        write_index(folder / "transformer", shards)
+        tensor, weights = _site_tensors(plan, gptq, fuse), self.model.weights()
+        for component, part in zip(self.model.parts, self.model.prefixes, strict=True):
+            before, target = prefix(part), folder / component
+            alike = [entry for entry in plan if entry.site.name.startswith(before)]
+            denoiser = transformer.get_submodule(part)
+            mark_packed(denoiser, DirotqConfig.of((alone(e.site, part), e.spec) for e in alike))
+            target.mkdir(parents=True)
+            denoiser.save_config(target)
+            sites = {entry.site.name for entry in alike}
+            sizes = {
+                name: tensor.numel() * stored_dtype(name, tensor).itemsize
+                for name, tensor in denoiser.state_dict().items()
+            }
+            shards = plan_shards(sizes, parse_bytes(self.shard))
+            for file, names in track(shards.filename_to_tensors.items(), "pack"):
+                inside = {before + name: (before + name).rpartition(".") for name in names}
+                packed = {n: parts for n, parts in inside.items() if parts[0] in sites}
+                kept = weights.tensors(n for n in inside if n not in packed)
+                tensors = {n: t.to(STORED) if t.is_floating_point() else t for n, t in kept.items()}
+                tensors |= {n: tensor(site, buffer) for n, (site, _, buffer) in packed.items()}
+                save_file(
+                    {name: tensors[before + name].contiguous() for name in names},
+                    target / file,
+                    metadata={"format": "pt"},
+                )
+            write_index(target, shards)
         call = self.model.call_arguments()
         (folder / CALL_FILE).write_text(json.dumps(call, indent=2, sort_keys=True) + "\n")
         size = sum(footprint(transformer).values())

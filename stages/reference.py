@@ -51,6 +51,7 @@ class Reference:
     def check(self) -> None:
         """Refuse, before anything runs, an incomplete model, or an argument it won't take."""
         self.model.check()
+        self.model.check_prompts(self.prompts)
 
     def run(self, out: Path) -> Mapping[str, float]:
         device = pick_device(self.device)

@@ -30,6 +30,7 @@ from dirotq.evaluate.scoring import FLOOR, ORIGINAL, PACKED, ImageSets, Scores, 
 from dirotq.evaluate.timesteps import RowErrors, by_timestep
 from dirotq.evaluate.verdict import verdict
 from dirotq.loading import load
+from dirotq.models.denoisers import denoisers_of, joined, prefix
 from dirotq.packed.swap import footprint
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.lineage import stage_settings
@@ -122,12 +123,16 @@ class Validate:
         resumed = len(prompts) - sum(map(len, writer.missing(self.batch)))
         call = self.model.call_arguments()
         generate_all(writer, pipe, prompts, call, self.batch, "packed images")
+        denoisers = denoisers_of(pipe)
+        network = joined(denoisers)
         errors: Mapping[str, RowErrors] = {}
         if capture is not None:
             known = Captured(capture)
-            errors = _errors(self.model.weights(), pipe.transformer, plan, known, device)
+            errors = _errors(self.model.weights(), network, plan, known, device)
         sites, timesteps = _sites(plan, errors)
-        size = footprint(pipe.transformer)
+        size = footprint(network)
+        parts = _parts(denoisers, sites) if len(denoisers) > 1 else {}
+        del denoisers, network
         parameters = sum(p.numel() for p in self.model.skeleton().parameters())
         del pipe
         if device.type == "cuda":
@@ -147,6 +152,7 @@ class Validate:
             "attributes": scores.attributes or None,
             "sites": sites,
             "timesteps": timesteps,
+            **({"denoisers": parts} if parts else {}),
             "bytes": size | {"total": sum(size.values()), "original": 2 * parameters},
             "bits_per_parameter": 8 * sum(size.values()) / parameters,
             "parameters": parameters,
@@ -247,6 +253,17 @@ def _sites(
         for entry in plan
     ]
     return found, timesteps
+
+
+def _parts(denoisers: Mapping[str, nn.Module], sites: list[dict[str, Any]]) -> dict[str, Any]:
+    """Sum up each denoiser of several: its bytes, and its block sites' mean output SQNR in dB."""
+    found = {}
+    for part, denoiser in denoisers.items():
+        inside = [s for s in sites if s["site"].startswith(prefix(part)) and s["kind"] == "block"]
+        known = [s["sqnr_db"] for s in inside if s["sqnr_db"] is not None]
+        sqnr = sum(known) / len(known) if known else None
+        found[part] = {"bytes": sum(footprint(denoiser).values()), "sqnr_db": sqnr}
+    return found
 
 
 def _headline(report: Mapping[str, Any], scores: Scores) -> dict[str, float]:

@@ -172,7 +172,8 @@ class _Forward:
 
         def forward() -> Any:
             arrived = call.on(replay.device, wide)
-            output = replay.transformer(*arrived.args, **arrived.kwargs, return_dict=False)[0]
+            called = replay.transformer.get_submodule(call.part)
+            output = called(*arrived.args, **arrived.kwargs, return_dict=False)[0]
             return torch.cat([o.flatten() for o in output]) if isinstance(output, list) else output
 
         self.coroutine = greenlet(forward)

@@ -5,17 +5,24 @@ generates latents, without an image decoder. Both halves are the pipeline's own 
 """
 
 import contextlib
+import hashlib
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
-from dirotq.models.call import Call
+from dirotq.models.call import Call, digest_of
+from dirotq.models.denoisers import denoisers_of, joined
 from dirotq.models.skeleton import move_buffers
 from dirotq.quiet import heed, quiet
 from dirotq.sources.completeness import absent
+from dirotq.sources.components import DENOISER
 from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import Prompt
@@ -23,6 +30,9 @@ from dirotq.sources.prompts import Prompt
 from .replay import HostArena
 
 log = logging.getLogger(__name__)
+
+ENCODES = ("encode_prompt", "encode_image")
+"""Methods of pipelines that run an encoder."""
 
 
 class _Reached(Exception):
@@ -58,24 +68,30 @@ class Trajectories:
             pipe.vae.to(self.device)  # it encodes the images that generation starts from
         if not hasattr(pipe, "encode_prompt"):
             return
-        plain = pipe.encode_prompt
-        pipe.encode_prompt = self._remembering(plain, anew=True)
-        hook = pipe.transformer.register_forward_pre_hook(_raise_reached)
+        plain = {name: getattr(pipe, name) for name in ENCODES if hasattr(pipe, name)}
+        for name, encode in plain.items():
+            setattr(pipe, name, self._remembering(encode, anew=True))
+        hooks = [
+            denoiser.register_forward_pre_hook(_raise_reached)
+            for denoiser in denoisers_of(pipe).values()
+        ]
         try:
             for shard in shards:
                 with contextlib.suppress(_Reached):
                     generate(pipe, shard, self.call, output="latent")
         finally:
-            hook.remove()
-        pipe.encode_prompt = self._remembering(plain, anew=False)
+            for hook in hooks:
+                hook.remove()
+        for name, encode in plain.items():
+            setattr(pipe, name, self._remembering(encode, anew=False))
         pipe.register_modules(**dict.fromkeys(encoders))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
     def load_transformer(self) -> None:
         """Give the transformer its weights, on the GPU or streamed to it."""
-        transformer = self.pipe.transformer
-        weights = self.model.weights()
+        parts = denoisers_of(self.pipe)
+        transformer, weights = joined(parts), self.model.weights()
         size = sum(p.numel() for p in transformer.parameters()) * self.dtype.itemsize
         stream = self.device.type == "cuda" and self.vram is not None and size > self.vram * 3 // 4
         names = list(transformer.state_dict())
@@ -83,14 +99,15 @@ class Trajectories:
         weights.fill(transformer, names, self.device, self.dtype, keep=keep)
         if stream:
             log.info("the transformer's %.1f GB are streamed from host memory", size / 1e9)
-            transformer.enable_group_offload(
-                onload_device=self.device,
-                offload_device=torch.device("cpu"),
-                offload_type="block_level",
-                num_blocks_per_group=1,
-                use_stream=True,
-                non_blocking=True,
-            )
+            for denoiser in parts.values():
+                denoiser.enable_group_offload(
+                    onload_device=self.device,
+                    offload_device=torch.device("cpu"),
+                    offload_type="block_level",
+                    num_blocks_per_group=1,
+                    use_stream=True,
+                    non_blocking=True,
+                )
         else:
             move_buffers(transformer, self.device)
 
@@ -109,28 +126,34 @@ class Trajectories:
                 copies[id(tensor)] = found
             return found[2]
 
-        def on_call(_: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        def on_call(part: str, _: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
             given = {k: v for k, v in kwargs.items() if k != "return_dict"}
-            made.append(Call(args, given).map(keep))
+            made.append(Call(args, given, part).map(keep))
 
-        hook = self.pipe.transformer.register_forward_pre_hook(
-            on_call, with_kwargs=True, prepend=True
-        )
+        hooks = [
+            denoiser.register_forward_pre_hook(
+                partial(on_call, part), with_kwargs=True, prepend=True
+            )
+            for part, denoiser in zip(
+                self.model.prefixes, denoisers_of(self.pipe).values(), strict=True
+            )
+        ]
         try:
             generate(self.pipe, shard, self.call, output="latent")
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         return [made[i] for i in choose(len(made))]
 
     def _remembering(self, plain: Callable[..., Any], *, anew: bool) -> Callable[..., Any]:
-        """Return an ``encode_prompt`` that knows all earlier results; ``anew`` adds others to them.
+        """Return an encoder that knows all earlier results; ``anew`` adds others to them.
 
         Without it, what is not known are given embeddings: a pipeline only reshapes them, and needs
         no encoder for that.
         """
 
-        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
-            key = repr((args, kwargs))
+        def encode(*args: Any, **kwargs: Any) -> Any:
+            key = repr((plain.__name__, tree_map(_told, (args, kwargs))))
             if key not in self._encoded:
                 if not anew:
                     return plain(*args, **kwargs)
@@ -138,7 +161,18 @@ class Trajectories:
                     self._encoded[key] = _to(plain(*args, **kwargs), torch.device("cpu"))
             return _to(self._encoded[key], self.device)
 
-        return encode_prompt
+        return encode
+
+
+def _told(value: Any) -> Any:
+    """Return what tells one argument from others: the content of tensors and pictures."""
+    if isinstance(value, np.ndarray):
+        value = torch.from_numpy(value)
+    if isinstance(value, Tensor):
+        return str(value.dtype), tuple(value.shape), digest_of(value)
+    if isinstance(value, Image):
+        return value.mode, value.size, hashlib.sha256(value.tobytes()).hexdigest()
+    return value
 
 
 def _raise_reached(*_: Any) -> None:
@@ -146,7 +180,7 @@ def _raise_reached(*_: Any) -> None:
 
 
 def _is_encoder(name: str, module: Any) -> bool:
-    return isinstance(module, nn.Module) and not name.startswith(("transformer", "vae"))
+    return isinstance(module, nn.Module) and not name.startswith("vae") and DENOISER not in name
 
 
 def _to(value: Any, device: torch.device) -> Any:
@@ -158,11 +192,16 @@ def _open(model: DiffusersModel, dtype: torch.dtype, device: torch.device) -> An
     import diffusers
 
     folder = model.folder()
+    # nn.Module's `to`: diffusers' own warns about what it would keep in float32.
+    network = nn.Module.to(model.skeleton(), dtype)
+    denoisers = {
+        part: network.get_submodule(inside)
+        for part, inside in zip(model.parts, model.prefixes, strict=True)
+    }
     with quiet() as said:
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             folder,
-            # nn.Module's `to`: diffusers' own warns about what it would keep in float32.
-            transformer=nn.Module.to(model.skeleton(), dtype),
+            **denoisers,
             dtype=dtype,
             use_safetensors=True,
             local_files_only=True,

@@ -121,7 +121,7 @@ def generate_all(
     writer: ImageWriter,
     pipe: Any,
     prompts: Sequence[Prompt],
-    call: Mapping[str, float | int],
+    call: Mapping[str, Any],
     batch: int,
     what: str,
 ) -> None:

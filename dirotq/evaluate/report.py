@@ -67,7 +67,7 @@ def write_report(
         for index, w, g in zip(shown, want, got, strict=True)
     ]
     sites = [site for site in report["sites"] if site["sqnr_db"] is not None]
-    rows = kinds(sites)
+    rows = kinds(sites)  # none, of a model that was packed from its weights alone
     ranks = {site["site"]: site["rank"] for site in report["sites"] if site["kind"] == "block"}
     left = {
         name: float(e[r - 1]) for name, e in spectra.items() if 0 < (r := ranks[name]) <= len(e)
@@ -77,10 +77,9 @@ def write_report(
         report=report,
         pairs=pairs,
         script=script("pairs.js.j2"),
-        depth=depth_chart(sites),
-        by_timestep=timestep_chart(report["timesteps"], rows),
-        spectrum=spectrum_chart(spectra, ranks),
-        kinds=list(zip(rows, heat(rows), strict=True)),
+        worst=rows[:1],
+        least=rows[1:][-1:],
+        lost=[_lost(report, part, spectra, ranks) for part in report.get("denoisers", [""])],
         energy_left=left,
         parts=_parts(report["bytes"]),
         prompts=[report["images"][i] for i in worst_first(report["images"], PROMPT_ROWS)],
@@ -94,6 +93,38 @@ def write_report(
     )
     # Half of a letter, as a damaged prompt file may have, is shown by its number.
     path.write_text(page, encoding="utf-8", errors="backslashreplace")
+
+
+def _lost(
+    report: Mapping[str, Any], part: str, spectra: Mapping[str, Tensor], ranks: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return what the template shows of one denoiser's sites; of all where ``part`` is ""."""
+    begins = f"{part}." if part else ""
+    sites = [
+        site
+        for site in report["sites"]
+        if site["sqnr_db"] is not None and site["site"].startswith(begins)
+    ]
+    # An expert serves some of the timesteps.
+    seen = [
+        i
+        for i, _ in enumerate(report["timesteps"])
+        if not part or any(s["by_timestep"] and s["by_timestep"][i] is not None for s in sites)
+    ]
+    told = [
+        {**s, "by_timestep": [s["by_timestep"][i] for i in seen if s["by_timestep"]]} for s in sites
+    ]
+    timesteps, rows = [report["timesteps"][i] for i in seen], kinds(told)
+    return {
+        "name": part,
+        "timesteps": timesteps,
+        "depth": depth_chart(sites),
+        "by_timestep": timestep_chart(timesteps, rows),
+        "spectrum": spectrum_chart(
+            {name: left for name, left in spectra.items() if name.startswith(begins)}, ranks
+        ),
+        "kinds": list(zip(rows, heat(rows), strict=True)),
+    }
 
 
 def write_pairs(path: Path, want: Tensor, got: Tensor) -> None:

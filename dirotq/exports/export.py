@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dirotq.errors import ArtifactError, ConfigError
+from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
 from dirotq.exports.formats import format_named, refuse_misfits
 from dirotq.exports.layer_format import LayerFormat
 from dirotq.exports.layers import KeptTensor, PackedLayer, native_layers
 from dirotq.exports.tensor_file import DtypeAndShape, write_tensors
-from dirotq.files.json_file import read_json
+from dirotq.files.json_file import INDEX, denoisers, read_json
 from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.models.skeleton import empty_transformer
 from dirotq.packed.config import Entry, check_places, read_packing
@@ -69,6 +69,11 @@ def export(
     with explained(folder), held(folder):
         root = packed_folder(folder, verify=verify)
         file = _place(out, Path(folder), root, wanted, overwrite=overwrite)
+        if len(parts := denoisers(read_json(root / INDEX))) > 1:
+            raise UnsupportedError(
+                f"{folder} denoises with {' and '.join(parts)}; an export holds one transformer, "
+                "and other programs know no file for two"
+            )
         config = read_json(root / "transformer" / "config.json")
         packing = config["quantization_config"]
         entries = read_packing(packing.get("sites"), packing.get("format"), packing.get("levels"))

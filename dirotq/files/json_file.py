@@ -74,6 +74,14 @@ def components(index: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     return found
 
 
+def denoisers(index: Mapping[str, Any]) -> tuple[str, ...]:
+    """Name the components of a model_index.json that denoise: the transformer and all of its class,
+    as in pipelines with an expert for high noise and one for low noise.
+    """
+    parts = components(index)
+    return tuple(name for name, entry in parts.items() if entry == parts.get("transformer"))
+
+
 def weight_map(index: Path) -> dict[str, str]:
     """Return {tensor: file beside ``index``} of a ``*.safetensors.index.json``.
 

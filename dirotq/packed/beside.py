@@ -17,11 +17,12 @@ from huggingface_hub.errors import HfHubHTTPError
 from dirotq.errors import DirotqError
 from dirotq.files.json_file import CALL_FILE, INDEX, read_json
 from dirotq.files.sums import write_sums
+from dirotq.models.denoisers import denoisers_of, joined, placed
 from dirotq.models.families import known_family
 from dirotq.models.family import is_linear
 from dirotq.packed.card import LARGEST, PAIRS, README, Base, is_ours, renewed, write_card
 from dirotq.packed.folder import artifact_around
-from dirotq.packed.guards import PACKED
+from dirotq.packed.guards import PACKED, is_packed
 from dirotq.packed.swap import footprint
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.place import MARKER
@@ -101,14 +102,21 @@ def _left_on_hub(beside: Beside) -> dict[str, bytes]:
 def _write_card(
     pipe: Any, there: Path, card: str, name: str, validated: tuple[Artifact, Any] | None
 ) -> None:
-    call = there.with_name(CALL_FILE)
+    call, denoisers = there.with_name(CALL_FILE), denoisers_of(pipe)
+    entries = [
+        (site, spec)
+        for part, one in denoisers.items()
+        if is_packed(one)
+        for entry, spec in one.hf_quantizer.quantization_config.entries()
+        for site in placed([entry], part if len(denoisers) > 1 else "")
+    ]
     text = card or card_of(
-        pipe.transformer,
-        pipe.transformer.hf_quantizer.quantization_config.entries(),
+        joined(denoisers),
+        entries,
         name=name,
         base=Base(),
         pipeline=type(pipe).__name__,
-        parameters=pipe.transformer.num_parameters(),
+        parameters=sum(one.num_parameters() for one in denoisers.values()),
         call=read_json(call) if call.is_file() else {},
     )
     if is_ours(text):

@@ -19,7 +19,8 @@ from dirotq.device import compute_dtype
 from dirotq.errors import NumericalError
 from dirotq.evaluate.fidelity import psnr
 from dirotq.kernels.linear import PointwiseView, SiteView
-from dirotq.models.call import Call
+from dirotq.models.call import Call, by_part
+from dirotq.models.denoisers import denoisers_of, joined, prefix
 from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
 from dirotq.progress import track
@@ -50,8 +51,23 @@ def site_errors(
     Raises NumericalError naming the site whose error is not finite.
     """
     replay = Replay.of(model, device, compute_dtype(device))
-    at_once = max(replay.make_room(calls[0], len(calls) * (len(lines) + 1)), 2)
     shared = _Shared(replay)
+    errors = dict.fromkeys((line.site.name for line in lines), 0.0)
+    for denoiser, alike in by_part(calls).items():
+        inside = [line for line in lines if line.site.name.startswith(prefix(denoiser))]
+        errors |= _errors_of_one(replay, shared, inside, basis, alike) if inside else {}
+    return errors
+
+
+def _errors_of_one(
+    replay: Replay,
+    shared: "_Shared",
+    lines: Sequence[SitePlan],
+    basis: Artifact,
+    calls: Sequence[Call],
+) -> dict[str, float]:
+    """Measure sites of one denoiser over calls of it."""
+    at_once = max(replay.make_room(calls[0], len(calls) * (len(lines) + 1)), 2)
     sums = dict.fromkeys((line.site.name for line in lines), 0.0)
     parts = [lines[i : i + at_once - 1] for i in range(0, len(lines), at_once - 1)]
     few = max(at_once // (len(lines) + 1), 1)  # calls in one pass
@@ -94,7 +110,7 @@ def plans_psnr(
         if plan is not None:
             lines, weights = {line.site: line for line in plan}, model.weights()
             swap_sites(
-                pipe.transformer,
+                joined(denoisers_of(pipe)),
                 lines,
                 lambda site: pack_nearest(lines[site], basis, weights, device),
             )

@@ -32,6 +32,7 @@ class Method:
     ``leading``          eigenvectors kept per site, the largest rank to choose from; None for all
     ``rounding``         ``gptq`` or ``nearest``
     ``modulator_group``  W4A16 group of linears that see one row per image; null keeps them 16 bit
+    ``text_group``       the same of a cross-attention's keys and values, which read the text
     ``overrides``        exceptions by site (dirotq/quantize/overrides.py)
     ``sensitive``        what ``rank.sensitive`` is by default
 
@@ -62,6 +63,7 @@ class Method:
     leading: int | None
     rounding: Rounding
     modulator_group: int | None
+    text_group: int | None
     overrides: Sequence[Mapping[str, Any]]
     sensitive: str | Mapping[str, Any] | None = None
 
@@ -121,6 +123,8 @@ class Method:
             "weight_clip": self.weight_clip,
             "modulator_group": self.modulator_group,
             "overrides": self.overrides,
+            # Recipes of before it was a setting say nothing of it.
+            **({} if self.text_group is None else {"text_group": self.text_group}),
         }
 
     def _block(self, site: Site, rank: int, override: Override | None) -> QuantSpec:
@@ -145,7 +149,8 @@ class Method:
 
     def _modulator(self, site: Site) -> QuantSpec | None:
         """One row per image: 16-bit activations, no transform, nothing protected."""
-        if self.modulator_group is None:
+        group = self.text_group if site.text else self.modulator_group
+        if group is None:
             return None
         return QuantSpec(
             in_features=site.in_features,
@@ -155,7 +160,7 @@ class Method:
             branch=PROJECT,
             weights=weight.recorded_format(
                 "lm4_group" if self.weights.element == "lm4" else "group",
-                fitting_group(self.modulator_group, site.in_features),
+                fitting_group(group, site.in_features),
             ),
             activations=recorded_format(
                 16, "token", fitting_group(self.activations.group, site.in_features)

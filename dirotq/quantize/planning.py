@@ -110,6 +110,8 @@ def make_plan(
         rank, why = 0, f"method {method.name} protects no direction"
         if site.kind == "modulator":
             why = "modulator: one row per image, so 16-bit activations cost nothing"
+            if site.text:
+                why = "keys and values of the text: few rows, so 16-bit activations cost little"
         decided = override is not None and override.decides
         if method.protects(site) and not decided:
             rank, why = choose(site)
@@ -117,7 +119,8 @@ def make_plan(
             why = override.why if decided else f"{why}; {override.why}"
         spec = method.spec(site, rank)
         if spec is None:
-            made.ignored[site.name] = why if override else "modulators stay in 16 bits"
+            what = "keys and values of the text" if site.text else "modulators"
+            made.ignored[site.name] = why if override else f"{what} stay in 16 bits"
         else:
             made.lines.append(SitePlan(site, spec, method.rounding, method.weight_clip, why))
     return made

@@ -21,7 +21,9 @@ from dirotq.calibrate.recorder import Recorder, Seen
 from dirotq.calibrate.relay import END, Relay
 from dirotq.calibrate.replay import Replay
 from dirotq.device import compute_dtype, pick_device
-from dirotq.models.call import Call, load_calls, timestep
+from dirotq.errors import ConfigError
+from dirotq.models.call import Call, by_part, load_calls, timestep
+from dirotq.models.denoisers import prefix
 from dirotq.models.family import Site
 from dirotq.pipeline.divided import Make, NotShared
 from dirotq.pipeline.sizes import parse_bytes
@@ -70,14 +72,18 @@ class ReplayedMoments:
     def maker(self, out: Path, names: Sequence[str]) -> Make:
         if pick_device(self.device).type == "cuda":
             torch.cuda.empty_cache()  # of whoever recorded the calls
-        return partial(self.made, out, load_calls(out / "calls", self.shards))
+        calls = load_calls(out / "calls", self.shards)
+        _refuse_idle(self.model.prefixes, by_part(calls))
+        return partial(self.made, out, calls)
 
     def made(self, out: Path, calls: Sequence[Call], names: Iterable[str]) -> Iterator[Made]:
         """Store what the sites of the named units see of the calls.
 
-        Several passes add to what is there, and finish units in the last one.
+        Several passes add to what is there, and finish units in the last one. Of several denoisers
+        one follows the other.
 
-        Raises NotShared if this process would need several passes for its part of the calls.
+        Raises NotShared if this process would need several passes for its part of the calls, or if
+        there are several denoisers.
         """
         device = pick_device(self.device)
         replay = Replay.of(self.model, device, compute_dtype(device))
@@ -86,6 +92,27 @@ class ReplayedMoments:
             if site.block in left:
                 left[site.block].append(site)
         trees = {name: zarr.open_group(out / name, mode="a") for name in TREES if self._last}
+        served = by_part(calls)
+        if self.count > 1 and len(served) > 1:
+            raise NotShared(f"the calls are of {' and '.join(served)}")
+        for part, alike in served.items():
+            own = {
+                b: [s for s in inside if s.name.startswith(prefix(part))]
+                for b, inside in left.items()
+            }
+            own = {block: inside for block, inside in own.items() if inside}
+            for block in self._made_of(replay, trees, alike, own):
+                if block or part == [*served][-1]:  # sites outside of blocks are one unit
+                    yield REPLAY + block, [out / n / s.name for n in TREES for s in left[block]]
+
+    def _made_of(
+        self,
+        replay: Replay,
+        trees: Mapping[str, zarr.Group],
+        calls: Sequence[Call],
+        left: Mapping[str, Sequence[Site]],
+    ) -> Iterator[str]:
+        """Store what sites of one denoiser see of its calls; yield blocks that are finished."""
         passes = self._passes(replay, calls)
         for number, indices in enumerate(passes):
             rows = range(*(i * self.rows // len(calls) for i in (indices.start, indices.stop)))
@@ -104,8 +131,7 @@ class ReplayedMoments:
                 log.info("%s: pass %d of %d", self.what, number + 1, len(passes))
             for block in self._pass(recorder, left, store):
                 if number == len(passes) - 1:
-                    inside = [out / name / site.name for name in TREES for site in left[block]]
-                    yield REPLAY + block, inside
+                    yield block
 
     @property
     def _last(self) -> bool:
@@ -162,6 +188,17 @@ class ReplayedMoments:
         if self._last and "" in left:
             store(outside)
             yield ""
+
+
+def _refuse_idle(parts: Sequence[str], served: Mapping[str, Sequence[Call]]) -> None:
+    """Refuse a pipeline one of whose denoisers serves none of the recorded steps."""
+    if idle := [part for part in parts if part not in served]:
+        raise ConfigError(
+            f"none of the recorded calls is one of {', '.join(idle)}, so it can't be calibrated: "
+            f"the pipeline called {', '.join(served)} at all of them. Take more steps "
+            "(model.call.num_inference_steps), record more calls (capture.calls), or look at "
+            "boundary_ratio in model_index.json, which divides the steps"
+        )
 
 
 def _store(

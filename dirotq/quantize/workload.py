@@ -95,16 +95,21 @@ class Workload:
     def guided(self) -> int:
         """Forwards per step: two where guidance needs the prompt's and an empty one's."""
         embedded = bool(self.transformer.config.get("guidance_embeds"))
-        true = "negative_prompt" in self.call and self.call.get("true_cfg_scale", 0) > 1
         scale = "true_cfg_scale" not in self.call and self.call.get("guidance_scale", 0) > 1
-        return 2 if not embedded and (true or scale) else 1
+        return 2 if self._true_guidance or (scale and not embedded) else 1
+
+    @property
+    def _true_guidance(self) -> bool:
+        """Guidance that a negative prompt turns on, and that calls the transformer once more."""
+        return "negative_prompt" in self.call and self.call.get("true_cfg_scale", 0) > 1
 
     @property
     def recorded(self) -> int:
         """Samples that pass through the network when the recorded calls are replayed."""
         steps = int(self.call.get("num_inference_steps", 20))
         made = self.calibration * steps * self.guided
-        doubled = 1 if type(self.transformer).__name__ in SEPARATE else self.guided
+        separate = self._true_guidance or self.model.family.transformer in SEPARATE
+        doubled = 1 if separate else self.guided
         return min(self.calls * doubled, made)
 
     @property
@@ -139,7 +144,7 @@ class Workload:
     def tokens(self, site: Site) -> int:
         """Rows that a site sees in one call for one prompt (one branch of guidance)."""
         if site.kind == "modulator":
-            return 1
+            return self.text_tokens if site.text else 1
         if _reads_text(site):
             return self.text_tokens
         beside_text = any(_reads_text(s) for s in self.by_block.get(site.block, ()))
@@ -211,7 +216,23 @@ class Workload:
     @property
     def notes(self) -> list[str]:
         """Sentences for `plan`."""
-        return [told(self.transformer, [site for site, _ in self.planned])]
+        share = told(self.transformer, [site for site, _ in self.planned])
+        return [share, *self._guidance]
+
+    @property
+    def _guidance(self) -> list[str]:
+        """Say which branches of guidance calibrate: those that generation runs."""
+        negative = self.call.get("negative_prompt")
+        if self.guided == 2:
+            other = f"the negative prompt {negative!r:.60}" if negative else "an empty one"
+            return [f"guidance: each step is calibrated for the prompt and for {other}"]
+        if self.call.get("true_cfg_scale", 0) > 1 and negative is None:
+            return [
+                f"guidance: true_cfg_scale={self.call['true_cfg_scale']:g} does nothing without a "
+                "negative prompt, in generation and in calibration. +model.call.negative_prompt="
+                "'\" \"', or a column negative_prompt of the prompts, turns it on"
+            ]
+        return []
 
     @cached_property
     def packed(self) -> dict[str, int]:
@@ -224,7 +245,7 @@ class Workload:
     def components(self) -> dict[str, int]:
         """Bytes of the pipeline's other weights (encoders, decoder), as far as they are known."""
         sizes = component_bytes(self.model)
-        return {name: size for name, size in sizes.items() if name != "transformer"}
+        return {name: size for name, size in sizes.items() if name not in self.model.parts}
 
     @property
     def cache_bytes(self) -> int:
@@ -256,4 +277,5 @@ class Workload:
 
 
 def _reads_text(site: Site) -> bool:
-    return site.text or bool(TEXT.search(f".{site.linears[0]}"))
+    """Tell whether it is of a stream of text in joint attention."""
+    return site.kind == "block" and (site.text or bool(TEXT.search(f".{site.linears[0]}")))

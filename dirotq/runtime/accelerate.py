@@ -58,6 +58,9 @@ def accelerate(model: Any, **changes: Any) -> Any:
     Raises ConfigError for a field or value that does not exist, or a model without a transformer.
     """
     transformer = model if isinstance(model, nn.Module) else getattr(model, "transformer", None)
+    for other in getattr(model, "components", {}).values():
+        if type(other) is type(transformer) and other is not transformer:
+            accelerate(other, **changes)
     if not isinstance(transformer, nn.Module):
         raise ConfigError(
             f"a {type(model).__name__} has no transformer to accelerate; give a pipeline that has "

@@ -1,14 +1,18 @@
 """What the call of a diffusers pipeline takes, held against what somebody wants to give it."""
 
 import inspect
+import json
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dirotq.errors import ConfigError
+from dirotq.models.pipeline_images import PICTURES, pictures_needed, pictures_taken
 from dirotq.pipeline.settings import close_to, refuse_misfit
+from dirotq.sources.prompt_files import NEGATIVE
+from dirotq.sources.prompts import Prompt
 
-OURS = ("prompt", "generator", "output_type", "return_dict", "latents", "image", "mask_image")
+OURS = ("prompt", "generator", "output_type", "return_dict", "latents", *PICTURES)
 """Arguments that DiRotQ gives itself, from prompts and seeds."""
 NATURAL = ("num_inference_steps", "height", "width", "num_frames", "max_sequence_length")
 """Arguments that count something: 1 or more."""
@@ -27,6 +31,33 @@ def pipeline_class(index: Mapping[str, Any]) -> Any:
 def arguments(cls: Any) -> Mapping[str, inspect.Parameter]:
     """Return the parameters of a pipeline's call, by name."""
     return inspect.signature(cls.__call__).parameters
+
+
+def refuse_prompts(cls: Any, prompts: Sequence[Prompt], where: str) -> None:
+    """Raise ConfigError for prompts that lack a picture that the pipeline needs, or hold what it
+    does not take: a picture, a negative prompt.
+    """
+    name, taken = cls.__name__, pictures_taken(cls)
+    for needed in pictures_needed(cls):
+        if lacking := [prompt.text for prompt in prompts if needed not in prompt.inputs]:
+            row = {"prompt": "make it snow"} | {column: f"{column}.png" for column in taken}
+            raise ConfigError(
+                f"a {name} starts from a picture, and {len(lacking)} of {len(prompts)} prompts of "
+                f"{where} have no {needed}, such as {lacking[0]!r:.60}. Give a .jsonl file whose "
+                f"rows are like {json.dumps(row)}, with paths from the file's folder, as "
+                "prompts.calibration.path=FILE and prompts.heldout.path=FILE"
+            )
+    for prompt in prompts:
+        if odd := sorted(prompt.inputs.keys() - set(taken)):
+            raise ConfigError(
+                f"{where}: the prompt {prompt.text!r:.60} has a column {odd[0]}, and a {name} "
+                "starts from none; remove that column, or choose the model's editing pipeline"
+            )
+        if prompt.negative is not None and NEGATIVE not in arguments(cls):
+            raise ConfigError(
+                f"{where}: the prompt {prompt.text!r:.60} has a {NEGATIVE}, and a {name} takes "
+                "none; remove that column"
+            )
 
 
 def refuse_call(cls: Any, call: Mapping[str, Any], where: str) -> None:

@@ -6,13 +6,13 @@ scheduler and a processor can be made, and only what the pipeline can do without
 
 import functools
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.files.digest import Stamp, stamp
-from dirotq.files.json_file import INDEX, read_json
+from dirotq.files.json_file import INDEX, denoisers, read_json
 from dirotq.models.installed import installed_diffusers
 from dirotq.quiet import quiet
 from dirotq.sources.components import DENOISER, is_entry, problems
@@ -22,6 +22,8 @@ log = logging.getLogger(__name__)
 DISPENSABLE = ("text_encoder_3", "tokenizer_3")
 """Components that Stable Diffusion 3 goes on without, though its classes don't say so."""
 TEXT = ("text_encoder", "tokenizer")
+SECOND = "transformer_2"
+"""The expert that pipelines of Wan 2.2's kind call below ``boundary_ratio``."""
 
 
 def refuse_incomplete(
@@ -29,7 +31,7 @@ def refuse_incomplete(
     source: str,
     *,
     weights: bool = True,
-    without: str = "",
+    without: Collection[str] = (),
     prompts: bool = True,
     error: type[DirotqError] = ConfigError,
 ) -> None:
@@ -37,12 +39,12 @@ def refuse_incomplete(
 
     source   its name in errors
     weights  they are there; otherwise only configurations, tokenizers and the like are checked
-    without  a component whose weights don't count
+    without  components whose weights don't count
     prompts  texts will be encoded, so the encoders can't be null even where the class allows it
 
     Files that are as they were at the last call are not looked at again.
     """
-    found = _problems(folder.resolve(), weights, without, prompts, _stamps(folder))
+    found = _problems(folder.resolve(), weights, tuple(without), prompts, _stamps(folder))
     if found:
         more = f" ({len(found) - 3} more)" if len(found) > 3 else ""
         raise error(
@@ -58,12 +60,16 @@ def _stamps(folder: Path) -> tuple[tuple[str, Stamp], ...]:
 
 
 @functools.lru_cache(maxsize=32)
-def _problems(folder: Path, weights: bool, without: str, prompts: bool, _: Any) -> tuple[str, ...]:
+def _problems(
+    folder: Path, weights: bool, without: tuple[str, ...], prompts: bool, _: Any
+) -> tuple[str, ...]:
     with quiet():
         return tuple(_all_problems(folder, weights, without, prompts))
 
 
-def _all_problems(folder: Path, weights: bool, without: str, prompts: bool) -> Iterator[str]:
+def _all_problems(
+    folder: Path, weights: bool, without: Collection[str], prompts: bool
+) -> Iterator[str]:
     import diffusers
 
     index = read_json(folder / INDEX)
@@ -88,18 +94,34 @@ def _all_problems(folder: Path, weights: bool, without: str, prompts: bool) -> I
             yield f"the {part} is listed in {INDEX}, but there is no such folder"
         else:
             partner = index.get(part.replace("tokenizer", "text_encoder"))
-            counts = weights and part != without
+            counts = weights and part not in without
             for problem in problems(folder / part, entry, partner, weights=counts):
                 yield f"{part} ({entry[1]}) {problem}"
+    yield from _one_expert(name, index)
     for part in sorted(index.keys() - required - optional):
         if is_entry(index[part]):
             log.warning("%s: a %s has no place for the %s: it is left out", folder, name, part)
 
 
-def is_packed(folder: Path) -> bool:
-    """Tell whether the folder's transformer says that it is quantized."""
-    config = folder / DENOISER / "config.json"
-    return config.is_file() and "quantization_config" in read_json(config)
+def _one_expert(name: Any, index: Mapping[str, Any]) -> Iterator[str]:
+    """Say which of two experts is missing; ``boundary_ratio`` divides the steps between them."""
+    ratio, second = index.get("boundary_ratio"), is_entry(index.get(SECOND))
+    if ratio is not None and not second:
+        yield (
+            f"{INDEX} says boundary_ratio {ratio!r:.20}, by which a {name} denoises with two "
+            f"experts, but it names no {SECOND}, the expert of low noise"
+        )
+    if second and ratio is None:
+        yield (
+            f"{INDEX} names a {SECOND} but no boundary_ratio, below which a {name} would call it: "
+            "it would never be used"
+        )
+
+
+def packed_parts(folder: Path) -> list[str]:
+    """Name the folder's denoisers that say they are quantized."""
+    configs = {p: folder / p / "config.json" for p in denoisers(read_json(folder / INDEX))}
+    return [p for p, c in configs.items() if c.is_file() and "quantization_config" in read_json(c)]
 
 
 def absent(folder: Path) -> dict[str, None]:

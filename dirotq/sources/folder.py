@@ -21,7 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ConfigError
-from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json, weight_map
+from dirotq.files.json_file import (
+    CALL_FILE,
+    INDEX,
+    components,
+    denoisers,
+    read_json,
+    weight_map,
+)
 from dirotq.files.walk import readable, walk
 from dirotq.sources.hub import is_blob
 
@@ -57,13 +64,15 @@ def pipeline_files(root: Path, index: Mapping[str, Any], *, without: str = "") -
     ]
 
 
-def carried_files(root: Path, index: Mapping[str, Any], *, without: str = "") -> list[Path]:
+def carried_files(
+    root: Path, index: Mapping[str, Any], *, without: Collection[str] = ()
+) -> list[Path]:
     """Return what a copy of a pipeline needs: its components' files, index, call and licences.
 
-    All but the component ``without``. Raises ConfigError for what can't be read.
+    All but the components ``without``. Raises ConfigError for what can't be read.
     """
     top = [path for path in sorted(root.iterdir()) if _is_carried(path.name)]
-    parts = [root / name for name in components(index) if name != without]
+    parts = [root / name for name in components(index) if name not in without]
     return [*map(readable, top), *(path for part in parts for path in component_files(part))]
 
 
@@ -99,13 +108,14 @@ def missing_weights(part: Path) -> list[str]:
 
 
 def place_rest(source: Path, target: Path) -> list[Path]:
-    """Put all of a pipeline but its transformer below ``target``; return the files there.
+    """Put all of a pipeline but its denoisers below ``target``; return the files there.
 
     Links are resolved. No file is one that the source's owner may write to; all but weights are
     the caller's to change. Raises ConfigError for what can't be read, and OSError.
     """
     copies = []
-    for path in carried_files(source, read_json(source / INDEX), without="transformer"):
+    index = read_json(source / INDEX)
+    for path in carried_files(source, index, without=denoisers(index)):
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":

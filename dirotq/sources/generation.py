@@ -7,28 +7,36 @@ import torch
 from torch import Tensor
 
 from dirotq.errors import ConfigError, NumericalError
+from dirotq.models.pipeline_images import PICTURES, takes_batches
 
-from .prompt_files import open_picture
+from .prompt_files import NEGATIVE, open_picture
 from .prompts import Prompt
 
 
 def generate(
-    pipe: Any, prompts: Sequence[Prompt], call: Mapping[str, float | int], *, output: str = "pt"
+    pipe: Any, prompts: Sequence[Prompt], call: Mapping[str, Any], *, output: str = "pt"
 ) -> Tensor:
     """Call the pipeline once for a batch of prompts, each from the noise of its own seed.
 
     returns  float32 on the CPU: images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]
              (``output="pt"``), or latents
 
+    Where a list of pictures is one prompt's references (models/pipeline_images.py), it is called
+    once for each prompt.
+
     Raises NumericalError if an image is not finite.
     """
+    given = _inputs(prompts)
+    if given.keys() & set(PICTURES) and not takes_batches(type(pipe)):
+        if len(prompts) > 1:
+            return torch.cat([generate(pipe, [one], call, output=output) for one in prompts])
+        given |= {name: given[name][0] for name in PICTURES if name in given}
     made = pipe(
         prompt=[p.text for p in prompts],
-        **_images(prompts),
         # On the CPU, so that a seed means the same noise on every machine.
         generator=[torch.Generator("cpu").manual_seed(p.seed) for p in prompts],
         output_type=output,
-        **call,
+        **{**call, **given},
     )
     result: Tensor = (made.images if hasattr(made, "images") else made.frames).float().cpu()
     if not result.isfinite().all():
@@ -39,13 +47,19 @@ def generate(
     return result
 
 
-def _images(prompts: Sequence[Prompt]) -> dict[str, list[Any]]:
-    """Read from disk what editing pipelines take beside prompts ("image", "mask_image")."""
-    names = sorted({name for prompt in prompts for name in prompt.inputs})
-    for prompt in prompts:
-        if missing := [name for name in names if name not in prompt.inputs]:
+def _inputs(prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Return what a pipeline takes beside prompts: negative ones, and pictures read from disk."""
+    known = [
+        {**p.inputs, **({} if p.negative is None else {NEGATIVE: p.negative})} for p in prompts
+    ]
+    names = sorted({name for one in known for name in one})
+    for prompt, one in zip(prompts, known, strict=True):
+        if missing := [name for name in names if name not in one]:
             raise ConfigError(
                 f"the prompt {prompt.text!r} has no {missing[0]}, others of its batch have one: "
                 "give every row of the prompt file the same columns"
             )
-    return {n: [open_picture(p.inputs[n]) for p in prompts] for n in names}
+    return {
+        name: [open_picture(one[name]) if name in PICTURES else one[name] for one in known]
+        for name in names
+    }

@@ -7,15 +7,18 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dirotq.errors import ConfigError
+from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.files.digest import input_digests
-from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
+from dirotq.files.json_file import CALL_FILE, INDEX, components, denoisers, read_json
+from dirotq.models.denoisers import joined, placed
 from dirotq.models.discovery import Discovered, discovered
 from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
+from dirotq.models.pipeline_images import takes_batches
 from dirotq.models.skeleton import empty_transformer
-from dirotq.sources.calls import pipeline_class, refuse_call
+from dirotq.sources.calls import pipeline_class, refuse_call, refuse_prompts
 from dirotq.sources.opening import open_pipeline
+from dirotq.sources.prompts import Prompt, PromptSet
 
 from .folder import missing_weights, weight_names
 from .lora import parse_loras
@@ -43,7 +46,7 @@ class DiffusersModel:
     """
 
     path: str
-    call: Mapping[str, bool | float | list[float] | None]
+    call: Mapping[str, bool | float | str | list[float] | None]
     base: str | None = None
     lora: str | Sequence[str | Mapping[str, Any]] | None = None
 
@@ -55,7 +58,9 @@ class DiffusersModel:
 
         Raises what :meth:`folder` raises, as far as that shows without weights and classes.
         """
-        return {**self._parts(), "call": dict(self.call_arguments())}
+        revision = self.family.revision
+        table = {"table": revision} if revision > 1 else {}
+        return {**self._parts(), "call": dict(self.call_arguments()), **table}
 
     def folder(self, *, weights: bool = True, complete: bool = True) -> Path:
         """Return the checked folder, downloaded and put together where that is needed.
@@ -68,7 +73,15 @@ class DiffusersModel:
         """
         base, without = self._base()
         root = pipeline_folder(base, weights=weights, without=without, complete=complete)
-        if not weights or self._is_plain():
+        if self._is_plain():
+            return root
+        if len(parts := denoisers(read_json(root / INDEX))) > 1:
+            raise UnsupportedError(
+                f"{base} denoises with {' and '.join(parts)}: it isn't said which of them a single "
+                "file or model.lora is for. Merge LoRAs with diffusers (load_lora_weights, "
+                "fuse_lora, unload_lora_weights, save_pretrained) and give that folder"
+            )
+        if not weights:
             return root
         return variant_folder(root, self._file(), parse_loras(self.lora), self._parts, self.path)
 
@@ -87,7 +100,7 @@ class DiffusersModel:
         """Folder or hub id that all components come from which nothing replaces."""
         return self._base()[0]
 
-    def call_arguments(self) -> dict[str, float | int]:
+    def call_arguments(self) -> dict[str, Any]:
         """Merge call arguments of the family, of the folder's generation.json, and of ``call``."""
         file = self.folder(weights=False, complete=False) / CALL_FILE
         stored = read_json(file) if file.is_file() else {}
@@ -103,6 +116,21 @@ class DiffusersModel:
             stored = read_json(file)
             refuse_call(cls, {n: v for n, v in stored.items() if n not in self.call}, str(file))
         refuse_call(cls, self.call, "model.call")
+
+    def check_prompts(self, prompts: PromptSet) -> None:
+        """Refuse prompts without the pictures that the pipeline edits, or with what it won't take.
+
+        Raises ConfigError saying what to give.
+        """
+        cls = pipeline_class(read_json(self.folder(weights=False) / INDEX))
+        if cls is not None:
+            refuse_prompts(cls, prompts.load(), prompts.path)
+
+    def batch(self, prompts: Sequence[Prompt], most: int) -> int:
+        """Return how many of ``prompts`` make one call of the pipeline; ``most``, or one by one."""
+        cls = pipeline_class(read_json(self.folder(weights=False, complete=False) / INDEX))
+        alone = any(p.inputs for p in prompts) and not (cls is None or takes_batches(cls))
+        return 1 if alone else most
 
     def _config(self) -> dict[str, Any]:
         folder = self.folder(weights=False, complete=False)
@@ -140,17 +168,46 @@ class DiffusersModel:
         """Build the transformer, its parameters on the meta device, its buffers computed."""
         import diffusers
 
-        cls = getattr(diffusers, self.family.transformer)
-        return empty_transformer(cls.load_config(self.folder(weights=False) / "transformer"), cls)
+        cls, folder = getattr(diffusers, self.family.transformer), self.folder(weights=False)
+        return joined(
+            {part: empty_transformer(cls.load_config(folder / part), cls) for part in self.parts}
+        )
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Components that denoise: ``transformer``, and others where there are experts."""
+        return denoisers(read_json(self.folder(weights=False, complete=False) / INDEX))
+
+    @property
+    def prefixes(self) -> tuple[str, ...]:
+        """What names of each begin with in the network of all (:mod:`dirotq.models.denoisers`)."""
+        return self.parts if len(self.parts) > 1 else ("",)
 
     def sites(self) -> list[Site]:
         """Return every site of the transformer, in order (:class:`ModelFamily`).
 
         Of a class without a table they are discovered, or UnsupportedError says why they can't be.
         """
+        network = self.skeleton()
+        found = [
+            placed(self._sites_of(network.get_submodule(part)), part) for part in self.prefixes
+        ]
+        return [site for sites in found for site in sites]
+
+    def _sites_of(self, transformer: Any) -> list[Site]:
         if self.family.rules:
-            return self.family.sites(self.skeleton())
-        return list(self.discovered().sites)
+            return self.family.sites(transformer)
+        sites = self.discovered().sites  # traced of the first one
+        for site in sites:
+            for name, rows in zip(site.linears, site.out_features, strict=True):
+                shape = tuple(transformer.get_submodule(name).weight.shape[:2])
+                if shape != (rows, site.in_features):
+                    raise UnsupportedError(
+                        f"{self.path}: {name} is {shape} in one of the transformers "
+                        f"{', '.join(self.parts)} and {(rows, site.in_features)} in the first: "
+                        "only transformers of one config are discovered together"
+                    )
+        return list(sites)
 
     def discovered(self) -> Discovered:
         """Return what one traced forward shows, whether there is a table or not."""
@@ -159,6 +216,8 @@ class DiffusersModel:
 
     def weights(self) -> Weights:
         """Return the transformer's tensors on disk, to be read by name."""
+        if len(self.parts) > 1:
+            return Weights(self.folder(), self.parts)
         return Weights(self.folder() / "transformer")
 
     def pipeline(self, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":

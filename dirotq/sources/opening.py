@@ -34,19 +34,18 @@ def open_pipeline(
     """
     import diffusers
 
-    from dirotq.sources.completeness import absent, is_packed, refuse_incomplete
-    from dirotq.sources.components import DENOISER
+    from dirotq.sources.completeness import absent, packed_parts, refuse_incomplete
 
     with explained(folder):
         refuse_doors(folder)
         # Before diffusers and transformers open a file, each of which fails in a way of its own.
         refuse_sizes(folder)
-        packed = is_packed(folder)  # then its quantizer holds the transformer against its config
+        packed = packed_parts(folder)  # their quantizer holds them against their config
         refuse_incomplete(
             folder,
             str(folder),
             weights=variant is None,  # of a variant, what is missing is told by `heed`
-            without=DENOISER if packed else "",
+            without=packed,
             prompts=not packed,
             error=ArtifactError,
         )

@@ -58,7 +58,7 @@ def pipeline_folder(
         for part in _model_parts(root, index, without):
             _refuse_weights(part, source)
     if complete:
-        refuse_incomplete(root, source, weights=weights, without=without)
+        refuse_incomplete(root, source, weights=weights, without=(without,))
     return root
 
 

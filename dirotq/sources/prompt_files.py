@@ -18,12 +18,13 @@ import yaml
 
 from dirotq.errors import ConfigError
 from dirotq.files.digest import Stamp, stamp
+from dirotq.models.pipeline_images import PICTURES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IMAGES = ("image", "mask_image")
-USED = ("seed", "attributes", *IMAGES)
+NEGATIVE = "negative_prompt"
+USED = ("seed", "attributes", NEGATIVE, *PICTURES)
 """Columns that are looked at, beside the one with the text."""
 LINE = 1 << 24
 """Characters that a line may have."""

@@ -14,8 +14,9 @@ from typing import Any
 
 from dirotq.errors import ConfigError
 from dirotq.files.digest import file_digest, input_digests
+from dirotq.models.pipeline_images import PICTURES
 from dirotq.sources.hub import HubPath, explained, hub_path
-from dirotq.sources.prompt_files import IMAGES, READERS, check_picture, rows
+from dirotq.sources.prompt_files import NEGATIVE, READERS, check_picture, rows
 
 SEEDS = (-(2**63), 2**64 - 1)
 """What torch.Generator.manual_seed takes, both included."""
@@ -27,13 +28,15 @@ EXACT = 2**53
 class Prompt:
     """A caption, the seed of its noise, and, for rendered scenes, what the image must show.
 
-    ``inputs``  paths of the images that an editing pipeline starts from ({"image": ...})
+    ``inputs``    paths of the images that an editing pipeline starts from ({"image": ...})
+    ``negative``  what the image must not show; None leaves that to the model's call
     """
 
     text: str
     seed: int
     attributes: Mapping[str, Any] | None = None
     inputs: Mapping[str, str] = field(default_factory=dict)
+    negative: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +49,8 @@ class PromptSet:
     ``column``  where the text is; of a list of captions the first one counts
 
     Optional columns are ``seed`` (else the row's number, so a prompt's noise never depends on
-    batching), ``attributes``, and in local files ``image`` and ``mask_image``: paths, relative ones
-    from the file's folder.
+    batching), ``negative_prompt``, ``attributes``, and in local files ``image`` and ``mask_image``:
+    paths, relative ones from the file's folder.
     """
 
     path: str
@@ -180,7 +183,7 @@ def _dataset_rows(chosen: PromptSet, place: HubPath) -> Iterator[Mapping[str, An
         try:
             part = {"split": chosen.split, "revision": place.commit, "streaming": True}
             stream = datasets.load_dataset(place.id, chosen.subset, **part)
-            wanted = [chosen.column, "seed", "attributes"]
+            wanted = [chosen.column, "seed", "attributes", NEGATIVE]
             if stream.column_names and chosen.column in stream.column_names:
                 # Pictures that nobody looks at are not decoded.
                 stream = stream.select_columns([c for c in stream.column_names if c in wanted])
@@ -202,17 +205,19 @@ def _prompt(chosen: PromptSet, row: Mapping[Any, Any], number: int, folder: Path
             "prompts.calibration.column=... (and prompts.heldout.column=...)"
         )
     seed, attributes = row.get("seed"), row.get("attributes")
+    negative = row.get(NEGATIVE)
     return Prompt(
         _text(row[chosen.column], where, chosen.column),
         number if seed is None else _seed(seed, where),
         attributes if isinstance(attributes, Mapping) else None,
         _pictures(row, where, folder) if folder else {},
+        None if negative is None else _text(negative, where, NEGATIVE, empty=True),
     )
 
 
-def _text(value: Any, where: str, column: str) -> str:
+def _text(value: Any, where: str, column: str, *, empty: bool = False) -> str:
     text = value[0] if isinstance(value, list) and value else value
-    if not isinstance(text, str) or not text.strip():
+    if not isinstance(text, str) or not (empty or text.strip()):
         raise ConfigError(
             f"{where}: no text under {column!r}, but {shortly(text)}; remove the row, or choose "
             "others with prompts.calibration.start (or prompts.heldout.start)"
@@ -241,7 +246,7 @@ def _seed(value: Any, where: str) -> int:
 def _pictures(row: Mapping[Any, Any], where: str, folder: Path) -> dict[str, str]:
     """Return the paths of a row's pictures, relative to ``folder``; each can be decoded."""
     found = {}
-    for name in IMAGES:
+    for name in PICTURES:
         if isinstance(given := row.get(name), str):
             picture = folder / resolve(given)
             if not os.path.isfile(picture):  # noqa: PTH113 (Path's raises for odd names)

@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from dirotq.errors import ConfigError
 from dirotq.files.digest import cache_root
+from dirotq.models.denoisers import denoisers_of
 from dirotq.quiet import quiet
 
 
@@ -56,14 +57,15 @@ def _refuse_unsavable(pipe: Any) -> None:
         raise ConfigError(
             f"{name} has no transformer; DiRotQ compresses diffusers pipelines around one"
         )
-    if "quantization_config" in getattr(transformer, "config", {}):
-        raise ConfigError(f"the transformer of this {name} is quantized already; give the original")
-    if getattr(transformer, "_hf_peft_config_loaded", False):
-        raise ConfigError(
-            f"this {name} has adapters in its transformer, which would be left out: call "
-            "pipe.fuse_lora() and pipe.unload_lora_weights() first, or give the model's folder and "
-            "the override model.lora=FILE"
-        )
+    for part, denoiser in denoisers_of(pipe).items():
+        if "quantization_config" in getattr(denoiser, "config", {}):
+            raise ConfigError(f"the {part} of this {name} is quantized already; give the original")
+        if getattr(denoiser, "_hf_peft_config_loaded", False):
+            raise ConfigError(
+                f"this {name} has adapters in its {part}, which would be left out: call "
+                "pipe.fuse_lora() and pipe.unload_lora_weights() first, or give the model's folder "
+                "and the override model.lora=FILE"
+            )
     modules = [m for m in pipe.components.values() if callable(getattr(m, "parameters", None))]
     if any(parameter.is_meta for module in modules for parameter in module.parameters()):
         raise ConfigError(

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dirotq.errors import ArtifactError, NumericalError, UnsupportedError
 from dirotq.files.digest import Stamp, stamp
 from dirotq.files.json_file import weight_map
+from dirotq.models.denoisers import prefix
 from dirotq.models.family import Site
 from dirotq.models.skeleton import assign
 
@@ -32,15 +33,23 @@ Header = Mapping[str, tuple[str, tuple[int, ...]]]
 
 
 class Weights:
-    """The tensors of a diffusers transformer folder; errors are those of :func:`weight_files`."""
+    """The tensors of a diffusers transformer folder; errors are those of :func:`weight_files`.
 
-    def __init__(self, folder: Path) -> None:
+    parts  components below ``folder`` that are read as one network; each name begins with its own
+    """
+
+    def __init__(self, folder: Path, parts: Sequence[str] = ("",)) -> None:
         self.folder = folder
         self.files: dict[str, Path] = {}
         self.header: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for file in weight_files(folder, diffusers=True):
-            self.header |= read_header(file)
-            self.files |= dict.fromkeys(read_header(file), file)
+        self._prefixes: dict[Path, str] = {}
+        for part in parts:
+            before = prefix(part)
+            for file in weight_files(folder / part, diffusers=True):
+                header = {before + name: line for name, line in read_header(file).items()}
+                self.header |= header
+                self.files |= dict.fromkeys(header, file)
+                self._prefixes[file] = before
 
     def tensors(self, names: Iterable[str], device: Device = "cpu") -> dict[str, Tensor]:
         """Read the named tensors as stored, onto ``device``; each file is opened once.
@@ -59,7 +68,8 @@ class Weights:
         for file, inside in by_file.items():
             # Opened anew each time: pages of a file that stays mapped count as this process's RAM.
             with safe_open(file, framework="pt", device=str(device)) as tensors:
-                found |= {name: tensors.get_tensor(name) for name in inside}
+                before = self._prefixes[file]
+                found |= {n: tensors.get_tensor(n.removeprefix(before)) for n in inside}
         return found
 
     def stacked(self, site: Site, device: Device = "cpu") -> tuple[Tensor, Tensor | None]:

@@ -130,7 +130,7 @@ def _watched(
 
 def _shapes(entries: Iterable[Entry], rows: Mapping[str, set[int]]) -> Iterator[Shape]:
     for site, spec in entries:
-        unknown = {1} if site.kind == "modulator" else {TEXT} if site.text else {TOKENS, TEXT}
+        unknown = {TEXT} if site.text else {1} if site.kind == "modulator" else {TOKENS, TEXT}
         for m in rows.get(site.name) or unknown:
             for batch in BATCHES:
                 yield Shape.of(spec, m * batch)

@@ -85,7 +85,7 @@ def content(site: Site) -> tuple[Any, ...]:
 def test_a_table_says_the_same(name):
     network = TINY[name].build(**FLAGS.get(name, {}))
     discovered = discover(network, (), TINY[name].inputs())
-    tables = TINY[name].family.sites(network)
+    tables = [s for s in TINY[name].family.sites(network) if not s.name.endswith(".kv")]  # ACROSS
     assert {content(site) for site in discovered.sites} == {content(s) for s in tables if s.block}
 
 

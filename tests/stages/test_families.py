@@ -39,6 +39,7 @@ def line(tiny_root):
             f"prompts.calibration.path={prompts}",
             f"prompts.heldout.path={prompts}",
             f"store={tiny_root / 'families'}",
+            "method.text_group=64",
             *LINE,
             *more,
         ]
@@ -75,7 +76,7 @@ def _skeleton(pack: Artifact, name: str):
 
 
 def test_masked_text_tokens_are_not_counted(tiny_root, line):
-    artifacts = run(line("qwen_image", "until=capture"))
+    artifacts = run(line("qwen_image", "+model.call.negative_prompt=null", "until=capture"))
     moments = zarr.open_group(artifacts["capture"].tree("moments.zarr"), mode="r")
     image, text = (
         moments[f"transformer_blocks.0.attn.{site}"].attrs["tokens"] for site in ("qkv", "add_qkv")

@@ -1,10 +1,12 @@
 """Whole pipelines around the tiny transformers: every weight random, every tokenizer in memory."""
 
 import functools
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -296,7 +298,7 @@ def _z_image() -> Any:
     )
 
 
-def _wan() -> Any:
+def _wan(**more: Any) -> Any:
     return diffusers.WanPipeline(
         tokenizer=_clip_and_t5()[1],
         text_encoder=_t5(transformers.UMT5EncoderModel, transformers.UMT5Config),
@@ -305,6 +307,31 @@ def _wan() -> Any:
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
         transformer=TINY["wan"].build(),
+        **more,
+    )
+
+
+def _wan22() -> Any:
+    """Two experts: of three steps the second is at timestep 857 of 1000, the last at 600."""
+    return _wan(transformer_2=TINY["wan"].build(seed=1), boundary_ratio=0.75)
+
+
+def _wan_i2v() -> Any:
+    """Of Wan 2.1: beside the latents of the picture, the transformer reads an encoding of it."""
+    # A package that mends texts, which it calls without looking whether it is there.
+    module: Any = importlib.import_module("diffusers.pipelines.wan.pipeline_wan_i2v")
+    module.ftfy = SimpleNamespace(fix_text=str)
+    clip = transformers.CLIPVisionConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        image_size=32, patch_size=16,
+    )  # fmt: skip
+    size = {"height": 32, "width": 32}
+    kept = {k: v for k, v in _wan().components.items() if not k.startswith("transformer")}
+    return diffusers.WanImageToVideoPipeline(
+        **kept,
+        transformer=TINY["wan"].build(in_channels=12, image_dim=32, added_kv_proj_dim=64),
+        image_encoder=transformers.CLIPVisionModel(clip),
+        image_processor=transformers.CLIPImageProcessor(size=size, crop_size=size),
     )
 
 
@@ -334,6 +361,10 @@ PIPELINES = {
     "qwen_image": TinyPipeline(_qwen_image, CALL | {"max_sequence_length": 64}),
     "z_image": TinyPipeline(_z_image, CALL | {"guidance_scale": 2.0, "max_sequence_length": 64}),
     "wan": TinyPipeline(_wan, SHORT | {"guidance_scale": 5.0, "num_frames": 5}),
+    "wan_i2v": TinyPipeline(_wan_i2v, SHORT | {"guidance_scale": 5.0, "num_frames": 5}),
+    "wan22": TinyPipeline(
+        _wan22, SHORT | {"guidance_scale": 4.0, "guidance_scale_2": 3.0, "num_frames": 5}
+    ),
 }
 UNTABLED = {"lumina2": TinyPipeline(_lumina2, SHORT | {"guidance_scale": 4.0})}
 """Of classes that no family table describes."""

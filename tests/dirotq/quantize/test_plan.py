@@ -50,6 +50,17 @@ def test_modulators_may_stay_in_sixteen_bits():
     assert method("dirotq", "act_format.group=32", modulator_group=None).spec(BLOCK, 0) is not None
 
 
+def test_keys_and_values_of_a_text_have_a_group_of_their_own():
+    text = dataclasses.replace(MODULATOR, text=True)
+    packed, kept = method("dirotq", text_group=32), method("dirotq", text_group=None)
+    assert packed.spec(text, 0).weights.group == 32
+    assert packed.spec(MODULATOR, 0).weights.group == 64
+    assert kept.spec(text, 0) is None
+    assert kept.spec(MODULATOR, 0) is not None
+    assert "text_group" not in kept.identity()  # as recipes of before
+    assert packed.identity()["text_group"] == 32
+
+
 @pytest.mark.parametrize(
     ("group", "channels", "fitting"),
     [

@@ -251,7 +251,8 @@ def test_an_attention_backend_is_obeyed(plain_network, backends, name, choose):
     assert (got - want).norm() < 0.05 * want.norm()  # a code may round the other way
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+# Of Wan's linears only those stay in 16 bits that diffusers casts in no network.
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "wan"])
 def test_layerwise_casting_leaves_packed_tensors_alone(plain_network, name):
     """What diffusers casts are the linears that stayed in 16 bits: as if rounded beforehand."""
     packed, want = plain_network(name)

@@ -59,7 +59,8 @@ def test_without_a_size_of_its_own_a_model_is_measured_at_1024(packed_folder):
     assert {image, 2 * image} <= {shape.m for shape in shapes_of(packed_folder)}
 
 
-@pytest.mark.parametrize("name", PIPELINES)
+# A picture is encoded by the autoencoder, which has no weights here: such a model is guessed.
+@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "wan_i2v"])
 def test_every_family_can_be_followed(name, tiny_root):
     folder = family_folder(tiny_root, name)
     config = json.loads((folder / "transformer" / "config.json").read_text())
@@ -69,7 +70,8 @@ def test_every_family_can_be_followed(name, tiny_root):
     assert rows.keys() == {site.name for site in sites}
     for site in sites:
         assert rows[site.name], site.name
-        assert (max(rows[site.name]) <= 2) == (site.kind == "modulator"), site.name
+        one_row = site.kind == "modulator" and not site.text
+        assert (max(rows[site.name]) <= 2) == one_row, site.name
 
 
 def test_a_forward_that_cannot_be_followed_is_said_and_guessed(packed_folder, monkeypatch, caplog):

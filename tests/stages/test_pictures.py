@@ -1,0 +1,118 @@
+"""Pipelines that start from a picture, and negative prompts: what generation runs, calibrates."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+import zarr
+from PIL import Image
+from tiny_line import LINE, run
+from tiny_pipelines import family_folder
+
+from dirotq.errors import ConfigError
+from dirotq.pipeline.config import build, compose_config
+from dirotq.sources.generation import generate
+from dirotq.sources.prompts import Prompt
+
+
+@pytest.fixture
+def line(tiny_root, tmp_path):
+    """The line on rows of a prompt file: ``line(folder, rows, "until=capture")``."""
+
+    def configured(folder, rows, *more: str):
+        file = tmp_path / "rows.jsonl"
+        for index in range(8):
+            colour = (30 * index, 128, 255 - 30 * index)
+            Image.new("RGB", (48, 32 + 8 * index), colour).save(tmp_path / f"{index}.png")
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        words = [
+            f"model={folder}",
+            f"prompts.calibration.path={file}",
+            f"prompts.heldout.path={file}",
+            f"store={tmp_path / 'store'}",
+        ]
+        return build(compose_config([*words, *LINE, *more], "dirotq.conf"))
+
+    return configured
+
+
+ROWS = [{"prompt": f"a star, number {i}", "image": f"{i}.png"} for i in range(8)]
+
+
+def test_a_video_from_a_picture_runs_through(tiny_root, line):
+    made = run(line(family_folder(tiny_root, "wan_i2v"), ROWS))
+    # One prompt a call: three steps of six prompts in both branches, of which 12 are recorded.
+    assert made["capture"].metrics["calls"] == 12
+    assert made["fuse"].metrics["network_error"] < 1e-5
+    assert made["validate"].metrics["psnr"] > 20
+
+
+def test_an_edit_model_is_calibrated_with_its_pictures_and_refused_without(folder, tmp_path, line):
+    kontext = shutil.copytree(folder, tmp_path / "kontext")
+    index = json.loads((kontext / "model_index.json").read_text())
+    index["_class_name"] = "FluxKontextPipeline"
+    (kontext / "model_index.json").write_text(json.dumps(index))
+    sized = ("+model.call.max_area=1024", "+model.call._auto_resize=false", "until=capture")
+    made = run(line(kontext, ROWS, *sized))
+    moments = zarr.open_group(made["capture"].tree("moments.zarr"), mode="r")
+    seen = moments["transformer_blocks.0.attn.qkv"].attrs["tokens"]
+    own = run(line(folder, [{"prompt": row["prompt"]} for row in ROWS], "until=capture"))
+    plain = zarr.open_group(own["capture"].tree("moments.zarr"), mode="r")
+    assert seen > plain["transformer_blocks.0.attn.qkv"].attrs["tokens"]  # and of the picture
+    with pytest.raises(ConfigError, match=r"FluxKontextPipeline starts from a picture, and 6 of 6"):
+        line(kontext, [{"prompt": row["prompt"]} for row in ROWS], *sized)
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"image": "0.png"}, "has a column image, and a FluxPipeline starts from none"),
+        ({"negative_prompt": 7}, "no text under 'negative_prompt', but 7"),
+    ],
+)
+def test_columns_that_a_pipeline_has_no_use_for(folder, line, row, said):
+    rows = [{"prompt": one["prompt"]} | row for one in ROWS]
+    with pytest.raises(ConfigError, match=said):
+        line(folder, rows)
+
+
+def test_a_negative_prompt_of_the_model_or_of_the_row_turns_guidance_on(tiny_root, line):
+    qwen = family_folder(tiny_root, "qwen_image")
+    rows = [{"prompt": row["prompt"]} for row in ROWS]
+    wanted = ("capture.calls=1000", "until=capture")
+
+    def calls(rows, *more):
+        return run(line(qwen, rows, *wanted, *more))["capture"].metrics["calls"]
+
+    assert calls(rows) == 6 * 3 * 2  # the family's negative prompt is a space
+    assert calls(rows, "+model.call.negative_prompt=null") == 6 * 3
+    own = [row | {"negative_prompt": "a square"} for row in rows]
+    assert calls(own, "+model.call.negative_prompt=null") == 6 * 3 * 2
+
+
+class Fake:
+    def __call__(self, prompt, generator, output_type, image=None, negative_prompt=None):
+        seen = image if isinstance(image, list) else [image]
+        self.calls.append((prompt, len(seen), negative_prompt))
+        return SimpleNamespace(images=torch.zeros(len(prompt), 3, 4, 4))
+
+    def __init__(self):
+        self.calls = []
+
+
+class FakeImg2ImgPipeline(Fake):
+    pass
+
+
+def test_a_list_of_pictures_is_a_batch_to_some_and_one_prompts_references_to_others(tmp_path):
+    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    rows = [Prompt(text, 0, None, {"image": str(tmp_path / "x.png")}, "dark") for text in "ab"]
+    one_by_one, batched = Fake(), FakeImg2ImgPipeline()
+    assert generate(one_by_one, rows, {"negative_prompt": "blur"}).shape[0] == 2
+    assert one_by_one.calls == [(["a"], 1, ["dark"]), (["b"], 1, ["dark"])]
+    generate(batched, rows, {})
+    assert batched.calls == [(["a", "b"], 2, ["dark", "dark"])]
+    with pytest.raises(ConfigError, match="has no negative_prompt, others of its batch"):
+        generate(batched, [rows[0], Prompt("c", 0, None, rows[0].inputs)], {})
