@@ -2,10 +2,10 @@
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,12 +22,18 @@ log = logging.getLogger(__name__)
 
 
 def open_pipeline(
-    folder: Path, dtype: torch.dtype, device: torch.device, *, variant: str | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    variant: str | None = None,
+    given: Mapping[str, Any] | None = None,
 ) -> "DiffusionPipeline":
     """Open a local diffusers folder, packed or not, from safetensors only.
 
     On a GPU that can't hold all components at once they go there one at a time, as they are used.
-    ``variant`` is that of the files, where a component has it.
+    ``variant`` is that of the files, where a component has it; ``given`` are components that take
+    the places of the folder's.
 
     Raises ArtifactError naming what is damaged or incomplete; ConfigError or UnsupportedError if
     the folder would run code or read elsewhere, or needs packages that are not here.
@@ -58,6 +64,7 @@ def open_pipeline(
                 local_files_only=True,
                 variant=variant,
                 **absent(folder),
+                **(given or {}),
             )
         heed(said)
     pipe.set_progress_bar_config(disable=True)
