@@ -29,7 +29,7 @@ AGAIN = "download the model again, or pack it again with `dirotq compress`"
 class TextEncoderConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How a text encoder's weights are rounded.
 
-    bits     4 (groups of 128 columns, or 64 or 32 where those don't divide a row) or 8 (rows)
+    bits     4 (a scale per 32 columns) or 8 (a scale per row)
     linears  paths of the packed ones; None, for 16-bit weights: those in repeated blocks
     format   of the files
 

@@ -1,11 +1,13 @@
 """Text encoders through the line: packed beside the transformer, loaded, measured."""
 
+import dataclasses
 import json
+import shutil
 
 import diffusers
 import pytest
 import torch
-from tiny_line import CALL, CAPTIONS, run_stage, stage
+from tiny_line import CALL, CAPTIONS, publish, run_stage, stage
 
 import dirotq
 from dirotq.errors import ConfigError
@@ -43,3 +45,23 @@ def test_loaders_restore_them(made, finished):
     assert metrics["text_encoders_kept"] == 0
     card = (folder / "README.md").read_text()
     assert f"have {made[0][1]} bits" in card
+
+
+def test_the_report_has_them_alone_and_with_all(made, line, finished, tmp_path):
+    name, folder, _ = made
+    packed = publish(
+        tmp_path / "store", "pack", lambda data: shutil.copytree(folder, data / "model")
+    )
+    validate = dataclasses.replace(stage(line(f"text_encoders={name}"), "validate"), reader=None)
+    inputs = {n: finished[n] for n in ("capture", "basis", "rank", "reference")} | {"pack": packed}
+    metrics = run_stage(validate, tmp_path / "out", **inputs)
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    rows = {(row["encoder"], row["output"]): row["sqnr_db"] for row in report["text_encoders"]}
+    assert {encoder for encoder, _ in rows} == set(ENCODERS)
+    least, most = (30, 55) if name == "w8" else (5, 30)
+    assert all(least < value < most for value in rows.values()), rows
+    assert metrics["text_encoder_2_last_hidden_state_db"] == rows[ENCODERS[1], "last_hidden_state"]
+    assert len(read_images(tmp_path / "out" / "images.zarr", "encoders")) == 2
+    assert metrics["psnr_encoders"] > metrics["psnr"]
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert "text encoders alone packed" in page
