@@ -18,8 +18,8 @@ from dirotq.models.coverage import share_kept
 from dirotq.packed.beside import card_of
 from dirotq.packed.card import README
 from dirotq.packed.made_from import base_of
-from dirotq.packed.text_encoders import Width, choose, write_packed
 from dirotq.packed.swap import footprint, put_packed
+from dirotq.packed.text_encoders import Width, choose, write_packed
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.progress import track

@@ -114,11 +114,15 @@ class TextEncoderQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Back to the stored dtype, as packed transformers are saved."""
-        state = model.state_dict()
-        return {
-            name: t.to(torch.bfloat16) if t.is_floating_point() else t for name, t in state.items()
-        }, {}
+        """Back to the stored dtype, as packed transformers are saved; what is tied stays tied."""
+        made: dict[tuple[int, torch.Size], Tensor] = {}
+        state = {}
+        for name, tensor in model.state_dict().items():
+            same = (tensor.data_ptr(), tensor.shape)
+            if tensor.is_floating_point():
+                tensor = made.setdefault(same, tensor.to(torch.bfloat16))
+            state[name] = tensor
+        return state, {}
 
 
 class _Round(ConversionOps):  # type: ignore[misc]
