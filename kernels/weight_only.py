@@ -19,7 +19,7 @@ from .formats.weight import WeightFormat
 
 Bits = Literal[4, 8]
 GROUP = 32
-"""Columns that share a scale of 4-bit weights. Groups of 128 have 0.4 bits less, and cost 1 to 2.5 dB
+"""Columns that share a scale of 4-bit weights. Groups of 128 have 0.4 bits less, and cost 1 to 2 dB
 of the images of the embedded models."""
 LARGEST = 127
 """8-bit code: symmetric."""

@@ -50,6 +50,7 @@ from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.planning import read_spectrum
+from dirotq.quantize.running import of_folder
 from dirotq.quantize.uncalibrated import advice
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.opening import open_pipeline
@@ -151,6 +152,7 @@ class Validate:
 
         scores = score(sets, prompts, self.reader, self.learned, device)
         images, table = scores.rows(prompts), scores.table()
+        running = of_folder(pack.tree("model"))
         inputs = [one for one in (capture, basis, rank, pack, reference) if one is not None]
         judged = verdict(images, table)
         if capture is None:
@@ -167,6 +169,7 @@ class Validate:
             "bits_per_parameter": 8 * sum(size.values()) / parameters,
             "parameters": parameters,
             "text_encoders": embeddings,
+            "running": {k: running.phases(k) for k in ("none", "model", "group")},
             "seconds_per_image": {
                 "original": typical_seconds(theirs, ORIGINAL),
                 "packed": typical_seconds(tree, PACKED),

@@ -12,9 +12,8 @@ from typing import Any, Literal
 
 import torch
 
-from dirotq.errors import DirotqError
 from dirotq.files.json_file import INDEX, components, read_json
-from dirotq.kernels.weight_only import Bits
+from dirotq.kernels.weight_only import Bits, WeightOnlyLinear
 from dirotq.quiet import heed, quiet
 from dirotq.sources.components import class_named
 
@@ -27,10 +26,11 @@ PREFIX = "text_encoder"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What becomes of one text encoder: its ``bits``, or ``why`` it stays as it is."""
+    """What becomes of one text encoder: its ``bits`` and ``size``, or ``why`` it stays as it is."""
 
     cls: Any
     bits: Bits | None = None
+    size: int = 0
     why: str = ""
 
 
@@ -46,11 +46,15 @@ def choose(source: Path, width: str) -> dict[str, Choice]:
         if not name.startswith(PREFIX):
             continue
         cls = class_named(library, cls_name)
-        why = _why_kept(cls, source / name, BITS[width])
-        if why:
-            log.warning("the %s (%s) stays in 16 bits: %s", name, cls_name, why)
-        found[name] = Choice(cls, None if why else BITS[width], why)
+        found[name] = choice = _chosen(cls, source / name, BITS[width])
+        if choice.why:
+            log.warning("the %s (%s) stays in 16 bits: %s", name, cls_name, choice.why)
     return found
+
+
+def predicted(source: Path, width: str) -> dict[str, int]:
+    """Return the bytes that each text encoder will have once it is packed, from shapes alone."""
+    return {name: choice.size for name, choice in choose(source, width).items() if choice.bits}
 
 
 def write_packed(part: Path, target: Path, choice: Choice, shard: str | int) -> int:
@@ -102,22 +106,32 @@ def packed_bits(part: Path) -> Bits | None:
     return next((b for b in BITS.values() if ours and packing.get("bits") == b), None)
 
 
-def _why_kept(cls: Any, part: Path, bits: Bits) -> str:
-    """Say why a text encoder can't be packed; nothing if it can."""
+def _chosen(cls: Any, part: Path, bits: Bits) -> Choice:
     if cls is None or not hasattr(cls, "config_class"):
-        return "it is no model of transformers"
+        return Choice(cls, why="it is no model of transformers")
     if "quantization_config" in read_json(part / "config.json"):
-        return "it is quantized already"
+        return Choice(cls, why="it is quantized already")
     from dirotq.packed.text_quantizer import packable
 
     try:
         with quiet(), torch.device("meta"):
             empty = cls(cls.config_class.from_pretrained(part, local_files_only=True))
         linears = packable(empty, bits)
-    except DirotqError:
-        raise
     except Exception as error:  # noqa: BLE001  any line of a foreign class
-        return f"it can't be built without weights ({type(error).__name__}: {error})"
+        why = f"it can't be built without weights ({type(error).__name__}: {error})"
+        return Choice(cls, why=why)
     if not linears:
-        return f"it has no linears in repeated blocks that take {bits}-bit weights"
-    return ""
+        why = f"it has no linears in repeated blocks that take {bits}-bit weights"
+        return Choice(cls, why=why)
+    return Choice(cls, bits, _size(empty, linears, bits))
+
+
+def _size(empty: torch.nn.Module, linears: Iterable[str], bits: Bits) -> int:
+    """Return the bytes of a text encoder with these linears packed, all else in 16 bits."""
+    saved = 0
+    for name in linears:
+        linear = empty.get_submodule(name)
+        packed = WeightOnlyLinear(linear, bits)  # type: ignore[arg-type]
+        saved += sum(2 * t.numel() for t in linear.parameters())
+        saved -= sum(t.numel() * t.element_size() for t in packed.parameters())
+    return sum(2 * t.numel() for t in empty.parameters()) - saved

@@ -5,6 +5,7 @@ Letters: T tokens of a site in one call for one prompt, D channels, N outputs, R
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,6 +16,7 @@ from dirotq.kernels.second_moment import TILE, tiles
 from dirotq.models.coverage import told
 from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
+from dirotq.packed.text_encoders import predicted
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
 from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes
@@ -34,6 +36,7 @@ class Workload:
                      protect}, or an upper estimate
     ``calibration``  prompts to capture; ``heldout`` prompts to validate on
     ``batch``        prompts per pipeline call; ``calls`` denoiser calls to record (per prompt)
+    ``text_encoders``  keep, w8 or w4
 
     Derived values are computed when first asked for. Raises what the model's folder and sites
     raise.
@@ -46,6 +49,7 @@ class Workload:
     heldout: int
     batch: int
     calls: int
+    text_encoders: str
 
     @classmethod
     def alone(cls, ranks: Any) -> "Workload":
@@ -84,8 +88,12 @@ class Workload:
     def image_tokens(self) -> int:
         """Of one image or video."""
         height, width, frames = self.size
-        frames = (frames - 1) // int(self._autoencoder.get("scale_factor_temporal", 4)) + 1
-        return max(round(height * width / self._pixels_per_token**2) * frames, 1)
+        frames = (frames - 1) // int(self.autoencoder.get("scale_factor_temporal", 4)) + 1
+        return max(
+            round(height * width / pixels_per_token(self.transformer.config, self.autoencoder) ** 2)
+            * frames,
+            1,
+        )
 
     @property
     def text_tokens(self) -> int:
@@ -211,7 +219,15 @@ class Workload:
     @property
     def notes(self) -> list[str]:
         """Sentences for `plan`."""
-        return [told(self.transformer, [site for site, _ in self.planned])]
+        from dirotq.quantize.running import of_work  # which reads this module
+
+        kept = told(self.transformer, [site for site, _ in self.planned])
+        return [kept, *of_work(self, self.encoders).told()]
+
+    @cached_property
+    def encoders(self) -> dict[str, int]:
+        """Bytes of the text encoders that will be packed, by name."""
+        return predicted(self.model.folder(weights=False), self.text_encoders)
 
     @cached_property
     def packed(self) -> dict[str, int]:
@@ -237,22 +253,22 @@ class Workload:
         return any(_reads_text(site) for site in self.sites)
 
     @cached_property
-    def _autoencoder(self) -> dict[str, Any]:
+    def autoencoder(self) -> dict[str, Any]:
+        """Settings of the autoencoder; none where there is no such component."""
         file = self.model.folder(weights=False) / "vae" / "config.json"
         return read_json(file) if file.is_file() else {}
 
-    @property
-    def _pixels_per_token(self) -> float:
-        """Along a side: of the autoencoder's scale and of the patches."""
-        config, vae = self.transformer.config, self._autoencoder
-        names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
-        levels = next((len(vae[n]) for n in names if isinstance(vae.get(n), list)), 4)
-        patch = config.get("patch_size") or config.get("all_patch_size") or 1
-        patch = max(patch) if isinstance(patch, list | tuple) else patch
-        if patch == 1:  # some pipelines make the patches themselves
-            channels = config.get("out_channels") or config.get("in_channels") or 1
-            patch = max(math.isqrt(channels // vae.get("latent_channels", channels)), 1)
-        return float(2 ** (levels - 1) * patch)
+
+def pixels_per_token(config: Mapping[str, Any], vae: Mapping[str, Any]) -> float:
+    """Return the pixels along a token's side: of the autoencoder's scale and of the patches."""
+    names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+    levels = next((len(vae[n]) for n in names if isinstance(vae.get(n), list)), 4)
+    patch = config.get("patch_size") or config.get("all_patch_size") or 1
+    patch = max(patch) if isinstance(patch, list | tuple) else patch
+    if patch == 1:  # some pipelines make the patches themselves
+        channels = config.get("out_channels") or config.get("in_channels") or 1
+        patch = max(math.isqrt(channels // vae.get("latent_channels", channels)), 1)
+    return float(2 ** (levels - 1) * patch)
 
 
 def _reads_text(site: Site) -> bool:
