@@ -1,7 +1,7 @@
 """Text encoders with rounded weights, in the folder that holds the packed transformer.
 
 Weights alone are rounded, without data: a text encoder runs once per image. What it computes stays
-in 16 bits, and padding and masks are none of its weights. ADR 42 says why by our own linear.
+in 16 bits, and padding and masks are none of its weights. ADR 45 says why by our own linear.
 """
 
 import logging

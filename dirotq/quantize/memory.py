@@ -11,6 +11,7 @@ from dirotq.errors import ConfigError
 from dirotq.kernels.formats.quantize_weight import CHUNK
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
+from dirotq.quantize.running import ALIVE
 from dirotq.quantize.sensitive import parse_sensitive
 from dirotq.quantize.spectrum import DENSE, MARGIN
 from dirotq.quantize.uncalibrated import part_of
@@ -28,8 +29,6 @@ SHARDS = 2.25
 """Shards that `pack` holds at its peak: 7.5 GB with FLUX.1's of 2 GB."""
 ROUNDING = 1.5e9
 """A text encoder's weight while it is rounded: the weight in float32, and six tensors of a part."""
-ALIVE = 4.2
-"""Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
 DECODED = 512
 """Numbers alive in an image decoder, per pixel."""
 IMAGE_BYTES = 1.8

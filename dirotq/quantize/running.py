@@ -9,16 +9,17 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isqrt, prod
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dirotq.errors import ConfigError
 from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
-from dirotq.quantize.memory import ALIVE
-from dirotq.quantize.workload import Workload, pixels_per_token
 from dirotq.sources.folder import weight_names
 from dirotq.sources.weights import read_header
+
+if TYPE_CHECKING:
+    from dirotq.quantize.workload import Workload
 
 Offloading = Literal["none", "model", "group"]
 """Nothing waits in host memory, components do, layers do."""
@@ -30,6 +31,8 @@ SAID = {
     "(enable_group_offload)",
 }
 
+ALIVE = 4.2
+"""Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
 CONTEXT = 0.6e9
 """Bytes of a CUDA context and of the libraries' own memory."""
 ENCODED = 0.5e9
@@ -151,7 +154,7 @@ def activations(
     return ALIVE * 2 * tokens * wide * _guided(call, config), _decoding(vae, height * width)
 
 
-def of_work(work: Workload, encoders: Mapping[str, int]) -> Running:
+def of_work(work: "Workload", encoders: Mapping[str, int]) -> Running:
     """Return what a model will take once it is packed.
 
     encoders  bytes of the text encoders that will be packed, by name
@@ -168,6 +171,18 @@ def of_work(work: Workload, encoders: Mapping[str, int]) -> Running:
         denoising=ALIVE * 2 * work.tokens(site) * wide * work.guided,
         decoding=_decoding(work.autoencoder, height * width),
     )
+
+
+def pixels_per_token(config: Mapping[str, Any], vae: Mapping[str, Any]) -> float:
+    """Return the pixels along a token's side: of the autoencoder's scale and of the patches."""
+    names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+    levels = next((len(vae[n]) for n in names if isinstance(vae.get(n), list)), 4)
+    patch = config.get("patch_size") or config.get("all_patch_size") or 1
+    patch = max(patch) if isinstance(patch, list | tuple) else patch
+    if patch == 1:  # some pipelines make the patches themselves
+        channels = config.get("out_channels") or config.get("in_channels") or 1
+        patch = max(isqrt(channels // vae.get("latent_channels", channels)), 1)
+    return float(2 ** (levels - 1) * patch)
 
 
 def rounded_up(size: float) -> str:

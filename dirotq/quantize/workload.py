@@ -5,7 +5,6 @@ Letters: T tokens of a site in one call for one prompt, D channels, N outputs, R
 
 import math
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,6 +18,7 @@ from dirotq.packed.swap import footprint, put_packed
 from dirotq.packed.text_encoders import predicted
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
+from dirotq.quantize.running import of_work, pixels_per_token
 from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes
 
 TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
@@ -219,8 +219,6 @@ class Workload:
     @property
     def notes(self) -> list[str]:
         """Sentences for `plan`."""
-        from dirotq.quantize.running import of_work  # which reads this module
-
         kept = told(self.transformer, [site for site, _ in self.planned])
         return [kept, *of_work(self, self.encoders).told()]
 
@@ -257,18 +255,6 @@ class Workload:
         """Settings of the autoencoder; none where there is no such component."""
         file = self.model.folder(weights=False) / "vae" / "config.json"
         return read_json(file) if file.is_file() else {}
-
-
-def pixels_per_token(config: Mapping[str, Any], vae: Mapping[str, Any]) -> float:
-    """Return the pixels along a token's side: of the autoencoder's scale and of the patches."""
-    names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
-    levels = next((len(vae[n]) for n in names if isinstance(vae.get(n), list)), 4)
-    patch = config.get("patch_size") or config.get("all_patch_size") or 1
-    patch = max(patch) if isinstance(patch, list | tuple) else patch
-    if patch == 1:  # some pipelines make the patches themselves
-        channels = config.get("out_channels") or config.get("in_channels") or 1
-        patch = max(math.isqrt(channels // vae.get("latent_channels", channels)), 1)
-    return float(2 ** (levels - 1) * patch)
 
 
 def _reads_text(site: Site) -> bool:
