@@ -11,15 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import isqrt, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from dirotq.errors import ConfigError
 from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
 from dirotq.sources.folder import weight_names
 from dirotq.sources.weights import read_header
-
-if TYPE_CHECKING:
-    from dirotq.quantize.workload import Workload
 
 Offloading = Literal["none", "model", "group"]
 """Nothing waits in host memory, components do, layers do."""
@@ -154,9 +151,10 @@ def activations(
     return ALIVE * 2 * tokens * wide * _guided(call, config), _decoding(vae, height * width)
 
 
-def of_work(work: "Workload", encoders: Mapping[str, int]) -> Running:
+def of_work(work: Any, encoders: Mapping[str, int]) -> Running:
     """Return what a model will take once it is packed.
 
+    work      of dirotq/quantize/workload.py
     encoders  bytes of the text encoders that will be packed, by name
     """
     weights = {**work.components, **encoders, "transformer": sum(work.packed.values())}
