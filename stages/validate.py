@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -148,7 +148,7 @@ class Validate:
         _empty(device)
         embeddings = _text_encoders(self, pack, device, dtype, tree, units)
         if embeddings:
-            sets.places[ENCODERS] = (tree, ENCODERS)
+            sets = replace(sets, places={**sets.places, ENCODERS: (tree, ENCODERS)})
 
         scores = score(sets, prompts, self.reader, self.learned, device)
         images, table = scores.rows(prompts), scores.table()

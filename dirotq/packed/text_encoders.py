@@ -102,8 +102,9 @@ def packed_bits(part: Path) -> Bits | None:
     if not part.name.startswith(PREFIX) or not config.is_file():
         return None
     packing = read_json(config).get("quantization_config")
-    ours = isinstance(packing, dict) and packing.get("quant_method") == "dirotq"
-    return next((b for b in BITS.values() if ours and packing.get("bits") == b), None)
+    if not isinstance(packing, dict) or packing.get("quant_method") != "dirotq":
+        return None
+    return next((bits for bits in BITS.values() if packing.get("bits") == bits), None)
 
 
 def _chosen(cls: Any, part: Path, bits: Bits) -> Choice:

@@ -26,7 +26,7 @@ AGAIN = "download the model again, or pack it again with `dirotq compress`"
 
 
 @register_quantization_config(METHOD)
-class TextEncoderConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class TextEncoderConfig(QuantizationConfigMixin):
     """How a text encoder's weights are rounded.
 
     bits     4 (a scale per 32 columns) or 8 (a scale per row)
@@ -71,7 +71,7 @@ class TextEncoderConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 @register_quantizer(METHOD)
-class TextEncoderQuantizer(HfQuantizer):  # type: ignore[misc]
+class TextEncoderQuantizer(HfQuantizer):
     """Puts weight-only linears in the places of 16-bit ones; strict about every tensor."""
 
     requires_calibration = False
@@ -125,7 +125,7 @@ class TextEncoderQuantizer(HfQuantizer):  # type: ignore[misc]
         return state, {}
 
 
-class _Round(ConversionOps):  # type: ignore[misc]
+class _Round(ConversionOps):
     """Rounds one weight as it is read."""
 
     def __init__(self, bits: Bits) -> None:

@@ -21,7 +21,7 @@ from dirotq.sources.weights import read_header
 Offloading = Literal["none", "model", "group"]
 """Nothing waits in host memory, components do, layers do."""
 PHASES = ("load", "encode", "denoise", "decode")
-SAID = {
+SAID: Mapping[Offloading, str] = {
     "none": "everything stays on the GPU",
     "model": "components take turns on the GPU (enable_model_cpu_offload)",
     "group": "layers are brought to the GPU, the next one while one computes "

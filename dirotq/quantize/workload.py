@@ -55,7 +55,7 @@ class Workload:
     def alone(cls, ranks: Any) -> "Workload":
         """Return the work of one call for one prompt; ``ranks`` has a model and a method."""
         one = {"calibration": 1, "heldout": 1, "batch": 1, "calls": 1}
-        return cls(model=ranks.model, method=ranks.method, ranks=ranks, **one)
+        return cls(model=ranks.model, method=ranks.method, ranks=ranks, text_encoders="keep", **one)
 
     @cached_property
     def size(self) -> tuple[int, int, int]:
