@@ -97,10 +97,11 @@ class Running:
 
     def told(self) -> list[str]:
         """Return the sentences that `plan` says."""
+        ways: dict[Offloading, str] = {"none": "all resident", "model": "with model offload"}
         return [
             f"the packed pipeline on a GPU, {way}: "
-            + ", ".join(f"~{v / 1e9:.1f} GB to {p}" for p, v in self.phases(kind).items() if v)
-            for kind, way in (("none", "all resident"), ("model", "with model offload"))
+            + ", ".join(f"~{v / 1e9:.1f} GB to {p}" for p, v in self.phases(kind).items())
+            for kind, way in ways.items()
         ]
 
     def _parts(self, phase: str) -> list[str]:
