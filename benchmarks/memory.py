@@ -17,7 +17,6 @@ import torch
 import transformers
 from torch import nn
 
-from dirotq.benchmarks.bits import method
 from dirotq.benchmarks.contestants import RANK, planned, random_packed
 from dirotq.benchmarks.whole_images import CLIP, T5, whole
 from dirotq.kernels.weight_only import Bits, WeightOnlyLinear, rounded
@@ -173,9 +172,7 @@ def _by_shapes(encoders: Any, transformer: Any, vae: Mapping[str, Any], width: s
 
 
 def _alive(transformer: Any, vae: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, float]:
-    sites = family_of(type(transformer).__name__).rules
     specs = [m.spec for m in transformer.modules() if hasattr(m, "spec")]
-    assert sites and specs, method("dirotq")
     wide = max(spec.in_features + spec.outputs for spec in specs)
     denoising, decoding = activations(transformer.config, vae, wide, call)
     return {"denoising": denoising, "decoding": decoding}
