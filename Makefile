@@ -14,7 +14,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test test-diffusers test-s3 lowest aot check docs bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load bench-export tune release torture fuzz versions classes clean
+.PHONY: help setup compress plan sweep test test-diffusers test-s3 lowest aot check docs bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-memory bench-load bench-export tune release torture fuzz versions classes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -90,6 +90,9 @@ bench-flux: $(STAMP) ## whole forwards at full size against bf16 and FP8 (needs 
 
 bench-models: $(STAMP) ## every family at full size and whole images (needs a GPU): ARGS="flux z_image --write"
 	$(BIN)/python benchmarks/models.py $(ARGS)
+
+bench-memory: $(STAMP) ## GPU memory of a whole packed pipeline, phase by phase (needs a GPU): ARGS="--shapes"
+	$(BIN)/python benchmarks/memory.py $(ARGS)
 
 bench-load: $(STAMP) ## what checking a folder's digests adds to loading it
 	$(BIN)/python benchmarks/load.py $(ARGS)

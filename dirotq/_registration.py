@@ -19,6 +19,7 @@ OURS = {
     "diffusers.loaders.single_file_utils": "dirotq.packed.from_single_file",
     "diffusers.pipelines.pipeline_utils": "dirotq.packed.pipelines",
     "diffusers.loaders.lora_pipeline": "dirotq.packed.lora_pipelines",
+    "transformers.quantizers.auto": "dirotq.packed.text_quantizer",
     "peft": "dirotq.packed.peft_layers",
 }
 """{module of diffusers: ours, whose import registers, once; Python's module cache sees to that}."""

@@ -1,5 +1,6 @@
 """``dirotq.load``: a packed folder as a working diffusers pipeline."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,10 +10,14 @@ from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ConfigError
 from dirotq.files.sums import unchecked
 from dirotq.packed.folder import held, packed_folder, variant_of
+from dirotq.pipeline.sizes import parse_bytes
+from dirotq.quantize.running import SAID, of_folder
 from dirotq.sources.opening import explained, open_pipeline
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+log = logging.getLogger(__name__)
 
 
 def load(
@@ -22,6 +27,7 @@ def load(
     dtype: torch.dtype | None = None,
     variant: str | None = None,
     verify: bool = True,
+    vram: str | int | None = None,
 ) -> "DiffusionPipeline":
     """Load what ``pack`` wrote: a packed folder, or the ``pack`` artifact that holds one.
 
@@ -30,18 +36,46 @@ def load(
     variant  of the files, as ``save_pretrained(variant=...)`` named them; the only one by default
     verify   hold every file that is read against the digests in the folder (SHA256SUMS) first:
              once per process, in threads; False for a folder that was changed on purpose
+    vram     GPU memory to stay within ("24GB"): weights wait in host memory as far as that takes
+             (by components, or by layers), and a log line says so; by default the GPU's free memory
+             decides, between none and components
 
-    Raises ConfigError for arguments of another kind; ArtifactError if the folder holds no packed
-    pipeline, or a file or tensor changed, is missing, damaged or extra; UnsupportedError if it was
-    packed by a newer format, or needs code or packages that are not here. Running out of memory is
-    told by Python's and torch's own errors.
+    Raises ConfigError for arguments of another kind, and for a ``vram`` that can't be met;
+    ArtifactError if the folder holds no packed pipeline, or a file or tensor changed, is missing,
+    damaged or extra; UnsupportedError if it was packed by a newer format, or needs code or packages
+    that are not here. Running out of memory is told by Python's and torch's own errors.
     """
     target = pick_device(str(device))
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
         raise ConfigError(f"dtype={dtype!r:.60}; use torch.bfloat16, float16 or float32")
+    limit = None if vram is None else _limit(vram, target)
     with explained(folder), held(folder):
         root = packed_folder(folder, verify=verify)
+        kind = None if limit is None else of_folder(root).choose(limit)
+        if kind is not None:
+            log.warning("within %.3g GB of GPU memory, %s", (limit or 0) / 1e9, SAID[kind])
         with unchecked():  # done, or not wanted
             return open_pipeline(
-                root, dtype or compute_dtype(target), target, variant=variant_of(root, variant)
+                root,
+                dtype or compute_dtype(target),
+                target,
+                variant=variant_of(root, variant),
+                offloading=kind,
             )
+
+
+def _limit(vram: str | int, device: torch.device) -> int:
+    """Return ``vram`` in bytes. Raises ConfigError without a GPU, or for more than it has."""
+    wanted = parse_bytes(vram)
+    if device.type != "cuda":
+        raise ConfigError(
+            f"vram={vram} is about a GPU's memory, and the model is loaded to {device}: leave it "
+            "out, or give device='cuda'"
+        )
+    there = torch.cuda.get_device_properties(device).total_memory
+    if wanted > there:
+        raise ConfigError(
+            f"vram={vram} is more than {torch.cuda.get_device_name(device)} has "
+            f"({there / 1e9:.1f} GB): give less, or leave it out"
+        )
+    return wanted

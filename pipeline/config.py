@@ -45,6 +45,7 @@ PLAIN: Mapping[str, Any] = {
     "weights": str,
     "device": str,
     "dtype": str,
+    "text_encoders": str,
     "preflight": bool,
     "verbose": bool,
     "pipeline": Mapping[str, Mapping[str, str]],

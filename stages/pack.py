@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dirotq.errors import ArtifactError
+from dirotq.errors import ArtifactError, ConfigError
 from dirotq.files.json_file import CALL_FILE, INDEX, read_json
 from dirotq.files.sums import write_sums
 from dirotq.kernels.linear import buffer_shapes
@@ -20,6 +20,7 @@ from dirotq.packed.beside import card_of
 from dirotq.packed.card import README
 from dirotq.packed.made_from import base_of
 from dirotq.packed.swap import footprint, put_packed
+from dirotq.packed.text_encoders import Width, choose, write_packed
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.progress import track
@@ -41,6 +42,7 @@ class Pack:
     The weights are written shard by shard: no more than one is in memory.
 
     ``shard``  largest weights file ("2GB": a file is one thread's work when it is checked)
+    ``text_encoders``  what becomes of their weights: ``keep``, ``w8`` or ``w4``
     """
 
     version: ClassVar[str] = "4"
@@ -48,9 +50,15 @@ class Pack:
 
     model: DiffusersModel
     shard: str | int
+    text_encoders: str
 
     def __post_init__(self) -> None:
         parse_bytes(self.shard)
+        if self.text_encoders not in get_args(Width):
+            raise ConfigError(
+                f"text_encoders={self.text_encoders}: use {', '.join(get_args(Width)[:-1])} or "
+                f"{get_args(Width)[-1]} (4-bit weights)"
+            )
 
     def run(
         self, out: Path, *, rank: Artifact, gptq: Artifact, fuse: Artifact
@@ -60,7 +68,15 @@ class Pack:
 
         plan = read_plan(rank.file("plan.json"))
         folder = out / "model"
-        for copy in place_rest(self.model.folder(), folder):
+        source = self.model.folder()
+        encoders = choose(source, self.text_encoders)
+        packed = {name: choice for name, choice in encoders.items() if choice.bits}
+        copies = place_rest(source, folder, written=packed)
+        encoder_bytes = sum(
+            write_packed(source / name, folder / name, choice, self.shard)
+            for name, choice in track(packed.items(), "text encoders")
+        )
+        for copy in copies:
             if copy.name == "config.json":
                 _neutral_dtype(copy)
         transformer = self.model.skeleton()
@@ -83,10 +99,10 @@ class Pack:
             shards = plan_shards(sizes, parse_bytes(self.shard))
             for file, names in track(shards.filename_to_tensors.items(), "pack"):
                 inside = {before + name: (before + name).rpartition(".") for name in names}
-                packed = {n: parts for n, parts in inside.items() if parts[0] in sites}
-                kept = weights.tensors(n for n in inside if n not in packed)
+                coded = {n: parts for n, parts in inside.items() if parts[0] in sites}
+                kept = weights.tensors(n for n in inside if n not in coded)
                 tensors = {n: t.to(STORED) if t.is_floating_point() else t for n, t in kept.items()}
-                tensors |= {n: tensor(site, buffer) for n, (site, _, buffer) in packed.items()}
+                tensors |= {n: tensor(site, buffer) for n, (site, _, buffer) in coded.items()}
                 save_file(
                     {name: tensors[before + name].contiguous() for name in names},
                     target / file,
@@ -104,6 +120,7 @@ class Pack:
             pipeline=read_json(folder / INDEX)["_class_name"],
             parameters=parameters,
             call=call,
+            encoders={name: choice.bits for name, choice in encoders.items()},
         )
         (folder / README).write_text(card, encoding="utf-8")
         write_sums(folder)  # last: it speaks of every file that is read
@@ -112,6 +129,8 @@ class Pack:
             "bits_per_parameter": 8 * size / parameters,
             "compression": 16 * parameters / (8 * size),
             "block_parameters_kept": kept_share,
+            **({"text_encoders_megabytes": encoder_bytes / 1e6} if packed else {}),
+            **({"text_encoders_kept": len(encoders) - len(packed)} if encoders else {}),
         }
 
 

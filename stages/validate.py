@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,12 +26,23 @@ from dirotq.evaluate.images import (
 )
 from dirotq.evaluate.metrics import Metric
 from dirotq.evaluate.report import worst_first, write_pairs, write_report
-from dirotq.evaluate.scoring import FLOOR, ORIGINAL, PACKED, ImageSets, Scores, score, stills
+from dirotq.evaluate.scoring import (
+    ENCODERS,
+    FLOOR,
+    ORIGINAL,
+    PACKED,
+    ImageSets,
+    Scores,
+    score,
+    stills,
+)
+from dirotq.evaluate.text_encoders import embedding_errors, encoded
 from dirotq.evaluate.timesteps import RowErrors, by_timestep
 from dirotq.evaluate.verdict import verdict
 from dirotq.loading import load
 from dirotq.models.denoisers import denoisers_of, joined, prefix
 from dirotq.packed.swap import footprint
+from dirotq.packed.text_encoders import load_encoders, packed_encoders
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.lineage import stage_settings
 from dirotq.pipeline.stage import recipe, untracked
@@ -40,8 +51,10 @@ from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.planning import read_spectrum
+from dirotq.quantize.running import of_folder
 from dirotq.quantize.uncalibrated import advice
 from dirotq.sources.model import DiffusersModel
+from dirotq.sources.opening import open_pipeline
 from dirotq.sources.prompts import PromptSet, refuse_shared
 from dirotq.sources.weights import Weights
 
@@ -60,6 +73,8 @@ class Validate:
 
     Without ``capture`` and ``basis`` (pipeline=instant) sites are listed, but not measured: no
     inputs of theirs are known.
+
+    Where text encoders are packed, images with them alone packed are made too (``encoders``).
 
     Writes ``images.zarr`` with the array ``packed`` (dirotq/evaluate/images.py), ``report.json``
     (every number, per image and per site; what was measured and by which command),
@@ -135,11 +150,14 @@ class Validate:
         del denoisers, network
         parameters = sum(p.numel() for p in self.model.skeleton().parameters())
         del pipe
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        _empty(device)
+        embeddings = _text_encoders(self, pack, device, dtype, tree, units)
+        if embeddings:
+            sets = replace(sets, places={**sets.places, ENCODERS: (tree, ENCODERS)})
 
         scores = score(sets, prompts, self.reader, self.learned, device)
         images, table = scores.rows(prompts), scores.table()
+        running = of_folder(pack.tree("model"))
         inputs = [one for one in (capture, basis, rank, pack, reference) if one is not None]
         judged = verdict(images, table)
         if capture is None:
@@ -156,6 +174,8 @@ class Validate:
             "bytes": size | {"total": sum(size.values()), "original": 2 * parameters},
             "bits_per_parameter": 8 * sum(size.values()) / parameters,
             "parameters": parameters,
+            "text_encoders": embeddings,
+            "running": {k: running.phases(k) for k in ("none", "model", "group")},
             "seconds_per_image": {
                 "original": typical_seconds(theirs, ORIGINAL),
                 "packed": typical_seconds(tree, PACKED),
@@ -179,6 +199,45 @@ class Validate:
         if self.pairs:
             write_pairs(out / "pairs.png", *_shown(sets, range(min(self.pairs, len(prompts)))))
         return metrics
+
+
+def _text_encoders(
+    stage: Validate,
+    pack: Artifact,
+    device: torch.device,
+    dtype: torch.dtype,
+    tree: Path,
+    units: Units,
+) -> list[dict[str, Any]]:
+    """Measure what packed text encoders do to embeddings, and make images with them alone packed.
+
+    Returns the rows of :func:`embedding_errors`; none where all encoders are in 16 bits.
+    """
+    folder = pack.tree("model")
+    if not (names := packed_encoders(folder)):
+        return []
+    prompts, call = stage.prompts.load(), stage.model.call_arguments()
+    pipe = stage.model.pipeline(dtype, device)
+    want = encoded(pipe, names, prompts, call, stage.batch)
+    del pipe
+    _empty(device)
+    pipe = open_pipeline(
+        stage.model.folder(), dtype, device, given=load_encoders(folder, names, dtype)
+    )
+    got = encoded(pipe, names, prompts, call, stage.batch)
+    where = "CPU" if device.type == "cpu" else device_name(device)
+    writer = ImageWriter(
+        tree, ENCODERS, len(prompts), device=where, dtype=_plain(dtype), units=units
+    )
+    generate_all(writer, pipe, prompts, call, stage.batch, "images, text encoders packed")
+    del pipe
+    _empty(device)
+    return embedding_errors(want, got)
+
+
+def _empty(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _shown(sets: ImageSets, indices: Sequence[int]) -> list[torch.Tensor]:
@@ -273,6 +332,10 @@ def _headline(report: Mapping[str, Any], scores: Scores) -> dict[str, float]:
     metrics = scores.headline()
     if None not in block:
         metrics["sqnr_db"] = sum(block) / len(block)
+    metrics |= {
+        f"{row['encoder']}_{row['output']}_db".replace(" ", "_"): row["sqnr_db"]
+        for row in report["text_encoders"]
+    }
     metrics |= {
         "bits_per_parameter": report["bits_per_parameter"],
         "compression": report["bytes"]["original"] / report["bytes"]["total"],

@@ -1,8 +1,9 @@
 """Every score of a packed model's images, beside the 16-bit model's own scores and its noise floor.
 
-Images come from disk a batch at a time. Three sets of the same prompts and noise: ``packed``,
-``original`` (the 16-bit model) and, where the reference stage made it, ``floor`` (the 16-bit model
-again, through other kernels).  B images of a batch, N of a set, F features.
+Images come from disk a batch at a time. Sets of the same prompts and noise: ``packed``,
+``original`` (the 16-bit model), where the reference stage made it ``floor`` (the 16-bit model
+again, through other kernels), and where text encoders are packed ``encoders`` (the 16-bit model
+with these).  B images of a batch, N of a set, F features.
 """
 
 import math
@@ -24,7 +25,7 @@ from dirotq.kernels.full_float32 import full_float32
 from dirotq.progress import track
 from dirotq.sources.prompts import Prompt
 
-PACKED, FLOOR, ORIGINAL = "packed", "floor", "original"
+PACKED, FLOOR, ORIGINAL, ENCODERS = "packed", "floor", "original", "encoders"
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,7 @@ def _judge(
     counts: Mapping[str, list[dict[str, Tensor]]],
 ) -> None:
     """Add the attribute reader's part of the scores."""
-    for name in (ORIGINAL, FLOOR, PACKED):
+    for name in (ORIGINAL, FLOOR, ENCODERS, PACKED):
         if name not in counts:
             continue
         whole = {kind: torch.cat([c[kind] for c in counts[name]]) for kind in counts[name][0]}

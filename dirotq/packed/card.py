@@ -69,7 +69,7 @@ linears stay in 16 bits{kept_names}.
 | linears | number | format | settings | protected directions |
 |---|---|---|---|---|
 {table}
-
+{encoders}
 ## Figures
 
 {figures}
@@ -104,6 +104,7 @@ def write_card(
     size: int,
     kept: Sequence[str],
     call: Mapping[str, Any],
+    encoders: Mapping[str, int | None] | None = None,
 ) -> str:
     """Return the card of a packed pipeline.
 
@@ -111,6 +112,7 @@ def write_card(
     parameters  of the 16-bit transformer; ``size`` bytes of the packed one
     kept        paths of its linears that stay in 16 bits
     call        arguments that it is called with
+    encoders    bits of the weights of text encoders that are packed, or None of those kept
     """
     facts = {
         "library_name": "diffusers",
@@ -138,6 +140,7 @@ def write_card(
         kept=len(kept),
         kept_names=f" ({', '.join(f'`{n}`' for n in names)})" if names else "",
         table="\n".join(rows),
+        encoders=_encoders(encoders or {}),
         figures=_between(UNMEASURED),
     )
 
@@ -226,6 +229,21 @@ def _settings(spec: QuantSpec) -> str:
     elif fields["block"] > 1:
         said.append(f"{fields['transform']} of {fields['block']}")
     return ", ".join(said)
+
+
+def _encoders(encoders: Mapping[str, int | None]) -> str:
+    """Return a paragraph on the text encoders; nothing where all are as they were."""
+    bits = sorted({b for b in encoders.values() if b})
+    if not bits:
+        return ""
+    said = [
+        f"the weights of {', '.join(f'`{n}`' for n, b in encoders.items() if b == wide)} have "
+        f"{wide} bits"
+        for wide in bits
+    ]
+    kept = [f"`{name}`" for name, b in encoders.items() if not b]
+    rest = f"; {', '.join(kept)} in 16 bits" if kept else ""
+    return f"\nText encoders: {'; '.join(said)}, with 16-bit activations{rest}.\n"
 
 
 def _pattern(path: str) -> str:

@@ -11,6 +11,7 @@ from dirotq.errors import ConfigError
 from dirotq.kernels.formats.quantize_weight import CHUNK
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
+from dirotq.quantize.running import ALIVE
 from dirotq.quantize.sensitive import parse_sensitive
 from dirotq.quantize.spectrum import DENSE, MARGIN
 from dirotq.quantize.uncalibrated import part_of
@@ -26,8 +27,8 @@ CPU_SLACK = 1.2
 """The same of host memory: with it no stage of tiny-flux on that CPU took more than its bound."""
 SHARDS = 2.25
 """Shards that `pack` holds at its peak: 7.5 GB with FLUX.1's of 2 GB."""
-ALIVE = 4.2
-"""Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
+ROUNDING = 1.5e9
+"""A text encoder's weight while it is rounded: the weight in float32, and six tensors of a part."""
 DECODED = 512
 """Numbers alive in an image decoder, per pixel."""
 IMAGE_BYTES = 1.8
@@ -136,9 +137,12 @@ def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 
 def pack(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """Write the packed transformer, a shard at a time, and copy all other components."""
+    """Write the packed transformer, a shard at a time, and copy or pack the other components."""
     packed = sum(work.packed.values())
     host, disk = SHARDS * min(packed, parse_bytes(stage.shard)), packed + _components(work)
+    if work.encoders:  # one at a time, whole; its largest weight in float32 while it is rounded
+        host = max(host, max(work.encoders.values()) + ROUNDING)
+        disk += sum(work.encoders.values()) - sum(work.components.get(n, 0) for n in work.encoders)
     return _needs(machine, 0, host, disk, "pack.shard=1GB", bound=True)
 
 

@@ -15,8 +15,10 @@ from dirotq.kernels.second_moment import TILE, tiles
 from dirotq.models.coverage import told
 from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
+from dirotq.packed.text_encoders import predicted
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
+from dirotq.quantize.running import of_work, pixels_per_token
 from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes
 
 TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
@@ -34,6 +36,7 @@ class Workload:
                      protect}, or an upper estimate
     ``calibration``  prompts to capture; ``heldout`` prompts to validate on
     ``batch``        prompts per pipeline call; ``calls`` denoiser calls to record (per prompt)
+    ``text_encoders``  keep, w8 or w4
 
     Derived values are computed when first asked for. Raises what the model's folder and sites
     raise.
@@ -46,12 +49,13 @@ class Workload:
     heldout: int
     batch: int
     calls: int
+    text_encoders: str
 
     @classmethod
     def alone(cls, ranks: Any) -> "Workload":
         """Return the work of one call for one prompt; ``ranks`` has a model and a method."""
         one = {"calibration": 1, "heldout": 1, "batch": 1, "calls": 1}
-        return cls(model=ranks.model, method=ranks.method, ranks=ranks, **one)
+        return cls(model=ranks.model, method=ranks.method, ranks=ranks, text_encoders="keep", **one)
 
     @cached_property
     def size(self) -> tuple[int, int, int]:
@@ -84,8 +88,12 @@ class Workload:
     def image_tokens(self) -> int:
         """Of one image or video."""
         height, width, frames = self.size
-        frames = (frames - 1) // int(self._autoencoder.get("scale_factor_temporal", 4)) + 1
-        return max(round(height * width / self._pixels_per_token**2) * frames, 1)
+        frames = (frames - 1) // int(self.autoencoder.get("scale_factor_temporal", 4)) + 1
+        return max(
+            round(height * width / pixels_per_token(self.transformer.config, self.autoencoder) ** 2)
+            * frames,
+            1,
+        )
 
     @property
     def text_tokens(self) -> int:
@@ -217,7 +225,7 @@ class Workload:
     def notes(self) -> list[str]:
         """Sentences for `plan`."""
         share = told(self.transformer, [site for site, _ in self.planned])
-        return [share, *self._guidance]
+        return [share, *self._guidance, *of_work(self, self.encoders).told()]
 
     @property
     def _guidance(self) -> list[str]:
@@ -233,6 +241,11 @@ class Workload:
                 "'\" \"', or a column negative_prompt of the prompts, turns it on"
             ]
         return []
+
+    @cached_property
+    def encoders(self) -> dict[str, int]:
+        """Bytes of the text encoders that will be packed, by name."""
+        return predicted(self.model.folder(weights=False), self.text_encoders)
 
     @cached_property
     def packed(self) -> dict[str, int]:
@@ -258,22 +271,10 @@ class Workload:
         return any(_reads_text(site) for site in self.sites)
 
     @cached_property
-    def _autoencoder(self) -> dict[str, Any]:
+    def autoencoder(self) -> dict[str, Any]:
+        """Settings of the autoencoder; none where there is no such component."""
         file = self.model.folder(weights=False) / "vae" / "config.json"
         return read_json(file) if file.is_file() else {}
-
-    @property
-    def _pixels_per_token(self) -> float:
-        """Along a side: of the autoencoder's scale and of the patches."""
-        config, vae = self.transformer.config, self._autoencoder
-        names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
-        levels = next((len(vae[n]) for n in names if isinstance(vae.get(n), list)), 4)
-        patch = config.get("patch_size") or config.get("all_patch_size") or 1
-        patch = max(patch) if isinstance(patch, list | tuple) else patch
-        if patch == 1:  # some pipelines make the patches themselves
-            channels = config.get("out_channels") or config.get("in_channels") or 1
-            patch = max(math.isqrt(channels // vae.get("latent_channels", channels)), 1)
-        return float(2 ** (levels - 1) * patch)
 
 
 def _reads_text(site: Site) -> bool:

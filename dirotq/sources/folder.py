@@ -107,8 +107,10 @@ def missing_weights(part: Path) -> list[str]:
     return sorted(name for name in names if not (part / name).is_file())
 
 
-def place_rest(source: Path, target: Path) -> list[Path]:
+def place_rest(source: Path, target: Path, *, written: Collection[str] = ()) -> list[Path]:
     """Put all of a pipeline but its denoisers below ``target``; return the files there.
+
+    written  components whose weights the caller writes: their settings alone are placed
 
     Links are resolved. No file is one that the source's owner may write to; all but weights are
     the caller's to change. Raises ConfigError for what can't be read, and OSError.
@@ -116,6 +118,8 @@ def place_rest(source: Path, target: Path) -> list[Path]:
     copies = []
     index = read_json(source / INDEX)
     for path in carried_files(source, index, without=denoisers(index)):
+        if path.parent.name in written and path.parent.parent == source and _is_weights(path.name):
+            continue
         copy = target / path.relative_to(source)
         copy.parent.mkdir(parents=True, exist_ok=True)
         if path.suffix == ".safetensors":
@@ -157,6 +161,10 @@ def stays(link: Path, *homes: Path) -> bool:
     if any(real.is_relative_to(home) for home in homes):
         return True
     return repository is not None and any(home.is_relative_to(repository) for home in homes)
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith((".safetensors", ".safetensors.index.json"))
 
 
 def _is_carried(name: str) -> bool:

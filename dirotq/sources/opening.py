@@ -2,10 +2,10 @@
 
 import logging
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,12 +22,20 @@ log = logging.getLogger(__name__)
 
 
 def open_pipeline(
-    folder: Path, dtype: torch.dtype, device: torch.device, *, variant: str | None = None
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    variant: str | None = None,
+    given: Mapping[str, Any] | None = None,
+    offloading: str | None = None,
 ) -> "DiffusionPipeline":
     """Open a local diffusers folder, packed or not, from safetensors only.
 
     On a GPU that can't hold all components at once they go there one at a time, as they are used.
-    ``variant`` is that of the files, where a component has it.
+    ``variant`` is that of the files, where a component has it; ``given`` are components that take
+    the places of the folder's. ``offloading`` says what waits in host memory: ``none``, components
+    (``model``) or layers (``group``); None leaves it to the GPU's free memory.
 
     Raises ArtifactError naming what is damaged or incomplete; ConfigError or UnsupportedError if
     the folder would run code or read elsewhere, or needs packages that are not here.
@@ -57,14 +65,36 @@ def open_pipeline(
                 local_files_only=True,
                 variant=variant,
                 **absent(folder),
+                **(given or {}),
             )
         heed(said)
     pipe.set_progress_bar_config(disable=True)
-    if device.type == "cuda" and component_bytes(pipe) > torch.cuda.mem_get_info(device)[0] * 0.8:
-        log.info("the pipeline's components take turns on %s, which can't hold all of them", device)
+    if offloading is None:
+        offloading = "model" if _too_large(pipe, device) else "none"
+        if offloading == "model":
+            log.info("the pipeline's components take turns on %s, which can't hold all", device)
+    place(pipe, device, offloading)
+    return pipe
+
+
+def place(pipe: "DiffusionPipeline", device: torch.device, offloading: str) -> None:
+    """Put a pipeline on a device, or let what :func:`open_pipeline` says come there in turn."""
+    if offloading == "model":
         pipe.enable_model_cpu_offload(device=device)
-        return pipe
-    return pipe.to(device)
+    elif offloading == "group":
+        pipe.enable_group_offload(
+            onload_device=device,
+            offload_device=torch.device("cpu"),
+            offload_type="leaf_level",
+            use_stream=device.type == "cuda",
+        )
+    else:
+        pipe.to(device)
+
+
+def _too_large(pipe: "DiffusionPipeline", device: torch.device) -> bool:
+    on_gpu = device.type == "cuda"
+    return on_gpu and component_bytes(pipe) > torch.cuda.mem_get_info(device)[0] * 0.8
 
 
 def component_bytes(pipe: "DiffusionPipeline") -> int:

@@ -86,6 +86,8 @@ class _Meter:
 
 def test_report_has_every_number(report, finished):
     assert report.keys() == {
+        "running",
+        "text_encoders",
         "model",
         "method",
         "date",

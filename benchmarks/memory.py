@@ -1,0 +1,217 @@
+"""`make bench-memory`: GPU memory of FLUX.1-dev's whole packed pipeline, phase by phase.
+
+CLIP-L, T5-XXL, the autoencoder and the packed transformer have the published shapes and random
+content. For each way of offloading, one image of four steps is made, and what torch had allocated
+at its peak stands beside what dirotq/quantize/running.py says (without the CUDA context, which
+torch does not count). ARGS="--shapes" prints that for FLUX.1-dev and FLUX.2-dev, without a GPU.
+"""
+
+import argparse
+import gc
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from torch import nn
+
+from dirotq.benchmarks.contestants import RANK, planned, random_packed
+from dirotq.benchmarks.whole_images import CLIP, T5, whole
+from dirotq.kernels.weight_only import Bits, WeightOnlyLinear, rounded
+from dirotq.models.families import family_of
+from dirotq.packed.swap import put_packed
+from dirotq.packed.text_encoders import BITS
+from dirotq.packed.text_quantizer import packable
+from dirotq.quantize.running import CONTEXT, PHASES, SAID, Offloading, Running, activations
+from dirotq.runtime.accelerate import accelerate
+from dirotq.sources.opening import place
+
+STEPS = 4
+VOCABULARY = {"text_encoder": 49408, "text_encoder_2": 32128}
+"""Of the published tokenizers; those that are trained here are small."""
+CALL = {"height": 1024, "width": 1024, "max_sequence_length": 512, "guidance_scale": 3.5}
+MISTRAL = {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers": 40,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+           "vocab_size": 131072}  # fmt: skip
+"""mistralai/Mistral-Small-3.2-24B-Instruct-2506, whose text model FLUX.2-dev reads."""
+VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}
+VAE_2 = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 32}
+VAE_BYTES = 168_000_000
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shapes", action="store_true", help="what is expected, without a GPU")
+    parser.add_argument("--text-encoders", default="w4", choices=("keep", *BITS))
+    parser.add_argument("--kinds", nargs="+", default=list(SAID), choices=list(SAID))
+    options = parser.parse_args()
+    if options.shapes:
+        print("\n".join(shapes(options.text_encoders)))
+        return
+    began = time.perf_counter()
+    pipe = pipeline(options.text_encoders)
+    said = expected(pipe)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, FLUX.1-dev, text encoders "
+          f"{options.text_encoders}, made in {time.perf_counter() - began:.0f} s\n\n"
+          "| in host memory | phase | GB told | GB allocated | GB reserved |\n"
+          "|---|---|---|---|---|")  # fmt: skip
+    for kind in options.kinds:
+        told = said.phases(kind)
+        for phase, allocated, reserved in measured(pipe, kind):
+            print(
+                f"| {kind} | {phase} | {(told[phase] - CONTEXT) / 1e9:.2f} | {allocated / 1e9:.2f} "
+                f"| {reserved / 1e9:.2f} |",
+                flush=True,
+            )
+    print(f"\n{time.perf_counter() - began:.0f} s in all")
+
+
+def pipeline(width: str, device: str = "cuda", sizes: Any = None, **changes: Any) -> Any:
+    """Make the pipeline in host memory, part by part; ``sizes``, ``changes`` are for tests."""
+    made = whole("flux", device, sizes)
+    for name, rows in VOCABULARY.items():
+        encoder = made.parts[name]
+        if sizes is None:
+            encoder.resize_token_embeddings(rows, mean_resizing=False)
+        if width in BITS:
+            pack(encoder, BITS[width])
+        encoder.to("cpu")
+    made.parts["vae"].to("cpu")
+    transformer = random_packed("flux", device, **changes).to("cpu")
+    return made.of(transformer)
+
+
+def pack(encoder: Any, bits: Bits) -> None:
+    """Round the weights of a text encoder in memory, in place."""
+    for name in packable(encoder, bits):
+        linear = encoder.get_submodule(name)
+        packed = WeightOnlyLinear(linear, bits)
+        packed.weight.data, packed.scale.data = rounded(linear.weight.data, bits)
+        if packed.bias is not None:
+            packed.bias.data.copy_(linear.bias.data)
+        encoder.set_submodule(name, packed)
+
+
+def expected(pipe: Any) -> Running:
+    """Return what running.py says of a pipeline in memory."""
+    parts = {n: m for n, m in pipe.components.items() if isinstance(m, nn.Module)}
+    return Running(
+        weights={name: _bytes([part]) for name, part in parts.items()},
+        layers={n: max(_own(m) for m in part.modules()) for n, part in parts.items()},
+        **_alive(pipe.transformer, pipe.vae.config, CALL),
+    )
+
+
+def measured(
+    pipe: Any, kind: Offloading, device: str = "cuda", call: Mapping[str, Any] = CALL
+) -> Iterator[tuple[str, int, int]]:
+    """Make one image; yield (phase, peak of what is allocated, of what torch reserved)."""
+    place(pipe, torch.device(device), kind)
+    accelerate(pipe.transformer, compile=kind == "none", graphs=kind == "none")
+    found = {"load": _peak(device)}
+
+    def encoded(*_: Any) -> None:
+        if "encode" not in found:
+            found["encode"] = _peak(device)
+
+    plain = pipe.vae.decode
+
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        found["denoise"] = _peak(device)
+        return plain(*args, **kwargs)
+
+    hook = pipe.transformer.register_forward_pre_hook(encoded)
+    pipe.vae.decode = decode
+    try:
+        pipe("a red star", num_inference_steps=STEPS, output_type="pt", **call)
+        found["decode"] = _peak(device)
+    finally:
+        hook.remove()
+        del pipe.vae.decode
+        _home(pipe)
+    yield from ((phase, *found[phase]) for phase in PHASES)
+
+
+def shapes(width: str) -> Iterable[str]:
+    """Yield lines of a table of what is expected of FLUX.1-dev and FLUX.2-dev."""
+    with torch.device("meta"):
+        clip = transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=49408, **CLIP))
+        t5 = transformers.T5EncoderModel(
+            transformers.T5Config(vocab_size=32128, feed_forward_proj="gated-gelu", **T5)
+        )
+        mistral = transformers.MistralForCausalLM(transformers.MistralConfig(**MISTRAL))
+        flux = diffusers.FluxTransformer2DModel(guidance_embeds=True)
+        flux2 = diffusers.Flux2Transformer2DModel()
+    yield f"| text encoders {width} | in host memory | {' | '.join(f'{p}, GB' for p in PHASES)} |"
+    yield f"|---|---|{'---|' * len(PHASES)}"
+    for name, encoders, transformer, vae in (
+        ("FLUX.1-dev", {"text_encoder": clip, "text_encoder_2": t5}, flux, VAE),
+        ("FLUX.2-dev", {"text_encoder": mistral}, flux2, VAE_2),
+    ):
+        running = _by_shapes(encoders, transformer, vae, width)
+        for kind in SAID:
+            told = " | ".join(f"{v / 1e9:.1f}" for v in running.phases(kind).values())
+            yield f"| {name} | {kind} | {told} |"
+
+
+def _by_shapes(encoders: Any, transformer: Any, vae: Mapping[str, Any], width: str) -> Running:
+    family = family_of(type(transformer).__name__)
+    put_packed(transformer, planned(family, transformer, "dirotq", RANK).items())
+    for encoder in encoders.values():
+        for name in packable(encoder, BITS[width]) if width in BITS else ():
+            encoder.set_submodule(name, WeightOnlyLinear(encoder.get_submodule(name), BITS[width]))
+    parts = {**encoders, "transformer": transformer}
+    return Running(
+        weights={n: _bytes([part]) for n, part in parts.items()} | {"vae": VAE_BYTES},
+        layers={n: max(map(_own, part.modules())) for n, part in parts.items()}
+        | {"vae": 9_500_000},
+        **_alive(transformer, vae, CALL),
+    )
+
+
+def _alive(transformer: Any, vae: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, float]:
+    specs = [m.spec for m in transformer.modules() if hasattr(m, "spec")]
+    wide = max(spec.in_features + spec.outputs for spec in specs)
+    denoising, decoding = activations(transformer.config, vae, wide, call)
+    return {"denoising": denoising, "decoding": decoding}
+
+
+def _bytes(modules: Iterable[nn.Module]) -> int:
+    tensors = [t for m in modules for t in m.parameters()]
+    return sum(t.numel() * (2 if t.dtype == torch.float32 else t.element_size()) for t in tensors)
+
+
+def _own(module: nn.Module) -> int:
+    return sum(t.numel() * min(t.element_size(), 2) for t in module.parameters(recurse=False))
+
+
+def _peak(device: str) -> tuple[int, int]:
+    """Return the peaks since the last look."""
+    if device != "cuda":
+        return 0, 0
+    torch.cuda.synchronize()
+    found = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    return found
+
+
+def _home(pipe: Any) -> None:
+    """Take all hooks off, and everything back to host memory."""
+    pipe.remove_all_hooks()
+    for part in pipe.components.values():
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            if (registry := getattr(module, "_diffusers_hook", None)) is not None:
+                for name in list(registry.hooks):
+                    registry.remove_hook(name, recurse=False)
+    accelerate(pipe.transformer, compile=False, graphs=False)
+    pipe.to("cpu")
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+if __name__ == "__main__":
+    main()

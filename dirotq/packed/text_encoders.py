@@ -1,0 +1,138 @@
+"""Text encoders with rounded weights, in the folder that holds the packed transformer.
+
+Weights alone are rounded, without data: a text encoder runs once per image. What it computes stays
+in 16 bits, and padding and masks are none of its weights. ADR 46 says why by our own linear.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dirotq.files.json_file import INDEX, components, read_json
+from dirotq.kernels.weight_only import Bits, WeightOnlyLinear
+from dirotq.quiet import heed, quiet
+from dirotq.sources.components import class_named
+
+log = logging.getLogger(__name__)
+
+Width = Literal["keep", "w8", "w4"]
+BITS: Mapping[str, Bits] = {"w8": 8, "w4": 4}
+PREFIX = "text_encoder"
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What becomes of one text encoder: its ``bits`` and ``size``, or ``why`` it stays as it is."""
+
+    cls: Any
+    bits: Bits | None = None
+    size: int = 0
+    why: str = ""
+
+
+def choose(source: Path, width: str) -> dict[str, Choice]:
+    """Return what becomes of each text encoder of the pipeline in ``source``, by its name.
+
+    Nothing with ``keep``. A class that can't be packed is kept, and the log says why.
+    """
+    if width not in BITS:
+        return {}
+    found = {}
+    for name, (library, cls_name) in components(read_json(source / INDEX)).items():
+        if not name.startswith(PREFIX):
+            continue
+        cls = class_named(library, cls_name)
+        found[name] = choice = _chosen(cls, source / name, BITS[width])
+        if choice.why:
+            log.warning("the %s (%s) stays in 16 bits: %s", name, cls_name, choice.why)
+    return found
+
+
+def predicted(source: Path, width: str) -> dict[str, int]:
+    """Return the bytes that each text encoder will have once it is packed, from shapes alone."""
+    return {name: choice.size for name, choice in choose(source, width).items() if choice.bits}
+
+
+def write_packed(part: Path, target: Path, choice: Choice, shard: str | int) -> int:
+    """Write the text encoder in ``part`` with rounded weights to ``target``; return its bytes.
+
+    transformers reads and rounds one weight after the other: no more than the packed encoder and
+    one weight is in memory.
+    """
+    from dirotq.packed.text_quantizer import TextEncoderConfig  # slow: transformers' models
+
+    with quiet() as said:
+        encoder = choice.cls.from_pretrained(
+            part,
+            quantization_config=TextEncoderConfig(bits=choice.bits),
+            dtype=torch.bfloat16,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+        encoder.save_pretrained(target, max_shard_size=shard)
+    heed(said)
+    return sum(file.stat().st_size for file in target.glob("*.safetensors"))
+
+
+def packed_encoders(folder: Path) -> list[str]:
+    """Return the names of a pipeline's text encoders that DiRotQ packed."""
+    return [name for name in components(read_json(folder / INDEX)) if packed_bits(folder / name)]
+
+
+def load_encoders(folder: Path, names: Iterable[str], dtype: torch.dtype) -> dict[str, Any]:
+    """Return packed text encoders of a pipeline's folder, in host memory."""
+    index, found = components(read_json(folder / INDEX)), {}
+    with quiet() as said:
+        for name in names:
+            cls = class_named(*index[name])
+            found[name] = cls.from_pretrained(
+                folder / name, dtype=dtype, use_safetensors=True, local_files_only=True
+            )
+    heed(said)
+    return found
+
+
+def packed_bits(part: Path) -> Bits | None:
+    """Return the bits of a packed text encoder's weights; None for any other component."""
+    config = part / "config.json"
+    if not part.name.startswith(PREFIX) or not config.is_file():
+        return None
+    packing = read_json(config).get("quantization_config")
+    if not isinstance(packing, dict) or packing.get("quant_method") != "dirotq":
+        return None
+    return next((bits for bits in BITS.values() if packing.get("bits") == bits), None)
+
+
+def _chosen(cls: Any, part: Path, bits: Bits) -> Choice:
+    if cls is None or not hasattr(cls, "config_class"):
+        return Choice(cls, why="it is no model of transformers")
+    if "quantization_config" in read_json(part / "config.json"):
+        return Choice(cls, why="it is quantized already")
+    from dirotq.packed.text_quantizer import packable
+
+    try:
+        with quiet(), torch.device("meta"):
+            empty = cls(cls.config_class.from_pretrained(part, local_files_only=True))
+        linears = packable(empty, bits)
+    except Exception as error:  # noqa: BLE001  any line of a foreign class
+        why = f"it can't be built without weights ({type(error).__name__}: {error})"
+        return Choice(cls, why=why)
+    if not linears:
+        why = f"it has no linears in repeated blocks that take {bits}-bit weights"
+        return Choice(cls, why=why)
+    return Choice(cls, bits, _size(empty, linears, bits))
+
+
+def _size(empty: torch.nn.Module, linears: Iterable[str], bits: Bits) -> int:
+    """Return the bytes of a text encoder with these linears packed, all else in 16 bits."""
+    saved = 0
+    for name in linears:
+        linear = empty.get_submodule(name)
+        packed = WeightOnlyLinear(linear, bits)  # type: ignore[arg-type]
+        saved += sum(2 * t.numel() for t in linear.parameters())
+        saved -= sum(t.numel() * t.element_size() for t in packed.parameters())
+    return sum(2 * t.numel() for t in empty.parameters()) - saved

@@ -1,0 +1,219 @@
+"""What a packed pipeline takes of a GPU while it runs, from files' headers and shapes alone.
+
+Four phases: its weights are loaded, a text is encoded, latents are denoised, an image is decoded.
+Where weights wait in host memory, one component (``model``) or one layer (``group``) comes at a
+time. docs/low-vram.md has the figures of published shapes.
+"""
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import isqrt, prod
+from pathlib import Path
+from typing import Any, Literal
+
+from dirotq.errors import ConfigError
+from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
+from dirotq.sources.folder import weight_names
+from dirotq.sources.weights import read_header
+
+Offloading = Literal["none", "model", "group"]
+"""Nothing waits in host memory, components do, layers do."""
+PHASES = ("load", "encode", "denoise", "decode")
+SAID: Mapping[Offloading, str] = {
+    "none": "everything stays on the GPU",
+    "model": "components take turns on the GPU (enable_model_cpu_offload)",
+    "group": "layers are brought to the GPU, the next one while one computes "
+    "(enable_group_offload)",
+}
+
+ALIVE = 4.2
+"""Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
+CONTEXT = 0.6e9
+"""Bytes of a CUDA context and of the libraries' own memory."""
+ENCODED = 0.5e9
+"""Bytes beside the weights while a text is encoded: all hidden states and the logits of 512 tokens
+of a language model of 24 B parameters, T5-XXL takes a fifth; of small encoders, their weights'
+size."""
+ALIVE_WIDE = 3
+"""Tensors of its widest channels that an image decoder holds at full resolution: the input that a
+residual block adds, the normed one and the activated one."""
+LAYERS = 3
+"""Layers on the GPU at once where they are streamed: the one that computes, the next, and one that
+is not gone yet."""
+DECODER_WIDTH = 256
+"""Channels of a decoder's last block that no config names."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """Bytes of a pipeline on a GPU, in 16 bits where it is not packed.
+
+    ``weights``  of each component;  ``layers``  of each component's largest layer
+    ``denoising``, ``decoding``  activations of one image's call
+    """
+
+    weights: Mapping[str, int]
+    layers: Mapping[str, int]
+    denoising: float
+    decoding: float
+
+    def phases(self, kind: Offloading) -> dict[str, float]:
+        """Return the peak of each phase."""
+        parts = {phase: self._parts(phase) for phase in PHASES}
+        encoding = min(ENCODED, max((self.weights[n] for n in parts["encode"]), default=0))
+        beside = dict(zip(PHASES, (0.0, encoding, self.denoising, self.decoding), strict=True))
+        if kind == "none":
+            held = dict.fromkeys(PHASES, float(sum(self.weights.values())))
+        elif kind == "model":
+            held = {p: max((self.weights[n] for n in parts[p]), default=0.0) for p in PHASES}
+        else:
+            held = {
+                p: LAYERS * max((self.layers[n] for n in parts[p]), default=0.0) for p in PHASES
+            }
+        return {phase: CONTEXT + held[phase] + beside[phase] for phase in PHASES}
+
+    def needs(self, kind: Offloading) -> float:
+        """Return the peak of a whole image."""
+        return max(self.phases(kind).values())
+
+    def choose(self, vram: int) -> Offloading:
+        """Return the fastest way that stays within ``vram`` bytes.
+
+        Raises ConfigError, naming the least that would do, if none does.
+        """
+        for kind in SAID:
+            if self.needs(kind) <= vram:
+                return kind
+        least = self.needs("group")
+        phase = max(PHASES, key=self.phases("group").__getitem__)
+        raise ConfigError(
+            f"vram={vram / 1e9:.3g}GB can't be met: this pipeline takes at least "
+            f"{rounded_up(least)} of GPU memory, to {phase}, with every layer brought in for its "
+            f"call. Give vram={rounded_up(least).replace(' ', '')}, make smaller images (height "
+            "and width in generation.json), or use device='cpu'"
+        )
+
+    def told(self) -> list[str]:
+        """Return the sentences that `plan` says."""
+        ways: dict[Offloading, str] = {"none": "all resident", "model": "with model offload"}
+        return [
+            f"the packed pipeline on a GPU, {way}: "
+            + ", ".join(f"~{v / 1e9:.1f} GB to {p}" for p, v in self.phases(kind).items())
+            for kind, way in ways.items()
+        ]
+
+    def _parts(self, phase: str) -> list[str]:
+        """Return the components that a phase computes with."""
+        if phase == "load":
+            return []
+        is_denoiser, is_decoder = re.compile("transformer"), re.compile("vae|.*decoder|vocoder")
+        denoisers = [n for n in self.weights if is_denoiser.match(n)]
+        decoders = [n for n in self.weights if is_decoder.match(n)]
+        chosen = {"denoise": denoisers, "decode": decoders}
+        others = [n for n in self.weights if n not in denoisers and n not in decoders]
+        return chosen.get(phase, others)
+
+
+def of_folder(folder: Path) -> Running:
+    """Return what a packed folder takes, called as its generation.json says.
+
+    Raises what damaged files raise.
+    """
+    weights, layers = {}, {}
+    for name in components(read_json(folder / INDEX)):
+        sizes = _on_gpu(folder / name)
+        if sizes:
+            weights[name], layers[name] = sum(sizes.values()), max(sizes.values())
+    file = folder / CALL_FILE
+    call = read_json(file) if file.is_file() else {}
+    config, vae = (_config(folder / part) for part in ("transformer", "vae"))
+    packing = config.get("quantization_config") or {}
+    sites = [entry["site"] for entry in packing.get("sites", ())]
+    wide = [s["dim"] + sum(s["rows"]) for s in sites if s["kind"] == "block"]
+    denoising, decoding = activations(config, vae, max(wide, default=0), call)
+    return Running(weights=weights, layers=layers, denoising=denoising, decoding=decoding)
+
+
+def activations(
+    config: Mapping[str, Any], vae: Mapping[str, Any], wide: int, call: Mapping[str, Any]
+) -> tuple[float, float]:
+    """Return the bytes alive beside the weights while an image is denoised, and decoded.
+
+    config, vae  settings of transformer and autoencoder
+    wide         inputs and outputs of the widest site in a block
+    call         arguments of the pipeline
+    """
+    height, width = (int(call.get(side, 1024)) for side in ("height", "width"))
+    frames = (int(call.get("num_frames", 1)) - 1) // int(vae.get("scale_factor_temporal", 4)) + 1
+    image = height * width / pixels_per_token(config, vae) ** 2 * frames
+    tokens = image + int(call.get("max_sequence_length", 256))
+    return ALIVE * 2 * tokens * wide * _guided(call, config), _decoding(vae, height * width)
+
+
+def of_work(work: Any, encoders: Mapping[str, int]) -> Running:
+    """Return what a model will take once it is packed.
+
+    work      of dirotq/quantize/workload.py
+    encoders  bytes of the text encoders that will be packed, by name
+    """
+    weights = {**work.components, **encoders, "transformer": sum(work.packed.values())}
+    site = max(
+        work.block_sites, key=lambda s: work.tokens(s) * (s.in_features + sum(s.out_features))
+    )
+    wide = site.in_features + sum(site.out_features)
+    height, width, _ = work.size
+    return Running(
+        weights=weights,
+        layers=weights,
+        denoising=ALIVE * 2 * work.tokens(site) * wide * work.guided,
+        decoding=_decoding(work.autoencoder, height * width),
+    )
+
+
+def pixels_per_token(config: Mapping[str, Any], vae: Mapping[str, Any]) -> float:
+    """Return the pixels along a token's side: of the autoencoder's scale and of the patches."""
+    names = ("block_out_channels", "encoder_block_out_channels", "dim_mult")
+    levels = next((len(vae[n]) for n in names if isinstance(vae.get(n), list)), 4)
+    patch = config.get("patch_size") or config.get("all_patch_size") or 1
+    patch = max(patch) if isinstance(patch, list | tuple) else patch
+    if patch == 1:  # some pipelines make the patches themselves
+        channels = config.get("out_channels") or config.get("in_channels") or 1
+        patch = max(isqrt(channels // vae.get("latent_channels", channels)), 1)
+    return float(2 ** (levels - 1) * patch)
+
+
+def rounded_up(size: float) -> str:
+    """Return a size in tenths of GB, not below it."""
+    return f"{-(-size // 1e8) / 10:.1f} GB"
+
+
+def _on_gpu(part: Path) -> dict[str, int]:
+    """Return the bytes of a component's layers on a GPU, by their paths."""
+    found: dict[str, int] = defaultdict(int)
+    names = weight_names(part) or {f.name for f in part.glob("*.safetensors")}
+    for file in sorted(names):
+        for name, (dtype, shape) in read_header(part / file).items():
+            path, _, leaf = name.rpartition(".")
+            kept = {"I8": 1, "U8": 1, "BOOL": 1, "I64": 8, "I32": 4}.get(dtype, 2)
+            found[path] += prod(shape) * (4 if leaf == "wglobal" else kept)
+    return found
+
+
+def _config(part: Path) -> dict[str, Any]:
+    file = part / "config.json"
+    return read_json(file) if file.is_file() else {}
+
+
+def _guided(call: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """Return the samples of one call: two where guidance doubles the batch."""
+    scale = call.get("true_cfg_scale", call.get("guidance_scale", 0))
+    return 2 if scale > 1 and not config.get("guidance_embeds") else 1
+
+
+def _decoding(vae: Mapping[str, Any], pixels: int) -> float:
+    """Return the bytes alive where a decoder makes one frame."""
+    channels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
+    wide = channels[min(1, len(channels) - 1)] if channels else DECODER_WIDTH
+    return 2.0 * ALIVE_WIDE * max(wide, 1) * pixels

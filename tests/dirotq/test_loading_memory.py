@@ -1,0 +1,209 @@
+"""What loading takes of host memory, and what a GPU is told to hold."""
+
+import re
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import diffusers
+import pytest
+import torch
+import transformers
+from tiny_fixtures import *  # noqa: F403
+from tiny_line import CALL, CAPTIONS, build_transformer, run_stage, stage
+from tiny_offload import absent
+from torch import nn
+
+import dirotq
+from dirotq.benchmarks.contestants import planned
+from dirotq.errors import ConfigError
+from dirotq.models.families import family_of
+from dirotq.packed.swap import put_packed
+from dirotq.packed.text_quantizer import TextEncoderConfig
+from dirotq.quantize.running import CONTEXT, PHASES, Running, of_folder
+from dirotq.quantizer import DirotqConfig, mark_packed
+from dirotq.sources.opening import open_pipeline, place
+
+SHARD = 4_000_000
+NOISE = 6_000_000
+"""Bytes that Python and torch take beside tensors, or that another test left to be freed."""
+
+
+def resident() -> int:
+    """Bytes of host memory that this process holds, mapped files among them."""
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+
+
+@contextmanager
+def watched():
+    """The most that host memory grows by, in the list that is yielded."""
+    before, peak, done = resident(), [0], threading.Event()
+
+    def look() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], resident() - before)
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=look)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        peak[0] = max(peak[0], resident() - before)
+        done.set()
+        thread.join()
+
+
+def packed_transformer(folder: Path) -> type:
+    made = build_transformer(num_layers=6, num_attention_heads=16)
+    specs = planned(family_of(type(made).__name__), made, "dirotq", 16)
+    put_packed(made, specs.items())
+    for module in made.modules():
+        for name, tensor in module._parameters.items():
+            if tensor is not None and tensor.is_meta:
+                module._parameters[name] = nn.Parameter(
+                    torch.ones_like(tensor, device="cpu"), requires_grad=False
+                )
+    mark_packed(made, DirotqConfig.of(specs.items()))
+    made.save_pretrained(folder, max_shard_size=SHARD)
+    return diffusers.FluxTransformer2DModel
+
+
+def packed_encoder(folder: Path) -> type:
+    config = transformers.T5Config(
+        vocab_size=4000, d_model=512, d_ff=2048, num_layers=8, num_heads=8,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    cls = transformers.T5EncoderModel
+    cls(config).bfloat16().save_pretrained(folder / "whole")
+    packing = TextEncoderConfig(bits=4)
+    made = cls.from_pretrained(folder / "whole", quantization_config=packing, dtype=torch.bfloat16)
+    made.save_pretrained(folder, max_shard_size=SHARD)
+    return cls
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux tells it")
+@pytest.mark.parametrize("write", [packed_transformer, packed_encoder])
+def test_loading_takes_the_packed_size_and_a_shard(write, tmp_path):
+    cls = write(tmp_path)
+    files = list(tmp_path.glob("*.safetensors"))
+    size = sum(file.stat().st_size for file in files)
+    assert len(files) > 3 and size > 3 * (SHARD + NOISE) / 2
+    cls.from_pretrained(tmp_path, dtype=torch.bfloat16)  # imports, caches
+    with watched() as peak:
+        made = cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
+        for tensor in made.parameters():
+            tensor.flatten().view(torch.uint8)[::4096].sum()  # what is mapped is read
+    assert 0.5 * size < peak[0] <= size + SHARD + NOISE, (size, peak)
+
+
+def of(**changes) -> Running:
+    weights = {"text_encoder": 30, "text_encoder_2": 70, "transformer": 60, "vae": 5}
+    layers = {"text_encoder": 2, "text_encoder_2": 8, "transformer": 6, "vae": 1}
+    fields = {"denoising": 7.0, "decoding": 9.0} | changes
+    gb = {"weights": weights, "layers": layers}
+    scaled = {k: {n: int(v * 1e9) for n, v in part.items()} for k, part in gb.items()}
+    return Running(**scaled, **{k: v * 1e9 for k, v in fields.items()})
+
+
+def test_phases_hold_what_they_compute_with():
+    phases = {kind: [v / 1e9 for v in of().phases(kind).values()] for kind in ("none", "model")}
+    context = CONTEXT / 1e9
+    assert phases["none"] == pytest.approx(
+        [165 + context, 165.5 + context, 172 + context, 174 + context]
+    )
+    assert phases["model"] == pytest.approx([context, 70.5 + context, 67 + context, 14 + context])
+    group = [v / 1e9 for v in of().phases("group").values()]
+    assert group == pytest.approx([context, 24.5 + context, 25 + context, 12 + context])
+
+
+@pytest.mark.parametrize(
+    "vram, chosen",
+    [(174.6, "none"), (174.5, "model"), (71.1, "model"), (71.0, "group"), (25.6, "group")],
+)
+def test_the_fastest_way_that_fits_is_chosen(vram, chosen):
+    assert of().choose(int(vram * 1e9)) == chosen
+
+
+def test_what_can_not_be_met_says_the_least():
+    with pytest.raises(
+        ConfigError, match=r"vram=25.5GB can't be met.*25.6 GB.*to denoise"
+    ) as error:
+        of().choose(25_500_000_000)
+    least = re.search(r"Give vram=([\d.]+)GB", str(error.value))[1]
+    assert of().choose(int(float(least) * 1e9)) == "group"
+
+
+def test_a_folder_is_read_by_its_headers(finished):
+    folder = finished["pack"].tree("model")
+    told = of_folder(folder)
+    assert told.weights.keys() == {"text_encoder", "text_encoder_2", "transformer", "vae"}
+    for name, size in told.weights.items():
+        files = sum(f.stat().st_size for f in (folder / name).glob("*.safetensors"))
+        assert 0.9 * files < size <= files
+        assert 0 < told.layers[name] < size
+    assert told.denoising > 0 and told.decoding > 0
+    larger = Running(
+        weights=told.weights, layers=told.layers, denoising=1e12, decoding=told.decoding
+    )
+    assert max(PHASES, key=larger.phases("none").__getitem__) == "denoise"
+
+
+class Card:
+    total_memory = 24_000_000_000
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A GPU of 24 GB as far as anybody asks, on which nothing arrives."""
+    monkeypatch.setattr("dirotq.loading.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA X")
+    placed = []
+    monkeypatch.setattr("dirotq.sources.opening.place", lambda pipe, _, kind: placed.append(kind))
+    return placed
+
+
+def test_loading_within_memory_says_what_it_chose(finished, card, caplog):
+    folder = finished["pack"].path
+    needs = of_folder(finished["pack"].tree("model")).needs("model")
+    dirotq.load(folder, vram="20GB", dtype=torch.float32)
+    dirotq.load(folder, vram=int(needs), dtype=torch.float32)
+    assert card == ["none", "model"]
+    assert "within 20 GB of GPU memory, everything stays on the GPU" in caplog.text
+    assert "components take turns" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "vram, says",
+    [("1MB", "can't be met.*at least"), ("25GB", "more than NVIDIA X"), ("x", "no size")],
+)
+def test_memory_that_can_not_be_had(finished, card, vram, says):
+    with pytest.raises(ConfigError, match=says):
+        dirotq.load(finished["pack"].path, vram=vram)
+    assert not card
+
+
+def test_memory_of_a_gpu_without_one(finished):
+    with pytest.raises(ConfigError, match="about a GPU's memory"):
+        dirotq.load(finished["pack"].path, vram="8GB", device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["model", "group"])
+def test_every_way_draws_the_same_image_with_packed_text_encoders(
+    kind, line, finished, folder, tmp_path, monkeypatch
+):
+    built = stage(line("text_encoders=w4"), "pack")
+    run_stage(built, tmp_path, **{name: finished[name] for name in ("rank", "gptq", "fuse")})
+    pipe = open_pipeline(tmp_path / "model", torch.float32, torch.device("cpu"))
+
+    def draw() -> torch.Tensor:
+        noise = torch.Generator().manual_seed(0)
+        return pipe(CAPTIONS[0], generator=noise, output_type="pt", **CALL).images
+
+    want = draw()
+    if kind == "group":
+        absent(monkeypatch)
+    place(pipe, torch.device("cpu"), kind)
+    assert torch.equal(draw(), want)

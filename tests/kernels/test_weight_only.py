@@ -1,0 +1,94 @@
+import pytest
+import torch
+from torch import nn
+
+from dirotq.kernels.formats.quantize_weight import dequantize_weight, unpack_weight
+from dirotq.kernels.weight_only import WeightOnlyLinear, rounded, takes
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def packed(like: nn.Linear, bits: int) -> WeightOnlyLinear:
+    made = WeightOnlyLinear(like, bits)
+    codes, scale = rounded(like.weight.data, bits)
+    made.weight.data, made.scale.data = codes, scale
+    if like.bias is not None:
+        made.bias.data.copy_(like.bias.data)
+    return made
+
+
+def values(made: WeightOnlyLinear) -> torch.Tensor:
+    """The weights that its codes stand for."""
+    if made.bits == 8:
+        return made.weight.float() * made.scale.float()
+    return dequantize_weight(*unpack_weight(made.weight.view(torch.uint8), made.scale))
+
+
+def linear(bias=True, width=96) -> nn.Linear:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return nn.Linear(width, 40, bias=bias)
+
+
+@pytest.mark.parametrize("bits, least, most", [(8, 40, 50), (4, 18, 24)])
+def test_weights_lose_what_their_bits_say(bits, least, most):
+    like = linear()
+    lost = values(packed(like, bits)) - like.weight
+    decibels = 10 * (like.weight.square().sum() / lost.square().sum()).log10()
+    assert least < decibels < most
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_computes_what_its_codes_say(bits, bias, dtype):
+    made = packed(linear(bias), bits)
+    x = torch.randn(2, 5, 96, generator=torch.Generator().manual_seed(1)).to(dtype)
+    want = nn.functional.linear(x.double(), values(made).double())
+    want = want if made.bias is None else want + made.bias.double()
+    got = made(x)
+    assert got.dtype == dtype and got.shape == (2, 5, 40)
+    assert (got - want).norm() <= 2 * torch.finfo(dtype).eps * want.norm() + 1e-6
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_do_not_see_each_other(bits):
+    made, x = packed(linear(), bits), torch.randn(3, 96)
+    changed = x.clone()
+    changed[2] = 1e3
+    assert torch.equal(made(x)[:2], made(changed)[:2])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_casts_leave_codes_and_scales_alone(bits):
+    made = packed(linear(), bits)
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    made.half().float()
+    for name, tensor in made.state_dict().items():
+        assert tensor.dtype == before[name].dtype and torch.equal(tensor, before[name])
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_and_groups_of_zeros(bits):
+    like = linear()
+    like.weight.data[3] = 0
+    like.weight.data[4, :32] = 0
+    made = packed(like, bits)
+    assert values(made).isfinite().all()
+    assert not values(made)[3].any() and not values(made)[4, :32].any()
+
+
+def test_float16_overflows_where_nothing_widens():
+    made = packed(linear(bias=False), 8)
+    made.scale.data.fill_(100.0)
+    x = torch.full((1, 96), 100.0, dtype=torch.float16)
+    assert not made(x).isfinite().all()
+    made.widens = True
+    assert made(x).dtype == torch.float32 and made(x).isfinite().all()
+    assert made(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_what_it_takes():
+    assert takes(nn.Linear(96, 8), 4) and takes(nn.Linear(100, 8), 8)
+    assert not takes(nn.Linear(100, 8), 4)  # no whole groups
+    assert not takes(nn.Conv1d(96, 8, 1), 8) and not takes(packed(linear(), 8), 8)
