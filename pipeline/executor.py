@@ -11,6 +11,7 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Divided, Inputs, in_units
 from dirotq.pipeline.machine import Needs, refuse_devices
+from dirotq.pipeline.worker import Processes
 
 Notes = dict[str, Any]
 RunStage = Callable[[Any, Path, Inputs, Notes], Mapping[str, float]]
@@ -87,9 +88,9 @@ class LocalExecutor:
         if not self.processes:
             yield run_here
             return
-        with Crew(self.processes, self.devices) as crew:
+        with Crew(Processes(self.processes, self.devices)) as crew:
             first = None if self.devices is None else f"cuda:{self.devices[0]}"
-            yield partial(_run_shared, crew, first)
+            yield partial(run_shared, crew, first)
 
 
 def run_here(stage: Any, out: Path, inputs: Inputs, notes: Notes) -> Mapping[str, float]:
@@ -98,7 +99,7 @@ def run_here(stage: Any, out: Path, inputs: Inputs, notes: Notes) -> Mapping[str
     return metrics
 
 
-def _run_shared(
+def run_shared(
     crew: Crew, device: str | None, stage: Any, out: Path, inputs: Inputs, notes: Notes
 ) -> Mapping[str, float]:
     """Run a stage, its units in other processes; on ``device`` what remains for this one."""
