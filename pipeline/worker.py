@@ -90,7 +90,7 @@ class Process:
         reader, writer = context.Pipe(duplex=False)
         level = logging.getLogger().getEffectiveLevel()
         self._pool = ProcessPoolExecutor(1, context, _begin, (writer, level))
-        with _environ(self._settings):
+        with environ(self._settings):
             self._pid = self._pool.submit(os.getpid)
         writer.close()  # the worker's end is the only one now: it closes when that dies
         self._relay = threading.Thread(target=_relay, args=(reader,), daemon=True)
@@ -184,7 +184,7 @@ def _relay(reader: Any) -> None:
 
 
 @contextlib.contextmanager
-def _environ(settings: Mapping[str, str]) -> Iterator[None]:
+def environ(settings: Mapping[str, str]) -> Iterator[None]:
     """Let processes that start in this block have these environment variables."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import BrokenExecutor, Future
@@ -83,11 +84,17 @@ def settle(future: Future[Seen], ask: Callable[[], Answer]) -> dict[str, int]:
     try:
         found = ask()
     except Exception as error:  # noqa: BLE001 - whatever a cluster raises, no answer came
-        lines = [line for line in str(error).splitlines() if line.strip()]
-        future.set_exception(LostError(lines[-1].strip()[:300] if lines else repr(error)))
+        future.set_exception(LostError(_reason(error)))
         return {}
     if found.error is not None:
         future.set_exception(found.error)
     else:
         future.set_result(found.seen)
     return found.peaks
+
+
+def _reason(error: Exception) -> str:
+    """Return what matters of a page with a traceback or a log: the error, else the end."""
+    text = str(error) or repr(error)
+    named = re.findall(r"^[\w.]*(?:Error|Exception)\b.*$", text, re.MULTILINE)
+    return " ".join((named[-1] if named else text).split())[-300:]
