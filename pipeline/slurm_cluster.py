@@ -1,6 +1,7 @@
 """Units made by SLURM jobs: submitit submits one array per stage, and what is lost once more.
 
-A job makes its whole share. SLURM says where and when it runs; what it makes goes through the store.
+A job makes its whole share. SLURM says where and when it runs; what it makes goes through the
+store.
 """
 
 import contextlib

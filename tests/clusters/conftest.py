@@ -1,0 +1,37 @@
+"""Ray and SLURM's jobs on this machine: `make test-clusters` installs what they need."""
+
+import os
+import sys
+
+import pytest
+from tiny_fixtures import *  # noqa: F403
+
+from dirotq.pipeline.ray_cluster import RayExecutor
+from dirotq.pipeline.slurm_cluster import SlurmExecutor
+
+
+def ray(**changes):
+    pytest.importorskip("ray")
+    return RayExecutor(**{"workers": 2, "cpus": 1, "gpus": 0, "address": None} | changes)
+
+
+def slurm(**changes):
+    pytest.importorskip("submitit")
+    given = {"workers": 2, "cpus": 1, "gpus": 0, "minutes": 5, "cluster": "local", "options": {}}
+    return SlurmExecutor(**given | changes)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def found_by_workers():
+    """What this process imports, workers find too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(scope="module", params=[ray, slurm], ids=lambda make: make.__name__)
+def run(request):
+    """Run a stage with two workers, which stay from test to test."""
+    with request.param().opened() as run:
+        yield run
