@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dirotq.errors import ConfigError
-from dirotq.pipeline import config, dag, preflight, report, runs
+from dirotq.pipeline import config, dag, forecast, preflight, report, runs
 from dirotq.pipeline.config import Pipeline, build, compose_config
 from dirotq.pipeline.quoting import parsed, quoted
 from dirotq.pipeline.sharing import pushed_too
@@ -209,5 +209,6 @@ def _plan(options: argparse.Namespace) -> int:
     pipeline = build(cfg)
     found = preflight.examine(pipeline, cfg)
     report.plan(pipeline, found)
+    forecast.show(pipeline, found)
     preflight.refuse(found, pipeline.store.root)
     return 0

@@ -5,6 +5,7 @@ the same, and so are the bytes.
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -52,14 +53,18 @@ def in_units(
     share  makes them in other processes; None: this one does
     """
     units = Units(out, stage)
-    todo = units.todo(stage.units(**inputs), str, stage.what)
+    names, began = stage.units(**inputs), time.monotonic()
+    todo = units.todo(names, str, stage.what)
     if todo:
         made = (share or _here)(stage, units, todo, inputs)
         with contextlib.closing(made):  # nobody works on once this ends, whatever ends it
             for _ in track(made, stage.what, total=len(todo)) if len(todo) > FEW else made:
                 pass
         units.flush()  # merging may take long, or fail
-    return dict(stage.merge(units, **inputs))
+    units.note_times(names, time.monotonic() - began)
+    metrics = dict(stage.merge(units, **inputs))
+    units.write_times()
+    return metrics
 
 
 def _here(

@@ -12,6 +12,7 @@ from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Divided, Inputs, in_units
 from dirotq.pipeline.machine import Needs, refuse_devices
 from dirotq.pipeline.worker import Processes
+from dirotq.pipeline.workplace import few_at_a_time
 
 Notes = dict[str, Any]
 RunStage = Callable[[Any, Path, Inputs, Notes], Mapping[str, float]]
@@ -23,8 +24,13 @@ class Executor(Protocol):
 
     ``refuse`` raises ConfigError for a stage's ``device`` that contradicts the executor's;
     ``together`` makes of what a stage needs in one process what it needs of the machine.
+    ``processes`` counts the workers (0: this process alone), and ``helping`` the units that one of
+    ``idle`` ones is given of ``left``.
     """
 
+    @property
+    def processes(self) -> int: ...
+    def helping(self, left: int, idle: int) -> int: ...
     def refuse(self, device: str, setting: str) -> None: ...
 
     def together(self, stage: Any, needs: Needs) -> Needs: ...
@@ -81,6 +87,10 @@ class LocalExecutor:
             return needs
         sharing = self.processes // len(self.devices or [0])
         return replace(needs, vram=needs.vram * sharing, ram=needs.ram * self.processes)
+
+    def helping(self, left: int, idle: int) -> int:
+        """Count the units that one of the processes is given."""
+        return few_at_a_time(left, self.processes)
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[RunStage]:

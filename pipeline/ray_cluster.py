@@ -59,6 +59,11 @@ class RayExecutor:
                 "null for a cluster of this run's own"
             )
 
+    @property
+    def processes(self) -> int:
+        """Workers, beside this process."""
+        return self.workers
+
     def refuse(self, device: str, setting: str) -> None:
         """Raise ConfigError where this process and its workers would differ in what they use."""
         refuse_device(self.gpus, device, setting)

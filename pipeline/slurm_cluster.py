@@ -57,6 +57,11 @@ class SlurmExecutor:
         if self.minutes < 1:
             raise ConfigError(f"executor.minutes={self.minutes}: use at least 1")
 
+    @property
+    def processes(self) -> int:
+        """Workers, beside this process."""
+        return self.workers
+
     def refuse(self, device: str, setting: str) -> None:
         """Raise ConfigError where this process and its workers would differ in what they use."""
         refuse_device(self.gpus, device, setting)
