@@ -249,9 +249,10 @@ def _entry_name(unit: str) -> str:
 
 def _read(entry: Path) -> tuple[str, dict[str, Any]] | None:
     """Read unit and files of one entry of the journal; None if it is damaged in whatever way."""
-    match _content(entry):
-        case {"unit": str(name), "files": dict(files)} if entry.name == _entry_name(name):
-            return name, files
+    with contextlib.suppress(ValueError):  # a name that no text file holds
+        match _content(entry):
+            case {"unit": str(name), "files": dict(files)} if entry.name == _entry_name(name):
+                return name, files
     return None
 
 
