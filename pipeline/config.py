@@ -47,6 +47,7 @@ PLAIN: Mapping[str, Any] = {
     "dtype": str,
     "preflight": bool,
     "verbose": bool,
+    "objectives": list[str],
     "pipeline": Mapping[str, Mapping[str, str]],
 }
 """Types of the settings that belong to no class."""
