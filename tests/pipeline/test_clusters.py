@@ -10,7 +10,7 @@ import time
 import pytest
 from toy_units import Parts
 
-from dirotq.errors import ConfigError, UnsupportedError
+from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
 from dirotq.pipeline import cluster, desk, graphics, job, machine
 from dirotq.pipeline.desk import Desk
 from dirotq.pipeline.graphics import Graphics
@@ -190,3 +190,19 @@ def test_threads_of_a_worker(monkeypatch, given, wanted):
     if given:
         monkeypatch.setenv("OMP_NUM_THREADS", given)
     assert job.threads(3) == dict.fromkeys(job.THREADS, wanted)
+
+
+def test_what_another_machine_read_is_not_hashed_here(store, monkeypatch):
+    """Its disk has another number there, and all else is the same."""
+    with store.create("first", {"made": "by a test"}) as draft:
+        (draft.data / "read").write_text("right")
+    there = store.get("first", draft.artifact.fingerprint)
+    there.file("read")
+    here = store.get("first", draft.artifact.fingerprint)
+    here.saw({name: (*stamp[:-1], stamp[-1] + 7) for name, stamp in there.seen.items()})
+    monkeypatch.setattr("dirotq.pipeline.artifact.file_digest", lambda path: pytest.fail("hashed"))
+    here.recheck()
+    monkeypatch.undo()
+    (here.data / "read").write_text("WRONG")
+    with pytest.raises(ArtifactError, match="read changed after it was written"):
+        here.recheck()
