@@ -1,6 +1,6 @@
 """What executors on other machines have in common: what each worker is given, and where it runs."""
 
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 from dirotq.errors import ConfigError
 from dirotq.pipeline import machine
@@ -39,9 +39,11 @@ def refuse_device(gpus: int, device: str, setting: str) -> None:
 
 def refuse_missing(package: str, executor: str) -> None:
     """Raise ConfigError if the library of an executor isn't installed."""
-    if find_spec(package) is None:
+    try:
+        version(package)  # a folder of that name can be imported, too
+    except PackageNotFoundError:
         raise ConfigError(
             f"executor={executor} needs {package}, which is not installed: pip install "
             f"'dirotq[{executor}]', on every node. On this machine alone, executor.workers=N goes "
             "without"
-        )
+        ) from None

@@ -14,6 +14,7 @@ from rich.table import Table
 from dirotq.pipeline.config import Pipeline
 from dirotq.pipeline.history import Took, last_run_here, took
 from dirotq.pipeline.preflight import Preflight
+from dirotq.pipeline.workplace import few_at_a_time
 
 Helping = Callable[[int, int], int]
 """Counts the units that one of so many idle workers is given of what is left: (left, idle)."""
@@ -55,7 +56,11 @@ def forecast(past: Took, workers: int, helping: Helping) -> Forecast:
     What its units then took together, beyond their own seconds, is taken for work that each worker
     does before its first, such as opening the model.
     """
-    before = makespan(past.units, past.workers, helping) if past.workers > 1 else sum(past.units)
+
+    def helped(left: int, idle: int) -> int:
+        return few_at_a_time(left, past.workers)
+
+    before = makespan(past.units, past.workers, helped) if past.workers > 1 else sum(past.units)
     rest = past.seconds - past.wall + max(past.wall - before, 0.0)
     return Forecast(
         units=len(past.units),

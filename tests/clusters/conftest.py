@@ -3,7 +3,7 @@
 import contextlib
 import os
 import sys
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 from tiny_fixtures import *  # noqa: F403
@@ -12,7 +12,11 @@ from dirotq.pipeline.ray_cluster import RayExecutor
 from dirotq.pipeline.slurm_cluster import SlurmExecutor
 
 # Part of them could run without, and would take a minute of `make test`.
-collect_ignore_glob = [] if find_spec("ray") and find_spec("submitit") else ["test_*.py"]
+try:
+    collect_ignore_glob = list[str]()
+    version("ray"), version("submitit")
+except PackageNotFoundError:
+    collect_ignore_glob = ["test_*.py"]
 
 
 def ray(**changes):

@@ -4,10 +4,11 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_module
 
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.store import ArtifactStore
 
 LAUNCHERS = {
@@ -56,4 +57,14 @@ def test_a_search_is_told_the_objectives(tmp_path):
     store = ArtifactStore(tmp_path / "store")
     best = {artifact.metrics["total"] for artifact in store.list() if artifact.stage == "total"}
     assert f"- {max(best)}" in found
-    assert Path(sweep, "optimization_results.yaml").exists()
+
+
+def test_the_search_has_choices_that_exist():
+    cfg = compose_config(["experiment=search"], "dirotq.conf")
+    assert cfg.objectives == ["bits_per_parameter", "psnr"]
+    with initialize_config_module("dirotq.conf", version_base="1.3"):
+        full = compose("config", ["experiment=search"], return_hydra_config=True)
+    assert list(full.hydra.sweeper.direction) == ["minimize", "maximize"]
+    for name, choices in full.hydra.sweeper.params.items():
+        for choice in choices.removeprefix("choice(").removesuffix(")").split(","):
+            compose_config(["experiment=search", f"{name}={choice}"], "dirotq.conf")

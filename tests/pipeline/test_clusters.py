@@ -6,6 +6,7 @@ import shutil
 import socket
 import threading
 import time
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 from toy_units import Parts
@@ -60,13 +61,16 @@ def test_what_can_not_be_is_refused(make, settings, said):
 
 @pytest.mark.parametrize(("make", "name"), [(ray, "ray"), (slurm, "slurm")])
 def test_what_is_not_installed_is_named(monkeypatch, make, name):
-    monkeypatch.setattr(cluster, "find_spec", lambda package: None)
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr(cluster, "version", missing)
     with pytest.raises(ConfigError, match=rf"pip install 'dirotq\[{name}\]'"), make().opened():
         pass
 
 
 def test_without_slurm_this_machine_is_offered(monkeypatch):
-    monkeypatch.setattr(cluster, "find_spec", lambda package: package)
+    monkeypatch.setattr(cluster, "version", lambda package: "1")
     monkeypatch.setattr(shutil, "which", lambda program: None)
     said = "no SLURM here .*executor=local executor.workers=2"
     with pytest.raises(ConfigError, match=said), slurm().opened():
