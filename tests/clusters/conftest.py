@@ -13,8 +13,9 @@ from dirotq.pipeline.slurm_cluster import SlurmExecutor
 
 # Part of them could run without, and would take a minute of `make test`.
 try:
-    collect_ignore_glob = list[str]()
-    version("ray"), version("submitit")
+    collect_ignore_glob: list[str] = []
+    for name in ("ray", "submitit"):
+        version(name)
 except PackageNotFoundError:
     collect_ignore_glob = ["test_*.py"]
 
