@@ -14,7 +14,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test test-diffusers test-s3 test-clusters lowest aot check docs bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load bench-export tune release torture fuzz versions clean
+.PHONY: help setup compress plan sweep test test-diffusers test-s3 test-clusters lowest aot check docs bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-load bench-export tune release torture fuzz versions classes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -116,6 +116,9 @@ fuzz: $(STAMP) ## random and damaged input, each reader for SECONDS=600: READERS
 
 versions: $(STAMP) ## record the code of the stages after bumping a version
 	PYTHONPATH=tests/support $(BIN)/python -m stage_versions
+
+classes: $(STAMP) ## write the table of docs/models.md: every transformer class of diffusers
+	PYTHONPATH=.:tests/support $(BIN)/python -m tiny_transformers.table
 
 clean: ## remove .venv and caches; artifacts/ stays
 	rm -rf $(VENV) .links .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

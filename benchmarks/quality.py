@@ -74,7 +74,7 @@ def measured(row: Row, common: list[str], deadline: float | None) -> dict[str, A
         traceback.print_exc()
         return {"error": f"{type(error).__name__}: {error}"}
     report = json.loads(made["validate"].file("report.json").read_text())
-    return summary(report, made["rank"].metrics) | {
+    return summary(report, made.get("rank", made["validate"]).metrics) | {
         "overrides": list(row.overrides),
         "seconds": round(time.perf_counter() - began, 1),
     }

@@ -47,6 +47,7 @@ METHODS = (
         RIVAL,
     ),
     _row("dirotq_token", "dirotq, token/channel", "method=dirotq act_format=int4_token", RIVAL),
+    _row("instant", "instant W4A8, token/g64", "preset=instant until=validate", RIVAL),
 )
 
 FP4 = "weight_format={0} act_format={0}"

@@ -48,17 +48,19 @@ def main() -> None:
         "| ms more per unit |\n" + "|---" * 7 + "|"
     )  # fmt: skip
     with Crew(Processes(1)) as one, Crew(Processes(count)) as several:
-        ways = {"here": None, "one": one.share, "several": several.share}
+        ways: dict[str, tuple[Share, ...]] = {
+            "here": (), "one": (one.share, one.chain), "several": (several.share, several.chain)
+        }  # fmt: skip
         for step in line.steps:
             if step.name not in options.stages:
                 continue
             inputs = {slot: made[need] for slot, need in step.needs.items()}
-            for share in (one.share, several.share):  # processes start, torch is imported
-                seconds(step.stage, inputs, share)
+            for way in ("one", "several"):  # processes start, torch is imported
+                seconds(step.stage, inputs, *ways[way])
             took: dict[str, list[float]] = {way: [] for way in ways}
             for _ in range(options.repeat):
-                for way, share in ways.items():
-                    took[way].append(seconds(step.stage, inputs, share))
+                for way, shares in ways.items():
+                    took[way].append(seconds(step.stage, inputs, *shares))
             here, alone, shared = (min(took[way]) for way in ways)
             units = len(step.stage.units(**inputs))
             print(
@@ -69,11 +71,11 @@ def main() -> None:
     print(f"\na worker starts in {start(line.steps[0].stage):.1f} s")
 
 
-def seconds(stage: Any, inputs: Inputs, share: Share | None) -> float:
+def seconds(stage: Any, inputs: Inputs, *shares: Share) -> float:
     """Time one run of a stage into a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        in_units(stage, Path(folder), inputs, share)
+        in_units(stage, Path(folder), inputs, *shares)
         return time.perf_counter() - began
 
 

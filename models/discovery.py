@@ -1,7 +1,7 @@
 """The sites of a transformer that no family table describes, read off one forward.
 
-Linears that are handed the same view of the same memory share a site. No number matters, so the
-meta device will do: a forward there needs no weights and next to no time, however large the model.
+Linears that are handed the same view of the same memory share a site. No number of a weight
+matters: the network that runs is a hollow one (models/hollow.py), however large the model.
 """
 
 import copy
@@ -18,13 +18,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from dirotq.errors import UnsupportedError
 
 from .call import Call
 from .denoiser_call import denoiser_call
 from .family import TABLE, Kind, Site, is_linear, is_pointwise
+from .hollow import Cheaply, hollow
 from .skeleton import empty_transformer
 
 log = logging.getLogger(__name__)
@@ -87,29 +90,23 @@ def discovered(
 def discover(transformer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Discovered:
     """Trace one forward, ``transformer(*args, **kwargs)``, and group what its linears read.
 
-    transformer  on the meta device (all its parameters or some), or real; it is left as it was. A
-                 real one holds the inputs of all its linears in memory until the trace ends
+    transformer  real, or on the meta device (all its parameters or some): it is left as it was
     args, kwargs one call's arguments, batch first in the first of them; see ``denoiser_call``
 
     Linears and 1x1 convolutions of repeated blocks become sites, if their input lies in one block:
     a block is a member of an ``nn.ModuleList`` of one class, with attention in it. What reads one
     row per sample is a modulator.
 
-    Raises UnsupportedError if the forward fails (on the meta device: where control flow depends on
-    data), or shows no site.
+    Raises UnsupportedError if the forward fails, or shows no site.
     """
-    name, call = type(transformer).__name__, Call(args, kwargs)
-    if on_meta := any(p.is_meta for p in transformer.parameters()):
-        transformer, call = to_meta(transformer), call.map(lambda t: t.to("meta"))
-    trace = _Trace(transformer)
+    name, call = type(transformer).__name__, Call(args, kwargs).on(torch.device("cpu"))
+    trace = _Trace(hollow(transformer))
     try:
         trace.run(call)
     except Exception as error:
-        where = " on the meta device, where control flow can't depend on data," if on_meta else ""
-        advice = "trace it with real weights, or " if on_meta else ""
         raise UnsupportedError(
-            f"no family table describes {name}, and one forward of it{where} failed with "
-            f"{type(error).__name__}: {error}. To compress it, {advice}write a {TABLE}"
+            f"no family table describes {name}, and one forward of it with noise for weights "
+            f"failed with {type(error).__name__}: {error}. To compress it, write a {TABLE}"
         ) from error
     found = trace.discovered(_batch(transformer, call))
     if not found.sites:
@@ -147,9 +144,11 @@ class _Trace(TorchFunctionMode):
             for number, member in enumerate(members)
             if len({type(m) for m in members}) == 1
         }
-        self.parameters = {id(parameter): name for name, parameter in self.root.named_parameters()}
+        # By storage: a slice of a parameter, or its transpose, is the parameter.
+        self.parameters = {_storage(p): name for name, p in self.root.named_parameters()}
         self.inside: list[str] = []
-        self.alive: list[Tensor] = []  # a freed storage's address would be given away again
+        # The address of a storage is not given away again while someone points at it, be it weakly.
+        self.known: list[StorageWeakRef] = []
 
     def run(self, call: Call) -> None:
         hooks = []
@@ -158,10 +157,10 @@ class _Trace(TorchFunctionMode):
             hooks.append(module.register_forward_pre_hook(enter, with_kwargs=True))
             hooks.append(module.register_forward_hook(self._leave))
         try:
-            with torch.no_grad(), self:
+            with torch.no_grad(), Cheaply(), self:
                 self.root(*call.args, **call.kwargs)
         finally:
-            self.alive.clear()
+            self.known.clear()
             for hook in hooks:
                 hook.remove()
 
@@ -171,7 +170,7 @@ class _Trace(TorchFunctionMode):
             self.calls.add(name)
         if name in self.linears:
             x = args[0] if args else next(iter(kwargs.values()))
-            self.alive.append(x)
+            self.known.append(StorageWeakRef(x.untyped_storage()))
             self.reads[name].append(_view(x))
 
     def _leave(self, *_: Any) -> None:
@@ -186,7 +185,8 @@ class _Trace(TorchFunctionMode):
             return result
         given = [*args, *(kwargs or {}).values()]
         given += [inner for value in given if isinstance(value, list | tuple) for inner in value]
-        read = [self.parameters[id(value)] for value in given if id(value) in self.parameters]
+        storages = [_storage(value) for value in given if isinstance(value, Tensor)]
+        read = [self.parameters[key] for key in storages if key in self.parameters]
         for parameter in read:
             module = parameter.rpartition(".")[0]
             if module in self.linears:
@@ -241,7 +241,7 @@ class _Trace(TorchFunctionMode):
         block = _block(name)
         exact = set(getattr(self.root, "_keep_in_fp32_modules", None) or ())
         if block not in self.calls:
-            return OUTSIDE
+            return UNCALLED if block in self.members and not self.reads[name] else OUTSIDE
         if block.rpartition(".")[0] not in self.mixing:
             return UNMIXED
         if name in self.bypassed:
@@ -267,10 +267,17 @@ class _Trace(TorchFunctionMode):
         return f"{parent}.{leaf}"
 
 
+def _storage(x: Tensor) -> int:
+    try:
+        return int(x.untyped_storage()._cdata)
+    except NotImplementedError:  # sparse, or one of many in torch.vmap
+        return 0
+
+
 def _view(x: Tensor) -> View:
     # A write in place makes another activation of the same memory.
     version = 0 if x.is_inference() else x._version
-    return x.untyped_storage()._cdata, version, int(x.storage_offset()), tuple(x.shape), x.stride()
+    return _storage(x), version, int(x.storage_offset()), tuple(x.shape), x.stride()
 
 
 def _block(name: str) -> str:
@@ -297,6 +304,15 @@ def to_meta(transformer: nn.Module) -> nn.Module:
 
 
 def _batch(transformer: Any, call: Call) -> int:
-    """Count samples of a call: the length of its first argument, a tensor or a list of them."""
+    """Count samples of a call: the length of what is denoised, a tensor or a list of them.
+
+    It is the first argument with numbers in it that are no indices.
+    """
     names = [n for n in inspect.signature(transformer.forward).parameters if n in call.kwargs]
-    return len((*call.args, *(call.kwargs[n] for n in names), *call.kwargs.values())[0])
+    for given in (*call.args, *(call.kwargs[n] for n in names), *call.kwargs.values()):
+        tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
+        floats = [tensor for tensor in tensors if tensor.is_floating_point()]
+        if floats:
+            plain = isinstance(given, list) and all(isinstance(one, Tensor) for one in given)
+            return len(given if plain else floats[0])
+    return 1

@@ -1,12 +1,15 @@
 """Every supported family, found by the class of a model's transformer."""
 
-import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
 
 from dirotq.errors import UnsupportedError
 
 from .family import ModelFamily
 from .flux import FLUX
 from .flux2 import FLUX2
+from .installed import installed_diffusers
 from .pixart import PIXART
 from .qwen_image import QWEN_IMAGE
 from .sana import SANA
@@ -22,22 +25,26 @@ def known_family(transformer_class: str) -> ModelFamily | None:
     return next((family for family in FAMILIES if family.transformer == transformer_class), None)
 
 
-def family_of(transformer_class: str) -> ModelFamily:
+def family_of(
+    transformer_class: str, config: Mapping[str, Any] = MappingProxyType({})
+) -> ModelFamily:
     """Return the family of a diffusers transformer class: a table, or the name alone for a class
     of diffusers that has none, whose sites are to be discovered (models/discovery.py).
+
+    config  what transformer/config.json says, for the version in an error
 
     Raises UnsupportedError, naming the known ones, for what is no transformer of diffusers.
     """
     if (family := known_family(transformer_class)) is not None:
         return family
-    if re.search("Transformer|DiT", transformer_class):
-        import diffusers  # takes seconds, and is needed only here
+    import diffusers  # takes seconds, and is needed only here
 
-        if hasattr(diffusers, transformer_class):
-            return ModelFamily("discovered", transformer_class, rules=(), keep=(), call={})
+    found = getattr(diffusers, transformer_class, None)
+    if getattr(found, "__module__", "").startswith("diffusers.models.transformers."):
+        return ModelFamily("discovered", transformer_class, rules=(), keep=(), call={})
     known = ", ".join(f"{f.name} ({f.transformer})" for f in FAMILIES)
     raise UnsupportedError(
-        f"{transformer_class!r} is no transformer class of the installed diffusers; described are "
-        f"{known}, others of diffusers are discovered. CONTRIBUTING.md says how to add a family (a "
-        "table of about 40 lines)."
+        f"{transformer_class!r} is no transformer class of {installed_diffusers(config)}; "
+        f"described are {known}, others of diffusers are discovered. CONTRIBUTING.md says how to "
+        "add a family (a table of about 40 lines)."
     )

@@ -33,6 +33,7 @@ def add_compress(add: Callable[..., argparse.ArgumentParser]) -> None:
         "                           the small model that comes along, in seconds",
         "model=flux rank.r=32       a choice of conf/model, another rank",
         "model=FOLDER until=gptq    a diffusers folder; stop after a stage",
+        "model=FOLDER preset=instant  no calibration: a minute or a few",
         "--cfg job                  print all settings, and run nothing",
         "-m rank.r=8,16,32          once per value; also several at a time:",
         "-m rank.r=8,16,32 hydra/launcher=joblib           (pip install 'dirotq[sweep]')",
@@ -188,6 +189,9 @@ def _job(cfg: DictConfig) -> list[float] | None:
     overrides: Any = OmegaConf.to_container(context.overrides.task, resolve=False)
     outcomes = _run(pipeline, cfg, folder, overrides)
     report.summary(outcomes, folder, verbose=bool(cfg.get("verbose")))
+    for step in pipeline.steps:
+        if callable(advice := getattr(step.stage, "advice", None)):
+            print(advice())
     return _objectives(outcomes, list(cfg.get("objectives") or ()))
 
 

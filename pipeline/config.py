@@ -165,6 +165,7 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
                 reworded(error, lambda: compose("config", overrides=chosen))
             ) from error
         _refuse_unknown(cfg, module)
+        _refuse_idle(cfg, words)
         if appended := [word for word in words if _appends(word)]:
             plain = cfg
             with suppress(*STUMBLES):  # a later word changes what was appended
@@ -268,6 +269,21 @@ def _refuse_unknown(cfg: DictConfig, module: str) -> None:
     for key in cfg:
         if str(key) not in known:
             raise no_such_setting("", str(key), known)
+
+
+def _refuse_idle(cfg: DictConfig, words: Sequence[str]) -> None:
+    """Refuse settings of stages that a chosen pipeline leaves out: they would change nothing."""
+    chosen = [word for word in words if setting(word)[1] in ("preset", "pipeline")]
+    if not chosen or not OmegaConf.is_dict(cfg.get("pipeline")):
+        return
+    for word in words:
+        stage = re.split(r"[.@]", setting(word)[1])[0]
+        node: Any = cfg.get(stage) if stage in cfg and stage not in cfg.pipeline else None
+        if OmegaConf.is_dict(node) and ".stages." in str(node.get(TARGET)):
+            raise ConfigError(
+                f"{word} says something of the stage {stage}, which {chosen[-1]} leaves out (it "
+                f"runs {', '.join(map(str, cfg.pipeline))}). Leave one of the two out"
+            )
 
 
 def _primary(module: str) -> Any:

@@ -7,6 +7,7 @@ it ends, and whatever it was told.
 import contextlib
 import dataclasses
 import logging
+import shutil
 import time
 import uuid
 from collections import Counter, deque
@@ -18,7 +19,7 @@ from typing import Any
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.desk import Desk
-from dirotq.pipeline.divided import Inputs
+from dirotq.pipeline.divided import Inputs, NotShared
 from dirotq.pipeline.job import Job, Seen
 from dirotq.pipeline.stage import recipe
 from dirotq.pipeline.units import Units
@@ -29,16 +30,21 @@ log = logging.getLogger(__name__)
 TRIES = 3
 """Processes that a unit may take down before it is given up."""
 
+MEETING = ".meeting"
+"""Folder of what workers hand to each other while they make units that follow each other."""
+LOOK = 1.0
+"""Seconds between two looks for units that are finished meanwhile."""
+
 
 class Crew:
     """Workers, started when there is something to do and stopped with the block.
 
-    ``peaks``: the memory that each took for the last stage.
+    ``peaks``: {worker: the memory that it took}, since they were cleared.
     """
 
     def __init__(self, workplace: Workplace) -> None:
         self._workplace = workplace
-        self.peaks: list[dict[str, int]] = []
+        self.peaks: dict[int, dict[str, int]] = {}
 
     def __enter__(self) -> "Crew":
         return self
@@ -99,20 +105,71 @@ class Crew:
                         idle.append(worker)
                         give_out()
                     elif missing:
-                        raise ArtifactError(
-                            f"{stage.what}: {missing[0]} is not as it was written: another "
-                            "program changes the store while it is written to; the same command "
-                            "makes it anew"
-                        )
+                        raise ArtifactError(_spoilt(stage.what, missing[0]))
                     yield from finished
         except BaseException:  # before the folder's lock is let go
             for worker, _ in running.values():
                 worker.stop()
             raise
-        self.peaks = []
-        for resting in [worker.rest() for worker in self._workplace.workers]:
+        self._rest()
+
+    def chain(
+        self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs
+    ) -> Generator[str, None, None]:
+        """Have units made that follow each other, and of each every worker does its part.
+
+        When one dies, all are ended, and begin anew with the units that are left.
+
+        Raises UnsupportedError if that happens TRIES times to one unit, NotShared where workers
+        need not run at the same time.
+        """
+        left, lost, meeting = list(todo), Counter[str](), units.out / MEETING
+        workers = self._workplace.workers
+        if not self._workplace.together:
+            raise NotShared("workers of a cluster need not run at the same time")
+        try:
+            while left:
+                died, place = None, meeting / uuid.uuid4().hex
+                for worker in workers:
+                    worker.start()
+                running: dict[Future[Seen], Worker] = {}
+                for index, worker in enumerate(workers):
+                    part = stage.part(index, len(workers), place)
+                    job = self._job(part, units, left, inputs, None)
+                    (future,) = self._workplace.send(job, [(worker, left)])
+                    running[future] = worker
+                while running and died is None:
+                    ended, _ = wait(running, LOOK, FIRST_COMPLETED)
+                    for future in ended:
+                        worker = running.pop(future)
+                        if (error := self._died(future, inputs)) is not None:
+                            died = worker, error
+                    finished = units.adopt(left)
+                    left = [name for name in left if name not in finished]
+                    yield from finished
+                if died is not None and left:
+                    self._again(stage, died[0], left[:1], lost, died[1])
+                    self._stop()
+                elif left:
+                    raise ArtifactError(_spoilt(stage.what, left[0]))
+            if meeting.exists():
+                shutil.rmtree(meeting)
+        except BaseException:
+            self._stop()
+            raise
+        self._rest()
+
+    def _stop(self) -> None:
+        """End all workers, before the lock of a folder that they write to is let go."""
+        for worker in self._workplace.workers:
+            worker.stop()
+
+    def _rest(self) -> None:
+        """Have the workers let go of what they opened; add to the peaks of this stage."""
+        for index, resting in enumerate([worker.rest() for worker in self._workplace.workers]):
             with contextlib.suppress(BrokenExecutor):  # it is started anew when it is needed
-                self.peaks.append(resting.result())
+                took, before = resting.result(), self.peaks.setdefault(index, {})
+                before |= {what: max(size, before.get(what, 0)) for what, size in took.items()}
 
     def _job(
         self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs, desk: Desk | None
@@ -170,6 +227,13 @@ class Crew:
                 raise UnsupportedError(f"{said}{why}")
         what = missing[0] if len(missing) == 1 else f"what it had ({len(missing)} units)"
         log.warning("%s: a worker died%s; %s is tried again", stage.what, why, what)
+
+
+def _spoilt(what: str, name: str) -> str:
+    return (
+        f"{what}: {name} is not as it was written: another program changes the store while it is "
+        "written to; the same command makes it anew"
+    )
 
 
 def _given_up(what: str, name: str) -> str:

@@ -76,7 +76,8 @@ def order(wiring: Wiring, until: str | None = None) -> list[str]:
 def plan(stages: Mapping[str, Stage], wiring: Wiring) -> list[Step]:
     """Return steps in dependency order, each with its recipe. Touches neither the store nor a GPU.
 
-    Raises ConfigError if a stage's input slots and its wiring differ.
+    Raises ConfigError if a stage's input slots and its wiring differ. A slot to which ``run`` gives
+    a default may stay unwired.
     """
     steps: dict[str, Step] = {}
     for name in order({name: wiring[name] for name in stages}):
@@ -84,12 +85,9 @@ def plan(stages: Mapping[str, Stage], wiring: Wiring) -> list[Step]:
         if not isinstance(stage, Stage):
             kind = type(stage).__name__
             raise ConfigError(f"{name}: a {kind} is no stage, it has no version or no run()")
-        slots = {
-            parameter.name
-            for parameter in inspect.signature(stage.run).parameters.values()
-            if parameter.kind is parameter.KEYWORD_ONLY
-        }
-        if slots != set(needs):
+        parameters = inspect.signature(stage.run).parameters.values()
+        slots = {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+        if not {slot for slot, needed in slots.items() if needed} <= set(needs) <= set(slots):
             raise ConfigError(
                 f"{name}: run() takes the inputs {sorted(slots)}, the pipeline wires "
                 f"{sorted(needs)}; see conf/pipeline"

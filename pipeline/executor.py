@@ -117,6 +117,7 @@ def run_shared(
         stage = replace(stage, device=device)
     if not isinstance(stage, Divided):
         return run_here(stage, out, inputs, notes)
-    metrics = in_units(stage, out, inputs, crew.share)
-    notes["workers"] = crew.peaks
+    crew.peaks.clear()
+    metrics = in_units(stage, out, inputs, crew.share, crew.chain)
+    notes["workers"] = list(crew.peaks.values())
     return metrics

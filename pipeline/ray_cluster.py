@@ -97,6 +97,7 @@ class Actors:
 
     no_start = NO_START
     patience = LATE
+    together = False
 
     def __init__(self, settings: RayExecutor) -> None:
         self._settings = settings

@@ -96,6 +96,7 @@ class Jobs:
 
     no_start = NO_START
     patience = LATE
+    together = False
 
     def __init__(self, settings: SlurmExecutor) -> None:
         self._settings = settings

@@ -15,7 +15,8 @@ class Stage(Protocol):
     """One cached step: a frozen dataclass whose fields are its configuration.
 
     ``run(out, *, slot: Artifact, ...)`` reads its inputs (one keyword per slot, wired in
-    conf/pipeline), writes files under ``out`` and returns the scalars worth keeping as metrics.
+    conf/pipeline; one with the default None may be left out), writes files under ``out`` and
+    returns the scalars worth keeping as metrics.
     ``version`` is bumped by hand when the same configuration would give another result.
 
     A stage that sets ``resumable: ClassVar[bool] = True`` finds what an interrupted run left in

@@ -153,11 +153,6 @@ class Units:
         if self._times and self._journal.is_dir():
             write_json(self._journal / TIMES, self._times)
 
-    def forget(self, prefix: str) -> None:
-        """Remove the units whose names begin with ``prefix``, and whatever no unit owns."""
-        kept = {name: files for name, files in self._files.items() if not name.startswith(prefix)}
-        self._keep_only(kept)
-
     def _write_waiting(self) -> None:
         if recipe(self._of) != self._recipe:
             raise ArtifactError(

@@ -39,6 +39,7 @@ class Processes:
         'work under `if __name__ == "__main__":`'
     )
     patience = 0.0
+    together = True
 
     def __init__(self, count: int, devices: Sequence[int] | None = None) -> None:
         chosen = (

@@ -45,6 +45,7 @@ class Workplace(Protocol):
     workers   as many processes as may work at the same time
     no_start  what to say if they end while they start
     patience  seconds to wait for files of a unit that is told to be finished
+    together  whether all workers run at the same time, on one machine
 
     ``send`` has units made by idle workers; a future raises BrokenExecutor if its process dies,
     and what a unit raises. ``helping`` counts the units that one of ``idle`` workers is given of
@@ -54,6 +55,7 @@ class Workplace(Protocol):
 
     no_start: str
     patience: float
+    together: bool
 
     @property
     def workers(self) -> Sequence[Worker]: ...

@@ -12,26 +12,20 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
-import torch
 import zarr
 
-from dirotq.calibrate.recorder import Recorder, Seen
-from dirotq.calibrate.replay import Replay
 from dirotq.calibrate.trajectory import Trajectories
 from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls, timestep
-from dirotq.models.family import Site
+from dirotq.models.call import PROBE, PROBES, Call, call_files, load_calls, save_calls
 from dirotq.pipeline.divided import Make, in_units
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Made, Units
-from dirotq.progress import track
 from dirotq.quantize import memory
-from dirotq.quantize.moments import TIMESTEPS, add_earlier, read_stored, write_moment
-from dirotq.quantize.tensors import create_array, read_array, write_array, write_rows
+from dirotq.quantize.replayed_moments import ReplayedMoments
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import Prompt, PromptSet
 
@@ -39,9 +33,7 @@ log = logging.getLogger(__name__)
 
 GOLDEN = 0.6180339887498949
 RECORD = "calls "
-REPLAY = "replay "
-"""Before a shard's number, and before a block's name: names of units."""
-TREES = ("moments.zarr", "rows.zarr", "peaks.zarr")
+"""Before a shard's number: the name of a unit."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,7 +109,7 @@ class Capture:
                 try:
                     recorded = source.record(shards[name], choose)
                 except NumericalError:
-                    _name_the_site(self, out / f"diagnosis of {name}", device, source.made)
+                    _name_the_site(self, out / f"diagnosis of {name}", source.made)
                     raise
                 file = name.removeprefix(RECORD)
                 save_calls(out / "calls", file, recorded)
@@ -125,13 +117,17 @@ class Capture:
 
         return make
 
+    def followed(self) -> ReplayedMoments:
+        return ReplayedMoments(
+            model=self.model, shards=_files(_shards(self)), rows=self.rows,
+            weighting=self.weighting, vram=self.vram, device=self.device,
+        )  # fmt: skip
+
     def merge(self, units: Units) -> Mapping[str, float]:
-        """Replay the calls that were recorded: blocks follow each other."""
-        device, out, shards = pick_device(self.device), units.out, _shards(self)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-        calls = load_calls(out / "calls", [name.removeprefix(RECORD) for name in shards])
-        tokens = replay_calls(self, out, units, device, calls)
+        out, shards, sites = units.out, _shards(self), self.model.sites()
+        moments = zarr.open_group(out / "moments.zarr", mode="r")
+        tokens = {s: int(str(moments[s.name].attrs["tokens"])) for s in sites}
+        calls = load_calls(out / "calls", _files(shards))
         save_calls(out, PROBE, [calls[i * len(calls) // PROBES] for i in range(PROBES)])
         shutil.rmtree(out / "calls")
         return {
@@ -155,57 +151,9 @@ def _shards(stage: Capture) -> dict[str, list[Prompt]]:
     }
 
 
-def replay_calls(
-    stage: Capture, out: Path, units: Units, device: torch.device, calls: Sequence[Call]
-) -> dict[Site, int]:
-    """Store what every site sees of the calls; return {site: tokens}.
-
-    A block is a unit where one pass takes all calls. Several passes add to what is there, and how
-    many calls one takes depends on free memory: interrupted, they start over.
-    """
-    sites, mask = stage.model.sites(), stage.model.family.mask
-    replay = Replay.of(stage.model, device, compute_dtype(device))
-    vram = None if stage.vram is None else parse_bytes(stage.vram)
-    at_once = replay.make_room(calls[0], len(calls), vram)
-    passes = [range(i, min(i + at_once, len(calls))) for i in range(0, len(calls), at_once)]
-    if len(passes) > 1:
-        log.info("capture: %d passes of up to %d calls each", len(passes), at_once)
-        units.forget(REPLAY)
-    left = {
-        block: [site for site in sites if site.block == block]
-        for block in ("", *replay.blocks)
-        if not units.done(REPLAY + block)
-    }
-    trees = {name: zarr.open_group(out / name, mode="a") for name in TREES}
-
-    def finish(block: str) -> None:
-        if len(passes) == 1 and block in left:
-            inside = [out / name / site.name for name in TREES for site in left[block]]
-            units.finish(REPLAY + block, inside)
-
-    for number, indices in enumerate(passes if left else []):
-        rows = range(*(i * stage.rows // len(calls) for i in (indices.start, indices.stop)))
-        recorder = Recorder(
-            replay=replay,
-            calls=[calls[i] for i in indices],
-            rows=len(rows),
-            seed=number,
-            mask=mask,
-            level=stage.weighting == "leveled",
-        )
-        times = [timestep(replay.transformer, call) for call in recorder.calls]
-        store = partial(_store, trees, rows=rows, of=stage.rows, times=times, first=number == 0)
-        what = "capture: replay" + (f" {number + 1} of {len(passes)}" if len(passes) > 1 else "")
-        with recorder.watching(left.get("", [])) as seen_outside:
-            for step in track(replay.steps(recorder.calls), what, total=len(replay.blocks)):
-                with recorder.watching(left.get(step.block, [])) as seen:
-                    step.run()
-                store(seen)
-                finish(step.block)
-                del seen  # before the next block's weights come
-        store(seen_outside)
-        finish("")
-    return {s: int(str(trees["moments.zarr"][s.name].attrs["tokens"])) for s in sites}
+def _files(shards: Iterable[str]) -> list[str]:
+    """Name the files of their recorded calls."""
+    return [name.removeprefix(RECORD) for name in shards]
 
 
 def chosen_calls(shard: int, shards: int, made: int, wanted: int) -> list[int]:
@@ -223,48 +171,14 @@ def chosen_calls(shard: int, shards: int, made: int, wanted: int) -> list[int]:
     return [int((k + offset) * made / quota) for k in range(quota)]
 
 
-def _store(
-    trees: Mapping[str, zarr.Group],
-    seen: Mapping[Site, Seen],
-    *,
-    rows: range,
-    of: int,
-    times: Sequence[float | None],
-    first: bool,
-) -> None:
-    """Write what one pass has seen of sites, together with what earlier passes wrote.
-
-    rows   places of this pass's sampled rows among all ``of``
-    times  the timestep of each call of this pass
-    """
-    moments, samples, absmax = (trees[name] for name in TREES)
-    for site, one in seen.items():
-        if not first:
-            earlier = read_stored(moments, site.name), read_array(absmax, site.name)
-            add_earlier(one, site.in_features, *earlier)
-        stacked = torch.cat(one.whole) if one.total is None else None
-        write_moment(
-            moments, site.name, site.in_features, one.tokens, total=one.total, rows=stacked
-        )
-        assert one.absmax is not None
-        write_array(absmax, site.name, one.absmax)
-        if first:
-            create_array(samples, site.name, (of, site.in_features), torch.bfloat16)
-        if rows:
-            sample = torch.cat(one.sample)
-            repeats = -(-len(rows) // len(sample))
-            write_rows(samples, site.name, rows.start, sample.repeat(repeats, 1)[: len(rows)])
-            told = [times[call] for call in one.sampled * repeats][: len(rows)]
-            attributes: Any = samples[site.name].attrs
-            attributes[TIMESTEPS] = [*attributes.get(TIMESTEPS, []), *told]
-
-
-def _name_the_site(stage: Capture, out: Path, device: torch.device, calls: list[Call]) -> None:
+def _name_the_site(stage: Capture, out: Path, calls: list[Call]) -> None:
     """Raise NumericalError for the first site that is not finite in a failed generation."""
     # The first call that went wrong had good inputs; those of its successors are its output.
     calls = [c for c in calls if all(bool(t.isfinite().all()) for t in c.tensors())]
+    replay = stage.followed()
     out.mkdir()
     try:
-        replay_calls(stage, out, Units(out, stage), device, calls)
+        for _ in replay.made(out, calls, replay.units()):
+            pass
     finally:
         shutil.rmtree(out)

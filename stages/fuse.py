@@ -169,12 +169,16 @@ class FusedLinear(nn.Module):
         super().__init__()
         self.spec: QuantSpec = rotation.spec
         main, protected = rotation.weights(weight)
+        # Who asks a module for its type is told that of its first tensor; bases are 16-bit.
+        self.register_buffer("main", main)
         self.register_buffer("basis", rotation.basis_DR)
         self.register_buffer("rotation", rotation.rotation_DK)
         self.register_buffer("smooth", rotation.smooth_D)
-        self.register_buffer("main", main)
         self.register_buffer("protected", protected)
         self.register_buffer("bias", bias)
+
+    in_features = property(lambda self: self.spec.in_features)
+    out_features = property(lambda self: self.main.shape[0])
 
     def forward(self, x: Tensor, rows: slice = slice(None)) -> Tensor:
         z, c = transform(x, self.basis, self.rotation, self.spec, self.smooth)

@@ -39,6 +39,7 @@ from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.planning import read_spectrum
+from dirotq.quantize.uncalibrated import advice
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet, refuse_shared
 from dirotq.sources.weights import Weights
@@ -55,6 +56,9 @@ class Validate:
                  beyond rounding; one batch is the unit of resuming
     ``pairs``    image pairs shown in the report, those of the worst prompts
     ``dtype``    of everything that isn't packed; has to be that of the reference images
+
+    Without ``capture`` and ``basis`` (pipeline=instant) sites are listed, but not measured: no
+    inputs of theirs are known.
 
     Writes ``images.zarr`` with the array ``packed`` (dirotq/evaluate/images.py), ``report.json``
     (every number, per image and per site; what was measured and by which command),
@@ -96,11 +100,11 @@ class Validate:
         self,
         out: Path,
         *,
-        capture: Artifact,
-        basis: Artifact,
         rank: Artifact,
         pack: Artifact,
         reference: Artifact,
+        capture: Artifact | None = None,
+        basis: Artifact | None = None,
     ) -> Mapping[str, float]:
         device = pick_device(self.device)
         plan = read_plan(rank.file("plan.json"))
@@ -118,9 +122,11 @@ class Validate:
         resumed = len(prompts) - sum(map(len, writer.missing(self.batch)))
         call = self.model.call_arguments()
         generate_all(writer, pipe, prompts, call, self.batch, "packed images")
-        sites, timesteps = _sites(
-            self.model.weights(), pipe.transformer, plan, Captured(capture), device
-        )
+        errors: Mapping[str, RowErrors] = {}
+        if capture is not None:
+            known = Captured(capture)
+            errors = _errors(self.model.weights(), pipe.transformer, plan, known, device)
+        sites, timesteps = _sites(plan, errors)
         size = footprint(pipe.transformer)
         parameters = sum(p.numel() for p in self.model.skeleton().parameters())
         del pipe
@@ -129,9 +135,12 @@ class Validate:
 
         scores = score(sets, prompts, self.reader, self.learned, device)
         images, table = scores.rows(prompts), scores.table()
-        inputs = (capture, basis, rank, pack, reference)
+        inputs = [one for one in (capture, basis, rank, pack, reference) if one is not None]
+        judged = verdict(images, table)
+        if capture is None:
+            judged["reasons"].append(advice())
         report = about(self.model, inputs, stage_settings("validate", recipe(self))) | {
-            "verdict": verdict(images, table),
+            "verdict": judged,
             "resumed": resumed,
             "images": images,
             "scores": table,
@@ -157,7 +166,7 @@ class Validate:
         spectra = {
             entry.site.name: read_spectrum(basis, entry.site).left()
             for entry in plan
-            if entry.site.kind == "block"
+            if entry.site.kind == "block" and basis is not None
         }
         worst = worst_first(images, self.pairs)
         write_report(out / "report.html", report, spectra, worst, *_shown(sets, worst))
@@ -197,17 +206,14 @@ def _pipeline(pack: Artifact, device: torch.device, dtype: torch.dtype, theirs: 
     return load(pack.tree("model"), device=str(device), dtype=dtype)
 
 
-def _sites(
+def _errors(
     weights: Weights,
     packed: nn.Module,
     plan: list[SitePlan],
     captured: Captured,
     device: torch.device,
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """Measure the output SQNR of every site on its sampled rows, with its line of the plan.
-
-    Also returns the timesteps that ``by_timestep`` of each site is for.
-    """
+) -> dict[str, RowErrors]:
+    """Measure the output errors of every site on its sampled rows."""
     errors = {}
     for entry in plan:
         x_TD = captured.rows(entry.site).to(device, torch.float32)
@@ -216,6 +222,15 @@ def _sites(
         got = packed.get_submodule(entry.site.name)(x_TD)
         signal_T, noise_T = (p.square().sum(-1).double().cpu() for p in (want, got - want))
         errors[entry.site.name] = RowErrors(signal_T, noise_T, captured.timesteps(entry.site))
+    return errors
+
+
+def _sites(
+    plan: list[SitePlan], errors: Mapping[str, RowErrors]
+) -> tuple[list[dict[str, Any]], list[float]]:
+    """Return the output SQNR of every site, None where it was not measured, with its line of the
+    plan; and the timesteps that ``by_timestep`` of each site is for.
+    """
     timesteps, columns = by_timestep(errors)
     found = [
         {
@@ -225,7 +240,7 @@ def _sites(
             "outputs": entry.spec.outputs,
             "rank": entry.spec.rank,
             "format": entry.spec.format,
-            "sqnr_db": errors[entry.site.name].sqnr_db,
+            "sqnr_db": errors[entry.site.name].sqnr_db if errors else None,
             "by_timestep": columns.get(entry.site.name, []),
             "why": entry.why,
         }
@@ -238,8 +253,10 @@ def _headline(report: Mapping[str, Any], scores: Scores) -> dict[str, float]:
     """Return the scalars that a multirun compares."""
     seconds = report["seconds_per_image"]
     block = [site["sqnr_db"] for site in report["sites"] if site["kind"] == "block"]
-    metrics = scores.headline() | {
-        "sqnr_db": sum(block) / len(block),
+    metrics = scores.headline()
+    if None not in block:
+        metrics["sqnr_db"] = sum(block) / len(block)
+    metrics |= {
         "bits_per_parameter": report["bits_per_parameter"],
         "compression": report["bytes"]["original"] / report["bytes"]["total"],
         "seconds_per_image": seconds["packed"],

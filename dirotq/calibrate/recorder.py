@@ -55,6 +55,7 @@ class Recorder:
     mask     name of the argument that masks text tokens, or None; masked tokens do not count
     level    divide each call's activations by their root mean square before they are added up, so
              that all calls (timesteps) count alike
+    complete whether no other process adds more: a site that saw nothing is an error then
     """
 
     replay: Replay
@@ -63,13 +64,14 @@ class Recorder:
     seed: int
     mask: str | None
     level: bool
+    complete: bool = True
 
     @contextmanager
     def watching(self, sites: Sequence[Site]) -> Iterator[dict[Site, Seen]]:
         """Yield {site: what it has seen}, complete when the context closes.
 
-        Raises NumericalError then, naming the first site whose activations are not finite or that
-        saw no token.
+        Raises NumericalError then, naming the first site that saw no token, or whose activations
+        are not finite.
         """
         seen = {site: Seen() for site in sites}
         with ExitStack() as hooks:
@@ -78,7 +80,9 @@ class Recorder:
                 hook = partial(self._on_site, site, order, seen[site])
                 hooks.callback(linear.register_forward_pre_hook(hook).remove)
             yield seen
-        _refuse_empty_or_damaged(seen)
+        if self.complete:
+            _refuse_empty(seen)
+        _refuse_damaged(seen)
 
     def _on_site(self, site: Site, order: int, seen: Seen, _: nn.Module, args: Any) -> None:
         index = self.replay.current
@@ -114,14 +118,17 @@ class Recorder:
         return torch.randint(tokens, (share,), generator=generator) if tokens else torch.empty(0)
 
 
-def _refuse_empty_or_damaged(seen: Mapping[Site, Seen]) -> None:
+def _refuse_empty(seen: Mapping[Site, Seen]) -> None:
+    empty = [site.name for site, found in seen.items() if found.tokens == 0]
+    if empty:
+        raise NumericalError(
+            f"site {empty[0]} saw no token ({len(empty)} such in its block): the recorded calls "
+            "never reach it. Record more calls (capture.calls) or check the model"
+        )
+
+
+def _refuse_damaged(seen: Mapping[Site, Seen]) -> None:
     for site, found in seen.items():
-        if found.tokens == 0:
-            empty = sum(one.tokens == 0 for one in seen.values())
-            raise NumericalError(
-                f"site {site.name} saw no token ({empty} such in its block): the recorded "
-                "calls never reach it. Record more calls (capture.calls) or check the model"
-            )
         if found.total is not None:
             finite = bool(second_moment.trace(found.total, site.in_features).isfinite())
         else:

@@ -8,7 +8,9 @@ block is about to run. A step loads the block that is awaited, lets every call p
 drops it again. What a transformer does between its blocks needs no description here.
 """
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +20,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from dirotq.models.call import Call
-from dirotq.models.skeleton import drop, move_buffers, names_in, names_outside
+from dirotq.models.skeleton import assign, drop, move_buffers, names_in, names_outside
 from dirotq.pipeline.machine import free_ram
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.weights import Weights
@@ -42,8 +44,8 @@ class Replay:
     dtype        compute dtype; with float32, 16-bit arguments are widened too
 
     ``park`` waiting calls' activations are kept in page-locked host memory (:meth:`make_room`).
-    ``current`` is the index of the call that is running, in the sequence given to :meth:`steps`;
-    ``outputs`` has what each call of the last pass returned.
+    ``current`` is the index of the call that is running, ``first`` for the first of those given to
+    :meth:`steps`; ``outputs`` has what each call of the last pass returned.
     """
 
     def __init__(
@@ -72,35 +74,48 @@ class Replay:
         blocks = dict.fromkeys(site.block for site in model.sites() if site.block)
         return cls(model.skeleton(), model.weights(), blocks, device=device, dtype=dtype)
 
-    def steps(self, calls: Sequence[Call]) -> Iterator["Step"]:
+    def steps(self, calls: Sequence[Call], first: int = 0) -> Iterator["Step"]:
         """Make one pass: yield every block, in order, once its weights are there.
+
+        Those of the next block, if blocks follow each other as listed, are read meanwhile.
 
         What is inside of a block may be watched or swapped before its step runs; a step that was
         not run by the time the next one is asked for is run then. What the transformer does before
         its first block happens before the first step, and the rest of it within the last one.
         """
-        forwards = [_Forward(self, index, call) for index, call in enumerate(calls)]
-        try:
+        forwards = [_Forward(self, index, call) for index, call in enumerate(calls, first)]
+        with ThreadPoolExecutor(1) as pool, contextlib.ExitStack() as stack:
+            for forward in forwards:
+                stack.callback(forward.cancel)
+            coming = {block: pool.submit(self._read, block) for block in self.blocks[:1]}
             for forward in forwards:
                 forward.proceed()
             while block := next((f.block for f in forwards if f.block), None):
-                names = names_in(self.transformer, block)
-                self.weights.fill(self.transformer, names, self.device, self.dtype)
+                tensors = coming.pop(block).result() if block in coming else self._read(block)
+                for name, tensor in tensors.items():
+                    path, _, leaf = name.rpartition(".")
+                    assign(self.transformer.get_submodule(path), leaf, tensor)
+                names, place = list(tensors), self.blocks.index(block) + 1
+                del tensors, tensor
+                coming = {b: pool.submit(self._read, b) for b in self.blocks[place : place + 1]}
                 step = Step(block, [f for f in forwards if f.block == block])
                 yield step
                 step.run()
                 drop(self.transformer, names)
             self.outputs = [forward.output for forward in forwards]
-        finally:
-            for forward in forwards:
-                forward.cancel()
 
-    def make_room(self, call: Call, count: int, vram: int | None = None) -> int:
+    def _read(self, block: str) -> dict[str, Tensor]:
+        names = names_in(self.transformer, block)
+        return dict(self.weights.read(self.transformer, names, self.device, self.dtype))
+
+    def make_room(self, call: Call, count: int, vram: int | None = None, processes: int = 1) -> int:
         """Return how many of ``count`` calls like ``call`` to keep on their way; set ``park``.
 
-        vram  bytes of GPU memory to stay within; None for what is free
+        vram       bytes of GPU memory to stay within; None for what is free
+        processes  how many share the host's memory
         """
-        each, host = max(self._state_bytes(call), 1), int(HOST_SHARE * free_ram())
+        each = max(self._state_bytes(call), 1)
+        host = int(HOST_SHARE * free_ram() / processes)
         if self.device.type == "cpu":
             return calls_at_once(each, count, host, host)[0]
         limit = torch.cuda.mem_get_info(self.device)[0] if vram is None else vram

@@ -66,9 +66,9 @@ def write_report(
         _pair(report["images"][index], w, g, budget)
         for index, w, g in zip(shown, want, got, strict=True)
     ]
-    sites = report["sites"]
+    sites = [site for site in report["sites"] if site["sqnr_db"] is not None]
     rows = kinds(sites)
-    ranks = {site["site"]: site["rank"] for site in sites if site["kind"] == "block"}
+    ranks = {site["site"]: site["rank"] for site in report["sites"] if site["kind"] == "block"}
     left = {
         name: float(e[r - 1]) for name, e in spectra.items() if 0 < (r := ranks[name]) <= len(e)
     }

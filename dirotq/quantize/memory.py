@@ -8,10 +8,12 @@ from typing import Any
 
 from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.errors import ConfigError
+from dirotq.kernels.formats.quantize_weight import CHUNK
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.quantize.sensitive import parse_sensitive
 from dirotq.quantize.spectrum import DENSE, MARGIN
+from dirotq.quantize.uncalibrated import part_of
 from dirotq.quantize.workload import Workload
 
 GPU_RAM = 3.0e9
@@ -30,6 +32,8 @@ DECODED = 512
 """Numbers alive in an image decoder, per pixel."""
 IMAGE_BYTES = 1.8
 """Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
+SEARCHED = 8 * 4 * CHUNK
+"""What the search for scales holds beside them: float32 tensors of a chunk of weights."""
 FRAGMENTS = 1.15
 """What waiting calls reserve on a GPU over what they hold: their tensors change size on the way."""
 
@@ -42,12 +46,14 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
     largest = max(moments.values())
     of_block = max(sum(moments[s.name] for s in sites) for sites in work.by_block.values())
     waiting, parked = _waiting(work, machine, -(-work.recorded // work.samples), limit)
-    block = machine.width * work.block_parameters + of_block + largest
+    # One block's sums are stored, and another's weights read, while calls pass a block.
+    block = 2 * (machine.width * work.block_parameters + of_block) + largest
+    streamed = 2 * (machine.width * work.block_parameters + of_block + largest)
     alive = _activations(work, work.samples, machine.width)
     encoders = sum(
         size for name, size in work.components.items() if name.startswith("text_encoder")
     )
-    recording = max(encoders, 2 * block if streams else weights + alive)
+    recording = max(encoders, streamed if streams else weights + alive)
     replaying = block + alive + waiting * (FRAGMENTS if machine.gpu and not parked else 1)
     # An upper bound of the recorded calls, as a prompt's steps share its text.
     calls = work.recorded * work.argument_bytes
@@ -107,9 +113,22 @@ def gptq(stage: Any, work: Workload, machine: Machine) -> Needs:
     return _needs(machine, device, host, disk, "method.rounding=nearest (lower quality)")
 
 
+def rounding(stage: Any, work: Workload, machine: Machine) -> Needs:
+    """One site: weights as read and transformed in float32, and GPTQ of one of its parts; beside a
+    GPU the next site waits.
+    """
+    sizes = ((s.outputs, s.width, part_of(s.width, s.weight_group_size)) for _, s in work.planned)
+    device = SEARCHED + max(11 * n * k + 4 * 5 * n * part + 8 * 4 * part**2 for n, k, part in sizes)
+    disk = sum(size for part, size in work.packed.items() if part != "kept")
+    host = 10 * work.largest_weight * (2 if machine.gpu else 0)
+    return _needs(
+        machine, device, host, disk, "method.rounding=nearest (lower quality)", bound=True
+    )
+
+
 def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """One block of both networks in float32 with the captured call; a site's halves in float64."""
-    device = 2.0 * 4 * work.block_parameters + 8 * 2 * work.largest_weight
+    """Hold a block of both networks and the next one in float32, with a call; a site in float64."""
+    device = 3.0 * 4 * work.block_parameters + 8 * 2 * work.largest_weight
     device += _activations(work, work.samples, 4) + 3 * work.samples * work.state
     disk = sum(work.packed[part] for part in ("basis", "protected", "bias"))
     lower = "capture.batch=1, a smaller model.call.height and width"
@@ -155,7 +174,7 @@ def _spectra(work: Workload, machine: Machine) -> Needs:
 def _sensitivities(work: Workload, machine: Machine) -> Needs:
     """One block, and a waiting call for each of its sites (dirotq/quantize/measure.py)."""
     waiting, parked = _waiting(work, machine, len(work.block_sites) + 1, machine.vram)
-    block = 2 * machine.width * work.block_parameters + 8 * 3 * work.largest_weight
+    block = 3 * machine.width * work.block_parameters + 8 * 3 * work.largest_weight
     device = block + _activations(work, work.samples, machine.width) + waiting
     host, disk = _block_read(work) + parked, 1200 * len(work.sites)
     return _needs(machine, device, host, disk, "capture.batch=1", bound=True)

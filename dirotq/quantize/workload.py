@@ -12,7 +12,7 @@ from typing import Any
 from dirotq.files.json_file import read_json
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.second_moment import TILE, tiles
-from dirotq.models.coverage import share_kept, told
+from dirotq.models.coverage import told
 from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.quantize.plan import Method
@@ -211,7 +211,7 @@ class Workload:
     @property
     def notes(self) -> list[str]:
         """Sentences for `plan`."""
-        return [told(share_kept(self.transformer, (site for site, _ in self.planned)))]
+        return [told(self.transformer, [site for site, _ in self.planned])]
 
     @cached_property
     def packed(self) -> dict[str, int]:

@@ -13,6 +13,7 @@ from typing import Any
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.files.digest import Stamp, stamp
 from dirotq.files.json_file import INDEX, read_json
+from dirotq.models.installed import installed_diffusers
 from dirotq.quiet import quiet
 from dirotq.sources.components import DENOISER, is_entry, problems
 
@@ -69,7 +70,8 @@ def _all_problems(folder: Path, weights: bool, without: str, prompts: bool) -> I
     name = index.get("_class_name")
     pipeline: Any = getattr(diffusers, str(name), None)
     if not hasattr(pipeline, "_optional_components"):  # of another kind, or not there
-        yield f"{INDEX} names the pipeline {name!r}, which the installed diffusers does not have"
+        installed = installed_diffusers(index)
+        yield f"{INDEX} names the pipeline {name!r}, which is none of {installed}"
         return
     required, optional = map(set, pipeline._get_signature_keys(pipeline))
     spare = _dispensable(pipeline, prompts)

@@ -79,7 +79,8 @@ class DiffusersModel:
     @property
     def family(self) -> ModelFamily:
         """Raises UnsupportedError for a transformer class that no family describes."""
-        return family_of(self._config()["_class_name"])
+        config = self._config()
+        return family_of(config["_class_name"], config)
 
     @property
     def pipeline_source(self) -> str:

@@ -198,17 +198,18 @@ def _refuse_foreign(root: Path, index: Mapping[str, Any], source: str) -> None:
             "compresses pipelines whose denoiser is a diffusion transformer"
         )
     library, listed = parts["transformer"]
-    found = read_json(config).get("_class_name")
+    settings = read_json(config)
+    found = settings.get("_class_name")
     if library != "diffusers" or found != listed:
-        family_of(str(found))  # a class that nobody knows is the first thing to say
+        family_of(str(found), settings)  # a class that nobody knows is the first thing to say
         raise ConfigError(
             f"{source} contradicts itself: {INDEX} says that its transformer is a {listed} of "
             f"{library}, transformer/config.json that it is a {found}. Both must name the same "
             "class of diffusers; correct the wrong one"
         )
     for name in parts:
-        settings = root / name / "config.json"
-        if settings.is_file() and "quantization_config" in (values := read_json(settings)):
+        file = root / name / "config.json"
+        if file.is_file() and "quantization_config" in (values := read_json(file)):
             quantization = values["quantization_config"]
             method = quantization.get("quant_method") if isinstance(quantization, dict) else None
             raise UnsupportedError(

@@ -93,13 +93,20 @@ class Weights:
 
         keep  where they go instead, for models that are streamed to a GPU
         """
-        exact = set(getattr(root, "_keep_in_fp32_modules", None) or ())
         where = device if keep is None else "cpu"
-        for name, tensor in self._in_turn(names, where):
-            if tensor.is_floating_point():
-                tensor = tensor.to(torch.float32 if exact & set(name.split(".")) else dtype)
+        for name, tensor in self.read(root, names, where, dtype):
             path, _, leaf = name.rpartition(".")
             assign(root.get_submodule(path), leaf, keep(tensor) if keep else tensor)
+
+    def read(
+        self, root: nn.Module, names: Iterable[str], device: Device, dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Read the named tensors for ``root`` as :meth:`fill` gives them to it."""
+        exact = set(getattr(root, "_keep_in_fp32_modules", None) or ())
+        for name, tensor in self._in_turn(names, device):
+            if tensor.is_floating_point():
+                tensor = tensor.to(torch.float32 if exact & set(name.split(".")) else dtype)
+            yield name, tensor
 
     def _in_turn(self, names: Iterable[str], device: Device) -> Iterator[tuple[str, Tensor]]:
         """Read as :meth:`tensors`, file by file and a hundred at a time."""

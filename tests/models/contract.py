@@ -6,19 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_spec import tiny_spec
+from fused_sites import fused, spec_of
 from torch import Tensor, nn
 
 from dirotq.errors import UnsupportedError
-from dirotq.kernels.formats.hadamard import hadamard_block
-from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear
 from dirotq.models.call import Call
 from dirotq.models.families import family_of
-from dirotq.models.family import ModelFamily, Site, is_linear, is_pointwise
+from dirotq.models.family import ModelFamily, is_linear, is_pointwise
 from dirotq.packed.swap import footprint, put_packed, swap_sites
-from dirotq.quantize.rotation import Rotation
-from dirotq.stages.fuse import FusedLinear
 
 
 class FamilyContract:
@@ -169,25 +165,3 @@ class FamilyContract:
         with torch.no_grad():
             output = transformer(**call.kwargs, return_dict=False)[0]
         return torch.stack(output) if isinstance(output, list) else output
-
-
-def spec_of(site: Site) -> QuantSpec:
-    rank = 8 if site.kind == "block" else 0
-    return tiny_spec(
-        dim=site.in_features,
-        rows=site.out_features,
-        rank=rank,
-        block=hadamard_block(site.in_features, 64),
-    )
-
-
-def fused(transformer: nn.Module, site: Site) -> FusedLinear:
-    """The site, rotated but not quantized, in the precision of the transformer."""
-    spec = spec_of(site)
-    vectors = torch.linalg.qr(
-        torch.randn(site.in_features, site.in_features, dtype=torch.float64)
-    ).Q
-    linears = [transformer.get_submodule(c) for c in site.linears]
-    weight = torch.cat([linear.weight.detach().flatten(1) for linear in linears])
-    bias = torch.cat([linear.bias.detach() for linear in linears]) if site.bias else None
-    return FusedLinear(Rotation.cut({"vectors": vectors}, spec), weight, bias)

@@ -13,12 +13,12 @@ from pathlib import Path
 import psutil
 import pytest
 import toy_units
-from toy_units import Parts, ReadsFirst
+from toy_units import Parts, ReadsFirst, Tower
 
 from dirotq.errors import ArtifactError, NumericalError, UnsupportedError
 from dirotq.pipeline import crew as module
 from dirotq.pipeline.crew import Crew
-from dirotq.pipeline.divided import Divided, in_units
+from dirotq.pipeline.divided import Divided, Followed, in_units
 from dirotq.pipeline.job import Job, make_units
 from dirotq.pipeline.stage import recipe
 from dirotq.pipeline.units import JOURNAL, Units
@@ -59,6 +59,7 @@ def shared(stage, out, crew):
 def test_what_is_divided_and_what_is_not(stage):
     assert isinstance(stage, Divided)
     assert not isinstance(object(), Divided)
+    assert not isinstance(stage, Followed)
 
 
 def test_two_workers_make_each_unit_once_with_the_bytes_of_one(stage, tmp_path, pair):
@@ -164,6 +165,63 @@ def until(condition, seconds=20.0):
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
+
+
+@pytest.fixture
+def tower(stage):
+    """Two parts, and four floors that stand on each other."""
+    return Tower(count=2, ledger=stage.ledger)
+
+
+def built(tower, out, crew):
+    out.mkdir(exist_ok=True)
+    metrics = in_units(tower, out, {}, crew.share, crew.chain)
+    assert not (out / module.MEETING).exists()
+    return metrics
+
+
+def test_of_units_that_follow_each_other_each_worker_does_a_part(tower, tmp_path, pair):
+    assert built(tower, tmp_path / "two", pair) == {"floors": 4}
+    assert content(tmp_path / "two")["floors/floor 3"] == "012345"
+    assert content(tmp_path / "two") == alone(tower, tmp_path / "one")
+    assert len({process for unit, process in tower.begun() if "floor" in unit}) == 2
+    assert len(tower.begun("floor 0")) == 2  # once by each way
+
+
+def test_when_one_of_a_chain_dies_its_floor_is_begun_anew(tower, tmp_path, pair, caplog):
+    harmed = dataclasses.replace(tower, harm={"floor 2": "die once"})
+    built(harmed, tmp_path / "out", pair)
+    assert "a worker died; floor" in caplog.text
+    assert len(tower.begun("floor 2")) == 2
+    assert content(tmp_path / "out") == alone(tower, tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("harm", "error", "message", "times"),
+    [
+        ("die", UnsupportedError, "floors: floor 0 ended 3 workers", module.TRIES),
+        ("fail", NumericalError, "floor 0: not finite", 1),
+    ],
+)
+def test_a_floor_that_cannot_be_built_ends_all_builders(
+    tower, tmp_path, pair, harm, error, message, times
+):
+    harmed = dataclasses.replace(tower, harm={"floor 0": harm})
+    with Crew(Processes(2)) as ended:
+        with pytest.raises(error, match=message):
+            built(harmed, tmp_path / "out", ended)
+        assert not any(worker.started for worker in ended._workplace.workers)
+    assert len(tower.begun("floor 0")) == times
+    built(tower, tmp_path / "out", pair)
+    assert content(tmp_path / "out") == alone(tower, tmp_path / "one")
+
+
+def test_what_workers_cannot_share_this_process_does(tower, tmp_path, pair, caplog):
+    refused = dataclasses.replace(tower, unshared=True)
+    assert built(refused, tmp_path / "out", pair) == {"floors": 4}
+    assert "floors: one process does it alone: no two builders agree" in caplog.text
+    assert {process for _, process in tower.begun("floor 0")} == {str(os.getpid())}
+    assert content(tmp_path / "out") == alone(tower, tmp_path / "one")
 
 
 def test_a_script_without_a_guard_is_told(tmp_path):

@@ -120,6 +120,32 @@ def test_wrong_wiring(wiring, says):
         steps(wiring=wiring)
 
 
+@pytest.mark.parametrize(
+    ("wiring", "says"),
+    [
+        ({"numbers": "numbers"}, None),
+        ({"numbers": "numbers", "more": "numbers"}, None),
+        ({"more": "numbers"}, r"takes the inputs \['more', 'numbers'\].*\['more'\]"),
+    ],
+)
+def test_a_slot_with_a_default_may_stay_unwired(wiring, says):
+    @dataclass(frozen=True)
+    class Sum:
+        version: ClassVar[str] = "1"
+
+        def run(self, out: Path, *, numbers: object, more: object = None) -> dict[str, float]:
+            return {}
+
+    model = ToyModel(path="anywhere", offset=0)
+    numbers = Numbers(model=model, count=4, trouble=None, ledger=None, pause=0)
+    stages, wires = {"numbers": numbers, "sum": Sum()}, {"numbers": {}, "sum": wiring}
+    if says is None:
+        assert dag.plan(stages, wires)[-1].recipe["inputs"].keys() == wiring.keys()
+    else:
+        with pytest.raises(ConfigError, match=says):
+            dag.plan(stages, wires)
+
+
 def test_something_else_than_a_stage():
     with pytest.raises(ConfigError, match="a ToyModel is no stage"):
         dag.plan({"toy": ToyModel(path="", offset=0)}, {"toy": {}})

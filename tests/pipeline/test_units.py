@@ -210,14 +210,6 @@ def test_todo_keeps_the_order_and_says_what_was_found(out, caplog):
     assert not caplog.text
 
 
-def test_forgotten_units_take_their_files_along(out):
-    units = Units(out)
-    units.forget("c")
-    assert not units.done("c") and units.done("d")
-    assert not (out / "c.bin").exists() and (out / "shared.json").exists()
-    assert finished(out) == {"a", "b", "d"}
-
-
 def test_a_unit_finished_anew_replaces_its_entry(out):
     (out / "a.bin").write_text("other")
     units = Units(out)

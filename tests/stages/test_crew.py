@@ -28,18 +28,19 @@ def crews():
         pair = Processes(2)
         pair.workers = three._workplace.workers[:2]  # a start takes seconds: torch
         two = Crew(pair)
-        yield {1: None, 2: two.share, 3: three.share}
+        yield {1: (), 2: (two.share, two.chain), 3: (three.share, three.chain)}
     torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_bytes_do_not_depend_on_the_workers(line, finished, crews, tmp_path, name):
+def test_bytes_do_not_depend_on_the_workers(line, finished, crews, tmp_path, caplog, name):
     inputs, found = {slot: finished[slot] for slot in STAGES[name]}, {}
-    for workers, share in crews.items():
+    for workers, way in crews.items():
         out = tmp_path / str(workers)
         out.mkdir()
-        metrics = in_units(stage(line(), name), out, inputs, share)
+        metrics = in_units(stage(line(), name), out, inputs, *way)
         made = {n: b for n, b in tree_bytes(out).items() if not n.startswith(JOURNAL)}
         found[workers] = made, metrics
     assert set(found[1][0]) == set(tree_bytes(finished[name].data))
     assert found[1] == found[2] == found[3]
+    assert "alone" not in caplog.text  # no part was done by one process

@@ -11,7 +11,7 @@ import diffusers
 import tiny_line
 import torch
 import transformers
-from tiny_families import TINY
+from tiny_families import ROPE, TINY, randomize
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dirotq.assets import tiny_flux
@@ -37,15 +37,16 @@ def family_folder(root: Path, name: str) -> Path:
     """The folder of the family's tiny pipeline under ``root``, written once per process."""
     if name == "flux":
         return tiny_line.model_folder(root)
+    tiny = (PIPELINES | UNTABLED)[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        pipeline = PIPELINES[name].build()
+        pipeline = tiny.build()
     for part in pipeline.components.values():
         if isinstance(part, torch.nn.Module):
             part.to(torch.bfloat16).eval()
     folder = root / name
     pipeline.save_pretrained(folder)
-    (folder / "generation.json").write_text(json.dumps(PIPELINES[name].call))
+    (folder / "generation.json").write_text(json.dumps(tiny.call))
     return folder
 
 
@@ -170,21 +171,49 @@ def _pixart() -> Any:
     )
 
 
+def _gemma(vocabulary: int, **more: Any) -> Any:
+    return transformers.Gemma2Model(
+        transformers.Gemma2Config(
+            vocab_size=vocabulary,
+            hidden_size=64,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=32,
+            **more,
+        )
+    )
+
+
+def _lumina2() -> Any:
+    tokenizer = _gemma_tokenizer()
+    made = diffusers.Lumina2Transformer2DModel(
+        sample_size=8,
+        in_channels=4,
+        hidden_size=64,
+        num_layers=2,
+        num_refiner_layers=1,
+        num_attention_heads=2,
+        num_kv_heads=1,
+        multiple_of=32,
+        axes_dim_rope=ROPE,
+        axes_lens=(64, 64, 64),
+        cap_feat_dim=64,
+    )
+    return diffusers.Lumina2Pipeline(
+        transformer=randomize(made),
+        scheduler=_flow(shift=6.0),
+        vae=_autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0),
+        text_encoder=_gemma(len(tokenizer), num_hidden_layers=2),
+        tokenizer=tokenizer,
+    )
+
+
 def _sana() -> Any:
     tokenizer = _gemma_tokenizer()
     return diffusers.SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=transformers.Gemma2Model(
-            transformers.Gemma2Config(
-                vocab_size=len(tokenizer),
-                hidden_size=64,
-                intermediate_size=64,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-                num_key_value_heads=1,
-                head_dim=32,
-            )
-        ),
+        text_encoder=_gemma(len(tokenizer), num_hidden_layers=1),
         vae=diffusers.AutoencoderDC(
             in_channels=3,
             latent_channels=4,
@@ -306,3 +335,5 @@ PIPELINES = {
     "z_image": TinyPipeline(_z_image, CALL | {"guidance_scale": 2.0, "max_sequence_length": 64}),
     "wan": TinyPipeline(_wan, SHORT | {"guidance_scale": 5.0, "num_frames": 5}),
 }
+UNTABLED = {"lumina2": TinyPipeline(_lumina2, SHORT | {"guidance_scale": 4.0})}
+"""Of classes that no family table describes."""

@@ -2,6 +2,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import diffusers
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -152,6 +153,21 @@ def test_an_unknown_transformer(own_folder):
         match=r"'NewTransformer2DModel' is no transformer class .*described are flux",
     ):
         source(own_folder).sites()
+
+
+@pytest.mark.parametrize(("saved", "newer"), [("999.1.0.dev0", True), ("0.1.0", False), (7, True)])
+def test_a_class_of_a_newer_diffusers(own_folder, saved, newer):
+    versions = {"_diffusers_version": saved}
+    entry = ["diffusers", "NewTransformer2DModel"]
+    edit_json(own_folder / "transformer" / "config.json", _class_name=entry[1], **versions)
+    edit_json(own_folder / "model_index.json", transformer=entry, **versions)
+    with pytest.raises(UnsupportedError, match=rf"diffusers {diffusers.__version__}") as caught:
+        source(own_folder).sites()
+    assert (f"saved by {saved}: pip install -U 'diffusers>=" in str(caught.value)) is newer
+    edit_json(own_folder / "model_index.json", _class_name="NewPipeline")
+    with pytest.raises(ConfigError, match=r"'NewPipeline'.* installed diffusers \d") as caught:
+        source(own_folder).folder()
+    assert (f"saved by {saved}: pip" in str(caught.value)) is newer
 
 
 def test_an_index_that_names_another_transformer(own_folder):

@@ -1,0 +1,167 @@
+"""preset=instant: a packed model from the weights alone."""
+
+import json
+
+import pytest
+import torch
+from tiny_line import CALL, model_folder, prompt_file, run, run_stage, stage
+from torch.nn.functional import linear
+
+from dirotq.errors import ConfigError, NumericalError
+from dirotq.kernels.formats.quantize_weight import dequantize_weight, unpack_weight
+from dirotq.kernels.linear import QuantLinear
+from dirotq.loading import load
+from dirotq.pipeline.config import build, compose_config
+from dirotq.quantize import uncalibrated
+from dirotq.quantize.nearest import nearest
+from dirotq.quantize.plan import read_plan
+from dirotq.quantize.rotation import Rotation
+from dirotq.quantize.tensors import load_site, site_file
+from dirotq.quantize.uncalibrated import guessed_codes, part_of
+
+
+@pytest.fixture(scope="module")
+def instant(tiny_root):
+    """A line of preset=instant: ``instant("method=rtn")``."""
+
+    def made(*more):
+        prompts = f"prompts.heldout.path={prompt_file(tiny_root)}"
+        words = [
+            f"model={model_folder(tiny_root)}", f"store={tiny_root / 'store'}", "preset=instant",
+            "device=cpu", prompts, "prompts.heldout.start=6", "prompts.heldout.count=2", *more,
+        ]  # fmt: skip
+        return build(compose_config(words, "dirotq.conf"))
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def packed(instant):
+    return run(instant("until=validate", "validate.pairs=2", "reference.batch=2"))
+
+
+def test_it_compresses_and_loads(packed, instant):
+    assert list(packed) == ["round", "pack", "reference", "validate"]
+    assert [step.name for step in instant().steps] == ["round", "pack"]  # without until=validate
+    assert packed["validate"].metrics["psnr"] > 30
+    pipe = load(packed["pack"].tree("model"), device="cpu")
+    image = pipe("a red circle", **CALL, output_type="pt").images
+    assert image.isfinite().all()
+    linears = [m for m in pipe.transformer.modules() if isinstance(m, QuantLinear)]
+    assert {m.spec.rank for m in linears} == {0}
+
+
+def test_codes_are_those_of_the_weights(packed, instant):
+    """Every site's codes stand for its transformed weights, and its loss says how closely."""
+    weights, plan = stage(instant(), "round").model.weights(), packed["round"].file("plan.json")
+    for entry in read_plan(plan):
+        found = load_site(packed["round"].file(f"sites/{site_file(entry.site.name)}"))
+        weight, bias = weights.stacked(entry.site)
+        main, _ = Rotation.cut({}, entry.spec).weights(weight)
+        values = dequantize_weight(*unpack_weight(found["qweight"], found["wscale"]))
+        loss = (values - main).square().sum() / main.square().sum()
+        assert float(found["loss"]) == pytest.approx(float(loss), rel=1e-4)
+        assert loss < 0.03
+        assert ("bias" in found) == (bias is not None)
+
+
+def test_the_report_says_what_calibration_adds(packed):
+    report = json.loads(packed["validate"].file("report.json").read_text())
+    assert all(site["sqnr_db"] is None for site in report["sites"])
+    assert "sqnr_db" not in report["metrics"]
+    assert "method=dirotq_w4a8_int8" in report["verdict"]["reasons"][-1]
+    page = packed["validate"].file("report.html").read_text()
+    assert "packed from its weights alone" in page and "dB on tiny-flux" in page
+
+
+def test_the_guess_is_better_where_it_is_right():
+    """Inputs whose moment is the weights' own: GPTQ by the guess loses less, and never more."""
+    torch.manual_seed(0)
+    directions = torch.randn(128, 8) @ torch.randn(8, 256)
+    w_NK = directions + 0.1 * torch.randn(128, 256)
+    x_TK = torch.randn(512, 128) @ w_NK  # what a balanced layer before would write
+    spec = _spec(256, 128)
+    rounded = nearest(w_NK, spec, clip=True, wp_NR=None, bias_N=None)
+    guessed = guessed_codes(w_NK, rounded.codes, rounded.step, "int4")
+    want = linear(x_TK, w_NK)
+    error = [
+        float((linear(x_TK, dequantize_weight(codes, rounded.step)) - want).square().sum())
+        for codes in (guessed, rounded.codes)
+    ]
+    assert error[0] < 0.7 * error[1]
+
+
+@pytest.mark.parametrize("scales", ["group", "channel"])
+def test_a_wide_site_is_rounded_in_parts_and_zeros_stay(monkeypatch, scales):
+    monkeypatch.setattr(uncalibrated, "WIDEST", 128)
+    torch.manual_seed(0)
+    w_NK = torch.randn(64, 384)
+    w_NK[:, :128] = 0
+    rounded = nearest(w_NK, _spec(384, 64, scales), clip=True, wp_NR=None, bias_N=None)
+    codes = guessed_codes(w_NK, rounded.codes, rounded.step, "int4")
+    assert not codes[:, :128].any()
+    for start in (128, 256):  # each part as if it were alone
+        part = slice(start, start + 128)
+        steps = rounded.step if scales == "channel" else rounded.step[:, start // 64 :][:, :2]
+        alone = guessed_codes(w_NK[:, part], rounded.codes[:, part], steps, "int4")
+        assert torch.equal(codes[:, part], alone)
+
+
+@pytest.mark.parametrize(
+    ("columns", "group", "width"),
+    [(4096, 64, 4096), (4160, 64, 832), (15360, 64, 3840), (8192, 8192, 4096), (8198, 4099, 8198)],
+)
+def test_parts_hold_whole_groups(columns, group, width):
+    assert part_of(columns, group) == width
+
+
+def test_another_method_without_statistics(instant):
+    metrics = run(instant("method=rtn"))["pack"].metrics
+    assert 4 < metrics["bits_per_parameter"] < 16
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("method=dirotq", "method.branch=project, method.sensitive=auto need statistics"),
+        ("method=smoothquant", "transform.smooth=true needs"),
+        ("capture.calls=64", "the stage capture, which preset=instant leaves out"),
+        ("rank.r=32", "the stage rank, which preset=instant leaves out"),
+        ("until=gptq", "'gptq' is no stage of this pipeline"),
+        ("preset=instnat", "preset"),
+        ("method=quarot round.least_packed=2", "round.least_packed=2"),
+    ],
+)
+def test_contradictions_are_refused(instant, word, says):
+    with pytest.raises(ConfigError) as refused:
+        instant(*word.split())
+    assert says in str(refused.value)
+
+
+def test_damaged_weights_are_named(instant, tmp_path, monkeypatch):
+    from dirotq.sources import weights
+
+    right = weights.Weights.tensors
+
+    def damaged(self, names, device="cpu"):
+        found = right(self, names, device)
+        for name in found:
+            if "attn" in name:
+                found[name] = found[name].clone().fill_(torch.nan)
+        return found
+
+    monkeypatch.setattr(weights.Weights, "tensors", damaged)
+    with pytest.raises(NumericalError, match="attn"):
+        run_stage(stage(instant(), "round"), tmp_path)
+
+
+def _spec(columns, outputs, weight_scale="group"):
+    from dirotq.kernels.formats.activation import recorded_format as activations
+    from dirotq.kernels.formats.spec import QuantSpec
+    from dirotq.kernels.formats.transform import NO_TRANSFORM, PROJECT
+    from dirotq.kernels.formats.weight import recorded_format as weights
+
+    return QuantSpec(
+        in_features=columns, out_features=(outputs,), rank=0, transform=NO_TRANSFORM,
+        branch=PROJECT, weights=weights(weight_scale, 64), activations=activations(8, "token", 64),
+    )  # fmt: skip
