@@ -62,6 +62,18 @@ FORMATS = (
         for group in (64, 32, 16)
     ),
     _row("rms_16", "dirotq, rms of 16/channel (default)", "", "pow2_16"),
+    _row(
+        "dirotq_lm4",
+        "dirotq, rms/channel of levels",
+        "weight_format=lm4_channel",
+        "dirotq_rms",
+    ),
+    _row(
+        "dirotq_g64_lm4",
+        "dirotq, g64/g64 of levels",
+        "weight_format=lm4_group act_format=int4_group",
+        "dirotq_g64",
+    ),
     _row("g64_channel", "dirotq, g64/channel", "act_format=int4_group", OURS),
     _row(
         "pow2_g64",

@@ -53,6 +53,10 @@ CLAIMS = (
           {"tiny_flux": -0.1, "tiny_pixart": -0.1}),
     Claim("dirotq over dirotq_dense, pow2/channel", "dirotq", "dense",
           {"tiny_flux": -0.1, "tiny_pixart": -0.1}),
+    Claim("dirotq rms/channel of levels to dirotq g64/g64", "dirotq_lm4", "dirotq_g64",
+          {"tiny_flux": 0.0, "tiny_pixart": 0.0}),
+    Claim("dirotq rms/channel of levels over svdquant g64/g64", "dirotq_lm4", "svdquant",
+          {"tiny_flux": 3.5, "tiny_pixart": 2.0}),
     Claim("budget (ungated) over uniform r = 16, equal bits", "budget_ungated", "dirotq",
           {"tiny_flux": 0.0, "tiny_pixart": 0.0}),
 )  # fmt: skip

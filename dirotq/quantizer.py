@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.files.sums import check_part
+from dirotq.kernels.formats.lm4 import LEVELS
 from dirotq.kernels.formats.quantize_weight import appended_floor
 from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.kernels.linear import QuantLinear, frozen
@@ -57,23 +58,29 @@ class DirotqConfig(QuantizationConfigMixin):
     Raises what :func:`read_packing` raises.
     """
 
-    def __init__(self, *, sites: Any = None, format: Any = FORMAT, **_: Any) -> None:
-        self._entries = read_packing(sites, format)
+    def __init__(
+        self, *, sites: Any = None, format: Any = FORMAT, levels: Any = None, **_: Any
+    ) -> None:
+        self._entries = read_packing(sites, format, levels)
         self.quant_method = _Method.DIROTQ
         self.format: int = format
         self.sites: list[dict[str, Any]] = sites
+        self.levels: list[float] | None = levels
 
     @classmethod
     def of(cls, sites: Iterable[tuple[Site, QuantSpec]]) -> "DirotqConfig":
         entries = list(sites)
         plain = [{"site": s.recorded(), "spec": spec.to_dict()} for s, spec in entries]
-        return cls(sites=plain, format=max((spec.since for _, spec in entries), default=1))
+        lm4 = any(spec.weights.element == "lm4" for _, spec in entries)
+        since = max((spec.since for _, spec in entries), default=1)
+        return cls(sites=plain, format=since, levels=list(LEVELS) if lm4 else None)
 
     def entries(self) -> list[tuple[Site, QuantSpec]]:
         return list(self._entries)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"quant_method": METHOD, "format": self.format, "sites": self.sites}
+        levels = {} if self.levels is None else {"levels": self.levels}
+        return {"quant_method": METHOD, "format": self.format, **levels, "sites": self.sites}
 
     to_diff_dict = to_dict
 

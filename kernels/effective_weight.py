@@ -21,7 +21,7 @@ def effective_weight(packed: Packed, spec: QuantSpec) -> Tensor:
     """
     eye_DD = torch.eye(spec.in_features, device=packed.qweight.device)
     z_DK, c_DR = transform(eye_DD, packed.basis, packed.rotation, spec, packed.smooth)
-    steps = packed.wscale, packed.wglobal
+    steps = packed.wscale, packed.wglobal, spec.weights.element
     weight_ND = dequantize_weight(*unpack_weight(packed.qweight, *steps)) @ z_DK.mT
     if c_DR is None or packed.wp is None:
         return weight_ND

@@ -30,12 +30,12 @@ def reference(x_MD: Tensor, packed: Packed, spec: QuantSpec) -> Tensor:
     wp = packed.wp
     if c is not None and wp is not None and packed.wpscale is not None:
         c, wp = rounded_coefficients(c), dequantize_protected(wp, packed.wpscale)
-    weights = packed.qweight, packed.wscale
+    weights, element = (packed.qweight, packed.wscale), spec.weights.element
     if spec.activations.bits < 16:
         codes, scale = quantize_rows(z, spec)
-        y = w4a4_linear(codes, scale, c, *weights, wp, packed.bias, packed.wglobal)
+        y = w4a4_linear(codes, scale, c, *weights, wp, packed.bias, packed.wglobal, element)
     else:
-        y = w4a16_linear(z, *weights, packed.bias, packed.wglobal)
+        y = w4a16_linear(z, *weights, packed.bias, packed.wglobal, element)
         if c is not None and wp is not None:
             y = y + c.float() @ wp.float().mT
     return y.to(x_MD.dtype)

@@ -71,7 +71,7 @@ def export(
         file = _place(out, Path(folder), root, wanted, overwrite=overwrite)
         config = read_json(root / "transformer" / "config.json")
         packing = config["quantization_config"]
-        entries = read_packing(packing.get("sites"), packing.get("format"))
+        entries = read_packing(packing.get("sites"), packing.get("format"), packing.get("levels"))
         if variant := variant_of(root, None):
             raise ArtifactError(
                 f"{folder} holds variant={variant!r:.60} alone; an export reads the files without "

@@ -71,7 +71,8 @@ def weights_in_words(spec: QuantSpec) -> str:
     if weights.element == "e2m1":
         return f"{weights.name} weights"
     size = weights.group_size
-    return f"int4 weights with one scale per {'output' if size is None else f'group of {size}'}"
+    per = "output" if size is None else f"group of {size}"
+    return f"{weights.element} weights with one scale per {per}"
 
 
 def activations_in_words(spec: QuantSpec) -> str:

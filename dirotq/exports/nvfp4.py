@@ -90,7 +90,8 @@ def _comfy_record(spec: QuantSpec) -> dict[str, Any]:
 
 
 def _dequantized(packed: Packed, spec: QuantSpec) -> dict[str, Tensor]:
-    codes_NK, step_NG = unpack_weight(packed.qweight, packed.wscale, packed.wglobal)
+    scales = packed.wscale, packed.wglobal, spec.weights.element
+    codes_NK, step_NG = unpack_weight(packed.qweight, *scales)
     return {"weight": dequantize_weight(codes_NK, step_NG).bfloat16()}
 
 

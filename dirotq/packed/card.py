@@ -215,7 +215,9 @@ def _names(site: Site) -> str:
 def _settings(spec: QuantSpec) -> str:
     """Return the fields of a spec that say how it rounds, in the words of files."""
     fields = spec.to_dict()
-    size = {"channel": "", "group": f" of {fields['weight_group']}"}.get(fields["weight_scale"], "")
+    weights = spec.weights
+    of_group = weights.granularity == "group" and weights.element != "e2m1"
+    size = f" of {weights.group}" if of_group else ""
     said = [f"weights: {fields['weight_scale']}{size}"]
     if fields["act_bits"] < 16:
         said.append(f"activations: {fields['act_scale']}")

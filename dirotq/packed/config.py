@@ -9,13 +9,15 @@ from typing import Any, get_args
 from torch import nn
 
 from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.kernels.formats.lm4 import LEVELS
 from dirotq.kernels.formats.spec import ADDED, FIELDS, QuantSpec
 from dirotq.models.families import known_family
 from dirotq.models.family import Kind, Site, is_linear, is_pointwise
 
-FORMAT = 2
+FORMAT = 3
 """Newest format: 2 adds NVFP4 and MXFP4, smoothing, regular Hadamard matrices, root mean squares,
-branches beside the input and 8-bit ones. Folders without them say 1, so that old readers go on."""
+branches beside the input and 8-bit ones; 3 adds LM4. Folders say the oldest that has all they use,
+so that old readers go on."""
 WIDEST = 1 << 20
 """Channels or rows; no linear comes near, and the checks of a spec count up to them."""
 
@@ -29,8 +31,11 @@ SPEC_NUMBERS = {
 Entry = tuple[Site, QuantSpec]
 
 
-def read_packing(sites: Any, packing: Any) -> list[Entry]:
+def read_packing(sites: Any, packing: Any, levels: Any = None) -> list[Entry]:
     """Read ``sites`` of a ``quantization_config`` in network order; ``packing`` is its ``format``.
+
+    levels  what the file says LM4's levels are, for readers that don't know them; they are the
+            format's, and there if a site has that element
 
     Raises UnsupportedError for a newer format; ArtifactError for anything that this version would
     not have written: a missing or unknown field, a value of another kind or out of its range, a
@@ -52,6 +57,7 @@ def read_packing(sites: Any, packing: Any) -> list[Entry]:
             if name in taken:
                 raise _damaged(f"{name} belongs to the sites {taken[name]} and {site.name}")
             taken[name] = site.name
+    _check_levels(levels, [site.name for site, s in entries if s.weights.element == "lm4"])
     return entries
 
 
@@ -85,6 +91,18 @@ def check_places(transformer: nn.Module, entries: Iterable[Entry]) -> None:
         if (known := table.get(site.name, site.linears)) != site.linears:
             # Fused blocks read a site's outputs in the order of the family's table.
             raise _damaged(f"site {site.name} has the consumers {site.linears}, not {known}")
+
+
+def _check_levels(levels: Any, sites: list[str]) -> None:
+    if levels is None and not sites:
+        return
+    if levels is None:
+        raise _damaged(f"it lacks levels, and the weights of {sites[0]} are LM4")
+    if not sites:
+        raise _damaged(f"it has levels {levels!r:.60}, and no site has LM4 weights")
+    plain = isinstance(levels, list) and all(type(level) is float for level in levels)
+    if not plain or tuple(levels) != LEVELS:
+        raise _damaged(f"levels is {levels!r:.80}; LM4's are {list(LEVELS)}")
 
 
 def _entry(value: Any, where: str) -> Entry:

@@ -68,8 +68,9 @@ def nearest(
     """
     floor = appended_floor(spec, wp_NR, bias_N)
     stored = stored_scales(w_NK, spec, clip=clip, importance_K=importance_K, floor_N1=floor)
-    step = weight_steps(*stored)
-    return Rounded(codes_on_grid(w_NK, step, spec.weights.element), step, *stored, floor)
+    element = spec.weights.element
+    step = weight_steps(*stored, element)
+    return Rounded(codes_on_grid(w_NK, step, element), step, *stored, floor)
 
 
 def pack_nearest(

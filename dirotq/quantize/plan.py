@@ -45,7 +45,7 @@ class Method:
         "protected_bits": "branch.bits=8",
         "smooth": "transform.smooth=true",
         "block": "transform.block=16",
-        "weight_scale": "weight_format=int4_channel, int4_group, nvfp4 or mxfp4",
+        "weight_scale": "weight_format=int4_channel, or another of conf/weight_format",
         "weight_group": "weight_format.group=128",
         "act_bits": "act_format=int8_token, or another of conf/act_format",
         "act_scale": "act_format=int4_token, or another of conf/act_format",
@@ -130,7 +130,7 @@ class Method:
             acts = acts if override.act_bits is None else acts.in_bits(override.act_bits)
         # A dense rotation fills its last group with zero columns, so any group fits it; those of an
         # FP4 format are fixed.
-        if self.transform.kind != "dense" and weights.element == "int4":
+        if self.transform.kind != "dense" and weights.element != "e2m1":
             weights = replace(weights, group=fitting_group(weights.group, site.in_features))
             acts = replace(acts, group=fitting_group(acts.group, site.in_features))
         return QuantSpec(
@@ -154,7 +154,8 @@ class Method:
             transform=NO_TRANSFORM,
             branch=PROJECT,
             weights=weight.recorded_format(
-                "group", fitting_group(self.modulator_group, site.in_features)
+                "lm4_group" if self.weights.element == "lm4" else "group",
+                fitting_group(self.modulator_group, site.in_features),
             ),
             activations=recorded_format(
                 16, "token", fitting_group(self.activations.group, site.in_features)

@@ -51,13 +51,13 @@ def spec_for(kind: str, k: int, n: int, rank: int = 64) -> QuantSpec:
 def random_linear(spec: QuantSpec, *, device: str = "cuda") -> QuantLinear:
     """Draw random codes, scales, low-rank branch, rotation and bias; an orthonormal basis."""
     linear = QuantLinear(spec, bias=True, device=device)
-    four_bits = spec.weights.element == "int4"
+    element = spec.weights.element
     for name, tensor in linear.named_parameters():
-        if name == "qweight" and four_bits:
+        if name == "qweight" and element == "int4":
             shape = spec.outputs, spec.width
             codes_NK = torch.randint(-7, 8, shape, device=device, dtype=torch.int8)
             tensor.copy_(pack_int4(codes_NK))
-        elif name == "wscale" and not four_bits:  # small, as E4M3 or as E8M0
+        elif name == "wscale" and element == "e2m1":  # small, as E4M3 or as E8M0
             tensor.fill_(0x18 if spec.weights.name == "nvfp4" else 121)
         elif not tensor.is_floating_point():
             tensor.random_()

@@ -78,7 +78,9 @@ def shapes_of(folder: str | Path) -> list[Shape]:
     root = packed_folder(folder, verify=False)
     config = read_json(root / "transformer" / "config.json")
     packing = config["quantization_config"]
-    entries = read_packing(packing.get("sites"), packing.get("format", FORMAT))
+    entries = read_packing(
+        packing.get("sites"), packing.get("format", FORMAT), packing.get("levels")
+    )
     try:
         rows = rows_of(root, config, [site for site, _ in entries])
     except Exception as error:  # noqa: BLE001 - any line of a foreign pipeline

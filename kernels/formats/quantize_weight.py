@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..appended import BIAS_LIMIT, LIMIT, TINY
-from . import fp4
+from . import fp4, lm4
 from .pack_int4 import pack_int4, unpack_int4
 from .spec import QuantSpec
 from .weight import Element
@@ -17,7 +17,14 @@ from .weight import Element
 QMAX = 7
 """Largest code: symmetric 4-bit codes lie in [-7, 7]."""
 
+LARGEST: dict[Element, float] = {"int4": QMAX, "lm4": lm4.LEVELS[-1]}
+"""What a scale of 1 brings the largest weight to."""
+
 CLIPS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+
+LM4_CLIPS = (*CLIPS, 1.15, 1.1, 1.05, 0.55, 0.5)
+"""The same for LM4, whose outer levels lie far apart: a small group may want a larger scale than
+that of its largest weight, and a row with a long tail a smaller one."""
 
 FP4_CLIPS = {"nvfp4": (*CLIPS, 1.5), "mxfp4": (1.0, 2.0, 0.5)}
 """The same for FP4. 1.5 maps the largest weight to 4, around which E2M1 is denser ("four over six",
@@ -31,6 +38,8 @@ def nearest_codes(w: Tensor, step: Tensor, element: Element = "int4") -> Tensor:
     """Return the nearest codes of w on the grid ``code * step``: floating, in w's shape."""
     if element == "e2m1":
         return fp4.nearest_e2m1(w, step)
+    if element == "lm4":
+        return lm4.nearest_lm4(w, step)
     # An all-zero group has scale 0: its codes are 0, not 0/0.
     return torch.where(step > 0, w / step, 0.0).round_().clamp_(-QMAX, QMAX)
 
@@ -52,25 +61,37 @@ def dequantize_weight(q_NK: Tensor, scale_NG: Tensor, dtype: torch.dtype = torch
 
 
 def pack_codes(q_NK: Tensor, element: Element) -> Tensor:
-    """Pack int8 codes [N, K] as uint8 [N, K // 2]: layout L1 for ``int4``, L2 for ``e2m1``."""
-    return fp4.pack_e2m1(q_NK) if element == "e2m1" else pack_int4(q_NK)
+    """Pack int8 codes [N, K] as uint8 [N, K // 2]: layout L2 for ``e2m1``, else L1."""
+    return {"int4": pack_int4, "lm4": lm4.pack_lm4, "e2m1": fp4.pack_e2m1}[element](q_NK)
 
 
-def weight_steps(wscale_NG: Tensor, wglobal_1: Tensor | None) -> Tensor:
-    """Return the value of a code of 1, [N, G]: bf16 scales are it, bytes mean float32.
+def unpack_codes(qweight_NK2: Tensor, element: Element) -> Tensor:
+    """Undo :func:`pack_codes`."""
+    unpack = {"int4": unpack_int4, "lm4": lm4.unpack_lm4, "e2m1": fp4.unpack_e2m1}[element]
+    return unpack(qweight_NK2)
 
-    wscale_NG  bf16 (INT4); or uint8, E4M3 with ``wglobal_1`` (NVFP4), E8M0 without (MXFP4)
+
+def weight_steps(wscale_NG: Tensor, wglobal_1: Tensor | None, element: Element = "int4") -> Tensor:
+    """Return the value of a code of 1, [N, G]: INT4's scales are it, others mean float32.
+
+    wscale_NG  bf16 (``int4``, ``lm4``); or uint8, E4M3 with ``wglobal_1`` (NVFP4), E8M0 without
     wglobal_1  float32, [1], or None
+    element    what a code is; bytes are scales of ``e2m1`` whatever it says
     """
-    return fp4.steps(wscale_NG, wglobal_1) if wscale_NG.dtype == torch.uint8 else wscale_NG
+    if wscale_NG.dtype == torch.uint8:
+        return fp4.steps(wscale_NG, wglobal_1)
+    return wscale_NG.float() / lm4.UNITS if element == "lm4" else wscale_NG
 
 
 def unpack_weight(
-    qweight_NK2: Tensor, wscale_NG: Tensor, wglobal_1: Tensor | None = None
+    qweight_NK2: Tensor,
+    wscale_NG: Tensor,
+    wglobal_1: Tensor | None = None,
+    element: Element = "int4",
 ) -> tuple[Tensor, Tensor]:
     """Return codes int8 [N, K] and steps [N, G] of a packed linear's buffers, in any format."""
-    unpack = fp4.unpack_e2m1 if wscale_NG.dtype == torch.uint8 else unpack_int4
-    return unpack(qweight_NK2), weight_steps(wscale_NG, wglobal_1)
+    step_NG = weight_steps(wscale_NG, wglobal_1, element)
+    return unpack_codes(qweight_NK2, "e2m1" if wscale_NG.dtype == torch.uint8 else element), step_NG
 
 
 def stored_scales(
@@ -88,7 +109,10 @@ def stored_scales(
     if spec.weights.element == "e2m1":
         return fp4_weight_scales(w_NK, spec.weights.name, clip=clip, importance_K=importance_K)
     groups = spec.width // spec.weight_group_size
-    scales = weight_scales(w_NK, groups, clip=clip, importance_K=importance_K, floor_N1=floor_N1)
+    scales = weight_scales(
+        w_NK, groups, clip=clip, importance_K=importance_K, floor_N1=floor_N1,
+        element=spec.weights.element,
+    )  # fmt: skip
     return scales, None
 
 
@@ -133,27 +157,31 @@ def weight_scales(
     clip: bool,
     importance_K: Tensor | None = None,
     floor_N1: Tensor | None = None,
+    element: Element = "int4",
 ) -> Tensor:
-    """Choose one scale per row and group: amax/7, or a clipped one with the least weighted error.
+    """Choose one scale per row and group: that of amax, or of the least weighted error.
 
     w_NK          float, [N, K], K a multiple of ``groups``
     importance_K  float >= 0, [K]: weight of a column's squared error (the diagonal of the second
                   moment); None counts all columns alike
     floor_N1      bf16, [N, 1]: no scale of a row is less (:func:`scale_floor`); None: no floor
+    element       ``int4``, where amax is 7 scales, or ``lm4``, where it is 6
     returns       bf16, [N, groups]: rounded here, once, so that codes are chosen on the stored grid
     """
     columns_K = torch.ones_like(w_NK[0]) if importance_K is None else importance_K.to(w_NK.dtype)
+    top, fractions = LARGEST[element], LM4_CLIPS if element == "lm4" else CLIPS
     rows = max(CHUNK // w_NK.shape[1], 1)
     floors = itertools.repeat(None) if floor_N1 is None else floor_N1.split(rows)
     parts = zip(w_NK.split(rows), floors)  # rows do not see each other
     found = []
     for w, floor in parts:
         amax_NG = w.unflatten(-1, (groups, -1)).abs().amax(-1)
-        scales = [amax_NG * (f / QMAX) for f in CLIPS] if clip else [amax_NG / QMAX]
+        scales = [amax_NG * (f / top) for f in fractions] if clip else [amax_NG / top]
         # Raised before they are compared: the search sees only grids that may be stored.
         grids = [scale.to(torch.bfloat16) for scale in scales]
         grids = grids if floor is None else [torch.maximum(grid, floor) for grid in grids]
-        found.append(_least_error(w, [(grid, grid) for grid in grids], columns_K, "int4"))
+        pairs = [(grid, weight_steps(grid, None, element)) for grid in grids]
+        found.append(_least_error(w, pairs, columns_K, element))
     return torch.cat(found)
 
 

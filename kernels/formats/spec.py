@@ -48,8 +48,9 @@ class QuantSpec:
     @property
     def format(self) -> str:
         """Short name for tables: W4A4, W4A8, W4A4 NVFP4, ..."""
-        fp4 = f" {self.weights.name.upper()}" if self.weights.element == "e2m1" else ""
-        return f"W4A{self.activations.bits}{fp4}"
+        weights = self.weights
+        kind = {"int4": "", "lm4": " LM4"}.get(weights.element, f" {weights.name.upper()}")
+        return f"W4A{self.activations.bits}{kind}"
 
     @property
     def width(self) -> int:
@@ -80,6 +81,8 @@ class QuantSpec:
     @property
     def since(self) -> int:
         """Oldest format of packed folders (dirotq/quantizer.py) whose readers know this spec."""
+        if self.weights.element == "lm4":
+            return 3
         new = self.weights.element == "e2m1" or self.transform.kind == "regular"
         new = new or self.activations.statistic == "rms"
         return 2 if new or self.to_dict().keys() & ADDED.keys() else 1
@@ -89,7 +92,8 @@ class QuantSpec:
         """Whether low-rank branch and bias may be FP8 columns of the product (Eq. 9)."""
         whole = self.rank == 0 or self.branch == PROJECT
         plain = self.transform.kind != "regular" and not self.transform.smooth
-        return self.weights.name == "channel" and plain and whole
+        channels = self.weights.granularity == "channel"
+        return channels and plain and whole
 
     def recorded(self) -> dict[str, Any]:
         """Return every field flat, as plan.json has it."""

@@ -5,14 +5,16 @@ from typing import Literal
 
 from .fp4 import GROUPS as FP4_GROUPS
 
-Element = Literal["int4", "e2m1"]
-"""What a 4-bit code is: an integer in [-7, 7], or a float in halves (fp4.py)."""
+Element = Literal["int4", "lm4", "e2m1"]
+"""What a 4-bit code is: an integer in [-7, 7], one of 16 levels (lm4.py), or a float (fp4.py)."""
 Granularity = Literal["channel", "group"]
 ScaleFormat = Literal["bf16", "e4m3", "e8m0"]
 
 RECORDED: dict[str, tuple[Element, Granularity, ScaleFormat]] = {
     "channel": ("int4", "channel", "bf16"),
     "group": ("int4", "group", "bf16"),
+    "lm4_channel": ("lm4", "channel", "bf16"),
+    "lm4_group": ("lm4", "group", "bf16"),
     "nvfp4": ("e2m1", "group", "e4m3"),
     "mxfp4": ("e2m1", "group", "e8m0"),
 }
@@ -23,7 +25,7 @@ RECORDED: dict[str, tuple[Element, Granularity, ScaleFormat]] = {
 class WeightFormat:
     """How weights are rounded to 4 bits (docs/method.md M4). Those that exist: conf/weight_format.
 
-    ``element``      a code: ``int4``, or floats ``e2m1``
+    ``element``      a code: ``int4``, levels ``lm4``, or floats ``e2m1``
     ``granularity``  what shares a scale: an output's whole row (``channel``) or a ``group`` of it
     ``scale``        a scale's own format
     ``group``        columns of a group; recorded also where there are no groups

@@ -3,25 +3,46 @@
 Letters: N outputs, B columns of the block.
 """
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..build import Config
+from ..formats.lm4 import BETWEEN, CODES
 from ..formats.quantize_weight import QMAX
+from ..formats.weight import Element
 
 LIMIT = tl.constexpr(float(QMAX))
 ROUNDER = tl.constexpr(1.5 * 2**23)
 """Added to a small float32 and taken off again, it leaves the nearest integer, ties to even."""
 ROWS, COLUMNS, WARPS = 16, 128, 4
+FIRST = tl.constexpr(float(CODES[0]))
+RISES = tl.constexpr(len(BETWEEN))
+AFTER = tl.constexpr(BETWEEN)
+"""Magnitudes after which LM4's codes rise ..."""
+BY = tl.constexpr(tuple(float(b - a) for a, b in itertools.pairwise(CODES)))
+"""... and by how much."""
+
+
+@triton.jit
+def nearest(v, LM4: tl.constexpr):
+    """Round v, in steps, to the nearest code: of INT4 to even, of LM4 to the smaller magnitude."""
+    if not LM4:
+        return (tl.minimum(tl.maximum(v, -LIMIT), LIMIT) + ROUNDER) - ROUNDER
+    magnitude = tl.full(v.shape, FIRST, tl.float32)
+    for i in tl.static_range(RISES):
+        magnitude += tl.where(tl.abs(v) > AFTER[i], BY[i], 0.0)
+    return tl.where(v < 0, -magnitude, magnitude)
 
 
 @triton.jit
 def sweep(
     p_w, p_target, p_step, p_turned, p_codes, p_error, N, B,
     w_stride, target_stride, step_stride, step_next,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, LM4: tl.constexpr,
 ):  # fmt: skip
     """Compute codes and errors of ROWS rows.
 
@@ -45,7 +66,7 @@ def sweep(
         step = tl.load(p_step + row * step_stride + k * step_next, mask=m_row, other=0.0)
         wanted = tl.sum(state * f[None, :], axis=1)  # [ROWS]
         q = tl.where(step > 0, tl.div_rn(wanted, tl.where(step > 0, step, 1.0)), 0.0)
-        q = (tl.minimum(tl.maximum(q, -LIMIT), LIMIT) + ROUNDER) - ROUNDER
+        q = nearest(q, LM4)
         here = (column == k)[None, :]
         codes = tl.where(here, q[:, None], codes)
         state = tl.where(here, w - (q * step)[:, None], state)
@@ -54,8 +75,15 @@ def sweep(
     tl.store(p_error + at, state, mask=mask)
 
 
-def launch(w_NB: Tensor, target_NB: Tensor, step_NB: Tensor, f_BB: Tensor) -> tuple[Tensor, Tensor]:
-    """Run :func:`.reference.sweep` on at most COLUMNS columns in float32.
+def launch(
+    w_NB: Tensor,
+    target_NB: Tensor,
+    step_NB: Tensor,
+    f_BB: Tensor,
+    *,
+    element: Element = "int4",
+) -> tuple[Tensor, Tensor]:
+    """Run :func:`.reference.sweep` of ``int4`` or ``lm4`` on at most COLUMNS columns in float32.
 
     Raises ValueError for more columns than that.
     """
@@ -66,7 +94,7 @@ def launch(w_NB: Tensor, target_NB: Tensor, step_NB: Tensor, f_BB: Tensor) -> tu
     codes_NB = w_NB.new_empty((n, b), dtype=torch.int8)
     error_NB = w_NB.new_empty((n, b))
     with torch.cuda.device_of(w_NB):
-        config().launch(
+        config(element).launch(
             (triton.cdiv(n, ROWS),),
             *rows, step_NB, f_BB.mT.contiguous(), codes_NB, error_NB, n, b,
             *(t.stride(0) for t in (*rows, step_NB)), 0 if by_row else step_NB.stride(1),
@@ -74,5 +102,6 @@ def launch(w_NB: Tensor, target_NB: Tensor, step_NB: Tensor, f_BB: Tensor) -> tu
     return codes_NB, error_NB
 
 
-def config() -> Config:
-    return Config(kernel=sweep, constants={"ROWS": ROWS, "COLUMNS": COLUMNS}, warps=WARPS)
+def config(element: Element = "int4") -> Config:
+    constants = {"ROWS": ROWS, "COLUMNS": COLUMNS, "LM4": element == "lm4"}
+    return Config(kernel=sweep, constants=constants, warps=WARPS)

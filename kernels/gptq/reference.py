@@ -52,9 +52,10 @@ def sweep(
 
     w_NB       float, [N, B]: the weights
     target_NB  float, [N, B]: the weights and what the blocks before have left to them
-    step_NB    float, [N, B] or [N, 1]: distance of two codes; 0 gives code 0
+    step_NB    float, [N, B] or [N, 1]: value of a code of 1; 0 gives the least code
     f_BB       float, [B, B], upper triangular with unit diagonal
-    element    what a code is: ``int4`` in [-7, 7], or ``e2m1`` in halves (kernels/formats/fp4.py)
+    element    what a code is: ``int4`` in [-7, 7], ``lm4`` in units (kernels/formats/lm4.py), or
+               ``e2m1`` in halves (kernels/formats/fp4.py)
     returns    codes, int8 [N, B], and errors w - code * step, like ``w_NB``
     """
     codes_NB = torch.empty_like(w_NB, dtype=torch.int8)
@@ -82,11 +83,11 @@ def gptq(
     w_NK      float32, [N, K]
     s_KK      float64, [K, K], the second moment of the linear's main-branch input; may be singular
     scale_NG  steps of the grid, [N, G], K a multiple of G; fixed before the loop (static groups):
-              bf16 scales for ``int4``, float32 (:func:`weight_steps`) for ``e2m1``
+              bf16 scales for ``int4``, else float32 (:func:`weight_steps`)
     damping   multiple of S's mean diagonal that is added to it; a direction that S does not see
               keeps its weight and is rounded like any other ("dead columns" are not zeroed)
-    element   what a code is: ``int4`` or ``e2m1`` (kernels/formats/fp4.py)
-    sweep     what rounds the columns of a block; for ``e2m1`` one that takes ``element``
+    element   what a code is: ``int4``, ``lm4`` or ``e2m1`` (kernels/formats)
+    sweep     what rounds the columns of a block; but for ``int4`` one that takes ``element``
     returns   int8 codes [N, K], and counts: ``escalations`` of the damping, and
               ``nearest`` rows that kept round-to-nearest because it was no worse in the metric S
 

@@ -6,6 +6,7 @@ Letters: M rows, N outputs, K main-branch width, R low-rank directions, G groups
 from torch import Tensor
 
 from ..formats.quantize_weight import dequantize_weight, unpack_weight
+from ..formats.weight import Element
 from ..transform_quantize.reference import dequantize_rows
 
 
@@ -18,6 +19,7 @@ def w4a4_linear(
     wp_NR: Tensor | None,
     bias_N: Tensor | None,
     wglobal_1: Tensor | None = None,
+    element: Element = "int4",
 ) -> Tensor:
     """Compute y = s_x s_w (q_x q_wᵀ) + c (WP)ᵀ + bias, accumulated in float32.
 
@@ -29,12 +31,13 @@ def w4a4_linear(
     wp_NR        W P, [N, R] floating; None at rank 0
     bias_N       [N] floating or None
     wglobal_1    float32, [1], NVFP4's global scale, or None
+    element      ``int4`` or ``lm4``; bytes mean ``e2m1``
     returns      float32, [M, N]
 
     With one scale per row and per output the main term is a product of integers below 2^24 for
-    every K up to 18,000, so float32 holds it exactly whatever the order of summation.
+    every K up to 18,000 (INT4), so float32 holds it exactly whatever the order of summation.
     """
-    qw_NK, step_NG = unpack_weight(qweight_NK2, wscale_NG, wglobal_1)
+    qw_NK, step_NG = unpack_weight(qweight_NK2, wscale_NG, wglobal_1, element)
     if scale_MG.shape[-1] == 1 and step_NG.shape[-1] == 1:
         acc_MN = codes_MK.float() @ qw_NK.float().mT
         y_MN = acc_MN * scale_MG * step_NG.float().mT

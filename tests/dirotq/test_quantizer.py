@@ -14,7 +14,9 @@ from torch import Tensor
 import dirotq
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.files.sums import SUMS, write_sums
-from dirotq.kernels.formats.quantize_weight import scale_floor
+from dirotq.kernels.formats.lm4 import CODES as LM4_CODES
+from dirotq.kernels.formats.lm4 import LEVELS
+from dirotq.kernels.formats.quantize_weight import scale_floor, unpack_codes
 from dirotq.kernels.linear import QuantLinear, SiteView
 from dirotq.packed.config import FORMAT
 from dirotq.quantize.plan import read_plan
@@ -220,6 +222,29 @@ def test_a_truncated_shard_is_named(packed_folder):
         load_alone(packed_folder)
 
 
+def test_a_folder_of_levels_is_read_by_who_knows_them(line, tmp_path, monkeypatch):
+    artifacts = run(line("method=levels", "until=pack"))
+    levels_folder = Path(shutil.copytree(artifacts["pack"].tree("model"), tmp_path / "levels"))
+    packing = json.loads((levels_folder / "transformer" / "config.json").read_text())
+    assert packing["quantization_config"]["format"] == 3 == FORMAT
+    assert packing["quantization_config"]["levels"] == list(LEVELS)
+    card = (levels_folder / "README.md").read_text()
+    assert "| W4A4 LM4 | weights: lm4_channel, activations: rms" in card
+    assert "| W4A16 LM4 | weights: lm4_group of " in card
+    model = load_alone(levels_folder)
+    site = model.get_submodule(SITE)
+    codes = unpack_codes(site.qweight, "lm4").unique().tolist()
+    assert codes == sorted([*LM4_CODES, *(-code for code in LM4_CODES)])
+    model.save_pretrained(tmp_path / "again")
+    assert tree_bytes(tmp_path / "again") == tree_bytes(levels_folder / "transformer")
+    edit_packing(levels_folder, levels=[*LEVELS[:-1], 7.0])
+    with pytest.raises(ArtifactError, match=r"levels is .*7\.0\]; LM4's are"):
+        load_alone(levels_folder)
+    monkeypatch.setattr("dirotq.packed.config.FORMAT", 2)
+    with pytest.raises(UnsupportedError, match=r"packed in format 3; .* up to 2\. Upgrade: pip"):
+        dirotq.load(levels_folder)
+
+
 @pytest.fixture(params=["nvfp4", "mxfp4"])
 def fp4_folder(request, line, tmp_path) -> Path:
     artifacts = run(line(f"method=dirotq_{request.param}", "until=pack"))
@@ -228,7 +253,7 @@ def fp4_folder(request, line, tmp_path) -> Path:
 
 def test_fp4_folders_say_so_to_readers_that_do_not_know_it(fp4_folder, monkeypatch):
     config = json.loads((fp4_folder / "transformer" / "config.json").read_text())
-    assert config["quantization_config"]["format"] == 2 == FORMAT
+    assert config["quantization_config"]["format"] == 2
     monkeypatch.setattr("dirotq.packed.config.FORMAT", 1)
     with pytest.raises(UnsupportedError, match=r"packed in format 2; .* up to 1\. Upgrade: pip"):
         dirotq.load(fp4_folder)

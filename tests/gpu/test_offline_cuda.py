@@ -13,7 +13,8 @@ pytest.importorskip("triton")
 from dirotq.kernels import gptq as op
 from dirotq.kernels import second_moment
 from dirotq.kernels.chip import capability
-from dirotq.kernels.formats.quantize_weight import weight_scales
+from dirotq.kernels.formats.quantize_weight import weight_scales, weight_steps
+from dirotq.kernels.formats.weight import Element
 from dirotq.kernels.gptq import gptq, reference
 from dirotq.kernels.second_moment.kernel import TILES, launch
 
@@ -110,25 +111,30 @@ def test_time_of_second_moments(dim, capsys):
         )
 
 
-def site(columns: int, outputs: int, groups: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights, a second moment in float64 and scales."""
+def site(
+    columns: int, outputs: int, groups: int = 1, element: Element = "int4"
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights, a second moment in float64 and steps."""
     total = second_moment.new(columns, DEVICE)
     for seed in range(3):
         second_moment.accumulate(total, activations(4608 + seed, columns))
     s = second_moment.unpack(total, columns).double() / (3 * 4608)
     w = torch.randn(outputs, columns, device=DEVICE)
-    return w, s, weight_scales(w, groups, clip=True, importance_K=s.diagonal())
+    read = s.diagonal()
+    scale = weight_scales(w, groups, clip=True, importance_K=read, element=element)
+    return w, s, weight_steps(scale, None, element)
 
 
+@pytest.mark.parametrize("element", ["int4", "lm4"])
 @pytest.mark.parametrize(
     ("columns", "outputs", "groups"), [(3072, 1024, 1), (3072, 500, 48), (2240, 77, 1)]
 )
-def test_gptq_finds_the_codes_of_float64(columns, outputs, groups):
-    w, s, scale = site(columns, outputs, groups)
-    want, _ = gptq(w.double(), s, scale, damping=0.01)
-    plain, _ = reference.gptq(w, s, scale, damping=0.01)
-    codes, counts = gptq(w, s, scale, damping=0.01)
-    assert op._sweep(w) is not reference.sweep
+def test_gptq_finds_the_codes_of_float64(columns, outputs, groups, element):
+    w, s, scale = site(columns, outputs, groups, element)
+    want, _ = gptq(w.double(), s, scale, damping=0.01, element=element)
+    plain, _ = reference.gptq(w, s, scale, damping=0.01, element=element)
+    codes, counts = gptq(w, s, scale, damping=0.01, element=element)
+    assert op._sweep(w, element) is not reference.sweep
     ours, torchs = (float((q != want).double().mean()) for q in (codes, plain))
     assert ours < 2 * torchs + 1e-4, f"{ours:.2e} of the codes differ, plain torch {torchs:.2e}"
     assert counts["escalations"] == 0

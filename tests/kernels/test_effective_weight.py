@@ -13,6 +13,8 @@ SPECS = {
     "smooth": {"rank": 8, "branch": "beside", "smooth": True, "block": 16},
     "beside": {"rank": 8, "branch": "beside"},
     "groups": {"weight_scale": "group"},
+    "levels": {"weight_scale": "lm4_channel", "rank": 8, "block": 16},
+    "groups of levels": {"weight_scale": "lm4_group"},
     "nvfp4": FP4["nvfp4"] | {"rank": 8},
     "mxfp4": FP4["mxfp4"],
 }

@@ -223,6 +223,27 @@ def test_fp4_gains_where_channels_are_correlated(name):
     assert counts["nearest"] < N
 
 
+@given(st.integers(0, 10_000), st.integers(1, 80), st.sampled_from([1, 4]))
+def test_levels_are_never_worse_than_nearest_either(seed, tokens, groups):
+    w, s = weights(seed), correlated(seed, tokens)
+    scale = weight_scales(w, groups, clip=True, importance_K=s.diagonal(), element="lm4")
+    step = weight_steps(scale, None, "lm4")
+    codes, _ = gptq(w, s, step, damping=DAMPING, element="lm4")
+    pack_codes(codes, "lm4")  # refuses what is no code
+    nearest = codes_on_grid(w, step, "lm4")
+    slack = 1e-5 * hessian_error(w.double(), s)
+    assert (loss(w, codes, step, s) <= loss(w, nearest, step, s) + slack).all()
+
+
+def test_a_sweep_over_levels():
+    w = torch.tensor([[10.0, 0.5, 70.0]])
+    f = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])
+    # 10 -> 13; 0.5 - 3 / 2 = -1 -> -4; 70 + 4.5 -> 72.
+    codes, error = reference.sweep(w, w, torch.ones(1, 1), f, element="lm4")
+    assert codes.tolist() == [[13, -4, 72]]
+    torch.testing.assert_close(error, torch.tensor([[-3.0, 4.5, -2.0]]))
+
+
 def test_an_fp4_sweep_rounds_to_what_e2m1_has():
     w = torch.tensor([[5.0, 0.5, 6.9]])
     f = torch.tensor([[1.0, 0.5, 0.0], [0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])

@@ -26,7 +26,7 @@ from dirotq.kernels.formats.spec import QuantSpec
         ({"act_bits": 5}, "W4A5 is not supported.*4, 8 or 16"),
         (
             {"weight_scale": "token"},
-            "weight scale 'token' is not 'channel', 'group', 'nvfp4' or 'mxfp4'",
+            "weight scale 'token' is not 'channel', 'group', 'lm4_channel', .* or 'mxfp4'",
         ),
         (
             {"act_scale": "channel"},

@@ -42,10 +42,11 @@ CALL = {
 }
 FP4_METHODS = ("dirotq_nvfp4", "dirotq_mxfp4", "rtn_nvfp4", "rtn_mxfp4")
 METHODS = (
-    "dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups",
+    "dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups", "levels",
     "smoothquant", "quarot", "convrot", "svdquant", "absorb", *FP4_METHODS,
 )  # fmt: skip
-"""Methods of conf/method, and ``groups``: the default one with group scales on both sides."""
+"""Methods of conf/method, ``groups``: the default one with group scales on both sides, and
+``levels``: with LM4 weights."""
 
 LINE = (
     "capture.batch=2",
@@ -138,7 +139,8 @@ def _method(name: str, more: tuple[str, ...]) -> Method:
 
 
 def overrides(root: Path, store: Path, *more: str) -> list[str]:
-    """What ``dirotq compress`` would be told; ``method=groups`` is understood here only.
+    """What ``dirotq compress`` would be told; ``method=groups`` and ``levels`` are
+    understood here only.
 
     Of r = 16 nothing is said where another rank is chosen (``rank=budget``).
     """
@@ -239,4 +241,6 @@ def tree_bytes(folder: Path) -> Mapping[str, bytes]:
 def _method_overrides(name: str) -> list[str]:
     if name == "groups":
         return ["weight_format=int4_group", "act_format=int4_group"]
+    if name == "levels":
+        return ["weight_format=lm4_channel"]
     return [f"method={name}"]

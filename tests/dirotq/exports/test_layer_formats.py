@@ -1,6 +1,8 @@
 """What a format can hold, one fact at a time: each that it can't is refused by itself."""
 
 import pytest
+import torch
+from tiny_packed import packed
 from tiny_spec import FP4, tiny_spec
 
 from dirotq.exports.formats import FORMATS
@@ -23,11 +25,13 @@ LACKS = [
     ("convrot_w4a4", {"transform": "regular", "block": 1}, "no rotation"),
     ("convrot_w4a4", BRANCH, "low-rank branch of rank 16"),
     ("convrot_w4a4", {"weight_scale": "group"}, "per group of 16"),
+    ("convrot_w4a4", {"weight_scale": "lm4_channel"}, "lm4 weights with one scale per output (it"),
     ("convrot_w4a4", {"act_scale": "pow2"}, "`pow2` scales"),
     ("convrot_w4a4", {"dim": 48}, "48 channels"),
     ("svdquant_w4a4", ROTATED, "Hadamard blocks of 16"),
     ("svdquant_w4a4", {"branch": "project"}, "taken out of the input"),
     ("svdquant_w4a4", {"weight_group": 32}, "weights with one scale per group of 32"),
+    ("svdquant_w4a4", {"weight_scale": "lm4_group"}, "lm4 weights with one scale per group of 64"),
     ("svdquant_w4a4", {"act_group": 32}, "`group` scales"),
     *((name, *more) for name in ("nvfp4", "comfy_nvfp4") for more in (
         (ROTATED, "Hadamard blocks of 16"),
@@ -57,6 +61,17 @@ def test_the_other_fp4_is_refused_on_both_sides(name):
     assert [word in p for word, p in zip(("mxfp4 weights", "`mxfp4`"), problems, strict=True)] == [
         True, True,
     ]  # fmt: skip
+
+
+def test_modulators_of_levels_are_refused_but_as_bfloat16():
+    spec = tiny_spec(**SIXTEEN | {"weight_scale": "lm4_group"})
+    linear = packed(spec)
+    weight = KNOWN["nvfp4"].of(spec).tensors(linear.packed(), spec)["weight"]
+    assert torch.equal(weight, linear.weight.bfloat16())
+    (problem,) = KNOWN["svdquant_w4a4"].of(spec).misfits(spec)
+    assert problem == (
+        "lm4 weights with one scale per group of 64 (it has int4 with one scale per group)"
+    )
 
 
 @pytest.mark.parametrize("name", HOLDS)

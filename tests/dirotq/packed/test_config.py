@@ -9,6 +9,7 @@ from hypothesis import given
 from tiny_line import build_transformer
 
 from dirotq.errors import ArtifactError, DirotqError, UnsupportedError
+from dirotq.kernels.formats.lm4 import LEVELS
 from dirotq.packed.config import FORMAT, WIDEST, check_places, read_packing
 from dirotq.quantizer import DirotqConfig
 
@@ -47,7 +48,7 @@ def test_fields_that_came_later_may_be_missing(sites):
 
 @pytest.mark.parametrize("number", [0, -1, "2", True, None, 1.0, float("nan"), [2]])
 def test_a_format_that_is_no_number_is_refused(sites, number):
-    with pytest.raises(ArtifactError, match=r"format is .* not a number from 1 to 2"):
+    with pytest.raises(ArtifactError, match=r"format is .* not a number from 1 to 3"):
         read_packing(sites, number)
 
 
@@ -56,6 +57,50 @@ def test_formats_up_to_the_newest_are_read(sites):
         read_packing(sites, number)
     with pytest.raises(UnsupportedError, match="Upgrade"):
         read_packing(sites, FORMAT + 1)
+
+
+@pytest.fixture(scope="module")
+def of_levels(sites):
+    """The same sites with LM4 weights."""
+    sites = copy.deepcopy(sites)
+    for entry in sites:
+        kept = entry["spec"]["weight_scale"]
+        entry["spec"]["weight_scale"] = f"lm4_{kept}"
+    return sites
+
+
+def test_levels_are_said_where_they_are_used(sites, of_levels):
+    entries = read_packing(of_levels, FORMAT, list(LEVELS))
+    written = DirotqConfig.of(entries)
+    assert (written.format, written.to_dict()["levels"]) == (3, list(LEVELS))
+    assert DirotqConfig(**json.loads(json.dumps(written.to_dict()))).entries() == entries
+    older = DirotqConfig.of(read_packing(sites, FORMAT)).to_dict()
+    assert older["format"] == 2 and "levels" not in older
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        (None, "it lacks levels, and the weights of .* are LM4"),
+        ([], r"levels is \[\]; LM4's are \[0\.25, 0\.8125, "),
+        ([*LEVELS[:-1], 7.0], r"levels is .*7\.0\]; LM4's are .*6\.0\]"),
+        ([*LEVELS, 8.0], "LM4's are"),
+        (LEVELS[::-1], "LM4's are"),
+        ([float("nan")] * 8, "levels is .nan"),
+        ([*LEVELS[:3], 2, *LEVELS[4:]], "LM4's are"),
+        ("0.25", "levels is '0.25'"),
+        ({"lm4": 1}, "levels is {'lm4': 1}"),
+    ],
+)
+def test_levels_that_are_not_the_formats_are_refused(of_levels, levels, message):
+    levels = list(levels) if isinstance(levels, tuple) else levels
+    with pytest.raises(ArtifactError, match=message):
+        read_packing(of_levels, FORMAT, levels)
+
+
+def test_levels_of_no_site_are_refused(sites):
+    with pytest.raises(ArtifactError, match=r"it has levels .*, and no site has LM4 weights"):
+        read_packing(sites, FORMAT, list(LEVELS))
 
 
 @pytest.mark.parametrize("value", [None, {}, "sites", 3, float("nan")])

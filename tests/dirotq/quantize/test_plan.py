@@ -5,6 +5,7 @@ import pytest
 from tiny_line import METHODS, method
 
 from dirotq.errors import ConfigError
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.models.family import Site
 from dirotq.quantize.plan import Method, SitePlan, fitting_group, read_plan, write_plan
 
@@ -40,7 +41,8 @@ def test_a_block_takes_the_method_and_the_largest_hadamard_block_that_fits():
 def test_a_modulator_is_w4a16_in_groups_and_never_rotated(name):
     spec = method(name).spec(MODULATOR, 16)
     assert (spec.rank, spec.transform.kind, spec.transform.block) == (0, "hadamard", 1)
-    assert (spec.activations.bits, spec.weights.name, spec.weights.group) == (16, "group", 64)
+    weights = "lm4_group" if name == "levels" else "group"
+    assert (spec.activations.bits, spec.weights.name, spec.weights.group) == (16, weights, 64)
 
 
 def test_modulators_may_stay_in_sixteen_bits():
@@ -82,6 +84,34 @@ def test_fp4_groups_are_the_formats_own():
         assert spec.transform.block == (1 if name == "nvfp4" else 32)
         modulator = method(f"dirotq_{name}").spec(MODULATOR, 0)
         assert (modulator.weights.name, modulator.activations.bits) == ("group", 16)
+
+
+@pytest.mark.parametrize("granularity", ["channel", "group"])
+def test_levels_are_for_blocks_and_modulators(granularity):
+    chosen = method("dirotq", f"weight_format=lm4_{granularity}")
+    block, modulator = chosen.spec(BLOCK, 16), chosen.spec(MODULATOR, 0)
+    assert block.weights.name == f"lm4_{granularity}"
+    assert block.weights.group == 32  # half of 64 divides the site's 96 channels
+    assert block.format == "W4A4 LM4"
+    assert block.can_append == (granularity == "channel")
+    assert (modulator.weights.name, modulator.weights.group) == ("lm4_group", 64)
+    assert (modulator.activations.bits, modulator.format) == (16, "W4A16 LM4")
+    assert block.since == modulator.since == 3
+    assert QuantSpec.from_dict(block.to_dict()) == block
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("weight_format=lm4", r"lm4_channel"),
+        ("weight_format.element=lm5", "'lm5' does not fit.*'int4' or 'lm4' or 'e2m1'"),
+        ("weight_format.scale=e4m3", "no format of int4 weights has scales in e4m3"),
+        ("+weight_format.levels=[1,2]", "levels"),
+    ],
+)
+def test_weight_formats_that_there_are_not(change, message):
+    with pytest.raises(ConfigError, match=message):
+        method("dirotq", change)
 
 
 def test_fp4_groups_that_do_not_divide_a_site_are_refused():

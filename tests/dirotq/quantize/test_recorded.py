@@ -26,10 +26,9 @@ def name(request):
     return request.param
 
 
-def test_every_method_is_recorded(pytestconfig):
-    assert {
-        file.stem for file in (pytestconfig.rootpath / "conf/method").glob("*.yaml")
-    } == RECORDED.keys()
+def test_every_method_that_there_was_is_there(pytestconfig):
+    methods = {file.stem for file in (pytestconfig.rootpath / "conf/method").glob("*.yaml")}
+    assert methods >= RECORDED.keys()
 
 
 def test_a_recipe_is_what_it_was(name):

@@ -14,6 +14,7 @@ SPECS = {kind: spec_for(kind, 256, 64, rank=16) for kind in FORMATS} | {
     "dense": tiny_spec(dim=256, rank=16, transform="dense"),
     "smooth": tiny_spec(dim=256, smooth=True, transform="hadamard"),
     "protected in 8 bits": tiny_spec(dim=256, rank=16, protected_bits=8),
+    "levels": tiny_spec(dim=256, weight_scale="lm4_channel"),
     "nvfp4": tiny_spec(dim=256, **FP4["nvfp4"]),
     "mxfp4": tiny_spec(dim=256, **FP4["mxfp4"]),
 }

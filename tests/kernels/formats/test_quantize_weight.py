@@ -29,40 +29,50 @@ def heavy_tailed(seed: int, rows: int = 6, columns: int = 64) -> torch.Tensor:
     return gauss * torch.exp(torch.randn(rows, columns, generator=generator))
 
 
-def weighted_error(w, scale, importance):
-    error = dequantize_weight(codes_on_grid(w, scale), scale, torch.float64) - w.double()
+ELEMENTS = {"int4": (7, 7), "lm4": (6, 96)}
+"""Elements with scales in bf16: what a scale of 1 brings the largest weight to, and its code."""
+every_element = pytest.mark.parametrize("element", ELEMENTS)
+
+
+def weighted_error(w, scale, importance, element="int4"):
+    step = weight_steps(scale, None, element)
+    error = dequantize_weight(codes_on_grid(w, step, element), step, torch.float64) - w.double()
     return (error.square() * importance.double()).unflatten(-1, (scale.shape[-1], -1)).sum(-1)
 
 
+@every_element
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("clip", [False, True])
-def test_scales_are_positive_bf16_and_codes_in_range(groups, clip):
+def test_scales_are_positive_bf16_and_codes_in_range(groups, clip, element):
     w = heavy_tailed(0)
-    scale = weight_scales(w, groups, clip=clip)
+    scale = weight_scales(w, groups, clip=clip, element=element)
     assert scale.dtype == torch.bfloat16
     assert scale.shape == (6, groups)
     assert (scale > 0).all()
-    codes = codes_on_grid(w, scale)
+    codes = codes_on_grid(w, weight_steps(scale, None, element), element)
     assert codes.dtype == torch.int8
-    assert codes.abs().max() <= 7
+    assert codes.abs().max() <= ELEMENTS[element][1]
 
 
-def test_without_clip_the_largest_weight_gets_the_largest_code():
+@every_element
+def test_without_clip_the_largest_weight_gets_the_largest_code(element):
     w = heavy_tailed(1)
-    scale = weight_scales(w, 4, clip=False)
+    scale, (top, code) = weight_scales(w, 4, clip=False, element=element), ELEMENTS[element]
     amax = w.unflatten(-1, (4, -1)).abs().amax(-1)
-    torch.testing.assert_close(scale.float(), amax / 7, rtol=2**-8, atol=0)
-    assert (codes_on_grid(w, scale).unflatten(-1, (4, -1)).abs().amax(-1) == 7).all()
+    torch.testing.assert_close(scale.float(), amax / top, rtol=2**-8, atol=0)
+    codes = codes_on_grid(w, weight_steps(scale, None, element), element)
+    assert (codes.unflatten(-1, (4, -1)).abs().amax(-1) == code).all()
 
 
-@given(seeds, st.sampled_from([1, 4]), st.booleans())
-def test_clip_is_never_worse_in_the_weighted_error(seed, groups, weighted):
+@given(seeds, st.sampled_from([1, 4]), st.booleans(), st.sampled_from([*ELEMENTS]))
+def test_clip_is_never_worse_in_the_weighted_error(seed, groups, weighted, element):
     w = heavy_tailed(seed)
     generator = torch.Generator().manual_seed(seed)
     importance = torch.rand(64, generator=generator) ** 4 if weighted else torch.ones(64)
-    clipped = weight_scales(w, groups, clip=True, importance_K=importance if weighted else None)
-    plain = weight_scales(w, groups, clip=False)
-    ours, theirs = (weighted_error(w, s, importance) for s in (clipped, plain))
+    read = importance if weighted else None
+    clipped = weight_scales(w, groups, clip=True, importance_K=read, element=element)
+    plain = weight_scales(w, groups, clip=False, element=element)
+    ours, theirs = (weighted_error(w, s, importance, element) for s in (clipped, plain))
     assert (ours <= theirs * (1 + 1e-5) + 1e-12).all()
 
 
@@ -300,6 +310,9 @@ def test_the_spec_says_what_is_stored():
     scale, nothing = stored_scales(w, tiny_spec(), clip=False, floor_N1=floor)
     assert nothing is None
     assert torch.equal(scale, weight_scales(w, 1, clip=False, floor_N1=floor))
+    scale, nothing = stored_scales(w, tiny_spec(weight_scale="lm4_group"), clip=True)
+    assert nothing is None
+    assert torch.equal(scale, weight_scales(w, 4, clip=True, element="lm4"))
     for name, fields in FP4.items():
         stored = stored_scales(w, tiny_spec(**fields), clip=True)
         want = fp4_weight_scales(w, name, clip=True)
