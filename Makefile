@@ -14,7 +14,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test test-diffusers test-s3 lowest aot check docs bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-memory bench-load bench-export tune release torture fuzz versions classes clean
+.PHONY: help setup compress plan sweep test test-diffusers test-s3 test-clusters lowest aot check docs bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-memory bench-load bench-export tune release torture fuzz versions classes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,6 +49,10 @@ test-diffusers: $(STAMP) ## diffusers' own test mixins on packed pipelines: DIFF
 test-s3: $(STAMP) ## tests of stores in buckets, against an S3 server on this machine
 	$(BIN)/python -m pip install --quiet --editable ".[s3test]"
 	$(BIN)/python -m pytest tests/pipeline/test_s3.py $(ARGS)
+
+test-clusters: $(STAMP) ## tests of Ray, SLURM's jobs and searches, on this machine
+	$(BIN)/python -m pip install --quiet --editable ".[clusters]"
+	$(BIN)/python -m pytest tests/clusters $(ARGS)
 
 lowest: $(STAMP) ## some tests with the oldest version of each dependency, in a venv of their own
 	$(BIN)/python .ci/lowest.py

@@ -21,6 +21,7 @@ from dirotq.pipeline.config import build, compose_config
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Inputs, Share, in_units
 from dirotq.pipeline.executor import LocalExecutor
+from dirotq.pipeline.worker import Processes
 
 STAGES = ("capture", "basis", "gptq", "fuse")
 
@@ -46,7 +47,7 @@ def main() -> None:
         f"| stage | units | here, s | 1 worker, s | {count} workers, s | gain "
         "| ms more per unit |\n" + "|---" * 7 + "|"
     )  # fmt: skip
-    with Crew(1, None) as one, Crew(count, None) as several:
+    with Crew(Processes(1)) as one, Crew(Processes(count)) as several:
         ways: dict[str, tuple[Share, ...]] = {
             "here": (), "one": (one.share, one.chain), "several": (several.share, several.chain)
         }  # fmt: skip
@@ -80,8 +81,8 @@ def seconds(stage: Any, inputs: Inputs, *shares: Share) -> float:
 
 def start(stage: Any) -> float:
     """Time how long a new worker takes until it has what a stage's code imports."""
-    with Crew(1, None) as crew:
-        (worker,) = crew._workers
+    with Crew(Processes(1)) as crew:
+        (worker,) = crew._workplace.workers
         began = time.perf_counter()
         worker.start()
         worker._submit(type, stage).result()  # to read the stage is to import it

@@ -130,9 +130,11 @@ class Artifact:
         return self._seen
 
     def saw(self, elsewhere: Mapping[str, tuple[int, ...]]) -> None:
-        """Add what another process of this machine has ``seen``: ``recheck`` looks at it too."""
+        """Add what another process has ``seen``: ``recheck`` looks at it too."""
+        # A disk that machines share has a number of its own on each.
+        device = self.data.lstat().st_dev
         for name, stamp in elsewhere.items():
-            self._seen.setdefault(name, stamp)
+            self._seen.setdefault(name, (*stamp[:-1], device))
 
     @functools.cached_property
     def _seen(self) -> dict[str, tuple[int, ...]]:

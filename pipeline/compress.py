@@ -3,7 +3,7 @@
 import argparse
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dirotq.errors import ConfigError
-from dirotq.pipeline import config, dag, preflight, report, runs
+from dirotq.pipeline import config, dag, forecast, preflight, report, runs
 from dirotq.pipeline.config import Pipeline, build, compose_config
 from dirotq.pipeline.quoting import parsed, quoted
+from dirotq.pipeline.settings import close_to
 from dirotq.pipeline.sharing import pushed_too
 from dirotq.pipeline.store import Artifact
 from dirotq.progress import begin
@@ -37,6 +38,7 @@ def add_compress(add: Callable[..., argparse.ArgumentParser]) -> None:
         "-m rank.r=8,16,32          once per value; also several at a time:",
         "-m rank.r=8,16,32 hydra/launcher=joblib           (pip install 'dirotq[sweep]')",
         "-m rank.r=8,16,32 hydra/launcher=submitit_slurm   (pip install 'dirotq[slurm]')",
+        "-m experiment=search       ranks and formats: few bits, high PSNR ('dirotq[search]')",
         usage="dirotq compress [OVERRIDES ...] [-m] [options]", add_help=False,
     )  # fmt: skip
     add_overrides(parser)
@@ -175,8 +177,11 @@ def _values(override: str) -> list[str]:
     return [f"{name}={value}" for value in found.sweep_string_iterator()] or [word]
 
 
-def _job(cfg: DictConfig) -> None:
-    """Run once under Hydra; at module level because launchers send it to other processes."""
+def _job(cfg: DictConfig) -> list[float] | None:
+    """Run once under Hydra; at module level because launchers send it to other processes.
+
+    Returns what a search asked for (``objectives``), if anything.
+    """
     pipeline = build(cfg)
     context = HydraConfig.get()
     folder = Path(context.runtime.output_dir).absolute()
@@ -187,6 +192,21 @@ def _job(cfg: DictConfig) -> None:
     for step in pipeline.steps:
         if callable(advice := getattr(step.stage, "advice", None)):
             print(advice())
+    return _objectives(outcomes, list(cfg.get("objectives") or ()))
+
+
+def _objectives(outcomes: Mapping[str, dag.Outcome], names: Sequence[str]) -> list[float] | None:
+    """Return the named metrics. Raises ConfigError for one that no stage has."""
+    metrics: dict[str, float] = {}
+    for outcome in outcomes.values():
+        metrics |= outcome.artifact.metrics
+    for name in names:
+        if name not in metrics:
+            raise ConfigError(
+                f"objectives: this run has no metric {name!r};{close_to(name, metrics)} it has "
+                f"{', '.join(sorted(metrics))}"
+            )
+    return [metrics[name] for name in names] or None
 
 
 def _run(
@@ -213,5 +233,6 @@ def _plan(options: argparse.Namespace) -> int:
     pipeline = build(cfg)
     found = preflight.examine(pipeline, cfg)
     report.plan(pipeline, found)
+    forecast.show(pipeline, found)
     preflight.refuse(found, pipeline.store.root)
     return 0

@@ -48,6 +48,7 @@ PLAIN: Mapping[str, Any] = {
     "text_encoders": str,
     "preflight": bool,
     "verbose": bool,
+    "objectives": list[str],
     "pipeline": Mapping[str, Mapping[str, str]],
 }
 """Types of the settings that belong to no class."""
@@ -311,6 +312,8 @@ def _refuse_appended(cfg: DictConfig, plain: DictConfig, key: str) -> None:
     """
     parts = key.split(".")
     if parts[0] == "pipeline":  # its stages are held by `build`
+        return
+    if parts[:2] in (["hydra", "launcher"], ["hydra", "sweeper"]):  # plugins', which they check
         return
     if parts[0] == "hydra":
         cfg = plain = OmegaConf.create({"hydra": OmegaConf.structured(HydraConf)})

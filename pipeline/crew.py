@@ -1,14 +1,14 @@
-"""Processes of this machine that share out the units of a stage.
+"""Workers that share out the units of a stage, wherever they run (pipeline/workplace.py).
 
-Each is a ``ProcessPoolExecutor`` of one, so that a process that dies is known together with the
-units it had. It writes a unit's files and its entry in the journal itself; what it finished counts,
-however it ends, and whatever it was told.
+A worker writes a unit's files and its entry in the journal itself; what it finished counts, however
+it ends, and whatever it was told.
 """
 
 import contextlib
 import dataclasses
 import logging
 import shutil
+import time
 import uuid
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
@@ -18,17 +18,17 @@ from typing import Any
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.divided import Inputs
+from dirotq.pipeline.desk import Desk
+from dirotq.pipeline.divided import Inputs, NotShared
+from dirotq.pipeline.job import Job, Seen
 from dirotq.pipeline.stage import recipe
 from dirotq.pipeline.units import Units
-from dirotq.pipeline.worker import Job, Seen, Worker, environment
+from dirotq.pipeline.workplace import LostError, Worker, Workplace
 
 log = logging.getLogger(__name__)
 
 TRIES = 3
 """Processes that a unit may take down before it is given up."""
-MOST = 8
-"""Units given out at once: a worker reads one while it computes another, and hashes a third."""
 
 MEETING = ".meeting"
 """Folder of what workers hand to each other while they make units that follow each other."""
@@ -37,19 +37,13 @@ LOOK = 1.0
 
 
 class Crew:
-    """``count`` workers, started when there is something to do and stopped with the block.
-
-    devices  GPUs for them, in turn: each sees one; None: they compute where the stage says
+    """Workers, started when there is something to do and stopped with the block.
 
     ``peaks``: {worker: the memory that it took}, since they were cleared.
     """
 
-    def __init__(self, count: int, devices: Sequence[int] | None) -> None:
-        chosen = (
-            [None] * count if devices is None else [devices[i % len(devices)] for i in range(count)]
-        )
-        self._workers = [Worker(environment(count, device)) for device in chosen]
-        self._devices = devices
+    def __init__(self, workplace: Workplace) -> None:
+        self._workplace = workplace
         self.peaks: dict[int, dict[str, int]] = {}
 
     def __enter__(self) -> "Crew":
@@ -61,7 +55,7 @@ class Crew:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.stop()
+        self._workplace.close()
 
     def share(
         self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs
@@ -73,17 +67,25 @@ class Crew:
 
         Raises UnsupportedError naming a unit that took down TRIES workers.
         """
-        job = self._job(stage, units, todo, inputs)
-        left, lost = deque(todo), Counter[str]()
-        idle = self._workers[: len(todo)]
+        with self._workplace.desk(units.out) as desk:
+            job = self._job(stage, units, todo, inputs, desk)
+            yield from self._shared(stage, units, job, inputs)
+
+    def _shared(
+        self, stage: Any, units: Units, job: Job, inputs: Inputs
+    ) -> Generator[str, None, None]:
+        left, lost = deque(job.names), Counter[str]()
+        idle = [*self._workplace.workers[: len(left)]]
         for worker in idle:  # all begin to start before one is waited for
             worker.start()
         running: dict[Future[Seen], tuple[Worker, list[str]]] = {}
 
         def give_out() -> None:
+            shares = []
             while left and idle:
-                worker, names = idle.pop(0), self._next(left, lost)
-                running[worker.make(job, names)] = worker, names
+                names = self._next(left, lost, len(idle))
+                shares.append((idle.pop(0), names))
+            running.update(zip(self._workplace.send(job, shares), shares, strict=True))
 
         try:
             give_out()
@@ -91,13 +93,14 @@ class Crew:
                 ended, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in ended:
                     worker, names = running.pop(future)
-                    if not (died := self._died(future, inputs)):
+                    died = self._died(future, inputs)
+                    if died is None:
                         idle.append(worker)
                         give_out()  # it goes on while what it made is looked at
-                    finished = units.adopt(names)
+                    finished = self._adopted(units, names, died)
                     missing = [name for name in names if name not in finished]
-                    if died:
-                        self._again(stage, worker, missing, lost)
+                    if died is not None:
+                        self._again(stage, worker, missing, lost, died)
                         left.extend(missing)
                         idle.append(worker)
                         give_out()
@@ -117,93 +120,113 @@ class Crew:
 
         When one dies, all are ended, and begin anew with the units that are left.
 
-        Raises UnsupportedError if that happens TRIES times to one unit.
+        Raises UnsupportedError if that happens TRIES times to one unit, NotShared where workers
+        need not run at the same time.
         """
         left, lost, meeting = list(todo), Counter[str](), units.out / MEETING
+        workers = self._workplace.workers
+        if not self._workplace.together:
+            raise NotShared("workers of a cluster need not run at the same time")
         try:
             while left:
                 died, place = None, meeting / uuid.uuid4().hex
-                for worker in self._workers:
+                for worker in workers:
                     worker.start()
                 running: dict[Future[Seen], Worker] = {}
-                for index, worker in enumerate(self._workers):
-                    part = stage.part(index, len(self._workers), place)
-                    running[worker.make(self._job(part, units, left, inputs), left)] = worker
+                for index, worker in enumerate(workers):
+                    part = stage.part(index, len(workers), place)
+                    job = self._job(part, units, left, inputs, None)
+                    (future,) = self._workplace.send(job, [(worker, left)])
+                    running[future] = worker
                 while running and died is None:
                     ended, _ = wait(running, LOOK, FIRST_COMPLETED)
                     for future in ended:
                         worker = running.pop(future)
-                        died = worker if self._died(future, inputs) else died
+                        if (error := self._died(future, inputs)) is not None:
+                            died = worker, error
                     finished = units.adopt(left)
                     left = [name for name in left if name not in finished]
                     yield from finished
                 if died is not None and left:
-                    self._again(stage, died, left[:1], lost)
-                    self.stop()
+                    self._again(stage, died[0], left[:1], lost, died[1])
+                    self._stop()
                 elif left:
                     raise ArtifactError(_spoilt(stage.what, left[0]))
             if meeting.exists():
                 shutil.rmtree(meeting)
         except BaseException:
-            self.stop()
+            self._stop()
             raise
         self._rest()
 
-    def stop(self) -> None:
+    def _stop(self) -> None:
         """End all workers, before the lock of a folder that they write to is let go."""
-        for worker in self._workers:
+        for worker in self._workplace.workers:
             worker.stop()
 
     def _rest(self) -> None:
         """Have the workers let go of what they opened; add to the peaks of this stage."""
-        for index, resting in enumerate([worker.rest() for worker in self._workers]):
+        for index, resting in enumerate([worker.rest() for worker in self._workplace.workers]):
             with contextlib.suppress(BrokenExecutor):  # it is started anew when it is needed
                 took, before = resting.result(), self.peaks.setdefault(index, {})
                 before |= {what: max(size, before.get(what, 0)) for what, size in took.items()}
 
-    def _job(self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs) -> Job:
+    def _job(
+        self, stage: Any, units: Units, todo: Sequence[str], inputs: Inputs, desk: Desk | None
+    ) -> Job:
         known = recipe(stage)
-        if self._devices is not None and hasattr(stage, "device"):
-            stage = dataclasses.replace(stage, device="cuda")  # the one that the worker sees
+        if isinstance(asked := getattr(stage, "device", None), str):
+            stage = dataclasses.replace(stage, device=self._workplace.device(asked))
         # Without what this process knows of them: a worker checks what it reads.
         fresh = {slot: Artifact(a.stage, a.fingerprint, a.path) for slot, a in inputs.items()}
-        return Job(uuid.uuid4().hex, stage, known, units.out, tuple(todo), fresh)
+        return Job(uuid.uuid4().hex, stage, known, units.out, tuple(todo), fresh, desk)
 
-    def _next(self, left: deque[str], lost: Counter[str]) -> list[str]:
-        """Take what one worker is given next: less towards the end, and one that was lost alone."""
-        count = max(1, min(MOST, len(left) // (2 * len(self._workers))))
+    def _next(self, left: deque[str], lost: Counter[str], idle: int) -> list[str]:
+        """Take what one worker is given next; one that was lost alone."""
+        count = self._workplace.helping(len(left), idle)
         names = [left.popleft()]
         while len(names) < count and not lost[names[0]] and left and not lost[left[0]]:
             names.append(left.popleft())
         return names
 
-    def _died(self, future: Future[Seen], inputs: Inputs) -> bool:
-        """Tell whether the worker died; else note what it read, or raise the error it met."""
+    def _died(self, future: Future[Seen], inputs: Inputs) -> BrokenExecutor | None:
+        """Return what the worker died of; else note what it read, or raise the error it met."""
         try:
             seen = future.result()
-        except BrokenExecutor:
-            return True
+        except BrokenExecutor as error:
+            return error
         for slot, files in seen.items():
             inputs[slot].saw(files)
-        return False
+        return None
 
-    def _again(self, stage: Any, worker: Worker, missing: list[str], lost: Counter[str]) -> None:
+    def _adopted(
+        self, units: Units, names: Sequence[str], died: BrokenExecutor | None
+    ) -> list[str]:
+        """Take over finished units. Files that another machine wrote may take a while to show."""
+        end = time.monotonic() + (0 if died else self._workplace.patience)
+        while len(finished := units.adopt(names)) < len(names) and time.monotonic() < end:
+            time.sleep(1)
+        return finished
+
+    def _again(
+        self,
+        stage: Any,
+        worker: Worker,
+        missing: list[str],
+        lost: Counter[str],
+        died: BrokenExecutor,
+    ) -> None:
         """Note which units a worker died with, and have another in its place."""
         started = worker.started
         worker.stop()
         lost.update(missing)
+        why = f" ({died})" if isinstance(died, LostError) else ""
         for name in missing:
             if lost[name] >= TRIES:
-                raise UnsupportedError(_given_up(stage.what, name) if started else NO_START)
+                said = _given_up(stage.what, name) if started else self._workplace.no_start
+                raise UnsupportedError(f"{said}{why}")
         what = missing[0] if len(missing) == 1 else f"what it had ({len(missing)} units)"
-        log.warning("%s: a worker died; %s is tried again", stage.what, what)
-
-
-NO_START = (
-    "worker processes end while they start; what they said stands above. A Python script that runs "
-    "with executor.workers or executor.devices is imported by each of them: let it do its work "
-    'under `if __name__ == "__main__":`'
-)
+        log.warning("%s: a worker died%s; %s is tried again", stage.what, why, what)
 
 
 def _spoilt(what: str, name: str) -> str:

@@ -6,6 +6,7 @@ the same, and so are the bytes.
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -76,19 +77,24 @@ def in_units(
     share  makes them in other processes;  chain  those of its second kind; None: this one does
     """
     units = Units(out, stage)
-    _make(stage, units, inputs, share or _here)
+    names, began = stage.units(**inputs), time.monotonic()
+    _make(stage, units, names, inputs, share or _here)
+    units.note_times(names, time.monotonic() - began)
     if isinstance(stage, Followed):
         second = stage.followed()
+        follow = second.units(**inputs)
         try:
-            _make(second, units, inputs, chain or _here)
+            _make(second, units, follow, inputs, chain or _here)
         except NotShared as reason:
             log.warning("%s: one process does it alone: %s", second.what, reason)
-            _make(second, units, inputs, _here)
-    return dict(stage.merge(units, **inputs))
+            _make(second, units, follow, inputs, _here)
+    metrics = dict(stage.merge(units, **inputs))
+    units.write_times()
+    return metrics
 
 
-def _make(stage: Any, units: Units, inputs: Inputs, share: Share) -> None:
-    todo = units.todo(stage.units(**inputs), str, stage.what)
+def _make(stage: Any, units: Units, names: Sequence[str], inputs: Inputs, share: Share) -> None:
+    todo = units.todo(names, str, stage.what)
     if todo:
         made = share(stage, units, todo, inputs)
         with contextlib.closing(made):  # nobody works on once this ends, whatever ends it

@@ -11,6 +11,8 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Divided, Inputs, in_units
 from dirotq.pipeline.machine import Needs, refuse_devices
+from dirotq.pipeline.worker import Processes
+from dirotq.pipeline.workplace import few_at_a_time
 
 Notes = dict[str, Any]
 RunStage = Callable[[Any, Path, Inputs, Notes], Mapping[str, float]]
@@ -22,8 +24,13 @@ class Executor(Protocol):
 
     ``refuse`` raises ConfigError for a stage's ``device`` that contradicts the executor's;
     ``together`` makes of what a stage needs in one process what it needs of the machine.
+    ``processes`` counts the workers (0: this process alone), and ``helping`` the units that one of
+    ``idle`` ones is given of ``left``.
     """
 
+    @property
+    def processes(self) -> int: ...
+    def helping(self, left: int, idle: int) -> int: ...
     def refuse(self, device: str, setting: str) -> None: ...
 
     def together(self, stage: Any, needs: Needs) -> Needs: ...
@@ -81,15 +88,19 @@ class LocalExecutor:
         sharing = self.processes // len(self.devices or [0])
         return replace(needs, vram=needs.vram * sharing, ram=needs.ram * self.processes)
 
+    def helping(self, left: int, idle: int) -> int:
+        """Count the units that one of the processes is given."""
+        return few_at_a_time(left, self.processes)
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[RunStage]:
         """Yield what runs a stage. Other processes start when a stage first has units for them."""
         if not self.processes:
             yield run_here
             return
-        with Crew(self.processes, self.devices) as crew:
+        with Crew(Processes(self.processes, self.devices)) as crew:
             first = None if self.devices is None else f"cuda:{self.devices[0]}"
-            yield partial(_run_shared, crew, first)
+            yield partial(run_shared, crew, first)
 
 
 def run_here(stage: Any, out: Path, inputs: Inputs, notes: Notes) -> Mapping[str, float]:
@@ -98,7 +109,7 @@ def run_here(stage: Any, out: Path, inputs: Inputs, notes: Notes) -> Mapping[str
     return metrics
 
 
-def _run_shared(
+def run_shared(
     crew: Crew, device: str | None, stage: Any, out: Path, inputs: Inputs, notes: Notes
 ) -> Mapping[str, float]:
     """Run a stage, its units in other processes; on ``device`` what remains for this one."""

@@ -14,12 +14,20 @@ from dirotq.pipeline.dag import Step
 
 @dataclass(frozen=True, slots=True)
 class Took:
-    """One run of one stage: seconds, bytes of memory at its peak, bytes that it left."""
+    """One run of one stage: seconds, bytes of memory at its peak, bytes that it left.
+
+    units    seconds of each of its units, in the order in which they are given out
+    wall     seconds of making them all, a part of ``seconds``
+    workers  that made them
+    """
 
     seconds: float
     vram: int
     ram: int
     disk: int
+    units: tuple[float, ...] = ()
+    wall: float = 0.0
+    workers: int = 1
 
 
 def last_run_here(step: Step, past: Iterable[Artifact], machine: str | None) -> Took | None:
@@ -50,8 +58,18 @@ def took(artifact: Artifact) -> Took | None:
             sane = 0 <= seconds < math.inf and isinstance(vram, int) and min(ram, vram) >= 0
             with contextlib.suppress(ArtifactError):  # another recipe's, removed or damaged
                 if sane:
-                    return Took(seconds, vram, ram, artifact.bytes)
+                    return Took(seconds, vram, ram, artifact.bytes, *_units(seconds, more))
     return None
+
+
+def _units(seconds: float, provenance: Any) -> tuple[tuple[float, ...], float, int]:
+    """Return what it tells of units: seconds of each, of all, and workers; nothing if nonsense."""
+    match provenance.get("units"), provenance.get("workers", [{}]):
+        case {"seconds": list(each), "wall": int() | float() as wall}, list(workers):
+            sane = all(isinstance(s, int | float) and 0 <= s < math.inf for s in each)
+            if each and sane and 0 <= wall <= seconds:
+                return tuple(each), wall, max(len(workers), 1)
+    return (), 0.0, 1
 
 
 def _model(recipe: Any) -> Any:

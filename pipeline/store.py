@@ -48,7 +48,7 @@ from dirotq.pipeline.place import MARKER, REMOTE_MARKER, store_place
 from dirotq.pipeline.provenance import provenance, reset_peaks
 from dirotq.pipeline.remote_store import RemoteStore
 from dirotq.pipeline.stage import fingerprint
-from dirotq.pipeline.units import retire
+from dirotq.pipeline.units import retire, times
 
 __all__ = ["Artifact", "ArtifactStore", "Draft", "default_root"]
 
@@ -194,6 +194,7 @@ class ArtifactStore:
                 "metrics": {name: _jsonable(value) for name, value in draft.metrics.items()},
             }
             made = provenance(started, overrides) | {"resumed": resumed} | dict(notes or {})
+            made |= times(draft.data)
             write_json(partial / "provenance.json", made)
             write_json(partial / MANIFEST, sealed(manifest))
             draft.artifact = self._published(partial, final)

@@ -29,6 +29,8 @@ Made = tuple[str, Sequence[Path]]
 """A unit's name, and its files and folders: written and closed."""
 
 JOURNAL = ".units"
+TIMES = "times.json"
+"""In the journal: what the units of a stage took."""
 LOOK = 5.0
 """Seconds between two looks at a stage's inputs: one costs some milliseconds."""
 
@@ -71,6 +73,7 @@ class Units:
         self._waiting: dict[Path, dict[str, Any]] = {}
         self._files: dict[str, frozenset[str]] = {}
         self._spelled: dict[str, str] = {}
+        self._times: dict[str, Any] | None = None
 
     def done(self, name: str) -> bool:
         """Tell whether the unit was finished, by this run or by one before it."""
@@ -84,8 +87,10 @@ class Units:
             log.info("%s: %d of %d were finished before", what, len(given) - len(left), len(given))
         return left
 
-    def finish(self, name: str, parts: Iterable[Path]) -> None:
+    def finish(self, name: str, parts: Iterable[Path], seconds: float | None = None) -> None:
         """Note that the unit is finished: ``parts`` are its files and folders, written and closed.
+
+        seconds  that it took to make
 
         They are hashed now, in threads, while they are in the page cache.
 
@@ -97,7 +102,8 @@ class Units:
         if lost := files - {self.out / file for file in found}:
             raise FileNotFoundError(f"{min(lost)} of the unit {name!r} can't be read")
         self._add(name, found)
-        self._waiting[self._journal / _entry_name(name)] = {"unit": name, "files": found}
+        entry = {"unit": name, "files": found} | ({} if seconds is None else {"seconds": seconds})
+        self._waiting[self._journal / _entry_name(name)] = entry
         if self._of is None or time.monotonic() - self._looked >= LOOK:
             self._write_waiting()
 
@@ -107,11 +113,14 @@ class Units:
         """
         with ThreadPoolExecutor(1) as pool:  # an error elsewhere waits for what is being hashed
             last: Future[None] | None = None
+            began = time.monotonic()
             for name, parts in made:
+                seconds = round(time.monotonic() - began, 4)
                 if last is not None:
                     last.result()
-                last = pool.submit(self.finish, name, parts)
+                last = pool.submit(self.finish, name, parts, seconds)
                 yield name
+                began = time.monotonic()
             if last is not None:
                 last.result()
 
@@ -132,6 +141,17 @@ class Units:
         for name, files in intact.items():
             self._add(name, files)
         return [name for name in names if name in intact]
+
+    def note_times(self, names: Sequence[str], wall: float) -> None:
+        """Keep what the named units took, for provenance.json: seconds of each, and of all."""
+        entries = [_content(self._journal / _entry_name(name)) for name in names]
+        took = [entry.get("seconds") for entry in entries]
+        self._times = {"seconds": took, "wall": round(wall, 3)} if None not in took else None
+
+    def write_times(self) -> None:
+        """Leave what was noted where the store finds it, at the end of a stage."""
+        if self._times and self._journal.is_dir():
+            write_json(self._journal / TIMES, self._times)
 
     def _write_waiting(self) -> None:
         if recipe(self._of) != self._recipe:
@@ -196,6 +216,12 @@ class Units:
         return path.relative_to(self.out).as_posix()
 
 
+def times(out: Path) -> dict[str, Any]:
+    """Return what provenance.json says of the units of the stage in ``out``; nothing without."""
+    found = _content(out / JOURNAL / TIMES)
+    return {"units": found} if found else {}
+
+
 def retire(out: Path) -> None:
     """Remove the journal from a folder that is about to be published, for good."""
     if (journal := out / JOURNAL).exists():
@@ -218,13 +244,19 @@ def _entry_name(unit: str) -> str:
 
 def _read(entry: Path) -> tuple[str, dict[str, Any]] | None:
     """Read unit and files of one entry of the journal; None if it is damaged in whatever way."""
-    try:
-        match json.loads(entry.read_text()):
+    with contextlib.suppress(ValueError):  # a name that no text file holds
+        match _content(entry):
             case {"unit": str(name), "files": dict(files)} if entry.name == _entry_name(name):
                 return name, files
-    except (OSError, ValueError, RecursionError):
-        pass
     return None
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """Read a file of the journal; nothing if it is damaged in whatever way."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        if isinstance(found := json.loads(file.read_text()), dict):
+            return found
+    return {}
 
 
 def _files(part: Path) -> list[Path]:

@@ -7,8 +7,11 @@ from omegaconf import DictConfig
 
 from dirotq.pipeline.settings import close_to, moved, no_such_setting
 
-EXTRAS = {"joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm"}
-"""Launchers, and the extras of this package that install them."""
+EXTRAS = {
+    "joblib": "sweep", "submitit_local": "slurm", "submitit_slurm": "slurm", "ray": "ray",
+    "optuna": "search",
+}  # fmt: skip
+"""Launchers and sweepers, and the extras of this package that install them."""
 NOISE = re.compile(
     r"full_key:|object_type=|reference_type=|See https://|Config search path|provider="
 )

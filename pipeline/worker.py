@@ -1,7 +1,7 @@
-"""One process that makes units, and what it does there.
+"""Processes of this machine that make units.
 
-It sees one GPU if it was given one, takes its share of the processor's threads, sends what it logs
-to the process that started it, leaves Ctrl-C to that one, and ends with it.
+Each sees one GPU if it was given one, takes its share of the processor's threads, sends what it
+logs to the process that started it, leaves Ctrl-C to that one, and ends with it.
 """
 
 import contextlib
@@ -14,43 +14,59 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
-from dirotq.errors import ArtifactError
-from dirotq.pipeline.divided import Inputs, Make
-from dirotq.pipeline.provenance import peaks, reset_peaks
-from dirotq.pipeline.stage import recipe
-from dirotq.pipeline.units import Units
+from dirotq.pipeline.job import THREADS, Job, Seen, forget, make_units
+from dirotq.pipeline.workplace import Share, few_at_a_time
 
 T = TypeVar("T")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-Seen = dict[str, dict[str, tuple[int, ...]]]
-"""{input: its files that were read, and what told each from any other}."""
 START = 30.0
 """Seconds that a process may take to start, when it is to be stopped."""
 
 
-@dataclass(frozen=True)
-class Job:
-    """Units of one stage: what a worker needs to make any of them. Two are equal by their token.
+class Processes:
+    """``count`` processes, each a ``ProcessPoolExecutor`` of one, so that a process that dies is
+    known together with the units it had.
 
-    known  the recipe of ``stage``, as it was planned
-    names  all units that are left, of which a worker makes some
+    devices  GPUs for them, in turn: each sees one; None: they compute where the stage says
     """
 
-    token: str
-    stage: Any = field(compare=False)
-    known: Any = field(compare=False)
-    out: Path = field(compare=False)
-    names: tuple[str, ...] = field(compare=False)
-    inputs: Inputs = field(compare=False)
+    no_start = (
+        "worker processes end while they start; what they said stands above. A Python script that "
+        "runs with executor.workers or executor.devices is imported by each of them: let it do its "
+        'work under `if __name__ == "__main__":`'
+    )
+    patience = 0.0
+    together = True
+
+    def __init__(self, count: int, devices: Sequence[int] | None = None) -> None:
+        chosen = (
+            [None] * count if devices is None else [devices[i % len(devices)] for i in range(count)]
+        )
+        self.workers: Sequence[Process] = [Process(environment(count, device)) for device in chosen]
+        self._devices = devices
+
+    def send(self, job: Job, shares: Sequence[Share]) -> list[Future[Seen]]:
+        """Have units made; a future raises BrokenExecutor if its process dies."""
+        return [cast(Process, worker).make(job, names) for worker, names in shares]
+
+    def helping(self, left: int, idle: int) -> int:
+        return few_at_a_time(left, len(self.workers))
+
+    def device(self, asked: str) -> str:
+        return asked if self._devices is None else "cuda"  # the one that each sees
+
+    def desk(self, out: Path) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def close(self) -> None:
+        for worker in self.workers:
+            worker.stop()
 
 
-class Worker:
+class Process:
     """A process, started when it is first needed, and again after :meth:`stop`.
 
     settings  environment variables that it starts with
@@ -75,7 +91,7 @@ class Worker:
         reader, writer = context.Pipe(duplex=False)
         level = logging.getLogger().getEffectiveLevel()
         self._pool = ProcessPoolExecutor(1, context, _begin, (writer, level))
-        with _environ(self._settings):
+        with environ(self._settings):
             self._pid = self._pool.submit(os.getpid)
         writer.close()  # the worker's end is the only one now: it closes when that dies
         self._relay = threading.Thread(target=_relay, args=(reader,), daemon=True)
@@ -88,7 +104,7 @@ class Worker:
 
     def rest(self) -> Future[dict[str, int]]:
         """Have the process let go of what it opened for a stage, and tell what memory that took."""
-        return self._submit(_forget)
+        return self._submit(forget)
 
     def stop(self) -> None:
         """Kill the process if it lives. Nothing is lost: what it finished is on the disk."""
@@ -130,56 +146,6 @@ def environment(count: int, device: int | None) -> dict[str, str]:
     return settings
 
 
-def make_units(job: Job, names: Sequence[str]) -> Seen:
-    """Make the named units and enter them in the journal: what a worker is for.
-
-    Returns what it saw of its inputs that it did not tell before, for their last look.
-
-    Raises ArtifactError if here the stage is not what was planned.
-    """
-    opened = _opened(job)
-    units = Units.joined(job.out, job.stage, job.known)
-    for _ in units.finishing(opened.make(names)):
-        pass
-    units.flush()
-    return opened.news()
-
-
-class _Opened:
-    """What a worker made of its job, and the inputs that it reads."""
-
-    def __init__(self, job: Job) -> None:
-        self.make: Make = job.stage.maker(job.out, job.names, **job.inputs)
-        self._inputs = job.inputs
-        self._told: set[tuple[str, str]] = set()
-
-    def news(self) -> Seen:
-        found: Seen = {}
-        for slot, artifact in self._inputs.items():
-            new = {n: s for n, s in artifact.seen.items() if (slot, n) not in self._told}
-            self._told.update((slot, name) for name in new)
-            found[slot] = new
-        return found
-
-
-@lru_cache(1)
-def _opened(job: Job) -> _Opened:
-    if recipe(job.stage) != job.known:
-        raise ArtifactError(
-            "a worker reads another model or other prompts than those that were planned, or runs "
-            "another version of DiRotQ. Leave them alone until the run ends; the same command "
-            "plans anew"
-        )
-    return _Opened(job)
-
-
-def _forget() -> dict[str, int]:
-    taken = peaks()
-    _opened.cache_clear()
-    reset_peaks()
-    return taken
-
-
 def _begin(writer: Any, level: int) -> None:
     """Set up the process, before anything else is imported in it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it comes to all in a terminal; one answers
@@ -219,7 +185,7 @@ def _relay(reader: Any) -> None:
 
 
 @contextlib.contextmanager
-def _environ(settings: Mapping[str, str]) -> Iterator[None]:
+def environ(settings: Mapping[str, str]) -> Iterator[None]:
     """Let processes that start in this block have these environment variables."""
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)

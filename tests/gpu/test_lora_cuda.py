@@ -155,7 +155,8 @@ def test_graphs_and_the_compiler_follow():
             scale(found, value)
         want = run(exact, **doubles)
         # Further directions are rounded like the branch: by about 2^-7 of what they add.
-        allowed = 2 * (run(plain, **call).double() - want).norm() + 2.0**-6 * (want - without).norm()
+        error = (run(plain, **call).double() - want).norm()
+        allowed = 2 * error + 2.0**-6 * (want - without).norm()
         assert ((want - without).norm() > allowed) == (value > 0)
         for _ in range(3):
             assert (run(twin, **call).double() - want).norm() <= allowed

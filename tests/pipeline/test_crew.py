@@ -19,9 +19,10 @@ from dirotq.errors import ArtifactError, NumericalError, UnsupportedError
 from dirotq.pipeline import crew as module
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Divided, Followed, in_units
+from dirotq.pipeline.job import Job, make_units
 from dirotq.pipeline.stage import recipe
 from dirotq.pipeline.units import JOURNAL, Units
-from dirotq.pipeline.worker import Job, environment, make_units
+from dirotq.pipeline.worker import Processes, environment
 
 
 @pytest.fixture
@@ -32,7 +33,7 @@ def stage(tmp_path):
 
 @pytest.fixture(scope="module")
 def pair():
-    with Crew(2, None) as crew:
+    with Crew(Processes(2)) as crew:
         yield crew
 
 
@@ -83,7 +84,7 @@ def test_a_unit_that_ends_its_worker_is_tried_again(stage, tmp_path, pair, caplo
 def test_a_unit_that_always_ends_its_worker_is_named_and_the_others_are_kept(stage, tmp_path, pair):
     harmed = dataclasses.replace(stage, harm={"part 05": "die"})
     message = "parts: part 05 ended 3 workers"
-    with pytest.raises(UnsupportedError, match=message), Crew(2, None) as ended:
+    with pytest.raises(UnsupportedError, match=message), Crew(Processes(2)) as ended:
         shared(harmed, tmp_path / "out", ended)
     assert len(stage.begun("part 05")) == module.TRIES
     kept = [name for name in stage.units() if Units(tmp_path / "out", stage).done(name)]
@@ -102,7 +103,7 @@ def test_an_error_of_a_unit_is_the_stages_and_is_not_tried_again(stage, tmp_path
 
 
 def test_what_workers_log_arrives_in_the_one_log(stage, tmp_path, pair, caplog):
-    with caplog.at_level(logging.INFO), Crew(1, None) as crew:
+    with caplog.at_level(logging.INFO), Crew(Processes(1)) as crew:
         shared(stage, tmp_path / "out", crew)
     (record,) = (r for r in caplog.records if r.name == toy_units.__name__)
     assert record.getMessage() == "opened for 12"
@@ -111,9 +112,9 @@ def test_what_workers_log_arrives_in_the_one_log(stage, tmp_path, pair, caplog):
 
 def test_nobody_who_finished_everything_starts_a_worker(stage, tmp_path):
     alone(stage, tmp_path / "out")
-    with Crew(2, None) as crew:
+    with Crew(Processes(2)) as crew:
         assert shared(stage, tmp_path / "out", crew) == {"parts": 12}
-        assert not any(worker.started for worker in crew._workers)
+        assert not any(worker.started for worker in crew._workplace.workers)
     assert len(stage.begun()) == 12
 
 
@@ -206,10 +207,10 @@ def test_a_floor_that_cannot_be_built_ends_all_builders(
     tower, tmp_path, pair, harm, error, message, times
 ):
     harmed = dataclasses.replace(tower, harm={"floor 0": harm})
-    with Crew(2, None) as ended:
+    with Crew(Processes(2)) as ended:
         with pytest.raises(error, match=message):
             built(harmed, tmp_path / "out", ended)
-        assert not any(worker.started for worker in ended._workers)
+        assert not any(worker.started for worker in ended._workplace.workers)
     assert len(tower.begun("floor 0")) == times
     built(tower, tmp_path / "out", pair)
     assert content(tmp_path / "out") == alone(tower, tmp_path / "one")
@@ -229,10 +230,10 @@ def test_a_script_without_a_guard_is_told(tmp_path):
     script.write_text(
         f"""
 from pathlib import Path
-from toy_units import Crew, Parts, in_units
+from toy_units import Crew, Parts, Processes, in_units
 out = Path({str(tmp_path / "out")!r})
 out.mkdir(exist_ok=True)
-with Crew(1, None) as crew:
+with Crew(Processes(1)) as crew:
     in_units(Parts(count=2, ledger={str(tmp_path / "ledger")!r}), out, {{}}, crew.share)
 """
     )
@@ -272,9 +273,9 @@ def test_on_a_gpu_a_stage_computes_on_the_one_that_its_worker_sees(tmp_path):
         device: str
 
     units = Units(tmp_path)
-    crew = Crew(2, [4, 5])
-    assert crew._job(OnADevice("auto"), units, [], {}).stage.device == "cuda"
-    assert Crew(2, None)._job(OnADevice("auto"), units, [], {}).stage.device == "auto"
+    crew = Crew(Processes(2, [4, 5]))
+    assert crew._job(OnADevice("auto"), units, [], {}, None).stage.device == "cuda"
+    assert Crew(Processes(2))._job(OnADevice("auto"), units, [], {}, None).stage.device == "auto"
 
 
 def test_a_folder_is_left_alone_by_who_joins(stage, tmp_path):

@@ -123,4 +123,4 @@ def test_a_run_that_resumed_says_so_and_does_not_count(store):
 
 def test_what_a_run_took(store):
     artifact = made(store, 1, WHOLE | {"peak_vram_bytes": 7})
-    assert dataclasses.astuple(took(artifact)) == (SECONDS, 7, 5, 2)
+    assert dataclasses.astuple(took(artifact)) == (SECONDS, 7, 5, 2, (), 0.0, 1)

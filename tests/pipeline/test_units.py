@@ -280,9 +280,9 @@ def test_one_unit_is_finished_while_the_next_is_computed(tmp_path):
     units, order = Units(tmp_path), []
     finish, first_is_hashed = units.finish, threading.Event()
 
-    def slow(name, parts):
+    def slow(name, parts, seconds):
         order.append(f"hash {name}")
-        finish(name, parts)
+        finish(name, parts, seconds)
         first_is_hashed.set()
 
     units.finish = slow

@@ -49,7 +49,10 @@ def test_every_extra_is_used(pyproject):
     """By a launcher of Hydra's, a URL's protocol, or imports; dev holds what the tests need."""
     extras = pyproject["project"]["optional-dependencies"]
     named = {*EXTRAS.values(), *remote_errors.EXTRAS.values()}
-    assert {"attention", "dev", "humming", "judge", "metrics", "s3test", *named} == set(extras)
+    assert {"attention", "clusters", "dev", "humming", "judge", "metrics", "s3test", *named} == set(
+        extras
+    )
+    assert extras["clusters"] == ["dirotq[ray,search,slurm,sweep]"]
     assert "dirotq[judge,slurm,sweep]" in extras["dev"] and "dirotq[s3]" in extras["s3test"]
 
 

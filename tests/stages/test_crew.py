@@ -7,6 +7,7 @@ from tiny_line import stage, tree_bytes
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import in_units
 from dirotq.pipeline.units import JOURNAL
+from dirotq.pipeline.worker import Processes
 
 STAGES = {
     "capture": (),
@@ -22,10 +23,11 @@ def crews():
     than those of one, whoever computes them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, Crew(3, None) as three:
+    with pytest.MonkeyPatch.context() as patch, Crew(Processes(3)) as three:
         patch.setenv("OMP_NUM_THREADS", "1")
-        two = Crew(2, None)
-        two._workers = three._workers[:2]  # a start takes seconds: torch
+        pair = Processes(2)
+        pair.workers = three._workplace.workers[:2]  # a start takes seconds: torch
+        two = Crew(pair)
         yield {1: (), 2: (two.share, two.chain), 3: (three.share, three.chain)}
     torch.set_num_threads(threads)
 

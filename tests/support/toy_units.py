@@ -22,6 +22,7 @@ from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Make, NotShared, in_units
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Made, Units
+from dirotq.pipeline.worker import Processes
 
 log = logging.getLogger(__name__)
 
@@ -167,5 +168,5 @@ if __name__ == "__main__":
     ledger = Path(out).parent / "ledger"
     ledger.mkdir(exist_ok=True)
     stage = Parts(count=int(count), ledger=str(ledger), pause=float(pause))
-    with Crew(int(workers), None) as crew:
+    with Crew(Processes(int(workers))) as crew:
         in_units(stage, Path(out), {}, crew.share)
