@@ -12,7 +12,7 @@ from dirotq.benchmarks.ways import (
     OFFLOADED,
     PACKED,
     PACKED_ATTENTION,
-    PACKED_LEVELS,
+    PACKED_INTEGERS,
     PLAIN,
 )
 
@@ -45,7 +45,7 @@ CONTESTANTS: Mapping[str, str] = {
     "plain": PLAIN,
     "adapter": ADAPTED,
     "offload": OFFLOADED,
-    "levels": PACKED_LEVELS,
+    "integers": PACKED_INTEGERS,
     "bf16": EAGER,
     "compiled": COMPILED,
     "bf16_adapter": EAGER_ADAPTED,

@@ -19,7 +19,11 @@ class Row:
 
 
 def _row(key: str, text: str, overrides: str, base: str) -> Row:
-    return Row(key, text, tuple(overrides.split()), base)
+    words = overrides.split()
+    ours = any(word in words for word in OURS_BY_NAME) or "method=" not in overrides
+    if ours and "weight_format=" not in overrides and "preset=" not in overrides:
+        words.append("weight_format=int4_channel")  # the default when most rows were measured
+    return Row(key, text, tuple(words), base)
 
 
 G64 = "weight_format=int4_group method.weight_clip=false act_format=int4_group"
@@ -27,6 +31,8 @@ CHANNEL = "weight_format=int4_channel method.weight_clip=true"
 POW2 = "act_format=int4_pow2"
 """The default until scales of the root mean square: what most rows vary."""
 RIVAL, OURS = "svdquant", "dirotq"
+OURS_BY_NAME = ("method=dirotq", "method=dirotq_w4a8", "method=dirotq_w4a8_int8")
+"""Methods that take the weights' format from conf/config.yaml."""
 
 METHODS = (
     _row("rtn", "rtn, g64/g64", "method=rtn", RIVAL),
@@ -39,7 +45,19 @@ METHODS = (
     _row("dirotq_g64", "**dirotq, g64/g64**", f"method=dirotq {G64}", RIVAL),
     _row("dense", "dirotq_dense, pow2/channel", f"method=dirotq_dense {POW2}", RIVAL),
     _row("dirotq", "dirotq, pow2/channel", f"method=dirotq {POW2}", RIVAL),
-    _row("dirotq_rms", "**dirotq, rms/channel (default)**", "method=dirotq", RIVAL),
+    _row("dirotq_rms", "dirotq, rms/channel", "method=dirotq", RIVAL),
+    _row(
+        "dirotq_lm4",
+        "dirotq, rms/channel of levels",
+        "method=dirotq weight_format=lm4_channel",
+        RIVAL,
+    ),
+    _row(
+        "dirotq_lm4_auto",
+        "**the same, 8 bits where they matter (default)**",
+        "method=dirotq weight_format=lm4_channel method.sensitive=auto",
+        RIVAL,
+    ),
     _row(
         "svdquant_token",
         "svdquant, token/channel",
@@ -61,19 +79,7 @@ FORMATS = (
         )
         for group in (64, 32, 16)
     ),
-    _row("rms_16", "dirotq, rms of 16/channel (default)", "", "pow2_16"),
-    _row(
-        "dirotq_lm4",
-        "dirotq, rms/channel of levels",
-        "weight_format=lm4_channel",
-        "dirotq_rms",
-    ),
-    _row(
-        "dirotq_lm4_auto",
-        "the same, 8 bits where they matter",
-        "weight_format=lm4_channel method.sensitive=auto",
-        "dirotq_lm4",
-    ),
+    _row("rms_16", "dirotq, rms of 16/channel", "", "pow2_16"),
     _row(
         "dirotq_g64_lm4",
         "dirotq, g64/g64 of levels",

@@ -17,7 +17,7 @@ from dirotq.benchmarks.model_inputs import Case
 from dirotq.runtime.accelerate import Runtime
 
 PACKED = "packed"
-PACKED_LEVELS = "packed, levels"
+PACKED_INTEGERS = "packed, integers"
 PACKED_ATTENTION = "packed, FP8 attention"
 NO_GRAPHS = "packed, no graph"
 PLAIN = "packed, no compiler, no graph"
@@ -127,7 +127,7 @@ SLOW = {COMPILE: False, "graphs": False}
 DEFAULT = accelerated()
 WAYS: Mapping[str, Way] = {
     PACKED: Way("dirotq", DEFAULT),
-    PACKED_LEVELS: Way("dirotq weight_format=lm4_channel", DEFAULT),
+    PACKED_INTEGERS: Way("dirotq weight_format=int4_channel", DEFAULT),
     PACKED_ATTENTION: Way("dirotq", accelerated(attention="fp8")),
     NO_GRAPHS: Way("dirotq", accelerated(graphs=False)),
     PLAIN: Way("dirotq", accelerated(**SLOW)),

@@ -17,7 +17,7 @@ WIDEST = 4096
 DAMPING = 1.0
 """Multiple of the guess's mean diagonal that is added to it: half of what is believed is that all
 directions are alike."""
-GAINS = {"tiny-flux": 9, "tiny-pixart": 5}
+GAINS = {"tiny-flux": 7, "tiny-pixart": 5}
 """About what calibration adds with 8-bit activations, dB of PSNR (docs/choose.md has how)."""
 
 

@@ -152,7 +152,7 @@ def test_every_contestant_runs(session, monkeypatch):
     assert failed == []
     times = [r.contestant for r in session.rows if r.section == "forward"]
     assert times == list(CONTESTANTS.values())
-    # One packed network for all ways to run it, but for levels; in 16 bits a new one where FP8
+    # One packed network for all ways to run it, but for integers; in 16 bits a new one where FP8
     # spoiled it.
     assert [f.__name__ for f in made] == [*["random_packed"] * 2, *["random_bf16"] * 2]
     errors = {(r.contestant, r.what): r.value for r in session.rows if r.section == "error"}
