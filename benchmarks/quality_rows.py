@@ -136,7 +136,6 @@ ABLATIONS = (
     _row("protected8", "8-bit protected branch", f"{POW2} branch.bits=8", OURS),
     _row("modulators64", "modulators in groups of 64", "method.modulator_group=64", "rms_16"),
     _row("text128", "keys and values of the text W4A16", "method.text_group=128", "rms_16"),
-    _row("leveled", "timesteps count alike", f"{POW2} capture.weighting=leveled", OURS),
     _row("calls32", "32 calls", f"{POW2} capture.calls=32", OURS),
     _row("captions_first", "first 64 captions", f"{POW2} prompts.calibration.count=64", OURS),
     _row(

@@ -9,10 +9,10 @@ moments are in memory at a time, however large the model.
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import zarr
 
@@ -45,9 +45,6 @@ class Capture:
     ``calls``   denoiser calls to record (a call for a batch of four counts as four), spread evenly
                 over all prompts and timesteps (:func:`chosen_calls`)
     ``rows``    activation rows kept per site, for proofs and per-layer errors
-    ``weighting``  ``pooled``: every token counts by its energy, as Eq. 1 says; ``leveled``: each
-                recorded call is divided by its root mean square at the site first, so that no
-                timestep outweighs another
     ``vram``    GPU memory to stay within ("24GB"), or None for what is free
 
     Writes ``moments.zarr`` (per site the block triangle of S in float32, or its rows where they are
@@ -68,19 +65,17 @@ class Capture:
     batch: int
     calls: int
     rows: int
-    weighting: Literal["pooled", "leveled"]
     vram: str | int | None = untracked()
     device: str = untracked()
+    weighting: str = field(init=False, default="pooled")
+    """Timesteps that count alike gained nothing beside levels (docs/quality.md): a constant of the
+    recipe."""
 
     def __post_init__(self) -> None:
         if min(self.batch, self.calls, self.rows) < 1:
             raise ConfigError(
                 f"capture.batch={self.batch}, capture.calls={self.calls}, "
                 f"capture.rows={self.rows}: each must be at least 1"
-            )
-        if self.weighting not in ("pooled", "leveled"):
-            raise ConfigError(
-                f"capture.weighting={self.weighting!r} is unknown; use 'pooled' or 'leveled'"
             )
         if self.vram is not None:
             parse_bytes(self.vram)
@@ -122,7 +117,7 @@ class Capture:
     def followed(self) -> ReplayedMoments:
         return ReplayedMoments(
             model=self.model, shards=_files(_shards(self)), rows=self.rows,
-            weighting=self.weighting, vram=self.vram, device=self.device,
+            vram=self.vram, device=self.device,
         )  # fmt: skip
 
     def merge(self, units: Units) -> Mapping[str, float]:

@@ -53,9 +53,6 @@ class Recorder:
     rows     rows to sample per site over all calls
     seed     changes which rows are sampled
     mask     name of the argument that masks text tokens, or None; masked tokens do not count
-    level    divide each call's activations by their root mean square before they are added up, so
-             that all calls (timesteps) count alike
-    complete whether no other process adds more: a site that saw nothing is an error then
     """
 
     replay: Replay
@@ -63,7 +60,6 @@ class Recorder:
     rows: int
     seed: int
     mask: str | None
-    level: bool
     complete: bool = True
 
     @contextmanager
@@ -95,8 +91,6 @@ class Recorder:
             absmax_D = x_TD.abs().amax(0).float()
             earlier = seen.absmax
             seen.absmax = absmax_D if earlier is None else torch.maximum(earlier, absmax_D)
-        if self.level:
-            x_TD = x_TD / x_TD.float().square().mean().sqrt().clamp_min(1e-30).to(x_TD.dtype)
         if seen.total is None and seen.tokens + len(x_TD) <= site.in_features // 2:
             seen.whole.append(x_TD.clone())
         else:

@@ -31,10 +31,15 @@ class _OnPacked:
         self.train(base_layer.training)  # type: ignore[attr-defined]
         self.updates.attach(self)
 
-    @property
+    @functools.cached_property
     def updates(self) -> Updates:
         """Those of the wide linear that it belongs to."""
         return rows_of(self.get_base_layer())[0].adapted()  # type: ignore[attr-defined]
+
+    @functools.cached_property
+    def rows(self) -> slice:
+        """Its outputs among those of the wide linear."""
+        return rows_of(self.get_base_layer())[1]  # type: ignore[attr-defined]
 
     def parts(self) -> Iterator[Part]:
         """Yield what the active adapters add now."""
@@ -120,9 +125,8 @@ class _OnPacked:
     def _part(self, name: str) -> Part:
         layer: Any = self
         down, up = layer.lora_A[name], layer.lora_B[name]
-        _, rows = rows_of(layer.get_base_layer())
         load = functools.partial(self._load, name) if _offloaded(down) or _offloaded(up) else None
-        return Part(rows, down.weight, up.weight, layer.scaling[name], load)
+        return Part(self.rows, down.weight, up.weight, layer.scaling[name], load)
 
     def _load(self, name: str) -> tuple[Tensor, Tensor]:
         layer: Any = self

@@ -46,7 +46,7 @@ class ReplayedMoments:
     """Replay the calls in ``<out>/calls`` and store what every site sees; a unit is a block.
 
     shards        names of the calls' files
-    rows, weighting, vram  as of the stage `capture`
+    rows, vram  as of the stage `capture`
     index, count  which part of the calls this process takes;  meeting  where it meets the others
     """
 
@@ -55,7 +55,6 @@ class ReplayedMoments:
     model: DiffusersModel
     shards: Sequence[str]
     rows: int
-    weighting: str
     vram: str | int | None = untracked()
     device: str = untracked()
     index: int = untracked(default=0)
@@ -122,7 +121,6 @@ class ReplayedMoments:
                 rows=len(rows),
                 seed=number,
                 mask=self.model.family.mask,
-                level=self.weighting == "leveled",
                 complete=self._last,
             )
             times = [timestep(replay.transformer, call) for call in recorder.calls]

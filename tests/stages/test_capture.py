@@ -128,18 +128,6 @@ def test_absmax_is_the_largest_magnitude_of_each_channel(whole, seen):
         torch.testing.assert_close(read_array(group, name), want, rtol=1e-5, atol=1e-6)
 
 
-def test_levelled_calls_count_alike(capture, seen, tmp_path):
-    run_stage(dataclasses.replace(capture, weighting="leveled"), tmp_path)
-    group = zarr.open_group(tmp_path / "moments.zarr", mode="r")
-    for name, calls in seen.items():
-        level = [x.double() / x.double().square().mean().sqrt() for x in calls]
-        x = torch.cat(level)
-        want = x.T @ x / len(x)
-        assert (moment(read_stored(group, name), "cpu") - want).norm() < 1e-5 * want.norm(), name
-    with pytest.raises(ConfigError, match=r"capture.weighting='even' is unknown"):
-        dataclasses.replace(capture, weighting="even")
-
-
 def test_calls_that_do_not_fit_go_in_several_passes(capture, whole, tmp_path, monkeypatch):
     monkeypatch.setattr(replayed_moments.Replay, "make_room", lambda *_: 4)
     run_stage(capture, tmp_path / "several")

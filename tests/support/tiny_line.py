@@ -8,6 +8,7 @@ channels are outliers, as in trained models.
 import dataclasses
 import functools
 import json
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -230,9 +231,11 @@ def pack_moment(s_DD: Tensor) -> Tensor:
 
 
 def tree_bytes(folder: Path) -> Mapping[str, bytes]:
-    """Every file below ``folder`` with its content."""
+    """Every file below ``folder`` with its content; how long a unit took is none."""
     return {
-        p.relative_to(folder).as_posix(): p.read_bytes()
+        p.relative_to(folder).as_posix(): re.sub(rb'\n  "seconds": [^\n]*', b"", p.read_bytes())
+        if p.parent.name == ".units"
+        else p.read_bytes()
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     }

@@ -31,9 +31,7 @@ def replay(tiny_root):
 
     def make(name):
         model = DiffusersModel(path=str(family_folder(tiny_root, name)), call={})
-        return ReplayedMoments(
-            model=model, shards=(), rows=7, weighting="pooled", vram=None, device="cpu"
-        )
+        return ReplayedMoments(model=model, shards=(), rows=7, vram=None, device="cpu")
 
     return make
 
