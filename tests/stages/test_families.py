@@ -1,5 +1,6 @@
 """The seven stages on a tiny pipeline of every model family."""
 
+import inspect
 import json
 import math
 from pathlib import Path
@@ -75,17 +76,25 @@ def _skeleton(pack: Artifact, name: str):
     return cls.from_config({k: v for k, v in config.items() if k != "quantization_config"})
 
 
-def test_masked_text_tokens_are_not_counted(tiny_root, line):
-    artifacts = run(line("qwen_image", "+model.call.negative_prompt=null", "until=capture"))
+@pytest.mark.parametrize(
+    ("name", "image_tokens", "mask"), [("qwen_image", 16, 1), ("hunyuan_video", 2 * 16, 2)]
+)
+def test_masked_text_tokens_are_not_counted(tiny_root, line, name, image_tokens, mask):
+    artifacts = run(line(name, "+model.call.negative_prompt=null", "until=capture"))
     moments = zarr.open_group(artifacts["capture"].tree("moments.zarr"), mode="r")
     image, text = (
         moments[f"transformer_blocks.0.attn.{site}"].attrs["tokens"] for site in ("qkv", "add_qkv")
     )
     calls = artifacts["capture"].metrics["calls"]
-    assert image == calls * 4 * 4
-    pipe = open_pipeline(family_folder(tiny_root, "qwen_image"), torch.float32, torch.device("cpu"))
+    assert image == calls * image_tokens
+    pipe = open_pipeline(family_folder(tiny_root, name), torch.float32, torch.device("cpu"))
+    known = inspect.signature(pipe.encode_prompt).parameters
+    given = {k: v for k, v in PIPELINES[name].call.items() if k in known}
     texts = [json.loads(row)["prompt"] for row in (tiny_root / "families.jsonl").open()][:6]
-    lengths = [len(pipe.encode_prompt(prompt)[0][0]) for prompt in texts]
+    masks = [pipe.encode_prompt(prompt, **given)[mask] for prompt in texts]
+    lengths = [len(pipe.encode_prompt(prompt, **given)[0][0]) for prompt in texts]
+    if masks[0] is not None:
+        lengths = [int(mask.sum()) for mask in masks]
     assert len(set(lengths)) > 1
     assert text == calls / len(texts) * sum(lengths)
 

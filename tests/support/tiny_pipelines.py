@@ -98,9 +98,9 @@ def _t5(cls: Any = transformers.T5EncoderModel, config: Any = transformers.T5Con
     )
 
 
-def _clip(width: int) -> Any:
+def _clip(width: int, cls: Any = transformers.CLIPTextModelWithProjection) -> Any:
     tokenizer = _clip_and_t5()[0]
-    return transformers.CLIPTextModelWithProjection(
+    return cls(
         transformers.CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -335,6 +335,53 @@ def _wan_i2v() -> Any:
     )
 
 
+def _krea2() -> Any:
+    # As with Qwen-Image, 34 tokens of the template are dropped.
+    empty = diffusers.Krea2Pipeline(None, None, None, None, None)
+    tokenizer = _qwen_tokenizer((*[empty.prompt_template_encode_prefix] * 4, LONG_CAPTION))
+    text = _qwen_text(
+        len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=3,
+        head_dim=32,
+        rope_parameters={"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 1e4},
+    )
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    config = transformers.Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision | {"out_hidden_size": 64, "deepstack_visual_indexes": []},
+    )
+    return diffusers.Krea2Pipeline(
+        scheduler=_flow(use_dynamic_shifting=True),
+        vae=_video_autoencoder(diffusers.AutoencoderKLQwenImage),
+        text_encoder=transformers.Qwen3VLModel(config),
+        tokenizer=tokenizer,
+        transformer=TINY["krea2"].build(),
+        text_encoder_select_layers=(1, 2, 3),
+    )
+
+
+def _hunyuan_video() -> Any:
+    clip, _ = _clip_and_t5()
+    tokenizer = _qwen_tokenizer()
+    llama = _qwen_text(len(tokenizer), hidden_size=64, num_hidden_layers=2)
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=transformers.LlamaModel(transformers.LlamaConfig(**llama)),
+        tokenizer=tokenizer,
+        transformer=TINY["hunyuan_video"].build(guidance_embeds=True),
+        vae=diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+        ),
+        scheduler=_flow(shift=7.0),
+        text_encoder_2=_clip(tiny_line.POOLED, transformers.CLIPTextModel),
+        tokenizer_2=clip,
+    )
+
+
 CALL = {"num_inference_steps": 3, "height": 64, "width": 64}
 SHORT = CALL | {"max_sequence_length": 16}
 
@@ -364,6 +411,11 @@ PIPELINES = {
     "wan_i2v": TinyPipeline(_wan_i2v, SHORT | {"guidance_scale": 5.0, "num_frames": 5}),
     "wan22": TinyPipeline(
         _wan22, SHORT | {"guidance_scale": 4.0, "guidance_scale_2": 3.0, "num_frames": 5}
+    ),
+    "krea2": TinyPipeline(_krea2, CALL | {"guidance_scale": 3.5, "max_sequence_length": 64}),
+    "hunyuan_video": TinyPipeline(
+        _hunyuan_video,
+        SHORT | {"num_frames": 5, "prompt_template": {"template": "{}", "crop_start": 0}},
     ),
 }
 UNTABLED = {"lumina2": TinyPipeline(_lumina2, SHORT | {"guidance_scale": 4.0})}
