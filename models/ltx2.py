@@ -13,8 +13,8 @@ LTX2 = ModelFamily(
         SiteRule("*", ("linear",), kind="modulator"),
         SiteRule(f"{BLOCK}.attn1", QKV, "qkv"),
         SiteRule(f"{BLOCK}.audio_attn1", QKV, "qkv"),
-        # Keys and values of the text, which is short: next to no time, but 11% of the weights.
         SiteRule(f"{BLOCK}.attn2", ("to_q",)),
+        # Of the text, which is short: next to no time, but 11% of the weights.
         SiteRule(f"{BLOCK}.attn2", KV, "kv", kind="modulator", text=True),
         SiteRule(f"{BLOCK}.audio_attn2", ("to_q",)),
         SiteRule(f"{BLOCK}.audio_attn2", KV, "kv", kind="modulator", text=True),
