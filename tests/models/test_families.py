@@ -198,7 +198,9 @@ def test_every_method_fits_the_published_widths(family, methods):
     for site in family.sites(transformer):
         for method in methods:
             spec = method.spec(site, 64)
-            assert spec is not None
+            if spec is None:  # keys and values of a text, without method.text_group
+                assert (site.kind, site.text) == ("modulator", True)
+                continue
             if spec.activations.group != method.activations.group:
                 halved.add((site.in_features, spec.activations.group))
     assert halved == ({(5600, 32)} if family is SANA else set())
