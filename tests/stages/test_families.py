@@ -10,7 +10,8 @@ import torch
 import zarr
 from tiny_families import TINY
 from tiny_line import LINE, run
-from tiny_pipelines import LONG_CAPTION, PIPELINES, family_folder
+from tiny_pipelines import PIPELINES, family_folder
+from tiny_tokenizers import LONG_CAPTION
 
 from dirotq.errors import UnsupportedError
 from dirotq.models import families
