@@ -81,11 +81,19 @@ def _pipeline_without_denoiser(folder: Path, weights: bool) -> Any:
         name: index[name] for name in inspect.signature(cls.__init__).parameters if name in index
     }
     for name, part in parts.items():
-        if isinstance(part, list):  # not an option of the pipeline
+        if _is_component(part):
             parts[name] = _component(folder / name, part, weights)
     pipe = cls(**parts)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def _is_component(entry: Any) -> bool:
+    """Tell [library, class] from an option of the pipeline, which may be a list of numbers."""
+    match entry:
+        case [None | str(), None | str()]:
+            return True
+    return False
 
 
 def _component(path: Path, entry: list[str | None], weights: bool) -> Any:

@@ -9,15 +9,23 @@ from dirotq.errors import UnsupportedError
 from .family import ModelFamily
 from .flux import FLUX
 from .flux2 import FLUX2
+from .hunyuan_video import HUNYUAN_VIDEO
+from .ideogram4 import IDEOGRAM4
 from .installed import installed_diffusers
+from .krea2 import KREA2
+from .ltx2 import LTX2
 from .pixart import PIXART
 from .qwen_image import QWEN_IMAGE
+from .qwen_image21 import QWEN_IMAGE21
 from .sana import SANA
 from .sd3 import SD3
 from .wan import WAN
 from .z_image import Z_IMAGE
 
-FAMILIES = (FLUX, FLUX2, PIXART, SANA, SD3, QWEN_IMAGE, Z_IMAGE, WAN)
+FAMILIES = (
+    *(FLUX, FLUX2, PIXART, SANA, SD3, QWEN_IMAGE, Z_IMAGE, WAN),
+    *(QWEN_IMAGE21, KREA2, IDEOGRAM4, HUNYUAN_VIDEO, LTX2),
+)
 
 
 def known_family(transformer_class: str) -> ModelFamily | None:

@@ -62,7 +62,8 @@ class Site:
     def block(self) -> str:
         """The repeated module it lies in ("transformer_blocks.3"), or "" if in none."""
         parts = self.linears[0].split(".")
-        number = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+        # The last part is the linear itself: a member of a container, not a block.
+        number = next((i for i, part in enumerate(parts[:-1]) if part.isdigit()), -1)
         return ".".join(parts[: number + 1])
 
     def tokens_of(self, x: Tensor) -> Tensor:

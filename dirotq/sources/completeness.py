@@ -86,7 +86,7 @@ def _all_problems(
         if entry in (None, [None, None]):
             if part in required - spare:
                 yield f"{INDEX} names no {part}, without which a {name} can't work"
-        elif part in optional and not isinstance(entry, list):
+        elif part in optional and not _names_classes(entry):
             continue  # an option of the pipeline, no component
         elif not is_entry(entry):
             yield f"{INDEX} says {entry!r} of the {part}, where [library, class] belongs"
@@ -122,6 +122,11 @@ def packed_parts(folder: Path) -> list[str]:
     """Name the folder's denoisers that say they are quantized."""
     configs = {p: folder / p / "config.json" for p in denoisers(read_json(folder / INDEX))}
     return [p for p, c in configs.items() if c.is_file() and "quantization_config" in read_json(c)]
+
+
+def _names_classes(entry: Any) -> bool:
+    """Tell a component, right or wrong, from an option: those may be lists too, of numbers."""
+    return isinstance(entry, list) and any(isinstance(value, str) for value in entry)
 
 
 def absent(folder: Path) -> dict[str, None]:

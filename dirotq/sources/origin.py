@@ -21,6 +21,7 @@ from .hub import HubPath, hub_path, unproven
 from .weights import read_header, refuse_quantized
 
 CARD = "README.md"
+MODULAR = "modular_model_index.json"
 LICENCES = ("LICEN[SC]E*", "NOTICE*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -127,8 +128,9 @@ def on_hub(source: str) -> HubPath | None:
 
 
 def _fetch(place: HubPath, *, weights: bool, without: str = "") -> Path:
-    root = place.fetch([INDEX, CALL_FILE])
+    root = place.fetch([INDEX, MODULAR, CALL_FILE])
     if not (root / INDEX).is_file():
+        _refuse_modular(root, place.url)
         raise ConfigError(
             f"{place.url} is no diffusers pipeline: it has no {INDEX}. Many models are offered "
             "twice; look for the repository that says `diffusers` (often named ...-Diffusers). A "
@@ -164,11 +166,21 @@ def _refuse_no_pipeline(root: Path, source: str) -> None:
             f"{source} is a file of a kind that DiRotQ does not read; a model is a diffusers "
             "folder, a hub id, or one .safetensors file with a 16-bit transformer"
         )
+    _refuse_modular(root, source)
     found = sorted(p.name for p in root.iterdir())[:8] if root.is_dir() else "nothing"
     raise ConfigError(
         f"{source} is no diffusers pipeline: it has no {INDEX} (found {found}). Give the folder "
         "that pipeline.save_pretrained(...) wrote, a hub id (org/name), or a .safetensors file"
     )
+
+
+def _refuse_modular(root: Path, source: str) -> None:
+    if (root / MODULAR).is_file():
+        raise UnsupportedError(
+            f"{source} is a modular pipeline (it has a {MODULAR}, but no {INDEX}), which DiRotQ "
+            "can't call. FLUX.3 and MiniMax-H3 are nothing else in diffusers; of other models take "
+            f"the repository that has a {INDEX}"
+        )
 
 
 def _refuse_pickles(root: Path) -> None:

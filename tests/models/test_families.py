@@ -24,6 +24,11 @@ PIPELINE_OF = {
     "qwen_image": "QwenImagePipeline",
     "z_image": "ZImagePipeline",
     "wan": "WanPipeline",
+    "qwen_image21": "QwenImage21Pipeline",
+    "krea2": "Krea2Pipeline",
+    "ideogram4": "Ideogram4Pipeline",
+    "hunyuan_video": "HunyuanVideoPipeline",
+    "ltx2": "LTX2Pipeline",
 }
 
 
@@ -65,6 +70,21 @@ class TestZImage(Tiny, name="z_image"): ...
 class TestWan(Tiny, name="wan"): ...
 
 
+class TestQwenImage21(Tiny, name="qwen_image21"): ...
+
+
+class TestKrea2(Tiny, name="krea2"): ...
+
+
+class TestIdeogram4(Tiny, name="ideogram4"): ...
+
+
+class TestHunyuanVideo(Tiny, name="hunyuan_video"): ...
+
+
+class TestLTX2(Tiny, name="ltx2"): ...
+
+
 def test_every_family_has_a_tiny_transformer():
     assert [tiny.family for tiny in TINY.values()] == list(FAMILIES)
     assert [tiny.family.name for tiny in TINY.values()] == list(TINY)
@@ -89,6 +109,8 @@ def names(name: str, **changes) -> set[str]:
         ("sana", {"guidance_embeds": True, "qk_norm": "rms_norm_across_heads"}),  # Sprint
         ("qwen_image", {"zero_cond_t": True}),  # Edit
         ("wan", {"image_dim": 32, "added_kv_proj_dim": 64}),  # image to video
+        ("hunyuan_video", {"guidance_embeds": False, "image_condition_type": "token_replace"}),
+        ("ltx2", {"gated_attn": True, "audio_gated_attn": True, "ff_bias": False}),  # 2.5
     ],
 )
 def test_variants_have_the_same_sites(name, changes):
@@ -119,6 +141,10 @@ def test_shared_modulation_lies_outside_of_the_blocks():
     assert shared["pixart"] == ["adaln_single.linear"]
     assert shared["sana"] == ["time_embed.linear"]
     assert shared["wan"] == ["condition_embedder.time_proj"]
+    assert shared["krea2"] == ["time_mod_proj"]
+    assert shared["qwen_image21"] == ["modulation.1"]
+    assert shared["ideogram4"] == shared["hunyuan_video"] == []
+    assert len(shared["ltx2"]) == 6
 
 
 def test_convolutions_of_sana_are_sites():
@@ -147,6 +173,11 @@ REAL = {
     "qwen_image": {},
     "z_image": {},
     "wan": {},
+    "qwen_image21": {},
+    "krea2": {},
+    "ideogram4": {},
+    "hunyuan_video": {},
+    "ltx2": {},
 }
 """Widths of the published models."""
 
@@ -159,7 +190,7 @@ def methods():
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_method_fits_the_published_widths(family, methods):
     shallow = {"n_layers": 1, "n_refiner_layers": 1} if family is Z_IMAGE else {"num_layers": 1}
-    if family.name in ("flux", "flux2"):
+    if family.name in ("flux", "flux2", "hunyuan_video"):
         shallow["num_single_layers"] = 1
     with torch.device("meta"):
         transformer = getattr(diffusers, family.transformer)(**REAL[family.name] | shallow)
@@ -167,7 +198,9 @@ def test_every_method_fits_the_published_widths(family, methods):
     for site in family.sites(transformer):
         for method in methods:
             spec = method.spec(site, 64)
-            assert spec is not None
+            if spec is None:  # keys and values of a text, without method.text_group
+                assert (site.kind, site.text) == ("modulator", True)
+                continue
             if spec.activations.group != method.activations.group:
                 halved.add((site.in_features, spec.activations.group))
     assert halved == ({(5600, 32)} if family is SANA else set())

@@ -133,6 +133,54 @@ def _with_mask(inputs: dict[str, Any], **more: Any) -> dict[str, Any]:
     return inputs | {"encoder_attention_mask": _mask(TOKENS, 3)} | more
 
 
+def _qwen_image21() -> dict[str, Any]:
+    image = [False] * TOKENS + [True] * 4  # a place for four tokens of the image each
+    return {
+        "hidden_states": _random(2, 16, 16),
+        "encoder_hidden_states": _random(2, TOKENS, 64),
+        "encoder_hidden_states_mask": _mask(TOKENS, 3).bool(),
+        "timestep": torch.tensor([0.3, 0.8]),
+        "img_shapes": [[(1, 4, 4)]] * 2,
+        "img_mask": torch.tensor([image] * 2),
+    }
+
+
+def _krea2() -> dict[str, Any]:
+    return {
+        "hidden_states": _random(2, 9, 16),
+        "encoder_hidden_states": _random(2, TOKENS, 3, 64),
+        "encoder_attention_mask": _mask(TOKENS, 3).bool(),
+        "timestep": torch.tensor([0.3, 0.8]),
+        "position_ids": torch.arange(TOKENS + 9)[:, None].expand(-1, 3),
+    }
+
+
+def _ideogram4() -> dict[str, Any]:
+    whole = TOKENS + 9
+    return {
+        "hidden_states": _random(2, whole, 16),
+        "encoder_hidden_states": _random(2, whole, 64),
+        "timestep": torch.tensor([0.3, 0.8]),
+        "position_ids": torch.arange(whole)[None, :, None].expand(2, -1, 3),
+        "segment_ids": torch.ones(2, whole, dtype=torch.long),
+        "indicator": torch.tensor([3] * TOKENS + [2] * 9).expand(2, -1),
+    }
+
+
+def _hunyuan_video() -> dict[str, Any]:
+    more = {"guidance": torch.tensor([6000, 1000]), "pooled_projections": _random(2, POOLED)}
+    return _with_mask(_cross(4, 2, 8, 8), **more)
+
+
+def _ltx2() -> dict[str, Any]:
+    return {
+        **_with_mask(_cross(12, 4), audio_encoder_attention_mask=_mask(TOKENS, 3)),
+        "audio_hidden_states": _random(2, 7, 4),
+        "audio_encoder_hidden_states": _random(2, TOKENS, 64),
+        **{"num_frames": 1, "height": 3, "width": 4, "audio_num_frames": 7},
+    }
+
+
 TINY = {
     "flux": TinyFamily(build_transformer, _flux, TEXT),
     "flux2": TinyFamily(
@@ -242,5 +290,82 @@ TINY = {
         ),
         lambda: _cross(4, 2, 8, 8),
         tolerance=1e-5,
+    ),
+    "qwen_image21": TinyFamily(
+        _maker(
+            diffusers.QwenImage21Transformer2DModel,
+            **HEADS,
+            in_channels=16,
+            out_channels=16,
+            num_layers=2,
+            context_in_dim=64,
+            axes_dims_rope=ROPE,
+        ),
+        _qwen_image21,
+    ),
+    "krea2": TinyFamily(
+        _maker(
+            diffusers.Krea2Transformer2DModel,
+            **HEADS,
+            in_channels=16,
+            num_layers=2,
+            num_key_value_heads=1,
+            intermediate_size=128,
+            timestep_embed_dim=32,
+            text_hidden_dim=64,
+            num_text_layers=3,
+            text_num_attention_heads=2,
+            text_num_key_value_heads=2,
+            text_intermediate_size=64,
+            num_layerwise_text_blocks=1,
+            num_refiner_text_blocks=1,
+            axes_dims_rope=ROPE,
+        ),
+        _krea2,
+    ),
+    "ideogram4": TinyFamily(
+        _maker(
+            diffusers.Ideogram4Transformer2DModel,
+            **HEADS,
+            in_channels=16,
+            num_layers=2,
+            intermediate_size=128,
+            adaln_dim=32,
+            llm_features_dim=64,
+            mrope_section=(6, 5, 5),
+        ),
+        _ideogram4,
+    ),
+    "hunyuan_video": TinyFamily(
+        _maker(
+            diffusers.HunyuanVideoTransformer3DModel,
+            **HEADS,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            num_single_layers=2,
+            num_refiner_layers=1,
+            text_embed_dim=64,
+            pooled_projection_dim=POOLED,
+            rope_axes_dim=ROPE,
+        ),
+        _hunyuan_video,
+    ),
+    "ltx2": TinyFamily(
+        _maker(
+            diffusers.LTX2VideoTransformer3DModel,
+            **HEADS,
+            in_channels=4,
+            out_channels=4,
+            num_layers=2,
+            cross_attention_dim=64,
+            caption_channels=64,
+            audio_in_channels=4,
+            audio_out_channels=4,
+            audio_num_attention_heads=2,
+            audio_attention_head_dim=16,
+            audio_cross_attention_dim=32,
+        ),
+        _ltx2,
     ),
 }

@@ -25,7 +25,11 @@ from dirotq.models.discovery import discover
 from dirotq.models.families import known_family
 from dirotq.packed.swap import swap_sites
 
-NETWORKS = (*TINY, "discovered")
+NETWORKS = (
+    *("flux", "flux2", "pixart", "sana", "sd3", "qwen_image", "z_image", "wan"),
+    "discovered",
+)
+"""Every way in which a block may be built; families that came later repeat them."""
 CPU = torch.device("cpu")
 
 

@@ -3,7 +3,7 @@
 import functools
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,16 +14,7 @@ import tiny_line
 import torch
 import transformers
 from tiny_families import ROPE, TINY, randomize
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-from dirotq.assets import tiny_flux
-
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
-)
-LONG_CAPTION = "a large red circle at the top left and two small blue stars at the bottom right"
-"""Prompts of different lengths: the families that mask or pad their text have to do so."""
+from tiny_tokenizers import LONG_CAPTION, clip_and_t5, gemma_tokenizer, qwen_tokenizer
 
 
 @dataclass(frozen=True)
@@ -52,41 +43,10 @@ def family_folder(root: Path, name: str) -> Path:
     return folder
 
 
-@functools.cache
-def _clip_and_t5() -> tuple[Any, Any]:
-    return tiny_flux.train_tokenizers((*tiny_line.CAPTIONS, LONG_CAPTION))
-
-
-def _qwen_tokenizer(corpus: Sequence[str] = (LONG_CAPTION,)) -> Any:
-    """Byte pairs; whole words of the corpus become tokens."""
-    pairs = Tokenizer(models.BPE())
-    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    pairs.train_from_iterator(
-        (*tiny_line.CAPTIONS, *corpus),
-        trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False),
-    )
-    learned = json.loads(pairs.to_str())["model"]
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    tokenizer.chat_template = CHAT
-    return tokenizer
-
-
-def _gemma_tokenizer() -> Any:
-    _, t5 = _clip_and_t5()
-    pieces = [p for p in t5.get_vocab() if p not in ("<pad>", "</s>", "<unk>")]
-    vocab = {p: i for i, p in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", *sorted(pieces)])}
-    return transformers.GemmaTokenizer(vocab=vocab, merges=[], padding_side="right")
-
-
 def _t5(cls: Any = transformers.T5EncoderModel, config: Any = transformers.T5Config) -> Any:
     return cls(
         config(
-            vocab_size=len(_clip_and_t5()[1]),
+            vocab_size=len(clip_and_t5()[1]),
             d_model=64,
             d_kv=32,
             d_ff=64,
@@ -98,9 +58,9 @@ def _t5(cls: Any = transformers.T5EncoderModel, config: Any = transformers.T5Con
     )
 
 
-def _clip(width: int) -> Any:
-    tokenizer = _clip_and_t5()[0]
-    return transformers.CLIPTextModelWithProjection(
+def _clip(width: int, cls: Any = transformers.CLIPTextModelWithProjection) -> Any:
+    tokenizer = clip_and_t5()[0]
+    return cls(
         transformers.CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=width,
@@ -146,7 +106,7 @@ def _flow(**more: Any) -> Any:
 
 
 def _flux2() -> Any:
-    tokenizer = _qwen_tokenizer()
+    tokenizer = qwen_tokenizer()
     config = _qwen_text(len(tokenizer), hidden_size=32, num_hidden_layers=3, head_dim=16)
     return diffusers.Flux2KleinPipeline(
         scheduler=_flow(),
@@ -165,7 +125,7 @@ def _flux2() -> Any:
 
 def _pixart() -> Any:
     return diffusers.PixArtSigmaPipeline(
-        tokenizer=_clip_and_t5()[1],
+        tokenizer=clip_and_t5()[1],
         text_encoder=_t5(),
         vae=_autoencoder(),
         transformer=TINY["pixart"].build(),
@@ -188,7 +148,7 @@ def _gemma(vocabulary: int, **more: Any) -> Any:
 
 
 def _lumina2() -> Any:
-    tokenizer = _gemma_tokenizer()
+    tokenizer = gemma_tokenizer()
     made = diffusers.Lumina2Transformer2DModel(
         sample_size=8,
         in_channels=4,
@@ -212,7 +172,7 @@ def _lumina2() -> Any:
 
 
 def _sana() -> Any:
-    tokenizer = _gemma_tokenizer()
+    tokenizer = gemma_tokenizer()
     return diffusers.SanaPipeline(
         tokenizer=tokenizer,
         text_encoder=_gemma(len(tokenizer), num_hidden_layers=1),
@@ -237,7 +197,7 @@ def _sana() -> Any:
 
 
 def _sd3() -> Any:
-    clip, t5 = _clip_and_t5()
+    clip, t5 = clip_and_t5()
     return diffusers.StableDiffusion3Pipeline(
         transformer=TINY["sd3"].build(),
         scheduler=_flow(shift=3.0),
@@ -266,7 +226,7 @@ def _video_autoencoder(cls: Any, **more: Any) -> Any:
 def _qwen_image() -> Any:
     # The pipeline drops the template's first 34 tokens: words have to be tokens, as in its own.
     empty = diffusers.QwenImagePipeline(None, None, None, None, None)
-    tokenizer = _qwen_tokenizer((*[empty.prompt_template_encode] * 4, LONG_CAPTION))
+    tokenizer = qwen_tokenizer((*[empty.prompt_template_encode] * 4, LONG_CAPTION))
     text = _qwen_text(
         len(tokenizer),
         hidden_size=64,
@@ -287,7 +247,7 @@ def _qwen_image() -> Any:
 
 
 def _z_image() -> Any:
-    tokenizer = _qwen_tokenizer()
+    tokenizer = qwen_tokenizer()
     config = _qwen_text(len(tokenizer), hidden_size=64, num_hidden_layers=2, head_dim=32)
     return diffusers.ZImagePipeline(
         scheduler=_flow(shift=3.0),
@@ -300,7 +260,7 @@ def _z_image() -> Any:
 
 def _wan(**more: Any) -> Any:
     return diffusers.WanPipeline(
-        tokenizer=_clip_and_t5()[1],
+        tokenizer=clip_and_t5()[1],
         text_encoder=_t5(transformers.UMT5EncoderModel, transformers.UMT5Config),
         vae=_video_autoencoder(diffusers.AutoencoderKLWan),
         scheduler=diffusers.UniPCMultistepScheduler(
@@ -335,6 +295,53 @@ def _wan_i2v() -> Any:
     )
 
 
+def _krea2() -> Any:
+    # As with Qwen-Image, 34 tokens of the template are dropped.
+    empty = diffusers.Krea2Pipeline(None, None, None, None, None)
+    tokenizer = qwen_tokenizer((*[empty.prompt_template_encode_prefix] * 4, LONG_CAPTION))
+    text = _qwen_text(
+        len(tokenizer),
+        hidden_size=64,
+        num_hidden_layers=3,
+        head_dim=32,
+        rope_parameters={"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 1e4},
+    )
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    config = transformers.Qwen3VLConfig(
+        text_config=text,
+        vision_config=vision | {"out_hidden_size": 64, "deepstack_visual_indexes": []},
+    )
+    return diffusers.Krea2Pipeline(
+        scheduler=_flow(use_dynamic_shifting=True),
+        vae=_video_autoencoder(diffusers.AutoencoderKLQwenImage),
+        text_encoder=transformers.Qwen3VLModel(config),
+        tokenizer=tokenizer,
+        transformer=TINY["krea2"].build(),
+        text_encoder_select_layers=(1, 2, 3),
+    )
+
+
+def _hunyuan_video() -> Any:
+    clip, _ = clip_and_t5()
+    tokenizer = qwen_tokenizer()
+    llama = _qwen_text(len(tokenizer), hidden_size=64, num_hidden_layers=2)
+    return diffusers.HunyuanVideoPipeline(
+        text_encoder=transformers.LlamaModel(transformers.LlamaConfig(**llama)),
+        tokenizer=tokenizer,
+        transformer=TINY["hunyuan_video"].build(guidance_embeds=True),
+        vae=diffusers.AutoencoderKLHunyuanVideo(
+            latent_channels=4,
+            block_out_channels=(8, 8, 8, 8),
+            layers_per_block=1,
+            norm_num_groups=4,
+            mid_block_add_attention=False,
+        ),
+        scheduler=_flow(shift=7.0),
+        text_encoder_2=_clip(tiny_line.POOLED, transformers.CLIPTextModel),
+        tokenizer_2=clip,
+    )
+
+
 CALL = {"num_inference_steps": 3, "height": 64, "width": 64}
 SHORT = CALL | {"max_sequence_length": 16}
 
@@ -364,6 +371,11 @@ PIPELINES = {
     "wan_i2v": TinyPipeline(_wan_i2v, SHORT | {"guidance_scale": 5.0, "num_frames": 5}),
     "wan22": TinyPipeline(
         _wan22, SHORT | {"guidance_scale": 4.0, "guidance_scale_2": 3.0, "num_frames": 5}
+    ),
+    "krea2": TinyPipeline(_krea2, CALL | {"guidance_scale": 3.5, "max_sequence_length": 64}),
+    "hunyuan_video": TinyPipeline(
+        _hunyuan_video,
+        SHORT | {"num_frames": 5, "prompt_template": {"template": "{}", "crop_start": 0}},
     ),
 }
 UNTABLED = {"lumina2": TinyPipeline(_lumina2, SHORT | {"guidance_scale": 4.0})}

@@ -11,7 +11,7 @@ from tiny_sources import *  # noqa: F403
 from tiny_sources import model, tensors_of
 
 import dirotq.sources.hub
-from dirotq.errors import ConfigError
+from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.pipeline.stage import recipe
 
 
@@ -104,6 +104,14 @@ def test_a_repository_that_is_no_pipeline(hub, tmp_path):
     (tmp_path / "remote" / "model_index.json").unlink()
     with pytest.raises(ConfigError, match=r"no diffusers pipeline.*-Diffusers"):
         model("org/tiny").identity()
+
+
+def test_a_modular_pipeline_is_named_so(hub, tmp_path):
+    index = tmp_path / "remote" / "model_index.json"
+    index.rename(index.with_name("modular_model_index.json"))
+    for source in ("org/tiny", index.parent):
+        with pytest.raises(UnsupportedError, match=r"is a modular pipeline.*no model_index\.json"):
+            model(source).identity()
 
 
 def test_a_repository_without_safetensors(hub, tmp_path):

@@ -232,45 +232,6 @@ IMAGES = {
             | {"encoder_attention_mask_2": mask(4, 2)}
         ),
     ),
-    "Ideogram4Transformer2DModel": Row(
-        {
-            **SMALL,
-            "in_channels": 16,
-            "intermediate_size": 128,
-            "adaln_dim": 32,
-            "llm_features_dim": TEXT,
-            "mrope_section": (6, 5, 5),
-        },
-        lambda: (
-            call(14, 16, time=FRACTIONS)
-            | {"encoder_hidden_states": random(2, 14, TEXT)}
-            | {"position_ids": torch.arange(14)[None, :, None].expand(2, 14, 3)}
-            | {"segment_ids": torch.ones(2, 14, dtype=torch.long)}
-            | {"indicator": torch.tensor([3] * 5 + [2] * 9).expand(2, 14)}
-        ),
-    ),
-    "Krea2Transformer2DModel": Row(
-        {
-            **SMALL,
-            "in_channels": 16,
-            "num_key_value_heads": 1,
-            "intermediate_size": 128,
-            "timestep_embed_dim": 32,
-            "text_hidden_dim": TEXT,
-            "num_text_layers": 3,
-            "text_num_attention_heads": 2,
-            "text_num_key_value_heads": 2,
-            "text_intermediate_size": 64,
-            "num_layerwise_text_blocks": 1,
-            "num_refiner_text_blocks": 1,
-            **AXES,
-        },
-        lambda: (
-            call(9, 16, time=FRACTIONS, encoder_attention_mask=flag(5, 3))
-            | {"encoder_hidden_states": random(2, TOKENS, 3, TEXT)}
-            | {"position_ids": torch.arange(14)[:, None].expand(14, 3)}
-        ),
-    ),
     "LongCatImageTransformer2DModel": Row({**DOUBLE, "pooled_projection_dim": POOLED}, packed),
     "Lumina2Transformer2DModel": Row(
         {
@@ -368,14 +329,6 @@ IMAGES = {
             "encoder_hidden_states": random(2, TOKENS, 32),
             "attention_mask": flag(5, 3),
         },
-    ),
-    "QwenImage21Transformer2DModel": Row(
-        {**SMALL, "in_channels": 16, "out_channels": 16, "context_in_dim": TEXT, **AXES},
-        lambda: (
-            call(16, 16, time=FRACTIONS, encoder_hidden_states_mask=flag(5, 3))
-            | {"img_shapes": [[(1, 4, 4)]] * 2}
-            | {"img_mask": torch.tensor([[False] * TOKENS + [True] * 4] * 2)}
-        ),
     ),
     "Transformer2DModel": Row(
         {**SMALL, "in_channels": 32, "cross_attention_dim": TEXT},

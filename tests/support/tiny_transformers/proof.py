@@ -11,7 +11,7 @@ from torch.nn.attention import flex_attention
 from torch.utils._pytree import tree_leaves
 
 from dirotq.models.call import Call
-from dirotq.models.discovery import Discovered, discover
+from dirotq.models.discovery import ACROSS, Discovered, discover
 from dirotq.models.families import known_family
 from dirotq.models.family import Site, is_linear
 from dirotq.models.skeleton import empty_transformer
@@ -22,10 +22,14 @@ BY_TABLE = "the family table says so"
 def found(network: Any, inputs: dict[str, Any]) -> Discovered:
     """Find the sites of a network as `compress` does: without its weights."""
     if (family := known_family(type(network).__name__)) is not None:
-        sites = family.sites(network)
+        every = family.sites(network)
+        # Keys and values of the text, which only method.text_group packs.
+        sites = [site for site in every if site.kind == "block" or not site.text]
+        text = {linear for site in every if site not in sites for linear in site.linears}
         packed = {linear for site in sites for linear in site.linears}
         linears = [name for name, module in network.named_modules() if is_linear(module)]
-        return Discovered(sites, {n: BY_TABLE for n in linears if n not in packed})
+        left = [name for name in linears if name not in packed]
+        return Discovered(sites, {n: ACROSS if n in text else BY_TABLE for n in left})
     call = Call((), inputs).map(lambda t: t.float() if t.is_floating_point() else t)
     return discover(empty_transformer(dict(network.config), type(network)), (), call.kwargs)
 

@@ -34,15 +34,6 @@ SOUNDING = {
             | {"pooled_projections": random(2, POOLED), "audio_hidden_states": random(2, 7, 6)}
         ),
     ),
-    "LTX2VideoTransformer3DModel": Row(
-        {**LATENT, **CROSS, **AUDIO},
-        lambda: (
-            call(12, 4, num_frames=1, height=3, width=4, audio_num_frames=7)
-            | {"audio_hidden_states": random(2, 7, 4)}
-            | {"audio_encoder_hidden_states": random(2, TOKENS, TEXT)}
-            | {"encoder_attention_mask": mask(5, 3), "audio_encoder_attention_mask": mask(5, 3)}
-        ),
-    ),
     "MiniMaxH3Transformer3DModel": Row(
         {
             **HEADS,

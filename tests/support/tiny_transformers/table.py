@@ -13,6 +13,7 @@ from dirotq.models import discovery
 from dirotq.models.coverage import in_blocks
 from dirotq.models.draft import pattern
 from dirotq.models.families import known_family
+from dirotq.models.family import is_linear
 from dirotq.models.skeleton import empty_transformer
 from dirotq.packed.swap import swap_sites
 
@@ -48,7 +49,8 @@ def line(name: str) -> str:
     held = sum(p.numel() for n, p in inside.items() if pattern(n.removesuffix(".weight")) in packed)
     share = held / sum(p.numel() for p in inside.values())
     places = {pattern(site.linears[0]) for site in seen.sites}
-    sites = sum(pattern(path) in places for path, _ in real.named_modules())
+    linears = [path for path, module in real.named_modules() if is_linear(module)]
+    sites = sum(pattern(path) in places for path in linears)
     want = output(network, inputs)
     with torch.no_grad():
         swap_sites(network, seen.sites, lambda site: fused(network, site))

@@ -131,7 +131,6 @@ VIDEOS = {
             | {"latents_history_long": random(2, 4, 4, 8, 8)}
         ),
     ),
-    "HunyuanVideoTransformer3DModel": Row(DUAL, lambda: pooled(guidance=1000 * FRACTIONS)),
     "HunyuanVideoFramepackTransformer3DModel": Row(
         {**DUAL, "has_image_proj": True, "image_proj_dim": 32, "has_clean_x_embedder": True},
         lambda: (
