@@ -38,7 +38,7 @@ def add_compress(add: Callable[..., argparse.ArgumentParser]) -> None:
         "-m rank.r=8,16,32          once per value; also several at a time:",
         "-m rank.r=8,16,32 hydra/launcher=joblib           (pip install 'dirotq[sweep]')",
         "-m rank.r=8,16,32 hydra/launcher=submitit_slurm   (pip install 'dirotq[slurm]')",
-        "-m experiment=search       ranks and formats: few bits, high PSNR ('dirotq[search]')",
+        "-m experiment=search       few bits and a high PSNR, by Optuna ('dirotq[search]')",
         usage="dirotq compress [OVERRIDES ...] [-m] [options]", add_help=False,
     )  # fmt: skip
     add_overrides(parser)

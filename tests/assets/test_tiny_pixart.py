@@ -142,5 +142,6 @@ def test_training_record_reaches_the_figures() -> None:
 def test_the_line_finds_its_sites() -> None:
     model = DiffusersModel(path="assets://tiny-pixart", call={})
     sites = model.sites()
-    assert len(sites) == 1 + 3 * 6  # one modulation; q/k/v, out, q, out, up and down of each block
+    # one modulation; of each block q/k/v, out, q, k/v of the text, out, up and down
+    assert len(sites) == 1 + 3 * 7
     assert model.call_arguments() == json.loads((SHIPPED / "generation.json").read_text())

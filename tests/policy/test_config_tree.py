@@ -167,7 +167,9 @@ def test_every_row_of_the_paper_is_made_of_three_parts(root):
         f"{model}_{form}_{data}": {
             "defaults": [
                 "paper/_protocol", f"paper/_{model}", f"paper/_{data}",
-                {"override /method": METHODS[form]}, "_self_",
+                {"override /method": METHODS[form]},
+                *([] if form == "nvfp4" else [{"override /weight_format": "int4_channel"}]),
+                "_self_",
             ]
         }
         for model in PAPER

@@ -108,7 +108,7 @@ def test_compress_from_python(tiny_root, tmp_path):
 
 KILLS = {
     "capture-between-shards": ("capture", "dirotq.stages.capture", "save_calls", 1),
-    "capture-between-blocks": ("capture", "dirotq.stages.capture", "write_rows", 5),
+    "capture-between-blocks": ("capture", "dirotq.quantize.replayed_moments", "write_rows", 5),
     "gptq": ("gptq", "dirotq.stages.gptq", "save_site", 5),
 }
 """Stage, and after how many calls of which function it is killed."""
