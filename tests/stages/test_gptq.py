@@ -7,6 +7,7 @@ from tiny_line import run, run_stage, stage, tree_bytes, with_moment
 from tiny_spec import FP4
 
 from dirotq.errors import ConfigError, NumericalError
+from dirotq.kernels.formats.lm4 import unpack_lm4
 from dirotq.kernels.formats.pack_int4 import unpack_int4
 from dirotq.kernels.formats.quantize_weight import dequantize_weight, scale_floor, unpack_weight
 from dirotq.quantize.plan import read_plan
@@ -37,10 +38,10 @@ def results(finished):
 
 def test_codes_and_scales_of_every_site(finished):
     for entry, found in results(finished):
-        codes, scale = unpack_int4(found["qweight"]), found["wscale"]
+        codes, scale = unpack_lm4(found["qweight"]), found["wscale"]
         assert codes.shape == (entry.spec.outputs, entry.spec.width)
         assert codes.dtype == torch.int8
-        assert codes.abs().max() <= 7
+        assert entry.spec.weights.element == "lm4"
         assert scale.shape == (entry.spec.outputs, entry.spec.width // entry.spec.weight_group_size)
         assert scale.dtype == torch.bfloat16
         assert (scale > 0).all()
@@ -84,7 +85,7 @@ def test_rtn_is_nearest_everywhere(line):
 def channel_sites(plan, gptq, fuse):
     """(site, scales of gptq, their floor by what fuse stored) where one scale serves an output."""
     for entry in plan:
-        if entry.spec.weights.name == "channel":
+        if entry.spec.weights.name in ("channel", "lm4_channel"):
             name = site_file(entry.site.name)
             stored = load_site(fuse / "sites" / name)
             floor = scale_floor(stored.get("wp"), stored.get("bias"))
@@ -125,7 +126,9 @@ def test_a_large_bias_raises_the_scale_of_its_row(line, own_folder, tmp_path, me
         return
     assert found["wscale"][row] >= 900 / 2048
     assert found["wscale"][zero] > 0
-    assert not found["qweight"][zero].any()
+    element = entry.spec.weights.element
+    unpacked = {"int4": unpack_int4, "lm4": unpack_lm4}[element](found["qweight"][zero])
+    assert unpacked.abs().max() <= {"int4": 0, "lm4": 13}[element]  # levels have no zero
     rows_in_all = sum(e.spec.outputs for e in plan)
     assert metrics["rows_on_scale_floor"] == pytest.approx(2 / rows_in_all)
 

@@ -232,13 +232,14 @@ def pack_moment(s_DD: Tensor) -> Tensor:
 
 def tree_bytes(folder: Path) -> Mapping[str, bytes]:
     """Every file below ``folder`` with its content; how long a unit took is none."""
-    return {
-        p.relative_to(folder).as_posix(): re.sub(rb'\n  "seconds": [^\n]*', b"", p.read_bytes())
-        if p.parent.name == ".units"
-        else p.read_bytes()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and path.name != "times.json":
+            found[path.relative_to(folder).as_posix()] = path.read_bytes()
+            if path.parent.name == ".units":
+                took = rb'\n  "seconds": [^\n]*'
+                found[path.relative_to(folder).as_posix()] = re.sub(took, b"", path.read_bytes())
+    return found
 
 
 def _method_overrides(name: str) -> list[str]:

@@ -41,7 +41,7 @@ def test_a_block_takes_the_method_and_the_largest_hadamard_block_that_fits():
 def test_a_modulator_is_w4a16_in_groups_and_never_rotated(name):
     spec = method(name).spec(MODULATOR, 16)
     assert (spec.rank, spec.transform.kind, spec.transform.block) == (0, "hadamard", 1)
-    weights = "lm4_group" if name == "levels" else "group"
+    weights = "lm4_group" if method(name).weights.element == "lm4" else "group"
     assert (spec.activations.bits, spec.weights.name, spec.weights.group) == (16, weights, 64)
 
 
@@ -116,7 +116,7 @@ def test_levels_are_for_blocks_and_modulators(granularity):
     [
         ("weight_format=lm4", r"lm4_channel"),
         ("weight_format.element=lm5", "'lm5' does not fit.*'int4' or 'lm4' or 'e2m1'"),
-        ("weight_format.scale=e4m3", "no format of int4 weights has scales in e4m3"),
+        ("weight_format.scale=e4m3", "no format of lm4 weights has scales in e4m3"),
         ("+weight_format.levels=[1,2]", "levels"),
     ],
 )

@@ -35,7 +35,7 @@ def test_the_grid_holds_every_model_and_can_be_restricted():
 def entries_of(folder):
     config = json.loads((folder / "transformer" / "config.json").read_text())
     packing = config["quantization_config"]
-    return read_packing(packing["sites"], packing["format"])
+    return read_packing(packing["sites"], packing["format"], packing.get("levels"))
 
 
 def test_a_models_linears_at_its_size_in_two_batches(packed_folder):
