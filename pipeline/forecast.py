@@ -85,7 +85,8 @@ def show(pipeline: Pipeline, found: Preflight) -> None:
     for step in pipeline.todo() or pipeline.steps:
         cached = pipeline.cached(step)
         known = took(cached) if cached else last_run_here(step, past, machine)
-        told[step.name] = known and forecast(known, workers, pipeline.executor.helping)
+        helping = pipeline.executor.helping
+        told[step.name] = forecast(known, workers, helping) if known else None
     table = Table("stage", box=None, pad_edge=False)
     for name in ("units", "one process", f"{workers} workers", "longest unit", "not shared out"):
         table.add_column(name, justify="right")

@@ -65,6 +65,7 @@ def pack_lm4(code_NK: Tensor) -> Tensor:
 
 def unpack_lm4(packed_NK2: Tensor) -> Tensor:
     """Undo :func:`pack_lm4`: uint8 [N, K // 2] -> int8 [N, K]."""
-    fill = {"dtype": torch.int8, "device": packed_NK2.device}  # no copy: CUDA graphs record it
-    code = torch.cat([torch.full((1,), sign * c, **fill) for sign in (1, -1) for c in CODES])
+    # Filled, not copied from the host, which CUDA graphs don't record.
+    one = packed_NK2.new_ones(1, dtype=torch.int8)
+    code = torch.cat([one * c for c in (*CODES, *(-c for c in CODES))])
     return code[torch.stack([packed_NK2 & 0xF, packed_NK2 >> 4], -1).flatten(-2).long()]
