@@ -175,7 +175,7 @@ def test_records_name_what_the_reader_needs(exported):
 @pytest.mark.parametrize(
     ("words", "format", "problem", "instead", "again"),
     [
-        ((), "convrot_w4a4", "low-rank branch of rank 16 taken out", "No other format", CONVROT),
+        (("weight_format=int4_channel",), "convrot_w4a4", "low-rank branch of rank 16 taken out", "No other format", CONVROT),
         (("method=absorb",), "convrot_w4a4", "beside the input", "svdquant_w4a4", CONVROT),
         (CONVROT, "svdquant_w4a4", "regular Hadamard", "convrot_w4a4", ("method=svdquant",)),
         (("method=convrot",), "convrot_w4a4", "per group of 64", "No other format", CONVROT),
