@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,10 +99,12 @@ class World:
         *more: str,
         before: Callable[[], None] | None = None,
         seconds: float | None = None,
+        beside: Callable[[int], None] | None = None,
     ) -> Ended:
         """Run the line in a forked process, where ``before`` is called first.
 
         seconds  after which it is killed
+        beside   is called with its id, in a process of its own
         """
 
         def job() -> dict[str, str]:
@@ -111,7 +114,7 @@ class World:
                 before()
             return {name: str(a) for name, a in run(configured(self.root, store, *more)).items()}
 
-        return forked(job, seconds=seconds)
+        return forked(job, seconds=seconds, beside=beside)
 
     def copy(self, place: Path, without: str | None = None) -> Path:
         """A copy of the undisturbed store; ``without`` a stage and all that follow it."""
@@ -149,8 +152,16 @@ class World:
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.root))
 
 
-def forked(job: Callable[[], Any], *, seconds: float | None = None) -> Ended:
-    """Call ``job`` in a forked process and wait for it; SIGKILL after ``seconds``."""
+def forked(
+    job: Callable[[], Any],
+    *,
+    seconds: float | None = None,
+    beside: Callable[[int], None] | None = None,
+) -> Ended:
+    """Call ``job`` in a forked process and wait for it; SIGKILL after ``seconds``.
+
+    beside  is called with the process's id, in a third one that nobody waits for
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -158,7 +169,9 @@ def forked(job: Callable[[], Any], *, seconds: float | None = None) -> Ended:
         _report(job, writing)
     os.close(writing)
     if seconds is not None:
-        _kill_after(child, seconds)
+        _apart(partial(_kill_after, child, seconds))
+    if beside is not None:
+        _apart(partial(beside, child))
     with os.fdopen(reading) as pipe:
         text = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -184,12 +197,17 @@ def _report(job: Callable[[], Any], writing: int) -> None:
 
 
 def _kill_after(child: int, seconds: float) -> None:
-    """A forked watcher: a thread in the parent would be copied half-way into the next child."""
+    time.sleep(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+
+
+def _apart(job: Callable[[], None]) -> None:
+    """Call it in a fork: a thread in the parent would be copied half-way into the next child."""
     if os.fork() == 0:
         if os.fork() == 0:  # its parent leaves at once, so that nobody has to wait for it
-            time.sleep(seconds)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(BaseException):
+                job()
         os._exit(0)
     else:
         os.wait()
