@@ -14,13 +14,17 @@ from random import Random
 
 # Before torch and triton are imported. The children are forks, so one thread; no GPU is used.
 os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1", HF_HUB_OFFLINE="1")
+os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # what this process finds, workers find too
 
 from .damage import damage
 from .disk import full_disk
+from .heads import heads
 from .kills import kills
+from .machines import machines
 from .places import places
 from .power import power_loss
 from .races import races
+from .workers import workers
 from .world import Counts, World
 
 KINDS: dict[str, Callable[[World, int, Random], Counts]] = {
@@ -30,8 +34,14 @@ KINDS: dict[str, Callable[[World, int, Random], Counts]] = {
     "disk": full_disk,
     "races": races,
     "places": places,
+    "workers": workers,
+    "heads": heads,
+    "machines": machines,
 }
-USUAL = {"kills": 200, "power": 200, "damage": 500, "disk": 40, "races": 100, "places": 90}
+USUAL = {
+    "kills": 200, "power": 200, "damage": 500, "disk": 40, "races": 100, "places": 90,
+    "workers": 50, "heads": 30, "machines": 20,
+}  # fmt: skip
 
 
 def main() -> None:

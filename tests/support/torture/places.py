@@ -33,7 +33,7 @@ def places(world: World, count: int, random: Random) -> Counts:
 def read_only_store(world: World, place: Path, random: Random) -> str | None:
     """All is cached: the same command works for somebody who may only read."""
     store = world.copy(place / "store")
-    return _all_cached(world, store, before=lambda: _become(NOBODY))
+    return all_cached(world, store, before=lambda: _become(NOBODY))
 
 
 def read_only_cache(world: World, place: Path, random: Random) -> str | None:
@@ -123,7 +123,7 @@ def file_times(world: World, place: Path, random: Random) -> str | None:
     for path in store.rglob("*"):
         when = random.choice((0, time.time() + 86_400, time.time() - 10**8))
         os.utime(path, (when, when))
-    return _all_cached(world, store)
+    return all_cached(world, store)
 
 
 def clock_jumps(world: World, place: Path, random: Random) -> str | None:
@@ -137,7 +137,7 @@ def clock_jumps(world: World, place: Path, random: Random) -> str | None:
     ended = world.compress(store, before=before)
     if ended.how != "done":
         return f"{ended.how}: {ended.said}"
-    return world.differences(store) or _all_cached(world, store)
+    return world.differences(store) or all_cached(world, store)
 
 
 def special_files(world: World, place: Path, random: Random) -> str | None:
@@ -168,7 +168,11 @@ SITUATIONS: tuple[Callable[[World, Path, Random], str | None], ...] = (
 )  # fmt: skip
 
 
-def _all_cached(world: World, store: Path, before: Callable[[], None] | None = None) -> str | None:
+def all_cached(
+    world: World, store: Path, *more: str, before: Callable[[], None] | None = None
+) -> str | None:
+    """Nothing is made again by the same command."""
+
     def job() -> int:
         from tiny_line import configured, run
 
@@ -176,7 +180,7 @@ def _all_cached(world: World, store: Path, before: Callable[[], None] | None = N
 
         if before is not None:
             before()
-        made = run(configured(world.root, store))
+        made = run(configured(world.root, store, *more))
         for artifact in made.values():
             ArtifactStore(store).verify(artifact)
         return len(made)

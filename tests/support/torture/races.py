@@ -12,7 +12,7 @@ from random import Random
 from .world import STAGES, Counts, Ended, World, forked
 
 AT_A_TIME = 4
-PATIENCE = 120
+PATIENCE = 240
 """Seconds after which a round is taken for a deadlock."""
 
 
@@ -23,7 +23,7 @@ def races(world: World, count: int, random: Random) -> Counts:
         place = world.folder("race")
         store = world.copy(place / "store", without=random.choice((*STAGES, None)))
         chosen = [random.choice(ACTS) for _ in range(AT_A_TIME)]
-        problem = _round(world, store, chosen, random)
+        problem = a_round(world, store, chosen, random)
         if problem is None:
             ended = world.compress(store)
             problem = None if ended.how == "done" else f"afterwards: {ended.how} {ended.said}"
@@ -78,9 +78,10 @@ def _command(*args: str) -> None:
         raise ArtifactError(f"{args[0]} ended with status {status}")
 
 
-def _round(
+def a_round(
     world: World, store: Path, acts: list[Callable[[World, Path, Random], None]], random: Random
 ) -> str | None:
+    """Let all acts happen at the same time; what went wrong."""
     context = get_context("fork")
     started = []
     for act in acts:
