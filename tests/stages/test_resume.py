@@ -250,6 +250,17 @@ def test_a_unit_that_was_half_written_is_done_again(cases, prepared, tmp_path, m
     assert published(out) == want
 
 
+def test_stopped_when_all_units_are_finished_only_the_end_is_done(cases, prepared, tmp_path):
+    """The roots of capture's trees are no unit's, and gone then."""
+    case, (_, want), out = cases["replay"], prepared("replay"), tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(case.stage), "merge", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_stage(case.stage, out)
+    assert case.run(out) == []
+    assert published(out) == want
+
+
 def test_passes_that_fall_otherwise_keep_what_a_single_one_finished(
     cases, prepared, tmp_path, monkeypatch
 ):
