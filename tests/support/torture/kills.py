@@ -22,9 +22,9 @@ TOUCHING = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link",
 def kills(world: World, count: int, random: Random) -> Counts:
     """The rerun ends, with the bytes of an undisturbed run; nothing else was ever published."""
     counts = Counts("random kills, rerun")
-    usual = {stage: _measured(world, stage) for stage in STAGES[:count]}
+    usual = {stage: _measured(world, stage) for stage in world.stages[:count]}
     for number in range(count):
-        stage = STAGES[number % len(STAGES)]  # all of them alike
+        stage = world.stages[number % len(world.stages)]  # all of them alike
         seconds, operations = usual[stage]
         store = world.copy(world.folder("kill") / "store", without=stage)
         problem, told = None, []

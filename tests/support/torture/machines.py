@@ -74,11 +74,9 @@ def a_node_that_comes_back(world: World, store: Path, stage: str, random: Random
     files, away = random.randint(1, 30), random.uniform(0, 1.5)
 
     def job() -> str | None:
-        from tiny_line import configured
-
         from dirotq.pipeline import dag
 
-        line = configured(world.root, store, f"until={stage}")
+        line = world.line(store, f"until={stage}")
         nodes = Nodes(store / stage, files, away)
         dag.run(line.steps, line.store, cast(LocalExecutor, nodes))
         end = time.monotonic() + ENDS

@@ -46,13 +46,13 @@ def read_only_cache(world: World, place: Path, random: Random) -> str | None:
 
     (place / "theirs").mkdir()
     os.chown(place / "theirs", NOBODY, NOBODY)
-    ended = world.compress(place / "theirs" / "store", "until=rank", before=before)
+    ended = world.compress(place / "theirs" / "store", "until=capture", before=before)
     return None if ended.how == "done" else f"{ended.how}: {ended.said}"
 
 
 def unwritable_store(world: World, place: Path, random: Random) -> str | None:
     """Something is left to do: a message that names the folder."""
-    store = world.copy(place / "store", without=random.choice(STAGES))
+    store = world.copy(place / "store", without=random.choice(world.stages))
     ended = world.compress(store, before=lambda: _become(NOBODY))
     right = ended.how == "refused" and str(store) in str(ended.said)
     return None if right else f"{ended.how}: {ended.said}"
@@ -61,11 +61,12 @@ def unwritable_store(world: World, place: Path, random: Random) -> str | None:
 def another_umask(world: World, place: Path, random: Random) -> str | None:
     """Modes of what is published follow the umask: group and others read what they may."""
     mask = random.choice((0o002, 0o022, 0o027, 0o077))
-    store = world.copy(place / "store", without=random.choice(("pack", "gptq", "capture")))
+    last = world.stages[-1] if "pack" not in world.stages else "pack"
+    store = world.copy(place / "store", without=random.choice((last, "capture")))
     for path in store.rglob("*"):
         path.chmod(0o777 if path.is_dir() else 0o666)  # what is older is not what is looked at
     began = time.time() - 0.01
-    ended = world.compress(store, "until=pack", before=lambda: os.umask(mask) and None)
+    ended = world.compress(store, f"until={last}", before=lambda: os.umask(mask) and None)
     if ended.how != "done":
         return f"{ended.how}: {ended.said}"
     for path in store.rglob("*"):
@@ -128,7 +129,7 @@ def file_times(world: World, place: Path, random: Random) -> str | None:
 
 def clock_jumps(world: World, place: Path, random: Random) -> str | None:
     """The clock goes back, or on, between any two calls."""
-    store = world.copy(place / "store", without=random.choice(STAGES))
+    store = world.copy(place / "store", without=random.choice(world.stages))
     plain, leaps = time.time, Random(random.getrandbits(32))
 
     def before() -> None:
@@ -174,13 +175,13 @@ def all_cached(
     """Nothing is made again by the same command."""
 
     def job() -> int:
-        from tiny_line import configured, run
+        from tiny_line import run
 
         from dirotq.pipeline.store import ArtifactStore
 
         if before is not None:
             before()
-        made = run(configured(world.root, store, *more))
+        made = run(world.line(store, *more))
         for artifact in made.values():
             ArtifactStore(store).verify(artifact)
         return len(made)

@@ -9,7 +9,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
-from .world import STAGES, Counts, Ended, World, forked
+from .world import Counts, Ended, World, forked
 
 AT_A_TIME = 4
 PATIENCE = 240
@@ -21,7 +21,7 @@ def races(world: World, count: int, random: Random) -> Counts:
     counts = Counts("races of runs, force, gc and verify")
     for _ in range(count):
         place = world.folder("race")
-        store = world.copy(place / "store", without=random.choice((*STAGES, None)))
+        store = world.copy(place / "store", without=random.choice((*world.stages, None)))
         chosen = [random.choice(ACTS) for _ in range(AT_A_TIME)]
         problem = a_round(world, store, chosen, random)
         if problem is None:
@@ -35,20 +35,17 @@ def races(world: World, count: int, random: Random) -> Counts:
 
 def run(world: World, store: Path, random: Random) -> None:
     """The plain command."""
-    from tiny_line import configured
     from tiny_line import run as run_line
 
-    run_line(configured(world.root, store))
+    run_line(world.line(store))
 
 
 def force(world: World, store: Path, random: Random) -> None:
     """One stage is computed anew although it is there."""
-    from tiny_line import configured
-
     from dirotq.pipeline import dag
 
-    line = configured(world.root, store)
-    stage = random.choice(STAGES)
+    line = world.line(store)
+    stage = random.choice(world.stages)
     dag.run(line.steps, line.store, line.executor, force=[stage])
 
 

@@ -18,9 +18,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dirotq.errors import DirotqError
+
+if TYPE_CHECKING:
+    from dirotq.pipeline.config import Pipeline
 
 STAGES = ("capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate")
 TIMED = ("report.json", "report.html", "_seconds/")
@@ -59,16 +62,25 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """``root`` holds the 16-bit model, the prompts and ``store``, the undisturbed one."""
+    """``root`` holds the 16-bit model, the prompts and ``store``, the undisturbed one.
+
+    until  the last stage that is hurt, or made anew, where nothing else is said
+    """
 
     root: Path
+    until: str = STAGES[-1]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that are hurt."""
+        return STAGES[: STAGES.index(self.until) + 1]
 
     @property
     def store(self) -> Path:
         return self.root / "store"
 
     @classmethod
-    def build(cls, root: Path) -> "World":
+    def build(cls, root: Path, until: str = STAGES[-1]) -> "World":
         """Make the model and run the whole line once."""
         from tiny_line import model_folder, prompt_file
 
@@ -76,7 +88,7 @@ class World:
         root.chmod(0o755)
         for path in (root / "model").rglob("*"):  # other users read it too
             path.chmod(0o755 if path.is_dir() else 0o644)
-        world = cls(root)
+        world = cls(root, until)
 
         def job() -> list[str]:
             from tiny_line import configured, run
@@ -108,13 +120,20 @@ class World:
         """
 
         def job() -> dict[str, str]:
-            from tiny_line import configured, run
+            from tiny_line import run
 
             if before is not None:
                 before()
-            return {name: str(a) for name, a in run(configured(self.root, store, *more)).items()}
+            return {name: str(a) for name, a in run(self.line(store, *more)).items()}
 
         return forked(job, seconds=seconds, beside=beside)
+
+    def line(self, store: Path, *more: str) -> "Pipeline":
+        """The line as the config tree makes it, up to ``until`` unless that is told."""
+        from tiny_line import configured
+
+        told = any(word.startswith("until=") for word in more)
+        return configured(self.root, store, *more, *(() if told else (f"until={self.until}",)))
 
     def copy(self, place: Path, without: str | None = None) -> Path:
         """A copy of the undisturbed store; ``without`` a stage and all that follow it."""
@@ -129,12 +148,13 @@ class World:
             )
         )
 
-    def differences(self, store: Path, *, until: str = "validate") -> str | None:
+    def differences(self, store: Path, *, until: str | None = None) -> str | None:
         """What in a store is not as in the undisturbed one; None if nothing.
 
-        until  the stages up to this one have to be there ("": none); whatever is there must have
-               the same bytes
+        until  the stages up to this one have to be there ("": none; None: all that are hurt);
+               whatever is there must have the same bytes
         """
+        until = self.until if until is None else until
         wanted = STAGES[: STAGES.index(until) + 1] if until else ()
         for stage in STAGES:
             here, there = _keys(store / stage), _keys(self.store / stage)
