@@ -72,7 +72,9 @@ class Crew:
             job = self._job(stage, units, todo, inputs, desk)
             yield from self._shared(stage, units, job, inputs, lost)
         if lost and desk:
-            time.sleep(LEAVE)  # one may live, cut off from its cluster: that the desk is gone ends it
+            time.sleep(
+                LEAVE
+            )  # one may live, cut off from its cluster: that the desk is gone ends it
 
     def _shared(
         self, stage: Any, units: Units, job: Job, inputs: Inputs, lost: Counter[str]

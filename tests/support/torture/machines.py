@@ -22,7 +22,7 @@ from dirotq.pipeline.desk import Desk
 from dirotq.pipeline.executor import LocalExecutor, RunStage, run_shared
 from dirotq.pipeline.job import Job, Seen, answer
 from dirotq.pipeline.worker import Process, Processes, environment
-from dirotq.pipeline.workplace import LostError, Share, settle, shared_desk
+from dirotq.pipeline.workplace import LostError, settle, shared_desk
 
 from .disk import TOLD
 from .kills import left_behind
@@ -212,6 +212,3 @@ class Node(Process):
             return super().stop()
         self._lost, self._pool, self._pid, self._relay = False, None, None, None
         return None
-
-
-__all__ = ["SITUATIONS", "Share", "machines"]

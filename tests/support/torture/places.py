@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from .damage import flip
-from .world import STAGES, Counts, Ended, World, forked
+from .world import Counts, Ended, World, forked
 
 NOBODY = 65534
 
@@ -144,7 +144,7 @@ def clock_jumps(world: World, place: Path, random: Random) -> str | None:
 def special_files(world: World, place: Path, random: Random) -> str | None:
     """A fifo, a folder or a link to itself in the place of a file: named, and no hang."""
     store = world.copy(place / "store")
-    files = [p for stage in STAGES for p in (store / stage).rglob("*") if p.is_file()]
+    files = [p for stage in world.stages for p in (store / stage).rglob("*") if p.is_file()]
     file = random.choice([p for p in files if p.name != "provenance.json"])
     file.unlink()
     kind = random.choice(("fifo", "folder", "loop"))

@@ -18,7 +18,7 @@ import psutil
 from dirotq.pipeline.disk import replacing
 
 from .kills import left_behind
-from .world import STAGES, Counts, World
+from .world import Counts, World
 
 SHARED = ("capture", "basis", "gptq", "fuse")
 """Stages whose units workers make."""
@@ -26,7 +26,6 @@ WORKERS = 2
 MOST = 2
 """Workers that are killed in one run: three of one unit would rightly end it."""
 HEAD = "head"
-NOBODY = "nobody, it had ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +62,9 @@ def workers(world: World, count: int, random: Random) -> Counts:
                 store, f"executor.workers={WORKERS}", f"until={stage}", before=by_fork,
                 beside=partial(kill, run, store / stage, told),
             )  # fmt: skip
-            if ended.how not in ("done", "killed") or (ended.how == "killed" and run[-1][0] != HEAD):
+            if ended.how not in ("done", "killed") or (
+                ended.how == "killed" and run[-1][0] != HEAD
+            ):
                 problem = f"{ended.how}: {ended.said}"
         if problem is None:
             last = f"executor.workers={WORKERS}", f"until={stage}"

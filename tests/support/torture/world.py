@@ -81,7 +81,7 @@ class World:
 
     @classmethod
     def build(cls, root: Path, until: str = STAGES[-1]) -> "World":
-        """Make the model and run the whole line once."""
+        """Make the model and run the line once."""
         from tiny_line import model_folder, prompt_file
 
         model_folder(root), prompt_file(root)  # remembered by every fork
@@ -91,9 +91,9 @@ class World:
         world = cls(root, until)
 
         def job() -> list[str]:
-            from tiny_line import configured, run
+            from tiny_line import run
 
-            run(configured(root, world.store))
+            run(world.line(world.store))
             return list(sys.modules)
 
         ended = forked(job)
