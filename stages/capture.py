@@ -122,7 +122,7 @@ class Capture:
 
     def merge(self, units: Units) -> Mapping[str, float]:
         out, shards, sites = units.out, _shards(self), self.model.sites()
-        # A run that found all units finished has to make the roots of the trees, which are no unit's.
+        # Roots of the trees are no unit's: a run that finds all units finished makes them here.
         moments, *_ = (zarr.open_group(out / name, mode="a") for name in TREES)
         tokens = {s: int(str(moments[s.name].attrs["tokens"])) for s in sites}
         calls = load_calls(out / "calls", _files(shards))

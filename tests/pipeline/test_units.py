@@ -347,10 +347,12 @@ def test_killed_while_it_is_published_a_run_finds_its_units(store_root, monkeypa
 def test_a_file_that_changed_after_its_unit_was_finished_is_not_published(store_root):
     """As by a worker that was taken for dead and writes on."""
     store = ArtifactStore(store_root)
-    with pytest.raises(ArtifactError, match=r"^c\.bin changed after 'c' was finished"):
-        with store.create("stage", {"made": "here"}) as draft:
-            fill(draft.data)
-            (draft.data / "c.bin").write_bytes(b"half")
+    with (
+        pytest.raises(ArtifactError, match=r"^c\.bin changed after 'c' was finished"),
+        store.create("stage", {"made": "here"}) as draft,
+    ):
+        fill(draft.data)
+        (draft.data / "c.bin").write_bytes(b"half")
     assert store.list() == []
     with store.create("stage", {"made": "here"}, resume=True) as draft:
         assert finished(draft.data) == {"a", "b", "d"}

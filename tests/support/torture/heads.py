@@ -1,7 +1,7 @@
 """Two heads with workers of their own on one store; in half of the rounds one of them is killed.
 
-Workers are processes of this machine. In each fifth round those of the killed head are submitit's
-jobs, where that is installed: they go on for a while, beside those of the head that takes its place.
+Workers are processes of this machine. In each fifth round those of the killed head are jobs of
+submitit, if that is installed: they go on for a while, beside those of the head in its place.
 """
 
 import importlib.util

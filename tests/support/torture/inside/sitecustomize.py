@@ -35,8 +35,8 @@ def _fill(store: str, inside: bool, after: int) -> None:
         if event not in MAKING or not isinstance(args[0], str | os.PathLike):
             return
         flags = args[2] if event == "open" and isinstance(args[2], int) else os.O_CREAT
-        path = os.path.abspath(os.fspath(args[0]))
-        if not isinstance(path, str) or path.startswith(SYSTEM) or not flags & os.O_CREAT:
+        path = str(Path(os.fsdecode(args[0])).absolute())
+        if path.startswith(SYSTEM) or not flags & os.O_CREAT:
             return
         if path.startswith(store) == inside:
             left -= 1
