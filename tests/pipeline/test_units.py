@@ -344,32 +344,6 @@ def test_killed_while_it_is_published_a_run_finds_its_units(store_root, monkeypa
     draft.artifact.check()
 
 
-def test_a_file_that_changed_after_its_unit_was_finished_is_not_published(store_root):
-    """As by a worker that was taken for dead and writes on."""
-    store = ArtifactStore(store_root)
-    with (
-        pytest.raises(ArtifactError, match=r"^c\.bin changed after 'c' was finished"),
-        store.create("stage", {"made": "here"}) as draft,
-    ):
-        fill(draft.data)
-        (draft.data / "c.bin").write_bytes(b"half")
-    assert store.list() == []
-    with store.create("stage", {"made": "here"}, resume=True) as draft:
-        assert finished(draft.data) == {"a", "b", "d"}
-
-
-def test_what_belongs_to_no_finished_unit_is_swept_away(out):
-    units = Units(out)
-    for stranger in ("a.bin.half", f"{JOURNAL}/.x.json.half", "empty/folder/x"):
-        (out / stranger).parent.mkdir(parents=True, exist_ok=True)
-        (out / stranger).write_text("half")
-    before = files(out)
-    units.sweep()
-    assert files(out) == before - {"a.bin.half", "empty/folder/x"}
-    assert not (out / "empty").exists() and finished(out) == set(CONTENT)
-    assert all(path.suffix == ".json" and path.name[0] != "." for path in (out / JOURNAL).iterdir())
-
-
 def test_retiring_a_folder_without_a_journal(tmp_path):
     retire(tmp_path)
     assert tmp_path.exists()
