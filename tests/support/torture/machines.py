@@ -120,7 +120,9 @@ def _hurt(
 
     told = f"executor.workers={WORKERS}", f"until={stage}"
     ended = world.compress(store, *told, before=before)
-    return ended if once.exists() else Ended("unharmed", "no worker had the fault")
+    if ended.how == "done" and not once.exists():
+        return Ended("unharmed", "no worker had the fault")
+    return ended
 
 
 def _done(ended: Ended) -> str | None:
