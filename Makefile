@@ -110,7 +110,7 @@ tune: $(STAMP) ## choose plans for this GPU by measurement, into kernels/plans.j
 release: $(STAMP) ## build sdist and wheel of the last commit, check them, say what to upload
 	$(BIN)/python .ci/release.py $(ARGS)
 
-torture: $(STAMP) ## kill, cut the power, damage, fill the disk, race: ARGS="--kills 200" (all: about half an hour)
+torture: $(STAMP) ## kill, cut the power, damage, fill the disk, race, also several machines: ARGS="--kills 200" (all: an hour)
 	PYTHONPATH=tests/support $(BIN)/python -m torture $(ARGS)
 
 fuzz: $(STAMP) ## random and damaged input, each reader for SECONDS=600: READERS="lora manifest" (all)

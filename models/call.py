@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.disk import replacing
 
 PLAIN = (bool, int, float, str, type(None))
 
@@ -91,8 +92,10 @@ def save_calls(folder: Path, name: str, calls: Sequence[Call]) -> None:
         for c in calls
     ]
     tensor_file, tree_file = call_files(folder, name)
-    save_file(tensors, tensor_file)
-    tree_file.write_text(json.dumps(trees))
+    with replacing(tensor_file) as scratch:
+        save_file(tensors, scratch)
+    with replacing(tree_file) as scratch:
+        scratch.write_text(json.dumps(trees))
 
 
 def call_files(folder: Path, name: str) -> tuple[Path, Path]:

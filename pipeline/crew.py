@@ -18,7 +18,7 @@ from typing import Any
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.desk import Desk
+from dirotq.pipeline.desk import LEAVE, Desk
 from dirotq.pipeline.divided import Inputs, NotShared
 from dirotq.pipeline.job import Job, Seen
 from dirotq.pipeline.stage import recipe
@@ -67,14 +67,19 @@ class Crew:
 
         Raises UnsupportedError naming a unit that took down TRIES workers.
         """
+        lost = Counter[str]()
         with self._workplace.desk(units.out) as desk:
             job = self._job(stage, units, todo, inputs, desk)
-            yield from self._shared(stage, units, job, inputs)
+            yield from self._shared(stage, units, job, inputs, lost)
+        if lost and desk:
+            time.sleep(
+                LEAVE
+            )  # one may live, cut off from its cluster: that the desk is gone ends it
 
     def _shared(
-        self, stage: Any, units: Units, job: Job, inputs: Inputs
+        self, stage: Any, units: Units, job: Job, inputs: Inputs, lost: Counter[str]
     ) -> Generator[str, None, None]:
-        left, lost = deque(job.names), Counter[str]()
+        left = deque(job.names)
         idle = [*self._workplace.workers[: len(left)]]
         for worker in idle:  # all begin to start before one is waited for
             worker.start()

@@ -24,6 +24,8 @@ BEAT = 1.0
 """Seconds between two signs of life, and between two looks at what workers log."""
 LEASE = 60.0
 """Seconds without one after which a worker ends: longer than a network file system caches."""
+LEAVE = 3 * BEAT
+"""Seconds after which a worker that sees the store has ended, once the desk is gone."""
 SIGN = "alive"
 
 

@@ -88,6 +88,7 @@ def in_units(
         except NotShared as reason:
             log.warning("%s: one process does it alone: %s", second.what, reason)
             _make(second, units, follow, inputs, _here)
+    units.sweep()
     metrics = dict(stage.merge(units, **inputs))
     units.write_times()
     return metrics

@@ -48,7 +48,7 @@ from dirotq.pipeline.place import MARKER, REMOTE_MARKER, store_place
 from dirotq.pipeline.provenance import provenance, reset_peaks
 from dirotq.pipeline.remote_store import RemoteStore
 from dirotq.pipeline.stage import fingerprint
-from dirotq.pipeline.units import retire, times
+from dirotq.pipeline.units import refuse_changed, retire, times
 
 __all__ = ["Artifact", "ArtifactStore", "Draft", "default_root"]
 
@@ -185,12 +185,14 @@ class ArtifactStore:
             started = time.time()
             reset_peaks()
             yield draft
+            files = inventory(draft.data)
+            refuse_changed(draft.data, files)
             manifest = {
                 "schema": SCHEMA,
                 "stage": stage,
                 "fingerprint": key,
                 "recipe": recipe,
-                "files": inventory(draft.data),
+                "files": files,
                 "metrics": {name: _jsonable(value) for name, value in draft.metrics.items()},
             }
             made = provenance(started, overrides) | {"resumed": resumed} | dict(notes or {})

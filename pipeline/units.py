@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Collection, Generator, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -129,6 +129,10 @@ class Units:
         if self._waiting:
             self._write_waiting()
 
+    def sweep(self) -> None:
+        """Remove what belongs to no finished unit: what workers that died had half written."""
+        self._keep_only(self._files)
+
     def adopt(self, names: Iterable[str]) -> list[str]:
         """Take over what other processes finished here; return those of ``names`` that are intact.
 
@@ -204,7 +208,7 @@ class Units:
         for folder, folders, files in os.walk(self.out, topdown=False):
             for name in files:
                 if self._relative(path := Path(folder, name)) not in owned:
-                    path.unlink()
+                    path.unlink(missing_ok=True)  # a worker of a dead run may still rename it
             for name in folders:
                 if (path := Path(folder, name)).is_symlink():
                     path.unlink()
@@ -220,6 +224,21 @@ def times(out: Path) -> dict[str, Any]:
     """Return what provenance.json says of the units of the stage in ``out``; nothing without."""
     found = _content(out / JOURNAL / TIMES)
     return {"units": found} if found else {}
+
+
+def refuse_changed(out: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
+    """Hold what is about to be published, {file: its digest and size}, against the journal.
+
+    Raises ArtifactError for a file that changed since its unit was finished.
+    """
+    for unit, own in filter(None, map(_read, (out / JOURNAL).glob("*.json"))):
+        for name, entry in own.items():
+            if name in files and files[name] != entry:
+                raise ArtifactError(
+                    f"{name} changed after {unit!r} was finished: another program, or a worker "
+                    "that was taken for dead, writes to the store. Nothing was published; the same "
+                    "command makes it anew"
+                )
 
 
 def retire(out: Path) -> None:

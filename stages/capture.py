@@ -25,7 +25,7 @@ from dirotq.pipeline.sizes import parse_bytes
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Made, Units
 from dirotq.quantize import memory
-from dirotq.quantize.replayed_moments import ReplayedMoments
+from dirotq.quantize.replayed_moments import TREES, ReplayedMoments
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import Prompt, PromptSet
 
@@ -122,7 +122,8 @@ class Capture:
 
     def merge(self, units: Units) -> Mapping[str, float]:
         out, shards, sites = units.out, _shards(self), self.model.sites()
-        moments = zarr.open_group(out / "moments.zarr", mode="r")
+        # Roots of the trees are no unit's: a run that finds all units finished makes them here.
+        moments, *_ = (zarr.open_group(out / name, mode="a") for name in TREES)
         tokens = {s: int(str(moments[s.name].attrs["tokens"])) for s in sites}
         calls = load_calls(out / "calls", _files(shards))
         groups = by_part(calls).values()

@@ -23,6 +23,7 @@ from dirotq.models.call import by_part, load_probe
 from dirotq.models.family import Site
 from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.disk import replacing
 from dirotq.pipeline.divided import Make, in_units
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Made, Units
@@ -100,7 +101,8 @@ class Fuse:
                 del network
                 found = {k: torch.tensor([v], dtype=torch.float64) for k, v in worst.items()}
                 file = proof / f"{name}.safetensors"
-                save_file({**outputs, **found}, file)
+                with replacing(file) as scratch:
+                    save_file({**outputs, **found}, scratch)
                 yield name, [file, *([out / "sites"] if name == FUSED else [])]
 
         return make

@@ -102,8 +102,7 @@ class ReplayedMoments:
             own = {block: inside for block, inside in own.items() if inside}
             for block in self._made_of(replay, trees, alike, own):
                 if block or part == [*served][-1]:  # sites outside of blocks are one unit
-                    arrays = [out / name / s.name for name in TREES for s in left[block]]
-                    yield REPLAY + block, [*arrays, *(out / name / "zarr.json" for name in TREES)]
+                    yield REPLAY + block, [out / n / s.name for n in TREES for s in left[block]]
 
     def _made_of(
         self,

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.pipeline.disk import replacing
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -77,12 +78,12 @@ def read_array(group: zarr.Group, name: str) -> Tensor:
 
 
 def save_site(folder: Path, site: str, tensors: Mapping[str, Tensor]) -> Path:
-    """Write ``folder/<site>.safetensors``, whole or not at all (a kill leaves no half file)."""
+    """Write ``folder/<site>.safetensors``, whole or not at all, whoever else writes it."""
     target = folder / site_file(site)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{site}.partial"
-    save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, partial)
-    return partial.replace(target)
+    with replacing(target) as scratch:
+        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, scratch)
+    return target
 
 
 def load_site(path: Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:

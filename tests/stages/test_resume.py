@@ -245,8 +245,19 @@ def test_a_unit_that_was_half_written_is_done_again(cases, prepared, tmp_path, m
         patch.setattr("dirotq.quantize.tensors.save_file", half)
         with pytest.raises(type(error)):
             run_stage(case.stage, out, **case.inputs)
-    assert list(out.rglob("*.partial"))
+    assert b"half a file" not in [p.read_bytes() for p in out.rglob("*") if p.is_file()]
     assert case.run(out) == [unit for unit in case.every if unit not in case.finished]
+    assert published(out) == want
+
+
+def test_stopped_when_all_units_are_finished_only_the_end_is_done(cases, prepared, tmp_path):
+    """The roots of capture's trees are no unit's, and gone then."""
+    case, (_, want), out = cases["replay"], prepared("replay"), tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(case.stage), "merge", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            run_stage(case.stage, out)
+    assert case.run(out) == []
     assert published(out) == want
 
 

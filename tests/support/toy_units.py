@@ -75,6 +75,7 @@ class Parts:
         harm = self.harm.get(name, "")
         if harm == "die" or (harm == "die once" and first):
             file.write_text("half")
+            file.with_name(f".{name}.half").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
         if harm == "fail":
             raise NumericalError(f"{name}: not finite")

@@ -95,7 +95,8 @@ def damage(world: World, count: int, random: Random) -> Counts:
         stage, files = kinds[number % len(kinds)]
         way = WAYS[(number // len(kinds)) % len(WAYS)]
         name = random.choice(files)
-        readers = ["verify", *(("next",) if stage in READERS else ())]
+        after = READERS.get(stage, ("",))[0]
+        readers = ["verify", *(("next",) if after in world.stages else ())]
         readers += ["load", "copy"] if stage == "pack" else []
         reader = random.choice(readers)
         store = world.copy(world.folder("damage") / "store")
@@ -187,7 +188,7 @@ def _same_list(world: World, model: Path) -> bool:
 def _kinds(world: World) -> list[tuple[str, list[str]]]:
     """Files of the undisturbed store by stage and kind, provenance (advice only) apart."""
     found: dict[tuple[str, str], list[str]] = {}
-    for stage in STAGES:
+    for stage in world.stages:
         (artifact,) = (p for p in (world.store / stage).iterdir() if p.is_dir())
         for file in sorted(p for p in artifact.rglob("*") if p.is_file()):
             name = file.relative_to(artifact).as_posix()

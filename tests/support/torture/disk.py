@@ -9,7 +9,7 @@ import subprocess
 from pathlib import Path
 from random import Random
 
-from .world import STAGES, Counts, World
+from .world import Counts, World
 
 TOLD = ("full", "room", "space", "inodes")
 
@@ -22,7 +22,7 @@ def full_disk(world: World, count: int, random: Random) -> Counts:
         counts.notes.append("not run: this process may not mount a file system")
         return counts
     subprocess.run(["umount", place], check=True)
-    pages, inodes = _needed(world.store)
+    pages, inodes = _needed(world)
     for number in range(count):
         share = random.random()
         limit = (
@@ -60,8 +60,8 @@ def _mounted(place: Path, limit: str) -> bool:
     return os.geteuid() == 0 and done.returncode == 0
 
 
-def _needed(store: Path) -> tuple[int, int]:
+def _needed(world: World) -> tuple[int, int]:
     """KiB (in pages) and inodes of the undisturbed store, and a quarter on top."""
-    files = [p for stage in STAGES for p in (store / stage).rglob("*")]
+    files = [p for stage in world.stages for p in (world.store / stage).rglob("*")]
     pages = sum(-(-p.stat().st_size // 4096) * 4 for p in files if p.is_file())
     return pages * 5 // 4, len(files) * 5 // 4

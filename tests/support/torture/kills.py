@@ -22,9 +22,9 @@ TOUCHING = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link",
 def kills(world: World, count: int, random: Random) -> Counts:
     """The rerun ends, with the bytes of an undisturbed run; nothing else was ever published."""
     counts = Counts("random kills, rerun")
-    usual = {stage: _measured(world, stage) for stage in STAGES[:count]}
+    usual = {stage: _measured(world, stage) for stage in world.stages[:count]}
     for number in range(count):
-        stage = STAGES[number % len(STAGES)]  # all of them alike
+        stage = world.stages[number % len(world.stages)]  # all of them alike
         seconds, operations = usual[stage]
         store = world.copy(world.folder("kill") / "store", without=stage)
         problem, told = None, []
@@ -44,7 +44,7 @@ def kills(world: World, count: int, random: Random) -> Counts:
         if problem is None:
             ended = world.compress(store, f"until={stage}")
             problem = None if ended.how == "done" else f"the rerun: {ended.how}: {ended.said}"
-        problem = problem or world.differences(store, until=stage) or _left(store)
+        problem = problem or world.differences(store, until=stage) or left_behind(store)
         counts.count(problem and f"{stage}, killed at {', '.join(told)}: {problem}")
         shutil.rmtree(store.parent)
     return counts
@@ -98,7 +98,7 @@ def _before(stage: str) -> str:
     return STAGES[place - 1] if place else ""
 
 
-def _left(store: Path) -> str | None:
+def left_behind(store: Path) -> str | None:
     """What a finished run must not leave behind."""
     left = [p for p in store.glob("*/*") if p.suffix == ".partial" or ".trash-" in p.name]
     return f"{left[0].name} was left behind" if left else None

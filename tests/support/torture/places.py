@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from .damage import flip
-from .world import STAGES, Counts, Ended, World, forked
+from .world import Counts, Ended, World, forked
 
 NOBODY = 65534
 
@@ -33,7 +33,7 @@ def places(world: World, count: int, random: Random) -> Counts:
 def read_only_store(world: World, place: Path, random: Random) -> str | None:
     """All is cached: the same command works for somebody who may only read."""
     store = world.copy(place / "store")
-    return _all_cached(world, store, before=lambda: _become(NOBODY))
+    return all_cached(world, store, before=lambda: _become(NOBODY))
 
 
 def read_only_cache(world: World, place: Path, random: Random) -> str | None:
@@ -46,13 +46,13 @@ def read_only_cache(world: World, place: Path, random: Random) -> str | None:
 
     (place / "theirs").mkdir()
     os.chown(place / "theirs", NOBODY, NOBODY)
-    ended = world.compress(place / "theirs" / "store", "until=rank", before=before)
+    ended = world.compress(place / "theirs" / "store", "until=capture", before=before)
     return None if ended.how == "done" else f"{ended.how}: {ended.said}"
 
 
 def unwritable_store(world: World, place: Path, random: Random) -> str | None:
     """Something is left to do: a message that names the folder."""
-    store = world.copy(place / "store", without=random.choice(STAGES))
+    store = world.copy(place / "store", without=random.choice(world.stages))
     ended = world.compress(store, before=lambda: _become(NOBODY))
     right = ended.how == "refused" and str(store) in str(ended.said)
     return None if right else f"{ended.how}: {ended.said}"
@@ -61,11 +61,12 @@ def unwritable_store(world: World, place: Path, random: Random) -> str | None:
 def another_umask(world: World, place: Path, random: Random) -> str | None:
     """Modes of what is published follow the umask: group and others read what they may."""
     mask = random.choice((0o002, 0o022, 0o027, 0o077))
-    store = world.copy(place / "store", without=random.choice(("pack", "gptq", "capture")))
+    last = world.stages[-1] if "pack" not in world.stages else "pack"
+    store = world.copy(place / "store", without=random.choice((last, "capture")))
     for path in store.rglob("*"):
         path.chmod(0o777 if path.is_dir() else 0o666)  # what is older is not what is looked at
     began = time.time() - 0.01
-    ended = world.compress(store, "until=pack", before=lambda: os.umask(mask) and None)
+    ended = world.compress(store, f"until={last}", before=lambda: os.umask(mask) and None)
     if ended.how != "done":
         return f"{ended.how}: {ended.said}"
     for path in store.rglob("*"):
@@ -123,12 +124,12 @@ def file_times(world: World, place: Path, random: Random) -> str | None:
     for path in store.rglob("*"):
         when = random.choice((0, time.time() + 86_400, time.time() - 10**8))
         os.utime(path, (when, when))
-    return _all_cached(world, store)
+    return all_cached(world, store)
 
 
 def clock_jumps(world: World, place: Path, random: Random) -> str | None:
     """The clock goes back, or on, between any two calls."""
-    store = world.copy(place / "store", without=random.choice(STAGES))
+    store = world.copy(place / "store", without=random.choice(world.stages))
     plain, leaps = time.time, Random(random.getrandbits(32))
 
     def before() -> None:
@@ -137,13 +138,13 @@ def clock_jumps(world: World, place: Path, random: Random) -> str | None:
     ended = world.compress(store, before=before)
     if ended.how != "done":
         return f"{ended.how}: {ended.said}"
-    return world.differences(store) or _all_cached(world, store)
+    return world.differences(store) or all_cached(world, store)
 
 
 def special_files(world: World, place: Path, random: Random) -> str | None:
     """A fifo, a folder or a link to itself in the place of a file: named, and no hang."""
     store = world.copy(place / "store")
-    files = [p for stage in STAGES for p in (store / stage).rglob("*") if p.is_file()]
+    files = [p for stage in world.stages for p in (store / stage).rglob("*") if p.is_file()]
     file = random.choice([p for p in files if p.name != "provenance.json"])
     file.unlink()
     kind = random.choice(("fifo", "folder", "loop"))
@@ -168,15 +169,19 @@ SITUATIONS: tuple[Callable[[World, Path, Random], str | None], ...] = (
 )  # fmt: skip
 
 
-def _all_cached(world: World, store: Path, before: Callable[[], None] | None = None) -> str | None:
+def all_cached(
+    world: World, store: Path, *more: str, before: Callable[[], None] | None = None
+) -> str | None:
+    """Nothing is made again by the same command."""
+
     def job() -> int:
-        from tiny_line import configured, run
+        from tiny_line import run
 
         from dirotq.pipeline.store import ArtifactStore
 
         if before is not None:
             before()
-        made = run(configured(world.root, store))
+        made = run(world.line(store, *more))
         for artifact in made.values():
             ArtifactStore(store).verify(artifact)
         return len(made)

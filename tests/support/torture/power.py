@@ -69,7 +69,7 @@ def _recorded(world: World) -> Recording:
     store.mkdir()
 
     def job() -> dict[str, Any]:
-        from tiny_line import configured, run
+        from tiny_line import run
 
         recording = Recording(blobs, root=store.stat().st_ino)
         seen: dict[int, tuple[int, int]] = {}
@@ -91,7 +91,7 @@ def _recorded(world: World) -> Recording:
 
         os.fsync = fsync
         count_operations(store, look)
-        run(configured(world.root, store))
+        run(world.line(store))
         look()
         return {
             "root": recording.root,

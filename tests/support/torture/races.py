@@ -9,10 +9,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
-from .world import STAGES, Counts, Ended, World, forked
+from .world import Counts, Ended, World, forked
 
 AT_A_TIME = 4
-PATIENCE = 120
+PATIENCE = 240
 """Seconds after which a round is taken for a deadlock."""
 
 
@@ -21,9 +21,9 @@ def races(world: World, count: int, random: Random) -> Counts:
     counts = Counts("races of runs, force, gc and verify")
     for _ in range(count):
         place = world.folder("race")
-        store = world.copy(place / "store", without=random.choice((*STAGES, None)))
+        store = world.copy(place / "store", without=random.choice((*world.stages, None)))
         chosen = [random.choice(ACTS) for _ in range(AT_A_TIME)]
-        problem = _round(world, store, chosen, random)
+        problem = a_round(world, store, chosen, random)
         if problem is None:
             ended = world.compress(store)
             problem = None if ended.how == "done" else f"afterwards: {ended.how} {ended.said}"
@@ -35,20 +35,17 @@ def races(world: World, count: int, random: Random) -> Counts:
 
 def run(world: World, store: Path, random: Random) -> None:
     """The plain command."""
-    from tiny_line import configured
     from tiny_line import run as run_line
 
-    run_line(configured(world.root, store))
+    run_line(world.line(store))
 
 
 def force(world: World, store: Path, random: Random) -> None:
     """One stage is computed anew although it is there."""
-    from tiny_line import configured
-
     from dirotq.pipeline import dag
 
-    line = configured(world.root, store)
-    stage = random.choice(STAGES)
+    line = world.line(store)
+    stage = random.choice(world.stages)
     dag.run(line.steps, line.store, line.executor, force=[stage])
 
 
@@ -78,9 +75,10 @@ def _command(*args: str) -> None:
         raise ArtifactError(f"{args[0]} ended with status {status}")
 
 
-def _round(
+def a_round(
     world: World, store: Path, acts: list[Callable[[World, Path, Random], None]], random: Random
 ) -> str | None:
+    """Let all acts happen at the same time; what went wrong."""
     context = get_context("fork")
     started = []
     for act in acts:

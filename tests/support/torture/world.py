@@ -16,10 +16,14 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dirotq.errors import DirotqError
+
+if TYPE_CHECKING:
+    from dirotq.pipeline.config import Pipeline
 
 STAGES = ("capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate")
 TIMED = ("report.json", "report.html", "_seconds/")
@@ -58,29 +62,38 @@ class Counts:
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """``root`` holds the 16-bit model, the prompts and ``store``, the undisturbed one."""
+    """``root`` holds the 16-bit model, the prompts and ``store``, the undisturbed one.
+
+    until  the last stage that is hurt, or made anew, where nothing else is said
+    """
 
     root: Path
+    until: str = STAGES[-1]
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that are hurt."""
+        return STAGES[: STAGES.index(self.until) + 1]
 
     @property
     def store(self) -> Path:
         return self.root / "store"
 
     @classmethod
-    def build(cls, root: Path) -> "World":
-        """Make the model and run the whole line once."""
+    def build(cls, root: Path, until: str = STAGES[-1]) -> "World":
+        """Make the model and run the line once."""
         from tiny_line import model_folder, prompt_file
 
         model_folder(root), prompt_file(root)  # remembered by every fork
         root.chmod(0o755)
         for path in (root / "model").rglob("*"):  # other users read it too
             path.chmod(0o755 if path.is_dir() else 0o644)
-        world = cls(root)
+        world = cls(root, until)
 
         def job() -> list[str]:
-            from tiny_line import configured, run
+            from tiny_line import run
 
-            run(configured(root, world.store))
+            run(world.line(world.store))
             return list(sys.modules)
 
         ended = forked(job)
@@ -98,20 +111,29 @@ class World:
         *more: str,
         before: Callable[[], None] | None = None,
         seconds: float | None = None,
+        beside: Callable[[int], None] | None = None,
     ) -> Ended:
         """Run the line in a forked process, where ``before`` is called first.
 
         seconds  after which it is killed
+        beside   is called with its id, in a process of its own
         """
 
         def job() -> dict[str, str]:
-            from tiny_line import configured, run
+            from tiny_line import run
 
             if before is not None:
                 before()
-            return {name: str(a) for name, a in run(configured(self.root, store, *more)).items()}
+            return {name: str(a) for name, a in run(self.line(store, *more)).items()}
 
-        return forked(job, seconds=seconds)
+        return forked(job, seconds=seconds, beside=beside)
+
+    def line(self, store: Path, *more: str) -> "Pipeline":
+        """The line as the config tree makes it, up to ``until`` unless that is told."""
+        from tiny_line import configured
+
+        told = any(word.startswith("until=") for word in more)
+        return configured(self.root, store, *more, *(() if told else (f"until={self.until}",)))
 
     def copy(self, place: Path, without: str | None = None) -> Path:
         """A copy of the undisturbed store; ``without`` a stage and all that follow it."""
@@ -126,12 +148,13 @@ class World:
             )
         )
 
-    def differences(self, store: Path, *, until: str = "validate") -> str | None:
+    def differences(self, store: Path, *, until: str | None = None) -> str | None:
         """What in a store is not as in the undisturbed one; None if nothing.
 
-        until  the stages up to this one have to be there ("": none); whatever is there must have
-               the same bytes
+        until  the stages up to this one have to be there ("": none; None: all that are hurt);
+               whatever is there must have the same bytes
         """
+        until = self.until if until is None else until
         wanted = STAGES[: STAGES.index(until) + 1] if until else ()
         for stage in STAGES:
             here, there = _keys(store / stage), _keys(self.store / stage)
@@ -149,8 +172,16 @@ class World:
         return Path(tempfile.mkdtemp(prefix=f"{name}-", dir=self.root))
 
 
-def forked(job: Callable[[], Any], *, seconds: float | None = None) -> Ended:
-    """Call ``job`` in a forked process and wait for it; SIGKILL after ``seconds``."""
+def forked(
+    job: Callable[[], Any],
+    *,
+    seconds: float | None = None,
+    beside: Callable[[int], None] | None = None,
+) -> Ended:
+    """Call ``job`` in a forked process and wait for it; SIGKILL after ``seconds``.
+
+    beside  is called with the process's id, in a third one that nobody waits for
+    """
     reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
@@ -158,7 +189,9 @@ def forked(job: Callable[[], Any], *, seconds: float | None = None) -> Ended:
         _report(job, writing)
     os.close(writing)
     if seconds is not None:
-        _kill_after(child, seconds)
+        _apart(partial(_kill_after, child, seconds))
+    if beside is not None:
+        _apart(partial(beside, child))
     with os.fdopen(reading) as pipe:
         text = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
@@ -184,12 +217,17 @@ def _report(job: Callable[[], Any], writing: int) -> None:
 
 
 def _kill_after(child: int, seconds: float) -> None:
-    """A forked watcher: a thread in the parent would be copied half-way into the next child."""
+    time.sleep(seconds)
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGKILL)
+
+
+def _apart(job: Callable[[], None]) -> None:
+    """Call it in a fork: a thread in the parent would be copied half-way into the next child."""
     if os.fork() == 0:
         if os.fork() == 0:  # its parent leaves at once, so that nobody has to wait for it
-            time.sleep(seconds)
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(child, signal.SIGKILL)
+            with contextlib.suppress(BaseException):
+                job()
         os._exit(0)
     else:
         os.wait()
