@@ -52,7 +52,7 @@ def test_config_round_trip(finished):
     entries = [(entry.site, entry.spec) for entry in plan]
     stored = json.loads(json.dumps(DirotqConfig.of(entries).to_dict()))
     assert stored["quant_method"] == "dirotq"
-    assert stored["format"] == 2  # the first readers don't know scales of the root mean square
+    assert stored["format"] == 3  # the first readers don't know levels
     assert DirotqConfig(**stored).entries() == entries
 
 

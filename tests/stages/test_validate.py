@@ -166,7 +166,7 @@ def test_images_are_those_of_the_two_pipelines(validate, inputs, report):
 def test_every_site_has_its_line(report, validate):
     sites = report["sites"]
     assert [s["site"] for s in sites] == [s.name for s in validate.model.sites()]
-    assert {s["format"] for s in sites} == {"W4A4", "W4A16"}
+    assert {s["format"] for s in sites} == {"W4A4 LM4", "W4A16 LM4"}
     assert all(10 < s["sqnr_db"] < 80 for s in sites)
     assert {s["rank"] for s in sites if s["kind"] == "block"} == {16}
 

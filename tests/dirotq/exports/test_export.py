@@ -17,6 +17,7 @@ from dirotq.kernels.formats.quantize_weight import dequantize_weight, unpack_wei
 from dirotq.kernels.linear import QuantLinear
 from dirotq.pipeline.disk import write_json
 
+INTEGERS = ("weight_format=int4_channel",)
 CONVROT = ("method=convrot", "weight_format=int4_channel", "act_format=int4_token")
 INT8 = (*CONVROT[:2], "act_format=int8_token")
 CASES = {
@@ -175,7 +176,7 @@ def test_records_name_what_the_reader_needs(exported):
 @pytest.mark.parametrize(
     ("words", "format", "problem", "instead", "again"),
     [
-        (("weight_format=int4_channel",), "convrot_w4a4", "low-rank branch of rank 16 taken out", "No other format", CONVROT),
+        (INTEGERS, "convrot_w4a4", "low-rank branch of rank 16 taken out", "No other", CONVROT),
         (("method=absorb",), "convrot_w4a4", "beside the input", "svdquant_w4a4", CONVROT),
         (CONVROT, "svdquant_w4a4", "regular Hadamard", "convrot_w4a4", ("method=svdquant",)),
         (("method=convrot",), "convrot_w4a4", "per group of 64", "No other format", CONVROT),

@@ -44,7 +44,7 @@ def test_it_lists_what_is_packed_and_what_stays(card):
     assert "20 linears in 13 sites" in card
     assert "8\nlinears stay in 16 bits (`context_embedder`," in card
     row = next(line for line in card.splitlines() if "`to_q`" in line and "proj_mlp" not in line)
-    assert row.startswith("| `transformer_blocks.*.attn`: `to_q`, `to_k`, `to_v` | 3 | W4A4 | ")
+    assert row.startswith("| `transformer_blocks.*.attn`: `to_q`, `to_k`, `to_v` | 3 | W4A4 LM4 | ")
     assert row.endswith("| 16 |")
 
 

@@ -16,8 +16,12 @@ from dirotq.quantizer import DirotqConfig
 
 @pytest.fixture(scope="module")
 def sites(finished):
+    """Those of a packed folder, as if their weights were integers."""
     file = finished["pack"].data / "model" / "transformer" / "config.json"
-    return json.loads(file.read_text())["quantization_config"]["sites"]
+    sites = json.loads(file.read_text())["quantization_config"]["sites"]
+    for entry in sites:
+        entry["spec"]["weight_scale"] = entry["spec"]["weight_scale"].removeprefix("lm4_")
+    return sites
 
 
 def shared(sites) -> int:
