@@ -305,6 +305,6 @@ def test_the_same_image_as_with_the_lora_compressed(line, lora, folder, pipe):
         return float((a - b).square().mean())
 
     before, after = apart(plain, image(whole)), apart(want, unrounded)
-    assert apart(loaded, unrounded) < 3 * max(before, after)
-    assert apart(loaded, want) < 3 * (before + after)
+    assert apart(loaded, unrounded) < 5 * max(before, after)
+    assert apart(loaded, want) < 5 * (before + after)
     assert apart(plain, unrounded) > 10 * max(before, after)
