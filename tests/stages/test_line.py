@@ -113,8 +113,12 @@ KILLS = {
 }
 """Stage, and after how many calls of which function it is killed."""
 KILL = """
-import importlib, json, os, signal, sys
+import importlib, json, os, signal, sys, threading
 os.fsync = lambda handle: None  # as in conftest.py
+from tqdm import tqdm
+# A lock of tqdm's that forks share stays locked when one of them is killed in a progress bar.
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 from tiny_line import run
 from dirotq.pipeline.config import build, compose_config
 
