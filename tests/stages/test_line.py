@@ -113,55 +113,49 @@ KILLS = {
 }
 """Stage, and after how many calls of which function it is killed."""
 KILL = """
-import importlib, json, os, signal, sys, threading
+import importlib, json, os, signal, sys
 os.fsync = lambda handle: None  # as in conftest.py
-from tqdm import tqdm
-# A lock of tqdm's that forks share stays locked when one of them is killed in a progress bar.
-tqdm.monitor_interval = 0
-tqdm.set_lock(threading.RLock())
 from tiny_line import run
 from dirotq.pipeline.config import build, compose_config
 
-def run_and_die(module, name, count, command):
-    owner = importlib.import_module(module)
-    right = getattr(owner, name)
+module, name, count, command = json.loads(sys.argv[1])
+owner = importlib.import_module(module)
+right = getattr(owner, name)
 
-    def kill_at(*args, **kwargs):
-        nonlocal count
-        count -= 1
-        if count < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return right(*args, **kwargs)
+def kill_at(*args, **kwargs):
+    global count
+    count -= 1
+    if count < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(*args, **kwargs)
 
-    setattr(owner, name, kill_at)
-    run(build(compose_config(command, "dirotq.conf")))
-
-# Forked, so that imports are paid for once; before anything ran, so that there are no threads.
-for kill in json.loads(sys.argv[1]):
-    child = os.fork()
-    if child == 0:
-        run_and_die(*kill)
-        sys.exit()
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+setattr(owner, name, kill_at)
+run(build(compose_config(command, "dirotq.conf")))
 """
 
 
 @pytest.fixture(scope="module")
 def killed(tiny_root, tmp_path_factory):
-    """{kill: store of a line that died of it}."""
+    """{kill: store of a line that died of it}.
+
+    Processes of their own: forks of one would share its OpenMP threads, and wait for them for ever.
+    """
     stores = {name: tmp_path_factory.mktemp(name) for name in KILLS}
-    kills = [
-        (*KILLS[name][1:], overrides(tiny_root, store, "until=pack"))
-        for name, store in stores.items()
-    ]
-    done = subprocess.run(
-        [sys.executable, "-c", KILL, json.dumps(kills)],
-        env=dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.split() == [str(-signal.SIGKILL)] * len(kills), done.stderr
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"
+    started = []
+    for name, store in stores.items():
+        kill = [*KILLS[name][1:], overrides(tiny_root, store, "until=pack")]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", KILL, json.dumps(kill)],
+                env=dict(os.environ, PYTHONPATH=path),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * len(started), said
     return stores
 
 
