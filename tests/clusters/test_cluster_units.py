@@ -16,7 +16,7 @@ import torch
 import toy_units
 from tiny_line import stage as stage_of
 from tiny_line import tree_bytes
-from toy_units import Parts
+from toy_units import Parts, alone, content
 
 from dirotq.errors import NumericalError, UnsupportedError
 from dirotq.pipeline.divided import in_units
@@ -46,20 +46,6 @@ def stage(tmp_path):
 def out(tmp_path):
     (tmp_path / "out").mkdir()
     return tmp_path / "out"
-
-
-def content(out):
-    return {
-        path.relative_to(out).as_posix(): path.read_text()
-        for path in out.rglob("*")
-        if path.is_file() and JOURNAL not in path.parts
-    }
-
-
-def alone(stage, out):
-    out.mkdir()
-    in_units(stage, out, {})
-    return content(out)
 
 
 def test_two_workers_make_each_unit_once_with_the_bytes_of_one(run, stage, tmp_path, out, caplog):

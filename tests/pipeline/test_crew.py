@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import pytest
 import toy_units
-from toy_units import Parts, ReadsFirst, Tower
+from toy_units import Parts, ReadsFirst, Tower, alone, content
 
 from dirotq.errors import ArtifactError, NumericalError, UnsupportedError
 from dirotq.pipeline import crew as module
@@ -35,20 +35,6 @@ def stage(tmp_path):
 def pair():
     with Crew(Processes(2)) as crew:
         yield crew
-
-
-def content(out):
-    return {
-        path.relative_to(out).as_posix(): path.read_text()
-        for path in out.rglob("*")
-        if path.is_file() and JOURNAL not in path.parts
-    }
-
-
-def alone(stage, out):
-    out.mkdir()
-    in_units(stage, out, {})
-    return content(out)
 
 
 def shared(stage, out, crew):

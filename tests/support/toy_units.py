@@ -21,10 +21,26 @@ from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Make, NotShared, in_units
 from dirotq.pipeline.stage import untracked
-from dirotq.pipeline.units import Made, Units
+from dirotq.pipeline.units import JOURNAL, Made, Units
 from dirotq.pipeline.worker import Processes
 
 log = logging.getLogger(__name__)
+
+
+def content(out: Path) -> dict[str, str]:
+    """Every file that units made below ``out``, with its text."""
+    return {
+        path.relative_to(out).as_posix(): path.read_text()
+        for path in out.rglob("*")
+        if path.is_file() and JOURNAL not in path.parts
+    }
+
+
+def alone(stage: "Parts", out: Path) -> dict[str, str]:
+    """What one process makes of a stage."""
+    out.mkdir()
+    in_units(stage, out, {})
+    return content(out)
 
 
 @dataclass(frozen=True, kw_only=True)
