@@ -32,8 +32,7 @@ from dirotq.pipeline import dag, preflight
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import build, compose_config
 
-DEPTH = {"flux": ("num_layers", "num_single_layers"), "pixart_sigma": ("num_layers",)}
-DEPTH["sana"] = ("num_layers",)
+LAYERS = ("num_layers", "num_single_layers")
 TINY = "tiny_flux"
 """The model that comes with DiRotQ, for a look at the benchmark itself."""
 WAYS = ("one", "several")
@@ -41,7 +40,7 @@ WAYS = ("one", "several")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=[*DEPTH, TINY])
+    parser.add_argument("model", choices=[*full_size.COMPRESSED, TINY])
     parser.add_argument("--models", type=Path, default=Path("artifacts/full-size"))
     parser.add_argument("--store", default="artifacts")
     parser.add_argument("--figures", type=Path, default=Path("artifacts/bench/compress"))
@@ -125,8 +124,8 @@ def generated(name: str, models: Path, depth: float, device: torch.device) -> Pa
         return name
     folder = models / f"{name}-{depth:g}"
     if not (folder / "model_index.json").exists():
-        config = full_size.ARCHITECTURES[name][1]
-        changes = {key: max(round(config[key] * depth), 1) for key in DEPTH[name]}
+        config = full_size.COMPRESSED[name][1]
+        changes = {key: max(round(config[key] * depth), 1) for key in LAYERS if key in config}
         began = time.monotonic()
         partial = folder.with_name(f"{folder.name}.partial")  # what a killed run leaves
         shutil.rmtree(partial, ignore_errors=True)

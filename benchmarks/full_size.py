@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dirotq.assets import tiny_flux
+from dirotq.assets.byte_pairs import byte_pair_tokenizer
 from dirotq.models.skeleton import empty_transformer
 from dirotq.sources.prompts import resolve
 from dirotq.sources.weights import plan_shards, write_index
@@ -55,11 +56,19 @@ ARCHITECTURES: Mapping[str, tuple[str, dict[str, Any]]] = {
     "sd3": ("SD3Transformer2DModel", SD3),
     "z_image": ("ZImageTransformer2DModel", {}),
     "flux2_klein": ("Flux2Transformer2DModel", FLUX2_KLEIN),
-    "qwen_image": ("QwenImageTransformer2DModel", {}),
-    "wan": ("WanTransformer3DModel", {}),
+    "qwen_image": ("QwenImageTransformer2DModel", {"num_layers": 60}),
+    "wan": ("WanTransformer3DModel", {"num_layers": 40}),
 }
 """Classes and published configurations: FLUX.1-dev, PixArt-Sigma, SANA 1.6B, SD 3.5 medium,
 Z-Image, FLUX.2-klein 4B, Qwen-Image, Wan 2.1 14B (the last ones are their classes' defaults)."""
+FLUX2_DEV = {"num_layers": 8, "num_single_layers": 48, "guidance_embeds": False}
+"""Without the guidance's two small linears: klein's pipeline, which gives none, runs it."""
+COMPRESSED: Mapping[str, tuple[str, dict[str, Any]]] = {
+    **{name: ARCHITECTURES[name] for name in ("flux", "pixart_sigma", "sana", "qwen_image")},
+    "flux2_dev": ("Flux2Transformer2DModel", FLUX2_DEV),
+    "wan22": ARCHITECTURES["wan"],
+}
+"""Those that :func:`build` makes a whole pipeline of; Wan 2.2 has two transformers."""
 
 
 def build(name: str, folder: Path, device: torch.device, **changes: Any) -> Path:
@@ -67,7 +76,7 @@ def build(name: str, folder: Path, device: torch.device, **changes: Any) -> Path
 
     changes  fields of the transformer's config to replace (fewer layers, narrower for a test)
     """
-    cls_name, config = ARCHITECTURES[name]
+    cls_name, config = COMPRESSED[name]
     cls = getattr(diffusers, cls_name)
     transformer = empty_transformer(config | changes, cls)
     parts = _COMPONENTS[name](transformer.config)
@@ -77,18 +86,20 @@ def build(name: str, folder: Path, device: torch.device, **changes: Any) -> Path
     pipeline = _PIPELINES[name](transformer=None, **parts)
     pipeline.save_pretrained(folder)
     index = json.loads((folder / "model_index.json").read_text())
-    index["transformer"] = ["diffusers", cls_name]
+    experts = ("transformer", "transformer_2") if name == "wan22" else ("transformer",)
+    index |= {expert: ["diffusers", cls_name] for expert in experts}
     (folder / "model_index.json").write_text(json.dumps(index, indent=2))
-    write_transformer(transformer, folder / "transformer", device)
+    for seed, expert in enumerate(experts):
+        write_transformer(transformer, folder / expert, device, seed)
     return folder
 
 
-def write_transformer(transformer: Any, folder: Path, device: torch.device) -> None:
+def write_transformer(transformer: Any, folder: Path, device: torch.device, seed: int = 0) -> None:
     """Write its config and generated bf16 weights, in shards of 4 GB, one in memory at a time."""
     transformer.save_config(folder)
     names = transformer.state_dict()
     shards = plan_shards({name: 2 * like.numel() for name, like in names.items()}, 4 * 10**9)
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(seed)
     for file, inside in shards.filename_to_tensors.items():
         tensors = {n: _weight(n, names[n], generator).to("cpu", torch.bfloat16) for n in inside}
         save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -140,12 +151,12 @@ def _latents(channels: int, factor: int) -> Any:
     )
 
 
-def _t5(tokenizer: Any, width: int) -> Any:
-    config = transformers.T5Config(
+def _t5(tokenizer: Any, width: int, kind: str = "T5") -> Any:
+    config = getattr(transformers, f"{kind}Config")(
         vocab_size=len(tokenizer), d_model=width, d_kv=16, d_ff=64, num_layers=1, num_heads=4,
         feed_forward_proj="relu", decoder_start_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return transformers.T5EncoderModel(config)
+    return getattr(transformers, f"{kind}EncoderModel")(config)
 
 
 def captions() -> list[str]:
@@ -211,9 +222,90 @@ def _sana(config: Any) -> dict[str, Any]:
     }
 
 
-_COMPONENTS = {"flux": _flux, "pixart_sigma": _pixart, "sana": _sana}
+def _qwen(width: int, layers: int, cls: Any, config: Any, **more: Any) -> Any:
+    """Make a language model with states of ``width`` and hardly any parameters but words."""
+    return cls(
+        config(
+            hidden_size=width, intermediate_size=64, num_hidden_layers=layers,
+            num_attention_heads=2, num_key_value_heads=1, **more,
+        )
+    )  # fmt: skip
+
+
+def _flux2(config: Any) -> dict[str, Any]:
+    tokenizer = byte_pair_tokenizer(captions())
+    # The states after layers 9, 18 and 27 are what the transformer reads.
+    text = _qwen(
+        config.joint_attention_dim // 3, 27, transformers.Qwen3ForCausalLM,
+        transformers.Qwen3Config, vocab_size=len(tokenizer), head_dim=32,
+    )  # fmt: skip
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae": diffusers.AutoencoderKLFlux2(
+            block_out_channels=(8,) * 4, layers_per_block=1, norm_num_groups=4,
+            latent_channels=config.in_channels // 4, mid_block_add_attention=False,
+        ),
+        "text_encoder": text,
+        "tokenizer": tokenizer,
+    }  # fmt: skip
+
+
+def _qwen_image(config: Any) -> dict[str, Any]:
+    template = diffusers.QwenImagePipeline(None, None, None, None, None).prompt_template_encode
+    # The pipeline drops 34 tokens of its template, which are words.
+    tokenizer = byte_pair_tokenizer([*captions(), *[template] * 4])
+    width = config.joint_attention_dim
+    heads = width // 128
+    text = {
+        "vocab_size": len(tokenizer), "hidden_size": width, "intermediate_size": 64,
+        "num_hidden_layers": 1, "num_attention_heads": heads, "num_key_value_heads": heads,
+        "rope_parameters": {
+            "rope_type": "default", "mrope_section": [16, 24, 24], "rope_theta": 1e6
+        },
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
+    return {
+        "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        "vae": _video_latents(diffusers.AutoencoderKLQwenImage, config.in_channels // 4),
+        "text_encoder": transformers.Qwen2_5_VLForConditionalGeneration(
+            transformers.Qwen2_5_VLConfig(
+                text_config=text, vision_config=vision | {"out_hidden_size": width}
+            )
+        ),
+        "tokenizer": tokenizer,
+    }
+
+
+def _wan22(config: Any) -> dict[str, Any]:
+    _, t5 = tiny_flux.train_tokenizers(captions())
+    return {
+        "scheduler": diffusers.UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=12.0
+        ),
+        "vae": _video_latents(diffusers.AutoencoderKLWan, config.in_channels),
+        "text_encoder": _t5(t5, config.text_dim, "UMT5"),
+        "tokenizer": t5,
+        "transformer_2": None,
+        "boundary_ratio": 0.875,
+    }
+
+
+def _video_latents(cls: Any, channels: int) -> Any:
+    return cls(
+        base_dim=8, z_dim=channels, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        latents_mean=[0.0] * channels, latents_std=[1.0] * channels,
+    )  # fmt: skip
+
+
+_COMPONENTS = {
+    "flux": _flux, "pixart_sigma": _pixart, "sana": _sana,
+    "flux2_dev": _flux2, "qwen_image": _qwen_image, "wan22": _wan22,
+}  # fmt: skip
 _PIPELINES = {
     "flux": diffusers.FluxPipeline,
     "pixart_sigma": diffusers.PixArtSigmaPipeline,
     "sana": diffusers.SanaPipeline,
+    "flux2_dev": diffusers.Flux2KleinPipeline,
+    "qwen_image": diffusers.QwenImagePipeline,
+    "wan22": diffusers.WanPipeline,
 }

@@ -56,6 +56,8 @@ CONTESTANTS: Mapping[str, str] = {
 EVERY_SIZE = (PACKED, PACKED_ATTENTION, EAGER, COMPILED, FP8)
 """The others are measured at the first case of a model alone."""
 IMAGE_CONTESTANTS = (PACKED, EAGER, COMPILED)
+PROFILED = (PACKED, PACKED_INTEGERS)
+"""Whose kernels can be listed (``--profile``)."""
 COMPILING = (PACKED, COMPILED)
 """Whose first call is timed again, with compiled code on disk."""
 

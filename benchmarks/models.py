@@ -63,7 +63,7 @@ def parsed(arguments: list[str] | None) -> argparse.Namespace:
     usual = (*CASES, *IMAGES)
     parser.add_argument("cases", nargs="*", metavar="case", help=f"of {', '.join(known)}")
     parser.add_argument("--contestants", help=f"some of {','.join(CONTESTANTS)}; all if not given")
-    parser.add_argument("--profile", action="store_true", help="packed: where the time goes too")
+    parser.add_argument("--profile", action="store_true", help="where packed ones' time goes")
     parser.add_argument("--warm", action="store_true", help="first calls in a second process too")
     parser.add_argument("--minutes", type=float, default=9.5, help="begin nothing after that")
     parser.add_argument("--csv", type=Path, default=CSV)
@@ -87,7 +87,7 @@ def measure(options: argparse.Namespace) -> None:
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `dirotq` does
     if not options.again:
         empty_caches()
-    from dirotq.benchmarks.model_jobs import COMPILING, CONTESTANTS, IMAGES, order
+    from dirotq.benchmarks.model_jobs import COMPILING, CONTESTANTS, IMAGES, PROFILED, order
     from dirotq.benchmarks.session import Places, Session
 
     run = options.again or f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S}"
@@ -108,7 +108,7 @@ def measure(options: argparse.Namespace) -> None:
         if not begun(session, deadline, section, str(case), who):
             continue
         (session.again if options.again else session.forward)(who, case)
-        if options.profile and not options.again and who == CONTESTANTS["packed"]:
+        if options.profile and not options.again and who in PROFILED:
             session.profile(who, case)
     if options.again:
         return

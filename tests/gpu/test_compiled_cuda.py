@@ -87,6 +87,10 @@ def called(made: Any, name: str, dtype: torch.dtype, device: str) -> Tensor:
     return result.cpu().double()
 
 
+READ_BACK = {"qwen_image21": "repeat_interleave.Tensor reads values of the device back"}
+"""Its forward expands image slots by a mask on the device: blocks are compiled, no graph is made."""
+
+
 @pytest.mark.parametrize("name", TINY)
 def test_every_family_compiled_and_recorded(name, caplog):
     """As exact as module by module, and so is a replay; the compiler has nothing to complain of."""
@@ -99,8 +103,12 @@ def test_every_family_compiled_and_recorded(name, caplog):
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
             assert off(called(made, name, torch.bfloat16, "cuda")) <= 2 * alone
-    assert not [r.message for r in caplog.records if r.name.startswith("dirotq")]
-    assert any(graph is not None for graph in made.forward.calls.values())
+    said = [r.getMessage() for r in caplog.records if r.name.startswith("dirotq")]
+    recorded = any(graph is not None for graph in made.forward.calls.values())
+    if name in READ_BACK:
+        assert len(said) == 1 and READ_BACK[name] in said[0] and not recorded
+    else:
+        assert recorded and not said
     blocks = compiled.repeated_blocks(made)
     assert blocks and not any(block.forward.compiler.failed for block in blocks)
 

@@ -1,20 +1,15 @@
 """Tokenizers of the tiny pipelines, trained in memory on a handful of captions."""
 
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import tiny_line
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from dirotq.assets import tiny_flux
+from dirotq.assets.byte_pairs import byte_pair_tokenizer
 
-CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-    "<|im_start|>assistant\n"
-)
 LONG_CAPTION = "a large red circle at the top left and two small blue stars at the bottom right"
 """Prompts of different lengths: the families that mask or pad their text have to do so."""
 
@@ -25,22 +20,7 @@ def clip_and_t5() -> tuple[Any, Any]:
 
 
 def qwen_tokenizer(corpus: Sequence[str] = (LONG_CAPTION,)) -> Any:
-    """Byte pairs; whole words of the corpus become tokens."""
-    pairs = Tokenizer(models.BPE())
-    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    pairs.train_from_iterator(
-        (*tiny_line.CAPTIONS, *corpus),
-        trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False),
-    )
-    learned = json.loads(pairs.to_str())["model"]
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    tokenizer.chat_template = CHAT
-    return tokenizer
+    return byte_pair_tokenizer((*tiny_line.CAPTIONS, *corpus))
 
 
 def gemma_tokenizer() -> Any:
