@@ -88,7 +88,7 @@ def called(made: Any, name: str, dtype: torch.dtype, device: str) -> Tensor:
 
 
 READ_BACK = {"qwen_image21": "repeat_interleave.Tensor reads values of the device back"}
-"""Its forward expands image slots by a mask on the device: blocks are compiled, no graph is made."""
+"""Its forward expands image slots by a mask on the device: blocks are compiled, it has no graph."""
 
 
 @pytest.mark.parametrize("name", TINY)
