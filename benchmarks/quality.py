@@ -4,9 +4,10 @@ usage: python benchmarks/quality.py [--models tiny_flux] [--sections methods] [-
                                     [--prompts 512] [--jobs 1] [--out docs/quality] [overrides...]
 
 Writes OUT/<model>.json: per row every score of every image (benchmarks/quality_rows.py has the
-rows). `make table` turns what is stored into docs/quality.md. All rows take a quarter of an hour on
-one H100 (--jobs 14 device=cuda reference.batch=128 validate.batch=128) and days on a CPU: there,
-choose rows and fewer captions (--rows dirotq rtn --prompts 32 --out DIR).
+rows). `make table` turns what is stored into docs/quality.md. All rows take minutes on one H200
+(--jobs 14 device=cuda reference.batch=128 validate.batch=128) and days on a CPU: there, choose rows
+and fewer captions (--rows dirotq rtn --prompts 32 --out DIR). Stored rows that are defined
+otherwise by now are dropped.
 """
 
 import argparse
@@ -16,14 +17,19 @@ import multiprocessing
 import platform
 import time
 import traceback
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
-from dirotq.benchmarks.quality_rows import EXPERIMENT, MODELS, SECTIONS, Row, rows
+from dirotq.benchmarks.quality_rows import EXPERIMENT, MODELS, SECTIONS, Row, current, rows
 
 DIGITS = {"psnr": 3, "ssim": 6, "ms_ssim": 6, "captioned": 4}
 """Decimals kept of each score per image."""
+
+LONG = ("rank=budget", "method.sensitive=auto", "capture.calls=", "prompts.", "method=svdquant")
+"""How overrides begin of rows that take longest: an A/B of sites, or a calibration of their own.
+They are begun first, so that none is left alone at the end."""
 
 
 def main() -> None:
@@ -36,7 +42,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, help="start no row after so many")
     parser.add_argument("--out", type=Path, default=Path("docs/quality"))
     options, overrides = parser.parse_known_args()
-    chosen = [r for r in rows(tuple(options.sections)) if not options.rows or r.key in options.rows]
+    chosen = chosen_rows(options.sections, options.rows)
     for model in options.models:
         refuse_other_count(options.out / f"{model}.json", options.prompts)
     common = [EXPERIMENT, f"prompts.heldout.count={options.prompts}", *overrides]
@@ -59,6 +65,21 @@ def main() -> None:
             numbers = result["metrics"]
             shown = {k: round(numbers[k], 4) for k in ("psnr", "attributes", "bits_per_parameter")}
             print(f"{model} {row.key}: {shown}, {result['seconds']:.0f} s", flush=True)
+
+
+def chosen_rows(sections: Sequence[str], keys: Sequence[str] | None) -> list[Row]:
+    """Return the rows of ``sections``, or those of ``keys`` among them, the longest first.
+
+    Leaves where a key is no row's.
+    """
+    found = rows(tuple(sections))
+    if unknown := set(keys or ()) - {row.key for row in found}:
+        raise SystemExit(
+            f"--rows {' '.join(sorted(unknown))}: no such rows in {', '.join(sections)}; there are "
+            + ", ".join(row.key for row in found)
+        )
+    chosen = [row for row in found if not keys or row.key in keys]
+    return sorted(chosen, key=lambda row: not any(word.startswith(LONG) for word in row.overrides))
 
 
 def measured(row: Row, common: list[str], deadline: float | None) -> dict[str, Any]:
@@ -118,7 +139,10 @@ def refuse_other_count(file: Path, prompts: int) -> None:
 
 
 def store(file: Path, key: str, result: dict[str, Any]) -> None:
-    """Add one row to a model's results. Floor and 16-bit scores, alike for all rows, stand once."""
+    """Add one row to a model's results, and drop those that are defined otherwise by now.
+
+    Floor and 16-bit scores, alike for all rows, stand once.
+    """
     stored = json.loads(file.read_text()) if file.is_file() else {"baselines": {}, "rows": {}}
     shared = {name: result.pop(name) for name in ("floor", "original")}
     stored["baselines"][result["dtype"]] = shared | {
@@ -126,7 +150,7 @@ def store(file: Path, key: str, result: dict[str, Any]) -> None:
         for name, value in result["metrics"].items()
         if name.endswith(("_floor", "_original"))
     }
-    stored["rows"][key] = result
+    stored["rows"] = current(stored["rows"] | {key: result})
     file.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(stored, separators=(",", ":"))
     file.write_text(text.replace('},"', '},\n"') + "\n")  # a line per row: diffs stay readable

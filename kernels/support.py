@@ -55,7 +55,9 @@ def unsupported(
         return why
     if dtype not in (torch.bfloat16, torch.float16):
         return f"{str(dtype).removeprefix('torch.')} inputs are computed as specified"
-    product = PRODUCTS[spec.weights.element, spec.activations.element]
+    product = PRODUCTS.get((spec.weights.element, spec.activations.element))
+    if product is None:  # every other pair that a spec allows is in the table
+        return "leading bits of 8-bit integers have no kernel"
     if chip < product.oldest:
         return product.why
     return next(_limits(spec), None)

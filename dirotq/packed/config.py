@@ -16,7 +16,8 @@ from dirotq.models.family import Kind, Site, is_linear, is_pointwise
 
 FORMAT = 3
 """Newest format: 2 adds NVFP4 and MXFP4, smoothing, regular Hadamard matrices, root mean squares,
-branches beside the input and 8-bit ones; 3 adds LM4. Folders say the oldest that has all they use,
+branches beside the input and 8-bit ones; 3 adds LM4 and leading bits of 8-bit
+integers. Folders say the oldest that has all they use,
 so that old readers go on."""
 WIDEST = 1 << 20
 """Channels or rows; no linear comes near, and the checks of a spec count up to them."""

@@ -5,21 +5,23 @@ from typing import Literal, get_args
 
 from .fp4 import GROUPS as FP4_GROUPS
 
-Element = Literal["int4", "int8", "e4m3", "e2m1", "bf16"]
+Element = Literal["int4", "lzs", "int8", "e4m3", "e2m1", "bf16"]
 Statistic = Literal["absmax", "rms"]
 Granularity = Literal["token", "group"]
 ScaleFormat = Literal["float32", "e4m3", "e8m0"]
 
-BITS = {"int4": 4, "int8": 8, "e4m3": 8, "e2m1": 4, "bf16": 16}
+BITS = {"int4": 4, "lzs": 4, "int8": 8, "e4m3": 8, "e2m1": 4, "bf16": 16}
 RECORDED: dict[str, tuple[Statistic, Granularity, bool, ScaleFormat]] = {
     "token": ("absmax", "token", False, "float32"),
     "pow2": ("absmax", "token", True, "float32"),
     "rms": ("rms", "token", True, "float32"),
+    "lzs": ("absmax", "token", True, "float32"),
     "group": ("absmax", "group", False, "float32"),
     "nvfp4": ("absmax", "group", False, "e4m3"),
     "mxfp4": ("absmax", "group", False, "e8m0"),
 }
-"""``act_scale`` of files and recipes: statistic, granularity, shifted and scale in one word."""
+"""``act_scale`` of files and recipes: statistic, granularity, shifted and scale in one word. The
+scales of ``lzs`` are those of ``pow2``, its element is its own."""
 
 POW2_LEVELS = 4
 """A group's scale is 2^0 ... 2^-4 of its row's: q 2^(e+4) is exact in INT8 and in FP8-E4M3."""
@@ -32,8 +34,9 @@ FLOAT_LEVELS = 6
 class ActFormat:
     """How a linear's input is rounded (docs/method.md M4). Those that exist: conf/act_format.
 
-    ``element``      a code: ``int4``, ``int8``, floats ``e4m3`` (8 bits) or ``e2m1`` (4 bits); or
-                     ``bf16``: not rounded, the rest means nothing
+    ``element``      a code: ``int4``, ``int8``, floats ``e4m3`` (8 bits) or ``e2m1`` (4 bits);
+                     ``lzs``: an 8-bit integer's sign and the three bits that follow the zeros with
+                     which all of the group begin; or ``bf16``: not rounded, the rest means nothing
     ``statistic``    what a scale follows: the largest value (``absmax``) or the root mean square
     ``granularity``  what shares a scale: a row (``token``) or a ``group`` of a row's channels
     ``shifted``      codes carry a power of two per group, at most 1, below the row's scale
@@ -60,6 +63,8 @@ class ActFormat:
             )
         if self.element == "e4m3":
             known = self._facts == ("rms", "token", False, "float32")
+        elif self.element == "lzs":
+            known = self._facts == RECORDED["lzs"]
         else:
             known = self._facts in RECORDED.values()
         if not known:
@@ -88,6 +93,8 @@ class ActFormat:
         """The scale in the word that files have for it (:data:`RECORDED`)."""
         if self.element == "e4m3":
             return "rms"
+        if self.element == "lzs":
+            return "lzs"
         return next(name for name, facts in RECORDED.items() if facts == self._facts)
 
     @property
@@ -131,7 +138,7 @@ def recorded_format(bits: int, name: str, group: int) -> ActFormat:
     if name not in RECORDED:
         raise ValueError(f"activation scale {name!r} is not {_one_of(tuple(RECORDED))}")
     statistic, granularity, shifted, scale = RECORDED[name]
-    element: Element = "e2m1" if name in FP4_GROUPS else "int4"
+    element: Element = "e2m1" if name in FP4_GROUPS else "lzs" if name == "lzs" else "int4"
     if bits != 4:
         element = "bf16" if bits == 16 else "e4m3" if statistic == "rms" else "int8"
     return ActFormat(

@@ -81,7 +81,7 @@ class QuantSpec:
     @property
     def since(self) -> int:
         """Oldest format of packed folders (dirotq/quantizer.py) whose readers know this spec."""
-        if self.weights.element == "lm4":
+        if self.weights.element == "lm4" or self.activations.element == "lzs":
             return 3
         new = self.weights.element == "e2m1" or self.transform.kind == "regular"
         new = new or self.activations.statistic == "rms"

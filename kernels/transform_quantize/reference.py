@@ -18,6 +18,9 @@ RMS_TOP = 20.0
 """What ``rms`` takes for a row's largest value, in times its root mean square. Larger ones are cut
 off; rotated rows have none. 1.25 times a power of two: with it Gaussian groups of 16 lose least."""
 
+LZS_LARGEST = 127
+"""Largest of the 8-bit integers that ``lzs`` cuts bits off."""
+
 
 def transform(
     x_MD: Tensor,
@@ -64,6 +67,8 @@ def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
              ``rms``    ``pow2`` with RMS_TOP times the row's root mean square for amax: known
                         before z is, from x and c, because rotations keep lengths. With 8 bits, the
                         codes are float8_e4m3fn, z over 1/448 of that
+             ``lzs``    8-bit integers of amax/127, of which a group keeps the sign and three bits,
+                        from the highest that is set in any of them; lower bits are cut off
              ``nvfp4``, ``mxfp4``  E2M1 in halves, one scale per 16 or 32 channels: the float32 that
                         its byte means (``kernels.fp4.steps``), for NVFP4 under one global scale
                         per row, so that rows do not depend on the batch
@@ -71,6 +76,8 @@ def quantize_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     acts = spec.activations
     if acts.element == "e2m1":
         return _fp4_rows(z_MK.float(), spec)
+    if acts.element == "lzs":
+        return _leading_bits(z_MK.float(), spec)
     qmax, unit = acts.largest, 2.0**acts.levels
     z_MK = z_MK.float()
     if acts.shifted or acts.element == "e4m3":
@@ -123,6 +130,18 @@ def _fp4_rows(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
         global_M1 = fp4.global_scale(amax_MG.amax(-1, keepdim=True))
     step_MG = fp4.steps(fp4.group_scales(amax_MG, global_M1), global_M1)
     return fp4.nearest_e2m1(z_MGk, step_MG[..., None]).flatten(-2).to(torch.int8), step_MG
+
+
+def _leading_bits(z_MK: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Round to 8 bits, then suppress the zeros that a group's magnitudes begin with (QuaRTZ)."""
+    amax_M1 = z_MK.abs().amax(-1, keepdim=True)
+    q_MK = (z_MK * _ratio(torch.full_like(amax_M1, LZS_LARGEST), amax_M1)).round()
+    q_MGk = q_MK.clamp(-LZS_LARGEST, LZS_LARGEST).unflatten(-1, (-1, spec.act_group_size))
+    # An integer's exponent is its number of bits; three are kept.
+    shift_MG1 = (torch.frexp(q_MGk.abs().amax(-1, keepdim=True)).exponent - 3).clamp_min(0)
+    unit_MG1 = torch.ldexp(torch.ones_like(q_MGk[..., :1]), shift_MG1)
+    codes_MK = ((q_MGk / unit_MG1).trunc() * unit_MG1).flatten(-2)
+    return codes_MK.to(torch.int8), amax_M1 / LZS_LARGEST
 
 
 def _ratio(a: Tensor, b: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from dirotq.benchmarks import quality_rows
-from dirotq.benchmarks.quality import refuse_other_count, store, summary
-from dirotq.benchmarks.quality_table import CLAIMS, claims, compared, methods, tables
+from dirotq.benchmarks.quality import chosen_rows, refuse_other_count, store, summary
+from dirotq.benchmarks.quality_table import CLAIMS, claims, compared, methods, read, tables
 from dirotq.pipeline.config import build, compose_config
 
 
@@ -25,12 +25,18 @@ def report(*psnr: float) -> dict:
     }
 
 
+def made(key: str, *psnr: float) -> dict:
+    """A result of a row, as ``measured`` returns it."""
+    (row,) = (row for row in quality_rows.rows() if row.key == key)
+    return summary(report(*psnr), {}) | {"overrides": list(row.overrides), "seconds": 1.0}
+
+
 @pytest.fixture
 def results(tmp_path):
     """Two rows stored as the benchmark stores them, read back."""
     file = tmp_path / "tiny_flux.json"
     for key, psnr in {"svdquant": (30.0, 34.0), "dirotq_g64": (33.0, 38.0)}.items():
-        store(file, key, summary(report(*psnr), {}))
+        store(file, key, made(key, *psnr))
     return json.loads(file.read_text())
 
 
@@ -39,10 +45,22 @@ def test_shared_scores_are_stored_once_and_a_row_can_be_replaced(tmp_path, resul
     assert results["baselines"]["float32"]["original"]["captioned"] == [1.0, 1.0]
     assert "floor" not in results["rows"]["svdquant"]
     file = tmp_path / "tiny_flux.json"
-    store(file, "svdquant", summary(report(1.0, 2.0), {}))
+    store(file, "svdquant", made("svdquant", 1.0, 2.0))
     again = json.loads(file.read_text())
     assert again["rows"]["svdquant"]["images"]["psnr"] == [1.0, 2.0]
     assert again["rows"]["dirotq_g64"] == results["rows"]["dirotq_g64"]
+
+
+def test_what_is_defined_otherwise_by_now_is_dropped_and_is_in_no_table(tmp_path, results):
+    file = tmp_path / "tiny_flux.json"
+    assert read(file) == results
+    results["rows"]["svdquant"]["overrides"] = ["method=svdquant", "rank.r=8"]
+    results["rows"]["gone"] = results["rows"]["dirotq_g64"]
+    file.write_text(json.dumps(results))
+    with pytest.raises(SystemExit, match="rows gone, svdquant are not defined so"):
+        read(file)
+    store(file, "rtn", made("rtn", 1.0, 2.0))
+    assert read(file)["rows"].keys() == {"dirotq_g64", "rtn"}
 
 
 def test_a_method_stands_beside_its_rival_image_by_image(results):
@@ -76,9 +94,9 @@ def test_the_document_is_what_its_rows_give(request):
     root = request.config.rootpath
     text = (root / "docs" / "quality.md").read_text()
     files = [root / "docs" / "quality" / f"{model}.json" for model in quality_rows.MODELS]
-    made = tables({file.stem: json.loads(file.read_text()) for file in files})
+    tables_now = tables({file.stem: read(file) for file in files})
     assert [
-        name for name, table in made.items() if f"{name} -->\n{table}<!-- end" not in text
+        name for name, table in tables_now.items() if f"{name} -->\n{table}<!-- end" not in text
     ] == []
 
 
@@ -89,9 +107,32 @@ def test_keys_are_distinct_and_every_base_and_claim_is_a_row():
     assert {key for claim in CLAIMS for key in (claim.row, claim.base)} <= set(keys)
 
 
-# Each takes most of a second; an ablation is a field of these.
+def test_the_row_of_the_default_is_the_default():
+    (row,) = (row for row in quality_rows.rows() if row.key == "default")
+    asked = compose_config([quality_rows.EXPERIMENT, *row.overrides], "dirotq.conf")
+    assert asked.method == compose_config([], "dirotq.conf").method
+
+
+def test_rows_are_chosen_by_key_and_the_longest_come_first():
+    chosen = chosen_rows(["methods", "allocation"], None)
+    assert {row.key for row in chosen} == {
+        row.key for row in (*quality_rows.METHODS, *quality_rows.ALLOCATION)
+    }
+    keys = [row.key for row in chosen]
+    assert max(map(keys.index, ("default", "budget"))) < keys.index("rtn")
+    assert [row.key for row in chosen_rows(["methods"], ["rtn", "default"])] == ["default", "rtn"]
+
+
+def test_a_row_that_there_is_not_is_refused_by_name():
+    with pytest.raises(SystemExit, match="--rows rnt: no such rows in methods; there are rtn, "):
+        chosen_rows(["methods"], ["rnt", "rtn"])
+
+
+# Each takes most of a second; what is left out is a field of these.
 @pytest.mark.parametrize(
-    "row", [*quality_rows.METHODS, *quality_rows.ALLOCATION], ids=lambda row: row.key
+    "row",
+    [*quality_rows.METHODS, *quality_rows.FORMATS, *quality_rows.ALLOCATION],
+    ids=lambda row: row.key,
 )
 def test_rows_are_valid_configurations(row):
     overrides = [quality_rows.EXPERIMENT, "model=tiny_pixart", *row.overrides]

@@ -28,7 +28,7 @@ def test_the_table_has_every_pair_of_elements_that_a_spec_can_have():
             continue
         pairs.add((spec.weights.element, spec.activations.element))
     assert pairs == PRODUCTS.keys()
-    assert {act for _, act in PRODUCTS} == BITS.keys()
+    assert {act for _, act in PRODUCTS} | {"lzs"} == BITS.keys()
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,7 @@ def test_the_table_has_every_pair_of_elements_that_a_spec_can_have():
         (FP4["mxfp4"] | {"smooth": True}, "smoothed activations have no kernel"),
         ({"transform": "regular"}, "regular Hadamard matrices have no kernel"),
         ({"smooth": True}, "smoothed activations have no kernel"),
+        ({"act_scale": "lzs"}, "leading bits of 8-bit integers have no kernel"),
         ({"rank": 8, "branch": "beside"}, "beside the whole input has no kernel"),
         ({"rank": 8, "protected_bits": 8}, "8-bit protected branches have no kernel"),
         ({"block": 1024}, "Hadamard block 1024 is larger than 512"),

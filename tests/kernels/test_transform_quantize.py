@@ -251,3 +251,73 @@ def test_transform_quantize_is_its_two_halves(spec):
     assert torch.equal(codes, want_codes)
     assert torch.equal(scale, want_scale)
     assert torch.equal(c, want_c)
+
+
+LZS = tiny_spec(act_scale="lzs")
+
+
+def units(codes: Tensor) -> Tensor:
+    """Per group of 16, what its first kept bit's place makes of a code of 1; [M, K]."""
+    largest = codes.abs().unflatten(-1, (-1, 16)).amax(-1)
+    ladder = torch.tensor([8, 16, 32, 64, 128])
+    return (2 ** (largest[..., None] >= ladder).sum(-1)).clamp(max=16).repeat_interleave(16, -1)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_leading_bits_are_sign_and_three_bits_of_each_group(seed):
+    z = rows(seed)
+    codes, scale = quantize_rows(z, LZS)
+    assert (codes.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float32, (8, 1))
+    torch.testing.assert_close(scale[:, 0] * 127, z.abs().amax(1))
+    unit = units(codes)
+    assert (codes % unit == 0).all()
+    assert (codes.abs() / unit <= 7).all()
+    assert torch.equal(codes.float().to(torch.float8_e4m3fn).float(), codes.float())
+    # Half a step by rounding to 8 bits, then less than a unit is cut off, towards zero.
+    exact = z.double() / scale.double()
+    assert ((values(codes, torch.ones_like(scale)) - exact).abs() <= unit - 0.5 + 1e-4).all()
+    assert (codes.abs() <= exact.abs() + 0.5 + 1e-4).all()
+
+
+@pytest.mark.parametrize(
+    ("largest", "unit"),
+    [(7, 1), (8, 2), (15, 2), (16, 4), (31, 4), (32, 8), (63, 8), (64, 16), (127, 16)],
+)
+def test_leading_bits_begin_at_the_highest_that_is_set_in_a_group(largest, unit):
+    z = torch.zeros(1, 64)
+    z[0, 0] = 127.0  # makes the scale 1, and leaves the next group alone
+    z[0, 16:19] = torch.tensor([-largest, largest - 1.0, 5.0])
+    codes, scale = quantize_rows(z, LZS)
+    assert scale.item() == 1.0
+    want = [-(largest // unit) * unit, (largest - 1) // unit * unit, 5 // unit * unit]
+    assert codes[0, 16:19].tolist() == want
+
+
+@pytest.mark.parametrize(("value", "code"), [(7.49, 7), (7.51, 8), (-8.9, -8), (15.51, 16)])
+def test_leading_bits_are_those_of_the_rounded_integer(value, code):
+    z = torch.zeros(1, 64)
+    z[0, 0], z[0, 20] = 127.0, value
+    assert quantize_rows(z, LZS)[0][0, 20] == code
+
+
+@pytest.mark.parametrize("size", [0.0, 1e-45, 1e-31, 1e-29, 1e30, 3e38])
+def test_leading_bits_of_extreme_rows_are_finite(size):
+    codes, scale = quantize_rows(torch.full((2, 64), -size), LZS)
+    assert scale.isfinite().all()
+    assert codes.unique().tolist() == ([-112] if size > 1e-30 else [0])
+
+
+def test_what_is_not_a_number_shows_in_a_row_of_leading_bits():
+    z = rows(6)
+    z[1, 3] = torch.nan
+    _, scale = quantize_rows(z, LZS)
+    assert scale.isnan()[:, 0].tolist() == [i == 1 for i in range(8)]
+
+
+def test_cut_off_bits_cost_gaussian_rows_more_than_rounded_ones():
+    z = torch.randn(64, 3072, generator=torch.Generator().manual_seed(0))
+    lost = {
+        scale: float((values(*quantize_rows(z, tiny_spec(dim=3072, act_scale=scale))) - z).norm())
+        for scale in ("pow2", "lzs")
+    }
+    assert 1.5 * lost["pow2"] < lost["lzs"] < 2.5 * lost["pow2"]

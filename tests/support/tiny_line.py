@@ -44,7 +44,7 @@ CALL = {
 FP4_METHODS = ("dirotq_nvfp4", "dirotq_mxfp4", "rtn_nvfp4", "rtn_mxfp4")
 METHODS = (
     "dirotq", "dirotq_dense", "rtn", "dirotq_w4a8", "groups", "levels",
-    "smoothquant", "quarot", "convrot", "svdquant", "absorb", *FP4_METHODS,
+    "smoothquant", "quarot", "convrot", "quartz", "svdquant", "absorb", *FP4_METHODS,
 )  # fmt: skip
 """Methods of conf/method, ``groups``: the default one with group scales on both sides, and
 ``levels``: with LM4 weights."""
