@@ -15,8 +15,8 @@ RECORDED: dict[str, tuple[Statistic, Granularity, bool, ScaleFormat]] = {
     "token": ("absmax", "token", False, "float32"),
     "pow2": ("absmax", "token", True, "float32"),
     "rms": ("rms", "token", True, "float32"),
-    "lzs": ("absmax", "token", True, "float32"),
     "group": ("absmax", "group", False, "float32"),
+    "lzs": ("absmax", "token", True, "float32"),
     "nvfp4": ("absmax", "group", False, "e4m3"),
     "mxfp4": ("absmax", "group", False, "e8m0"),
 }

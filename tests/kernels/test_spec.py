@@ -36,6 +36,8 @@ from dirotq.kernels.formats.spec import QuantSpec
             {"act_bits": 8, "act_scale": "pow2"},
             "leave INT8: use scale 'token' or 'group', or 'rms'",
         ),
+        ({"act_bits": 8, "act_scale": "lzs"}, "leave INT8: use scale 'token'"),
+        ({"act_scale": "lzs", "act_group": 60}, "activation group 60 does not divide"),
         ({"dim": 63}, "63 codes wide; two codes share a byte"),
         ({"weight_scale": "nvfp4"}, "'nvfp4' and activations in 'token' share no matrix unit: use"),
         (
@@ -135,7 +137,9 @@ def test_sixteen_bit_activations_have_no_groups_to_check():
 @given(
     rank=st.sampled_from([0, 8, 16, 64]),
     block=st.sampled_from([1, 16, 64]),
-    act=st.sampled_from([(4, "token"), (4, "pow2"), (4, "group"), (8, "group"), (16, "token")]),
+    act=st.sampled_from(
+        [(4, "token"), (4, "pow2"), (4, "group"), (4, "lzs"), (8, "group"), (16, "token")]
+    ),
     rows=st.lists(st.integers(1, 100), min_size=1, max_size=4),
 )
 def test_round_trip_through_json(rank, block, act, rows):
@@ -155,6 +159,7 @@ def test_a_folder_packed_before_a_field_existed_still_loads():
     assert spec.since == 1
     assert tiny_spec(rank=8, branch="beside").since == 2
     assert tiny_spec(transform="regular", block=16).since == 2
+    assert tiny_spec(act_scale="lzs").since == 3
     older = {
         k: v for k, v in spec.to_dict().items() if k not in ("branch", "smooth", "protected_bits")
     }

@@ -97,6 +97,16 @@ def test_fp4_groups_are_the_formats_own():
         assert (modulator.weights.name, modulator.activations.bits) == ("group", 16)
 
 
+def test_quartz_cuts_activations_and_is_like_its_rivals_else():
+    block, modulator = (method("quartz").spec(site, 16) for site in (BLOCK, MODULATOR))
+    assert (block.activations.name, block.activations.group_size) == ("lzs", 16)
+    assert (block.transform.block, block.rank, block.weights.name) == (1, 0, "group")
+    assert modulator.weights == method("quarot").spec(MODULATOR, 16).weights
+    assert QuantSpec.from_dict(block.to_dict()) == block
+    finer = method("quartz", "method.overrides=[{sites: '*', act_bits: 8}]").spec(BLOCK, 16)
+    assert (finer.activations.element, finer.activations.name) == ("int8", "token")
+
+
 @pytest.mark.parametrize("granularity", ["channel", "group"])
 def test_levels_are_for_blocks_and_modulators(granularity):
     chosen = method("dirotq", f"weight_format=lm4_{granularity}")
@@ -182,6 +192,7 @@ def test_a_rank_above_the_channels_names_the_site():
         (["transform.block=0"], r"transform: Hadamard block 0 is not a power of two"),
         (["transform.block=96"], r"transform: Hadamard block 96 is not a power of two"),
         (["act_format=int4_pow2", "act_format.element=int8"], "act_format: 8-bit.*leave INT8"),
+        (["act_format.element=lzs"], "no format of lzs activations has rms scales"),
         (["transform=dense"], "transform=dense rotates all.*set method.leading=null"),
     ],
 )
