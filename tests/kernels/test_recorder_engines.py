@@ -108,6 +108,8 @@ def repeated_and_computed(name, plan, make, read, rows=slice(None)):
         some = replace(spec, out_features=(len(packed.qweight[rows]),))
         return engine.linear(plan, read(*inputs), packed.rows(rows), some)
 
+    call(make(), packed)  # the first product of a process makes tensors of its own
+    repeated.clear()
     for number in range(2):
         made = make()
         moved = type(packed)(*(None if t is None else t.clone() for t in packed))
