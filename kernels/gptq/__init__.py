@@ -1,6 +1,7 @@
 """GPTQ: codes on a fixed grid that minimise the error in the metric of the second moment."""
 
 import logging
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -9,7 +10,7 @@ from ..formats.weight import Element
 from . import reference
 from .reference import FactorizationError, hessian_error
 
-__all__ = ["FactorizationError", "gptq", "hessian_error"]
+__all__ = ["FactorizationError", "best_codes", "gptq", "hessian_error"]
 
 
 def gptq(
@@ -22,6 +23,25 @@ def gptq(
     """
     sweep = _sweep(w_NK, element)
     return reference.gptq(w_NK, s_KK, scale_NG, damping=damping, element=element, sweep=sweep)
+
+
+def best_codes(
+    w_NK: Tensor,
+    s_KK: Tensor,
+    grids: Sequence[Tensor],
+    *,
+    damping: float,
+    descent: int = 0,
+    element: Element = "int4",
+) -> tuple[Tensor, Tensor, dict[str, int]]:
+    """Choose a grid and codes for each row, and counts: see :func:`.reference.best_codes`.
+
+    The same kernel rounds as in :func:`gptq`.
+    """
+    return reference.best_codes(
+        w_NK, s_KK, grids, damping=damping, descent=descent, element=element,
+        sweep=_sweep(w_NK, element),
+    )  # fmt: skip
 
 
 def _sweep(w_NK: Tensor, element: Element = "int4") -> reference.Sweep:
