@@ -35,11 +35,11 @@ def untracked(**options: Any) -> Any:
     return dataclasses.field(metadata={"tracked": False}, **options)
 
 
-def recorded_unless(value: Any) -> Any:
+def recorded_unless(value: Any, **options: Any) -> Any:
     """Declare a field that came later and is recorded only where it is not ``value``: artifacts of
     before it was there, and without it, go on counting.
     """
-    return dataclasses.field(metadata={"unless": value})
+    return dataclasses.field(metadata={"unless": value}, **options)
 
 
 def recipe(obj: Any) -> Any:

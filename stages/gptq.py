@@ -3,14 +3,14 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.kernels.gptq import FactorizationError, best_codes, hessian_error
+from dirotq.kernels.gptq import FactorizationError, Order, best_codes, hessian_error
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.divided import Make, in_units
 from dirotq.pipeline.stage import recorded_unless, untracked
@@ -41,6 +41,8 @@ class QuantizeWeights:
     metric ``rows_on_scale_floor`` is the share of rows whose scale that decided.
 
     ``damping``  share of the mean diagonal that is added to the second moment before factoring it
+    ``order``    of columns: ``variance``, the largest first, or ``conditional``, the largest given
+                 those after it
     ``scales``   scales that GPTQ tries of each output, 2 % apart around that of the clip search;
                  the one that loses least stays. 1 takes the clip search's. Only of bf16 scales
     ``descent``  rounds of coordinate descent on the codes afterwards; 0 leaves them as GPTQ did
@@ -60,6 +62,7 @@ class QuantizeWeights:
 
     model: DiffusersModel
     damping: float
+    order: Literal["variance", "conditional"] = recorded_unless("variance")
     scales: int = recorded_unless(1)
     descent: int = recorded_unless(0)
     device: str = untracked()
@@ -70,6 +73,8 @@ class QuantizeWeights:
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise ConfigError(f"gptq.damping={self.damping} is out of range: use 0 < damping <= 1")
+        if self.order not in get_args(Order):
+            raise ConfigError(f"gptq.order={self.order!r}: use 'variance' or 'conditional'")
         if self.scales not in SCALES:
             raise ConfigError(f"gptq.scales={self.scales}: use an odd number from 1 to 15")
         if not 0 <= self.descent <= 100:
@@ -103,7 +108,7 @@ class QuantizeWeights:
                 del s_DD
                 tensors = quantize_site(
                     w_z, s_z, energy, entry, self.damping, protected, bias,
-                    scales=self.scales, descent=self.descent,
+                    order=self.order, scales=self.scales, descent=self.descent,
                 )  # fmt: skip
                 yield site.name, [save_site(out / "sites", site.name, tensors)]
 
@@ -122,6 +127,7 @@ def quantize_site(
     wp_NR: Tensor | None,
     bias_N: Tensor | None,
     *,
+    order: Order = "variance",
     scales: int = 1,
     descent: int = 0,
 ) -> dict[str, Tensor]:
@@ -135,7 +141,7 @@ def quantize_site(
     s_KK     float64, [K, K], second moment of the main branch;  energy  the trace of S
     wp_NR    float32, [N, R], the protected columns, or None at rank 0
     bias_N   float32, [N], or None
-    scales   tried of each output;  descent  rounds of coordinate descent
+    order    of columns;  scales  tried of each output;  descent  rounds of coordinate descent
     returns  ``qweight``, ``wscale``, ``wglobal`` where there is one, ``loss`` (float64 [2]: E|zΔ|²
              over E|zW|² by our codes and by nearest rounding) and ``counts`` (int64 [4]:
              escalations, rows that kept nearest rounding, rows whose scale is the least that the
@@ -158,7 +164,7 @@ def quantize_site(
         try:
             codes, taken_N, counts = best_codes(
                 w_NK, s_KK, [grid.step for grid in grids],
-                damping=damping, descent=descent, element=spec.weights.element,
+                damping=damping, order=order, descent=descent, element=spec.weights.element,
             )  # fmt: skip
             chosen = by_row(grids, taken_N, codes)
             break

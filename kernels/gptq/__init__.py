@@ -8,9 +8,9 @@ from torch import Tensor
 from ..chip import capability, say_once, why_reference
 from ..formats.weight import Element
 from . import reference
-from .reference import FactorizationError, hessian_error
+from .reference import FactorizationError, Order, hessian_error
 
-__all__ = ["FactorizationError", "best_codes", "gptq", "hessian_error"]
+__all__ = ["FactorizationError", "Order", "best_codes", "gptq", "hessian_error"]
 
 
 def gptq(
@@ -31,6 +31,7 @@ def best_codes(
     grids: Sequence[Tensor],
     *,
     damping: float,
+    order: Order = "variance",
     descent: int = 0,
     element: Element = "int4",
 ) -> tuple[Tensor, Tensor, dict[str, int]]:
@@ -39,7 +40,7 @@ def best_codes(
     The same kernel rounds as in :func:`gptq`.
     """
     return reference.best_codes(
-        w_NK, s_KK, grids, damping=damping, descent=descent, element=element,
+        w_NK, s_KK, grids, damping=damping, order=order, descent=descent, element=element,
         sweep=_sweep(w_NK, element),
     )  # fmt: skip
 

@@ -7,6 +7,7 @@ in the order of rounding, G groups, B columns of a block.
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..formats.quantize_weight import codes_on_grid, dequantize_weight, nearest_codes
 from ..formats.weight import Element
 from ..full_float32 import full_float32
-from .refine import descend
+from .refine import conditional_order, descend
 
 BLOCK = 128
 ESCALATIONS = 3
@@ -22,6 +23,8 @@ ESCALATIONS = 3
 
 CHUNK = 1 << 26
 """Elements of the temporaries that are made row by row: 256 MiB of float32."""
+
+Order = Literal["variance", "conditional"]
 
 Sweep = Callable[..., tuple[Tensor, Tensor]]
 """What :func:`sweep` is, or a kernel that computes the same of its four tensors."""
@@ -96,6 +99,7 @@ def best_codes(
     grids: Sequence[Tensor],
     *,
     damping: float,
+    order: Order = "variance",
     descent: int = 0,
     element: Element = "int4",
     sweep: Sweep = sweep,
@@ -112,6 +116,8 @@ def best_codes(
               loop (static groups): bf16 scales for ``int4``, else float32 (:func:`weight_steps`)
     damping   multiple of S's mean diagonal that is added to it; a direction that S does not see
               keeps its weight and is rounded like any other ("dead columns" are not zeroed)
+    order     of columns: ``variance``, the largest first (act-order), or ``conditional``
+              (:func:`conditional_order`)
     descent   rounds of coordinate descent over all columns
     element   what a code is: ``int4``, ``lm4`` or ``e2m1`` (kernels/formats)
     sweep     what rounds the columns of a block; but for ``int4`` one that takes ``element``
@@ -125,16 +131,19 @@ def best_codes(
     """
     if element != "int4":
         sweep = functools.partial(sweep, element=element)
-    order = s_KK.diagonal().argsort(descending=True, stable=True)
-    f_KK, escalations = _unit_factor(s_KK, order, damping, w_NK.dtype)
-    codes, h_KK = _rounded(w_NK, grids[0], order, f_KK, sweep), s_KK
+    if order == "conditional":
+        order_K = conditional_order(s_KK, damping, BLOCK)
+    else:
+        order_K = s_KK.diagonal().argsort(descending=True, stable=True)
+    f_KK, escalations = _unit_factor(s_KK, order_K, damping, w_NK.dtype)
+    codes, h_KK = _rounded(w_NK, grids[0], order_K, f_KK, sweep), s_KK
     taken_N, step_NG = torch.zeros(len(w_NK), dtype=torch.int64, device=w_NK.device), grids[0]
     if descent or len(grids) > 1:
         h_KK = s_KK.to(w_NK.dtype, copy=True)
         h_KK.diagonal().add_(damping * 10**escalations * s_KK.diagonal().mean())
     least_N = _losses(w_NK, codes, step_NG, h_KK) if len(grids) > 1 else None
     for i, grid in enumerate(grids[1:], 1):
-        tried = _rounded(w_NK, grid, order, f_KK, sweep)
+        tried = _rounded(w_NK, grid, order_K, f_KK, sweep)
         loss_N = _losses(w_NK, tried, grid, h_KK)
         better_N1 = (loss_N < least_N)[:, None]
         codes, step_NG = torch.where(better_N1, tried, codes), torch.where(better_N1, grid, step_NG)
