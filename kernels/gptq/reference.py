@@ -141,14 +141,16 @@ def best_codes(
     if descent or len(grids) > 1:
         h_KK = s_KK.to(w_NK.dtype, copy=True)
         h_KK.diagonal().add_(damping * 10**escalations * s_KK.diagonal().mean())
-    least_N = _losses(w_NK, codes, step_NG, h_KK) if len(grids) > 1 else None
-    for i, grid in enumerate(grids[1:], 1):
-        tried = _rounded(w_NK, grid, order_K, f_KK, sweep)
-        loss_N = _losses(w_NK, tried, grid, h_KK)
-        better_N1 = (loss_N < least_N)[:, None]
-        codes, step_NG = torch.where(better_N1, tried, codes), torch.where(better_N1, grid, step_NG)
-        taken_N.masked_fill_(better_N1[:, 0], i)
-        least_N = torch.minimum(loss_N, least_N)
+    if len(grids) > 1:
+        least_N = _losses(w_NK, codes, step_NG, h_KK)
+        for i, grid in enumerate(grids[1:], 1):
+            tried = _rounded(w_NK, grid, order_K, f_KK, sweep)
+            loss_N = _losses(w_NK, tried, grid, h_KK)
+            better_N1 = (loss_N < least_N)[:, None]
+            codes = torch.where(better_N1, tried, codes)
+            step_NG = torch.where(better_N1, grid, step_NG)
+            taken_N.masked_fill_(better_N1[:, 0], i)
+            least_N = torch.minimum(loss_N, least_N)
     del f_KK
     if descent:
         codes = descend(w_NK, h_KK, step_NG, codes, rounds=descent, sweep=sweep, block=BLOCK)
