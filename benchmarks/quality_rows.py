@@ -130,6 +130,14 @@ ABLATIONS = (
         f"{FORM} prompts.calibration.start=64 prompts.calibration.count=64",
         OURS,
     ),
+    _row("descent", "descent after GPTQ", f"{FORM} gptq.descent=4", OURS),
+    _row("scales", "5 scales, descent", f"{FORM} gptq.scales=5 gptq.descent=4", OURS),
+    _row(
+        "order",
+        "conditional order, 5 scales, descent",
+        f"{FORM} gptq.order=conditional gptq.scales=5 gptq.descent=4",
+        OURS,
+    ),
 )
 
 SECTIONS = {
