@@ -1,0 +1,93 @@
+import pytest
+import torch
+
+from dirotq.errors import NumericalError
+from dirotq.quantize.product_basis import STEP, product_basis
+from dirotq.quantize.spectrum import principal_basis
+
+D, N = 48, 96
+
+
+def site(seed: int = 0, dim: int = D) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and weights that have leading directions of their own, float32."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def turned(decay: float) -> torch.Tensor:
+        turn = torch.linalg.qr(torch.randn(dim, dim, generator=generator)).Q
+        return turn * torch.logspace(0, -decay, dim)
+
+    x = torch.randn(400, dim, generator=generator) @ turned(1.5).mT
+    w = torch.randn(N, dim, generator=generator) @ turned(1.0).mT
+    return x.mT @ x / len(x), w
+
+
+def product(s: torch.Tensor, w: torch.Tensor, vectors: torch.Tensor) -> float:
+    """Energy of x times energy of W without these directions."""
+    vectors = vectors.double()
+    rest = torch.eye(len(s), dtype=torch.float64) - vectors @ vectors.mT
+    return float((rest @ s.double() @ rest).trace() * (w.double() @ rest).square().sum())
+
+
+@pytest.mark.parametrize("leading", [8, 12, 16, D, None])
+def test_directions_are_orthonormal_and_have_their_energies(leading):
+    s, w = site()
+    energies, vectors = product_basis(s, w, leading)
+    count = leading or D
+    assert energies.dtype == vectors.dtype == torch.float64
+    assert energies.shape == (count,)
+    assert vectors.shape == (D, count)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(count).double(), rtol=0, atol=1e-9)
+    expected = (vectors * (s.double() @ vectors)).sum(0)
+    torch.testing.assert_close(energies, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("rank", [8, 16])
+def test_the_product_is_less_than_of_leading_and_of_other_directions(rank):
+    s, w = site()
+    ours = product(s, w, product_basis(s, w, 16)[1][:, -rank:])
+    of_inputs = product(s, w, principal_basis(s, rank)[1])
+    of_weights = product(s, w, principal_basis(w.mT @ w, rank)[1])
+    assert ours < 0.97 * min(of_inputs, of_weights)
+
+
+def test_the_first_step_is_a_minimum():
+    s, w = site()
+    vectors = product_basis(s, w, STEP)[1]
+    least = product(s, w, vectors)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        moved = vectors + 0.03 * torch.randn(D, STEP, generator=generator, dtype=torch.float64)
+        assert product(s, w, torch.linalg.qr(moved).Q) > least
+
+
+def test_ranks_are_nested():
+    """Where all directions are candidates, more of them change nothing of the first."""
+    s, w = site()
+    few, many = product_basis(s, w, 24)[1], product_basis(s, w)[1][:, -24:]
+    for rank in (8, 16, 24):
+        a, b = few[:, -rank:], many[:, -rank:]
+        torch.testing.assert_close(a @ a.mT, b @ b.mT, rtol=0, atol=1e-9)
+
+
+def test_weights_alike_in_all_directions_leave_the_leading_ones_of_the_inputs():
+    s, _ = site()
+    ours = product_basis(s, torch.eye(D), 8)[1]
+    theirs = principal_basis(s, 8)[1]
+    torch.testing.assert_close(ours @ ours.mT, theirs @ theirs.mT, rtol=0, atol=1e-4)
+
+
+def test_inputs_of_fewer_directions_than_are_kept():
+    _, w = site()
+    x = torch.randn(4, D, generator=torch.Generator().manual_seed(2))
+    energies, vectors = product_basis(x.mT @ x / 4, w, 24)
+    assert bool(vectors.isfinite().all())
+    held = float(energies[-8:].sum() / energies.sum())
+    assert held > 0.99
+
+
+def test_dead_weights_and_dead_inputs():
+    s, w = site()
+    with pytest.raises(NumericalError, match="all weights are zero"):
+        product_basis(s, 0 * w, 8)
+    with pytest.raises(NumericalError, match="all activations are zero"):
+        product_basis(0 * s, w, 8)
