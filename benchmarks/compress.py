@@ -28,8 +28,9 @@ import torch
 
 from dirotq.benchmarks import compress_table, full_size, packed_check
 from dirotq.device import pick_device
-from dirotq.pipeline import dag, preflight
+from dirotq.pipeline import dag, early, preflight
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.compress import start_workers
 from dirotq.pipeline.config import build, compose_config
 
 LAYERS = ("num_layers", "num_single_layers")
@@ -55,7 +56,8 @@ def main() -> None:
     shared = any(word.startswith("executor.") for word in options.overrides)
     if options.way or options.generate or not shared:
         if options.way != "table":
-            compress(options, shared and options.way == "several")
+            with early.block():
+                compress(options, shared and options.way == "several")
     else:
         for way in ("one", "several"):  # each in a process of its own, with memory of its own
             subprocess.run([sys.executable, *sys.argv, "--way", way], check=True)
@@ -79,6 +81,7 @@ def compress(options: argparse.Namespace, several: bool) -> None:
     store = f"{options.store}-several" if several else options.store
     told = [f"model={folder}", f"store={store}", f"until={options.until}"]
     cfg = compose_config([*told, *words], "dirotq.conf")
+    start_workers(cfg)
     line = build(cfg)
     found = preflight.examine(line, cfg)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()

@@ -1,6 +1,7 @@
 """``dirotq compress`` and ``dirotq plan``: run the pipeline under Hydra, or say what would run."""
 
 import argparse
+import contextlib
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,13 +11,16 @@ from typing import Any
 from hydra import version
 from hydra._internal.utils import _run_hydra, get_args_parser
 from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from dirotq.errors import ConfigError
-from dirotq.pipeline import config, dag, forecast, preflight, report, runs
+from dirotq.pipeline import config, dag, early, forecast, preflight, report, runs
 from dirotq.pipeline.config import Pipeline, build, compose_config
+from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.quoting import parsed, quoted
-from dirotq.pipeline.settings import close_to
+from dirotq.pipeline.settings import close_to, make
 from dirotq.pipeline.sharing import pushed_too
 from dirotq.pipeline.store import Artifact
 from dirotq.progress import begin
@@ -83,12 +87,25 @@ def add_overrides(parser: argparse.ArgumentParser) -> None:
 def run(overrides: Sequence[str]) -> dict[str, Artifact]:
     """Run the pipeline without Hydra's command line; {stage: artifact}. Raises DirotqError."""
     cfg = compose_config(overrides, CONFIG)
-    pipeline = build(cfg)
-    folder = runs.new_folder(pipeline.store)
-    folder.mkdir(parents=True)
-    OmegaConf.save(cfg, folder / "config.yaml")
-    outcomes = _run(pipeline, cfg, folder, overrides)
+    with early.block():
+        start_workers(cfg)
+        pipeline = build(cfg)
+        folder = runs.new_folder(pipeline.store)
+        folder.mkdir(parents=True)
+        OmegaConf.save(cfg, folder / "config.yaml")
+        outcomes = _run(pipeline, cfg, folder, overrides)
     return {name: outcome.artifact for name, outcome in outcomes.items()}
+
+
+def start_workers(cfg: DictConfig) -> None:
+    """Begin to start the processes that the settings ask for, in an ``early.block``.
+
+    What is wrong with the settings is left to ``build``.
+    """
+    with contextlib.suppress(ConfigError, HydraException, OmegaConfBaseException):
+        executor = make(cfg.executor, "executor")
+        if isinstance(executor, LocalExecutor):
+            executor.start_early()
 
 
 def _compress(options: argparse.Namespace) -> int:
@@ -108,10 +125,17 @@ def _compress(options: argparse.Namespace) -> int:
         options.overrides = [*options.overrides, "verbose=true"]
     if not (options.cfg or options.info or options.hydra_help):
         begin("reading the settings and the model")
-    _try_out(options)
-    options.overrides = config.with_model_folder(
-        options.overrides, options.config, sweep=options.multirun
-    )
+    with early.block():
+        _try_out(options)
+        options.overrides = config.with_model_folder(
+            options.overrides, options.config, sweep=options.multirun
+        )
+        _under_hydra(options)
+    return 0
+
+
+def _under_hydra(options: argparse.Namespace) -> None:
+    """Have Hydra compose the settings and call :func:`_job`, or do what its options say."""
     version.setbase("1.3")
     full = os.environ.get("HYDRA_FULL_ERROR")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises errors instead of printing them
@@ -127,7 +151,6 @@ def _compress(options: argparse.Namespace) -> int:
         del os.environ["HYDRA_FULL_ERROR"]
         if full is not None:
             os.environ["HYDRA_FULL_ERROR"] = full
-    return 0
 
 
 def _try_out(options: argparse.Namespace) -> None:
@@ -147,6 +170,8 @@ def _try_out(options: argparse.Namespace) -> None:
     for overrides in _each_value(typed) if options.multirun else [typed]:
         cfg = compose_config([*added, *overrides], options.config)
         if not prints:
+            if not options.multirun:  # a launcher may run jobs elsewhere
+                start_workers(cfg)
             build(cfg)
 
 

@@ -7,7 +7,8 @@ import os
 import pwd
 import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -90,10 +91,16 @@ def open_modes(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Force every file and folder under ``folder`` to the disk."""
-    for path in folder.rglob("*"):
-        sync(path)
+    """Force every file and folder under ``folder`` to the disk, several at a time."""
+    sync_all(folder.rglob("*"))
     sync(folder)
+
+
+def sync_all(paths: Iterable[Path]) -> None:
+    """Force files and folders to the disk, in threads: most of the time is waiting."""
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(sync, paths):
+            pass
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from dirotq.errors import ConfigError
+from dirotq.pipeline import early
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Divided, Inputs, in_units
 from dirotq.pipeline.machine import Needs, refuse_devices
@@ -92,13 +93,19 @@ class LocalExecutor:
         """Count the units that one of the processes is given."""
         return few_at_a_time(left, self.processes)
 
+    def start_early(self) -> None:
+        """Begin to start the processes, for a run inside of the same ``early.block``."""
+        if self.processes:
+            early.start(Processes(self.processes, self.devices))
+
     @contextlib.contextmanager
     def opened(self) -> Iterator[RunStage]:
-        """Yield what runs a stage. Other processes start when a stage first has units for them."""
+        """Yield what runs a stage. Other processes start when a stage first has units for them,
+        if they were not started earlier (pipeline/early.py)."""
         if not self.processes:
             yield run_here
             return
-        with Crew(Processes(self.processes, self.devices)) as crew:
+        with Crew(Processes(self.processes, self.devices, early.started())) as crew:
             first = None if self.devices is None else f"cuda:{self.devices[0]}"
             yield partial(run_shared, crew, first)
 

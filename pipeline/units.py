@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.files.digest import file_digest
-from dirotq.pipeline.disk import files_below, sync, write_json
+from dirotq.pipeline.disk import files_below, sync, sync_all, write_json
 from dirotq.pipeline.stage import recipe
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,8 @@ Made = tuple[str, Sequence[Path]]
 JOURNAL = ".units"
 TIMES = "times.json"
 """In the journal: what the units of a stage took."""
+LARGE = 1 << 20
+"""Bytes of a file that goes to the disk as soon as it is finished."""
 LOOK = 5.0
 """Seconds between two looks at a stage's inputs: one costs some milliseconds."""
 
@@ -92,7 +94,8 @@ class Units:
 
         seconds  that it took to make
 
-        They are hashed now, in threads, while they are in the page cache.
+        They are hashed now, in threads, while they are in the page cache. Large ones go to the disk
+        now, beside what is computed: together, at the end of the stage, they would be waited for.
 
         Raises UnsupportedError if the disk took a file for one of another unit, ArtifactError if
         the stage's inputs changed.
@@ -102,6 +105,7 @@ class Units:
         if lost := files - {self.out / file for file in found}:
             raise FileNotFoundError(f"{min(lost)} of the unit {name!r} can't be read")
         self._add(name, found)
+        sync_all(self.out / file for file, entry in found.items() if entry["bytes"] >= LARGE)
         entry = {"unit": name, "files": found} | ({} if seconds is None else {"seconds": seconds})
         self._waiting[self._journal / _entry_name(name)] = entry
         if self._of is None or time.monotonic() - self._looked >= LOOK:

@@ -5,12 +5,14 @@ logs to the process that started it, leaves Ctrl-C to that one, and ends with it
 """
 
 import contextlib
+import importlib
 import logging
 import logging.handlers
 import multiprocessing
 import multiprocessing.connection
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
@@ -22,8 +24,8 @@ from dirotq.pipeline.workplace import Share, few_at_a_time
 
 T = TypeVar("T")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
-START = 30.0
-"""Seconds that a process may take to start, when it is to be stopped."""
+IMPORTED = ("dirotq.stages.capture", "diffusers.pipelines.pipeline_utils")
+"""What takes a process long to import: with them come torch, diffusers and transformers."""
 
 
 class Processes:
@@ -31,6 +33,7 @@ class Processes:
     known together with the units it had.
 
     devices  GPUs for them, in turn: each sees one; None: they compute where the stage says
+    early    processes that run already: those that were started alike are taken out of the list
     """
 
     no_start = (
@@ -41,11 +44,19 @@ class Processes:
     patience = 0.0
     together = True
 
-    def __init__(self, count: int, devices: Sequence[int] | None = None) -> None:
+    def __init__(
+        self,
+        count: int,
+        devices: Sequence[int] | None = None,
+        early: list["Process"] | None = None,
+    ) -> None:
         chosen = (
             [None] * count if devices is None else [devices[i % len(devices)] for i in range(count)]
         )
-        self.workers: Sequence[Process] = [Process(environment(count, device)) for device in chosen]
+        settings = [environment(count, device) for device in chosen]
+        self.workers: Sequence[Process] = [
+            _taken(one, early or []) or Process(one) for one in settings
+        ]
         self._devices = devices
 
     def send(self, job: Job, shares: Sequence[Share]) -> list[Future[Seen]]:
@@ -73,9 +84,11 @@ class Process:
     """
 
     def __init__(self, settings: Mapping[str, str]) -> None:
-        self._settings = settings
+        self.settings = settings
+        self._level = logging.NOTSET
         self._pool: ProcessPoolExecutor | None = None
         self._pid: Future[int] | None = None
+        self._child: multiprocessing.process.BaseProcess | None = None
         self._relay: threading.Thread | None = None
 
     @property
@@ -84,18 +97,26 @@ class Process:
         return self._pid is not None and self._pid.done() and self._pid.exception() is None
 
     def start(self) -> None:
-        """Begin to start the process, unless it runs."""
+        """Begin to start the process, unless it runs; it logs what this one does."""
+        before, self._level = self._level, logging.getLogger().getEffectiveLevel()
         if self._pool is not None:
+            if self._level != before:
+                self._submit(_log_from, self._level)
             return
         context = multiprocessing.get_context("spawn")  # CUDA and threads survive no fork
         reader, writer = context.Pipe(duplex=False)
-        level = logging.getLogger().getEffectiveLevel()
-        self._pool = ProcessPoolExecutor(1, context, _begin, (writer, level))
-        with environ(self._settings):
+        self._pool = ProcessPoolExecutor(1, context, _begin, (writer, self._level))
+        others = multiprocessing.active_children()
+        with environ(self.settings):
             self._pid = self._pool.submit(os.getpid)
+        (self._child,) = (one for one in multiprocessing.active_children() if one not in others)
         writer.close()  # the worker's end is the only one now: it closes when that dies
         self._relay = threading.Thread(target=_relay, args=(reader,), daemon=True)
         self._relay.start()
+
+    def prepare(self) -> None:
+        """Have the process import what stages need, and open its GPU if it was given one."""
+        self._submit(_prepare, VISIBLE in self.settings)  # what fails there fails again in a stage
 
     def make(self, job: Job, names: Sequence[str]) -> Future[Seen]:
         """Have units made; the future raises BrokenExecutor if the process dies."""
@@ -108,16 +129,12 @@ class Process:
 
     def stop(self) -> None:
         """Kill the process if it lives. Nothing is lost: what it finished is on the disk."""
-        if self._pool is None or self._pid is None or self._relay is None:
+        if self._pool is None or self._child is None or self._relay is None:
             return
-        with contextlib.suppress(BrokenExecutor, TimeoutError):
-            pid = self._pid.result(timeout=START)
-            for child in multiprocessing.active_children():
-                if child.pid == pid:
-                    child.kill()
+        self._child.kill()
         self._pool.shutdown(wait=False, cancel_futures=True)
         self._relay.join(timeout=1.0)  # its last words
-        self._pool = self._pid = self._relay = None
+        self._pool = self._pid = self._child = self._relay = None
 
     def _submit(self, function: Callable[..., T], *given: Any) -> Future[T]:
         failed: Future[T] = Future()
@@ -146,6 +163,14 @@ def environment(count: int, device: int | None) -> dict[str, str]:
     return settings
 
 
+def _taken(settings: Mapping[str, str], early: list[Process]) -> Process | None:
+    """Take a process that was started with these settings out of a list, if there is one."""
+    found = next((one for one in early if one.settings == settings), None)
+    if found is not None:
+        early.remove(found)
+    return found
+
+
 def _begin(writer: Any, level: int) -> None:
     """Set up the process, before anything else is imported in it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it comes to all in a terminal; one answers
@@ -155,6 +180,19 @@ def _begin(writer: Any, level: int) -> None:
     root = logging.getLogger()
     root.handlers = [_Sender(writer)]
     root.setLevel(level)
+
+
+def _log_from(level: int) -> None:
+    """Send records from this level on."""
+    logging.getLogger().setLevel(level)
+
+
+def _prepare(gpu: bool) -> None:
+    """Import what stages need, and open the GPU that this process sees."""
+    for name in IMPORTED:
+        importlib.import_module(name)
+    if gpu:
+        sys.modules["torch"].zeros(1, device="cuda")  # the core imports none by itself
 
 
 def _end_with(sentinel: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dirotq.errors import ArtifactError, ConfigError
+from dirotq.files.digest import file_digest
 from dirotq.files.json_file import CALL_FILE, INDEX, read_json
 from dirotq.files.sums import write_sums
 from dirotq.kernels.linear import buffer_shapes
@@ -22,6 +24,7 @@ from dirotq.packed.made_from import base_of
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.packed.text_encoders import Width, choose, write_packed
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.disk import sync
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.progress import track
 from dirotq.quantize import memory
@@ -84,31 +87,38 @@ class Pack:
         kept_share = share_kept(transformer, (entry.site for entry in plan))
         put_packed(transformer, ((entry.site, entry.spec) for entry in plan))
         tensor, weights = _site_tensors(plan, gptq, fuse), self.model.weights()
-        for component, part in zip(self.model.parts, self.model.prefixes, strict=True):
-            before, target = prefix(part), folder / component
-            alike = [entry for entry in plan if entry.site.name.startswith(before)]
-            denoiser = transformer.get_submodule(part)
-            mark_packed(denoiser, DirotqConfig.of((alone(e.site, part), e.spec) for e in alike))
-            target.mkdir(parents=True)
-            denoiser.save_config(target)
-            sites = {entry.site.name for entry in alike}
-            sizes = {
-                name: tensor.numel() * stored_dtype(name, tensor).itemsize
-                for name, tensor in denoiser.state_dict().items()
-            }
-            shards = plan_shards(sizes, parse_bytes(self.shard))
-            for file, names in track(shards.filename_to_tensors.items(), "pack"):
-                inside = {before + name: (before + name).rpartition(".") for name in names}
-                coded = {n: parts for n, parts in inside.items() if parts[0] in sites}
-                kept = weights.tensors(n for n in inside if n not in coded)
-                tensors = {n: t.to(STORED) if t.is_floating_point() else t for n, t in kept.items()}
-                tensors |= {n: tensor(site, buffer) for n, (site, _, buffer) in coded.items()}
-                save_file(
-                    {name: tensors[before + name].contiguous() for name in names},
-                    target / file,
-                    metadata={"format": "pt"},
-                )
-            write_index(target, shards)
+        with ThreadPoolExecutor(1) as pool:
+            settled = []
+            for component, part in zip(self.model.parts, self.model.prefixes, strict=True):
+                before, target = prefix(part), folder / component
+                alike = [entry for entry in plan if entry.site.name.startswith(before)]
+                denoiser = transformer.get_submodule(part)
+                mark_packed(denoiser, DirotqConfig.of((alone(e.site, part), e.spec) for e in alike))
+                target.mkdir(parents=True)
+                denoiser.save_config(target)
+                sites = {entry.site.name for entry in alike}
+                sizes = {
+                    name: tensor.numel() * stored_dtype(name, tensor).itemsize
+                    for name, tensor in denoiser.state_dict().items()
+                }
+                shards = plan_shards(sizes, parse_bytes(self.shard))
+                for file, names in track(shards.filename_to_tensors.items(), "pack"):
+                    inside = {before + name: (before + name).rpartition(".") for name in names}
+                    coded = {n: parts for n, parts in inside.items() if parts[0] in sites}
+                    kept = weights.tensors(n for n in inside if n not in coded)
+                    tensors = {
+                        n: t.to(STORED) if t.is_floating_point() else t for n, t in kept.items()
+                    }
+                    tensors |= {n: tensor(site, buffer) for n, (site, _, buffer) in coded.items()}
+                    save_file(
+                        {name: tensors[before + name].contiguous() for name in names},
+                        target / file,
+                        metadata={"format": "pt"},
+                    )
+                    settled.append(pool.submit(_settle, target / file))
+                write_index(target, shards)
+            for one in settled:
+                one.result()
         call = self.model.call_arguments()
         (folder / CALL_FILE).write_text(json.dumps(call, indent=2, sort_keys=True) + "\n")
         size = sum(footprint(transformer).values())
@@ -132,6 +142,13 @@ class Pack:
             **({"text_encoders_megabytes": encoder_bytes / 1e6} if packed else {}),
             **({"text_encoders_kept": len(encoders) - len(packed)} if encoders else {}),
         }
+
+
+def _settle(file: Path) -> None:
+    """Bring a file to the disk and hash it, while the next one is written: `write_sums` and the
+    store know it then."""
+    sync(file)
+    file_digest(file)
 
 
 def _site_tensors(

@@ -22,6 +22,7 @@ from torch import Tensor
 from dirotq.models.family import Site
 from dirotq.pipeline.divided import NotShared
 
+from .aside import Aside
 from .recorder import Seen
 
 POLL = 0.003
@@ -36,7 +37,7 @@ class Relay:
     """
 
     def __init__(self, folder: Path, index: int, count: int, device: torch.device) -> None:
-        self._device = device
+        self._device, self._aside = device, Aside(device)
         self._folder, self._index = folder, index
         self._first, self._last = index == 0, index == count - 1
         self._handed = self._taken = 0
@@ -67,6 +68,7 @@ class Relay:
         if self._coming is None:
             return
         found, tensors = self._coming.result()
+        self._aside.hand_over(tensors.values())
         if found != block:
             raise NotShared(f"calls pass different blocks (one {found!r}, another {block!r})")
         if block != END:
@@ -98,7 +100,10 @@ class Relay:
     def _read(self, number: int) -> tuple[str, dict[str, Tensor]]:
         file = self._file(self._index - 1, number)
         self._until(file, there=True)
-        with safe_open(file, framework="pt", device=str(self._device)) as stored:
+        with (
+            self._aside.after(None),
+            safe_open(file, framework="pt", device=str(self._device)) as stored,
+        ):
             block = stored.metadata()["block"]
             tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
         file.unlink()

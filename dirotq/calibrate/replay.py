@@ -25,6 +25,8 @@ from dirotq.pipeline.machine import free_ram
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.weights import Weights
 
+from .aside import Aside
+
 SMALL = 1 << 20
 """Tensors of fewer bytes stay on the GPU when a waiting call is parked."""
 SLAB = 1 << 30
@@ -62,6 +64,7 @@ class Replay:
         self.current = 0
         self.outputs: list[Tensor] = []
         self.arena = HostArena()
+        self._aside = Aside(device)
         weights.fill(transformer, names_outside(transformer, self.blocks), device, dtype)
         move_buffers(transformer, device)
         for block in self.blocks:
@@ -92,6 +95,7 @@ class Replay:
                 forward.proceed()
             while block := next((f.block for f in forwards if f.block), None):
                 tensors = coming.pop(block).result() if block in coming else self._read(block)
+                self._aside.hand_over(tensors.values())
                 for name, tensor in tensors.items():
                     path, _, leaf = name.rpartition(".")
                     assign(self.transformer.get_submodule(path), leaf, tensor)
@@ -106,7 +110,8 @@ class Replay:
 
     def _read(self, block: str) -> dict[str, Tensor]:
         names = names_in(self.transformer, block)
-        return dict(self.weights.read(self.transformer, names, self.device, self.dtype))
+        with self._aside.after(None):
+            return dict(self.weights.read(self.transformer, names, self.device, self.dtype))
 
     def make_room(self, call: Call, count: int, vram: int | None = None, processes: int = 1) -> int:
         """Return how many of ``count`` calls like ``call`` to keep on their way; set ``park``.

@@ -23,33 +23,34 @@ TIMESTEPS = "timesteps"
 
 
 class Captured:
-    """What a capture holds of every site. Each of its trees is checked when first read from."""
+    """What a capture holds of every site. What is read of a site is checked when it is first read:
+    of several processes, each checks its own sites."""
 
     def __init__(self, capture: Artifact) -> None:
         self._capture = capture
-        self._trees: dict[str, zarr.Group] = {}
 
     def stored_moment(self, site: Site) -> tuple[Tensor, dict]:
         """Return what :func:`moment` makes S of, on the CPU."""
-        return read_stored(self._tree("moments.zarr"), site.name)
+        return read_stored(self._tree("moments.zarr", site), site.name)
 
     def rows(self, site: Site) -> Tensor:
         """Return sampled activation rows, bfloat16 [T, D], on the CPU."""
-        return read_array(self._tree("rows.zarr"), site.name)
+        return read_array(self._tree("rows.zarr", site), site.name)
 
     def timesteps(self, site: Site) -> list[float | None]:
         """Return the timestep that each sampled row is from; empty where none was recorded."""
-        told: Any = self._tree("rows.zarr")[site.name].attrs.get(TIMESTEPS, [])
+        told: Any = self._tree("rows.zarr", site)[site.name].attrs.get(TIMESTEPS, [])
         return list(told)
 
     def absmax(self, site: Site) -> Tensor:
         """Return the largest magnitude of each channel, float32 [D], on the CPU."""
-        return read_array(self._tree("peaks.zarr"), site.name)
+        return read_array(self._tree("peaks.zarr", site), site.name)
 
-    def _tree(self, name: str) -> zarr.Group:
-        if name not in self._trees:
-            self._trees[name] = zarr.open_group(self._capture.tree(name), mode="r")
-        return self._trees[name]
+    def _tree(self, name: str, site: Site) -> zarr.Group:
+        """Return the tree ``name``, in which ``site`` and the root alone are checked."""
+        root = self._capture.file(f"{name}/zarr.json").parent
+        self._capture.tree(f"{name}/{site.name}")
+        return zarr.open_group(root, mode="r")
 
 
 def write_moment(

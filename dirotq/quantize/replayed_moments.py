@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 import zarr
 
+from dirotq.calibrate.aside import Aside
 from dirotq.calibrate.recorder import Recorder, Seen
 from dirotq.calibrate.relay import END, Relay
 from dirotq.calibrate.replay import Replay
@@ -156,12 +157,16 @@ class ReplayedMoments:
         start, stop = (len(calls) * i // self.count for i in (self.index, self.index + 1))
         steps = replay.steps(calls[start:stop], first=start)
         relay = Relay(Path(self.meeting), self.index, self.count, replay.device)
+        aside = Aside(replay.device)
 
-        def settle(block: str, seen: Mapping[Site, Seen], beside: Mapping[Site, Seen]) -> list[str]:
-            if not self._last:
-                relay.hand(block, {**seen, **beside})
-                return []
-            store(seen)
+        def settle(
+            block: str, seen: Mapping[Site, Seen], beside: Mapping[Site, Seen], passed: Any
+        ) -> list[str]:
+            with aside.after(passed):
+                if not self._last:
+                    relay.hand(block, {**seen, **beside})
+                    return []
+                store(seen)
             return [block] if block in left else []
 
         with recorder.watching(left.get("", [])) as outside, ThreadPoolExecutor(1) as pool, relay:
@@ -177,7 +182,7 @@ class ReplayedMoments:
                 if waiting is not None:
                     yield from waiting.result()
                 beside = {s: one for s, one in outside.items() if one.tokens != before[s]}
-                waiting = pool.submit(settle, step.block, seen, beside)
+                waiting = pool.submit(settle, step.block, seen, beside, aside.mark())
                 del seen  # as soon as it is stored
             if waiting is not None:
                 yield from waiting.result()

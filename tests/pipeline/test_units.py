@@ -57,6 +57,16 @@ def files(out):
     }
 
 
+def test_large_files_go_to_the_disk_as_they_are_finished(tmp_path, monkeypatch):
+    synced = set()
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.add(os.fstat(handle).st_ino))
+    units, files = Units(tmp_path), [tmp_path / name for name in ("small", "large", "larger")]
+    for file, size in zip(files, (module.LARGE - 1, module.LARGE, 3 * module.LARGE), strict=True):
+        file.write_bytes(bytes(size))
+    units.finish("all", files)
+    assert synced == {file.stat().st_ino for file in files[1:]}
+
+
 def test_what_is_finished_stays_finished(out):
     before = {file: (out / file).stat().st_mtime_ns for file in files(out)}
     assert finished(out) == set(CONTENT)
