@@ -25,6 +25,7 @@ from dirotq.sources.completeness import absent
 from dirotq.sources.components import DENOISER
 from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
+from dirotq.sources.opening import dtypes
 from dirotq.sources.prompts import Prompt
 
 from .replay import HostArena
@@ -210,7 +211,7 @@ def open_hollow(model: DiffusersModel, dtype: torch.dtype, device: torch.device)
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             folder,
             **denoisers,
-            dtype=dtype,
+            dtype=dtypes(folder, dtype),
             use_safetensors=True,
             local_files_only=True,
             **absent(folder),
