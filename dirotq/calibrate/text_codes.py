@@ -153,7 +153,8 @@ class _Sum:
 
     def __init__(self, linear: Any, device: torch.device) -> None:
         self.total = torch.zeros(linear.in_features, linear.in_features, device=device)
-        self.rows, self.mask = 0, None
+        self.rows = 0
+        self.mask: Any = None
         self.hook = linear.register_forward_pre_hook(self._add)
 
     def _add(self, _: nn.Module, args: Any) -> None:
@@ -165,7 +166,7 @@ class _Sum:
         self.rows += len(rows)
 
 
-def _groups(encoder: nn.Module, paths: Sequence[str], room: int) -> Iterator[list[str]]:
+def _groups(encoder: Any, paths: Sequence[str], room: int) -> Iterator[list[str]]:
     """Split linears, in order, into runs whose second moments fit into ``room`` bytes."""
     group: list[str] = []
     taken = 0
