@@ -45,9 +45,9 @@ ENCODED = 0.5e9
 of a language model of 24 B parameters, T5-XXL takes a fifth; of small encoders, their weights'
 size."""
 ALIVE_WIDE = 5
-"""Tensors of its widest channels that an image decoder takes at full resolution: three of a residual
-block (its input, the normed and the activated one), and what convolutions want beside them. FLUX.1
-on an H200: 2.7 GB at 1024 x 1024."""
+"""Tensors of its widest channels that an image decoder takes at full resolution: three of a
+residual block (its input, the normed and the activated one), and what convolutions want beside
+them. FLUX.1 on an H200: 2.7 GB at 1024 x 1024."""
 LAYERS = 3
 """Layers on the GPU at once where they are streamed: the one that computes, the next, and one that
 is not gone yet."""
