@@ -36,8 +36,16 @@ MISTRAL = {"hidden_size": 5120, "intermediate_size": 32768, "num_hidden_layers":
            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
            "vocab_size": 131072}  # fmt: skip
 """mistralai/Mistral-Small-3.2-24B-Instruct-2506, whose text model FLUX.2-dev reads."""
-VAE = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 16}
-VAE_2 = {"block_out_channels": [128, 256, 512, 512], "latent_channels": 32}
+VAE = {
+    "_class_name": "AutoencoderKL",
+    "block_out_channels": [128, 256, 512, 512],
+    "latent_channels": 16,
+}
+VAE_2 = {
+    "_class_name": "AutoencoderKLFlux2",
+    "block_out_channels": [128, 256, 512, 512],
+    "latent_channels": 32,
+}
 VAE_BYTES = 168_000_000
 
 
@@ -151,9 +159,12 @@ def shapes(width: str) -> Iterable[str]:
         ("FLUX.2-dev", {"text_encoder": mistral}, flux2, VAE_2),
     ):
         running = _by_shapes(encoders, transformer, vae, width)
-        for kind in SAID:
-            told = " | ".join(f"{v / 1e9:.1f}" for v in running.phases(kind).values())
-            yield f"| {name} | {kind} | {told} |"
+        ways = {"none": running, "none, decoded in tiles": running.in_tiles()}
+        ways |= {kind: running for kind in SAID if kind != "none"}
+        for way, made in ways.items():
+            kind = "none" if way.startswith("none") else way
+            told = " | ".join(f"{v / 1e9:.1f}" for v in made.phases(kind).values())
+            yield f"| {name} | {way} | {told} |"
 
 
 def _by_shapes(encoders: Any, transformer: Any, vae: Mapping[str, Any], width: str) -> Running:
@@ -171,11 +182,10 @@ def _by_shapes(encoders: Any, transformer: Any, vae: Mapping[str, Any], width: s
     )
 
 
-def _alive(transformer: Any, vae: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, float]:
+def _alive(transformer: Any, vae: Mapping[str, Any], call: Mapping[str, Any]) -> dict[str, Any]:
     specs = [m.spec for m in transformer.modules() if hasattr(m, "spec")]
     wide = max(spec.in_features + spec.outputs for spec in specs)
-    denoising, decoding = activations(transformer.config, vae, wide, call)
-    return {"denoising": denoising, "decoding": decoding}
+    return activations(transformer.config, vae, wide, call)
 
 
 def _bytes(modules: Iterable[nn.Module]) -> int:

@@ -15,6 +15,7 @@ from dirotq.original import as_pictures, original_of, psnr
 from dirotq.pipeline.housekeeping import store_option
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.manifest import read_json
+from dirotq.pipeline.sizes import parse_bytes
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.progress import begin, told
 from dirotq.sources.calls import arguments, pipeline_class, refuse_call
@@ -47,6 +48,7 @@ def add_generate(add: Callable[..., argparse.ArgumentParser]) -> None:
     )  # fmt: skip
     parser.add_argument("--fps", type=int, default=16, help="of a video (default: %(default)s)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--vram", metavar="SIZE", help="GPU memory to stay within, such as 16GB")
     store_option(parser)
 
 
@@ -81,7 +83,7 @@ def _generate(options: argparse.Namespace) -> int:
     elif moving:
         settings["output_type"] = "pil"
     arguments = f"those of {defaults}, --prompt, --steps, --image and --mask"
-    pipeline = load(folder, device=options.device)
+    pipeline = load(folder, device=options.device, vram=options.vram)
     made = _called(pipeline, options, images | settings, arguments)
     if original is None:
         print(_write(made, out, options.fps))
@@ -150,6 +152,13 @@ def _refuse_options(options: argparse.Namespace) -> None:
         if (value := getattr(options, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value}: use a whole number from 1 on")
     refuse_device(options.device, "--device")
+    if options.vram is not None:
+        parse_bytes(options.vram)
+        if options.compare is not None:
+            raise ConfigError(
+                "--vram and --compare: the limit is for a packed model, and the 16-bit one would "
+                "not stay within it; leave one of them out"
+            )
 
 
 def _images(options: argparse.Namespace) -> dict[str, Any]:

@@ -9,9 +9,10 @@ import torch
 from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ConfigError
 from dirotq.files.sums import unchecked
+from dirotq.models.autoencoders import tile
 from dirotq.packed.folder import held, packed_folder, variant_of
 from dirotq.pipeline.sizes import parse_bytes
-from dirotq.quantize.running import SAID, of_folder
+from dirotq.quantize.running import SAID, TILES, of_folder
 from dirotq.sources.opening import explained, open_pipeline
 
 if TYPE_CHECKING:
@@ -36,9 +37,9 @@ def load(
     variant  of the files, as ``save_pretrained(variant=...)`` named them; the only one by default
     verify   hold every file that is read against the digests in the folder (SHA256SUMS) first:
              once per process, in threads; False for a folder that was changed on purpose
-    vram     GPU memory to stay within ("24GB"): weights wait in host memory as far as that takes
-             (by components, or by layers), and a log line says so; by default the GPU's free memory
-             decides, between none and components
+    vram     GPU memory to stay within ("24GB"): images are decoded in tiles, and weights wait in
+             host memory (by components, or by layers), as far as that takes, and a log line says
+             so; by default the GPU's free memory decides, between none and components
 
     Raises ConfigError for arguments of another kind, and for a ``vram`` that can't be met;
     ArtifactError if the folder holds no packed pipeline, or a file or tensor changed, is missing,
@@ -51,17 +52,21 @@ def load(
     limit = None if vram is None else _limit(vram, target)
     with explained(folder), held(folder):
         root = packed_folder(folder, verify=verify)
-        kind = None if limit is None else of_folder(root).choose(limit)
+        kind, tiled = (None, False) if limit is None else of_folder(root).choose(limit)
         if kind is not None:
-            log.warning("within %.3g GB of GPU memory, %s", (limit or 0) / 1e9, SAID[kind])
+            said = "; ".join((SAID[kind], *([TILES] if tiled else [])))
+            log.warning("within %.3g GB of GPU memory, %s", (limit or 0) / 1e9, said)
         with unchecked():  # done, or not wanted
-            return open_pipeline(
+            pipe = open_pipeline(
                 root,
                 dtype or compute_dtype(target),
                 target,
                 variant=variant_of(root, variant),
                 offloading=kind,
             )
+        if tiled:
+            tile(pipe.vae)
+        return pipe
 
 
 def _limit(vram: str | int, device: torch.device) -> int:

@@ -11,27 +11,36 @@ from torch.nn.functional import linear
 
 from . import ops
 from .formats.activation import recorded_format
-from .formats.pack_int4 import pack_int4
-from .formats.quantize_weight import codes_on_grid, weight_scales
+from .formats.quantize_weight import codes_on_grid, pack_codes, weight_scales, weight_steps
 from .formats.spec import QuantSpec
 from .formats.transform import NO_TRANSFORM, PROJECT
-from .formats.weight import WeightFormat
+from .formats.weight import Element, WeightFormat
+from .gptq import gptq
 
 Bits = Literal[4, 8]
-GROUP = 32
-"""Columns that share a scale of 4-bit weights. Groups of 128 have 0.4 bits less, and cost 1 to 2 dB
-of the images of the embedded models."""
+LEAST = 32
+"""Columns of the smallest group of 4-bit weights: what the kernels can read."""
+GROUPS: dict[Element, int] = {"int4": 32, "lm4": 64}
+"""Columns that share a scale, by what a code is; ``int4`` is what the first packed encoders have.
+Groups of levels are of LEAST columns where 64 don't divide a row."""
 LARGEST = 127
 """8-bit code: symmetric."""
+DAMPING = 0.01
+"""Share of the mean diagonal that GPTQ adds to a second moment; of few rows, FEW times that."""
+FEW = 10
+"""Measured on the embedded models' encoders with rows for a third of the channels: 0.3 to 1.3 dB
+of the embeddings."""
 
 
 def takes(module: nn.Module, bits: Bits) -> bool:
     """Tell whether a module is a linear whose weights can be rounded to so many bits."""
-    return type(module) is nn.Linear and (bits == 8 or module.in_features % GROUP == 0)
+    return type(module) is nn.Linear and (bits == 8 or module.in_features % LEAST == 0)
 
 
 class WeightOnlyLinear(nn.Module):
     """A linear with 4-bit weights in groups, or 8-bit ones in rows, and inputs as they come.
+
+    ``element``  what a 4-bit code is: a level (``lm4``) or an integer (``int4``)
 
     ``weight``  int8, [N, K] codes; or [N, K // 2], layout L1: two 4-bit codes in a byte
     ``scale``   bf16, [N, G]
@@ -44,15 +53,15 @@ class WeightOnlyLinear(nn.Module):
     scale: Tensor
     bias: Tensor | None
 
-    def __init__(self, like: nn.Linear, bits: Bits) -> None:
+    def __init__(self, like: nn.Linear, bits: Bits, element: Element = "lm4") -> None:
         super().__init__()
         self.in_features, self.out_features, self.bits = like.in_features, like.out_features, bits
-        self.spec = _spec(like) if bits == 4 else None
+        self.spec = _spec(like, element) if bits == 4 else None
         self._key = ops.format_key(self.spec) if self.spec is not None else ""
         self.widens = False
         """Whether float16 inputs become float32: for networks that say so of this linear."""
         columns = self.in_features * bits // 8
-        groups = 1 if self.spec is None else self.in_features // GROUP
+        groups = 1 if self.spec is None else self.in_features // self.spec.weights.group
         on = like.weight.device
         shape = self.out_features, columns
         self.weight = _frozen(torch.empty(shape, dtype=torch.int8, device=on))
@@ -90,32 +99,51 @@ class WeightOnlyLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, W{self.bits}A16"
 
 
-def rounded(weight_NK: Tensor, bits: Bits) -> tuple[Tensor, Tensor]:
-    """Return ``weight`` and ``scale`` of a linear, without data: rounding to the nearest codes.
+def rounded(
+    weight_NK: Tensor, bits: Bits, moment_KK: Tensor | None = None, rows: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Return ``weight`` and ``scale`` of a linear: levels in 4 bits, integers in 8.
 
     weight_NK  floating, [N, K], finite
+    moment_KK  floating, [K, K], the second moment of the linear's inputs, or None
+    rows       that it is of
 
-    4 bits: per group the scale, of nine fractions of the largest weight, that loses least. 8 bits:
-    the largest weight of a row.
+    8 bits: the nearest codes, scaled to the largest weight of a row. 4 bits: per group the scale,
+    of fourteen fractions of the largest weight, that loses least of the weights; on that grid the
+    nearest codes, or, with the moment, those of GPTQ.
+
+    Raises FactorizationError (kernels/gptq) for a moment that is not one.
     """
     weight_NK = weight_NK.float()
-    if bits == 4:
-        scale = weight_scales(weight_NK, weight_NK.shape[1] // GROUP, clip=True)
-        return pack_int4(codes_on_grid(weight_NK, scale)).view(torch.int8), scale
-    scale = (weight_NK.abs().amax(1, keepdim=True) / LARGEST).to(torch.bfloat16)
-    codes = torch.where(scale > 0, weight_NK / scale.float(), 0.0).round_()
-    return codes.clamp_(-LARGEST, LARGEST).to(torch.int8), scale
+    if bits == 8:
+        scale = (weight_NK.abs().amax(1, keepdim=True) / LARGEST).to(torch.bfloat16)
+        codes = torch.where(scale > 0, weight_NK / scale.float(), 0.0).round_()
+        return codes.clamp_(-LARGEST, LARGEST).to(torch.int8), scale
+    width = weight_NK.shape[1]
+    scale = weight_scales(weight_NK, width // _group(width, "lm4"), clip=True, element="lm4")
+    step = weight_steps(scale, None, "lm4")
+    if moment_KK is None:
+        codes = codes_on_grid(weight_NK, step, "lm4")
+    else:
+        damping = DAMPING * (FEW if rows < 2 * width else 1)
+        codes, _ = gptq(weight_NK, moment_KK.double(), step, damping=damping, element="lm4")
+    return pack_codes(codes, "lm4").view(torch.int8), scale
 
 
-def _spec(like: nn.Linear) -> QuantSpec:
+def _group(width: int, element: Element) -> int:
+    return GROUPS[element] if width % GROUPS[element] == 0 else LEAST
+
+
+def _spec(like: nn.Linear, element: Element) -> QuantSpec:
+    group = _group(like.in_features, element)
     return QuantSpec(
         in_features=like.in_features,
         out_features=(like.out_features,),
         rank=0,
         transform=NO_TRANSFORM,
         branch=PROJECT,
-        weights=WeightFormat(element="int4", granularity="group", scale="bf16", group=GROUP),
-        activations=recorded_format(16, "token", GROUP),
+        weights=WeightFormat(element=element, granularity="group", scale="bf16", group=group),
+        activations=recorded_format(16, "token", group),
     )
 
 

@@ -11,6 +11,9 @@ EDITS = re.compile("Edit|Kontext|Img2Img|I2I|Inpaint|Fill|ImageToVideo|Image2Vid
 LISTED = re.compile("^(?!Flux2).*(Kontext|Img2Img|Inpaint|Fill)")
 """Of classes to which a list of pictures is a batch. To others it is one prompt's references."""
 
+SEVERAL = re.compile("^Flux2(?!.*Inpaint)|^QwenImage21|EditPlus")
+"""Of classes that take several ``image``s as the references of one prompt."""
+
 
 def pictures_taken(pipeline: Any) -> tuple[str, ...]:
     """Return those of :data:`PICTURES` that the call of a pipeline's class takes."""
@@ -30,3 +33,8 @@ def pictures_needed(pipeline: Any) -> tuple[str, ...]:
 def takes_batches(pipeline: Any) -> bool:
     """Tell whether several prompts, each with its own picture, make one call."""
     return LISTED.search(pipeline.__name__) is not None
+
+
+def takes_several(pipeline: Any) -> bool:
+    """Tell whether one prompt may have several pictures as its references."""
+    return SEVERAL.search(pipeline.__name__) is not None

@@ -11,6 +11,8 @@ from typing import ClassVar, get_args
 from safetensors.torch import save_file
 from torch import Tensor
 
+from dirotq.calibrate.text_codes import Codes, calibrated_codes
+from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.files.digest import file_digest
 from dirotq.files.json_file import CALL_FILE, INDEX, read_json
@@ -22,16 +24,18 @@ from dirotq.packed.beside import card_of
 from dirotq.packed.card import README
 from dirotq.packed.made_from import base_of
 from dirotq.packed.swap import footprint, put_packed
-from dirotq.packed.text_encoders import Width, choose, write_packed
+from dirotq.packed.text_encoders import Choice, Width, choose, write_packed
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.disk import sync
 from dirotq.pipeline.sizes import parse_bytes
+from dirotq.pipeline.stage import untracked
 from dirotq.progress import track
 from dirotq.quantize import memory
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.tensors import load_site, site_file
 from dirotq.sources.folder import place_rest
 from dirotq.sources.model import DiffusersModel
+from dirotq.sources.prompts import PromptSet
 from dirotq.sources.weights import plan_shards, write_index
 
 CODED = ("qweight", "wscale", "wglobal")
@@ -44,16 +48,21 @@ class Pack:
 
     The weights are written shard by shard: no more than one is in memory.
 
+    ``prompts``  what calibrates 4-bit text encoders (GPTQ), or None: nearest codes
     ``shard``  largest weights file ("2GB": a file is one thread's work when it is checked)
     ``text_encoders``  what becomes of their weights: ``keep``, ``w8`` or ``w4``
+
+    Metrics: ``text_linears_nearest`` counts 4-bit linears of text encoders that nothing calibrated.
     """
 
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "5"
     needs = memory.pack
 
     model: DiffusersModel
+    prompts: PromptSet | None
     shard: str | int
     text_encoders: str
+    device: str = untracked()
 
     def __post_init__(self) -> None:
         parse_bytes(self.shard)
@@ -75,10 +84,14 @@ class Pack:
         encoders = choose(source, self.text_encoders)
         packed = {name: choice for name, choice in encoders.items() if choice.bits}
         copies = place_rest(source, folder, written=packed)
+        codes = self._calibrated({n: c for n, c in packed.items() if c.bits == 4})
         encoder_bytes = sum(
-            write_packed(source / name, folder / name, choice, self.shard)
+            write_packed(source / name, folder / name, choice, self.shard, codes.get(name))
             for name, choice in track(packed.items(), "text encoders")
         )
+        calibrated = sum(map(len, codes.values()))
+        four = sum(len(choice.linears) for choice in packed.values() if choice.bits == 4)
+        del codes
         for copy in copies:
             if copy.name == "config.json":
                 _neutral_dtype(copy)
@@ -141,7 +154,17 @@ class Pack:
             "block_parameters_kept": kept_share,
             **({"text_encoders_megabytes": encoder_bytes / 1e6} if packed else {}),
             **({"text_encoders_kept": len(encoders) - len(packed)} if encoders else {}),
+            **({"text_linears_nearest": four - calibrated} if four else {}),
         }
+
+    def _calibrated(self, encoders: Mapping[str, Choice]) -> dict[str, Codes]:
+        """Return codes of linears of these text encoders; none without prompts."""
+        if self.prompts is None or not encoders:
+            return {}
+        device = pick_device(self.device)
+        linears = {name: list(choice.linears) for name, choice in encoders.items()}
+        prompts = self.prompts.load()
+        return calibrated_codes(self.model, prompts, linears, device, compute_dtype(device))
 
 
 def _settle(file: Path) -> None:

@@ -7,7 +7,7 @@ generates latents, without an image decoder. Both halves are the pipeline's own 
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,6 +25,7 @@ from dirotq.sources.completeness import absent
 from dirotq.sources.components import DENOISER
 from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
+from dirotq.sources.opening import dtypes
 from dirotq.sources.prompts import Prompt
 
 from .replay import HostArena
@@ -51,7 +52,7 @@ class Trajectories:
     ) -> None:
         self.model, self.dtype, self.device, self.vram = model, dtype, device, vram
         self.call = model.call_arguments()
-        self.pipe = _open(model, dtype, device)
+        self.pipe = open_hollow(model, dtype, device)
         self.made: list[Call] = []
         """Every call of the last generation."""
         self._encoded: dict[str, Any] = {}
@@ -59,7 +60,7 @@ class Trajectories:
     def encode(self, shards: Sequence[Sequence[Prompt]]) -> None:
         """Run the text encoders on every batch, remember the results, and free the encoders."""
         pipe = self.pipe
-        encoders = [n for n, m in pipe.components.items() if _is_encoder(n, m)]
+        encoders = [n for n, m in pipe.components.items() if is_encoder(n, m)]
         if not hasattr(pipe, "encode_prompt"):
             log.info("%s has no encode_prompt: its text encoders stay loaded", type(pipe).__name__)
         for name in encoders:
@@ -71,17 +72,9 @@ class Trajectories:
         plain = {name: getattr(pipe, name) for name in ENCODES if hasattr(pipe, name)}
         for name, encode in plain.items():
             setattr(pipe, name, self._remembering(encode, anew=True))
-        hooks = [
-            denoiser.register_forward_pre_hook(_raise_reached)
-            for denoiser in denoisers_of(pipe).values()
-        ]
-        try:
-            for shard in shards:
-                with contextlib.suppress(_Reached):
-                    generate(pipe, shard, self.call, output="latent")
-        finally:
-            for hook in hooks:
-                hook.remove()
+        for shard in shards:
+            with stop_at_denoisers(pipe):
+                generate(pipe, shard, self.call, output="latent")
         for name, encode in plain.items():
             setattr(pipe, name, self._remembering(encode, anew=False))
         pipe.register_modules(**dict.fromkeys(encoders))
@@ -175,11 +168,27 @@ def _told(value: Any) -> Any:
     return value
 
 
+@contextlib.contextmanager
+def stop_at_denoisers(pipe: Any) -> Iterator[None]:
+    """Leave the block where the pipeline is about to call a denoiser."""
+    hooks = [
+        denoiser.register_forward_pre_hook(_raise_reached)
+        for denoiser in denoisers_of(pipe).values()
+    ]
+    try:
+        with contextlib.suppress(_Reached):
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _raise_reached(*_: Any) -> None:
     raise _Reached
 
 
-def _is_encoder(name: str, module: Any) -> bool:
+def is_encoder(name: str, module: Any) -> bool:
+    """Tell whether a component of a pipeline turns texts or pictures into what denoisers read."""
     return isinstance(module, nn.Module) and not name.startswith("vae") and DENOISER not in name
 
 
@@ -187,7 +196,7 @@ def _to(value: Any, device: torch.device) -> Any:
     return Call((value,), {}).map(lambda tensor: tensor.to(device)).args[0]
 
 
-def _open(model: DiffusersModel, dtype: torch.dtype, device: torch.device) -> Any:
+def open_hollow(model: DiffusersModel, dtype: torch.dtype, device: torch.device) -> Any:
     """Open the pipeline on the CPU, its transformer without weights; it says ``device``."""
     import diffusers
 
@@ -202,7 +211,7 @@ def _open(model: DiffusersModel, dtype: torch.dtype, device: torch.device) -> An
         pipe = diffusers.DiffusionPipeline.from_pretrained(
             folder,
             **denoisers,
-            dtype=dtype,
+            dtype=dtypes(folder, dtype),
             use_safetensors=True,
             local_files_only=True,
             **absent(folder),

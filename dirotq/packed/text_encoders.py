@@ -1,16 +1,17 @@
 """Text encoders with rounded weights, in the folder that holds the packed transformer.
 
-Weights alone are rounded, without data: a text encoder runs once per image. What it computes stays
-in 16 bits, and padding and masks are none of its weights. ADR 46 says why by our own linear.
+Weights alone are rounded: a text encoder runs once per image. What it computes stays in 16 bits,
+and padding and masks are none of its weights. ADR 46 says why by our own linear.
 """
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from dirotq.files.json_file import INDEX, components, read_json
 from dirotq.kernels.weight_only import Bits, WeightOnlyLinear
@@ -26,12 +27,16 @@ PREFIX = "text_encoder"
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What becomes of one text encoder: its ``bits`` and ``size``, or ``why`` it stays as it is."""
+    """What becomes of one text encoder: its ``bits`` and ``size``, or ``why`` it stays as it is.
+
+    ``linears``  paths of those that are packed, with the channels of each
+    """
 
     cls: Any
     bits: Bits | None = None
     size: int = 0
     why: str = ""
+    linears: Mapping[str, int] = field(default_factory=dict)
 
 
 def choose(source: Path, width: str) -> dict[str, Choice]:
@@ -52,23 +57,27 @@ def choose(source: Path, width: str) -> dict[str, Choice]:
     return found
 
 
-def predicted(source: Path, width: str) -> dict[str, int]:
-    """Return the bytes that each text encoder will have once it is packed, from shapes alone."""
-    return {name: choice.size for name, choice in choose(source, width).items() if choice.bits}
-
-
-def write_packed(part: Path, target: Path, choice: Choice, shard: str | int) -> int:
+def write_packed(
+    part: Path,
+    target: Path,
+    choice: Choice,
+    shard: str | int,
+    codes: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+) -> int:
     """Write the text encoder in ``part`` with rounded weights to ``target``; return its bytes.
 
+    codes  ``weight`` and ``scale`` of linears that are calibrated, by their paths; others are
+           rounded to nearest
+
     transformers reads and rounds one weight after the other: no more than the packed encoder and
-    one weight is in memory.
+    one weight is in memory, beside ``codes``.
     """
     from dirotq.packed.text_quantizer import TextEncoderConfig  # slow: transformers' models
 
     with quiet() as said:
         encoder = choice.cls.from_pretrained(
             part,
-            quantization_config=TextEncoderConfig(bits=choice.bits),
+            quantization_config=TextEncoderConfig(bits=choice.bits, codes=codes),
             dtype=torch.bfloat16,
             use_safetensors=True,
             local_files_only=True,
@@ -124,7 +133,8 @@ def _chosen(cls: Any, part: Path, bits: Bits) -> Choice:
     if not linears:
         why = f"it has no linears in repeated blocks that take {bits}-bit weights"
         return Choice(cls, why=why)
-    return Choice(cls, bits, _size(empty, linears, bits))
+    channels = {name: empty.get_submodule(name).in_features for name in linears}
+    return Choice(cls, bits, _size(empty, linears, bits), linears=channels)
 
 
 def _size(empty: torch.nn.Module, linears: Iterable[str], bits: Bits) -> int:

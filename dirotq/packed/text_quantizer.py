@@ -2,11 +2,10 @@
 
 transformers finds both by the method's name once dirotq/_registration.py has seen it imported, in
 ``from_pretrained`` of 16-bit weights (which rounds them while they are read, one at a time) and of
-packed ones. Weights alone are rounded, without calibration: what a text encoder computes, it
-computes in 16 bits.
+packed ones. Weights alone are rounded: what a text encoder computes, it computes in 16 bits.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, get_args
 
 import torch
@@ -17,29 +16,49 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from dirotq.errors import ArtifactError, NumericalError, UnsupportedError
+from dirotq.kernels.formats.weight import Element
 from dirotq.kernels.weight_only import Bits, WeightOnlyLinear, rounded, takes
 
 METHOD = "dirotq"
-FORMAT = 1
+FORMAT = 2
 """Newest format of packed text encoders."""
+ELEMENTS: dict[int, Element] = {1: "int4", 2: "lm4"}
+"""What a 4-bit code is, by format. 8-bit codes are the same in both, and are written as the first,
+which every DiRotQ reads."""
 AGAIN = "download the model again, or pack it again with `dirotq compress`"
+
+
+class Codes(dict[str, tuple[Tensor, Tensor]]):
+    """``weight`` and ``scale`` of packed linears, by their paths; transformers copies configs, and
+    copies none of them."""
+
+    def __deepcopy__(self, memo: Any) -> "Codes":
+        return self
 
 
 @register_quantization_config(METHOD)
 class TextEncoderConfig(QuantizationConfigMixin):
     """How a text encoder's weights are rounded.
 
-    bits     4 (a scale per 32 columns) or 8 (a scale per row)
+    bits     4 (a scale per 64 columns; per 32 in format 1) or 8 (a scale per row)
     linears  paths of the packed ones; None, for 16-bit weights: those in repeated blocks
-    format   of the files
+    format   of the files; None: the one that is written
+    codes    of linears that are rounded already, in place of what is read; no file holds them
 
     Raises UnsupportedError for a newer format, ArtifactError for anything else that this version
     would not have written.
     """
 
     def __init__(
-        self, bits: Any = None, linears: Any = None, format: Any = FORMAT, **_: Any
+        self,
+        bits: Any = None,
+        linears: Any = None,
+        format: Any = None,
+        codes: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        **_: Any,
     ) -> None:
+        if format is None:
+            format = 1 if bits == 8 else FORMAT
         if type(format) is int and format > FORMAT:
             raise UnsupportedError(
                 f"this text encoder is packed in format {format}; this DiRotQ reads up to "
@@ -58,6 +77,7 @@ class TextEncoderConfig(QuantizationConfigMixin):
         self.bits: Bits = bits
         self.linears: list[str] | None = linears
         self.format: int = format
+        self.codes = Codes(codes or {})
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -94,7 +114,7 @@ class TextEncoderQuantizer(HfQuantizer):
                     f"{name:.80} is packed by the config.json of this {type(model).__name__}, and "
                     f"is no linear of it that takes {config.bits} bits; {AGAIN}"
                 )
-            packed = WeightOnlyLinear(linear, config.bits)
+            packed = WeightOnlyLinear(linear, config.bits, ELEMENTS[config.format])
             packed.widens = name.rpartition(".")[2] in (model._keep_in_fp32_modules or ())
             model.set_submodule(name, packed)
 
@@ -104,7 +124,7 @@ class TextEncoderQuantizer(HfQuantizer):
         return not self.pre_quantized and linear and name == "weight"
 
     def get_quantize_ops(self) -> "_Round":
-        return _Round(self.quantization_config.bits)
+        return _Round(self.quantization_config)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for name, module in model.named_modules():
@@ -126,10 +146,10 @@ class TextEncoderQuantizer(HfQuantizer):
 
 
 class _Round(ConversionOps):
-    """Rounds one weight as it is read."""
+    """Rounds one weight as it is read, unless it has codes."""
 
-    def __init__(self, bits: Bits) -> None:
-        self.bits = bits
+    def __init__(self, config: TextEncoderConfig) -> None:
+        self.bits, self.codes = config.bits, config.codes
 
     def convert(
         self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any
@@ -141,7 +161,7 @@ class _Round(ConversionOps):
             raise NumericalError(
                 f"{path}: the weights hold NaN or infinity; the checkpoint is damaged"
             )
-        codes, scale = rounded(weight, self.bits)
+        codes, scale = self.codes.get(path) or rounded(weight, self.bits)
         return {f"{path}.weight": codes, f"{path}.scale": scale}
 
 

@@ -7,6 +7,7 @@ machine. docs/compress.md has them beside what was measured.
 from typing import Any
 
 from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
+from dirotq.calibrate.text_codes import WIDEST
 from dirotq.errors import ConfigError
 from dirotq.kernels.formats.quantize_weight import CHUNK
 from dirotq.pipeline.machine import Machine, Needs
@@ -143,7 +144,18 @@ def pack(stage: Any, work: Workload, machine: Machine) -> Needs:
     if work.encoders:  # one at a time, whole; its largest weight in float32 while it is rounded
         host = max(host, max(work.encoders.values()) + ROUNDING)
         disk += sum(work.encoders.values()) - sum(work.components.get(n, 0) for n in work.encoders)
-    return _needs(machine, 0, host, disk, "pack.shard=1GB", bound=True)
+    device, lower = 0.0, "pack.shard=1GB"
+    four = {n: c for n, c in work.encoder_choices.items() if c.bits == 4}
+    if four and stage.prompts is not None:
+        # All of the pipeline's encoders, and one linear's second moment with its factors; GPUs
+        # that don't hold an encoder get it layer by layer.
+        widths = (k for choice in four.values() for k in choice.linears.values() if k <= WIDEST)
+        factors = (2 * 4 + 8 * 3) * max(widths, default=0) ** 2
+        encoders = machine.width / 2 * sum(work.components.get(n, 0) for n in four)
+        device = (0 if machine.gpu else encoders) + factors
+        host = max(host, _components(work) + sum(work.encoders.values()))
+        lower = "text_encoders=w8 (which calibrates nothing), pack.shard=1GB"
+    return _needs(machine, device, host, disk, lower, bound=True)
 
 
 def reference(stage: Any, work: Workload, machine: Machine) -> Needs:

@@ -8,13 +8,16 @@ time. docs/low-vram.md has the figures of published shapes.
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isqrt, prod
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
+
 from dirotq.errors import ConfigError
 from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
+from dirotq.models.autoencoders import TILE, TILED, precision
 from dirotq.sources.folder import weight_names
 from dirotq.sources.weights import read_header
 
@@ -28,6 +31,11 @@ SAID: Mapping[Offloading, str] = {
     "(enable_group_offload)",
 }
 
+TILES = (
+    "images are decoded in tiles, which shows a little at their seams (pipe.vae.disable_tiling() "
+    "makes them whole)"
+)
+
 ALIVE = 4.2
 """Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
 CONTEXT = 0.6e9
@@ -36,9 +44,10 @@ ENCODED = 0.5e9
 """Bytes beside the weights while a text is encoded: all hidden states and the logits of 512 tokens
 of a language model of 24 B parameters, T5-XXL takes a fifth; of small encoders, their weights'
 size."""
-ALIVE_WIDE = 3
-"""Tensors of its widest channels that an image decoder holds at full resolution: the input that a
-residual block adds, the normed one and the activated one."""
+ALIVE_WIDE = 5
+"""Tensors of its widest channels that an image decoder takes at full resolution: three of a
+residual block (its input, the normed and the activated one), and what convolutions want beside
+them. FLUX.1 on an H200: 2.7 GB at 1024 x 1024."""
 LAYERS = 3
 """Layers on the GPU at once where they are streamed: the one that computes, the next, and one that
 is not gone yet."""
@@ -52,12 +61,14 @@ class Running:
 
     ``weights``  of each component;  ``layers``  of each component's largest layer
     ``denoising``, ``decoding``  activations of one image's call
+    ``tiled``  those of decoding in tiles; None where the autoencoder knows none
     """
 
     weights: Mapping[str, int]
     layers: Mapping[str, int]
     denoising: float
     decoding: float
+    tiled: float | None = None
 
     def phases(self, kind: Offloading) -> dict[str, float]:
         """Return the peak of each phase."""
@@ -78,22 +89,33 @@ class Running:
         """Return the peak of a whole image."""
         return max(self.phases(kind).values())
 
-    def choose(self, vram: int) -> Offloading:
-        """Return the fastest way that stays within ``vram`` bytes.
+    def choose(self, vram: int) -> tuple[Offloading, bool]:
+        """Return the fastest way that stays within ``vram`` bytes, and whether it takes tiles.
+
+        Decoding in tiles comes before weights in host memory: it costs less time. Where whole
+        images fit, none are made of tiles.
 
         Raises ConfigError, naming the least that would do, if none does.
         """
+        in_tiles = self.in_tiles()
         for kind in SAID:
-            if self.needs(kind) <= vram:
-                return kind
-        least = self.needs("group")
-        phase = max(PHASES, key=self.phases("group").__getitem__)
+            for running in (self, in_tiles):
+                if running.needs(kind) <= vram:
+                    return kind, running is not self
+        least = in_tiles.needs("group")
+        phase = max(PHASES, key=in_tiles.phases("group").__getitem__)
         raise ConfigError(
             f"vram={vram / 1e9:.3g}GB can't be met: this pipeline takes at least "
             f"{rounded_up(least)} of GPU memory, to {phase}, with every layer brought in for its "
             f"call. Give vram={rounded_up(least).replace(' ', '')}, make smaller images (height "
             "and width in generation.json), or use device='cpu'"
         )
+
+    def in_tiles(self) -> "Running":
+        """Return the same pipeline decoding in tiles; itself where that lowers nothing."""
+        if self.tiled is None or self.tiled >= self.decoding:
+            return self
+        return replace(self, decoding=self.tiled)
 
     def told(self) -> list[str]:
         """Return the sentences that `plan` says."""
@@ -132,14 +154,16 @@ def of_folder(folder: Path) -> Running:
     packing = config.get("quantization_config") or {}
     sites = [entry["site"] for entry in packing.get("sites", ())]
     wide = [s["dim"] + sum(s["rows"]) for s in sites if s["kind"] == "block"]
-    denoising, decoding = activations(config, vae, max(wide, default=0), call)
-    return Running(weights=weights, layers=layers, denoising=denoising, decoding=decoding)
+    if "vae" in weights:
+        weights["vae"], layers["vae"] = (_width(vae) // 2 * n["vae"] for n in (weights, layers))
+    alive = activations(config, vae, max(wide, default=0), call)
+    return Running(weights=weights, layers=layers, **alive)
 
 
 def activations(
     config: Mapping[str, Any], vae: Mapping[str, Any], wide: int, call: Mapping[str, Any]
-) -> tuple[float, float]:
-    """Return the bytes alive beside the weights while an image is denoised, and decoded.
+) -> dict[str, Any]:
+    """Return ``denoising``, ``decoding`` and ``tiled`` of :class:`Running`.
 
     config, vae  settings of transformer and autoencoder
     wide         inputs and outputs of the widest site in a block
@@ -149,7 +173,8 @@ def activations(
     frames = (int(call.get("num_frames", 1)) - 1) // int(vae.get("scale_factor_temporal", 4)) + 1
     image = height * width / pixels_per_token(config, vae) ** 2 * frames
     tokens = image + int(call.get("max_sequence_length", 256))
-    return ALIVE * 2 * tokens * wide * _guided(call, config), _decoding(vae, height * width)
+    denoising = ALIVE * 2 * tokens * wide * _guided(call, config)
+    return {"denoising": denoising, **_decoding(vae, height, width)}
 
 
 def of_work(work: Any, encoders: Mapping[str, int]) -> Running:
@@ -168,7 +193,7 @@ def of_work(work: Any, encoders: Mapping[str, int]) -> Running:
         weights=weights,
         layers=weights,
         denoising=ALIVE * 2 * work.tokens(site) * wide * work.guided,
-        decoding=_decoding(work.autoencoder, height * width),
+        **_decoding(work.autoencoder, height, width),
     )
 
 
@@ -212,8 +237,18 @@ def _guided(call: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     return 2 if scale > 1 and not config.get("guidance_embeds") else 1
 
 
-def _decoding(vae: Mapping[str, Any], pixels: int) -> float:
-    """Return the bytes alive where a decoder makes one frame."""
+def _decoding(vae: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
+    """Return the bytes alive where a decoder makes one frame: ``decoding``, and ``tiled``."""
     channels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
     wide = channels[min(1, len(channels) - 1)] if channels else DECODER_WIDTH
-    return 2.0 * ALIVE_WIDE * max(wide, 1) * pixels
+    pixel = float(_width(vae) * ALIVE_WIDE * max(wide, 1))
+    tile = min(height, TILE) * min(width, TILE)
+    # The tiles that are made, and the image that they are put together to, have three colours.
+    seams = 2 * 3 * _width(vae) * height * width
+    tiled = pixel * tile + seams if vae.get("_class_name") in TILED else None
+    return {"decoding": pixel * height * width, "tiled": tiled}
+
+
+def _width(vae: Mapping[str, Any]) -> int:
+    """Return the bytes of a number in an autoencoder, in a pipeline of 16 bits."""
+    return precision(str(vae.get("_class_name")), torch.bfloat16).itemsize

@@ -15,7 +15,7 @@ from dirotq.kernels.second_moment import TILE, tiles
 from dirotq.models.coverage import told
 from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
-from dirotq.packed.text_encoders import predicted
+from dirotq.packed.text_encoders import Choice, choose
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
 from dirotq.quantize.running import of_work, pixels_per_token
@@ -242,10 +242,16 @@ class Workload:
             ]
         return []
 
-    @cached_property
+    @property
     def encoders(self) -> dict[str, int]:
         """Bytes of the text encoders that will be packed, by name."""
-        return predicted(self.model.folder(weights=False), self.text_encoders)
+        return {name: choice.size for name, choice in self.encoder_choices.items()}
+
+    @cached_property
+    def encoder_choices(self) -> dict[str, Choice]:
+        """Text encoders that will be packed, by name."""
+        found = choose(self.model.folder(weights=False), self.text_encoders)
+        return {name: choice for name, choice in found.items() if choice.bits}
 
     @cached_property
     def packed(self) -> dict[str, int]:

@@ -7,7 +7,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dirotq.errors import ConfigError
-from dirotq.models.pipeline_images import PICTURES, pictures_needed, pictures_taken
+from dirotq.models.pipeline_images import (
+    PICTURES,
+    pictures_needed,
+    pictures_taken,
+    takes_several,
+)
 from dirotq.pipeline.settings import close_to, refuse_misfit
 from dirotq.sources.prompt_files import NEGATIVE
 from dirotq.sources.prompts import Prompt
@@ -35,7 +40,7 @@ def arguments(cls: Any) -> Mapping[str, inspect.Parameter]:
 
 def refuse_prompts(cls: Any, prompts: Sequence[Prompt], where: str) -> None:
     """Raise ConfigError for prompts that lack a picture that the pipeline needs, or hold what it
-    does not take: a picture, a negative prompt.
+    does not take: a picture, several of them, a negative prompt.
     """
     name, taken = cls.__name__, pictures_taken(cls)
     for needed in pictures_needed(cls):
@@ -52,6 +57,12 @@ def refuse_prompts(cls: Any, prompts: Sequence[Prompt], where: str) -> None:
             raise ConfigError(
                 f"{where}: the prompt {prompt.text!r:.60} has a column {odd[0]}, and a {name} "
                 "starts from none; remove that column, or choose the model's editing pipeline"
+            )
+        listed = sorted(n for n, given in prompt.inputs.items() if not isinstance(given, str))
+        if listed and not (listed == ["image"] and takes_several(cls)):
+            raise ConfigError(
+                f"{where}: the prompt {prompt.text!r:.60} has a list of pictures as {listed[0]}, "
+                f"and a {name} takes one; give one path"
             )
         if prompt.negative is not None and NEGATIVE not in arguments(cls):
             raise ConfigError(

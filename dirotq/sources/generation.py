@@ -60,6 +60,13 @@ def _inputs(prompts: Sequence[Prompt]) -> dict[str, Any]:
                 "give every row of the prompt file the same columns"
             )
     return {
-        name: [open_picture(one[name]) if name in PICTURES else one[name] for one in known]
+        name: [_opened(one[name]) if name in PICTURES else one[name] for one in known]
         for name in names
     }
+
+
+def _opened(given: str | tuple[str, ...]) -> Any:
+    """Open a picture, or a list of one prompt's references."""
+    if isinstance(given, str):
+        return open_picture(given)
+    return [open_picture(path) for path in given]

@@ -10,6 +10,7 @@ import torch
 from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.files.digest import input_digests
 from dirotq.files.json_file import CALL_FILE, INDEX, components, denoisers, read_json
+from dirotq.models.autoencoders import WIDE
 from dirotq.models.denoisers import joined, placed
 from dirotq.models.discovery import Discovered, discovered
 from dirotq.models.families import family_of
@@ -60,7 +61,12 @@ class DiffusersModel:
         """
         revision = self.family.revision
         table = {"table": revision} if revision > 1 else {}
-        return {**self._parts(), "call": dict(self.call_arguments()), **table}
+        # Images that a wide autoencoder made are others than those of 16 bits.
+        _, vae = components(read_json(self.folder(weights=False, complete=False) / INDEX)).get(
+            "vae", ("", "")
+        )
+        wide = {"vae": "float32"} if vae in WIDE else {}
+        return {**self._parts(), "call": dict(self.call_arguments()), **table, **wide}
 
     def folder(self, *, weights: bool = True, complete: bool = True) -> Path:
         """Return the checked folder, downloaded and put together where that is needed.

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dirotq.errors import ArtifactError, DirotqError, UnsupportedError
+from dirotq.files.json_file import INDEX, components, read_json
+from dirotq.models.autoencoders import precision
 from dirotq.quiet import heed, quiet
 
 from .doors import refuse_doors, refuse_sizes
@@ -60,7 +62,7 @@ def open_pipeline(
         with quiet() as said:
             pipe = diffusers.DiffusionPipeline.from_pretrained(
                 folder,
-                dtype=dtype,
+                dtype=dtypes(folder, dtype),
                 use_safetensors=True,
                 local_files_only=True,
                 variant=variant,
@@ -75,6 +77,16 @@ def open_pipeline(
             log.info("the pipeline's components take turns on %s, which can't hold all", device)
     place(pipe, device, offloading)
     return pipe
+
+
+def dtypes(folder: Path, dtype: torch.dtype) -> torch.dtype | dict[str, torch.dtype]:
+    """Return what ``from_pretrained`` is told: a dtype for all, or one for the autoencoder too."""
+    _, name = components(read_json(folder / INDEX)).get("vae", ("", ""))
+    wanted = precision(name, dtype)
+    if wanted == dtype:
+        return dtype
+    log.info("the %s computes in %s, which it needs", name, str(wanted).removeprefix("torch."))
+    return {"default": dtype, "vae": wanted}
 
 
 def place(pipe: "DiffusionPipeline", device: torch.device, offloading: str) -> None:

@@ -28,14 +28,15 @@ EXACT = 2**53
 class Prompt:
     """A caption, the seed of its noise, and, for rendered scenes, what the image must show.
 
-    ``inputs``    paths of the images that an editing pipeline starts from ({"image": ...})
+    ``inputs``    paths of the images that an editing pipeline starts from ({"image": ...}); several
+                  references are a tuple of paths
     ``negative``  what the image must not show; None leaves that to the model's call
     """
 
     text: str
     seed: int
     attributes: Mapping[str, Any] | None = None
-    inputs: Mapping[str, str] = field(default_factory=dict)
+    inputs: Mapping[str, str | tuple[str, ...]] = field(default_factory=dict)
     negative: str | None = None
 
 
@@ -50,7 +51,7 @@ class PromptSet:
 
     Optional columns are ``seed`` (else the row's number, so a prompt's noise never depends on
     batching), ``negative_prompt``, ``attributes``, and in local files ``image`` and ``mask_image``:
-    paths, relative ones from the file's folder.
+    paths, relative ones from the file's folder; ``image`` may be a list of them.
     """
 
     path: str
@@ -79,7 +80,8 @@ class PromptSet:
             part = {"subset": self.subset, "split": self.split}
             return place.identity() | ({"file": place.file} if place.file else part) | chosen
         chosen["prompts"] = file_digest(self._file())
-        images = [Path(i) for prompt in self.load() for i in prompt.inputs.values()]
+        given = (each for prompt in self.load() for each in prompt.inputs.values())
+        images = [Path(path) for each in given for path in paths_of(each)]
         shown = list(input_digests(dict.fromkeys(images)).values())
         return chosen | ({"images": shown} if shown else {})
 
@@ -243,21 +245,39 @@ def _seed(value: Any, where: str) -> int:
     return int(value)
 
 
-def _pictures(row: Mapping[Any, Any], where: str, folder: Path) -> dict[str, str]:
+def paths_of(given: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the paths of one picture, or of several."""
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _pictures(row: Mapping[Any, Any], where: str, folder: Path) -> dict[str, str | tuple[str, ...]]:
     """Return the paths of a row's pictures, relative to ``folder``; each can be decoded."""
-    found = {}
+    found: dict[str, str | tuple[str, ...]] = {}
     for name in PICTURES:
-        if isinstance(given := row.get(name), str):
-            picture = folder / resolve(given)
-            if not os.path.isfile(picture):  # noqa: PTH113 (Path's raises for odd names)
-                raise ConfigError(f"{where}: the {name} {picture!s:.300} does not exist")
-            try:
-                check_picture(picture)
-            except ConfigError as error:
-                raise ConfigError(f"{where}: the {name} {error}") from error
-            found[name] = str(picture)
+        given = row.get(name)
+        if isinstance(given, str):
+            found[name] = _picture(given, name, where, folder)
+        elif isinstance(given, list):
+            if not given or not all(isinstance(path, str) for path in given):
+                raise ConfigError(
+                    f"{where}: the {name} {shortly(given)} is no list of paths; give one path, or "
+                    'several as ["a.png", "b.png"]'
+                )
+            found[name] = tuple(_picture(path, name, where, folder) for path in given)
     return found
 
 
-def _plain(prompt: Prompt) -> tuple[str, tuple[tuple[str, str], ...]]:
-    return " ".join(prompt.text.split()).casefold(), tuple(sorted(prompt.inputs.items()))
+def _picture(given: str, name: str, where: str, folder: Path) -> str:
+    picture = folder / resolve(given)
+    if not os.path.isfile(picture):  # noqa: PTH113 (Path's raises for odd names)
+        raise ConfigError(f"{where}: the {name} {picture!s:.300} does not exist")
+    try:
+        check_picture(picture)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: the {name} {error}") from error
+    return str(picture)
+
+
+def _plain(prompt: Prompt) -> tuple[str, tuple[tuple[str, tuple[str, ...]], ...]]:
+    pictures = ((name, paths_of(given)) for name, given in prompt.inputs.items())
+    return " ".join(prompt.text.split()).casefold(), tuple(sorted(pictures))

@@ -8,8 +8,8 @@ from dirotq import generate
 
 
 class FakePipeline:
-    def __init__(self, folder, device):
-        self.folder, self.device, self.calls = folder, device, []
+    def __init__(self, folder, device, vram=None):
+        self.folder, self.device, self.vram, self.calls = folder, device, vram, []
 
     def __call__(self, prompt, *, generator, **settings):
         from PIL import Image
@@ -22,8 +22,8 @@ class FakePipeline:
 def loaded(monkeypatch):
     pipelines = []
 
-    def load(folder, *, device):
-        pipelines.append(FakePipeline(folder, device))
+    def load(folder, *, device, vram):
+        pipelines.append(FakePipeline(folder, device, vram))
         return pipelines[-1]
 
     monkeypatch.setattr("dirotq.loading.load", load)
@@ -45,6 +45,20 @@ def test_one_image_with_the_models_own_settings(dirotq, loaded, tmp_path):
         ("a star", 7, {"num_inference_steps": 20, "height": 64}),
         ("a star", 7, {"num_inference_steps": 4, "height": 64}),
     ]
+
+
+def test_a_limit_of_gpu_memory_is_the_loaders(dirotq, loaded, tmp_path):
+    (tmp_path / "model_index.json").write_text("{}")
+    args = [str(tmp_path), "--prompt", "x", "--out", str(tmp_path / "x.png")]
+    assert dirotq("generate", *args, "--vram", "16GB").status == 0
+    dirotq("generate", *args)
+    assert [pipeline.vram for pipeline in loaded] == ["16GB", None]
+    for more, says in (
+        (("--vram", "much"), "'much' is no size in bytes"),
+        (("--vram", "16GB", "--compare"), "--vram and --compare"),
+    ):
+        result = dirotq("generate", *args, *more)
+        assert result.status == 2 and says in result.err
 
 
 def test_an_artifact_is_a_model(dirotq, loaded, store, tmp_path):

@@ -123,7 +123,23 @@ def test_phases_hold_what_they_compute_with():
     [(174.6, "none"), (174.5, "model"), (71.1, "model"), (71.0, "group"), (25.6, "group")],
 )
 def test_the_fastest_way_that_fits_is_chosen(vram, chosen):
-    assert of().choose(int(vram * 1e9)) == chosen
+    assert of().choose(int(vram * 1e9)) == (chosen, False)
+
+
+@pytest.mark.parametrize(
+    "vram, chosen",
+    [
+        (174.6, ("none", False)),
+        (172.6, ("none", True)),
+        (172.5, ("model", False)),  # to denoise, all of it
+        (25.6, ("group", False)),
+    ],
+)
+def test_tiles_come_before_offloading_and_only_where_they_help(vram, chosen):
+    assert of(tiled=1.0).choose(int(vram * 1e9)) == chosen
+    large = of(decoding=200.0, tiled=1.0)
+    assert large.choose(int(71.1e9)) == ("model", True)
+    assert of(tiled=9.5).in_tiles() == of(tiled=9.5)
 
 
 def test_what_can_not_be_met_says_the_least():
@@ -132,7 +148,7 @@ def test_what_can_not_be_met_says_the_least():
     ) as error:
         of().choose(25_500_000_000)
     least = re.search(r"Give vram=([\d.]+)GB", str(error.value))[1]
-    assert of().choose(int(float(least) * 1e9)) == "group"
+    assert of().choose(int(float(least) * 1e9)) == ("group", False)
 
 
 def test_a_folder_is_read_by_its_headers(finished):
@@ -144,6 +160,7 @@ def test_a_folder_is_read_by_its_headers(finished):
         assert 0.9 * files < size <= files
         assert 0 < told.layers[name] < size
     assert told.denoising > 0 and told.decoding > 0
+    assert told.tiled is not None and told.tiled >= told.decoding  # 32 pixels are one tile
     larger = Running(
         weights=told.weights, layers=told.layers, denoising=1e12, decoding=told.decoding
     )

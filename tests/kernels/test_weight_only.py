@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from dirotq.kernels.formats.quantize_weight import dequantize_weight, unpack_weight
+from dirotq.kernels.formats.pack_int4 import pack_int4
+from dirotq.kernels.formats.quantize_weight import (
+    codes_on_grid,
+    dequantize_weight,
+    unpack_weight,
+    weight_scales,
+)
 from dirotq.kernels.weight_only import WeightOnlyLinear, rounded, takes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,7 +27,9 @@ def values(made: WeightOnlyLinear) -> torch.Tensor:
     """The weights that its codes stand for."""
     if made.bits == 8:
         return made.weight.float() * made.scale.float()
-    return dequantize_weight(*unpack_weight(made.weight.view(torch.uint8), made.scale))
+    element = made.spec.weights.element
+    codes = unpack_weight(made.weight.view(torch.uint8), made.scale, element=element)
+    return dequantize_weight(*codes)
 
 
 def linear(bias=True, width=96) -> nn.Linear:
@@ -86,6 +94,36 @@ def test_float16_overflows_where_nothing_widens():
     made.widens = True
     assert made(x).dtype == torch.float32 and made(x).isfinite().all()
     assert made(x.bfloat16()).dtype == torch.bfloat16
+
+
+def test_integers_in_groups_of_32_are_read_as_format_1_has_them():
+    like = linear(bias=False, width=128)
+    made = WeightOnlyLinear(like, 4, "int4")
+    scale = weight_scales(like.weight.data, 4, clip=True)
+    made.weight.data = pack_int4(codes_on_grid(like.weight.data, scale)).view(torch.int8)
+    made.scale.data = scale
+    want = dequantize_weight(codes_on_grid(like.weight.data, scale), scale)
+    x = torch.randn(3, 128)
+    torch.testing.assert_close(made(x), x @ want.mT)
+
+
+@pytest.mark.parametrize("width, groups", [(128, 2), (96, 3)])
+def test_levels_have_groups_of_64_or_of_32(width, groups):
+    made = packed(linear(width=width), 4)
+    assert made.scale.shape == (40, groups) and made.spec.weights.element == "lm4"
+
+
+def test_a_second_moment_moves_the_error_to_where_inputs_are_small():
+    like, generator = linear(bias=False, width=128), torch.Generator().manual_seed(2)
+    mix = torch.randn(128, 128, generator=generator)
+    x = torch.randn(512, 16, generator=generator) @ mix[:16]  # 16 of 128 directions
+    moment = x.mT @ x / len(x)
+    lost = []
+    for given in ((), (moment, 512)):
+        made = packed(like, 4)
+        made.weight.data, made.scale.data = rounded(like.weight.data, 4, *given)
+        lost.append((made(x) - like(x)).norm() / like(x).norm())
+    assert lost[1] < 0.3 * lost[0]
 
 
 def test_what_it_takes():

@@ -65,6 +65,39 @@ def test_an_edit_model_is_calibrated_with_its_pictures_and_refused_without(folde
         line(kontext, [{"prompt": row["prompt"]} for row in ROWS], *sized)
 
 
+def test_several_references_of_a_prompt_are_tokens_that_calibrate(tiny_root, line, tmp_path):
+    flux2 = family_folder(tiny_root, "flux2")
+    for name in ("a.png", "b.png"):  # the pipeline refuses smaller ones
+        Image.new("RGB", (64, 64), "green").save(tmp_path / name)
+
+    def tokens(*pictures):
+        rows = [{"prompt": row["prompt"], "image": list(pictures)} for row in ROWS]
+        made = run(line(flux2, rows, "until=capture"))
+        moments = zarr.open_group(made["capture"].tree("moments.zarr"), mode="r")
+        return moments["transformer_blocks.0.attn.qkv"].attrs["tokens"]
+
+    one, two = tokens("a.png"), tokens("a.png", "b.png")
+    own = {"prompt": "a star"}
+    plain = run(line(flux2, [own | {"seed": i} for i in range(8)], "until=capture"))
+    alone = zarr.open_group(plain["capture"].tree("moments.zarr"), mode="r")
+    assert two > one > alone["transformer_blocks.0.attn.qkv"].attrs["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"image": []}, r"the image \[\] is no list of paths"),
+        ({"image": ["0.png", 1]}, "is no list of paths"),
+        ({"image": ["0.png", "gone.png"]}, "gone.png does not exist"),
+        ({"image": ["0.png", "1.png"]}, "a list of pictures as image, and a WanImage"),
+    ],
+)
+def test_lists_of_pictures_that_are_none_or_not_taken(tiny_root, line, row, said):
+    rows = [{"prompt": one["prompt"]} | row for one in ROWS]
+    with pytest.raises(ConfigError, match=said):
+        line(family_folder(tiny_root, "wan_i2v"), rows)
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [

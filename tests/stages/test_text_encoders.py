@@ -42,8 +42,26 @@ def test_loaders_restore_them(made, finished):
     kept = image(dirotq.load(finished["pack"].path, device="cpu"))
     assert (image(ours) - kept).abs().max() > 0
     assert metrics["text_encoders_kept"] == 0
+    assert metrics.get("text_linears_nearest") == (None if made[0] == "w8" else 0)
     card = (folder / "README.md").read_text()
     assert f"have {made[0][1]} bits" in card
+
+
+def test_without_prompts_codes_are_the_nearest_and_lose_more(made, line, finished, tmp_path):
+    if made[0] == "w8":
+        pytest.skip("8 bits are not calibrated")
+    pack = dataclasses.replace(stage(line("text_encoders=w4"), "pack"), prompts=None)
+    inputs = {name: finished[name] for name in ("rank", "gptq", "fuse")}
+    metrics = run_stage(pack, tmp_path, **inputs)
+    assert metrics["text_linears_nearest"] > 0
+    folders = {"16": finished["pack"].path, "gptq": made[1], "nearest": tmp_path / "model"}
+    found = {}
+    for name, folder in folders.items():
+        pipe = dirotq.load(folder, device="cpu")
+        with torch.no_grad():
+            found[name] = pipe.encode_prompt(CAPTIONS[0], CAPTIONS[0], max_sequence_length=8)[0]
+    lost = {n: (found[n] - found["16"]).norm() for n in ("gptq", "nearest")}
+    assert lost["gptq"] < 0.8 * lost["nearest"]
 
 
 def test_the_report_has_them_alone_and_with_all(made, line, finished, tmp_path):

@@ -142,7 +142,7 @@ def test_t5_in_float16_keeps_the_range_that_it_asks_for(packed):
 @pytest.mark.parametrize(
     "changes, error, says",
     [
-        ({"format": 2}, UnsupportedError, "reads up to 1"),
+        ({"format": 3}, UnsupportedError, "reads up to 2"),
         ({"format": "1"}, ArtifactError, "damaged"),
         ({"bits": 5}, ArtifactError, "bits 5"),
         ({"linears": "all"}, ArtifactError, "linears 'all'"),

@@ -83,6 +83,17 @@ def test_tiny_flux_on_a_cpu_takes_what_was_measured():
         assert found[stage].vram == 0
 
 
+def test_four_bit_text_encoders_are_calibrated_in_memory_that_is_counted():
+    eight, four, nearest = (
+        needs(H200, "tiny_flux", *more)["pack"]
+        for more in (
+            ("text_encoders=w8",), ("text_encoders=w4",), ("text_encoders=w4", "pack.prompts=null"),
+        )
+    )  # fmt: skip
+    assert eight.vram == nearest.vram < four.vram
+    assert "text_encoders=w8" in four.lower and "text_encoders" not in nearest.lower
+
+
 def test_parts_of_a_rank_that_measures():
     plain = needs(H200, "tiny_flux", "until=rank", "rank.sensitive=null")["rank"]
     assert not plain.bound

@@ -129,6 +129,9 @@ def test_images_of_editing_pipelines(jsonl, tmp_path):
     one = prompts(file, count=1)
     image = str(tmp_path / "in.png")
     assert one.load() == [Prompt("a", 0, None, {"image": image, "mask_image": image})]
+    several = prompts(jsonl({"prompt": "a", "image": ["in.png", "in.png"]}), count=1)
+    assert several.load() == [Prompt("a", 0, None, {"image": (image, image)})]
+    assert len(several.identity()["images"]) == 1  # one file
     before = recipe(one)
     Image.new("RGB", (2, 2), "blue").save(tmp_path / "in.png")
     assert recipe(one) != before
