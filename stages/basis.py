@@ -1,35 +1,42 @@
-"""Leading eigenvectors of each site's second moment."""
+"""Directions that are projected out of each site's input."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.divided import Make, in_units
-from dirotq.pipeline.stage import untracked
+from dirotq.pipeline.stage import recorded_unless, untracked
 from dirotq.pipeline.units import Made, Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
+from dirotq.quantize.product_basis import product_basis
 from dirotq.quantize.spectrum import principal_basis
 from dirotq.quantize.tensors import ahead, load_site, save_site, site_file
 from dirotq.sources.model import DiffusersModel
+
+Directions = Literal["principal", "product"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class FitBasis:
     """Fit a basis per block site (modulators have none).
 
-    ``method``   only to refuse one that needs another basis
-    ``leading``  directions to keep per site; None for all (the dense rotation needs them)
+    ``method``      only to refuse one that needs another basis
+    ``directions``  ``principal``: leading eigenvectors of the second moment (docs/method.md Eq. 1),
+                    or ``product``: those that leave the least product of input energy and weight
+                    energy (Eq. 15)
+    ``leading``     directions to keep per site; None for all (the dense rotation needs them)
 
-    Writes ``sites/<site>.safetensors`` with ``vectors`` (float32 [D, L], ascending), ``variances``
-    (float64 [L]) and ``energy`` (float64 [1], the sum of all D variances); an interrupted run goes
-    on at the next site.
+    Writes ``sites/<site>.safetensors`` with ``vectors`` (float32 [D, L], the first chosen last),
+    ``variances`` (float64 [L], of the input along each: ascending where they are principal) and
+    ``energy`` (float64 [1], the sum of all D variances); an interrupted run goes on at the next
+    site.
 
     Raises NumericalError naming the site.
     """
@@ -41,10 +48,15 @@ class FitBasis:
 
     model: DiffusersModel
     method: Method = untracked()  # noqa: RUF009 (a field without a default)
+    directions: Directions = recorded_unless("principal")
     leading: int | None
     device: str = untracked()
 
     def __post_init__(self) -> None:
+        if self.directions not in get_args(Directions):
+            raise ConfigError(
+                f"basis.directions={self.directions!r}: use {' or '.join(get_args(Directions))}"
+            )
         if self.leading is not None and self.leading < 1:
             raise ConfigError(f"basis.leading={self.leading}: use at least 1, or null for all")
         smooth, branch = self.method.transform.smooth, self.method.branch
@@ -64,12 +76,17 @@ class FitBasis:
     def maker(self, out: Path, _: Sequence[str], *, capture: Artifact) -> Make:
         device, captured = pick_device(self.device), Captured(capture)
         sites = {site.name: site for site in self._sites()}
+        weights = self.model.weights() if self.directions == "product" else None
 
         def make(names: Iterable[str]) -> Iterator[Made]:
             for site, stored in ahead(captured.stored_moment, map(sites.__getitem__, names)):
                 s_DD = moment(stored, device)
                 try:
-                    variances, vectors = principal_basis(s_DD, self.leading)
+                    if weights is None:
+                        variances, vectors = principal_basis(s_DD, self.leading)
+                    else:
+                        w_ND, _ = weights.stacked(site, device)
+                        variances, vectors = product_basis(s_DD, w_ND, self.leading)
                 except NumericalError as error:
                     raise NumericalError(f"site {site.name}: {error}") from error
                 energy = s_DD.diagonal().double().sum().reshape(1)
@@ -97,5 +114,5 @@ def _deficient(out: Path, sites: list[Site]) -> int:
         variances, energy = found["variances"], float(found["energy"])
         few = len(variances) < site.in_features
         all_held = few and float(variances.sum()) > (1 - 1e-9) * energy
-        count += all_held or bool(variances[0] < 1e-9 * variances[-1])
+        count += all_held or bool(variances.min() < 1e-9 * variances.max())
     return count

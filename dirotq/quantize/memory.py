@@ -69,13 +69,19 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 
 def basis(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """One site at a time: S as stored and as a square, then its directions in float64."""
-    return _of_directions(stage, work, machine, 0)
+    """One site at a time: S as stored and as a square, then its directions in float64.
 
-
-def product_basis(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """Take what ``basis`` does, and hold the weights and their Gram matrix in float32."""
-    return _of_directions(stage, work, machine, 4 * (work.widest**2 + work.largest_weight))
+    Beside them directions that count the weights need these and their Gram matrix, in float32.
+    """
+    widest, stored = work.widest, max(map(work.moment_bytes, work.block_sites))
+    dense = stage.leading is None or widest <= DENSE
+    matrices = 8 * 5 * widest**2 if dense else 4 * widest**2 + stored
+    thin = 6 * 8 * widest * ((stage.leading or widest) + MARGIN)
+    if stage.directions == "product":
+        matrices += 4 * (widest**2 + work.largest_weight)
+        thin *= 2
+    lower = "method.leading=64 (the rank needs no more)"
+    return _needs(machine, matrices + thin, stored, 4 * _directions(work, stage.leading), lower)
 
 
 def low_rank(stage: Any, work: Workload, machine: Machine) -> Needs:
@@ -251,17 +257,6 @@ def _block_read(work: Workload) -> int:
 
 def _components(work: Workload) -> int:
     return sum(work.components.values())
-
-
-def _of_directions(stage: Any, work: Workload, machine: Machine, beside: float) -> Needs:
-    """Find the leading directions of one site at a time, with ``beside`` bytes held meanwhile."""
-    widest, stored = work.widest, max(map(work.moment_bytes, work.block_sites))
-    dense = stage.leading is None or widest <= DENSE
-    matrices = 8 * 5 * widest**2 if dense else 4 * widest**2 + stored
-    thin = 6 * 8 * widest * ((stage.leading or widest) + MARGIN)
-    device, disk = matrices + thin + beside, 4 * _directions(work, stage.leading)
-    lower = "method.leading=64 (the rank needs no more)"
-    return _needs(machine, device, stored, disk, lower)
 
 
 def _directions(work: Workload, leading: int | None) -> int:
