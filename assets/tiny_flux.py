@@ -40,37 +40,19 @@ _CLIP_WIDTH = 128
 LATENT_CHANNELS = 4
 MAX_SHARD = "8MB"
 _LETTER_SCORE = -20.0  # less likely than any word of the captions
+_PRIVATE = 0xE000  # where Unicode leaves characters to whoever wants some
 
 
 def train_tokenizers(captions: Sequence[str]) -> tuple[CLIPTokenizer, T5Tokenizer]:
-    """Make CLIP's byte-pair and T5's unigram vocabulary from captions, as FluxPipeline needs."""
-    pairs = Tokenizer(models.BPE(end_of_word_suffix="</w>", unk_token="<|endoftext|>"))
-    pairs.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Whitespace(),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    pairs.train_from_iterator(
-        captions,
-        trainers.BpeTrainer(
-            vocab_size=640,
-            special_tokens=[],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            end_of_word_suffix="</w>",
-            show_progress=False,
-        ),
-    )
-    learned = json.loads(pairs.to_str())["model"]
-    vocabulary = dict(learned["vocab"])
+    """Make CLIP's byte-pair and T5's unigram vocabulary from captions, as FluxPipeline needs.
+
+    The same captions make the same vocabularies in every process.
+    """
+    vocabulary, merges = _byte_pairs(captions)
     # CLIP pools at the highest id, so its special tokens come last.
     for special in ("<|startoftext|>", "<|endoftext|>"):
         vocabulary[special] = len(vocabulary)
-    clip = CLIPTokenizer(
-        vocab=vocabulary,
-        merges=[tuple(merge) for merge in learned["merges"]],
-        model_max_length=CLIP_LENGTH,
-    )
+    clip = CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CLIP_LENGTH)
 
     # A unigram vocabulary trained on so few words splits them into letters: give it the words.
     words = Counter(word for caption in captions for word in re.findall(r"[a-z]+", caption))
@@ -81,6 +63,36 @@ def train_tokenizers(captions: Sequence[str]) -> tuple[CLIPTokenizer, T5Tokenize
     letters = ["\u2581", *string.printable.strip()]
     pieces += [(letter, _LETTER_SCORE) for letter in letters if letter not in known]
     return clip, T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def _byte_pairs(captions: Sequence[str]) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Learn CLIP's tokens with their ids, and its merges.
+
+    The trainer numbers the last letters of words (``end_of_word_suffix``) in the order of a hash
+    map, another one in each process, and ties of merges go by these numbers. Here a last letter is
+    a character of its own until the training is over: characters are numbered in their order.
+    """
+    split = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Whitespace(),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    words = [word for caption in captions for word, _ in split.pre_tokenize_str(caption)]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    ends = {letter: chr(_PRIVATE + ord(letter)) for letter in alphabet}
+    pairs = Tokenizer(models.BPE())
+    pairs.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    pairs.train_from_iterator(
+        (word[:-1] + ends[word[-1]] for word in words),
+        trainers.BpeTrainer(
+            vocab_size=640, special_tokens=[], initial_alphabet=alphabet, show_progress=False
+        ),
+    )
+    learned = json.loads(pairs.to_str())["model"]
+    marked = str.maketrans({end: f"{letter}</w>" for letter, end in ends.items()})
+    vocabulary = {token.translate(marked): number for token, number in learned["vocab"].items()}
+    return vocabulary, [(a.translate(marked), b.translate(marked)) for a, b in learned["merges"]]
 
 
 def build_autoencoder() -> AutoencoderKL:

@@ -4,7 +4,6 @@ Text encoders and autoencoders have the published shapes and random 16-bit weigh
 device; they are the same for every contestant, and nobody compiles them. Vocabularies are small.
 """
 
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -14,17 +13,16 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import nn
 
 from dirotq.assets import tiny_flux
+from dirotq.assets.byte_pairs import byte_pair_tokenizer
 from dirotq.benchmarks.full_size import captions
 
 TEXT, DECODER = "text encoder", "autoencoder"
 PARTS = (TEXT, DECODER)
 """Timed apart; the rest of an image is steps."""
 REPEATS = 3
-CHAT = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12,
         "num_attention_heads": 12}  # fmt: skip
@@ -143,7 +141,7 @@ def _flux(sizes: Sizes, device: torch.device) -> Whole:
 
 def _z_image(sizes: Sizes, device: torch.device) -> Whole:
     """Z-Image-Turbo: Qwen3-4B, 9 steps, no guidance."""
-    tokenizer = _qwen_tokenizer()
+    tokenizer = byte_pair_tokenizer(captions())
     config = transformers.Qwen3Config(vocab_size=len(tokenizer), **sizes.qwen)
     parts = {
         "scheduler": diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
@@ -179,22 +177,3 @@ def _autoencoder(sizes: Sizes, scale: float, shift: float) -> nn.Module:
         sample_size=1024, scaling_factor=scale, shift_factor=shift,
         use_quant_conv=False, use_post_quant_conv=False, **sizes.autoencoder,
     )  # fmt: skip
-
-
-def _qwen_tokenizer() -> Any:
-    """Train byte pairs in which the captions' words are tokens."""
-    pairs = Tokenizer(models.BPE())
-    pairs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    pairs.train_from_iterator(
-        captions(),
-        trainers.BpeTrainer(vocab_size=4000, initial_alphabet=alphabet, show_progress=False),
-    )
-    learned = json.loads(pairs.to_str())["model"]
-    tokenizer = transformers.Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],
-        extra_special_tokens=["<|im_start|>", "<|im_end|>"],
-    )
-    tokenizer.chat_template = CHAT
-    return tokenizer

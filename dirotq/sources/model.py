@@ -59,14 +59,13 @@ class DiffusersModel:
 
         Raises what :meth:`folder` raises, as far as that shows without weights and classes.
         """
-        revision = self.family.revision
-        table = {"table": revision} if revision > 1 else {}
+        folder = self.folder(weights=False, complete=False)  # once: all stages ask, often
+        family = _family_in(folder)
+        table = {"table": family.revision} if family.revision > 1 else {}
         # Images that a wide autoencoder made are others than those of 16 bits.
-        _, vae = components(read_json(self.folder(weights=False, complete=False) / INDEX)).get(
-            "vae", ("", "")
-        )
+        _, vae = components(read_json(folder / INDEX)).get("vae", ("", ""))
         wide = {"vae": "float32"} if vae in WIDE else {}
-        return {**self._parts(), "call": dict(self.call_arguments()), **table, **wide}
+        return {**self._parts(), "call": self._call(folder, family), **table, **wide}
 
     def folder(self, *, weights: bool = True, complete: bool = True) -> Path:
         """Return the checked folder, downloaded and put together where that is needed.
@@ -98,8 +97,7 @@ class DiffusersModel:
     @property
     def family(self) -> ModelFamily:
         """Raises UnsupportedError for a transformer class that no family describes."""
-        config = self._config()
-        return family_of(config["_class_name"], config)
+        return _family_in(self.folder(weights=False, complete=False))
 
     @property
     def pipeline_source(self) -> str:
@@ -108,10 +106,8 @@ class DiffusersModel:
 
     def call_arguments(self) -> dict[str, Any]:
         """Merge call arguments of the family, of the folder's generation.json, and of ``call``."""
-        file = self.folder(weights=False, complete=False) / CALL_FILE
-        stored = read_json(file) if file.is_file() else {}
-        chosen = {**self.family.call, **stored, **self.call}
-        return {name: value for name, value in chosen.items() if value is not None}
+        folder = self.folder(weights=False, complete=False)
+        return self._call(folder, _family_in(folder))
 
     def check(self) -> None:
         """Refuse what can be told before a run: the folder, or an argument of its pipeline."""
@@ -138,9 +134,11 @@ class DiffusersModel:
         alone = any(p.inputs for p in prompts) and not (cls is None or takes_batches(cls))
         return 1 if alone else most
 
-    def _config(self) -> dict[str, Any]:
-        folder = self.folder(weights=False, complete=False)
-        return read_json(folder / "transformer" / "config.json")
+    def _call(self, folder: Path, family: ModelFamily) -> dict[str, Any]:
+        file = folder / CALL_FILE
+        stored = read_json(file) if file.is_file() else {}
+        chosen = {**family.call, **stored, **self.call}
+        return {name: value for name, value in chosen.items() if value is not None}
 
     def _file(self) -> Path | None:
         file = single_file(self.path)
@@ -251,6 +249,11 @@ def cache_bytes(model: DiffusersModel) -> int:
     file = Path(model.path).expanduser()
     whole = file.stat().st_size if file.is_file() else _bytes(root / "transformer")
     return whole + sum(f.stat().st_size for f in beside if not f.is_symlink())
+
+
+def _family_in(folder: Path) -> ModelFamily:
+    config = read_json(folder / "transformer" / "config.json")
+    return family_of(config["_class_name"], config)
 
 
 def _bytes(folder: Path) -> int:

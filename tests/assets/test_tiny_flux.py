@@ -30,6 +30,8 @@ needs_weights = pytest.mark.skipif(
     not (SHIPPED / "model_index.json").exists(), reason="assets/tiny-flux is not there"
 )
 
+CAPTIONS = ("a large red star", "two small blue stars", "a green square, dots")
+
 
 @pytest.fixture(scope="module")
 def captions() -> list[str]:
@@ -64,6 +66,16 @@ def test_no_caption_is_cut_off(pipeline: FluxPipeline, captions: list[str]) -> N
     for tokenizer, limit in ((pipeline.tokenizer, CLIP_LENGTH), (pipeline.tokenizer_2, T5_LENGTH)):
         assert max(len(ids) for ids in tokenizer(captions).input_ids) <= limit
         assert tokenizer.unk_token_id not in tokenizer(captions[0]).input_ids[:-1]
+
+
+def test_the_same_captions_make_the_same_vocabulary() -> None:
+    """The trainer's own numbers of word-ending letters differ each time: a hash map orders them."""
+    found = [train_tokenizers(CAPTIONS)[0] for _ in range(3)]
+    numbers = found[0].get_vocab()
+    assert all(clip.get_vocab() == numbers for clip in found)
+    ends = [token for token in numbers if token.endswith("</w>") and len(token) == 5]
+    assert sorted(ends, key=numbers.__getitem__) == sorted(ends)
+    assert found[0].tokenize("a large star") == ["a</w>", "large</w>", "star</w>"]
 
 
 @torch.no_grad()

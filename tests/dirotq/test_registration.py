@@ -2,8 +2,11 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
 
 # Without a dtype: pack sees to it that all components then load in float32.
 LOAD = """
@@ -15,8 +18,11 @@ print(pipe("dots", num_inference_steps=1, height=32, width=32, max_sequence_leng
 """
 
 
-def fresh(code: str, *, check: bool = True) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=check)
+def fresh(
+    code: str, *, check: bool = True, cwd: Path | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=check, cwd=cwd)
 
 
 @pytest.fixture
@@ -25,8 +31,11 @@ def load(finished) -> str:
 
 
 def test_diffusers_first(load):
-    imports = "from diffusers import DiffusionPipeline\nimport dirotq\n"
-    assert fresh(imports + load).stdout.split() == ["QuantLinear", "True"]
+    """From the root, where a folder has the name of Hugging Face's package `kernels`."""
+    imports = "import diffusers\nfrom diffusers import DiffusionPipeline\nimport dirotq\n"
+    file, *said = fresh(f"{imports}print(diffusers.__file__)\n{load}", cwd=ROOT).stdout.split()
+    assert "site-packages" in file
+    assert said == ["QuantLinear", "True"]
 
 
 def test_dirotq_first_registers_once_and_leaves_no_hook(load):

@@ -79,13 +79,12 @@ def test_an_installed_package_called_kernels_wins(root, tmp_path):
     assert found == str(tmp_path / "kernels" / "__init__.py")
 
 
-def test_hugging_face_packages_import_from_the_root(root):
-    code = "import diffusers; from diffusers import FluxPipeline; print(diffusers.__file__)"
-    assert "site-packages" in run(code, cwd=root, path=[root])
+def test_hugging_faces_kernels_import_from_the_root(root):
+    """diffusers from there: tests/dirotq/test_registration.py."""
     try:
         metadata.version("kernels")
     except metadata.PackageNotFoundError:
-        return
+        pytest.skip("the package kernels isn't installed")
     assert "site-packages" in run("import kernels; print(kernels.__file__)", cwd=root, path=[root])
 
 

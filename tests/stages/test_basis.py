@@ -1,9 +1,11 @@
+import re
+
 import pytest
 import torch
 import zarr
 from tiny_line import run_stage, stage, with_moment
 
-from dirotq.errors import NumericalError
+from dirotq.errors import ConfigError, NumericalError
 from dirotq.quantize import spectrum as module
 from dirotq.quantize.moments import moment as unpacked
 from dirotq.quantize.moments import read_stored
@@ -76,9 +78,47 @@ def test_every_block_site_has_an_orthonormal_basis_of_its_moment(finished, line)
         s = unpacked(read_stored(moments, site.name), "cpu")
         assert vectors.shape == (site.in_features, min(site.in_features, 128))
         assert float(found["energy"]) == pytest.approx(float(s.diagonal().double().sum()))
-        image = s.double() @ vectors.double()
-        assert (image - vectors.double() * variances).norm() < 1e-5 * s.norm()
+        along = ((s.double() @ vectors.double()) * vectors.double()).sum(0)
+        torch.testing.assert_close(along, variances, rtol=1e-5, atol=1e-6 * float(found["energy"]))
     assert finished["basis"].metrics["sites"] == len(files)
+
+
+def left(s_DD: torch.Tensor, w_ND: torch.Tensor, p_DR: torch.Tensor) -> float:
+    """Energy of inputs times energy of weights without these directions (Eq. 15)."""
+    rest = torch.eye(len(s_DD), dtype=torch.float64) - p_DR.double() @ p_DR.double().mT
+    return float((rest @ s_DD.double() @ rest).trace() * (w_ND.double() @ rest).square().sum())
+
+
+def test_the_default_leaves_less_than_principal_directions_do(finished, line, tmp_path):
+    fit = stage(line("basis=principal"), "basis")
+    metrics = run_stage(fit, tmp_path, capture=finished["capture"])
+    moments = zarr.open_group(finished["capture"].tree("moments.zarr"), mode="r")
+    sites = [site for site in fit.model.sites() if site.kind == "block"]
+    assert metrics["sites"] == len(sites)
+    for site in sites:
+        file = f"sites/{site.name}.safetensors"
+        ours, theirs = load_site(finished["basis"].file(file)), load_site(tmp_path / file)
+        assert torch.equal(ours["energy"], theirs["energy"])
+        s = unpacked(read_stored(moments, site.name), "cpu")
+        principal = theirs["vectors"].double()
+        image = s.double() @ principal
+        assert (image - principal * theirs["variances"]).norm() < 1e-5 * s.norm()
+        w, _ = fit.model.weights().stacked(site)
+        few, many = (left(s, w, found["vectors"][:, -8:]) for found in (ours, theirs))
+        assert few < many
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("method=absorb basis=default", "this basis has neither factors nor branches"),
+        ("basis.directions=leading", "allowed is 'principal' or 'product'"),
+        ("basis.leading=0", "basis.leading=0: use at least 1"),
+    ],
+)
+def test_what_is_refused(line, words, told):
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        stage(line(*words.split()), "basis")
 
 
 @pytest.mark.parametrize(

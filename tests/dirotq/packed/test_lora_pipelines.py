@@ -288,23 +288,33 @@ def test_patterns_of_alphas(pipe, lora):
     assert [layer.scaling["one"] for layer in layers] == [2.0, 1.0]
 
 
-def test_the_same_image_as_with_the_lora_compressed(line, lora, folder, pipe):
-    """Within what rounding to 4 bits changes."""
+def images(pipe) -> torch.Tensor:
+    """One image of each caption: the error of a single one varies threefold with its noise."""
+    noise = [torch.Generator("cpu").manual_seed(1) for _ in CAPTIONS]
+    return pipe(list(CAPTIONS), generator=noise, output_type="pt", **CALL).images.float()
+
+
+def test_the_same_images_as_with_the_lora_compressed(line, lora, folder, pipe):
+    """Within what rounding to 4 bits changes.
+
+    The inputs are the same in every process. With 13 seeds of the noise, the quotients whose
+    bounds are 3, 2 and 10 were 1.5 to 2.4, 0.9 to 1.5, and 48 to 90.
+    """
     file = lora()
-    plain = image(pipe)
+    plain = images(pipe)
     pipe.load_lora_weights(file)
     compressed = dirotq.load(run(line(f"model.lora={file}"))["pack"].path, device="cpu")
     compressed.set_progress_bar_config(disable=True)
     whole = FluxPipeline.from_pretrained(folder).to(torch.float32)
     whole.set_progress_bar_config(disable=True)
     whole.load_lora_weights(file)
-    loaded, want, unrounded = image(pipe), image(compressed), image(whole)
+    loaded, want, unrounded = images(pipe), images(compressed), images(whole)
     whole.unload_lora_weights()
 
     def apart(a: torch.Tensor, b: torch.Tensor) -> float:
         return float((a - b).square().mean())
 
-    before, after = apart(plain, image(whole)), apart(want, unrounded)
-    assert apart(loaded, unrounded) < 5 * max(before, after)
-    assert apart(loaded, want) < 5 * (before + after)
+    before, after = apart(plain, images(whole)), apart(want, unrounded)
+    assert apart(loaded, unrounded) < 3 * max(before, after)
+    assert apart(loaded, want) < 2 * (before + after)
     assert apart(plain, unrounded) > 10 * max(before, after)

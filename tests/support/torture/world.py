@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from dirotq.pipeline.config import Pipeline
 
 STAGES = ("capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate")
+SHORT = ("capture.calls=4", "prompts.calibration.count=4")
+"""Two shards and two calls of each: what is hurt is how results are kept, not what they are."""
 TIMED = ("report.json", "report.html", "_seconds/")
 """Files of `validate` and `reference` that hold the seconds of a run."""
 
@@ -133,7 +135,8 @@ class World:
         from tiny_line import configured
 
         told = any(word.startswith("until=") for word in more)
-        return configured(self.root, store, *more, *(() if told else (f"until={self.until}",)))
+        until = () if told else (f"until={self.until}",)
+        return configured(self.root, store, *SHORT, *more, *until)
 
     def copy(self, place: Path, without: str | None = None) -> Path:
         """A copy of the undisturbed store; ``without`` a stage and all that follow it."""
