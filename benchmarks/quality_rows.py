@@ -27,13 +27,15 @@ def _row(key: str, text: str, overrides: str, base: str) -> Row:
 
 RIVAL, OURS = "svdquant", "dirotq"
 LEVELS, RMS = "weight_format=lm4_channel", "act_format=int4_rms"
-FORM = f"method=dirotq {LEVELS} {RMS}"
-"""Formats of the default, at every site: what other rows vary. By name, so that a row stays what it
-was measured as when the default changes."""
+PRODUCT, PRINCIPAL = (f"basis.directions={which}" for which in ("product", "principal"))
+DIROTQ = f"method=dirotq {PRODUCT}"
+FORM = f"{DIROTQ} {LEVELS} {RMS}"
+"""Directions and formats of the default, at every site: what other rows vary. By name, so that a
+row stays what it was measured as when the default changes."""
 
-G64 = "method=dirotq weight_format=int4_group method.weight_clip=false act_format=int4_group"
-INTEGERS = "method=dirotq weight_format=int4_channel"
-FP4 = "method=svdquant weight_format={0} act_format={0}"
+GROUPS = "weight_format=int4_group method.weight_clip=false act_format=int4_group"
+G64 = f"method=dirotq {PRINCIPAL} {GROUPS}"
+INTEGERS = f"{DIROTQ} weight_format=int4_channel"
 
 METHODS = (
     _row("rtn", "rtn, g64/g64", "method=rtn", RIVAL),
@@ -50,8 +52,13 @@ METHODS = (
         RIVAL,
     ),
     _row("instant", "instant W4A8, token/g64", "preset=instant until=validate", RIVAL),
-    _row("dirotq_g64", "dirotq, g64/g64", G64, RIVAL),
-    _row("dense", "dirotq_dense, rms/levels", f"method=dirotq_dense {LEVELS} {RMS}", RIVAL),
+    _row("dirotq_g64", "dirotq, g64/g64, principal directions", G64, RIVAL),
+    _row(
+        "dense",
+        "dirotq_dense, rms/levels",
+        f"method=dirotq_dense {LEVELS} {RMS} {PRINCIPAL}",
+        RIVAL,
+    ),
     _row("dirotq", "dirotq, rms/levels", FORM, RIVAL),
     _row(
         "default",
@@ -63,24 +70,22 @@ METHODS = (
 
 FORMATS = (
     _row("integers", "rms/integers", f"{INTEGERS} {RMS}", OURS),
-    _row("pow2_integers", "pow2/integers", f"{INTEGERS} act_format=int4_pow2", "integers"),
-    _row("token", "token/levels", f"method=dirotq {LEVELS} act_format=int4_token", OURS),
-    _row("lzs", "lzs/levels", f"method=dirotq {LEVELS} act_format=int4_lzs", OURS),
-    _row("g64_channel", "g64/levels", f"method=dirotq {LEVELS} act_format=int4_group", OURS),
+    _row("token", "token/levels", f"{DIROTQ} {LEVELS} act_format=int4_token", OURS),
+    _row("lzs", "lzs/levels", f"{DIROTQ} {LEVELS} act_format=int4_lzs", OURS),
+    _row("g64_channel", "g64/levels", f"{DIROTQ} {LEVELS} act_format=int4_group", OURS),
     _row(
         "g64_levels",
         "g64/g64 of levels",
-        "method=dirotq weight_format=lm4_group act_format=int4_group",
+        f"{DIROTQ} weight_format=lm4_group act_format=int4_group",
         "dirotq_g64",
     ),
-    _row("w4a8", "W4A8, 8-bit floats/levels", f"method=dirotq_w4a8 {LEVELS}", OURS),
-    _row("w4a8_int8", "W4A8, token/levels", f"method=dirotq_w4a8_int8 {LEVELS}", OURS),
+    _row("w4a8", "W4A8, 8-bit floats/levels", f"method=dirotq_w4a8 {PRODUCT} {LEVELS}", OURS),
+    _row("w4a8_int8", "W4A8, token/levels", f"method=dirotq_w4a8_int8 {PRODUCT} {LEVELS}", OURS),
     _row(
         "svdquant_w4a8", "svdquant W4A8, g64/g64", "method=svdquant act_format=int8_group", "w4a8"
     ),
-    _row("nvfp4", "NVFP4", "method=dirotq_nvfp4", OURS),
-    _row("svdquant_nvfp4", "svdquant NVFP4", FP4.format("nvfp4"), "nvfp4"),
-    _row("mxfp4", "MXFP4", "method=dirotq_mxfp4", OURS),
+    _row("nvfp4", "NVFP4", f"method=dirotq_nvfp4 {PRODUCT}", OURS),
+    _row("mxfp4", "MXFP4", f"method=dirotq_mxfp4 {PRODUCT}", OURS),
 )
 
 RUNTIME = (
@@ -104,16 +109,22 @@ ALLOCATION = (
 )
 
 ABLATIONS = (
+    _row("principal", "principal directions", f"{FORM} {PRINCIPAL}", OURS),
+    _row("descent", "descent after GPTQ", f"{FORM} gptq.descent=4", OURS),
+    _row(
+        "order",
+        "conditional order, 5 scales, descent",
+        f"{FORM} gptq.order=conditional gptq.scales=5 gptq.descent=4",
+        OURS,
+    ),
     _row("r0", "r = 0", f"{FORM} method.branch=null", OURS),
     _row("r8", "r = 8", f"{FORM} rank.r=8", OURS),
     _row("r32", "r = 32", f"{FORM} rank.r=32", OURS),
     _row("r64", "r = 64", f"{FORM} rank.r=64", OURS),
     _row("block1", "no Hadamard", f"{FORM} transform.block=1", OURS),
-    _row("block64", "Hadamard blocks of 64", f"{FORM} transform.block=64", OURS),
     _row("regular", "regular Hadamard blocks", f"{FORM} transform=regular", OURS),
     _row("nearest", "nearest rounding", f"{FORM} method.rounding=nearest", OURS),
     _row("damping1", "damping 0.1", f"{FORM} gptq.damping=0.1", OURS),
-    _row("damping001", "damping 0.001", f"{FORM} gptq.damping=0.001", OURS),
     _row("protected8", "8-bit low-rank branch", f"{FORM} branch.bits=8", OURS),
     _row(
         "modulators64",
@@ -122,20 +133,11 @@ ABLATIONS = (
         OURS,
     ),
     _row("text128", "text's keys, values W4A16", f"{FORM} method.text_group=128", OURS),
-    _row("calls32", "32 calls", f"{FORM} capture.calls=32", OURS),
     _row("captions_first", "first 64 captions", f"{FORM} prompts.calibration.count=64", OURS),
     _row(
         "captions_last",
         "last 64 captions",
         f"{FORM} prompts.calibration.start=64 prompts.calibration.count=64",
-        OURS,
-    ),
-    _row("descent", "descent after GPTQ", f"{FORM} gptq.descent=4", OURS),
-    _row("scales", "5 scales, descent", f"{FORM} gptq.scales=5 gptq.descent=4", OURS),
-    _row(
-        "order",
-        "conditional order, 5 scales, descent",
-        f"{FORM} gptq.order=conditional gptq.scales=5 gptq.descent=4",
         OURS,
     ),
 )
