@@ -50,6 +50,11 @@ class Source(Protocol):
         looked at before every call, so at little cost."""
         ...
 
+    def settings(self) -> Any:
+        """Return the part of ``state`` that may change unsaid, such as scales: looked at before
+        every replay of a CUDA graph, so at next to none."""
+        ...
+
 
 class Directions(NamedTuple):
     """What an operator takes (kernels/ops.py).
@@ -96,6 +101,7 @@ class Updates:
         self._made: _Made | None = None
         self._turn = 0
         """How often directions were made, or were found to be none."""
+        self._settings: Any = None
         self._written: list[Tensor] = []
         """What directions were made of, if it counts how often it is written in place."""
         self._seen: Any = None
@@ -127,9 +133,16 @@ class Updates:
         return tuple(self._fixed)
 
     def stamp(self) -> Any:
-        """Return what is equal as long as the directions are right, if sources say what is set
-        otherwise (``current``): written values show here."""
+        """Return what is equal as long as the directions are right and :meth:`stale` is false:
+        written values show here."""
         return self.current, self._turn, [tensor._version for tensor in self._written]
+
+    def stale(self) -> bool:
+        """Tell whether someone said, or a setting shows, that the directions are to be renewed."""
+        return not self.current or self._settings != self._set()
+
+    def _set(self) -> list[Any]:
+        return [alive.settings() for known in self._sources if (alive := known()) is not None]
 
     def forget_made(self) -> None:
         """Make the directions anew at the next call: weights were written unseen."""
@@ -155,6 +168,7 @@ class Updates:
         self._written = [tensor for tensor in held if not tensor.is_inference()]
         self._turn += self.made is not before
         self.current = True
+        self._settings = self._set()
         self._seen = self._look(device)
 
     def _look(self, device: torch.device) -> Any:

@@ -52,18 +52,22 @@ class _OnPacked:
 
     def state(self) -> Any:
         """Return what :meth:`parts` go by, and which matrices they are."""
-        own = vars(self)  # a module's attributes are found slowly
-        halves = own["_modules"]
+        halves = vars(self)["_modules"]
         matrices = [
             id(half._parameters["weight"])
             for side in ("lora_A", "lora_B")
             for half in halves[side]._modules.values()
         ]
+        return self.settings(), matrices
+
+    def settings(self) -> Any:
+        """Return what :meth:`parts` go by and anyone may write, as peft's and users' code does."""
+        own = vars(self)  # a module's attributes are found slowly
         scales = [(n, id(s) if isinstance(s, Tensor) else s) for n, s in own["scaling"].items()]
         active = own.get("_active_adapter")
         return (
             own.get("_disable_adapters"), [*own["merged_adapters"]],
-            [*active] if isinstance(active, list) else active, scales, matrices,
+            [*active] if isinstance(active, list) else active, scales,
         )  # fmt: skip
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

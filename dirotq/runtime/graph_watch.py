@@ -52,7 +52,7 @@ class Watch:
             if hasattr(type(m), "adapter_layer_names") and not adapts_packed(m)
         ]
         self.updated = [
-            m.updates for m in modules if isinstance(m, QuantLinear) and m.updates is not None
+            (m, m.updates) for m in modules if isinstance(m, QuantLinear) and m.updates is not None
         ]
         self.blocks = [vars(b) for m in modules if isinstance(m, nn.ModuleList) for b in m]
         parameters = (t for m in modules for t in m.parameters(False) if t.is_floating_point())
@@ -63,8 +63,12 @@ class Watch:
         """Equal to an earlier one as long as graphs recorded then are still right.
 
         Addresses of weights, their dtype, submodules, replaced forwards, compiled blocks, attention
-        processors with their backends, what adapters are set to, and RUNTIME.
+        processors with their backends, what adapters are set to, and RUNTIME. Packed linears whose
+        adapters are set otherwise write their directions anew first, where graphs read them.
         """
+        for linear, updates in self.updated:
+            if updates.stale():
+                linear.renew()
         tensors = chain.from_iterable(held.values() for held in self.tensors)
         addresses = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
         return (
@@ -75,7 +79,7 @@ class Watch:
             [block.get("_compiled_call_impl") for block in self.blocks],
             [_attention(module) for module in self.attentions],
             [_set_to(state.get(name)) for state in self.adapters for name in ADAPTER],
-            [updates.stamp() for updates in self.updated],
+            [updates.stamp() for _, updates in self.updated],
             getattr(self.network, RUNTIME, None),
         )
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from typing import Any
+from unittest import mock
 
 import pytest
 import tiny_offload
@@ -14,6 +15,7 @@ from toy_graphs import Again, fresh, recorded, run  # noqa: F401
 
 from dirotq.errors import UnsupportedError
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView, rows_of
+from dirotq.kernels.updates import Updates
 from dirotq.models.call import Call
 from dirotq.packed.guards import guard
 from dirotq.runtime.accelerate import accelerate
@@ -192,6 +194,43 @@ def test_graphs_follow():
                 assert torch.equal(want[-1], made.forward.original(**given)[0])
     assert torch.equal(want[0], run(made, **call)[0])
     assert not torch.equal(want[0], want[1])
+
+
+class Fixed(Again):
+    """Replays as a CUDA graph does: on the directions that lie there."""
+
+    def capture(self, run: Any, owned: Any) -> Any:
+        replay = super().capture(run, owned)
+
+        def fixed() -> Any:
+            with mock.patch.object(Updates, "renew", lambda *_: None):
+                return replay()
+
+        return fixed
+
+
+def test_graphs_follow_what_is_written_unsaid():
+    """As peft's own contexts and users write ``scaling``, past every method."""
+    made = adapted("flux", "one", "two")
+    made.set_adapters(["one"], [1.0])
+    graph_forward(made, recorder=Fixed)
+    call = tiny_offload.inputs("flux") | {"return_dict": False}
+    results = []
+    for scale in (1.0, 0.5, 1.5, 0.0, 1.0):
+        for layer in layers(made):
+            layer.scaling["one"] = scale
+        results += [run(made, **call)[0].clone() for _ in range(2)]
+        with torch.no_grad():
+            assert torch.equal(results[-1], made.forward.original(**call)[0])
+    assert torch.equal(results[0], results[-1]) and not torch.equal(results[0], results[2])
+    assert Fixed.captures == 1 and Fixed.replays > 5  # written in place
+    for layer in layers(made):
+        layer._active_adapter = ["two"]
+    for _ in range(3):
+        got = run(made, **call)[0].clone()
+        with torch.no_grad():
+            assert torch.equal(got, made.forward.original(**call)[0])
+    assert not torch.equal(got, results[-1])
 
 
 @pytest.mark.parametrize("way", KINDS)
