@@ -13,9 +13,10 @@ import diffusers
 import tiny_line
 import tiny_newer_pipelines as newer
 import tiny_parts as parts
+import tiny_untabled_pipelines as untabled
 import torch
 import transformers
-from tiny_families import ROPE, TINY, randomize
+from tiny_families import TINY
 from tiny_tokenizers import LONG_CAPTION, clip_and_t5, gemma_tokenizer, qwen_tokenizer
 
 
@@ -70,30 +71,6 @@ def _pixart() -> Any:
         vae=parts.autoencoder(),
         transformer=TINY["pixart"].build(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
-    )
-
-
-def _lumina2() -> Any:
-    tokenizer = gemma_tokenizer()
-    made = diffusers.Lumina2Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        hidden_size=64,
-        num_layers=2,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=32,
-        axes_dim_rope=ROPE,
-        axes_lens=(64, 64, 64),
-        cap_feat_dim=64,
-    )
-    return diffusers.Lumina2Pipeline(
-        transformer=randomize(made),
-        scheduler=parts.flow(shift=6.0),
-        vae=parts.autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0),
-        text_encoder=parts.gemma(len(tokenizer), num_hidden_layers=2),
-        tokenizer=tokenizer,
     )
 
 
@@ -281,5 +258,12 @@ PIPELINES = {
     "qwen_image_edit": TinyPipeline(newer.qwen_image_edit, CALL),
     "qwen_image_edit_plus": TinyPipeline(newer.qwen_image_edit_plus, CALL),
 }
-UNTABLED = {"lumina2": TinyPipeline(_lumina2, SHORT | {"guidance_scale": 4.0})}
+UNTABLED = {
+    "lumina2": TinyPipeline(untabled.lumina2, SHORT | {"guidance_scale": 4.0}),
+    "chroma": TinyPipeline(untabled.chroma, SHORT | {"guidance_scale": 3.0}),
+    "auraflow": TinyPipeline(untabled.auraflow, SHORT | {"guidance_scale": 3.5}),
+    "cogview4": TinyPipeline(untabled.cogview4, SHORT | {"guidance_scale": 3.5}),
+    "hunyuan_image": TinyPipeline(untabled.hunyuan_image, CALL),
+    "hunyuan_video15": TinyPipeline(untabled.hunyuan_video15, CALL | {"num_frames": 5}),
+}
 """Of classes that no family table describes."""

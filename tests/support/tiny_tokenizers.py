@@ -39,6 +39,7 @@ def gemma_tokenizer() -> Any:
 def seeing_tokenizer(corpus: Sequence[str] = (LONG_CAPTION,)) -> Any:
     """Qwen's, with the tokens that stand for a picture and a template of its kind of messages."""
     tokenizer = qwen_tokenizer(corpus)
-    tokenizer.add_tokens(["<|vision_start|>", "<|image_pad|>", "<|vision_end|>"], True)
+    words = ("vision_start", "image_pad", "video_pad", "vision_end")
+    tokenizer.add_tokens([f"<|{word}|>" for word in words], special_tokens=True)
     tokenizer.chat_template = CHAT
     return tokenizer
