@@ -3,7 +3,6 @@
 import inspect
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from tiny_tokenizers import LONG_CAPTION
 
 from dirotq.errors import UnsupportedError
 from dirotq.models import families
+from dirotq.models.denoisers import placed
 from dirotq.models.discovery import discovered
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
@@ -60,7 +60,7 @@ def test_every_family_runs_through(line, name):
     assert list(artifacts) == STAGES
     for artifact in artifacts.values():
         assert all(math.isfinite(value) for value in artifact.metrics.values())
-    assert planned(artifacts) == TINY[name].family.sites(_skeleton(artifacts["pack"], name))
+    assert planned(artifacts) == _sites(artifacts["pack"], name)
     assert artifacts["fuse"].metrics["network_error"] < 1e-5
     assert artifacts["validate"].metrics["sqnr_db"] > 10
     assert artifacts["validate"].metrics["psnr"] > 20
@@ -69,12 +69,15 @@ def test_every_family_runs_through(line, name):
     assert all(None not in site["by_timestep"] for site in report["sites"])
 
 
-def _skeleton(pack: Artifact, name: str):
-    """A transformer of the shapes that the packed folder's config tells."""
-    folder = pack.tree("model") / "transformer"
-    config = json.loads(Path(folder / "config.json").read_text())
-    cls = type(TINY[name].build())
-    return cls.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+def _sites(pack: Artifact, name: str) -> list[Site]:
+    """The table's sites of the transformers whose configs the packed folder holds."""
+    cls, found = type(TINY[name].build()), {}
+    for file in sorted(pack.tree("model").glob("*transformer/config.json")):
+        config = json.loads(file.read_text())
+        skeleton = cls.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+        found[file.parent.name] = TINY[name].family.sites(skeleton)
+    several = len(found) > 1
+    return [s for part, sites in found.items() for s in placed(sites, part if several else "")]
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ def qwen_image21() -> Any:
 def ideogram4() -> Any:
     """Its pipeline reads 13 layers of its encoder, the last of which is the 36th."""
     tokenizer = seeing_tokenizer()
-    config = parts.qwen3_vl(tokenizer, hidden_size=16, num_hidden_layers=36, head_dim=32)
-    made = TINY["ideogram4"]
+    text = parts.qwen3_vl(tokenizer, hidden_size=16, num_hidden_layers=36, head_dim=32)
+    made, config = TINY["ideogram4"], {"llm_features_dim": 13 * 16, "num_layers": 1}
     return diffusers.Ideogram4Pipeline(
         scheduler=parts.flow(),
         vae=diffusers.AutoencoderKLFlux2(
@@ -43,10 +43,10 @@ def ideogram4() -> Any:
             norm_num_groups=4,
             mid_block_add_attention=False,
         ),
-        text_encoder=transformers.Qwen3VLModel(config),
+        text_encoder=transformers.Qwen3VLModel(text),
         tokenizer=tokenizer,
-        transformer=made.build(llm_features_dim=13 * 16),
-        unconditional_transformer=made.build(seed=1, llm_features_dim=13 * 16),
+        transformer=made.build(**config),
+        unconditional_transformer=made.build(seed=1, **config),
     )
 
 
@@ -100,7 +100,7 @@ def ltx2() -> Any:
         connectors=randomize(
             LTX2TextConnectors(caption_channels=64, text_proj_in_factor=3, **connectors)
         ),
-        transformer=TINY["ltx2"].build(),
+        transformer=TINY["ltx2"].build(num_layers=1),
         vocoder=LTX2Vocoder(
             in_channels=16,
             hidden_channels=8,

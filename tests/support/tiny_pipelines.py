@@ -252,12 +252,21 @@ PIPELINES = {
         newer.qwen_image21, CALL | {"use_kv_cache": False, "output_resolution": 64}
     ),
     "ideogram4": TinyPipeline(
-        newer.ideogram4, SHORT | {"max_sequence_length": 64, "guidance_schedule": [7.0, 7.0, 3.0]}
+        newer.ideogram4,
+        CALL
+        | {"num_inference_steps": 2, "guidance_schedule": [7.0, 3.0], "max_sequence_length": 192},
     ),
-    "ltx2": TinyPipeline(newer.ltx2, SHORT | {"guidance_scale": 3.0, "num_frames": 5}),
+    "ltx2": TinyPipeline(
+        newer.ltx2,
+        SHORT
+        | {"num_inference_steps": 2, "guidance_scale": 3.0, "num_frames": 3}
+        | {"height": 32, "width": 32},
+    ),
     "qwen_image_edit": TinyPipeline(newer.qwen_image_edit, CALL),
     "qwen_image_edit_plus": TinyPipeline(newer.qwen_image_edit_plus, CALL),
 }
+EDITS = {"wan_i2v", "qwen_image_edit", "qwen_image_edit_plus"}
+"""Of :data:`PIPELINES`, those that begin with a picture."""
 UNTABLED = {
     "lumina2": TinyPipeline(untabled.lumina2, SHORT | {"guidance_scale": 4.0}),
     "chroma": TinyPipeline(untabled.chroma, SHORT | {"guidance_scale": 3.0}),

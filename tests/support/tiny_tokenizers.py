@@ -14,10 +14,11 @@ LONG_CAPTION = "a large red circle at the top left and two small blue stars at t
 """Prompts of different lengths: the families that mask or pad their text have to do so."""
 
 CHAT = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{{ part.text }}"
-    "{% endfor %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+"""Of messages that are texts, or lists of parts."""
 
 
 @functools.cache
