@@ -8,7 +8,10 @@ import tiny_parts as parts
 import transformers
 from diffusers.pipelines.ltx2 import LTX2TextConnectors, LTX2Vocoder
 from tiny_families import HEADS, TINY, randomize
-from tiny_tokenizers import LONG_CAPTION, gemma_tokenizer, seeing_tokenizer
+from tiny_line import build_transformer
+from tiny_tokenizers import LONG_CAPTION, clip_and_t5, gemma_tokenizer, seeing_tokenizer
+
+from dirotq.assets import tiny_flux
 
 SIDE = 64
 """Pixels of a picture that an edit begins with."""
@@ -127,7 +130,7 @@ def _edited(cls: Any) -> Any:
         text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=tokenizer,
         processor=parts.picture_processor(transformers.Qwen2VLProcessor, tokenizer, patch_size=14),
-        transformer=TINY["qwen_image"].build(),
+        transformer=TINY["qwen_image"].build(num_layers=1),
     )
 
 
@@ -137,3 +140,25 @@ def qwen_image_edit() -> Any:
 
 def qwen_image_edit_plus() -> Any:
     return _edited(diffusers.QwenImageEditPlusPipeline)
+
+
+def _flux(cls: Any, **changes: Any) -> Any:
+    clip, t5 = clip_and_t5()
+    return cls(
+        scheduler=tiny_flux.build_scheduler(1.0),
+        vae=tiny_flux.build_autoencoder(),
+        text_encoder=tiny_flux.build_clip(clip),
+        tokenizer=clip,
+        text_encoder_2=tiny_flux.build_t5(t5),
+        tokenizer_2=t5,
+        transformer=build_transformer(**changes),
+    )
+
+
+def flux_kontext() -> Any:
+    return _flux(diffusers.FluxKontextPipeline)
+
+
+def flux_fill() -> Any:
+    """Its transformer reads latents, those of the picture, and the mask: 16, 16 and 8 x 8."""
+    return _flux(diffusers.FluxFillPipeline, in_channels=16 + 16 + 64, out_channels=16)

@@ -33,7 +33,7 @@ def family_folder(root: Path, name: str) -> Path:
     """The folder of the family's tiny pipeline under ``root``, written once per process."""
     if name == "flux":
         return tiny_line.model_folder(root)
-    tiny = (PIPELINES | UNTABLED)[name]
+    tiny = (PIPELINES | UNTABLED | PICTURED)[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = tiny.build()
@@ -262,11 +262,11 @@ PIPELINES = {
         | {"num_inference_steps": 2, "guidance_scale": 3.0, "num_frames": 3}
         | {"height": 32, "width": 32},
     ),
-    "qwen_image_edit": TinyPipeline(newer.qwen_image_edit, CALL),
-    "qwen_image_edit_plus": TinyPipeline(newer.qwen_image_edit_plus, CALL),
+    "qwen_image_edit": TinyPipeline(newer.qwen_image_edit, CALL | {"num_inference_steps": 2}),
+    "qwen_image_edit_plus": TinyPipeline(
+        newer.qwen_image_edit_plus, CALL | {"num_inference_steps": 2}
+    ),
 }
-EDITS = {"wan_i2v", "qwen_image_edit", "qwen_image_edit_plus"}
-"""Of :data:`PIPELINES`, those that begin with a picture."""
 UNTABLED = {
     "lumina2": TinyPipeline(untabled.lumina2, SHORT | {"guidance_scale": 4.0}),
     "chroma": TinyPipeline(untabled.chroma, SHORT | {"guidance_scale": 3.0}),
@@ -276,3 +276,10 @@ UNTABLED = {
     "hunyuan_video15": TinyPipeline(untabled.hunyuan_video15, CALL | {"num_frames": 5}),
 }
 """Of classes that no family table describes."""
+PICTURED = {
+    "flux_kontext": TinyPipeline(
+        newer.flux_kontext, tiny_line.CALL | {"max_area": 1024, "_auto_resize": False}
+    ),
+    "flux_fill": TinyPipeline(newer.flux_fill, tiny_line.CALL),
+}
+"""FLUX.1's that begin with a picture."""
