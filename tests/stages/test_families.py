@@ -105,7 +105,7 @@ def test_masked_text_tokens_are_not_counted(tiny_root, line, name, image_tokens,
 # Lumina's forward asks how many tokens a mask leaves. The others are for docs/families.md.
 @pytest.mark.parametrize(
     "name",
-    [n if n == "lumina2" else pytest.param(n, marks=pytest.mark.slow) for n in UNTABLED],
+    [n if n == "lumina2" else pytest.param(n, marks=pytest.mark.families) for n in UNTABLED],
 )
 def test_a_transformer_without_a_table_is_discovered(line, name):
     artifacts = run(line(name))

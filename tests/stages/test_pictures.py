@@ -67,7 +67,7 @@ def test_qwens_edits_run_through_and_generate(tiny_root, tmp_path, line, name):
         assert image.size == (64, 64)
 
 
-@pytest.mark.slow
+@pytest.mark.families
 @pytest.mark.parametrize("name", PICTURED)
 def test_flux_with_pictures_runs_through(tiny_root, line, name):
     rows = [row | ({"mask_image": row["image"]} if "fill" in name else {}) for row in ROWS]
