@@ -252,7 +252,7 @@ def test_a_transparent_image_is_saved_as_its_format_allows(dirotq, monkeypatch, 
         def __call__(self, prompt, *, generator, **settings):
             return type("Output", (), {"images": [Image.new("RGBA", (8, 8), (255, 0, 0, 0))]})
 
-    monkeypatch.setattr("dirotq.loading.load", lambda folder, device: Transparent(folder, device))
+    monkeypatch.setattr("dirotq.loading.load", lambda folder, **_: Transparent(folder, "cpu"))
     (tmp_path / "model_index.json").write_text("{}")
     for name, colour in (("x.png", (255, 0, 0, 0)), ("x.jpg", (255, 255, 255))):
         words = [str(tmp_path), "--prompt", "a star", "--out", str(tmp_path / name)]
