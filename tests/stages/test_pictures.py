@@ -52,10 +52,13 @@ def test_a_video_from_a_picture_runs_through(tiny_root, line):
 
 @pytest.mark.parametrize("name", ["qwen_image_edit", "qwen_image_edit_plus"])
 def test_qwens_edits_run_through_and_generate(tiny_root, tmp_path, line, name):
-    made = run(line(family_folder(tiny_root, name), ROWS))
+    rows, pictures = ROWS, 1
+    if name == "qwen_image_edit_plus":
+        rows, pictures = [row | {"image": ["0.png", row["image"]]} for row in ROWS], 2
+    made = run(line(family_folder(tiny_root, name), rows))
     moments = zarr.open_group(made["capture"].tree("moments.zarr"), mode="r")
-    # Of 64 x 64 pixels, 4 x 4 tokens of the image and as many of the picture.
-    assert moments["transformer_blocks.0.attn.qkv"].attrs["tokens"] == 12 * 2 * 16
+    # Of 64 x 64 pixels, 4 x 4 tokens of the image and as many of each picture.
+    assert moments["transformer_blocks.0.attn.qkv"].attrs["tokens"] == 12 * (1 + pictures) * 16
     assert made["fuse"].metrics["network_error"] < 1e-5
     assert made["validate"].metrics["psnr"] > 20
     words = ["generate", str(made["pack"].tree("model")), "--prompt", "snow", "--device", "cpu"]
