@@ -14,7 +14,7 @@ STAMP := $(VENV)/.dirotq-installed
 FOLDERS := pipeline stages models kernels assets conf
 
 .DEFAULT_GOAL := help
-.PHONY: help setup compress plan sweep test test-diffusers test-s3 test-clusters lowest aot check docs bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-memory bench-load bench-export tune release torture fuzz versions classes clean
+.PHONY: help setup compress plan sweep test test-diffusers test-s3 test-clusters lowest families aot check docs bench bench-bits bench-quality table bench-kernels bench-host bench-compress bench-flux bench-models bench-memory bench-load bench-export tune release torture fuzz versions classes clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -39,7 +39,7 @@ sweep: $(STAMP) ## compress once per value: SWEEP="rank.r=8,16,32"
 	$(BIN)/dirotq compress --multirun "model=$(MODEL)" $(SWEEP) $(ARGS)
 
 test: $(STAMP) ## all tests that need no network, on JOBS=2 processes (GPU tests where there is a GPU)
-	$(BIN)/python -m pytest -m "not download and not aot" -n $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not download and not aot and not families" -n $(JOBS) --dist worksteal $(ARGS)
 
 test-diffusers: $(STAMP) ## diffusers' own test mixins on packed pipelines: DIFFUSERS=<its checkout>
 	@test -f "$(DIFFUSERS)/tests/testing_utils.py" || { echo "DIFFUSERS=$(DIFFUSERS) is no checkout of diffusers with its tests; name one: git clone https://github.com/huggingface/diffusers" >&2; exit 1; }
@@ -56,6 +56,9 @@ test-clusters: $(STAMP) ## tests of Ray, SLURM's jobs and searches, on this mach
 
 lowest: $(STAMP) ## some tests with the oldest version of each dependency, in a venv of their own
 	$(BIN)/python .ci/lowest.py
+
+families: $(STAMP) ## the line on tiny pipelines that `make test` leaves out
+	$(BIN)/python -m pytest -m families $(ARGS)
 
 aot: $(STAMP) ## compile every kernel for every chip, without one
 	$(BIN)/python -m pytest -m aot $(ARGS)

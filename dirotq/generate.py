@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from dirotq.errors import ArtifactError, ConfigError
-from dirotq.models.pipeline_images import pictures_needed
+from dirotq.models.pipeline_images import PICTURES, as_taken, pictures_needed
 from dirotq.original import as_pictures, original_of, psnr
 from dirotq.pipeline.housekeeping import store_option
 from dirotq.pipeline.machine import refuse_device
@@ -103,9 +103,10 @@ def _called(pipeline: Any, options: argparse.Namespace, call: Mapping[str, Any],
 
     # The noise comes from the CPU's generator, so a seed means the same image on every device.
     noise = torch.Generator("cpu").manual_seed(options.seed)
+    pictures = {n: as_taken(type(pipeline), call[n]) for n in PICTURES if n in call}
     try:
         with told("dirotq.runtime"):  # a first image waits for the compiler
-            return pipeline(options.prompt, generator=noise, **call)
+            return pipeline(prompt=options.prompt, generator=noise, **{**call, **pictures})
     except (ValueError, TypeError) as error:  # how pipelines refuse their arguments
         raise ConfigError(
             f"{type(pipeline).__name__} refuses this call: {error}. Its arguments are {known}"
@@ -238,10 +239,21 @@ def _savable(suffix: str, *, moving: bool) -> bool:
 def _write(made: Any, out: Path, fps: int) -> Path:
     """Save the first image or video; under another suffix rather than not at all."""
     if hasattr(made, "images"):
-        made.images[0].save(out)
+        _opaque(made.images[0], out).save(out)
         return out
     first, *others = made.frames[0]
     if not _savable(out.suffix, moving=True):
         out = out.with_suffix(Path(MOVING).suffix)
     first.save(out, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
     return out
+
+
+def _opaque(image: Image.Image, out: Path) -> Image.Image:
+    """Return a transparent image on white where the format of ``out`` takes colours alone."""
+    if image.mode != "RGBA":
+        return image
+    try:
+        image.save(BytesIO(), Image.registered_extensions()[out.suffix.lower()])
+    except OSError:
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image

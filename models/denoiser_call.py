@@ -3,6 +3,7 @@
 import functools
 import inspect
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,17 @@ from dirotq.quiet import quiet
 
 from .call import Call
 from .family import TABLE
+from .hollow import Cheaply, hollow
 from .pipeline_images import pictures_needed
 from .skeleton import empty_transformer
 
 SIZE, FRAMES = 256, 25
 """Pixels and frames of a small call: patches divide them (frames but for the first)."""
+
+
+NONE, NOISE, LOADED = "on the meta device", "with noise for weights", "loaded"
+WEIGHTS = NONE, NOISE, LOADED
+"""Of encoders, the cheapest first."""
 
 
 def denoiser_call(
@@ -28,18 +35,19 @@ def denoiser_call(
     """Return positional and keyword arguments of a pipeline's first denoiser call, float32, CPU.
 
     The denoiser is never loaded. Text encoders run on the meta device and hand zeros to the
-    pipeline; where that fails they are loaded and run on the CPU.
+    pipeline; where that fails, they and the autoencoder run on the CPU with noise for weights
+    (models/hollow.py); where that fails too, they are loaded.
 
     folder         a diffusers folder; of its weights only the encoders' are read, if any
     load_encoders  whether they may be
     arguments      of the pipeline's call: they win over the smallest sensible ones
 
-    Raises UnsupportedError if the pipeline stops before its denoiser either way.
+    Raises UnsupportedError if the pipeline stops before its denoiser each time.
     """
     failures = []
-    for weights in (False, True) if load_encoders else (False,):
+    for weights in WEIGHTS if load_encoders else WEIGHTS[:-1]:
         try:
-            with quiet():
+            with quiet(), Cheaply() if weights == NOISE else nullcontext():
                 pipe = _pipeline_without_denoiser(folder, weights)
                 pipe.transformer.register_forward_pre_hook(_stop, with_kwargs=True)
                 pipe(**_smallest(pipe) | arguments)
@@ -48,10 +56,10 @@ def denoiser_call(
             return reached.call.args, reached.call.kwargs
         except Exception as error:  # noqa: BLE001  any line of a foreign pipeline
             failures.append(f"{type(error).__name__}: {error}")
-    loaded = f"With their weights on the CPU: {failures[1]}. " if load_encoders else ""
+    tried = ". ".join(f"With encoders {w}: {f}" for w, f in zip(WEIGHTS, failures, strict=False))
     raise UnsupportedError(
         f"{folder}: no family table describes this pipeline, and a call of it to see its "
-        f"denoiser's arguments failed. With encoders on the meta device: {failures[0]}. {loaded}"
+        f"denoiser's arguments failed. {tried}. "
         f"Pass the call what it lacks, or write a {TABLE}"
     )
 
@@ -69,7 +77,7 @@ def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     raise _Reached(Call(args, kwargs).map(lambda t: t.float() if t.is_floating_point() else t))
 
 
-def _pipeline_without_denoiser(folder: Path, weights: bool) -> Any:
+def _pipeline_without_denoiser(folder: Path, weights: str) -> Any:
     import diffusers
 
     index = json.loads((folder / "model_index.json").read_text())
@@ -96,7 +104,7 @@ def _is_component(entry: Any) -> bool:
     return False
 
 
-def _component(path: Path, entry: list[str | None], weights: bool) -> Any:
+def _component(path: Path, entry: list[str | None], weights: str) -> Any:
     """Load a component of model_index.json: a model without weights if it can be, others whole."""
     import accelerate
     import diffusers
@@ -111,7 +119,7 @@ def _component(path: Path, entry: list[str | None], weights: bool) -> Any:
     if not issubclass(cls, nn.Module):
         return cls.from_pretrained(path, local_files_only=True)
     denoiser = "transformer" in path.name
-    if weights and not denoiser:
+    if weights == LOADED and not denoiser:
         options = {"use_safetensors": True, "local_files_only": True}
         return cls.from_pretrained(path, dtype=torch.bfloat16, **options).eval()
     if hasattr(cls, "load_config"):
@@ -120,7 +128,9 @@ def _component(path: Path, entry: list[str | None], weights: bool) -> Any:
         with accelerate.init_empty_weights():
             model = cls(cls.config_class.from_pretrained(path)).eval()
         model.set_attn_implementation("eager")  # others look at the mask's values
-    return model if denoiser else _shapes_only(model.to("meta"))
+    if denoiser:
+        return model
+    return hollow(model) if weights == NOISE else _shapes_only(model.to("meta"))
 
 
 def _shapes_only(model: Any) -> Any:

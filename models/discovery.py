@@ -4,7 +4,6 @@ Linears that are handed the same view of the same memory share a site. No number
 matters: the network that runs is a hollow one (models/hollow.py), however large the model.
 """
 
-import copy
 import functools
 import inspect
 import logging
@@ -291,16 +290,6 @@ def _pattern(name: str) -> str:
 def _common(paths: Iterable[str]) -> str:
     levels = zip(*(path.split(".") for path in paths), strict=False)
     return ".".join(level[0] for level in takewhile(lambda level: len(set(level)) == 1, levels))
-
-
-def to_meta(transformer: nn.Module) -> nn.Module:
-    """Copy it without memory: buffers too, and tensors that modules hold as plain attributes."""
-    twin = copy.deepcopy(transformer).to("meta")
-    for module in twin.modules():
-        for name, value in vars(module).items():
-            if isinstance(value, Tensor):
-                setattr(module, name, value.to("meta"))
-    return twin
 
 
 def _batch(transformer: Any, call: Call) -> int:

@@ -13,6 +13,8 @@ LISTED = re.compile("^(?!Flux2).*(Kontext|Img2Img|Inpaint|Fill)")
 
 SEVERAL = re.compile("^Flux2(?!.*Inpaint)|^QwenImage21|EditPlus")
 """Of classes that take several ``image``s as the references of one prompt."""
+ITERATED = re.compile("^QwenImage21")
+"""Of classes that go through the pictures of a prompt, be it one alone."""
 
 
 def pictures_taken(pipeline: Any) -> tuple[str, ...]:
@@ -38,3 +40,9 @@ def takes_batches(pipeline: Any) -> bool:
 def takes_several(pipeline: Any) -> bool:
     """Tell whether one prompt may have several pictures as its references."""
     return SEVERAL.search(pipeline.__name__) is not None
+
+
+def as_taken(pipeline: Any, picture: Any) -> Any:
+    """Return a prompt's picture, or list of them, as the call of a pipeline's class takes it."""
+    alone = not isinstance(picture, list)
+    return [picture] if alone and ITERATED.search(pipeline.__name__) else picture

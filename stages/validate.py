@@ -152,7 +152,7 @@ class Validate:
         del pipe
         _empty(device)
         embeddings = _text_encoders(self, pack, device, dtype, tree, units)
-        if embeddings:
+        if has_images(tree, ENCODERS):
             sets = replace(sets, places={**sets.places, ENCODERS: (tree, ENCODERS)})
 
         scores = score(sets, prompts, self.reader, self.learned, device)

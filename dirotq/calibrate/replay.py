@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from dirotq.models.call import Call
 from dirotq.models.skeleton import assign, drop, move_buffers, names_in, names_outside
@@ -178,8 +179,10 @@ class _Forward:
         def forward() -> Any:
             arrived = call.on(replay.device, wide)
             called = replay.transformer.get_submodule(call.part)
-            output = called(*arrived.args, **arrived.kwargs, return_dict=False)[0]
-            return torch.cat([o.flatten() for o in output]) if isinstance(output, list) else output
+            outputs = tree_leaves(called(*arrived.args, **arrived.kwargs, return_dict=False))
+            made = [output for output in outputs if isinstance(output, Tensor)]
+            # Of several, such as a video and its sound, or a list of images, all count.
+            return made[0] if len(made) == 1 else torch.cat([o.flatten() for o in made])
 
         self.coroutine = greenlet(forward)
 

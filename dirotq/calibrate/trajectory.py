@@ -56,11 +56,16 @@ class Trajectories:
         self.made: list[Call] = []
         """Every call of the last generation."""
         self._encoded: dict[str, Any] = {}
+        self._encoding = False
 
     def encode(self, shards: Sequence[Sequence[Prompt]]) -> None:
-        """Run the text encoders on every batch, remember the results, and free the encoders."""
+        """Run the text encoders on every batch, remember the results, and free the encoders.
+
+        A component that a pipeline runs itself, outside of :data:`ENCODES`, stays: it runs in every
+        generation (LTX-2's connectors between text and transformer).
+        """
         pipe = self.pipe
-        encoders = [n for n, m in pipe.components.items() if is_encoder(n, m)]
+        encoders = {n for n, m in pipe.components.items() if is_encoder(n, m)}
         if not hasattr(pipe, "encode_prompt"):
             log.info("%s has no encode_prompt: its text encoders stay loaded", type(pipe).__name__)
         for name in encoders:
@@ -72,12 +77,19 @@ class Trajectories:
         plain = {name: getattr(pipe, name) for name in ENCODES if hasattr(pipe, name)}
         for name, encode in plain.items():
             setattr(pipe, name, self._remembering(encode, anew=True))
+        own: set[str] = set()
+        notes = [
+            getattr(pipe, name).register_forward_pre_hook(partial(self._note_own, own, name))
+            for name in encoders
+        ]
         for shard in shards:
             with stop_at_denoisers(pipe):
                 generate(pipe, shard, self.call, output="latent")
+        for note in notes:
+            note.remove()
         for name, encode in plain.items():
             setattr(pipe, name, self._remembering(encode, anew=False))
-        pipe.register_modules(**dict.fromkeys(encoders))
+        pipe.register_modules(**dict.fromkeys(encoders - own))
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -138,6 +150,10 @@ class Trajectories:
                 hook.remove()
         return [made[i] for i in choose(len(made))]
 
+    def _note_own(self, own: set[str], name: str, *_: Any) -> None:
+        if not self._encoding:
+            own.add(name)
+
     def _remembering(self, plain: Callable[..., Any], *, anew: bool) -> Callable[..., Any]:
         """Return an encoder that knows all earlier results; ``anew`` adds others to them.
 
@@ -150,8 +166,10 @@ class Trajectories:
             if key not in self._encoded:
                 if not anew:
                     return plain(*args, **kwargs)
+                self._encoding = True
                 with torch.no_grad():
                     self._encoded[key] = _to(plain(*args, **kwargs), torch.device("cpu"))
+                self._encoding = False
             return _to(self._encoded[key], self.device)
 
         return encode
@@ -189,7 +207,8 @@ def _raise_reached(*_: Any) -> None:
 
 def is_encoder(name: str, module: Any) -> bool:
     """Tell whether a component of a pipeline turns texts or pictures into what denoisers read."""
-    return isinstance(module, nn.Module) and not name.startswith("vae") and DENOISER not in name
+    # An autoencoder's statistics scale latents (LTX-2's audio_vae), whether it decodes them or not.
+    return isinstance(module, nn.Module) and "vae" not in name and DENOISER not in name
 
 
 def _to(value: Any, device: torch.device) -> Any:

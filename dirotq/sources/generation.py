@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.models.pipeline_images import PICTURES, takes_batches
+from dirotq.models.pipeline_images import PICTURES, as_taken, takes_batches
 
 from .prompt_files import NEGATIVE, open_picture
 from .prompts import Prompt
@@ -19,7 +19,7 @@ def generate(
     """Call the pipeline once for a batch of prompts, each from the noise of its own seed.
 
     returns  float32 on the CPU: images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]
-             (``output="pt"``), or latents
+             (``output="pt"``), on white where a pipeline makes them transparent; or latents
 
     Where a list of pictures is one prompt's references (models/pipeline_images.py), it is called
     once for each prompt.
@@ -30,7 +30,7 @@ def generate(
     if given.keys() & set(PICTURES) and not takes_batches(type(pipe)):
         if len(prompts) > 1:
             return torch.cat([generate(pipe, [one], call, output=output) for one in prompts])
-        given |= {name: given[name][0] for name in PICTURES if name in given}
+        given |= {n: as_taken(type(pipe), given[n][0]) for n in PICTURES if n in given}
     made = pipe(
         prompt=[p.text for p in prompts],
         # On the CPU, so that a seed means the same noise on every machine.
@@ -44,7 +44,15 @@ def generate(
             f"the pipeline produced a non-finite image for one of {[p.text for p in prompts]}; "
             "the model itself overflows in this precision, or its weights are damaged"
         )
-    return result
+    return _on_white(result) if output == "pt" else result
+
+
+def _on_white(images: Tensor) -> Tensor:
+    """Lay images [..., 4, H, W], whose last channel is how opaque they are, on white."""
+    if images.shape[-3] != 4:
+        return images
+    colours, opaque = images[..., :3, :, :], images[..., 3:, :, :]
+    return (colours * opaque + (1 - opaque)).clamp(0, 1)
 
 
 def _inputs(prompts: Sequence[Prompt]) -> dict[str, Any]:

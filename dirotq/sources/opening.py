@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ONE_BY_ONE = ("AutoencoderKLHunyuanVideo15",)
+"""Autoencoders whose attention fails for a batch, in diffusers 0.42.1: its mask broadcasts over one
+sample alone. In slices they decode any number."""
+
 
 def open_pipeline(
     folder: Path,
@@ -71,6 +75,8 @@ def open_pipeline(
             )
         heed(said)
     pipe.set_progress_bar_config(disable=True)
+    if type(getattr(pipe, "vae", None)).__name__ in ONE_BY_ONE:
+        pipe.vae.use_slicing = True
     if offloading is None:
         offloading = "model" if _too_large(pipe, device) else "none"
         if offloading == "model":

@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from dirotq.files.json_file import read_json
-from dirotq.models.call import Call
 from dirotq.models.denoiser_call import denoiser_call
-from dirotq.models.discovery import to_meta
 from dirotq.models.family import Site
+from dirotq.models.hollow import Cheaply, hollow
 from dirotq.models.skeleton import empty_transformer
 from dirotq.packed.config import FORMAT, Entry, read_packing
 from dirotq.packed.folder import packed_folder
@@ -106,14 +105,14 @@ def rows_of(root: Path, config: dict[str, Any], sites: Sequence[Site]) -> Mappin
     args, kwargs = denoiser_call(root, load_encoders=False, **call)
     with quiet():
         cls = getattr(diffusers, config["_class_name"])
-        transformer = to_meta(empty_transformer(config, cls))
+        transformer = hollow(empty_transformer(config, cls))
     return _watched(transformer, args, kwargs, sites)
 
 
 def _watched(
     transformer: nn.Module, args: Any, kwargs: Any, sites: Sequence[Site]
 ) -> Mapping[str, set[int]]:
-    """Run one forward on the meta device, and note how long the inputs of the sites are."""
+    """Run one forward of a hollow network, and note how long the inputs of the sites are."""
     seen: dict[str, set[int]] = {site.name: set() for site in sites}
 
     def note(site: Site, _: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -122,9 +121,8 @@ def _watched(
     for site in sites:
         for linear in site.linears:
             transformer.get_submodule(linear).register_forward_pre_hook(partial(note, site))
-    call = Call(args, kwargs).map(lambda tensor: tensor.to("meta"))
-    with torch.no_grad():
-        transformer(*call.args, **call.kwargs)
+    with torch.no_grad(), Cheaply():
+        transformer(*args, **kwargs)
     return seen
 
 

@@ -243,3 +243,19 @@ def test_a_pipeline_saved_without_a_component_loads(tmp_path):
     assert again.text_encoder_3 is None
     settings = json.loads((source / "generation.json").read_text())
     assert again("x", **settings).images[0].size
+
+
+def test_a_transparent_image_is_saved_as_its_format_allows(dirotq, monkeypatch, tmp_path):
+    from PIL import Image
+
+    class Transparent(FakePipeline):
+        def __call__(self, prompt, *, generator, **settings):
+            return type("Output", (), {"images": [Image.new("RGBA", (8, 8), (255, 0, 0, 0))]})
+
+    monkeypatch.setattr("dirotq.loading.load", lambda folder, **_: Transparent(folder, "cpu"))
+    (tmp_path / "model_index.json").write_text("{}")
+    for name, colour in (("x.png", (255, 0, 0, 0)), ("x.jpg", (255, 255, 255))):
+        words = [str(tmp_path), "--prompt", "a star", "--out", str(tmp_path / name)]
+        assert dirotq("generate", *words, "--device", "cpu").status == 0
+        with Image.open(tmp_path / name) as image:
+            assert image.getpixel((4, 4)) == colour

@@ -312,20 +312,33 @@ def test_no_weights_are_read_where_shapes_do(own_folder):
     assert denoiser_call(own_folder)[1]["encoder_hidden_states"].shape[0] == 1
 
 
-def test_encoders_that_need_data_run_with_their_weights(folder, monkeypatch):
+def test_encoders_that_need_data_run_with_noise_for_weights_or_are_loaded(own_folder, monkeypatch):
     def needs_data(model: Any) -> Any:
         run = model.forward
         model.forward = lambda ids, *a, **k: run(ids, *a, **k) if ids.sum().item() else None
         return model
 
+    def needs_weights(_: Any) -> Any:
+        raise RuntimeError("noise is no weight")
+
     monkeypatch.setattr("dirotq.models.denoiser_call._shapes_only", needs_data)
-    text = denoiser_call(folder)[1]["encoder_hidden_states"]
-    assert text.dtype == torch.float32
-    assert text.any()
+    with monkeypatch.context() as patch:
+        patch.setattr("dirotq.models.denoiser_call.hollow", needs_weights)
+        loaded = denoiser_call(own_folder)[1]["encoder_hidden_states"]
+    for file in own_folder.glob("*/*.safetensors"):
+        file.unlink()
+    noise = denoiser_call(own_folder)[1]["encoder_hidden_states"]
+    for text in (loaded, noise):
+        assert text.dtype == torch.float32
+        assert text.any()
+    assert not torch.equal(loaded, noise)
 
 
-def test_a_pipeline_that_stops_early_is_refused_with_both_reasons(own_folder):
-    with pytest.raises(UnsupportedError, match=r"Provide either .*on the CPU: .*Provide either"):
+def test_a_pipeline_that_stops_early_is_refused_with_each_reason(own_folder):
+    with pytest.raises(
+        UnsupportedError,
+        match=r"meta device: .*Provide either .*noise for weights: .*loaded: .*Provide either",
+    ):
         denoiser_call(own_folder, prompt=None)
     (own_folder / "model_index.json").write_text('{"_class_name": "NobodysPipeline"}')
     with pytest.raises(UnsupportedError, match=r"no attribute NobodysPipeline"):

@@ -3,18 +3,18 @@
 import inspect
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
 import zarr
 from tiny_families import TINY
 from tiny_line import LINE, run
-from tiny_pipelines import PIPELINES, family_folder
+from tiny_pipelines import PIPELINES, UNTABLED, family_folder
 from tiny_tokenizers import LONG_CAPTION
 
 from dirotq.errors import UnsupportedError
 from dirotq.models import families
+from dirotq.models.denoisers import placed
 from dirotq.models.discovery import discovered
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
@@ -60,7 +60,7 @@ def test_every_family_runs_through(line, name):
     assert list(artifacts) == STAGES
     for artifact in artifacts.values():
         assert all(math.isfinite(value) for value in artifact.metrics.values())
-    assert planned(artifacts) == TINY[name].family.sites(_skeleton(artifacts["pack"], name))
+    assert planned(artifacts) == _sites(artifacts["pack"], name)
     assert artifacts["fuse"].metrics["network_error"] < 1e-5
     assert artifacts["validate"].metrics["sqnr_db"] > 10
     assert artifacts["validate"].metrics["psnr"] > 20
@@ -69,12 +69,15 @@ def test_every_family_runs_through(line, name):
     assert all(None not in site["by_timestep"] for site in report["sites"])
 
 
-def _skeleton(pack: Artifact, name: str):
-    """A transformer of the shapes that the packed folder's config tells."""
-    folder = pack.tree("model") / "transformer"
-    config = json.loads(Path(folder / "config.json").read_text())
-    cls = type(TINY[name].build())
-    return cls.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+def _sites(pack: Artifact, name: str) -> list[Site]:
+    """The table's sites of the transformers whose configs the packed folder holds."""
+    cls, found = type(TINY[name].build()), {}
+    for file in sorted(pack.tree("model").glob("*transformer/config.json")):
+        config = json.loads(file.read_text())
+        skeleton = cls.from_config({k: v for k, v in config.items() if k != "quantization_config"})
+        found[file.parent.name] = TINY[name].family.sites(skeleton)
+    several = len(found) > 1
+    return [s for part, sites in found.items() for s in placed(sites, part if several else "")]
 
 
 @pytest.mark.parametrize(
@@ -99,10 +102,18 @@ def test_masked_text_tokens_are_not_counted(tiny_root, line, name, image_tokens,
     assert text == calls / len(texts) * sum(lengths)
 
 
-def test_a_transformer_without_a_table_is_discovered(line):
-    artifacts = run(line("lumina2"))  # whose forward asks how many tokens a mask leaves
-    blocks = {"layers.0", "layers.1", "noise_refiner.0", "context_refiner.0"}
-    assert {site.block for site in planned(artifacts)} == blocks
+# Lumina's forward asks how many tokens a mask leaves. The others are for docs/families.md.
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "lumina2" else pytest.param(n, marks=pytest.mark.families) for n in UNTABLED],
+)
+def test_a_transformer_without_a_table_is_discovered(line, name):
+    artifacts = run(line(name))
+    sites = planned(artifacts)
+    if name == "lumina2":
+        blocks = {"layers.0", "layers.1", "noise_refiner.0", "context_refiner.0"}
+        assert {site.block for site in sites} == blocks
+    assert len(sites) == artifacts["capture"].metrics["sites"] > 0
     assert artifacts["fuse"].metrics["network_error"] < 1e-5
     assert artifacts["validate"].metrics["sqnr_db"] > 10
     assert artifacts["validate"].metrics["psnr"] > 20

@@ -9,8 +9,9 @@ import torch
 import zarr
 from PIL import Image
 from tiny_line import LINE, run
-from tiny_pipelines import family_folder
+from tiny_pipelines import PICTURED, family_folder
 
+from dirotq.cli import main
 from dirotq.errors import ConfigError
 from dirotq.pipeline.config import build, compose_config
 from dirotq.sources.generation import generate
@@ -47,6 +48,48 @@ def test_a_video_from_a_picture_runs_through(tiny_root, line):
     assert made["capture"].metrics["calls"] == 12
     assert made["fuse"].metrics["network_error"] < 1e-5
     assert made["validate"].metrics["psnr"] > 20
+
+
+@pytest.mark.parametrize("name", ["qwen_image_edit", "qwen_image_edit_plus"])
+def test_qwens_edits_run_through_and_generate(tiny_root, tmp_path, line, name):
+    rows, pictures = ROWS, 1
+    if name == "qwen_image_edit_plus":
+        rows, pictures = [row | {"image": ["0.png", row["image"]]} for row in ROWS], 2
+    made = run(line(family_folder(tiny_root, name), rows))
+    moments = zarr.open_group(made["capture"].tree("moments.zarr"), mode="r")
+    # Of 64 x 64 pixels, 4 x 4 tokens of the image and as many of each picture.
+    assert moments["transformer_blocks.0.attn.qkv"].attrs["tokens"] == 12 * (1 + pictures) * 16
+    assert made["fuse"].metrics["network_error"] < 1e-5
+    assert made["validate"].metrics["psnr"] > 20
+    words = ["generate", str(made["pack"].tree("model")), "--prompt", "snow", "--device", "cpu"]
+    words += ["--image", str(tmp_path / "3.png"), "--out", str(tmp_path / "made.png")]
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 0
+    with Image.open(tmp_path / "made.png") as image:
+        assert image.size == (64, 64)
+
+
+@pytest.mark.families
+@pytest.mark.parametrize("name", PICTURED)
+def test_flux_with_pictures_runs_through(tiny_root, line, name):
+    rows = [row | ({"mask_image": row["image"]} if "fill" in name else {}) for row in ROWS]
+    made = run(line(family_folder(tiny_root, name), rows))
+    assert made["fuse"].metrics["network_error"] < 1e-5
+    assert made["validate"].metrics["psnr"] > 20
+
+
+def test_a_model_that_may_be_given_pictures_is_calibrated_with_those_of_its_prompts(
+    tiny_root, line
+):
+    folder = family_folder(tiny_root, "qwen_image21")
+    made = run(line(folder, ROWS, "until=capture"))
+    moments = zarr.open_group(made["capture"].tree("moments.zarr"), mode="r")
+    # Each picture is another's size, and its tokens and those of the text vary with it.
+    with_pictures = moments["transformer_blocks.0.attn.qkv"].attrs["tokens"]
+    own = run(line(folder, [{"prompt": row["prompt"]} for row in ROWS], "until=capture"))
+    plain = zarr.open_group(own["capture"].tree("moments.zarr"), mode="r")
+    assert with_pictures > plain["transformer_blocks.0.attn.qkv"].attrs["tokens"] + 12 * 8
 
 
 def test_an_edit_model_is_calibrated_with_its_pictures_and_refused_without(folder, tmp_path, line):
@@ -137,6 +180,20 @@ class Fake:
 
 class FakeImg2ImgPipeline(Fake):
     pass
+
+
+class FakeTransparent:
+    def __call__(self, output_type, **_):
+        opaque = torch.tensor([0.0, 0.5, 1.0]).expand(1, 1, 1, 3)
+        red = torch.tensor([1.0, 0.0, 0.0]).reshape(1, 3, 1, 1).expand(-1, -1, -1, 3)
+        return SimpleNamespace(images=torch.cat([red, opaque], 1))
+
+
+def test_transparent_images_are_compared_on_white():
+    one = [Prompt("a", 0, None, {}, None)]
+    made = generate(FakeTransparent(), one, {})
+    assert made[0, :, 0].mT.tolist() == [[1, 1, 1], [1, 0.5, 0.5], [1, 0, 0]]
+    assert generate(FakeTransparent(), one, {}, output="latent").shape == (1, 4, 1, 3)
 
 
 def test_a_list_of_pictures_is_a_batch_to_some_and_one_prompts_references_to_others(tmp_path):

@@ -11,9 +11,12 @@ from typing import Any
 
 import diffusers
 import tiny_line
+import tiny_newer_pipelines as newer
+import tiny_parts as parts
+import tiny_untabled_pipelines as untabled
 import torch
 import transformers
-from tiny_families import ROPE, TINY, randomize
+from tiny_families import TINY
 from tiny_tokenizers import LONG_CAPTION, clip_and_t5, gemma_tokenizer, qwen_tokenizer
 
 
@@ -30,7 +33,7 @@ def family_folder(root: Path, name: str) -> Path:
     """The folder of the family's tiny pipeline under ``root``, written once per process."""
     if name == "flux":
         return tiny_line.model_folder(root)
-    tiny = (PIPELINES | UNTABLED)[name]
+    tiny = (PIPELINES | UNTABLED | PICTURED)[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipeline = tiny.build()
@@ -43,73 +46,11 @@ def family_folder(root: Path, name: str) -> Path:
     return folder
 
 
-def _t5(cls: Any = transformers.T5EncoderModel, config: Any = transformers.T5Config) -> Any:
-    return cls(
-        config(
-            vocab_size=len(clip_and_t5()[1]),
-            d_model=64,
-            d_kv=32,
-            d_ff=64,
-            num_layers=1,
-            num_heads=2,
-            feed_forward_proj="gated-gelu",
-            dropout_rate=0.0,
-        )
-    )
-
-
-def _clip(width: int, cls: Any = transformers.CLIPTextModelWithProjection) -> Any:
-    tokenizer = clip_and_t5()[0]
-    return cls(
-        transformers.CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            projection_dim=tiny_line.POOLED,
-        )
-    )
-
-
-def _qwen_text(vocabulary: int, **more: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": vocabulary,
-        "intermediate_size": 64,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        **more,
-    }
-
-
-def _autoencoder(**more: Any) -> Any:
-    """8 x 8 pixels to one latent with 4 channels."""
-    return diffusers.AutoencoderKL(
-        sample_size=32,
-        block_out_channels=(8, 8, 8, 8),
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        mid_block_add_attention=False,
-        **more,
-    )
-
-
-def _flow(**more: Any) -> Any:
-    return diffusers.FlowMatchEulerDiscreteScheduler(**more)
-
-
 def _flux2() -> Any:
     tokenizer = qwen_tokenizer()
-    config = _qwen_text(len(tokenizer), hidden_size=32, num_hidden_layers=3, head_dim=16)
+    config = parts.qwen_text(len(tokenizer), hidden_size=32, num_hidden_layers=3, head_dim=16)
     return diffusers.Flux2KleinPipeline(
-        scheduler=_flow(),
+        scheduler=parts.flow(),
         vae=diffusers.AutoencoderKLFlux2(
             block_out_channels=(8, 8, 8, 8),
             layers_per_block=1,
@@ -126,48 +67,10 @@ def _flux2() -> Any:
 def _pixart() -> Any:
     return diffusers.PixArtSigmaPipeline(
         tokenizer=clip_and_t5()[1],
-        text_encoder=_t5(),
-        vae=_autoencoder(),
+        text_encoder=parts.t5(),
+        vae=parts.autoencoder(),
         transformer=TINY["pixart"].build(),
         scheduler=diffusers.DPMSolverMultistepScheduler(),
-    )
-
-
-def _gemma(vocabulary: int, **more: Any) -> Any:
-    return transformers.Gemma2Model(
-        transformers.Gemma2Config(
-            vocab_size=vocabulary,
-            hidden_size=64,
-            intermediate_size=64,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            **more,
-        )
-    )
-
-
-def _lumina2() -> Any:
-    tokenizer = gemma_tokenizer()
-    made = diffusers.Lumina2Transformer2DModel(
-        sample_size=8,
-        in_channels=4,
-        hidden_size=64,
-        num_layers=2,
-        num_refiner_layers=1,
-        num_attention_heads=2,
-        num_kv_heads=1,
-        multiple_of=32,
-        axes_dim_rope=ROPE,
-        axes_lens=(64, 64, 64),
-        cap_feat_dim=64,
-    )
-    return diffusers.Lumina2Pipeline(
-        transformer=randomize(made),
-        scheduler=_flow(shift=6.0),
-        vae=_autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0),
-        text_encoder=_gemma(len(tokenizer), num_hidden_layers=2),
-        tokenizer=tokenizer,
     )
 
 
@@ -175,7 +78,7 @@ def _sana() -> Any:
     tokenizer = gemma_tokenizer()
     return diffusers.SanaPipeline(
         tokenizer=tokenizer,
-        text_encoder=_gemma(len(tokenizer), num_hidden_layers=1),
+        text_encoder=parts.gemma(len(tokenizer), num_hidden_layers=1),
         vae=diffusers.AutoencoderDC(
             in_channels=3,
             latent_channels=4,
@@ -192,7 +95,7 @@ def _sana() -> Any:
             upsample_block_type="interpolate",
         ),
         transformer=TINY["sana"].build(),
-        scheduler=_flow(shift=3.0),
+        scheduler=parts.flow(shift=3.0),
     )
 
 
@@ -200,26 +103,14 @@ def _sd3() -> Any:
     clip, t5 = clip_and_t5()
     return diffusers.StableDiffusion3Pipeline(
         transformer=TINY["sd3"].build(),
-        scheduler=_flow(shift=3.0),
-        vae=_autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0),
-        text_encoder=_clip(32),
+        scheduler=parts.flow(shift=3.0),
+        vae=parts.autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0),
+        text_encoder=parts.clip(32),
         tokenizer=clip,
-        text_encoder_2=_clip(32),
+        text_encoder_2=parts.clip(32),
         tokenizer_2=clip,
-        text_encoder_3=_t5(),
+        text_encoder_3=parts.t5(),
         tokenizer_3=t5,
-    )
-
-
-def _video_autoencoder(cls: Any, **more: Any) -> Any:
-    return cls(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-        **more,
     )
 
 
@@ -227,19 +118,10 @@ def _qwen_image() -> Any:
     # The pipeline drops the template's first 34 tokens: words have to be tokens, as in its own.
     empty = diffusers.QwenImagePipeline(None, None, None, None, None)
     tokenizer = qwen_tokenizer((*[empty.prompt_template_encode] * 4, LONG_CAPTION))
-    text = _qwen_text(
-        len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=1,
-        rope_parameters={"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4},
-    )
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision | {"out_hidden_size": 64}
-    )
+    config = parts.qwen25_vl(tokenizer, hidden_size=64, num_hidden_layers=1)
     return diffusers.QwenImagePipeline(
-        scheduler=_flow(),
-        vae=_video_autoencoder(diffusers.AutoencoderKLQwenImage),
+        scheduler=parts.flow(),
+        vae=parts.video_autoencoder(diffusers.AutoencoderKLQwenImage),
         text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=tokenizer,
         transformer=TINY["qwen_image"].build(),
@@ -248,10 +130,10 @@ def _qwen_image() -> Any:
 
 def _z_image() -> Any:
     tokenizer = qwen_tokenizer()
-    config = _qwen_text(len(tokenizer), hidden_size=64, num_hidden_layers=2, head_dim=32)
+    config = parts.qwen_text(len(tokenizer), hidden_size=64, num_hidden_layers=2, head_dim=32)
     return diffusers.ZImagePipeline(
-        scheduler=_flow(shift=3.0),
-        vae=_autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0),
+        scheduler=parts.flow(shift=3.0),
+        vae=parts.autoencoder(use_quant_conv=False, use_post_quant_conv=False, shift_factor=0.0),
         text_encoder=transformers.Qwen3Model(transformers.Qwen3Config(**config)),
         tokenizer=tokenizer,
         transformer=TINY["z_image"].build(),
@@ -261,8 +143,8 @@ def _z_image() -> Any:
 def _wan(**more: Any) -> Any:
     return diffusers.WanPipeline(
         tokenizer=clip_and_t5()[1],
-        text_encoder=_t5(transformers.UMT5EncoderModel, transformers.UMT5Config),
-        vae=_video_autoencoder(diffusers.AutoencoderKLWan),
+        text_encoder=parts.t5(transformers.UMT5EncoderModel, transformers.UMT5Config),
+        vae=parts.video_autoencoder(diffusers.AutoencoderKLWan),
         scheduler=diffusers.UniPCMultistepScheduler(
             prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
         ),
@@ -299,21 +181,10 @@ def _krea2() -> Any:
     # As with Qwen-Image, 34 tokens of the template are dropped.
     empty = diffusers.Krea2Pipeline(None, None, None, None, None)
     tokenizer = qwen_tokenizer((*[empty.prompt_template_encode_prefix] * 4, LONG_CAPTION))
-    text = _qwen_text(
-        len(tokenizer),
-        hidden_size=64,
-        num_hidden_layers=3,
-        head_dim=32,
-        rope_parameters={"rope_type": "default", "mrope_section": [6, 5, 5], "rope_theta": 1e4},
-    )
-    vision = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
-    config = transformers.Qwen3VLConfig(
-        text_config=text,
-        vision_config=vision | {"out_hidden_size": 64, "deepstack_visual_indexes": []},
-    )
+    config = parts.qwen3_vl(tokenizer, hidden_size=64, num_hidden_layers=3, head_dim=32)
     return diffusers.Krea2Pipeline(
-        scheduler=_flow(use_dynamic_shifting=True),
-        vae=_video_autoencoder(diffusers.AutoencoderKLQwenImage),
+        scheduler=parts.flow(use_dynamic_shifting=True),
+        vae=parts.video_autoencoder(diffusers.AutoencoderKLQwenImage),
         text_encoder=transformers.Qwen3VLModel(config),
         tokenizer=tokenizer,
         transformer=TINY["krea2"].build(),
@@ -324,7 +195,7 @@ def _krea2() -> Any:
 def _hunyuan_video() -> Any:
     clip, _ = clip_and_t5()
     tokenizer = qwen_tokenizer()
-    llama = _qwen_text(len(tokenizer), hidden_size=64, num_hidden_layers=2)
+    llama = parts.qwen_text(len(tokenizer), hidden_size=64, num_hidden_layers=2)
     return diffusers.HunyuanVideoPipeline(
         text_encoder=transformers.LlamaModel(transformers.LlamaConfig(**llama)),
         tokenizer=tokenizer,
@@ -336,8 +207,8 @@ def _hunyuan_video() -> Any:
             norm_num_groups=4,
             mid_block_add_attention=False,
         ),
-        scheduler=_flow(shift=7.0),
-        text_encoder_2=_clip(tiny_line.POOLED, transformers.CLIPTextModel),
+        scheduler=parts.flow(shift=7.0),
+        text_encoder_2=parts.clip(tiny_line.POOLED, transformers.CLIPTextModel),
         tokenizer_2=clip,
     )
 
@@ -377,6 +248,38 @@ PIPELINES = {
         _hunyuan_video,
         SHORT | {"num_frames": 5, "prompt_template": {"template": "{}", "crop_start": 0}},
     ),
+    "qwen_image21": TinyPipeline(
+        newer.qwen_image21, CALL | {"use_kv_cache": False, "output_resolution": 64}
+    ),
+    "ideogram4": TinyPipeline(
+        newer.ideogram4,
+        CALL
+        | {"num_inference_steps": 2, "guidance_schedule": [7.0, 3.0], "max_sequence_length": 192},
+    ),
+    "ltx2": TinyPipeline(
+        newer.ltx2,
+        SHORT
+        | {"num_inference_steps": 2, "guidance_scale": 3.0, "num_frames": 3}
+        | {"height": 32, "width": 32},
+    ),
+    "qwen_image_edit": TinyPipeline(newer.qwen_image_edit, CALL | {"num_inference_steps": 2}),
+    "qwen_image_edit_plus": TinyPipeline(
+        newer.qwen_image_edit_plus, CALL | {"num_inference_steps": 2}
+    ),
 }
-UNTABLED = {"lumina2": TinyPipeline(_lumina2, SHORT | {"guidance_scale": 4.0})}
+UNTABLED = {
+    "lumina2": TinyPipeline(untabled.lumina2, SHORT | {"guidance_scale": 4.0}),
+    "chroma": TinyPipeline(untabled.chroma, SHORT | {"guidance_scale": 3.0}),
+    "auraflow": TinyPipeline(untabled.auraflow, SHORT | {"guidance_scale": 3.5}),
+    "cogview4": TinyPipeline(untabled.cogview4, SHORT | {"guidance_scale": 3.5}),
+    "hunyuan_image": TinyPipeline(untabled.hunyuan_image, CALL),
+    "hunyuan_video15": TinyPipeline(untabled.hunyuan_video15, CALL | {"num_frames": 5}),
+}
 """Of classes that no family table describes."""
+PICTURED = {
+    "flux_kontext": TinyPipeline(
+        newer.flux_kontext, tiny_line.CALL | {"max_area": 1024, "_auto_resize": False}
+    ),
+    "flux_fill": TinyPipeline(newer.flux_fill, tiny_line.CALL),
+}
+"""FLUX.1's that begin with a picture."""

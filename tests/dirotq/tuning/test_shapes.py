@@ -59,8 +59,7 @@ def test_without_a_size_of_its_own_a_model_is_measured_at_1024(packed_folder):
     assert {image, 2 * image} <= {shape.m for shape in shapes_of(packed_folder)}
 
 
-# A picture is encoded by the autoencoder, which has no weights here: such a model is guessed.
-@pytest.mark.parametrize("name", [name for name in PIPELINES if name != "wan_i2v"])
+@pytest.mark.parametrize("name", PIPELINES)
 def test_every_family_can_be_followed(name, tiny_root):
     folder = family_folder(tiny_root, name)
     config = json.loads((folder / "transformer" / "config.json").read_text())
