@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dirotq.errors import ConfigError
@@ -26,7 +27,7 @@ from dirotq.sources.model import DiffusersModel
 class Spectrum:
     """Variances of a site's activation along its leading directions.
 
-    ``variances_L``  float64 [L], the largest first
+    ``variances_L``  float64 [L], in the order of ranks: the largest first where they are principal
     ``energy``       the sum of all D variances, of which L are known
     """
 
@@ -42,8 +43,23 @@ class Spectrum:
         return 1 - self.variances_L.cumsum(0) / self.energy
 
     def steps(self, grid: int, most: int) -> Tensor:
-        """Return variances of the 1st, 2nd, ... ``grid`` directions, up to ``most``: float64."""
-        return self.variances_L[:most].unflatten(0, (-1, grid)).sum(1)
+        """Return variances of the 1st, 2nd, ... ``grid`` directions, up to ``most``: float64.
+
+        Directions that count the weights are not sorted by variance. A step that has more than the
+        one before shares with it, so that what is returned falls and each sum over first steps
+        stays within what they hold.
+        """
+        found: list[list[float]] = []  # steps that share: [mean, how many]
+        for variance in self.variances_L[:most].unflatten(0, (-1, grid)).sum(1).tolist():
+            found.append([variance, 1])
+            while len(found) > 1 and found[-1][0] > found[-2][0]:
+                mean, count = found.pop()
+                found[-1] = [
+                    (found[-1][0] * found[-1][1] + mean * count) / (found[-1][1] + count),
+                    found[-1][1] + count,
+                ]
+        shared = [mean for mean, count in found for _ in range(int(count))]
+        return torch.tensor(shared, dtype=torch.float64, device=self.variances_L.device)
 
     def told(self, rank: int, site: Site) -> str:
         """Say what a rank does, for the plan."""

@@ -50,9 +50,20 @@ FLUX = {
 
 def test_flux_takes_what_was_measured(tmp_path):
     """One H200, 24 prompts, 512 calls; its VRAM of capture was taken with another allocator."""
-    found = needs(H200, write_shapes("flux", tmp_path), "prompts.calibration.count=24")
+    folder = write_shapes("flux", tmp_path)
+    found = needs(H200, folder, "prompts.calibration.count=24", "basis=principal")
     for stage, measured in FLUX.items():
         hold(found[stage], **measured)
+
+
+def test_directions_that_count_the_weights_hold_them(tmp_path):
+    """FLUX.1's widest weight has 21504 x 3072 numbers, its widest input 15360 channels."""
+    folder = write_shapes("flux", tmp_path)
+    plain, ours = (
+        needs(H200, folder, f"basis={which}")["basis"] for which in ("principal", "default")
+    )
+    assert ours.vram - plain.vram > 4 * (15360**2 + 21504 * 3072)
+    assert (ours.ram, ours.disk) == (plain.ram, plain.disk)
 
 
 def test_flux_within_24_gb_takes_what_was_measured(tmp_path):
