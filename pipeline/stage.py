@@ -35,13 +35,6 @@ def untracked(**options: Any) -> Any:
     return dataclasses.field(metadata={"tracked": False}, **options)
 
 
-def recorded_unless(value: Any, **options: Any) -> Any:
-    """Declare a field that came later and is recorded only where it is not ``value``: artifacts of
-    before it was there, and without it, go on counting.
-    """
-    return dataclasses.field(metadata={"unless": value}, **options)
-
-
 def recipe(obj: Any) -> Any:
     """Return the JSON value that identifies ``obj``.
 
@@ -92,9 +85,4 @@ def _dataclass_recipe(obj: Any) -> dict[str, Any]:
     if hasattr(cls, "version"):
         head["version"] = cls.version
     tracked = [field for field in dataclasses.fields(obj) if field.metadata.get("tracked", True)]
-    values = {field.name: (getattr(obj, field.name), field.metadata) for field in tracked}
-    return head | {
-        name: recipe(value)
-        for name, (value, told) in values.items()
-        if "unless" not in told or value != told["unless"]
-    }
+    return head | {field.name: recipe(getattr(obj, field.name)) for field in tracked}

@@ -10,7 +10,7 @@ from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.divided import Make, in_units
-from dirotq.pipeline.stage import recorded_unless, untracked
+from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Made, Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
@@ -41,14 +41,14 @@ class FitBasis:
     Raises NumericalError naming the site.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     resumable: ClassVar[bool] = True
     what: ClassVar[str] = "basis"
     needs = memory.basis
 
     model: DiffusersModel
     method: Method = untracked()  # noqa: RUF009 (a field without a default)
-    directions: Directions = recorded_unless("principal")  # noqa: RUF009 (likewise)
+    directions: Directions
     leading: int | None
     device: str = untracked()
 

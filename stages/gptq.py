@@ -3,20 +3,19 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
-from dirotq.kernels.gptq import FactorizationError, Order, best_codes, hessian_error
+from dirotq.kernels.gptq import FactorizationError, gptq, hessian_error
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.divided import Make, in_units
-from dirotq.pipeline.stage import recorded_unless, untracked
+from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Made, Units
 from dirotq.quantize import memory
-from dirotq.quantize.grids import by_row, neighbours
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.nearest import nearest
 from dirotq.quantize.plan import SitePlan, read_plan
@@ -29,10 +28,6 @@ ROUNDING = (2.0**-22, 2.0**-18, 2.0**-14)
 then, where that fails, what matrix units may lose while they add up."""
 
 
-SCALES = range(1, 16, 2)
-"""How many scales may be tried: the clip search's in their middle."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class QuantizeWeights:
     """Rotate each site's stacked weights on the fly and round them (docs/method.md M2, M5).
@@ -41,11 +36,6 @@ class QuantizeWeights:
     metric ``rows_on_scale_floor`` is the share of rows whose scale that decided.
 
     ``damping``  share of the mean diagonal that is added to the second moment before factoring it
-    ``order``    of columns: ``variance``, the largest first, or ``conditional``, the largest given
-                 those after it
-    ``scales``   scales that GPTQ tries of each output, 2 % apart around that of the clip search;
-                 the one that loses least stays. 1 takes the clip search's. Only of bf16 scales
-    ``descent``  rounds of coordinate descent on the codes afterwards; 0 leaves them as GPTQ did
 
     Writes ``sites/<site>.safetensors`` with ``qweight`` (uint8 [N, K/2], layout L1 or L2),
     ``wscale`` (bfloat16 or uint8 [N, G]) and NVFP4's ``wglobal`` (float32 [1]), as the packed model
@@ -62,9 +52,6 @@ class QuantizeWeights:
 
     model: DiffusersModel
     damping: float
-    order: Literal["variance", "conditional"] = recorded_unless("variance")
-    scales: int = recorded_unless(1)
-    descent: int = recorded_unless(0)
     device: str = untracked()
     inputs: str = field(init=False, default="exact")
     feedback: bool = field(init=False, default=False)
@@ -73,12 +60,6 @@ class QuantizeWeights:
     def __post_init__(self) -> None:
         if not 0 < self.damping <= 1:
             raise ConfigError(f"gptq.damping={self.damping} is out of range: use 0 < damping <= 1")
-        if self.order not in get_args(Order):
-            raise ConfigError(f"gptq.order={self.order!r}: use 'variance' or 'conditional'")
-        if self.scales not in SCALES:
-            raise ConfigError(f"gptq.scales={self.scales}: use an odd number from 1 to 15")
-        if not 0 <= self.descent <= 100:
-            raise ConfigError(f"gptq.descent={self.descent} is out of range: use 0 to 100")
 
     def run(
         self, out: Path, *, capture: Artifact, basis: Artifact, rank: Artifact
@@ -106,10 +87,7 @@ class QuantizeWeights:
                 s_DD = moment(stored, device)
                 s_z, energy = rotation.moments(s_DD), s_DD.diagonal().double().sum()
                 del s_DD
-                tensors = quantize_site(
-                    w_z, s_z, energy, entry, self.damping, protected, bias,
-                    order=self.order, scales=self.scales, descent=self.descent,
-                )  # fmt: skip
+                tensors = quantize_site(w_z, s_z, energy, entry, self.damping, protected, bias)
                 yield site.name, [save_site(out / "sites", site.name, tensors)]
 
         return make
@@ -126,10 +104,6 @@ def quantize_site(
     damping: float,
     wp_NR: Tensor | None,
     bias_N: Tensor | None,
-    *,
-    order: Order = "variance",
-    scales: int = 1,
-    descent: int = 0,
 ) -> dict[str, Tensor]:
     """Return codes and scales of one site, with what its manifest line needs.
 
@@ -141,14 +115,12 @@ def quantize_site(
     s_KK     float64, [K, K], second moment of the main branch;  energy  the trace of S
     wp_NR    float32, [N, R], the protected columns, or None at rank 0
     bias_N   float32, [N], or None
-    order    of columns;  scales  tried of each output;  descent  rounds of coordinate descent
     returns  ``qweight``, ``wscale``, ``wglobal`` where there is one, ``loss`` (float64 [2]: E|zΔ|²
              over E|zW|² by our codes and by nearest rounding) and ``counts`` (int64 [4]:
              escalations, rows that kept nearest rounding, rows whose scale is the least that the
              appended columns allow, rows)
 
-    Raises NumericalError naming the site if no factorization succeeds, and ConfigError if several
-    scales are asked of a format whose scales are bytes.
+    Raises NumericalError naming the site if no factorization succeeds.
     """
     spec, before, failures = entry.spec, 0.0, 0
     for share in ROUNDING:
@@ -157,16 +129,13 @@ def quantize_site(
         rounded = nearest(
             w_NK, spec, clip=entry.clip, wp_NR=wp_NR, bias_N=bias_N, importance_K=s_KK.diagonal()
         )
-        chosen, counts = rounded, {"escalations": 0, "nearest": len(w_NK)}
+        codes, counts = rounded.codes, {"escalations": 0, "nearest": len(w_NK)}
         if entry.rounding == "nearest":
             break
-        grids = neighbours(rounded, spec, scales)
         try:
-            codes, taken_N, counts = best_codes(
-                w_NK, s_KK, [grid.step for grid in grids],
-                damping=damping, order=order, descent=descent, element=spec.weights.element,
-            )  # fmt: skip
-            chosen = by_row(grids, taken_N, codes)
+            codes, counts = gptq(
+                w_NK, s_KK, rounded.step, damping=damping, element=spec.weights.element
+            )
             break
         except FactorizationError as error:
             failure, failures = error, failures + 1
@@ -176,8 +145,8 @@ def quantize_site(
             f"(capture.calls) or raise gptq.damping (now {damping})"
         ) from failure
     floor = rounded.floor
-    on_floor = 0 if floor is None else int(((chosen.wscale == floor) & (floor > 0)).sum())
-    s_w = s_KK.to(w_NK.dtype)
+    on_floor = 0 if floor is None else int(((rounded.wscale == floor) & (floor > 0)).sum())
+    chosen, s_w = rounded._replace(codes=codes), s_KK.to(w_NK.dtype)
     signal = hessian_error(w_NK, s_w).sum().clamp_min(1e-30)
     loss = [
         hessian_error(one.values(w_NK.dtype) - w_NK, s_w).sum() / signal

@@ -1,16 +1,15 @@
 """GPTQ: codes on a fixed grid that minimise the error in the metric of the second moment."""
 
 import logging
-from collections.abc import Sequence
 
 from torch import Tensor
 
 from ..chip import capability, say_once, why_reference
 from ..formats.weight import Element
 from . import reference
-from .reference import FactorizationError, Order, hessian_error
+from .reference import FactorizationError, hessian_error
 
-__all__ = ["FactorizationError", "Order", "best_codes", "gptq", "hessian_error"]
+__all__ = ["FactorizationError", "gptq", "hessian_error"]
 
 
 def gptq(
@@ -23,26 +22,6 @@ def gptq(
     """
     sweep = _sweep(w_NK, element)
     return reference.gptq(w_NK, s_KK, scale_NG, damping=damping, element=element, sweep=sweep)
-
-
-def best_codes(
-    w_NK: Tensor,
-    s_KK: Tensor,
-    grids: Sequence[Tensor],
-    *,
-    damping: float,
-    order: Order = "variance",
-    descent: int = 0,
-    element: Element = "int4",
-) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Choose a grid and codes for each row, and counts: see :func:`.reference.best_codes`.
-
-    The same kernel rounds as in :func:`gptq`.
-    """
-    return reference.best_codes(
-        w_NK, s_KK, grids, damping=damping, order=order, descent=descent, element=element,
-        sweep=_sweep(w_NK, element),
-    )  # fmt: skip
 
 
 def _sweep(w_NK: Tensor, element: Element = "int4") -> reference.Sweep:

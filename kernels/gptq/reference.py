@@ -6,8 +6,7 @@ in the order of rounding, G groups, B columns of a block.
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -15,7 +14,6 @@ from torch import Tensor
 from ..formats.quantize_weight import codes_on_grid, dequantize_weight, nearest_codes
 from ..formats.weight import Element
 from ..full_float32 import full_float32
-from .refine import conditional_order, descend
 
 BLOCK = 128
 ESCALATIONS = 3
@@ -23,8 +21,6 @@ ESCALATIONS = 3
 
 CHUNK = 1 << 26
 """Elements of the temporaries that are made row by row: 256 MiB of float32."""
-
-Order = Literal["variance", "conditional"]
 
 Sweep = Callable[..., tuple[Tensor, Tensor]]
 """What :func:`sweep` is, or a kernel that computes the same of its four tensors."""
@@ -84,46 +80,16 @@ def gptq(
 ) -> tuple[Tensor, dict[str, int]]:
     """Choose codes on the grid ``scale_NG`` by columns, each error passed on to later columns.
 
-    scale_NG  steps of the grid, [N, G]: see :func:`best_codes`, which tells the rest too
-    returns   int8 codes [N, K], and counts
-    """
-    codes, _, counts = best_codes(
-        w_NK, s_KK, [scale_NG], damping=damping, element=element, sweep=sweep
-    )
-    return codes, counts
-
-
-def best_codes(
-    w_NK: Tensor,
-    s_KK: Tensor,
-    grids: Sequence[Tensor],
-    *,
-    damping: float,
-    order: Order = "variance",
-    descent: int = 0,
-    element: Element = "int4",
-    sweep: Sweep = sweep,
-) -> tuple[Tensor, Tensor, dict[str, int]]:
-    """Choose codes on the grid that serves a row best, then change them while that helps.
-
-    Each row takes the grid on which GPTQ loses least in the metric of the damped second moment.
-    Rounds of coordinate descent follow in the same metric (docs/method.md Eq. 15). One grid and no
-    round is plain GPTQ.
-
     w_NK      float32, [N, K]
     s_KK      float64, [K, K], the second moment of the linear's main-branch input; may be singular
-    grids     one or more; each holds steps, [N, G], K a multiple of G, that are fixed before the
-              loop (static groups): bf16 scales for ``int4``, else float32 (:func:`weight_steps`)
+    scale_NG  steps of the grid, [N, G], K a multiple of G; fixed before the loop (static groups):
+              bf16 scales for ``int4``, else float32 (:func:`weight_steps`)
     damping   multiple of S's mean diagonal that is added to it; a direction that S does not see
               keeps its weight and is rounded like any other ("dead columns" are not zeroed)
-    order     of columns: ``variance``, the largest first (act-order), or ``conditional``
-              (:func:`conditional_order`)
-    descent   rounds of coordinate descent over all columns
     element   what a code is: ``int4``, ``lm4`` or ``e2m1`` (kernels/formats)
     sweep     what rounds the columns of a block; but for ``int4`` one that takes ``element``
-    returns   int8 codes [N, K]; int64 [N], the grid that each row took; and counts:
-              ``escalations`` of the damping, and ``nearest`` rows that kept round-to-nearest on the
-              first grid because it was no worse in the metric S
+    returns   int8 codes [N, K], and counts: ``escalations`` of the damping, and
+              ``nearest`` rows that kept round-to-nearest because it was no worse in the metric S
 
     Besides ``s_KK`` at most two float64 [K, K] are alive at a time.
 
@@ -131,55 +97,22 @@ def best_codes(
     """
     if element != "int4":
         sweep = functools.partial(sweep, element=element)
-    if order == "conditional":
-        order_K = conditional_order(s_KK, damping, BLOCK)
-    else:
-        order_K = s_KK.diagonal().argsort(descending=True, stable=True)
-    f_KK, escalations = _unit_factor(s_KK, order_K, damping, w_NK.dtype)
-    codes, h_KK = _rounded(w_NK, grids[0], order_K, f_KK, sweep), s_KK
-    taken_N, step_NG = torch.zeros(len(w_NK), dtype=torch.int64, device=w_NK.device), grids[0]
-    if descent or len(grids) > 1:
-        h_KK = s_KK.to(w_NK.dtype, copy=True)
-        h_KK.diagonal().add_(damping * 10**escalations * s_KK.diagonal().mean())
-    if len(grids) > 1:
-        least_N = _losses(w_NK, codes, step_NG, h_KK)
-        for i, grid in enumerate(grids[1:], 1):
-            tried = _rounded(w_NK, grid, order_K, f_KK, sweep)
-            loss_N = _losses(w_NK, tried, grid, h_KK)
-            better_N1 = (loss_N < least_N)[:, None]
-            codes = torch.where(better_N1, tried, codes)
-            step_NG = torch.where(better_N1, grid, step_NG)
-            taken_N.masked_fill_(better_N1[:, 0], i)
-            least_N = torch.minimum(loss_N, least_N)
-    del f_KK
-    if descent:
-        codes = descend(w_NK, h_KK, step_NG, codes, rounds=descent, sweep=sweep, block=BLOCK)
-    del h_KK
-
-    s_w = s_KK.to(w_NK.dtype)
-    nearest = codes_on_grid(w_NK, grids[0], element)
-    keep_N = _losses(w_NK, nearest, grids[0], s_w) <= _losses(w_NK, codes, step_NG, s_w)
-    codes = torch.where(keep_N[:, None], nearest, codes)
-    return codes, taken_N.masked_fill(keep_N, 0), {
-        "escalations": escalations, "nearest": int(keep_N.sum()),
-    }  # fmt: skip
-
-
-def _rounded(w_NK: Tensor, step_NG: Tensor, order: Tensor, f_KK: Tensor, sweep: Sweep) -> Tensor:
-    """Return GPTQ's codes on one grid, int8 [N, K]."""
+    order = s_KK.diagonal().argsort(descending=True, stable=True)
+    f_KK, escalations = _unit_factor(s_KK, order, damping, w_NK.dtype)
     codes = torch.empty_like(w_NK, dtype=torch.int8)
-    codes[:, order] = _all_blocks(w_NK[:, order], step_NG, order, f_KK, sweep)
-    return codes
+    codes[:, order] = _all_blocks(w_NK[:, order], scale_NG, order, f_KK, sweep)
+    del f_KK
 
-
-def _losses(w_NK: Tensor, codes_NK: Tensor, step_NG: Tensor, s_KK: Tensor) -> Tensor:
-    """Return each row's loss in the metric ``s_KK``, [N]."""
-    return torch.cat(
-        [
-            hessian_error(dequantize_weight(codes_NK[r], step_NG[r], w_NK.dtype) - w_NK[r], s_KK)
-            for r in _chunks(w_NK)
-        ]
-    )
+    s_w, kept = s_KK.to(w_NK.dtype), 0
+    for rows in _chunks(w_NK):
+        w, scale = w_NK[rows], scale_NG[rows]
+        nearest = codes_on_grid(w, scale, element)
+        ours = hessian_error(dequantize_weight(codes[rows], scale, w.dtype) - w, s_w)
+        theirs = hessian_error(dequantize_weight(nearest, scale, w.dtype) - w, s_w)
+        keep_n1 = (theirs <= ours)[:, None]
+        codes[rows] = torch.where(keep_n1, nearest, codes[rows])
+        kept += int(keep_n1.sum())
+    return codes, {"escalations": escalations, "nearest": kept}
 
 
 def _all_blocks(

@@ -3,8 +3,6 @@
 Fractions of small powers of two keep every sum exact, so results must be equal, ties included.
 """
 
-import functools
-
 import pytest
 import torch
 
@@ -14,10 +12,9 @@ from builds.gptq import builds
 
 from dirotq.kernels import gptq as op
 from dirotq.kernels.formats.lm4 import BETWEEN, CODES
-from dirotq.kernels.formats.quantize_weight import codes_on_grid, weight_steps
+from dirotq.kernels.formats.quantize_weight import weight_steps
 from dirotq.kernels.gptq import reference
 from dirotq.kernels.gptq.kernel import COLUMNS, ROWS, launch
-from dirotq.kernels.gptq.refine import descend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -126,27 +123,6 @@ def test_the_whole_method_on_the_kernel(groups, element):
         for q in (codes, plain)
     )
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0)
-
-
-@pytest.mark.parametrize("element", ["int4", "lm4"])
-@pytest.mark.parametrize("grouped", [False, True])
-def test_a_descent_on_the_kernel(grouped, element):
-    """Moments of small whole numbers over powers of two keep sums exact: codes must be equal."""
-    w, _, step, _ = operands(20, 160, grouped=False, fine=element == "lm4")
-    step = step.expand(-1, 2) * torch.tensor([1.0, 2.0], device=DEVICE) if grouped else step
-    generator = torch.Generator().manual_seed(1)
-    h = (torch.rand(160, 160, generator=generator) < 0.02).float() / 4
-    h = (h + h.mT).fill_diagonal_(4.0)
-    codes = codes_on_grid(w, step, element)
-    plain, ours = (
-        descend(
-            w, h.to(DEVICE), step, codes, rounds=2, block=128,
-            sweep=functools.partial(sweep, element=element),
-        )
-        for sweep in (reference.sweep, launch)
-    )  # fmt: skip
-    assert torch.equal(plain, ours)
-    assert not torch.equal(plain, codes)
 
 
 def test_a_gpu_takes_the_kernel_and_float64_the_reference(monkeypatch):

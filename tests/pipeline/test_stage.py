@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dirotq.errors import ConfigError
-from dirotq.pipeline.stage import Stage, fingerprint, recipe, recorded_unless, untracked
+from dirotq.pipeline.stage import Stage, fingerprint, recipe, untracked
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -33,14 +33,6 @@ class Toy:
 
     def run(self, out: Path) -> dict[str, float]:
         return {}
-
-
-@dataclasses.dataclass(frozen=True)
-class Later:
-    part: Part
-    scale: float
-    version: ClassVar[str] = "1"
-    rounds: int = recorded_unless(0, default=0)
 
 
 class Folder:
@@ -77,12 +69,6 @@ def test_every_tracked_field_counts(change):
 
 def test_untracked_field_does_not_count():
     assert recipe(dataclasses.replace(TOY, device="cuda")) == recipe(TOY)
-
-
-def test_a_later_field_counts_only_where_it_is_used():
-    before = recipe(TOY) | {"class": recipe(Later(TOY.part, 0.5))["class"]}
-    assert recipe(Later(TOY.part, 0.5)) == before
-    assert recipe(Later(TOY.part, 0.5, rounds=2)) == before | {"rounds": 2}
 
 
 def test_version_and_class_count(monkeypatch):

@@ -10,7 +10,6 @@ from dirotq.errors import ConfigError, NumericalError
 from dirotq.kernels.formats.lm4 import unpack_lm4
 from dirotq.kernels.formats.pack_int4 import unpack_int4
 from dirotq.kernels.formats.quantize_weight import dequantize_weight, scale_floor, unpack_weight
-from dirotq.pipeline.stage import recipe
 from dirotq.quantize.plan import read_plan
 from dirotq.quantize.tensors import load_site, save_site, site_file
 from dirotq.sources.model import DiffusersModel
@@ -190,38 +189,3 @@ def test_an_escalation_of_the_damping_is_reported(gptq, inputs, store_root):
 def test_damping_out_of_range(gptq, damping):
     with pytest.raises(ConfigError, match=rf"gptq\.damping={damping}.*0 < damping <= 1"):
         dataclasses.replace(gptq, damping=damping)
-
-
-REFINED = {"order": "conditional", "scales": 5, "descent": 4}
-
-
-@pytest.mark.parametrize("change", [REFINED, *({key: REFINED[key]} for key in REFINED)])
-def test_a_refinement_loses_less(gptq, inputs, tmp_path, change):
-    metrics = run_stage(dataclasses.replace(gptq, **change), tmp_path / "refined", **inputs)
-    plain = run_stage(gptq, tmp_path / "plain", **inputs)
-    assert metrics["relative_error"] < 0.99 * plain["relative_error"]
-    assert metrics["relative_error_nearest"] == plain["relative_error_nearest"]
-
-
-def test_refinements_that_are_off_leave_no_trace_in_the_recipe(gptq):
-    assert not set(recipe(gptq)) & set(REFINED)
-    assert set(recipe(dataclasses.replace(gptq, **REFINED))) >= set(REFINED)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"order": "random"}, r"gptq\.order='random': use 'variance' or 'conditional'"),
-        ({"scales": 4}, r"gptq\.scales=4: use an odd number from 1 to 15"),
-        ({"scales": 0}, r"gptq\.scales=0: use an odd number"),
-        ({"descent": -1}, r"gptq\.descent=-1 is out of range: use 0 to 100"),
-    ],
-)
-def test_refinements_out_of_range(gptq, change, said):
-    with pytest.raises(ConfigError, match=said):
-        dataclasses.replace(gptq, **change)
-
-
-def test_several_scales_are_refused_where_scales_are_bytes(line):
-    with pytest.raises(ConfigError, match=r"gptq\.scales=3: scales of nvfp4 are bytes"):
-        run(line("method=dirotq_nvfp4", "gptq.scales=3", "until=gptq"))
