@@ -110,13 +110,6 @@ ALLOCATION = (
 
 ABLATIONS = (
     _row("principal", "principal directions", f"{FORM} {PRINCIPAL}", OURS),
-    _row("descent", "descent after GPTQ", f"{FORM} gptq.descent=4", OURS),
-    _row(
-        "order",
-        "conditional order, 5 scales, descent",
-        f"{FORM} gptq.order=conditional gptq.scales=5 gptq.descent=4",
-        OURS,
-    ),
     _row("r0", "r = 0", f"{FORM} method.branch=null", OURS),
     _row("r8", "r = 8", f"{FORM} rank.r=8", OURS),
     _row("r32", "r = 32", f"{FORM} rank.r=32", OURS),
