@@ -12,6 +12,8 @@ Letters: N rows, K columns, G groups. A group's scale is one byte: E4M3 under a 
 import torch
 from torch import Tensor
 
+from .pack_int4 import looked_up
+
 GROUPS = {"nvfp4": 16, "mxfp4": 32}
 """Elements that share a scale."""
 
@@ -68,8 +70,7 @@ def pack_e2m1(code_NK: Tensor) -> Tensor:
 
 def unpack_e2m1(packed_NK2: Tensor) -> Tensor:
     """Undo :func:`pack_e2m1`: uint8 [N, K // 2] -> int8 [N, K]."""
-    code = torch.tensor([*CODES, *(-c for c in CODES)], dtype=torch.int8, device=packed_NK2.device)
-    return code[torch.stack([packed_NK2 & 0xF, packed_NK2 >> 4], -1).flatten(-2).long()]
+    return looked_up(packed_NK2, (*CODES, *(-c for c in CODES)))
 
 
 def global_scale(amax: Tensor) -> Tensor:

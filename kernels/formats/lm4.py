@@ -18,6 +18,8 @@ import itertools
 import torch
 from torch import Tensor
 
+from .pack_int4 import looked_up
+
 LEVELS = (0.25, 0.8125, 1.375, 2.0, 2.75, 3.5, 4.5, 6.0)
 """Magnitudes by rank, a constant of the file format."""
 
@@ -65,7 +67,4 @@ def pack_lm4(code_NK: Tensor) -> Tensor:
 
 def unpack_lm4(packed_NK2: Tensor) -> Tensor:
     """Undo :func:`pack_lm4`: uint8 [N, K // 2] -> int8 [N, K]."""
-    # Filled, not copied from the host, which CUDA graphs don't record.
-    one = packed_NK2.new_ones(1, dtype=torch.int8)
-    code = torch.cat([one * c for c in (*CODES, *(-c for c in CODES))])
-    return code[torch.stack([packed_NK2 & 0xF, packed_NK2 >> 4], -1).flatten(-2).long()]
+    return looked_up(packed_NK2, (*CODES, *(-c for c in CODES)))

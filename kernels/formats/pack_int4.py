@@ -3,6 +3,8 @@
 Letters: N outputs, K main-branch inputs.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,14 @@ def unpack_int4(packed_NK2: Tensor) -> Tensor:
     pairs = packed_NK2.view(torch.int8)
     # Arithmetic shifts on int8 extend the sign; << wraps within the byte.
     return torch.stack([(pairs << 4) >> 4, pairs >> 4], -1).flatten(-2)
+
+
+def looked_up(packed_NK2: Tensor, codes: Sequence[int]) -> Tensor:
+    """Return the code of each nibble, low ones first: uint8 [N, K // 2] -> int8 [N, K].
+
+    codes  of the nibbles 0 to 15
+    """
+    # Filled, not copied from the host, which CUDA graphs don't record.
+    one = packed_NK2.new_ones(1, dtype=torch.int8)
+    table = torch.cat([one * code for code in codes])
+    return table[torch.stack([packed_NK2 & 0xF, packed_NK2 >> 4], -1).flatten(-2).long()]

@@ -8,9 +8,11 @@ of the very tensors it gets, but for the sum that is what it computes.
 import pytest
 import torch
 from exact import exact_case
-from formats import DEVICE, inputs, random_linear
+from formats import DEVICE, inputs, random_linear, spec_of
+from formats import FORMATS as EVERY
 from scaled_mm import emulated
 from tiny_spec import tiny_spec
+from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton")
 
@@ -168,3 +170,27 @@ def test_no_rows(name):
         Plan(engine="reference", container="none"),
     ):
         assert engine.linear(plan, x, module.packed(), spec).shape == (0, 48)
+
+
+class MadeOnTheHost(TorchFunctionMode):
+    """Where tensors are made of Python's numbers, which a GPU gets as copies from the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
+            self.found.append(str(args))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_specification_makes_nothing_on_the_host(name):
+    """CUDA graphs don't record such copies, and float32 runs on it behind graphs."""
+    spec = spec_of(name, 320, 48)
+    packed, x = random_linear(spec).packed(), inputs(5, 320, torch.float32)
+    engine.reference(x, packed, spec)  # matrices that are kept are made once
+    with MadeOnTheHost() as seen:
+        engine.reference(x, packed, spec)
+    assert seen.found == []
