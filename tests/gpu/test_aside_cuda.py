@@ -1,8 +1,11 @@
 """Copies on a stream of their own don't wait for kernels that are queued, and lose no bytes."""
 
+import pytest
 import torch
 
 from dirotq.calibrate.aside import Aside
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
 BUSY = 2_000_000_000
 """Cycles of a kernel that does nothing: a second."""

@@ -73,7 +73,7 @@ def test_the_place_inside_of_a_mapping_is_named():
         ("method.protect=false", r"write method\.branch=null, which protects nothing"),
         (
             "act_format.element=int5",
-            r"act_format\.element='int5' does not fit.*'int4' or 'int8'",
+            r"act_format\.element='int5' does not fit.*'int4' or 'lzs' or 'int8'",
         ),
         ("transform.smooth=1", r"transform\.smooth=1 does not fit.*true or false"),
         ("act_format.element=int8", r"act_format: 8-bit activations with power-of-two"),
