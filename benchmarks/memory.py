@@ -1,13 +1,15 @@
 """`make bench-memory`: GPU memory of FLUX.1-dev's whole packed pipeline, phase by phase.
 
 CLIP-L, T5-XXL, the autoencoder and the packed transformer have the published shapes and random
-content. For each way of offloading, one image of four steps is made, and what torch had allocated
-at its peak stands beside what dirotq/quantize/running.py says (without the CUDA context, which
-torch does not count). ARGS="--shapes" prints that for FLUX.1-dev and FLUX.2-dev, without a GPU.
+content. For each way, two images of four steps are made, and what torch had allocated at the peak
+of both, with what recorded CUDA graphs hold, stands beside what dirotq/quantize/running.py says
+(without the CUDA context, which torch does not count). ARGS="--shapes" prints that for FLUX.1-dev
+and FLUX.2-dev, without a GPU.
 """
 
 import argparse
 import gc
+import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -20,15 +22,20 @@ from torch import nn
 from dirotq.benchmarks.contestants import RANK, planned, random_packed
 from dirotq.benchmarks.whole_images import CLIP, T5, whole
 from dirotq.kernels.weight_only import Bits, WeightOnlyLinear, rounded
+from dirotq.models.autoencoders import tile
 from dirotq.models.families import family_of
 from dirotq.packed.swap import put_packed
 from dirotq.packed.text_encoders import BITS
 from dirotq.packed.text_quantizer import packable
-from dirotq.quantize.running import CONTEXT, PHASES, SAID, Offloading, Running, activations
+from dirotq.quantize.running import CONTEXT, PHASES, TOLD, Running, Way, activations
 from dirotq.runtime.accelerate import accelerate
+from dirotq.runtime.graphs import GraphedForward
 from dirotq.sources.opening import place
 
 STEPS = 4
+IMAGES = 2
+"""The first one records the graphs that the second one's encoding goes beside."""
+WAYS = ("none", "none, tiled", "model", "group")
 VOCABULARY = {"text_encoder": 49408, "text_encoder_2": 32128}
 """Of the published tokenizers; those that are trained here are small."""
 CALL = {"height": 1024, "width": 1024, "max_sequence_length": 512, "guidance_scale": 3.5}
@@ -47,32 +54,38 @@ VAE_2 = {
     "latent_channels": 32,
 }
 VAE_BYTES = 168_000_000
+SHOWN = {
+    "none": TOLD["none"],
+    "none, without CUDA graphs": Way("none"),
+    "none, tiles": TOLD["none, tiled"],
+    "none, tiles, without CUDA graphs": Way("none", tiled=True),
+    "model": TOLD["model"],
+    "group": TOLD["group"],
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", action="store_true", help="what is expected, without a GPU")
     parser.add_argument("--text-encoders", default="w4", choices=("keep", *BITS))
-    parser.add_argument("--kinds", nargs="+", default=list(SAID), choices=list(SAID))
+    parser.add_argument("--ways", nargs="+", default=WAYS, choices=list(TOLD))
     options = parser.parse_args()
     if options.shapes:
         print("\n".join(shapes(options.text_encoders)))
         return
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `dirotq` does
     began = time.perf_counter()
     pipe = pipeline(options.text_encoders)
     said = expected(pipe)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, FLUX.1-dev, text encoders "
           f"{options.text_encoders}, made in {time.perf_counter() - began:.0f} s\n\n"
-          "| in host memory | phase | GB told | GB allocated | GB reserved |\n"
-          "|---|---|---|---|---|")  # fmt: skip
-    for kind in options.kinds:
-        told = said.phases(kind)
-        for phase, allocated, reserved in measured(pipe, kind):
-            print(
-                f"| {kind} | {phase} | {(told[phase] - CONTEXT) / 1e9:.2f} | {allocated / 1e9:.2f} "
-                f"| {reserved / 1e9:.2f} |",
-                flush=True,
-            )
+          "| in host memory | phase | GB told | GB allocated | of it idle graphs | GB reserved |\n"
+          "|---|---|---|---|---|---|")  # fmt: skip
+    for way in options.ways:
+        told = said.phases(TOLD[way])
+        for phase, *found in measured(pipe, way):
+            row = " | ".join(f"{v / 1e9:.2f}" for v in (told[phase] - CONTEXT, *found))
+            print(f"| {way} | {phase} | {row} |", flush=True)
     print(f"\n{time.perf_counter() - began:.0f} s in all")
 
 
@@ -108,37 +121,60 @@ def expected(pipe: Any) -> Running:
     return Running(
         weights={name: _bytes([part]) for name, part in parts.items()},
         layers={n: max(_own(m) for m in part.modules()) for n, part in parts.items()},
-        **_alive(pipe.transformer, pipe.vae.config, CALL),
+        **_alive(
+            pipe.transformer, {**pipe.vae.config, "_class_name": type(pipe.vae).__name__}, CALL
+        ),
     )
 
 
 def measured(
-    pipe: Any, kind: Offloading, device: str = "cuda", call: Mapping[str, Any] = CALL
-) -> Iterator[tuple[str, int, int]]:
-    """Make one image; yield (phase, peak of what is allocated, of what torch reserved)."""
-    place(pipe, torch.device(device), kind)
-    accelerate(pipe.transformer, compile=kind == "none", graphs=kind == "none")
-    found = {"load": _peak(device)}
+    pipe: Any, name: str, device: str = "cuda", call: Mapping[str, Any] = CALL
+) -> Iterator[tuple[str, int, int, int]]:
+    """Make images; yield (phase, peak of what is allocated and what idle graphs hold, the latter
+    alone, peak of what torch reserved)."""
+    way = TOLD[name]
+    resident = way.offloading == "none"
+    found = dict.fromkeys(PHASES, (0, 0, 0))
+    idle, encoding = 0, False
+    _reset(device)  # making the parts took more than they do
+
+    def end(phase: str) -> None:
+        nonlocal idle
+        allocated, reserved = _peak(device)
+        before = found[phase]
+        found[phase] = (
+            *max(before[:2], (allocated + idle, idle)), max(before[2], reserved)
+        )  # fmt: skip
+        idle = _held(pipe.transformer)
 
     def encoded(*_: Any) -> None:
-        if "encode" not in found:
-            found["encode"] = _peak(device)
+        nonlocal encoding
+        if encoding:
+            end("encode")
+        encoding = False
 
     plain = pipe.vae.decode
 
     def decode(*args: Any, **kwargs: Any) -> Any:
-        found["denoise"] = _peak(device)
+        end("denoise")
         return plain(*args, **kwargs)
 
+    place(pipe, torch.device(device), way.offloading)
+    accelerate(pipe.transformer, compile=resident, graphs=way.graphs)
+    if way.tiled:
+        tile(pipe.vae)
+    end("load")
     hook = pipe.transformer.register_forward_pre_hook(encoded)
     pipe.vae.decode = decode
     try:
-        pipe("a red star", num_inference_steps=STEPS, output_type="pt", **call)
-        found["decode"] = _peak(device)
+        for _ in range(IMAGES):
+            encoding = True
+            pipe("a red star", num_inference_steps=STEPS, output_type="pt", **call)
+            end("decode")
     finally:
         hook.remove()
         del pipe.vae.decode
-        _home(pipe)
+        _home(pipe, device)
     yield from ((phase, *found[phase]) for phase in PHASES)
 
 
@@ -159,11 +195,8 @@ def shapes(width: str) -> Iterable[str]:
         ("FLUX.2-dev", {"text_encoder": mistral}, flux2, VAE_2),
     ):
         running = _by_shapes(encoders, transformer, vae, width)
-        ways = {"none": running, "none, decoded in tiles": running.in_tiles()}
-        ways |= {kind: running for kind in SAID if kind != "none"}
-        for way, made in ways.items():
-            kind = "none" if way.startswith("none") else way
-            told = " | ".join(f"{v / 1e9:.1f}" for v in made.phases(kind).values())
+        for way, made in SHOWN.items():
+            told = " | ".join(f"{v / 1e9:.1f}" for v in running.phases(made).values())
             yield f"| {name} | {way} | {told} |"
 
 
@@ -207,7 +240,21 @@ def _peak(device: str) -> tuple[int, int]:
     return found
 
 
-def _home(pipe: Any) -> None:
+def _held(transformer: Any) -> int:
+    """Return the bytes of a transformer's graphs between calls."""
+    forward = transformer.forward
+    return forward.memory() if isinstance(forward, GraphedForward) else 0
+
+
+def _reset(device: str) -> None:
+    """Give back what torch holds beside tensors, and begin its peaks anew."""
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _home(pipe: Any, device: str) -> None:
     """Take all hooks off, and everything back to host memory."""
     pipe.remove_all_hooks()
     for part in pipe.components.values():
@@ -216,11 +263,9 @@ def _home(pipe: Any) -> None:
                 for name in list(registry.hooks):
                     registry.remove_hook(name, recurse=False)
     accelerate(pipe.transformer, compile=False, graphs=False)
+    pipe.vae.disable_tiling()
     pipe.to("cpu")
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
+    _reset(device)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Where and in which precision a stage computes."""
 
+import os
 import re
 
 import torch
@@ -7,6 +8,8 @@ import torch
 from dirotq.errors import ConfigError
 
 DTYPES = ("auto", "float32", "bfloat16")
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+"""Variables of torch's allocator; the second name is the newer one."""
 
 
 def pick_device(name: str) -> torch.device:
@@ -50,3 +53,17 @@ def refuse_dtype(name: str) -> None:
 def device_name(device: torch.device) -> str:
     """Name the card, or the CPU, for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def expandable_segments() -> bool:
+    """Let torch's CUDA allocator grow its segments, unless the environment says how it works.
+
+    Otherwise torch holds on to the memory of tensors that shrink or grow from phase to phase.
+    Returns False where it is too late: torch reads the variable when CUDA is first used.
+    """
+    if any(name in os.environ for name in ALLOCATOR):
+        return True
+    if torch.cuda.is_initialized():
+        return False
+    os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+    return True

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dirotq.device import compute_dtype, pick_device
+from dirotq.device import compute_dtype, expandable_segments, pick_device
 from dirotq.errors import ConfigError
 from dirotq.files.sums import unchecked
 from dirotq.models.autoencoders import tile
 from dirotq.packed.folder import held, packed_folder, variant_of
 from dirotq.pipeline.sizes import parse_bytes
-from dirotq.quantize.running import SAID, TILES, of_folder
+from dirotq.quantize.running import of_folder
 from dirotq.sources.opening import explained, open_pipeline
 
 if TYPE_CHECKING:
@@ -37,9 +37,11 @@ def load(
     variant  of the files, as ``save_pretrained(variant=...)`` named them; the only one by default
     verify   hold every file that is read against the digests in the folder (SHA256SUMS) first:
              once per process, in threads; False for a folder that was changed on purpose
-    vram     GPU memory to stay within ("24GB"): images are decoded in tiles, and weights wait in
-             host memory (by components, or by layers), as far as that takes, and a log line says
-             so; by default the GPU's free memory decides, between none and components
+    vram     GPU memory to stay within ("24GB"): no CUDA graphs are recorded, images are decoded in
+             tiles, and weights wait in host memory (by components, or by layers), as far as that
+             takes, and a log line says so; by default the GPU's free memory decides, between none
+             and components. torch is asked for expandable segments, unless the environment says
+             something of its allocator or CUDA is in use; in the second case a log line says so
 
     Raises ConfigError for arguments of another kind, and for a ``vram`` that can't be met;
     ArtifactError if the folder holds no packed pipeline, or a file or tensor changed, is missing,
@@ -52,20 +54,23 @@ def load(
     limit = None if vram is None else _limit(vram, target)
     with explained(folder), held(folder):
         root = packed_folder(folder, verify=verify)
-        kind, tiled = (None, False) if limit is None else of_folder(root).choose(limit)
-        if kind is not None:
-            said = "; ".join((SAID[kind], *([TILES] if tiled else [])))
-            log.warning("within %.3g GB of GPU memory, %s", (limit or 0) / 1e9, said)
+        way = None if limit is None else of_folder(root).choose(limit)
+        if way is not None:
+            log.warning("within %.3g GB of GPU memory, %s", (limit or 0) / 1e9, way.said)
         with unchecked():  # done, or not wanted
             pipe = open_pipeline(
                 root,
                 dtype or compute_dtype(target),
                 target,
                 variant=variant_of(root, variant),
-                offloading=kind,
+                offloading=None if way is None else way.offloading,
             )
-        if tiled:
+        if way is not None and way.tiled:
             tile(pipe.vae)
+        if way is not None and way.offloading == "none" and not way.graphs:
+            from dirotq.runtime.accelerate import accelerate  # slow: diffusers
+
+            accelerate(pipe, graphs=False)
         return pipe
 
 
@@ -76,6 +81,11 @@ def _limit(vram: str | int, device: torch.device) -> int:
         raise ConfigError(
             f"vram={vram} is about a GPU's memory, and the model is loaded to {device}: leave it "
             "out, or give device='cuda'"
+        )
+    if not expandable_segments():
+        log.warning(
+            "torch may hold GPU memory beside what its tensors take: CUDA was used before this "
+            "model was loaded. Set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True before that"
         )
     there = torch.cuda.get_device_properties(device).total_memory
     if wanted > there:

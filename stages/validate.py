@@ -175,7 +175,7 @@ class Validate:
             "bits_per_parameter": 8 * sum(size.values()) / parameters,
             "parameters": parameters,
             "text_encoders": embeddings,
-            "running": {k: running.phases(k) for k in ("none", "model", "group")},
+            "running": running.reported(),
             "seconds_per_image": {
                 "original": typical_seconds(theirs, ORIGINAL),
                 "packed": typical_seconds(tree, PACKED),

@@ -13,11 +13,9 @@ from math import isqrt, prod
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from dirotq.errors import ConfigError
 from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
-from dirotq.models.autoencoders import TILE, TILED, precision
+from dirotq.models.decoding import bytes_of, decoding
 from dirotq.sources.folder import weight_names
 from dirotq.sources.weights import read_header
 
@@ -35,6 +33,10 @@ TILES = (
     "images are decoded in tiles, which shows a little at their seams (pipe.vae.disable_tiling() "
     "makes them whole)"
 )
+NO_GRAPHS = (
+    "no CUDA graphs are recorded, whose memory stays taken while other parts compute "
+    "(dirotq.accelerate(pipe, graphs=True) records them)"
+)
 
 ALIVE = 4.2
 """Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
@@ -44,15 +46,45 @@ ENCODED = 0.5e9
 """Bytes beside the weights while a text is encoded: all hidden states and the logits of 512 tokens
 of a language model of 24 B parameters, T5-XXL takes a fifth; of small encoders, their weights'
 size."""
-ALIVE_WIDE = 5
-"""Tensors of its widest channels that an image decoder takes at full resolution: three of a
-residual block (its input, the normed and the activated one), and what convolutions want beside
-them. FLUX.1 on an H200: 2.7 GB at 1024 x 1024."""
 LAYERS = 3
 """Layers on the GPU at once where they are streamed: the one that computes, the next, and one that
 is not gone yet."""
-DECODER_WIDTH = 256
-"""Channels of a decoder's last block that no config names."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a pipeline runs: what waits in host memory, whether images are decoded in tiles, whether
+    calls of denoisers are recorded as CUDA graphs (of weights that stay where they are)."""
+
+    offloading: Offloading
+    tiled: bool = False
+    graphs: bool = False
+
+    @property
+    def said(self) -> str:
+        """What a user is told of it."""
+        none = self.offloading == "none"
+        notes = [TILES] * self.tiled + [NO_GRAPHS] * (none and not self.graphs)
+        return "; ".join((SAID[self.offloading], *notes))
+
+
+WAYS = tuple(
+    Way(kind, tiled, graphs)
+    for kind in SAID
+    for tiled in (False, True)
+    for graphs in ((True, False) if kind == "none" else (False,))
+)
+"""Fastest first, but images that are whole before tiles: those change them, the lack of graphs does
+not. Tiles come before weights in host memory, which cost more time."""
+TOLD: Mapping[str, Way] = {
+    "none": Way("none", graphs=True),
+    "none, tiled": Way("none", tiled=True, graphs=True),
+    "model": Way("model"),
+    "model, tiled": Way("model", tiled=True),
+    "group": Way("group"),
+    "group, tiled": Way("group", tiled=True),
+}
+"""Ways that are reported, by their names there."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +94,8 @@ class Running:
     ``weights``  of each component;  ``layers``  of each component's largest layer
     ``denoising``, ``decoding``  activations of one image's call
     ``tiled``  those of decoding in tiles; None where the autoencoder knows none
+
+    A recorded CUDA graph keeps the activations of its call, one graph for each denoiser.
     """
 
     weights: Mapping[str, int]
@@ -70,14 +104,20 @@ class Running:
     decoding: float
     tiled: float | None = None
 
-    def phases(self, kind: Offloading) -> dict[str, float]:
-        """Return the peak of each phase."""
+    def phases(self, way: Way) -> dict[str, float]:
+        """Return the peak of each phase, of the second image and later ones."""
         parts = {phase: self._parts(phase) for phase in PHASES}
         encoding = min(ENCODED, max((self.weights[n] for n in parts["encode"]), default=0))
-        beside = dict(zip(PHASES, (0.0, encoding, self.denoising, self.decoding), strict=True))
-        if kind == "none":
+        decoding = self.tiled if way.tiled and self.tiled is not None else self.decoding
+        beside = dict(zip(PHASES, (0.0, encoding, self.denoising, decoding), strict=True))
+        if way.graphs:
+            idle = self.denoising * len(parts["denoise"])
+            beside["encode"] += idle
+            beside["denoise"] = max(beside["denoise"], idle)
+            beside["decode"] += idle
+        if way.offloading == "none":
             held = dict.fromkeys(PHASES, float(sum(self.weights.values())))
-        elif kind == "model":
+        elif way.offloading == "model":
             held = {p: max((self.weights[n] for n in parts[p]), default=0.0) for p in PHASES}
         else:
             held = {
@@ -85,45 +125,44 @@ class Running:
             }
         return {phase: CONTEXT + held[phase] + beside[phase] for phase in PHASES}
 
-    def needs(self, kind: Offloading) -> float:
+    def needs(self, way: Way) -> float:
         """Return the peak of a whole image."""
-        return max(self.phases(kind).values())
+        return max(self.phases(way).values())
 
-    def choose(self, vram: int) -> tuple[Offloading, bool]:
-        """Return the fastest way that stays within ``vram`` bytes, and whether it takes tiles.
-
-        Decoding in tiles comes before weights in host memory: it costs less time. Where whole
-        images fit, none are made of tiles.
+    def choose(self, vram: int) -> Way:
+        """Return the first of :data:`WAYS` that stays within ``vram`` bytes.
 
         Raises ConfigError, naming the least that would do, if none does.
         """
-        in_tiles = self.in_tiles()
-        for kind in SAID:
-            for running in (self, in_tiles):
-                if running.needs(kind) <= vram:
-                    return kind, running is not self
-        least = in_tiles.needs("group")
-        phase = max(PHASES, key=in_tiles.phases("group").__getitem__)
+        for way in WAYS:
+            if self.needs(way) <= vram:
+                return way
+        way = min(WAYS, key=self.needs)
+        least, phases = self.needs(way), self.phases(way)
         raise ConfigError(
             f"vram={vram / 1e9:.3g}GB can't be met: this pipeline takes at least "
-            f"{rounded_up(least)} of GPU memory, to {phase}, with every layer brought in for its "
-            f"call. Give vram={rounded_up(least).replace(' ', '')}, make smaller images (height "
-            "and width in generation.json), or use device='cpu'"
+            f"{rounded_up(least)} of GPU memory, to {max(PHASES, key=phases.__getitem__)}, where "
+            f"{SAID[way.offloading]}. Give vram={rounded_up(least).replace(' ', '')}, make "
+            "smaller images (height and width in generation.json), or use device='cpu'"
         )
 
-    def in_tiles(self) -> "Running":
-        """Return the same pipeline decoding in tiles; itself where that lowers nothing."""
-        if self.tiled is None or self.tiled >= self.decoding:
-            return self
-        return replace(self, decoding=self.tiled)
+    def reported(self) -> dict[str, dict[str, float]]:
+        """Return the phases of :data:`TOLD`; of tiles where they lower the peak."""
+        return {
+            name: self.phases(way)
+            for name, way in TOLD.items()
+            if not way.tiled or self.needs(way) < self.needs(replace(way, tiled=False))
+        }
 
     def told(self) -> list[str]:
         """Return the sentences that `plan` says."""
-        ways: dict[Offloading, str] = {"none": "all resident", "model": "with model offload"}
+        said = {"none": "all resident", "model": "with model offload"}
         return [
-            f"the packed pipeline on a GPU, {way}: "
-            + ", ".join(f"~{v / 1e9:.1f} GB to {p}" for p, v in self.phases(kind).items())
-            for kind, way in ways.items()
+            f"the packed pipeline on a GPU, {said[kind]}{', decoded in tiles' * bool(tiles)}: "
+            + ", ".join(f"~{v / 1e9:.1f} GB to {p}" for p, v in phases.items())
+            for name, phases in self.reported().items()
+            for kind, _, tiles in [name.partition(", ")]
+            if kind in said
         ]
 
     def _parts(self, phase: str) -> list[str]:
@@ -155,7 +194,7 @@ def of_folder(folder: Path) -> Running:
     sites = [entry["site"] for entry in packing.get("sites", ())]
     wide = [s["dim"] + sum(s["rows"]) for s in sites if s["kind"] == "block"]
     if "vae" in weights:
-        weights["vae"], layers["vae"] = (_width(vae) // 2 * n["vae"] for n in (weights, layers))
+        weights["vae"], layers["vae"] = (bytes_of(vae) // 2 * n["vae"] for n in (weights, layers))
     alive = activations(config, vae, max(wide, default=0), call)
     return Running(weights=weights, layers=layers, **alive)
 
@@ -170,11 +209,12 @@ def activations(
     call         arguments of the pipeline
     """
     height, width = (int(call.get(side, 1024)) for side in ("height", "width"))
-    frames = (int(call.get("num_frames", 1)) - 1) // int(vae.get("scale_factor_temporal", 4)) + 1
-    image = height * width / pixels_per_token(config, vae) ** 2 * frames
+    frames = int(call.get("num_frames", 1))
+    latent = (frames - 1) // int(vae.get("scale_factor_temporal", 4)) + 1
+    image = height * width / pixels_per_token(config, vae) ** 2 * latent
     tokens = image + int(call.get("max_sequence_length", 256))
     denoising = ALIVE * 2 * tokens * wide * _guided(call, config)
-    return {"denoising": denoising, **_decoding(vae, height, width)}
+    return {"denoising": denoising, **decoding(vae, height, width, frames)}
 
 
 def of_work(work: Any, encoders: Mapping[str, int]) -> Running:
@@ -183,17 +223,16 @@ def of_work(work: Any, encoders: Mapping[str, int]) -> Running:
     work      of dirotq/quantize/workload.py
     encoders  bytes of the text encoders that will be packed, by name
     """
-    weights = {**work.components, **encoders, "transformer": sum(work.packed.values())}
+    weights = {**work.components, **encoders, **work.packed_parts}
     site = max(
         work.block_sites, key=lambda s: work.tokens(s) * (s.in_features + sum(s.out_features))
     )
     wide = site.in_features + sum(site.out_features)
-    height, width, _ = work.size
     return Running(
         weights=weights,
         layers=weights,
         denoising=ALIVE * 2 * work.tokens(site) * wide * work.guided,
-        **_decoding(work.autoencoder, height, width),
+        **decoding(work.autoencoder, *work.size),
     )
 
 
@@ -235,20 +274,3 @@ def _guided(call: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     """Return the samples of one call: two where guidance doubles the batch."""
     scale = call.get("true_cfg_scale", call.get("guidance_scale", 0))
     return 2 if scale > 1 and not config.get("guidance_embeds") else 1
-
-
-def _decoding(vae: Mapping[str, Any], height: int, width: int) -> dict[str, Any]:
-    """Return the bytes alive where a decoder makes one frame: ``decoding``, and ``tiled``."""
-    channels = vae.get("block_out_channels") or vae.get("decoder_block_out_channels")
-    wide = channels[min(1, len(channels) - 1)] if channels else DECODER_WIDTH
-    pixel = float(_width(vae) * ALIVE_WIDE * max(wide, 1))
-    tile = min(height, TILE) * min(width, TILE)
-    # The tiles that are made, and the image that they are put together to, have three colours.
-    seams = 2 * 3 * _width(vae) * height * width
-    tiled = pixel * tile + seams if vae.get("_class_name") in TILED else None
-    return {"decoding": pixel * height * width, "tiled": tiled}
-
-
-def _width(vae: Mapping[str, Any]) -> int:
-    """Return the bytes of a number in an autoencoder, in a pipeline of 16 bits."""
-    return precision(str(vae.get("_class_name")), torch.bfloat16).itemsize

@@ -256,9 +256,22 @@ class Workload:
     @cached_property
     def packed(self) -> dict[str, int]:
         """Bytes of the packed transformer by category (dirotq/packed/swap.py)."""
+        return footprint(self._packed)
+
+    @cached_property
+    def packed_parts(self) -> dict[str, int]:
+        """Bytes of each packed denoiser, by component."""
+        parts = zip(self.model.parts, self.model.prefixes, strict=True)
+        return {
+            part: sum(footprint(self._packed.get_submodule(name)).values()) for part, name in parts
+        }
+
+    @cached_property
+    def _packed(self) -> Any:
+        """The packed denoisers, on the meta device."""
         skeleton = self.model.skeleton()
         put_packed(skeleton, self.planned)
-        return footprint(skeleton)
+        return skeleton
 
     @cached_property
     def components(self) -> dict[str, int]:

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from narrow_models import NARROW, SIZES, narrowed
+from narrow_models import NARROW, SIZES, SMALL, narrowed
 
 import dirotq
 from dirotq.benchmarks import contestants, full_size, model_jobs, models, ways, whole_images
@@ -26,20 +26,11 @@ from dirotq.benchmarks.ways import (
     PACKED_ATTENTION,
     PLAIN,
 )
-from dirotq.benchmarks.whole_images import DECODER, TEXT, Sizes
+from dirotq.benchmarks.whole_images import DECODER, TEXT
 from dirotq.kernels.linear import QuantLinear
 from dirotq.tuning.timing import Timing
 
 BEGIN, END = "<!-- begin: make bench-models -->", "<!-- end: make bench-models -->"
-SMALL = Sizes(
-    clip={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
-          "num_attention_heads": 2},
-    t5={"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4},
-    qwen={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
-          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
-    autoencoder={"block_out_channels": (8,) * 4, "layers_per_block": 1, "latent_channels": 4,
-                 "norm_num_groups": 4},
-)  # fmt: skip
 
 
 def row(**changes):

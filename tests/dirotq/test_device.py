@@ -1,7 +1,9 @@
+import os
+
 import pytest
 import torch
 
-from dirotq.device import compute_dtype, pick_device
+from dirotq.device import ALLOCATOR, compute_dtype, expandable_segments, pick_device
 from dirotq.errors import ConfigError
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -22,3 +24,26 @@ def test_auto_takes_the_cpu_where_there_is_nothing_else():
 def test_a_missing_gpu_is_an_error_and_not_a_slow_run(name):
     with pytest.raises(ConfigError, match=rf"device={name}, but .* no CUDA device.*device=cpu"):
         pick_device(name)
+
+
+@pytest.fixture
+def unset(monkeypatch):
+    for name in ALLOCATOR:
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+
+
+def test_segments_grow_unless_it_is_too_late(unset, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert not expandable_segments() and not set(ALLOCATOR) & set(os.environ)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    assert expandable_segments()
+    assert os.environ["PYTORCH_CUDA_ALLOC_CONF"] == "expandable_segments:True"
+
+
+@pytest.mark.parametrize("name", ALLOCATOR)
+def test_what_the_environment_says_of_the_allocator_stays(unset, monkeypatch, name):
+    monkeypatch.setenv(name, "max_split_size_mb:64")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    assert expandable_segments()
+    assert [os.environ.get(n) for n in ALLOCATOR].count("max_split_size_mb:64") == 1

@@ -1,5 +1,7 @@
 """What loading takes of host memory, and what a GPU is told to hold."""
 
+import ctypes
+import gc
 import re
 import threading
 import time
@@ -10,6 +12,7 @@ import diffusers
 import pytest
 import torch
 import transformers
+from live_bytes import LiveBytes
 from tiny_fixtures import *  # noqa: F403
 from tiny_line import CALL, CAPTIONS, build_transformer, run_stage, stage
 from tiny_offload import absent
@@ -21,8 +24,9 @@ from dirotq.errors import ConfigError
 from dirotq.models.families import family_of
 from dirotq.packed.swap import put_packed
 from dirotq.packed.text_quantizer import TextEncoderConfig
-from dirotq.quantize.running import CONTEXT, PHASES, Running, of_folder
+from dirotq.quantize.running import CONTEXT, PHASES, Running, Way, of_folder
 from dirotq.quantizer import DirotqConfig, mark_packed
+from dirotq.runtime.accelerate import runtime_of
 from dirotq.sources.opening import open_pipeline, place
 
 SHARD = 4_000_000
@@ -38,6 +42,9 @@ def resident() -> int:
 @contextmanager
 def watched():
     """The most that host memory grows by, in the list that is yielded."""
+    gc.collect()
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)  # what was freed would be given out again, and nothing would grow
     before, peak, done = resident(), [0], threading.Event()
 
     def look() -> None:
@@ -107,48 +114,78 @@ def of(**changes) -> Running:
     return Running(**scaled, **{k: v * 1e9 for k, v in fields.items()})
 
 
+RESIDENT, PLAIN = Way("none", graphs=True), Way("none")
+MODEL, GROUP = Way("model"), Way("group")
+
+
+def phases(running: Running, way: Way) -> list[float]:
+    """In GB, without the context."""
+    return [(v - CONTEXT) / 1e9 for v in running.phases(way).values()]
+
+
 def test_phases_hold_what_they_compute_with():
-    phases = {kind: [v / 1e9 for v in of().phases(kind).values()] for kind in ("none", "model")}
-    context = CONTEXT / 1e9
-    assert phases["none"] == pytest.approx(
-        [165 + context, 165.5 + context, 172 + context, 174 + context]
-    )
-    assert phases["model"] == pytest.approx([context, 70.5 + context, 67 + context, 14 + context])
-    group = [v / 1e9 for v in of().phases("group").values()]
-    assert group == pytest.approx([context, 24.5 + context, 25 + context, 12 + context])
+    assert phases(of(), PLAIN) == pytest.approx([165, 165.5, 172, 174])
+    assert phases(of(), MODEL) == pytest.approx([0, 70.5, 67, 14])
+    assert phases(of(), GROUP) == pytest.approx([0, 24.5, 25, 12])
+    assert phases(of(tiled=1.0), Way("group", tiled=True)) == pytest.approx([0, 24.5, 25, 4])
+
+
+def test_graphs_stay_while_other_parts_compute():
+    assert phases(of(), RESIDENT) == pytest.approx([165, 172.5, 172, 181])
+    two = of()
+    two = Running(
+        weights={**two.weights, "transformer_2": 50 * 10**9}, layers=two.layers,
+        denoising=two.denoising, decoding=two.decoding,
+    )  # fmt: skip
+    assert phases(two, RESIDENT) == pytest.approx([215, 229.5, 229, 238])
+    assert phases(two, MODEL) == pytest.approx([0, 70.5, 67, 14])
 
 
 @pytest.mark.parametrize(
     "vram, chosen",
-    [(174.6, "none"), (174.5, "model"), (71.1, "model"), (71.0, "group"), (25.6, "group")],
-)
+    [(181.6, RESIDENT), (181.5, PLAIN), (174.6, PLAIN), (174.5, MODEL), (71.1, MODEL),
+     (71.0, GROUP), (25.6, GROUP)],
+)  # fmt: skip
 def test_the_fastest_way_that_fits_is_chosen(vram, chosen):
-    assert of().choose(int(vram * 1e9)) == (chosen, False)
+    assert of().choose(int(vram * 1e9)) == chosen
 
 
 @pytest.mark.parametrize(
     "vram, chosen",
     [
-        (174.6, ("none", False)),
-        (172.6, ("none", True)),
-        (172.5, ("model", False)),  # to denoise, all of it
-        (25.6, ("group", False)),
+        (174.6, PLAIN),  # tiles change images, the lack of graphs does not
+        (174.5, Way("none", tiled=True, graphs=True)),
+        (172.6, Way("none", tiled=True)),
+        (172.5, MODEL),  # to denoise, all of it
+        (25.6, GROUP),
     ],
 )
 def test_tiles_come_before_offloading_and_only_where_they_help(vram, chosen):
     assert of(tiled=1.0).choose(int(vram * 1e9)) == chosen
     large = of(decoding=200.0, tiled=1.0)
-    assert large.choose(int(71.1e9)) == ("model", True)
-    assert of(tiled=9.5).in_tiles() == of(tiled=9.5)
+    assert large.choose(int(71.1e9)) == Way("model", tiled=True)
+    assert of(tiled=9.5).choose(int(174.5e9)) == MODEL
+
+
+def test_tiles_are_told_where_they_lower_the_peak():
+    def lines(running: Running) -> list[str]:
+        return [line.partition(":")[0].partition("GPU, ")[2] for line in running.told()]
+
+    both = ["all resident", "with model offload"]
+    assert lines(of()) == lines(of(tiled=9.5)) == both
+    assert lines(of(tiled=1.0)) == ["all resident", "all resident, decoded in tiles", both[1]]
+    assert "~172.6 GB to denoise, ~173.6 GB to decode" in of(tiled=1.0).told()[1]
+    names = list(of(decoding=200.0, tiled=1.0).reported())
+    assert names == ["none", "none, tiled", "model", "model, tiled", "group", "group, tiled"]
 
 
 def test_what_can_not_be_met_says_the_least():
     with pytest.raises(
-        ConfigError, match=r"vram=25.5GB can't be met.*25.6 GB.*to denoise"
+        ConfigError, match=r"vram=25.5GB can't be met.*25.6 GB.*to denoise, where layers are"
     ) as error:
         of().choose(25_500_000_000)
     least = re.search(r"Give vram=([\d.]+)GB", str(error.value))[1]
-    assert of().choose(int(float(least) * 1e9)) == ("group", False)
+    assert of().choose(int(float(least) * 1e9)) == GROUP
 
 
 def test_a_folder_is_read_by_its_headers(finished):
@@ -164,7 +201,7 @@ def test_a_folder_is_read_by_its_headers(finished):
     larger = Running(
         weights=told.weights, layers=told.layers, denoising=1e12, decoding=told.decoding
     )
-    assert max(PHASES, key=larger.phases("none").__getitem__) == "denoise"
+    assert max(PHASES, key=larger.phases(PLAIN).__getitem__) == "denoise"
 
 
 class Card:
@@ -174,6 +211,7 @@ class Card:
 @pytest.fixture
 def card(monkeypatch):
     """A GPU of 24 GB as far as anybody asks, on which nothing arrives."""
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")  # nothing is set for the tests to come
     monkeypatch.setattr("dirotq.loading.pick_device", lambda name: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: Card)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA X")
@@ -184,12 +222,25 @@ def card(monkeypatch):
 
 def test_loading_within_memory_says_what_it_chose(finished, card, caplog):
     folder = finished["pack"].path
-    needs = of_folder(finished["pack"].tree("model")).needs("model")
-    dirotq.load(folder, vram="20GB", dtype=torch.float32)
-    dirotq.load(folder, vram=int(needs), dtype=torch.float32)
-    assert card == ["none", "model"]
-    assert "within 20 GB of GPU memory, everything stays on the GPU" in caplog.text
+    running = of_folder(finished["pack"].tree("model"))
+    for vram in ("20GB", int(running.needs(PLAIN)) + 1, int(running.needs(MODEL)) + 1):
+        caplog.clear()
+        pipe = dirotq.load(folder, vram=vram, dtype=torch.float32)
+        graphed = runtime_of(pipe.transformer).graphs
+        way = card[-1]
+        assert ("no CUDA graphs are recorded" in caplog.text) == (way == "none" and not graphed)
+        assert graphed == (vram == "20GB" or way == "model")  # offloaded, none is recorded anyway
+    assert card == ["none", "none", "model"]
     assert "components take turns" in caplog.text
+
+
+def test_loading_within_memory_asks_torch_to_hold_little(finished, card, caplog, monkeypatch):
+    monkeypatch.setattr("dirotq.loading.expandable_segments", lambda: True)
+    dirotq.load(finished["pack"].path, vram="20GB", dtype=torch.float32)
+    assert "expandable_segments" not in caplog.text
+    monkeypatch.setattr("dirotq.loading.expandable_segments", lambda: False)
+    dirotq.load(finished["pack"].path, vram="20GB", dtype=torch.float32)
+    assert "CUDA was used before" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -224,3 +275,11 @@ def test_every_way_draws_the_same_image_with_packed_text_encoders(
         absent(monkeypatch)
     place(pipe, torch.device("cpu"), kind)
     assert torch.equal(draw(), want)
+
+
+def test_placing_takes_no_more_than_what_then_lies_there(finished):
+    pipe = open_pipeline(finished["pack"].tree("model"), torch.bfloat16, torch.device("cpu"))
+    with LiveBytes() as live:
+        place(pipe, torch.device("meta"), "none")
+    said = sum(of_folder(finished["pack"].tree("model")).weights.values())
+    assert live.peak == live.now == pytest.approx(said, rel=0.02)

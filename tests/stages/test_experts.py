@@ -19,7 +19,9 @@ from dirotq.models.denoisers import alone, denoisers_of
 from dirotq.pipeline.config import build, compose_config
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import read_plan
+from dirotq.quantize.running import CONTEXT, Way, of_folder
 from dirotq.sources.model import DiffusersModel
+from dirotq.sources.opening import place
 
 EXPERTS = ("transformer", "transformer_2")
 BOUNDARY = 750.0
@@ -120,6 +122,31 @@ def test_the_packed_folder_loads_and_is_offloaded(made, tmp_path):
         dirotq.load(tmp_path / "again", device="cpu").transformer_2.state_dict(),
         pipe.transformer_2.state_dict(),
     )
+
+
+def test_the_expert_at_work_counts_and_the_other_waits(made):
+    folder = made["pack"].tree("model")
+    told = of_folder(folder)
+    sizes = [told.weights[part] for part in EXPERTS]
+    model, group = (told.phases(Way(kind)) for kind in ("model", "group"))
+    assert model["denoise"] == pytest.approx(CONTEXT + max(sizes) + told.denoising)
+    assert group["denoise"] < model["denoise"]
+    resident = told.phases(Way("none", graphs=True))
+    idle = resident["decode"] - told.phases(Way("none"))["decode"]
+    assert idle == pytest.approx(2 * told.denoising)  # each keeps a graph
+
+    pipe = dirotq.load(folder, device="cpu")
+    call = json.loads((folder / "generation.json").read_text())
+
+    def video():
+        noise = torch.Generator().manual_seed(0)
+        return pipe("a star", generator=noise, output_type="pt", **call).frames
+
+    want = video()
+    place(pipe, torch.device("cpu"), "model")
+    before = pipe.transformer_2._hf_hook.prev_module_hook  # who leaves when this one comes
+    assert before.model is pipe.transformer
+    assert torch.equal(video(), want)
 
 
 def test_one_report_has_a_section_of_each(made):

@@ -5,6 +5,7 @@ from typing import Any
 
 from dirotq.benchmarks import contestants, full_size, model_inputs
 from dirotq.benchmarks.model_inputs import Case
+from dirotq.benchmarks.whole_images import Sizes
 
 NARROW = {
     "flux": {
@@ -47,6 +48,16 @@ NARROW = {
     },
 }  # fmt: skip
 SIZES = {model: Case(model, 64) for model in NARROW} | {"pixart_sigma": Case("pixart_sigma", 64, 2)}
+SMALL = Sizes(
+    clip={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1,
+          "num_attention_heads": 2},
+    t5={"d_model": 64, "d_kv": 16, "d_ff": 64, "num_layers": 1, "num_heads": 4},
+    qwen={"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2,
+          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32},
+    autoencoder={"block_out_channels": (8,) * 4, "layers_per_block": 1, "latent_channels": 4,
+                 "norm_num_groups": 4},
+)  # fmt: skip
+"""Text encoders and autoencoder beside them."""
 METHOD = functools.cache(contestants.method)
 
 

@@ -28,7 +28,9 @@ def whole_report() -> dict[str, Any]:
         "model": "org/model + <b>style</b> x 0.8",
         "method": "dirotq",
         "text_encoders": [],
-        "running": {how: {"load": 2e9, "denoise": 3e9} for how in ("none", "model", "group")},
+        "running": {
+            how: {"load": 2e9, "denoise": 3e9} for how in ("none", "none, tiled", "model", "group")
+        },
         "date": "2026-11-30T08:00:00Z",
         "command": "dirotq compress 'model=a & b' rank.r=16",
         "settings": {"rank.r": 16, "rank.energy": None, "method.act_bits": 4},

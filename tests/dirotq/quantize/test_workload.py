@@ -3,10 +3,12 @@
 import pytest
 from hydra.utils import instantiate
 from published_shapes import write_shapes
+from tiny_pipelines import family_folder
 
 from dirotq.models.family import Site
 from dirotq.pipeline.config import compose_config
 from dirotq.quantize import workload
+from dirotq.quantize.running import Way, of_work
 from dirotq.quantize.workload import Workload
 
 
@@ -55,6 +57,16 @@ def test_tiny_flux_and_its_guidance():
     assert guided.guided == 2  # its transformer embeds none
     assert guided.samples == 6
     assert guided.recorded == 1024
+
+
+def test_two_denoisers_are_told_apart(tiny_root):
+    work = of(family_folder(tiny_root, "wan22"), "rank.r=8", "method.text_group=64")
+    assert list(work.packed_parts) == ["transformer", "transformer_2"]
+    assert sum(work.packed_parts.values()) == sum(work.packed.values())
+    running = of_work(work, {})
+    assert running.weights.items() >= work.packed_parts.items()
+    first, second = (running.phases(Way(kind))["denoise"] for kind in ("none", "model"))
+    assert first - second == sum(running.weights.values()) - max(work.packed_parts.values())
 
 
 def test_text_of_models_without_a_table():
