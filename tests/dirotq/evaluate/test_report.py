@@ -62,6 +62,12 @@ def test_the_command_settings_and_fingerprints_are_there(page):
     assert "no command is known" in page(command=None).text
 
 
+def test_memory_is_told_way_by_way(page):
+    shown = page().text
+    assert "nothing; decoded in tiles" in shown
+    assert "components; decoded in tiles" not in shown
+
+
 def test_prompts_and_names_are_text_and_not_markup(page):
     shown = page()
     assert len(shown.scripts) == 1
