@@ -46,13 +46,10 @@ class Source(Protocol):
         ...
 
     def state(self) -> Any:
-        """Return what is equal as long as ``parts`` are, but for values that are written in place:
-        looked at before every call, so at little cost."""
-        ...
+        """Return what is equal as long as ``parts`` are, but for values that are written in place.
 
-    def settings(self) -> Any:
-        """Return the part of ``state`` that may change unsaid, such as scales: looked at before
-        every replay of a CUDA graph, so at next to none."""
+        Looked at before every call, and before every replay of a CUDA graph: at little cost.
+        """
         ...
 
 
@@ -101,9 +98,11 @@ class Updates:
         self._made: _Made | None = None
         self._turn = 0
         """How often directions were made, or were found to be none."""
-        self._settings: Any = None
+        self._states: Any = None
+        self._held: list[Tensor] = []
+        """Aliases of what directions were made of: nothing else gets its address meanwhile."""
         self._written: list[Tensor] = []
-        """What directions were made of, if it counts how often it is written in place."""
+        """Those that count how often they are written in place."""
         self._seen: Any = None
 
     def attach(self, source: Source) -> None:
@@ -138,11 +137,11 @@ class Updates:
         return self.current, self._turn, [tensor._version for tensor in self._written]
 
     def stale(self) -> bool:
-        """Tell whether someone said, or a setting shows, that the directions are to be renewed."""
-        return not self.current or self._settings != self._set()
+        """Tell whether someone said, or a source shows, that the directions are to be renewed."""
+        return not self.current or self._states != self._sources_now()
 
-    def _set(self) -> list[Any]:
-        return [alive.settings() for known in self._sources if (alive := known()) is not None]
+    def _sources_now(self) -> list[Any]:
+        return [alive.state() for known in self._sources if (alive := known()) is not None]
 
     def forget_made(self) -> None:
         """Make the directions anew at the next call: weights were written unseen."""
@@ -164,17 +163,17 @@ class Updates:
                 self._make(parts, weights, scales, packed, spec)
             elif made.scales != scales:
                 self._scale_again(made, parts, scales, packed, spec)
-        held = [t for p in parts for t in (p.down, p.up, p.scale) if isinstance(t, Tensor)]
-        self._written = [tensor for tensor in held if not tensor.is_inference()]
+        found = [t for p in parts for t in (p.down, p.up, p.scale) if isinstance(t, Tensor)]
+        self._held = [tensor.detach() for tensor in found]
+        self._written = [alias for alias in self._held if not alias.is_inference()]
         self._turn += self.made is not before
         self.current = True
-        self._settings = self._set()
+        self._states = self._sources_now()
         self._seen = self._look(device)
 
     def _look(self, device: torch.device) -> Any:
         """Return what tells, at little cost, whether anything has changed."""
-        sources = [alive.state() for known in self._sources if (alive := known()) is not None]
-        return device, sources, list(map(id, self._fixed)), self.stamp()
+        return device, self._sources_now(), list(map(id, self._fixed)), self.stamp()
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> None:
         """Take the directions along to another device."""
@@ -342,16 +341,20 @@ def _equal(a: Tensor, b: Tensor) -> bool:
 
 
 def _weights(parts: list[Part]) -> list[Any]:
-    return [
-        (p.rows.start, p.rows.stop, id(p.down), _version(p.down), id(p.up), _version(p.up))
-        for p in parts
-    ]
+    return [(p.rows.start, p.rows.stop, *_which(p.down, p), *_which(p.up, p)) for p in parts]
+
+
+def _which(tensor: Tensor, part: Part) -> tuple[int, int, int | None]:
+    """Return what tells a matrix from another, or from itself with other values."""
+    # An offloaded one moves for every call; `tensor.data = other` moves one that is not.
+    address = 0 if part.load is not None or tensor.is_meta else tensor.data_ptr()
+    return id(tensor), address, _version(tensor)
 
 
 def _scale(part: Part) -> Any:
     if isinstance(part.scale, Tensor):
         return id(part.scale), _version(part.scale)
-    return part.scale
+    return float(part.scale)  # NumPy's numbers compare with a pair one by one
 
 
 def _version(tensor: Tensor) -> int | None:

@@ -106,8 +106,6 @@ def _changed(transformer: Any, name: str, *args: Any, **kwargs: Any) -> Any:
             continue
         if name == "unload_lora":
             module.updates.detach()
-        if name == "load_lora_adapter":
-            module.updates.forget_made()  # a hot swap writes where no version counts
         if not away:
             module.renew()
     return result

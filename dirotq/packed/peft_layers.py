@@ -11,6 +11,7 @@ from typing import Any
 
 from peft.tuners import lora
 from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils import hotswap
 from torch import Tensor, nn
 
 from dirotq.errors import UnsupportedError
@@ -51,23 +52,20 @@ class _OnPacked:
                 yield self._part(name)
 
     def state(self) -> Any:
-        """Return what :meth:`parts` go by, and which matrices they are."""
-        halves = vars(self)["_modules"]
-        matrices = [
-            id(half._parameters["weight"])
-            for side in ("lora_A", "lora_B")
-            for half in halves[side]._modules.values()
-        ]
-        return self.settings(), matrices
-
-    def settings(self) -> Any:
-        """Return what :meth:`parts` go by and anyone may write, as peft's and users' code does."""
+        """Return what :meth:`parts` go by, and which matrices they are: whatever peft's and users'
+        code writes without a call of ours."""
         own = vars(self)  # a module's attributes are found slowly
         scales = [(n, id(s) if isinstance(s, Tensor) else s) for n, s in own["scaling"].items()]
         active = own.get("_active_adapter")
+        modules = own["_modules"]
+        matrices = [
+            (name, id(weight := half._parameters["weight"]), _address(half, weight))
+            for side in ("lora_A", "lora_B")
+            for name, half in modules[side]._modules.items()
+        ]
         return (
             own.get("_disable_adapters"), [*own["merged_adapters"]],
-            [*active] if isinstance(active, list) else active, scales,
+            active if active is None or isinstance(active, str) else [*active], scales, matrices,
         )  # fmt: skip
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -191,6 +189,11 @@ def _pointwise(linear: nn.Linear) -> nn.Conv2d:
     return made
 
 
+def _address(linear: nn.Module, weight: Tensor) -> int:
+    """Return where a matrix lies: ``weight.data = other`` moves it and counts as no write."""
+    return 0 if _offloaded(linear) or weight.is_meta else weight.data_ptr()
+
+
 def _offloaded(linear: nn.Module) -> bool:
     state = vars(linear)
     return "_hf_hook" in state or "_diffusers_hook" in state
@@ -237,5 +240,20 @@ def _register(config: type[Any]) -> None:
     config.__post_init__ = __post_init__
 
 
+def _follow_swaps() -> None:
+    """Let peft's hot swap, which writes where nothing counts, tell packed linears."""
+    swap = hotswap.hotswap_adapter_from_state_dict
+
+    @functools.wraps(swap)
+    def swap_and_tell(model: Any, *args: Any, **kwargs: Any) -> None:
+        swap(model, *args, **kwargs)
+        for module in model.modules():
+            if isinstance(module, _OnPacked):
+                module.updates.forget_made()
+
+    hotswap.hotswap_adapter_from_state_dict = swap_and_tell
+
+
 if not hasattr(lora.LoraConfig.__post_init__, "__wrapped__"):
     _register(lora.LoraConfig)
+    _follow_swaps()

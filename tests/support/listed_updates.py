@@ -16,6 +16,3 @@ class Adapter:
 
     def state(self) -> list[int]:
         return list(map(id, self.found))
-
-    def settings(self) -> list[int]:
-        return self.state()

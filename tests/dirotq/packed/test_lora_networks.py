@@ -3,68 +3,24 @@
 import copy
 import pickle
 from typing import Any
-from unittest import mock
 
 import pytest
 import tiny_offload
 import torch
+from adapted_networks import adapted, config, layers, linears, set_adapters
 from compiling import compiling
 from tiny_offload import KINDS, NETWORKS
 from torch import Tensor, nn
 from toy_graphs import Again, fresh, recorded, run  # noqa: F401
 
 from dirotq.errors import UnsupportedError
-from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView, rows_of
-from dirotq.kernels.updates import Updates
+from dirotq.kernels.linear import PointwiseView, rows_of
 from dirotq.models.call import Call
 from dirotq.packed.guards import guard
 from dirotq.runtime.accelerate import accelerate
 from dirotq.runtime.graphs import graph_forward
 
 peft = pytest.importorskip("peft")
-
-RANK = 3
-
-
-def linears(made: nn.Module) -> dict[str, Any]:
-    """Packed modules that stand where the network had a linear."""
-    read = {id(rows_of(m)[0]) for m in made.modules() if isinstance(m, SiteView | PointwiseView)}
-    return {
-        name: module
-        for name, module in made.named_modules()
-        if isinstance(module, SiteView | PointwiseView)
-        or (isinstance(module, QuantLinear) and id(module) not in read)
-    }
-
-
-def config(made: nn.Module, *names: str, **more: Any) -> Any:
-    targets = names or tuple(linears(made))
-    return peft.LoraConfig(r=RANK, target_modules=list(targets), init_lora_weights=False, **more)
-
-
-def adapted(name: str = "flux", *adapters: str, seed: int = 0) -> Any:
-    """A guarded packed network with random adapters on every packed linear."""
-    made = tiny_offload.network(name)
-    guard(made)
-    torch.manual_seed(seed)
-    chosen = config(made, lora_alpha=6)
-    for adapter in adapters or ("one",):
-        if hasattr(made, "add_adapter"):
-            made.add_adapter(chosen, adapter)
-        else:  # no class of diffusers' with adapters
-            peft.inject_adapter_in_model(chosen, made, adapter)
-    return made.eval()
-
-
-def set_adapters(made: nn.Module, names: list[str], weights: list[float]) -> None:
-    for layer in layers(made):
-        layer.set_adapter(names)
-        for name, weight in zip(names, weights, strict=True):
-            layer.set_scale(name, weight)
-
-
-def layers(made: nn.Module) -> list[Any]:
-    return [m for m in made.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
 
 
 class Added(nn.Module):
@@ -194,43 +150,6 @@ def test_graphs_follow():
                 assert torch.equal(want[-1], made.forward.original(**given)[0])
     assert torch.equal(want[0], run(made, **call)[0])
     assert not torch.equal(want[0], want[1])
-
-
-class Fixed(Again):
-    """Replays as a CUDA graph does: on the directions that lie there."""
-
-    def capture(self, run: Any, owned: Any) -> Any:
-        replay = super().capture(run, owned)
-
-        def fixed() -> Any:
-            with mock.patch.object(Updates, "renew", lambda *_: None):
-                return replay()
-
-        return fixed
-
-
-def test_graphs_follow_what_is_written_unsaid():
-    """As peft's own contexts and users write ``scaling``, past every method."""
-    made = adapted("flux", "one", "two")
-    made.set_adapters(["one"], [1.0])
-    graph_forward(made, recorder=Fixed)
-    call = tiny_offload.inputs("flux") | {"return_dict": False}
-    results = []
-    for scale in (1.0, 0.5, 1.5, 0.0, 1.0):
-        for layer in layers(made):
-            layer.scaling["one"] = scale
-        results += [run(made, **call)[0].clone() for _ in range(2)]
-        with torch.no_grad():
-            assert torch.equal(results[-1], made.forward.original(**call)[0])
-    assert torch.equal(results[0], results[-1]) and not torch.equal(results[0], results[2])
-    assert Fixed.captures == 1 and Fixed.replays > 5  # written in place
-    for layer in layers(made):
-        layer._active_adapter = ["two"]
-    for _ in range(3):
-        got = run(made, **call)[0].clone()
-        with torch.no_grad():
-            assert torch.equal(got, made.forward.original(**call)[0])
-    assert not torch.equal(got, results[-1])
 
 
 @pytest.mark.parametrize("way", KINDS)
