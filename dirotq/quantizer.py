@@ -29,7 +29,7 @@ from dirotq.kernels.linear import QuantLinear, frozen
 from dirotq.models.family import Site
 from dirotq.packed.adapters import without_adapters
 from dirotq.packed.beside import ATTRIBUTE, Beside, read_beside
-from dirotq.packed.config import FORMAT, check_places, read_packing
+from dirotq.packed.config import check_places, read_packing
 from dirotq.packed.dequantize import dequantize_sites
 from dirotq.packed.guards import guard, unguard
 from dirotq.packed.half import Lost
@@ -59,7 +59,7 @@ class DirotqConfig(QuantizationConfigMixin):
     """
 
     def __init__(
-        self, *, sites: Any = None, format: Any = FORMAT, levels: Any = None, **_: Any
+        self, *, sites: Any = None, format: Any = None, levels: Any = None, **_: Any
     ) -> None:
         self._entries = read_packing(sites, format, levels)
         self.quant_method = _Method.DIROTQ

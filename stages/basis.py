@@ -15,6 +15,7 @@ from dirotq.pipeline.units import Made, Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
+from dirotq.quantize.planning import refuse_fewer
 from dirotq.quantize.product_basis import product_basis
 from dirotq.quantize.spectrum import principal_basis
 from dirotq.quantize.tensors import ahead, load_site, save_site, site_file
@@ -55,6 +56,7 @@ class FitBasis:
     def __post_init__(self) -> None:
         if self.leading is not None and self.leading < 1:
             raise ConfigError(f"basis.leading={self.leading}: use at least 1, or null for all")
+        refuse_fewer(self.leading, self.method)
         smooth, branch = self.method.transform.smooth, self.method.branch
         if smooth or (branch is not None and branch.kind == "beside"):
             raise ConfigError(

@@ -21,6 +21,7 @@ from dirotq.pipeline.units import Made, Units
 from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import Method
+from dirotq.quantize.planning import refuse_fewer
 from dirotq.quantize.rivals import best, smoothing, svd_branch, weighted_branch
 from dirotq.quantize.rotation import Rotation
 from dirotq.quantize.spectrum import principal_basis
@@ -82,6 +83,7 @@ class FitLowRank:
             )
         if self.smoothing != "none" and self.branch == "weighted":
             raise ConfigError("basis.branch=weighted takes basis.smoothing=none")
+        refuse_fewer(self.leading, self.method)
         branch = self.method.branch
         beside = branch is not None and branch.kind == "beside"
         if beside != (self.branch != "none"):

@@ -46,8 +46,8 @@ class Spectrum:
         """Return variances of the 1st, 2nd, ... ``grid`` directions, up to ``most``: float64.
 
         Directions that count the weights are not sorted by variance. A step that has more than the
-        one before shares with it, so that what is returned falls and each sum over first steps
-        stays within what they hold.
+        one before shares with it, so that what is returned falls. Sums over first steps are what
+        these hold, or more between steps that share.
         """
         found: list[list[float]] = []  # steps that share: [mean, how many]
         for variance in self.variances_L[:most].unflatten(0, (-1, grid)).sum(1).tolist():
@@ -149,6 +149,18 @@ def refuse_rules(rules: Mapping[str, Any], grid: int) -> None:
         raise ConfigError(f"{said}: set exactly one of them and leave the others null")
     if grid < 1:
         raise ConfigError(f"rank.grid={grid}: use at least 1; the kernels want 8")
+
+
+def refuse_fewer(leading: int | None, method: Method) -> None:
+    """Raise ConfigError if ``basis`` keeps fewer directions than ranks are chosen from."""
+    if method.branch is None or leading is None:
+        return
+    if method.leading is None or leading < method.leading:
+        raise ConfigError(
+            f"basis.leading={leading} keeps fewer directions than method.leading="
+            f"{'null (all)' if method.leading is None else method.leading}, which ranks are chosen "
+            "from: set method.leading alone, basis follows it"
+        )
 
 
 def check_plan(

@@ -7,9 +7,8 @@ them free, B directions of a step.
 import torch
 from torch import Tensor
 
-from dirotq.errors import NumericalError
 from dirotq.kernels.full_float32 import full_float32
-from dirotq.quantize.spectrum import principal_basis
+from dirotq.quantize.spectrum import principal_basis, refuse_infinite
 
 STEP = 8
 """Directions chosen at a time: the grid that ranks lie on."""
@@ -30,16 +29,18 @@ def product_basis(s_DD: Tensor, w_ND: Tensor, leading: int | None = None) -> tup
 
     The last r columns are the directions of rank r, for every multiple r of STEP: each step is the
     best beside those before it. Steps are sought among the leading directions of S and of WᵀW
-    together. Energies are not sorted.
+    together. Energies are not sorted. Weights whose squares are zero in float32 make all directions
+    alike: those of the inputs alone lead (:func:`principal_basis`).
 
-    Raises NumericalError if S or W is zero, or S is not positive semi-definite.
+    Raises NumericalError if S is zero or not positive semi-definite, or S or WᵀW is not finite.
     """
-    if not bool(w_ND.abs().amax() > 0):
-        raise NumericalError("all weights are zero: no direction of them leads")
     dim = len(s_DD)
     wanted = min(leading or dim, dim)
     with full_float32():
         gram_DD = w_ND.mT @ w_ND
+        refuse_infinite(gram_DD, "the weights' Gram matrix")
+        if not bool(gram_DD.diagonal().amax() > 0):
+            return principal_basis(s_DD, leading)
         q_DQ = _candidates(s_DD, gram_DD, wanted)
         s_QQ, gram_QQ = (_within(matrix, q_DQ) for matrix in (s_DD, gram_DD))
     left = s_DD.diagonal().double().sum(), gram_DD.diagonal().double().sum()

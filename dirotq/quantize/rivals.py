@@ -50,7 +50,7 @@ def svd_branch(w_ND: Tensor, smooth_D: Tensor | None, leading: int | None) -> Lo
     m_D1 = m_D.double()[:, None]
     smoothed = w_ND.double() / m_D1.mT
     gram_DD = smoothed.mT @ smoothed
-    variances, v_DL = principal_basis(gram_DD, leading)
+    variances, v_DL = _leading(gram_DD, leading)
     return LowRank(v_DL * m_D1, v_DL / m_D1, variances, float(gram_DD.diagonal().sum()))
 
 
@@ -78,7 +78,7 @@ def weighted_branch(
         )
     weighted = w_ND.double() @ c_DD
     gram_DD = weighted.mT @ weighted
-    variances, v_DL = principal_basis(gram_DD, leading)
+    variances, v_DL = _leading(gram_DD, leading)
     vectors = torch.linalg.solve_triangular(c_DD.mT, v_DL, upper=True)
     return LowRank(vectors, c_DD @ v_DL, variances, float(gram_DD.diagonal().sum()))
 
@@ -120,6 +120,15 @@ def best(candidates: Iterable[tuple[Rotation, T]], w_ND: Tensor, x_TD: Tensor, *
         return float((simulated(candidate[0], w_ND, x_TD, clip=clip) - want).square().sum())
 
     return min(candidates, key=error)[1]
+
+
+def _leading(gram_DD: Tensor, leading: int | None) -> tuple[Tensor, Tensor]:
+    """Return what :func:`principal_basis` does; of weights that are all zero any directions."""
+    if bool((gram_DD == 0).all()):
+        any_DL = torch.eye(len(gram_DD), dtype=torch.float64, device=gram_DD.device)
+        any_DL = any_DL[:, -min(leading or len(gram_DD), len(gram_DD)) :]
+        return any_DL.new_zeros(any_DL.shape[1]), any_DL
+    return principal_basis(gram_DD, leading)
 
 
 def _floored(absmax_D: Tensor) -> Tensor:

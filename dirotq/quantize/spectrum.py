@@ -25,9 +25,10 @@ def principal_basis(s_DD: Tensor, leading: int | None = None) -> tuple[Tensor, T
     Ascending, as ``eigh`` returns them: the protected directions are the *last* columns. With many
     more channels than directions wanted, by subspace iteration (:func:`leading_basis`).
 
-    Raises NumericalError if S is zero or not positive semi-definite.
+    Raises NumericalError if S is zero, not finite or not positive semi-definite.
     """
     dim = len(s_DD)
+    refuse_infinite(s_DD, "the second moment")
     if leading is not None and dim > DENSE and leading + MARGIN < dim // 2:
         return leading_basis(s_DD, leading)
     variances_D, vectors_DD = torch.linalg.eigh(s_DD.double())
@@ -83,9 +84,19 @@ def _orthonormal(y_DB: Tensor) -> Tensor:
 def _refuse_indefinite(low: float, high: float, dim: int) -> None:
     """Moments are float32 sums, each off by a rounding of the largest: D of them move an eigenvalue
     by as much as D roundings. Few calls leave many that should be zero."""
-    if not high > 0:
-        raise NumericalError(f"all activations are zero (largest variance {high:.3g})")
-    if low < -dim * torch.finfo(torch.float32).eps * high:
+    if low < -dim * torch.finfo(torch.float32).eps * max(high, 0.0):
         raise NumericalError(
             f"the second moment is not positive semi-definite: eigenvalues {low:.3g} ... {high:.3g}"
+        )
+    if not high > 0:
+        raise NumericalError(f"all activations are zero (largest variance {high:.3g})")
+
+
+def refuse_infinite(matrix: Tensor, what: str) -> None:
+    """Raise NumericalError if a matrix holds NaN or infinity."""
+    low, high = matrix.aminmax()  # NaN comes out: one pass, and no mask in memory
+    if not bool(low.isfinite() & high.isfinite()):
+        raise NumericalError(
+            f"{what} holds NaN or infinity ({float(low):.3g} ... {float(high):.3g}): nothing "
+            "downstream can be right"
         )

@@ -17,7 +17,7 @@ from dirotq.models.denoiser_call import denoiser_call
 from dirotq.models.family import Site
 from dirotq.models.hollow import Cheaply, hollow
 from dirotq.models.skeleton import empty_transformer
-from dirotq.packed.config import FORMAT, Entry, read_packing
+from dirotq.packed.config import Entry, read_packing
 from dirotq.packed.folder import packed_folder
 from dirotq.quiet import quiet
 
@@ -77,9 +77,7 @@ def shapes_of(folder: str | Path) -> list[Shape]:
     root = packed_folder(folder, verify=False)
     config = read_json(root / "transformer" / "config.json")
     packing = config["quantization_config"]
-    entries = read_packing(
-        packing.get("sites"), packing.get("format", FORMAT), packing.get("levels")
-    )
+    entries = read_packing(packing.get("sites"), packing.get("format"), packing.get("levels"))
     try:
         rows = rows_of(root, config, [site for site, _ in entries])
     except Exception as error:  # noqa: BLE001 - any line of a foreign pipeline

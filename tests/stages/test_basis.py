@@ -83,6 +83,16 @@ def test_every_block_site_has_an_orthonormal_basis_of_its_moment(finished, line)
     assert finished["basis"].metrics["sites"] == len(files)
 
 
+def test_fewer_directions_than_ranks_are_chosen_from_are_refused(line):
+    for said in ("basis.leading=8", "basis.leading=127", "method=dirotq_dense basis.leading=32"):
+        with pytest.raises(ConfigError, match=r"basis\.leading=\d+ keeps fewer .*method\.leading="):
+            line(*said.split())
+    with pytest.raises(ConfigError, match=r"basis\.leading=8 keeps fewer"):
+        line("method=svdquant", "basis.leading=8")
+    line("method=rtn", "basis.leading=8")
+    line("basis.leading=null")
+
+
 def left(s_DD: torch.Tensor, w_ND: torch.Tensor, p_DR: torch.Tensor) -> float:
     """Energy of inputs times energy of weights without these directions (Eq. 15)."""
     rest = torch.eye(len(s_DD), dtype=torch.float64) - p_DR.double() @ p_DR.double().mT

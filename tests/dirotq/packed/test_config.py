@@ -56,6 +56,11 @@ def test_a_format_that_is_no_number_is_refused(sites, number):
         read_packing(sites, number)
 
 
+def test_a_config_without_its_format_is_refused(sites):
+    with pytest.raises(ArtifactError, match="format is None, not a number from 1 to 3"):
+        DirotqConfig.from_dict({"sites": sites, "quant_method": "dirotq"})
+
+
 def test_formats_up_to_the_newest_are_read(sites):
     for number in (1, FORMAT):
         read_packing(sites, number)

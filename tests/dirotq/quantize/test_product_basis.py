@@ -1,5 +1,9 @@
+import itertools
+
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dirotq.errors import NumericalError
 from dirotq.quantize.product_basis import STEP, product_basis
@@ -85,9 +89,57 @@ def test_inputs_of_fewer_directions_than_are_kept():
     assert held > 0.99
 
 
-def test_dead_weights_and_dead_inputs():
+def test_dead_inputs_are_refused_and_dead_weights_have_no_say():
     s, w = site()
-    with pytest.raises(NumericalError, match="all weights are zero"):
-        product_basis(s, 0 * w, 8)
     with pytest.raises(NumericalError, match="all activations are zero"):
         product_basis(0 * s, w, 8)
+    for small in (0.0, 1e-24):  # squares of the latter are zero in float32
+        for ours, theirs in zip(product_basis(s, small * w, 8), principal_basis(s, 8), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("leading", [8, None])
+def test_what_is_not_finite_is_said_to_be_so(leading):
+    s, w = site()
+    for odd in (torch.nan, torch.inf):
+        moment = s.index_put((torch.tensor([3]), torch.tensor([5])), torch.tensor(odd))
+        with pytest.raises(NumericalError, match="the second moment holds NaN or infinity"):
+            product_basis(moment, w, leading)
+    for weights in (1e25 * w, w.index_put((torch.tensor(3), torch.tensor(5)), torch.tensor(odd))):
+        with pytest.raises(NumericalError, match="the weights' Gram matrix holds NaN or infinity"):
+            product_basis(s, weights, leading)
+    with pytest.raises(NumericalError, match="not positive semi-definite"):
+        product_basis(-s, w, leading)
+
+
+@settings(max_examples=60)
+@given(
+    dim=st.integers(1, 40),
+    rows=st.integers(1, 60),
+    outputs=st.integers(1, 60),
+    leading=st.none() | st.integers(1, 48),
+    decays=st.tuples(st.floats(0, 3), st.floats(0, 3)),
+    seed=st.integers(0, 999),
+)
+def test_any_site(dim, rows, outputs, leading, decays, seed):
+    """Fewer calls or outputs than channels, one channel, ranks off the grid among them."""
+    draw = torch.Generator().manual_seed(seed)
+    s_decay, w_decay = (torch.logspace(0, -decay, dim) for decay in decays)
+    x = torch.randn(rows, dim, generator=draw) * s_decay
+    turn = torch.linalg.qr(torch.randn(dim, dim, generator=draw)).Q
+    w = (torch.randn(outputs, dim, generator=draw) * w_decay) @ turn
+    s = x.mT @ x / rows
+    energies, vectors = product_basis(s, w, leading)
+    count = min(leading or dim, dim)
+    assert (energies.dtype, vectors.dtype) == (torch.float64, torch.float64)
+    assert (energies.shape, vectors.shape) == ((count,), (dim, count))
+    assert bool((energies >= 0).all()) and float(energies.sum()) <= 1.0001 * float(s.trace())
+    gram = vectors.mT @ vectors
+    torch.testing.assert_close(gram, torch.eye(count).double(), rtol=0, atol=1e-10)
+    whole = float(s.trace()) * float(w.double().square().sum())
+    falling = [product(s, w, vectors[:, count - r :]) for r in range(0, count + 1, STEP)]
+    assert all(b <= a + 1e-6 * whole for a, b in itertools.pairwise(falling))
+    # The first step is chosen for itself; later ones are nested in it.
+    if count >= STEP:
+        principal = product(s, w, principal_basis(s, STEP)[1])
+        assert falling[1] <= principal * (1 + 1e-6) + 1e-6 * whole

@@ -100,6 +100,15 @@ def test_full_strength_levels_the_activations():
     torch.testing.assert_close(levelled, levelled[0].expand(WIDE), rtol=1e-4, atol=0)
 
 
+@pytest.mark.parametrize("leading", [8, None])
+def test_dead_weights_have_a_branch_of_zeros(leading):
+    w, s = torch.zeros(N, D), torch.eye(D)
+    for found in (svd_branch(w, None, leading), weighted_branch(w, s, 0.03, leading)):
+        assert found.energy == float(found.variances.sum()) == 0
+        assert found.vectors.shape == found.duals.shape == (D, leading or D)
+        assert not bool((w.double() @ found.duals).any()) and bool(found.vectors.isfinite().all())
+
+
 def test_dead_channels_stay_finite():
     x, w = outliers()
     x[:, 5], w[:, 6] = 0, 0
