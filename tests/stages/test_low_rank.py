@@ -18,7 +18,7 @@ def fit(line):
     """The configured stage of a method, with few candidates."""
 
     def configured(method: str, **changes) -> FitLowRank:
-        return dataclasses.replace(stage(line(f"method={method}"), "basis"), **changes)
+        return dataclasses.replace(stage(line(*f"method={method}".split()), "basis"), **changes)
 
     return configured
 
@@ -36,7 +36,8 @@ def found(finished, tmp_path):
 
 
 def test_svdquant_has_a_branch_and_searched_factors(fit, found):
-    tensors, metrics = found(fit("svdquant", candidates=4, leading=16))
+    few = fit("svdquant method.leading=16", candidates=4)
+    tensors, metrics = found(few)
     assert set(tensors) == {"vectors", "duals", "variances", "energy", "smooth", "alpha"}
     assert tensors["vectors"].shape == tensors["duals"].shape
     assert tensors["vectors"].shape[1] == len(tensors["variances"]) == 16
