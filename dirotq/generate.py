@@ -7,7 +7,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.models.pipeline_images import PICTURES, as_taken, pictures_needed
@@ -15,10 +15,11 @@ from dirotq.original import as_pictures, original_of, psnr
 from dirotq.pipeline.housekeeping import store_option
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.manifest import read_json
-from dirotq.pipeline.sizes import parse_bytes
+from dirotq.pipeline.sizes import parse_vram
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.progress import begin, told
 from dirotq.sources.calls import arguments, pipeline_class, refuse_call
+from dirotq.sources.prompt_files import open_picture
 
 STILL, MOVING = "image.png", "video.webp"
 """Where a result goes unless told otherwise."""
@@ -154,7 +155,7 @@ def _refuse_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {value}: use a whole number from 1 on")
     refuse_device(options.device, "--device")
     if options.vram is not None:
-        parse_bytes(options.vram)
+        parse_vram(options.vram)
         if options.compare is not None:
             raise ConfigError(
                 "--vram and --compare: the limit is for a packed model, and the 16-bit one would "
@@ -169,10 +170,9 @@ def _images(options: argparse.Namespace) -> dict[str, Any]:
         if (file := getattr(options, option)) is None:
             continue
         try:
-            with Image.open(file) as opened:
-                found[name] = opened.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise ConfigError(f"--{option} {file} can't be read as an image: {error}") from error
+            found[name] = open_picture(file)
+        except ConfigError as error:
+            raise ConfigError(f"--{option} {error}") from error
     return found
 
 

@@ -11,7 +11,7 @@ from dirotq.errors import ConfigError
 from dirotq.files.sums import unchecked
 from dirotq.models.autoencoders import tile
 from dirotq.packed.folder import held, packed_folder, variant_of
-from dirotq.pipeline.sizes import parse_bytes
+from dirotq.pipeline.sizes import parse_vram
 from dirotq.quantize.running import of_folder
 from dirotq.sources.opening import explained, open_pipeline
 
@@ -76,7 +76,7 @@ def load(
 
 def _limit(vram: str | int, device: torch.device) -> int:
     """Return ``vram`` in bytes. Raises ConfigError without a GPU, or for more than it has."""
-    wanted = parse_bytes(vram)
+    wanted = parse_vram(vram)
     if device.type != "cuda":
         raise ConfigError(
             f"vram={vram} is about a GPU's memory, and the model is loaded to {device}: leave it "

@@ -5,13 +5,14 @@ from types import MappingProxyType
 from typing import Any
 
 from dirotq.errors import UnsupportedError
+from dirotq.pipeline.settings import close_to
 
 from .family import ModelFamily
 from .flux import FLUX
 from .flux2 import FLUX2
 from .hunyuan_video import HUNYUAN_VIDEO
 from .ideogram4 import IDEOGRAM4
-from .installed import installed_diffusers
+from .installed import installed
 from .krea2 import KREA2
 from .ltx2 import LTX2
 from .pixart import PIXART
@@ -47,12 +48,22 @@ def family_of(
         return family
     import diffusers  # takes seconds, and is needed only here
 
-    found = getattr(diffusers, transformer_class, None)
-    if getattr(found, "__module__", "").startswith("diffusers.models.transformers."):
+    if is_denoiser(getattr(diffusers, transformer_class, None)):
         return ModelFamily("discovered", transformer_class, rules=(), keep=(), call={})
     known = ", ".join(f"{f.name} ({f.transformer})" for f in FAMILIES)
     raise UnsupportedError(
-        f"{transformer_class!r} is no transformer class of {installed_diffusers(config)}; "
-        f"described are {known}, others of diffusers are discovered. CONTRIBUTING.md says how to "
+        f"{transformer_class!r} is no transformer class of {installed(config)};"
+        f"{close_to(transformer_class, _denoisers_of(diffusers))} described are {known}, others of "
+        "diffusers are discovered. CONTRIBUTING.md says how to "
         "add a family (a table of about 40 lines)."
     )
+
+
+def is_denoiser(cls: Any) -> bool:
+    """Tell whether a class is one of diffusers' transformers."""
+    return getattr(cls, "__module__", "").startswith("diffusers.models.transformers.")
+
+
+def _denoisers_of(diffusers: Any) -> list[str]:
+    """List the names of diffusers' transformers; none is imported."""
+    return [name for name in dir(diffusers) if "Transformer" in name and name.endswith("Model")]

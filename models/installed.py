@@ -1,27 +1,34 @@
-"""The diffusers that is installed, in the words of an error, beside the one that saved a folder."""
+"""The library that is installed, in the words of an error, beside the one that saved a folder."""
 
 import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any
 
-SAVED_BY = "_diffusers_version"
-"""What diffusers calls its version in model_index.json and in each config.json."""
+SAVED_BY = {"diffusers": "_diffusers_version", "transformers": "transformers_version"}
+"""What a library calls its version in model_index.json and in each config.json."""
 
 
-def installed_diffusers(config: Mapping[str, Any]) -> str:
-    """Name the installed diffusers; if a newer one wrote ``config``, also that, and what to do.
+def installed(config: Mapping[str, Any], library: str = "diffusers") -> str:
+    """Name the installed library; if a newer one wrote ``config``, also that, and what to do.
 
     config  what a model_index.json or a component's config.json holds
     """
-    installed, saved = version("diffusers"), str(config.get(SAVED_BY))
-    if _numbers(saved) <= _numbers(installed):
-        return f"the installed diffusers {installed}"
+    here = f"the installed {library} {version(library)}"
+    if not is_newer(config, library):
+        return here
+    saved = str(config.get(SAVED_BY[library]))
     need = ".".join(map(str, _numbers(saved)))
     return (
-        f"the installed diffusers {installed} (the folder was saved by {saved}: pip install -U "
-        f"'diffusers>={need}', or from its repository while that is not released)"
+        f"{here} (the folder was saved by {saved}: pip install -U '{library}>={need}', or from its "
+        "repository while that is not released)"
     )
+
+
+def is_newer(config: Mapping[str, Any], library: str = "diffusers") -> bool:
+    """Tell whether a newer library than the installed one wrote ``config``."""
+    saved = str(config.get(SAVED_BY[library]))
+    return _numbers(saved) > _numbers(version(library))
 
 
 def _numbers(release: str) -> tuple[int, ...]:

@@ -53,6 +53,10 @@ PLAIN: Mapping[str, Any] = {
 }
 """Types of the settings that belong to no class."""
 
+SHARED = ("prompts.calibration", "prompts.heldout", "branch")
+"""Parts of the configuration that stages share, and that some pipelines have no use for."""
+_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
+
 STUMBLES = (
     HydraException, OmegaConfBaseException,
     ArithmeticError, AssertionError, AttributeError, LookupError, TypeError, ValueError,
@@ -273,18 +277,47 @@ def _refuse_unknown(cfg: DictConfig, module: str) -> None:
 
 
 def _refuse_idle(cfg: DictConfig, words: Sequence[str]) -> None:
-    """Refuse settings of stages that a chosen pipeline leaves out: they would change nothing."""
+    """Refuse settings of stages that a chosen pipeline leaves out, and of parts that no stage
+    reads which runs (calibration prompts without calibration): they would change nothing.
+    """
     chosen = [word for word in words if setting(word)[1] in ("preset", "pipeline")]
     if not chosen or not OmegaConf.is_dict(cfg.get("pipeline")):
         return
+    wiring: Any = OmegaConf.to_container(cfg.pipeline, resolve=False)
+    until = cfg.get("until")
+    running = list(dag.order(wiring, until if until in wiring else None))
+    read = _read_by(cfg, running)
     for word in words:
-        stage = re.split(r"[.@]", setting(word)[1])[0]
+        key = setting(word)[1]
+        stage = re.split(r"[.@]", key)[0]
         node: Any = cfg.get(stage) if stage in cfg and stage not in cfg.pipeline else None
         if OmegaConf.is_dict(node) and ".stages." in str(node.get(TARGET)):
             raise ConfigError(
                 f"{word} says something of the stage {stage}, which {chosen[-1]} leaves out (it "
                 f"runs {', '.join(map(str, cfg.pipeline))}). Leave one of the two out"
             )
+        part = next((p for p in SHARED if key == p or key.startswith(f"{p}.")), None)
+        if part is not None and part not in read:
+            raise ConfigError(
+                f"{word} says something of {part}, which no stage reads with {chosen[-1]} (it "
+                f"runs {', '.join(running)}). Leave one of the two out, or run a stage that reads "
+                "it (until=validate reads prompts)"
+            )
+
+
+def _read_by(cfg: DictConfig, stages: Sequence[str]) -> set[str]:
+    """Return the paths that the settings of ``stages`` refer to, and what those refer to."""
+    found: set[str] = set()
+    waiting = list(stages)
+    while waiting:
+        node = OmegaConf.select(cfg, waiting.pop())
+        if not OmegaConf.is_config(node):
+            continue
+        plain: Any = OmegaConf.to_container(node, resolve=False)
+        new = set(_REFERENCE.findall(str(plain))) - found
+        found |= new
+        waiting += new
+    return found
 
 
 def _primary(module: str) -> Any:

@@ -4,6 +4,7 @@ import re
 
 from dirotq.errors import ConfigError
 
+LEAST_VRAM = 10**8
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -16,4 +17,18 @@ def parse_bytes(text: str | int) -> int:
     size = round(float(found[1]) * UNITS[found[2].upper()]) if found else 0
     if size <= 0:
         raise ConfigError(f'{text!r} is no size in bytes; write it as "24GB" or "500MB"')
+    return size
+
+
+def parse_vram(text: str | int) -> int:
+    """Read an amount of GPU memory as :func:`parse_bytes` does; at least 100 MB.
+
+    Raises ConfigError for less: "24" is 24 bytes, and 24GB were meant.
+    """
+    size = parse_bytes(text)
+    if size < LEAST_VRAM:
+        raise ConfigError(
+            f"{text!r} is {size} bytes of GPU memory, and even a CUDA context takes more: write "
+            f'the unit, as in "{str(text).strip() if size < 1000 else 24}GB"'
+        )
     return size

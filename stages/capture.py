@@ -21,7 +21,7 @@ from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.call import PROBE, PROBES, Call, by_part, call_files, load_calls, save_calls
 from dirotq.pipeline.divided import Make, in_units
-from dirotq.pipeline.sizes import parse_bytes
+from dirotq.pipeline.sizes import parse_vram
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Made, Units
 from dirotq.quantize import memory
@@ -78,12 +78,12 @@ class Capture:
                 f"capture.rows={self.rows}: each must be at least 1"
             )
         if self.vram is not None:
-            parse_bytes(self.vram)
+            parse_vram(self.vram)
 
     def check(self) -> None:
         """Refuse, before anything runs, an incomplete model, or an argument it won't take."""
         self.model.check()
-        self.model.check_prompts(self.prompts)
+        self.model.check_prompts(self.prompts, self.batch)
 
     def run(self, out: Path) -> Mapping[str, float]:
         return in_units(self, out, {})
@@ -95,7 +95,7 @@ class Capture:
         device, shards = pick_device(self.device), _shards(self)
         places = {name: index for index, name in enumerate(shards)}
         wanted = -(-self.calls // _batch(self))
-        vram = None if self.vram is None else parse_bytes(self.vram)
+        vram = None if self.vram is None else parse_vram(self.vram)
         source = Trajectories(self.model, compute_dtype(device), device, vram)
         source.encode([shards[name] for name in names])
         source.load_transformer()

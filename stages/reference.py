@@ -51,7 +51,7 @@ class Reference:
     def check(self) -> None:
         """Refuse, before anything runs, an incomplete model, or an argument it won't take."""
         self.model.check()
-        self.model.check_prompts(self.prompts)
+        self.model.check_prompts(self.prompts, self.batch)
 
     def run(self, out: Path) -> Mapping[str, float]:
         device = pick_device(self.device)

@@ -71,6 +71,20 @@ def refuse_prompts(cls: Any, prompts: Sequence[Prompt], where: str) -> None:
             )
 
 
+def refuse_mixed(prompts: Sequence[Prompt], where: str) -> None:
+    """Raise ConfigError for prompts of one call, some of which have a column that others lack."""
+    columns = [
+        {*prompt.inputs, *([] if prompt.negative is None else [NEGATIVE])} for prompt in prompts
+    ]
+    for prompt, given in zip(prompts, columns, strict=True):
+        if missing := sorted(set().union(*columns) - given):
+            raise ConfigError(
+                f"{where}: the prompt {prompt.text!r:.60} has no {missing[0]}, others of its call "
+                'have one: give every row the same columns (an empty negative prompt is ""), or '
+                "one prompt to a call (capture.batch=1, reference.batch=1 and validate.batch=1)"
+            )
+
+
 def refuse_call(cls: Any, call: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError for an argument in ``where`` that the pipeline does not take like that."""
     known = arguments(cls)

@@ -12,10 +12,11 @@ from typing import Any
 
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.files.digest import Stamp, stamp
-from dirotq.files.json_file import INDEX, denoisers, read_json
-from dirotq.models.installed import installed_diffusers
+from dirotq.files.json_file import INDEX, components, denoisers, read_json
+from dirotq.models.families import is_denoiser
+from dirotq.models.installed import SAVED_BY, installed
 from dirotq.quiet import quiet
-from dirotq.sources.components import DENOISER, is_entry, problems
+from dirotq.sources.components import DENOISER, class_named, is_entry, problems
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,8 @@ def refuse_incomplete(
 
     Files that are as they were at the last call are not looked at again.
     """
+    if unknown := list(_unknown_classes(folder)):
+        raise error(f"{source} can't be opened here: {'; '.join(unknown)}")
     found = _problems(folder.resolve(), weights, tuple(without), prompts, _stamps(folder))
     if found:
         more = f" ({len(found) - 3} more)" if len(found) > 3 else ""
@@ -51,6 +54,28 @@ def refuse_incomplete(
             f"{source} is incomplete or damaged: {'; '.join(found[:3])}{more}. Download or save "
             "the model again; what is missing would be made up by the loaders, in silence"
         )
+
+
+def _unknown_classes(folder: Path) -> Iterator[str]:
+    """Say which classes the installed libraries lack, and which version has them, if that is told.
+
+    Downloading again would mend none of them. Those of the denoiser are told elsewhere
+    (models/families.py).
+    """
+    import diffusers
+
+    index = read_json(folder / INDEX)
+    name = index.get("_class_name")
+    with quiet():
+        if not hasattr(getattr(diffusers, str(name), None), "_optional_components"):
+            yield f"{INDEX} names the pipeline {name!r}, which is none of {installed(index)}"
+        for part, (library, cls) in components(index).items():
+            if part == DENOISER or class_named(library, cls) is not None:
+                continue
+            config = folder / part / "config.json"
+            said = read_json(config) if config.is_file() else {}
+            known = library if library in SAVED_BY else "diffusers"
+            yield f"the {part} is a {cls!r}, which is no class of {installed(said, known)}"
 
 
 def _stamps(folder: Path) -> tuple[tuple[str, Stamp], ...]:
@@ -75,10 +100,6 @@ def _all_problems(
     index = read_json(folder / INDEX)
     name = index.get("_class_name")
     pipeline: Any = getattr(diffusers, str(name), None)
-    if not hasattr(pipeline, "_optional_components"):  # of another kind, or not there
-        installed = installed_diffusers(index)
-        yield f"{INDEX} names the pipeline {name!r}, which is none of {installed}"
-        return
     required, optional = map(set, pipeline._get_signature_keys(pipeline))
     spare = _dispensable(pipeline, prompts)
     for part in sorted(required | (optional & index.keys())):
@@ -97,10 +118,25 @@ def _all_problems(
             counts = weights and part not in without
             for problem in problems(folder / part, entry, partner, weights=counts):
                 yield f"{part} ({entry[1]}) {problem}"
+    yield from _other_denoiser(pipeline, index)
     yield from _one_expert(name, index)
     for part in sorted(index.keys() - required - optional):
         if is_entry(index[part]):
             log.warning("%s: a %s has no place for the %s: it is left out", folder, name, part)
+
+
+def _other_denoiser(pipeline: Any, index: Mapping[str, Any]) -> Iterator[str]:
+    """Say which denoiser is of another class than the pipeline calls, which fails at its call."""
+    wanted = pipeline._get_signature_types()
+    for part, entry in components(index).items():
+        known = [cls for cls in wanted.get(part, ()) if is_denoiser(cls)]
+        cls = class_named(*entry)
+        if DENOISER in part and known and cls and not issubclass(cls, tuple(known)):
+            allowed = " or a ".join(sorted(cls.__name__ for cls in known))
+            yield (
+                f"{INDEX} says that the {part} is a {cls.__name__}, and a {pipeline.__name__} "
+                f"calls a {allowed}"
+            )
 
 
 def _one_expert(name: Any, index: Mapping[str, Any]) -> Iterator[str]:
@@ -115,6 +151,20 @@ def _one_expert(name: Any, index: Mapping[str, Any]) -> Iterator[str]:
         yield (
             f"{INDEX} names a {SECOND} but no boundary_ratio, below which a {name} would call it: "
             "it would never be used"
+        )
+    if not second or ratio is None:
+        return
+    number = isinstance(ratio, int | float) and not isinstance(ratio, bool)
+    if not number or not 0 < ratio < 1:
+        yield (
+            f"{INDEX} says boundary_ratio {ratio!r:.20}, the share of timesteps below which a "
+            f"{name} calls its {SECOND}: it is a number between 0 and 1, or one expert is never "
+            "used"
+        )
+    if index[SECOND] != index.get(DENOISER):
+        yield (
+            f"{INDEX} says {index[SECOND]!r} of the {SECOND} and {index.get(DENOISER)!r} of the "
+            f"{DENOISER}: two experts are of one class"
         )
 
 

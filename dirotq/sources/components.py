@@ -15,6 +15,7 @@ import torch
 
 from dirotq.errors import ConfigError, DirotqError
 from dirotq.files.json_file import INDEX, read_json
+from dirotq.models.installed import installed, is_newer
 from dirotq.sources.doors import refuse_counts
 from dirotq.sources.expected_tensors import difference
 from dirotq.sources.weights import stored, weight_files
@@ -51,9 +52,7 @@ def problems(part: Path, entry: list[str], partner: Any, *, weights: bool) -> It
 
     cls = class_named(*entry)
     if cls is None:
-        if part.name != DENOISER:  # models/families.py has more to say of that one
-            yield f"is a class that {entry[0]} does not have: it needs other code, or a newer one"
-        return
+        return  # told before (completeness.py, models/families.py)
     try:
         if issubclass(cls, torch.nn.Module):
             yield from _of_model(cls, part, weights)
@@ -64,7 +63,21 @@ def problems(part: Path, entry: list[str], partner: Any, *, weights: bool) -> It
     except DirotqError as error:
         yield str(error)
     except Exception as error:  # noqa: BLE001  any line of a foreign class
+        if _lacks_torchvision(cls):
+            yield (
+                "reads videos by torchvision, which is not installed here: pip install "
+                "torchvision, of the build of your torch"
+            )
+            return
         yield f"can't be made of its folder ({type(error).__name__}: {_short(error)})"
+
+
+def _lacks_torchvision(cls: Any) -> bool:
+    """Tell whether a processor has a part for videos, which transformers makes by torchvision."""
+    from transformers.utils import is_torchvision_available
+
+    parts = getattr(cls, "get_attributes", list)()
+    return "video_processor" in parts and not is_torchvision_available()
 
 
 def class_named(library: str, name: str) -> Any:
@@ -88,6 +101,7 @@ def _of_model(cls: Any, part: Path, weights: bool) -> Iterator[str]:
         return
     if ours:
         yield from mistyped(cls, config)
+        yield from _unknown_settings(cls, config, part)
     if not weights:
         return
     files = weight_files(part, diffusers=ours)
@@ -101,6 +115,32 @@ def _of_model(cls: Any, part: Path, weights: bool) -> Iterator[str]:
         return
     if found:
         yield found
+
+
+def _unknown_settings(cls: Any, config: Mapping[str, Any], part: Path) -> Iterator[str]:
+    """Name settings that diffusers would leave out: by a newer one they change what is computed.
+
+    Of a folder that no newer one saved, they are leftovers, which the log names.
+    """
+    known = inspect.signature(cls.__init__).parameters
+    if any(p.kind is p.VAR_KEYWORD for p in known.values()):
+        return
+    set_ = {
+        name: value
+        for name, value in config.items()
+        if name not in known and name[0] != "_" and name != "quantization_config"
+        if value not in (None, False)
+    }
+    if not set_:
+        return
+    shown = ", ".join(f"{name} = {value!r:.40}" for name, value in set_.items())
+    if is_newer(config):
+        yield (
+            f"has settings in its config.json that its class does not know: {shown}, of "
+            f"{installed(config)}"
+        )
+    else:
+        log.warning("%s/config.json: a %s has no setting %s", part, cls.__name__, shown)
 
 
 def _beside(part: Path, files: list[Path]) -> Iterator[str]:

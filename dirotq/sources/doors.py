@@ -14,6 +14,7 @@ from typing import Any
 
 from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
 from dirotq.files.json_file import INDEX, components, read_json, weight_map
+from dirotq.pipeline.settings import close_to
 from dirotq.sources.weights import AGAIN, read_header
 
 ASIDE = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -45,10 +46,11 @@ def refuse_doors(root: Path) -> None:
         raise UnsupportedError(f"diffusers would run the code in {stray}; remove that file")
     for name, (library, cls) in components(index).items():
         if not (_known(library) and cls.isidentifier()) or (root / name / f"{library}.py").exists():
+            hint = close_to(library, ("diffusers", "transformers"))
             raise UnsupportedError(
                 f"the component {name} of {root} needs code of its own ({INDEX} says it is {cls!r} "
-                f"of {library!r}); only components of diffusers and transformers are loaded, and "
-                "no code beside weights is run"
+                f"of {library!r}{hint and f';{hint}'}); only components of diffusers and "
+                "transformers are loaded, and no code beside weights is run"
             )
         refuse_part(root / name, asks=cls.startswith("Auto"))
 

@@ -17,7 +17,7 @@ from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
 from dirotq.models.pipeline_images import takes_batches
 from dirotq.models.skeleton import empty_transformer
-from dirotq.sources.calls import pipeline_class, refuse_call, refuse_prompts
+from dirotq.sources.calls import pipeline_class, refuse_call, refuse_mixed, refuse_prompts
 from dirotq.sources.opening import open_pipeline
 from dirotq.sources.prompts import Prompt, PromptSet
 
@@ -25,7 +25,7 @@ from .folder import missing_weights, weight_names
 from .lora import parse_loras
 from .origin import pipeline_folder, pipeline_identity, single_file
 from .single_file import default_base
-from .variant import variant_folder, variant_place
+from .variant import refuse_misfits, variant_folder, variant_place
 from .weights import Weights, read_header, refuse_quantized
 
 if TYPE_CHECKING:
@@ -110,8 +110,12 @@ class DiffusersModel:
         return self._call(folder, _family_in(folder))
 
     def check(self) -> None:
-        """Refuse what can be told before a run: the folder, or an argument of its pipeline."""
+        """Refuse what can be told before a run: the folder, a file or LoRA that does not fit it, or
+        an argument of its pipeline.
+        """
         folder = self.folder(weights=False)
+        if (place := self.assembled()) is not None and not place.is_dir():
+            refuse_misfits(folder, self._file(), parse_loras(self.lora), self.path)
         if (cls := pipeline_class(read_json(folder / INDEX))) is None:
             return  # pipelines of other libraries are refused where they are opened
         if (file := folder / CALL_FILE).is_file():
@@ -119,14 +123,21 @@ class DiffusersModel:
             refuse_call(cls, {n: v for n, v in stored.items() if n not in self.call}, str(file))
         refuse_call(cls, self.call, "model.call")
 
-    def check_prompts(self, prompts: PromptSet) -> None:
+    def check_prompts(self, prompts: PromptSet, most: int) -> None:
         """Refuse prompts without the pictures that the pipeline edits, or with what it won't take.
+
+        most  prompts that make one call (:meth:`batch`)
 
         Raises ConfigError saying what to give.
         """
         cls = pipeline_class(read_json(self.folder(weights=False) / INDEX))
-        if cls is not None:
-            refuse_prompts(cls, prompts.load(), prompts.path)
+        if cls is None:
+            return
+        loaded = prompts.load()
+        refuse_prompts(cls, loaded, prompts.path)
+        size = self.batch(loaded, most)
+        for start in range(0, len(loaded), size):
+            refuse_mixed(loaded[start : start + size], prompts.path)
 
     def batch(self, prompts: Sequence[Prompt], most: int) -> int:
         """Return how many of ``prompts`` make one call of the pipeline; ``most``, or one by one."""

@@ -137,6 +137,7 @@ def _fetch(place: HubPath, *, weights: bool, without: str = "") -> Path:
             "single .safetensors file can be downloaded and given as model=FILE"
         )
     index = read_json(root / INDEX)
+    _refuse_blocks(index, place.url)
     wanted = [f"{part}/*.{suffix}" for part in components(index) for suffix in SETTINGS]
     here = place.fetch([INDEX, CALL_FILE, CARD, *LICENCES, *wanted])
     if weights:
@@ -160,6 +161,7 @@ def _model_parts(root: Path, index: Mapping[str, Any], without: str) -> list[Pat
 
 def _refuse_no_pipeline(root: Path, source: str) -> None:
     if (root / INDEX).is_file():
+        _refuse_blocks(read_json(root / INDEX), source)
         return
     if root.is_file():
         raise UnsupportedError(
@@ -180,6 +182,16 @@ def _refuse_modular(root: Path, source: str) -> None:
             f"{source} is a modular pipeline (it has a {MODULAR}, but no {INDEX}), which DiRotQ "
             "can't call. FLUX.3 and MiniMax-H3 are nothing else in diffusers; of other models take "
             f"the repository that has a {INDEX}"
+        )
+
+
+def _refuse_blocks(index: Mapping[str, Any], source: str) -> None:
+    """Refuse a modular pipeline under the name of a plain one."""
+    name = str(index.get("_class_name"))
+    if "_blocks_class_name" in index or name.endswith("ModularPipeline"):
+        raise UnsupportedError(
+            f"{source} is a modular pipeline (its {INDEX} names {name!r}), which DiRotQ can't "
+            "call. Take the repository whose index names a plain pipeline of the model"
         )
 
 
@@ -204,14 +216,24 @@ def _refuse_foreign(root: Path, index: Mapping[str, Any], source: str) -> None:
             "Stable Diffusion 1.5 and SDXL do; DiRotQ compresses diffusion transformers"
         )
     config = root / "transformer" / "config.json"
-    if "transformer" not in parts or not config.is_file():
+    if "transformer" in parts and not config.is_file():
         raise ConfigError(
-            f"{source} has no transformer/config.json (its components are {sorted(parts)}): DiRotQ "
+            f"{source} lists a transformer ({parts['transformer'][1]}) in its {INDEX}, but has no "
+            "transformer/config.json: the model is incomplete. Download or save it again"
+        )
+    if "transformer" not in parts:
+        raise ConfigError(
+            f"{source} has no component `transformer` (its components are {sorted(parts)}): DiRotQ "
             "compresses pipelines whose denoiser is a diffusion transformer"
         )
     library, listed = parts["transformer"]
     settings = read_json(config)
     found = settings.get("_class_name")
+    if not isinstance(found, str):
+        raise ConfigError(
+            f"{config} says {found!r:.60} as its _class_name, where the name of a transformer's "
+            f"class belongs (by {INDEX} it is {listed!r}). Download the model again, or correct it"
+        )
     if library != "diffusers" or found != listed:
         family_of(str(found), settings)  # a class that nobody knows is the first thing to say
         raise ConfigError(

@@ -28,6 +28,9 @@ USED = ("seed", "attributes", NEGATIVE, *PICTURES)
 """Columns that are looked at, beside the one with the text."""
 LINE = 1 << 24
 """Characters that a line may have."""
+LEAST_SIDE, MOST_NARROW = 16, 32
+"""Pixels of a picture's shorter side, and how often it may go into the longer one: pipelines round
+both to patches of up to 32 pixels, and a side of none ends in a division by zero."""
 WHOLE = 1 << 28
 """Bytes that a file may have that is read at once."""
 MISSING = frozenset(
@@ -49,12 +52,21 @@ def rows(file: Path, column: str, start: int) -> Iterator[Row]:
 
 
 def open_picture(path: str | Path) -> "Image":
-    """Decode a whole picture. Raises ConfigError if it is missing, truncated or no picture."""
+    """Decode a whole picture to RGB, what is transparent on white.
+
+    Raises ConfigError if it is missing, truncated or no picture, of more than 8 bits a channel
+    (Pillow would cut them off), or too small or narrow for a model's patches.
+    """
     from PIL import Image
 
     try:
         with Image.open(path) as opened:
-            return opened.convert("RGB")
+            _refuse_shape(path, opened.mode, opened.size)
+            if not opened.has_transparency_data:
+                return opened.convert("RGB")
+            colours = opened.convert("RGBA")
+            white = Image.new("RGBA", colours.size, "white")
+            return Image.alpha_composite(white, colours).convert("RGB")
     # Beside OSError: what Pillow's decoders raise for damaged files, and for 180 megapixels.
     except (
         OSError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,
@@ -64,6 +76,21 @@ def open_picture(path: str | Path) -> "Image":
             f"{path} can't be read as a picture ({type(error).__name__}: {error}); save it anew as "
             "PNG or JPEG, or name another one"
         ) from error
+
+
+def _refuse_shape(path: str | Path, mode: str, size: tuple[int, int]) -> None:
+    if mode == "F" or mode.startswith("I"):
+        raise ConfigError(
+            f"{path} has more than 8 bits a channel (Pillow's mode {mode}), which would be cut "
+            "off; save it with 8 bits a channel, as PNG or JPEG"
+        )
+    short, long = sorted(size)
+    if short < LEAST_SIDE or long > MOST_NARROW * short:
+        raise ConfigError(
+            f"{path} is {size[0]} x {size[1]} pixels; a picture has sides of at least "
+            f"{LEAST_SIDE} pixels, the longer one up to {MOST_NARROW} times the shorter. Give "
+            "another picture, or a cut of it"
+        )
 
 
 def check_picture(path: str | Path) -> None:

@@ -213,7 +213,7 @@ def _prompt(chosen: PromptSet, row: Mapping[Any, Any], number: int, folder: Path
         number if seed is None else _seed(seed, where),
         attributes if isinstance(attributes, Mapping) else None,
         _pictures(row, where, folder) if folder else {},
-        None if negative is None else _text(negative, where, NEGATIVE, empty=True),
+        None if negative is None else _text([negative], where, NEGATIVE, empty=True),
     )
 
 
@@ -268,9 +268,18 @@ def _pictures(row: Mapping[Any, Any], where: str, folder: Path) -> dict[str, str
 
 
 def _picture(given: str, name: str, where: str, folder: Path) -> str:
+    if "://" in given:
+        raise ConfigError(
+            f"{where}: the {name} {given:.300} is an address; download the picture and give its "
+            "path, relative ones from the file's folder"
+        )
     picture = folder / resolve(given)
     if not os.path.isfile(picture):  # noqa: PTH113 (Path's raises for odd names)
-        raise ConfigError(f"{where}: the {name} {picture!s:.300} does not exist")
+        found = "is a folder" if os.path.isdir(picture) else "does not exist"  # noqa: PTH112
+        raise ConfigError(
+            f"{where}: the {name} {picture!s:.300} {found}; give the path of a picture, relative "
+            "ones from the file's folder"
+        )
     try:
         check_picture(picture)
     except ConfigError as error:

@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 from safetensors import SafetensorError
@@ -27,7 +27,7 @@ from dirotq.files.walk import walk
 from dirotq.pipeline.disk import is_disk_full, open_modes, sync, sync_tree
 from dirotq.progress import track
 
-from .folder import place_rest
+from .folder import missing_weights, place_rest
 from .lora import Lora, add, read_lora
 from .single_file import converted
 from .weights import Weights, plan_shards, write_index
@@ -135,9 +135,24 @@ def _explained(sources: Path, source: str) -> Iterator[None]:
         raise
 
 
-def _write_transformer(
-    target: Path, base: Path, file: Path | None, loras: Sequence[Lora], source: str
-) -> None:
+def refuse_misfits(base: Path, file: Path | None, loras: Sequence[Lora], source: str) -> None:
+    """Raise what :func:`variant_folder` raises for parts that don't fit, without writing them.
+
+    LoRAs of a transformer that is not downloaded yet are held against it later.
+    """
+    if file is not None or not missing_weights(base / "transformer"):
+        _ingredients(base, file, loras, source)
+
+
+class _Ingredients(NamedTuple):
+    """``read`` gives tensors by name; ``sizes`` in bytes; ``updates``: (factor, {module: LoRA})."""
+
+    read: Callable[[list[str]], dict[str, Tensor]]
+    sizes: Mapping[str, int]
+    updates: list[tuple[float, Any]]
+
+
+def _ingredients(base: Path, file: Path | None, loras: Sequence[Lora], source: str) -> _Ingredients:
     pipeline = str(read_json(base / INDEX)["_class_name"])
     if file is None:
         weights = Weights(base / "transformer")
@@ -153,7 +168,13 @@ def _write_transformer(
         shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     updates = [(lora.weight, read_lora(lora, shapes, pipeline)) for lora in loras]
+    return _Ingredients(read, sizes, updates)
 
+
+def _write_transformer(
+    target: Path, base: Path, file: Path | None, loras: Sequence[Lora], source: str
+) -> None:
+    read, sizes, updates = _ingredients(base, file, loras, source)
     target.mkdir()
     shutil.copyfile(base / "transformer" / "config.json", target / "config.json")
     plan = plan_shards(sizes, SHARD)

@@ -151,7 +151,7 @@ def refuse_quantized(header: Header, name: str) -> None:
     """Raise UnsupportedError if weights are stored in fewer than 16 bits."""
     for tensor, (dtype, _) in header.items():
         whole = dtype[0] in "IUB" and dtype != "BF16" and tensor.endswith((".weight", ".bias"))
-        if whole or dtype.startswith(("F8", "F6", "F4")) or dtype in ("I8", "U8", "I4", "U4"):
+        if whole or dtype.startswith(("F8_", "F6_", "F4")) or dtype in ("I8", "U8", "I4", "U4"):
             raise UnsupportedError(
                 f"{name} is already quantized: {tensor} is stored as {dtype} (fp8, int8, nf4 and "
                 "other files of fewer than 16 bits have lost what DiRotQ would measure). Compress "

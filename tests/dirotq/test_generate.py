@@ -129,7 +129,7 @@ def model(tmp_path, monkeypatch):
         (["--out", "file/x.png"], "file"),
         (["--device", "cuda:999"], "--device=cuda:999"),
         (["--device", "tpu"], "--device=tpu is unknown"),
-        (["--image", "file"], "--image file can't be read as an image"),
+        (["--image", "file"], "--image file can't be read as a picture"),
         (["--image", "nowhere.png"], "--image nowhere.png can't be read"),
         (["--fps", "0"], "--fps 0"),
     ],
@@ -177,7 +177,7 @@ def test_a_painter_wants_an_image_and_a_mask(dirotq, loaded, model, tmp_path):
     from PIL import Image
 
     folder, picture = model(Painter), tmp_path / "in.png"
-    Image.new("L", (8, 8)).save(picture)
+    Image.new("L", (16, 16)).save(picture)
     missing = dirotq("generate", folder, "--prompt", "x", "--image", str(picture))
     assert missing.status == 2
     assert "--mask FILE is missing (it takes --image FILE and --mask FILE)" in missing.err
@@ -194,7 +194,7 @@ def test_an_image_for_a_model_that_takes_none(dirotq, loaded, model, tmp_path):
     from PIL import Image
 
     picture = tmp_path / "in.png"
-    Image.new("RGB", (8, 8)).save(picture)
+    Image.new("RGB", (16, 16)).save(picture)
     result = dirotq("generate", model(Filmer), "--prompt", "x", "--image", str(picture))
     assert "--image FILE: Filmer starts from no image" in result.err
     assert loaded == []

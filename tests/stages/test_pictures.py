@@ -197,7 +197,7 @@ def test_transparent_images_are_compared_on_white():
 
 
 def test_a_list_of_pictures_is_a_batch_to_some_and_one_prompts_references_to_others(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "x.png")
+    Image.new("RGB", (16, 16)).save(tmp_path / "x.png")
     rows = [Prompt(text, 0, None, {"image": str(tmp_path / "x.png")}, "dark") for text in "ab"]
     one_by_one, batched = Fake(), FakeImg2ImgPipeline()
     assert generate(one_by_one, rows, {"negative_prompt": "blur"}).shape[0] == 2

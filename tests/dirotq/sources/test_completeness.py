@@ -63,6 +63,31 @@ def test_a_component_that_the_pipeline_has_no_place_for_is_said(own, caplog):
     assert "a FluxPipeline has no place for the text_encoder_3" in caplog.text
 
 
+@pytest.mark.parametrize("ratio", ["0.75", -1, 0, 1, 2.0, [0.75], True])
+def test_a_boundary_that_divides_nothing(own, ratio):
+    folder = own("wan22")
+    edit(folder / "model_index.json", boundary_ratio=ratio)
+    refused(folder, f"boundary_ratio {ratio!r}", "a number between 0 and 1")
+
+
+def test_experts_of_two_classes(own, tiny_root):
+    folder, other = own("wan22"), family_folder(tiny_root, "flux") / "transformer"
+    shutil.rmtree(folder / "transformer_2")
+    shutil.copytree(other, folder / "transformer_2")
+    edit(folder / "model_index.json", transformer_2=["diffusers", "FluxTransformer2DModel"])
+    refused(folder, "the transformer_2 is a FluxTransformer2DModel", "two experts are of one class")
+
+
+def test_a_denoiser_that_the_pipeline_does_not_call(own):
+    folder = own("flux")
+    edit(folder / "model_index.json", _class_name="StableDiffusion3Pipeline")
+    refused(
+        folder,
+        "the transformer is a FluxTransformer2DModel, and a StableDiffusion3Pipeline calls a "
+        "SD3Transformer2DModel",
+    )
+
+
 def test_a_repaired_folder_is_looked_at_again(own):
     folder = own("flux")
     file = folder / "tokenizer" / "tokenizer.json"

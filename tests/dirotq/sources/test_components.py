@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from damaged import *  # noqa: F403
 from damaged import edit, refused
 from safetensors.torch import save_file
@@ -12,6 +13,7 @@ from safetensors.torch import save_file
 from dirotq.errors import ConfigError
 from dirotq.sources.completeness import refuse_incomplete
 
+WITH_VIDEOS = ["image_processor", "tokenizer", "video_processor"]
 DAMAGE = [
     ("vae/config.json", {"scaling_factor": "0.2"}, "scaling_factor: '0.2'"),
     ("vae/config.json", {"scaling_factor": float("nan")}, "a value is NaN"),
@@ -33,10 +35,8 @@ DAMAGE = [
     ("model_index.json", {"scheduler": [None, None]}, "names no scheduler"),
     ("model_index.json", {"vae": "AutoencoderKL"}, "where [library, class] belongs"),
     ("model_index.json", {"vae": ["diffusers"]}, "where [library, class] belongs"),
-    ("model_index.json", {"vae": ["diffusers", "Nope"]}, "is a class that diffusers does not have"),
     ("model_index.json", {"vae": ["diffusers", "AutoencoderTiny"]}, "contradict each other"),
     ("model_index.json", {"text_encoder_2": ["transformers", "CLIPTextModel"]}, "lacks"),
-    ("model_index.json", {"_class_name": "FluxxPipeline"}, "'FluxxPipeline'"),
 ]  # fmt: skip
 
 
@@ -95,15 +95,69 @@ def test_a_lora_file_beside_a_component(own, caplog):
     refused(folder, "give pytorch_lora_weights.safetensors as model.lora")
 
 
+def test_a_class_that_is_no_component(own):
+    folder = own("flux")
+    edit(folder / "model_index.json", text_encoder=["transformers", "AutoModel"])
+    refused(folder, "text_encoder (")
+
+
 @pytest.mark.parametrize(
-    "entry",
+    ("part", "entry", "said"),
     [
-        ["transformers", "AutoModel"],
-        ["transformers", "pipeline"],
-        ["diffusers", "utils"],
+        ("text_encoder", ["transformers", "pipeline"], r"the text_encoder is a 'pipeline', which"),
+        ("text_encoder", ["diffusers", "utils"], r"which is no class of the installed diffusers"),
+        ("vae", ["diffusers", "Nope"], r"the vae is a 'Nope', which is no class of the installed"),
     ],
 )
-def test_classes_that_are_no_components(own, entry):
+def test_classes_that_are_not_there(own, part, entry, said):
     folder = own("flux")
-    edit(folder / "model_index.json", text_encoder=entry)
-    refused(folder, "text_encoder (")
+    edit(folder / "model_index.json", **{part: entry})
+    with pytest.raises(ConfigError, match=f"can't be opened here: .*{said}"):
+        refuse_incomplete(folder, "the model")
+
+
+@pytest.mark.parametrize(
+    ("part", "library", "saved", "entry"),
+    [
+        ("vae", "diffusers", "_diffusers_version", ["diffusers", "AutoencoderKLFuture"]),
+        ("text_encoder_2", "transformers", "transformers_version", ["transformers", "T9Model"]),
+    ],
+)
+def test_classes_of_a_newer_library_name_its_version(own, part, library, saved, entry):
+    folder = own("flux")
+    edit(folder / "model_index.json", **{part: entry})
+    edit(folder / part / "config.json", **{saved: "99.1.0"})
+    with pytest.raises(
+        ConfigError, match=rf"saved by 99\.1\.0: pip install -U '{library}>=99"
+    ) as e:
+        refuse_incomplete(folder, "the model")
+    assert "Download" not in str(e.value)  # which would not help
+
+
+def test_a_pipeline_that_is_not_there(own):
+    folder = own("flux")
+    edit(folder / "model_index.json", _class_name="FluxxPipeline", _diffusers_version="99.1.0")
+    with pytest.raises(ConfigError, match=r"'FluxxPipeline', which is none of .*diffusers>=99\.1"):
+        refuse_incomplete(folder, "the model")
+
+
+def test_settings_that_a_class_does_not_know(own, caplog):
+    """diffusers leaves them out: of an older one's files leftovers, of a newer one's a change."""
+    folder = own("flux")
+    file = folder / "transformer" / "config.json"
+    edit(file, gated_attention=True, new_switch=False)
+    refuse_incomplete(folder, "as older ones left it")
+    assert "a FluxTransformer2DModel has no setting gated_attention = True" in caplog.text
+    assert "new_switch" not in caplog.text
+    edit(file, _diffusers_version="99.1.0")
+    refused(folder, "does not know: gated_attention = True, of the installed", "diffusers>=99.1.0")
+    edit(file, gated_attention=None)
+    refuse_incomplete(folder, "what is switched off changes nothing")
+
+
+def test_a_processor_that_needs_torchvision(own, monkeypatch):
+    """As published it has a part for videos, which transformers can't make without."""
+    folder = own("qwen_image_edit")
+    monkeypatch.setattr(transformers.Qwen2VLProcessor, "get_attributes", lambda: WITH_VIDEOS)
+    monkeypatch.setattr(transformers.utils, "is_torchvision_available", lambda: False)
+    refused(folder, "processor (Qwen2VLProcessor) reads videos by torchvision", "pip install")

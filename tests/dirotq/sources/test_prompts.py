@@ -124,7 +124,7 @@ def test_damaged_files(tmp_path, name, content, message):
 
 
 def test_images_of_editing_pipelines(jsonl, tmp_path):
-    Image.new("RGB", (2, 2), "red").save(tmp_path / "in.png")
+    Image.new("RGB", (16, 16), "red").save(tmp_path / "in.png")
     file = jsonl({"prompt": "a", "image": "in.png", "mask_image": str(tmp_path / "in.png")})
     one = prompts(file, count=1)
     image = str(tmp_path / "in.png")
@@ -133,7 +133,7 @@ def test_images_of_editing_pipelines(jsonl, tmp_path):
     assert several.load() == [Prompt("a", 0, None, {"image": (image, image)})]
     assert len(several.identity()["images"]) == 1  # one file
     before = recipe(one)
-    Image.new("RGB", (2, 2), "blue").save(tmp_path / "in.png")
+    Image.new("RGB", (16, 16), "blue").save(tmp_path / "in.png")
     assert recipe(one) != before
     with pytest.raises(ConfigError, match=r"row 1: the image .*gone\.png does not exist"):
         prompts(jsonl({"prompt": "a", "image": "gone.png"}), count=1).load()

@@ -81,7 +81,7 @@ def prompt_reader(suffix: str) -> tuple[st.SearchStrategy[Any], Callable[[Path, 
         content, start, count, column = example
         file = folder / f"set[1] ü.{suffix}"
         file.write_bytes(content)
-        Image.new("RGB", (1, 1)).save(folder / "in.png")
+        Image.new("RGB", (16, 16)).save(folder / "in.png")
         chosen = PromptSet(path=str(file), start=start, count=count, column=column)
         for prompt in chosen.load():
             assert len(prompt.text.encode()) > 0, "texts are texts"
