@@ -53,7 +53,7 @@ PLAIN: Mapping[str, Any] = {
 }
 """Types of the settings that belong to no class."""
 
-SHARED = ("prompts.calibration", "prompts.heldout", "branch")
+SHARED = ("prompts.calibration", "branch")
 """Parts of the configuration that stages share, and that some pipelines have no use for."""
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
@@ -300,8 +300,7 @@ def _refuse_idle(cfg: DictConfig, words: Sequence[str]) -> None:
         if part is not None and part not in read:
             raise ConfigError(
                 f"{word} says something of {part}, which no stage reads with {chosen[-1]} (it "
-                f"runs {', '.join(running)}). Leave one of the two out, or run a stage that reads "
-                "it (until=validate reads prompts)"
+                f"runs {', '.join(running)}). Leave one of the two out"
             )
 
 

@@ -4,7 +4,8 @@ import re
 
 from dirotq.errors import ConfigError
 
-LEAST_VRAM = 10**8
+LEAST_VRAM = 10**6
+"""Bytes below which a unit was forgotten."""
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -21,7 +22,7 @@ def parse_bytes(text: str | int) -> int:
 
 
 def parse_vram(text: str | int) -> int:
-    """Read an amount of GPU memory as :func:`parse_bytes` does; at least 100 MB.
+    """Read an amount of GPU memory as :func:`parse_bytes` does; at least 1 MB.
 
     Raises ConfigError for less: "24" is 24 bytes, and 24GB were meant.
     """

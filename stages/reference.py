@@ -15,6 +15,7 @@ from dirotq.evaluate.images import ImageWriter, generate_all, typical_seconds
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
+from dirotq.sources.generation import foreign
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
 
@@ -51,7 +52,8 @@ class Reference:
     def check(self) -> None:
         """Refuse, before anything runs, an incomplete model, or an argument it won't take."""
         self.model.check()
-        self.model.check_prompts(self.prompts, self.batch)
+        for batch in self.batches.values():
+            self.model.check_prompts(self.prompts, batch)
 
     def run(self, out: Path) -> Mapping[str, float]:
         device = pick_device(self.device)
@@ -70,10 +72,11 @@ class Reference:
                 continue
             pipe = pipe or self.model.pipeline(dtype, device)
             if name == "floor":
-                with other_attention(device, dtype):
+                with foreign(pipe), other_attention(device, dtype):
                     generate_all(writers[name], pipe, prompts, call, batch, "16-bit images again")
             else:
-                generate_all(writers[name], pipe, prompts, call, batch, "16-bit images")
+                with foreign(pipe):
+                    generate_all(writers[name], pipe, prompts, call, batch, "16-bit images")
         return {
             "images": len(prompts) * len(writers),
             "seconds_per_image": typical_seconds(tree, "original"),

@@ -23,7 +23,7 @@ from dirotq.models.skeleton import move_buffers
 from dirotq.quiet import heed, quiet
 from dirotq.sources.completeness import absent
 from dirotq.sources.components import DENOISER
-from dirotq.sources.generation import generate
+from dirotq.sources.generation import foreign, generate
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.opening import dtypes
 from dirotq.sources.prompts import Prompt
@@ -83,7 +83,7 @@ class Trajectories:
             for name in encoders
         ]
         for shard in shards:
-            with stop_at_denoisers(pipe):
+            with foreign(pipe), stop_at_denoisers(pipe):
                 generate(pipe, shard, self.call, output="latent")
         for note in notes:
             note.remove()
@@ -144,7 +144,8 @@ class Trajectories:
             )
         ]
         try:
-            generate(self.pipe, shard, self.call, output="latent")
+            with foreign(self.pipe):
+                generate(self.pipe, shard, self.call, output="latent")
         finally:
             for hook in hooks:
                 hook.remove()

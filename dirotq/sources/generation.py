@@ -1,16 +1,43 @@
 """One call of a pipeline for a batch of prompts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dirotq.errors import ConfigError, NumericalError
+from dirotq.errors import ConfigError, NumericalError, UnsupportedError
 from dirotq.models.pipeline_images import PICTURES, as_taken, takes_batches
+from dirotq.pipeline.faults import BROKEN_GPU, OUT_OF_MEMORY
 
 from .prompt_files import NEGATIVE, open_picture
 from .prompts import Prompt
+
+STUMBLES = (
+    ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
+    ValueError,
+)  # fmt: skip
+"""What pipelines raise for settings that don't fit each other."""
+
+
+@contextmanager
+def foreign(pipe: Any) -> Iterator[None]:
+    """Explain what a 16-bit pipeline raises while it is called; no line of it is ours.
+
+    Memory that ran out and a GPU that failed stay what they are (pipeline/faults.py).
+    """
+    try:
+        yield
+    except STUMBLES as error:
+        if OUT_OF_MEMORY.search(str(error)) or BROKEN_GPU.search(str(error)):
+            raise
+        raise UnsupportedError(
+            f"the 16-bit {type(pipe).__name__} fails when it is called ({type(error).__name__}: "
+            f"{error!s:.300}): a setting in a component's config.json or an argument of the call "
+            "(generation.json, model.call) does not fit its weights. Try the folder with "
+            "diffusers alone; if that makes an image, please report this"
+        ) from error
 
 
 def generate(

@@ -55,6 +55,7 @@ def test_a_limit_of_gpu_memory_is_the_loaders(dirotq, loaded, tmp_path):
     assert [pipeline.vram for pipeline in loaded] == ["16GB", None]
     for more, says in (
         (("--vram", "much"), "'much' is no size in bytes"),
+        (("--vram", "24"), "'24' is 24 bytes of GPU memory"),
         (("--vram", "16GB", "--compare"), "--vram and --compare"),
     ):
         result = dirotq("generate", *args, *more)

@@ -44,6 +44,14 @@ def made(finished, store_root):
     return until
 
 
+def test_settings_that_shapes_do_not_tell_fail_as_the_models(compress, own_folder):
+    """Every tensor fits; the 16-bit model alone can't be called."""
+    file = own_folder / "transformer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"axes_dims_rope": [8, 12, 14]}))
+    said = compress(f"model={own_folder}")
+    refused(said, "the 16-bit FluxPipeline fails when it is called (RuntimeError: The size of")
+
+
 def published(store) -> list[str]:
     return sorted({p.parent.parent.name for p in store.glob("*/*/manifest.json")})
 

@@ -127,6 +127,8 @@ def test_another_method_without_statistics(instant):
         ("method=smoothquant", "transform.smooth=true needs"),
         ("capture.calls=64", "the stage capture, which preset=instant leaves out"),
         ("rank.r=32", "the stage rank, which preset=instant leaves out"),
+        ("prompts.calibration.count=3", "no stage reads with preset=instant (it runs round, pack)"),
+        ("branch=project", "branch=project says something of branch, which no stage reads"),
         ("until=gptq", "'gptq' is no stage of this pipeline"),
         ("preset=instnat", "preset"),
         ("method=quarot round.least_packed=2", "round.least_packed=2"),

@@ -3,7 +3,8 @@ import math
 import pytest
 
 from dirotq.errors import ConfigError
-from dirotq.sources.calls import refuse_call
+from dirotq.sources.calls import refuse_call, refuse_mixed
+from dirotq.sources.prompts import Prompt
 
 
 class Pipeline:
@@ -49,3 +50,14 @@ def test_what_fits_passes(call):
 def test_what_does_not_is_named(call, says):
     with pytest.raises(ConfigError, match=says):
         refuse_call(Pipeline, call, "model.call")
+
+
+def test_prompts_of_one_call_have_the_same_columns():
+    rows = [Prompt("a", 0, negative="dark"), Prompt("b", 1, negative=""), Prompt("c", 2)]
+    refuse_mixed(rows[:2], "x.jsonl")
+    refuse_mixed(rows[2:], "x.jsonl")
+    with pytest.raises(ConfigError, match=r"x\.jsonl: the prompt 'c' has no negative_prompt"):
+        refuse_mixed(rows, "x.jsonl")
+    pictured = Prompt("d", 3, inputs={"image": "d.png"})
+    with pytest.raises(ConfigError, match="the prompt 'c' has no image"):
+        refuse_mixed([pictured, rows[2]], "x.jsonl")

@@ -53,6 +53,12 @@ def test_components_of_other_libraries(root, library, cls):
         refuse_doors(root)
 
 
+def test_a_misspelt_library(root):
+    index(root, vae=["difusers", "AutoencoderKL"])
+    with pytest.raises(UnsupportedError, match=r"of 'difusers'; did you mean `diffusers`\?"):
+        refuse_doors(root)
+
+
 @pytest.mark.parametrize("stray", ["None.py", "text_encoder/transformers.py"])
 def test_code_that_diffusers_would_pick_up(root, stray):
     (root / "pipeline.py").write_text("nobody asks for it")

@@ -170,6 +170,28 @@ def test_a_class_of_a_newer_diffusers(own_folder, saved, newer):
     assert (f"saved by {saved}: pip" in str(caught.value)) is newer
 
 
+def test_a_misspelt_class_and_none(own_folder):
+    """Both files say the same."""
+    wrong = "FluxTransfomer2DModel"
+    edit_json(own_folder / "transformer" / "config.json", _class_name=wrong)
+    edit_json(own_folder / "model_index.json", transformer=["diffusers", wrong])
+    with pytest.raises(UnsupportedError, match=r"did you mean `FluxTransformer2DModel`\?"):
+        source(own_folder).sites()
+    for value in (None, 3):
+        edit_json(own_folder / "transformer" / "config.json", _class_name=value)
+        with pytest.raises(ConfigError, match=rf"config\.json says {value} as its _class_name"):
+            source(own_folder).folder()
+    (own_folder / "transformer" / "config.json").unlink()
+    with pytest.raises(ConfigError, match=r"lists a transformer .*has no transformer/config\.json"):
+        source(own_folder).folder()
+
+
+def test_weights_of_64_bits_are_whole(own_folder):
+    (file,) = (own_folder / "transformer").glob("*.safetensors")
+    save_file({name: tensor.double() for name, tensor in load_file(file).items()}, file)
+    source(own_folder).check()
+
+
 def test_an_index_that_names_another_transformer(own_folder):
     edit_json(own_folder / "model_index.json", transformer=["diffusers", "SD3Transformer2DModel"])
     with pytest.raises(ConfigError, match=r"contradicts itself.*SD3Transf.*FluxTransformer2DModel"):

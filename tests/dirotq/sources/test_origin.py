@@ -1,5 +1,6 @@
 """Repositories of the hub, as the plain folder that the line sees. Local folders: test_source."""
 
+import json
 import shutil
 
 import huggingface_hub
@@ -111,6 +112,19 @@ def test_a_modular_pipeline_is_named_so(hub, tmp_path):
     index.rename(index.with_name("modular_model_index.json"))
     for source in ("org/tiny", index.parent):
         with pytest.raises(UnsupportedError, match=r"is a modular pipeline.*no model_index\.json"):
+            model(source).identity()
+
+
+@pytest.mark.parametrize(
+    "changes", [{"_class_name": "FluxModularPipeline"}, {"_blocks_class_name": "FluxAutoBlocks"}]
+)
+def test_a_modular_pipeline_in_a_plain_index(hub, tmp_path, changes):
+    index = tmp_path / "remote" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | changes))
+    for source in ("org/tiny", index.parent):
+        with pytest.raises(
+            UnsupportedError, match=r"is a modular pipeline \(its model_index\.json"
+        ):
             model(source).identity()
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dirotq.errors import ConfigError
-from dirotq.sources.prompt_files import MISSING, rows
+from dirotq.sources.prompt_files import MISSING, open_picture, rows
 from dirotq.sources.prompts import SEEDS, PromptSet, shortly
 
 
@@ -269,3 +269,29 @@ def test_messages_stay_short():
         deep = [deep] * 9
     for value in (deep, "x" * 10**6, 10**5000, {"a": deep}, 2**70):
         assert len(shortly(value)) < 300
+
+
+def test_what_is_transparent_is_white(tmp_path):
+    """Its colour shows nowhere, so it is none that a model should see."""
+    picture = Image.new("RGBA", (16, 16), (255, 0, 0, 0))
+    picture.putpixel((0, 0), (0, 0, 255, 255))
+    picture.save(tmp_path / "a.png")
+    opened = open_picture(tmp_path / "a.png")
+    assert opened.mode == "RGB"
+    assert [opened.getpixel(place) for place in ((0, 0), (1, 1))] == [(0, 0, 255), (255, 255, 255)]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_channels_of_more_than_8_bits(tmp_path, mode):
+    Image.new(mode, (16, 16), 40000).save(tmp_path / "a.tiff")
+    with pytest.raises(ConfigError, match=r"a\.tiff has more than 8 bits a channel"):
+        open_picture(tmp_path / "a.tiff")
+
+
+@pytest.mark.parametrize("size", [(1, 1), (64, 15), (16, 513)])
+def test_pictures_too_small_or_narrow(tmp_path, size):
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    with pytest.raises(ConfigError, match=rf"is {size[0]} x {size[1]} pixels; .* at least 16"):
+        open_picture(tmp_path / "a.png")
+    Image.new("RGB", (16, 512)).save(tmp_path / "a.png")
+    assert open_picture(tmp_path / "a.png").size == (16, 512)

@@ -137,6 +137,16 @@ def test_images_of_editing_pipelines(jsonl, tmp_path):
     assert recipe(one) != before
     with pytest.raises(ConfigError, match=r"row 1: the image .*gone\.png does not exist"):
         prompts(jsonl({"prompt": "a", "image": "gone.png"}), count=1).load()
+    with pytest.raises(ConfigError, match=r"row 1: the image https://x\.org/a\.png is an address"):
+        prompts(jsonl({"prompt": "a", "image": "https://x.org/a.png"}), count=1).load()
+    with pytest.raises(ConfigError, match=rf"the image {tmp_path} is a folder"):
+        prompts(jsonl({"prompt": "a", "image": str(tmp_path)}), count=1).load()
+
+
+@pytest.mark.parametrize("negative", [["dark", "blurred"], [], 7])
+def test_negative_prompts_that_are_no_text(jsonl, negative):
+    with pytest.raises(ConfigError, match="no text under 'negative_prompt'"):
+        prompts(jsonl({"prompt": "a", "negative_prompt": negative}), count=1).load()
 
 
 # The hub

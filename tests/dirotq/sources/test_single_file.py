@@ -169,6 +169,16 @@ def test_a_single_file_of_another_architecture(folder, sd3_base, finetune):
         model(finetune, base=str(sd3_base)).folder()
 
 
+def test_what_does_not_fit_is_told_before_anything_runs(folder, sd3_base, finetune, lora, cache):
+    model(finetune, base=str(folder)).check()
+    with pytest.raises(ConfigError, match=r"does not fit the SD3Transformer2DModel"):
+        model(finetune, base=str(sd3_base)).check()
+    model(folder, lora=str(lora())).check()
+    with pytest.raises(ConfigError, match=finetune.name):  # a whole model as a LoRA
+        model(folder, lora=str(finetune)).check()
+    assert not (cache / "sources").exists()
+
+
 def test_a_single_file_of_another_size(sd3_base, tmp_path):
     file = tmp_path / "deep.safetensors"
     save_file(dict(sd3(num_layers=3).state_dict()), file)
