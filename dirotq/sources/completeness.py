@@ -46,7 +46,10 @@ def refuse_incomplete(
     Files that are as they were at the last call are not looked at again.
     """
     if unknown := list(_unknown_classes(folder)):
-        raise error(f"{source} can't be opened here: {'; '.join(unknown)}")
+        raise error(
+            f"{source} can't be opened here: {'; '.join(unknown)}. Install a version that has it, "
+            "or correct a name that is misspelt"
+        )
     found = _problems(folder.resolve(), weights, tuple(without), prompts, _stamps(folder))
     if found:
         more = f" ({len(found) - 3} more)" if len(found) > 3 else ""

@@ -76,7 +76,7 @@ def _lacks_torchvision(cls: Any) -> bool:
     """Tell whether a processor has a part for videos, which transformers makes by torchvision."""
     from transformers.utils import is_torchvision_available
 
-    parts = getattr(cls, "get_attributes", list)()
+    parts: Collection[str] = getattr(cls, "get_attributes", list)()
     return "video_processor" in parts and not is_torchvision_available()
 
 

@@ -78,6 +78,14 @@ def open_picture(path: str | Path) -> "Image":
         ) from error
 
 
+def is_transparent(path: Path) -> bool:
+    """Tell whether something of a picture is, which :func:`open_picture` lays on white."""
+    from PIL import Image
+
+    with Image.open(path) as opened:
+        return bool(opened.has_transparency_data)
+
+
 def _refuse_shape(path: str | Path, mode: str, size: tuple[int, int]) -> None:
     if mode == "F" or mode.startswith("I"):
         raise ConfigError(

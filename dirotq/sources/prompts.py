@@ -16,7 +16,7 @@ from dirotq.errors import ConfigError
 from dirotq.files.digest import file_digest, input_digests
 from dirotq.models.pipeline_images import PICTURES
 from dirotq.sources.hub import HubPath, explained, hub_path
-from dirotq.sources.prompt_files import NEGATIVE, READERS, check_picture, rows
+from dirotq.sources.prompt_files import NEGATIVE, READERS, check_picture, is_transparent, rows
 
 SEEDS = (-(2**63), 2**64 - 1)
 """What torch.Generator.manual_seed takes, both included."""
@@ -83,7 +83,8 @@ class PromptSet:
         given = (each for prompt in self.load() for each in prompt.inputs.values())
         images = [Path(path) for each in given for path in paths_of(each)]
         shown = list(input_digests(dict.fromkeys(images)).values())
-        return chosen | ({"images": shown} if shown else {})
+        white = {"transparent": "white"} if any(map(is_transparent, images)) else {}
+        return chosen | ({"images": shown} if shown else {}) | white
 
     def load(self) -> list[Prompt]:
         """Read the prompts. Raises ConfigError if rows, or texts in them, are missing."""

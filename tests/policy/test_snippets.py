@@ -106,12 +106,18 @@ def done():
 
 def small_words(own=()):
     """Settings that make a run small, but for those that ``own`` words have, or have chosen, and of
-    stages that a preset leaves out.
+    what a preset leaves out.
     """
     keys = {word.lstrip("+~").partition("=")[0] for word in own}
     keys |= {"capture", "rank"} if "preset" in keys else set()
     wanted = [f"prompts.{name}.path=small.jsonl" for name in ("calibration", "heldout")]
-    return [w for w in (*wanted, *LINE) if not {w.partition("=")[0], w.partition(".")[0]} & keys]
+    idle = "prompts.calibration." if "preset" in keys else None
+    return [
+        w
+        for w in (*wanted, *LINE)
+        if not {w.partition("=")[0], w.partition(".")[0]} & keys
+        if idle is None or not w.startswith(idle)
+    ]
 
 
 def as_run(command, root, tmp_path):

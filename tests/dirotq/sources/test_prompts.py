@@ -135,6 +135,9 @@ def test_images_of_editing_pipelines(jsonl, tmp_path):
     before = recipe(one)
     Image.new("RGB", (16, 16), "blue").save(tmp_path / "in.png")
     assert recipe(one) != before
+    assert "transparent" not in one.identity()  # as it was before they were laid on white
+    Image.new("RGBA", (16, 16), "blue").save(tmp_path / "in.png")
+    assert one.identity()["transparent"] == "white"
     with pytest.raises(ConfigError, match=r"row 1: the image .*gone\.png does not exist"):
         prompts(jsonl({"prompt": "a", "image": "gone.png"}), count=1).load()
     with pytest.raises(ConfigError, match=r"row 1: the image https://x\.org/a\.png is an address"):
