@@ -4,6 +4,7 @@ Counted in numbers for each pixel along an image's sides. They come from decodin
 configs on the meta device, every tensor counted; tests/models/test_decoding.py does so again.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,8 @@ def _alive(decoder: Decoder, frames: int) -> float:
 
 def _channels(vae: Mapping[str, Any]) -> float:
     """Return the channels of a decoder at full resolution, for each pixel that it makes."""
-    patch = int(vae.get("patch_size") or 1) ** 2
+    size = vae.get("patch_size") or 1
+    patch = math.prod(size) if isinstance(size, list | tuple) else size**2
     if base := vae.get("decoder_base_dim") or vae.get("base_dim"):
         return float(base) / patch
     if last := vae.get("decoder_block_out_channels"):

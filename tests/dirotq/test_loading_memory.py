@@ -98,11 +98,15 @@ def test_loading_takes_the_packed_size_and_a_shard(write, tmp_path):
     size = sum(file.stat().st_size for file in files)
     assert len(files) > 3 and size > 3 * (SHARD + NOISE) / 2
     cls.from_pretrained(tmp_path, dtype=torch.bfloat16)  # imports, caches
-    with watched() as peak:
-        made = cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
-        for tensor in made.parameters():
-            tensor.flatten().view(torch.uint8)[::4096].sum()  # what is mapped is read
-    assert 0.5 * size < peak[0] <= size + SHARD + NOISE, (size, peak)
+    peaks = []
+    while len(peaks) < 3 and min(peaks, default=size * 9) > size + SHARD + NOISE:
+        made = None  # threads that other tests left may take memory meanwhile: they only add
+        with watched() as peak:
+            made = cls.from_pretrained(tmp_path, dtype=torch.bfloat16)
+            for tensor in made.parameters():
+                tensor.flatten().view(torch.uint8)[::4096].sum()  # what is mapped is read
+        peaks += peak
+    assert 0.5 * size < min(peaks) <= size + SHARD + NOISE, (size, peaks)
 
 
 def of(**changes) -> Running:

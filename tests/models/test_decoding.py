@@ -18,6 +18,7 @@ WAN_5B = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": 
 SIDE = 768
 CASES = {
     "image": ("AutoencoderKL", KL, (16, SIDE // 8)),
+    "image, patches of latents": ("AutoencoderKLFlux2", {}, (32, SIDE // 8)),
     "image, deep compression": ("AutoencoderDC", {}, (32, SIDE // 32)),
     "image, causal": ("AutoencoderKLQwenImage", {}, (16, 1, SIDE // 8)),
     "image, causal and residual": ("AutoencoderKLQwenImage21", {}, (64, 1, SIDE // 16)),
