@@ -118,32 +118,19 @@ os.fsync = lambda handle: None  # as in conftest.py
 from tiny_line import run
 from dirotq.pipeline.config import build, compose_config
 
-def die(module, name, count, command):
-    owner = importlib.import_module(module)
-    right = getattr(owner, name)
+module, name, count, command = json.loads(sys.argv[1])
+owner = importlib.import_module(module)
+right = getattr(owner, name)
 
-    def kill_at(*args, **kwargs):
-        nonlocal count
-        count -= 1
-        if count < 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return right(*args, **kwargs)
+def kill_at(*args, **kwargs):
+    global count
+    count -= 1
+    if count < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(*args, **kwargs)
 
-    setattr(owner, name, kill_at)
-    run(build(compose_config(command, "dirotq.conf")))
-
-kills = json.loads(sys.argv[1])
-for module, *_ in kills:
-    importlib.import_module(module)
-children = []
-for kill in kills:
-    if (child := os.fork()) == 0:
-        try:
-            die(*kill)
-        finally:
-            os._exit(1)
-    children.append(child)
-print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children))
+setattr(owner, name, kill_at)
+run(build(compose_config(command, "dirotq.conf")))
 """
 
 
@@ -151,19 +138,24 @@ print(*(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children
 def killed(tiny_root, tmp_path_factory):
     """{kill: store of a line that died of it}.
 
-    Forks of a process that only imports: forks of this one would share its OpenMP threads, and wait
-    for them for ever.
+    Processes of their own: forks of one would share its OpenMP threads, and wait for them for ever.
     """
     stores = {name: tmp_path_factory.mktemp(name) for name in KILLS}
-    kills = [[*KILLS[n][1:], overrides(tiny_root, s, "until=pack")] for n, s in stores.items()]
-    done = subprocess.run(
-        [sys.executable, "-c", KILL, json.dumps(kills)],
-        env=dict(os.environ, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.split() == [str(-signal.SIGKILL.value)] * len(kills), done.stderr
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"
+    started = []
+    for name, store in stores.items():
+        kill = [*KILLS[name][1:], overrides(tiny_root, store, "until=pack")]
+        started.append(
+            subprocess.Popen(
+                [sys.executable, "-c", KILL, json.dumps(kill)],
+                env=dict(os.environ, PYTHONPATH=path),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    said = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [-signal.SIGKILL] * len(started), said
     return stores
 
 
