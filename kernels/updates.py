@@ -98,7 +98,6 @@ class Updates:
         self._made: _Made | None = None
         self._turn = 0
         """How often directions were made, or were found to be none."""
-        self._states: Any = None
         self._held: list[Tensor] = []
         """Aliases of what directions were made of: nothing else gets its address meanwhile."""
         self._written: list[Tensor] = []
@@ -138,7 +137,7 @@ class Updates:
 
     def stale(self) -> bool:
         """Tell whether someone said, or a source shows, that the directions are to be renewed."""
-        return not self.current or self._states != self._sources_now()
+        return not self.current or self._seen is None or self._seen[1] != self._sources_now()
 
     def _sources_now(self) -> list[Any]:
         return [alive.state() for known in self._sources if (alive := known()) is not None]
@@ -168,7 +167,6 @@ class Updates:
         self._written = [alias for alias in self._held if not alias.is_inference()]
         self._turn += self.made is not before
         self.current = True
-        self._states = self._sources_now()
         self._seen = self._look(device)
 
     def _look(self, device: torch.device) -> Any:

@@ -39,13 +39,7 @@ def ideogram4() -> Any:
     made, config = TINY["ideogram4"], {"llm_features_dim": 13 * 16, "num_layers": 1}
     return diffusers.Ideogram4Pipeline(
         scheduler=parts.flow(),
-        vae=diffusers.AutoencoderKLFlux2(
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            mid_block_add_attention=False,
-        ),
+        vae=parts.flux2_autoencoder(),
         text_encoder=transformers.Qwen3VLModel(text),
         tokenizer=tokenizer,
         transformer=made.build(**config),

@@ -56,6 +56,17 @@ def qwen_text(vocabulary: int, **more: Any) -> dict[str, Any]:
     }
 
 
+def flux2_autoencoder() -> Any:
+    """8 x 8 pixels to one latent with 4 channels, four of which are a token's."""
+    return diffusers.AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8, 8),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        mid_block_add_attention=False,
+    )
+
+
 def autoencoder(**more: Any) -> Any:
     """8 x 8 pixels to one latent with 4 channels."""
     return diffusers.AutoencoderKL(

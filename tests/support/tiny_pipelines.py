@@ -51,13 +51,7 @@ def _flux2() -> Any:
     config = parts.qwen_text(len(tokenizer), hidden_size=32, num_hidden_layers=3, head_dim=16)
     return diffusers.Flux2KleinPipeline(
         scheduler=parts.flow(),
-        vae=diffusers.AutoencoderKLFlux2(
-            block_out_channels=(8, 8, 8, 8),
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=4,
-            mid_block_add_attention=False,
-        ),
+        vae=parts.flux2_autoencoder(),
         text_encoder=transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**config)),
         tokenizer=tokenizer,
         transformer=TINY["flux2"].build(joint_attention_dim=3 * 32, guidance_embeds=False),
