@@ -26,9 +26,8 @@ Groups of levels are of LEAST columns where 64 don't divide a row."""
 LARGEST = 127
 """8-bit code: symmetric."""
 PART = 1 << 28
-"""Numbers of an 8-bit weight that a product widens at a time, 0.5 GB in 16 bits; a quarter of them
-is rounded at a time. Embeddings, and heads of language models that share their weights, have more.
-"""
+"""Numbers of an 8-bit weight that a product widens at a time, 0.5 GB in 16 bits; a sixteenth of
+them is rounded at a time. Embeddings, and heads that share their weights, have more."""
 SCALED = ("GemmaTextScaledWordEmbedding", "Gemma2TextScaledWordEmbedding",
           "Gemma3TextScaledWordEmbedding")  # fmt: skip
 """Classes of transformers that multiply what they look up by ``scalar_embed_scale``, and whose
@@ -151,8 +150,8 @@ class WeightOnlyEmbedding(nn.Module):
 
 
 def widened(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the values of 8-bit codes [..., K] with scales [..., 1], rounded to ``dtype`` as 16-bit
-    weights are."""
+    """Return the values of 8-bit codes [..., K] with scales [..., 1], rounded to ``dtype`` as
+    16-bit weights are."""
     return codes.to(dtype).mul_(scale.to(dtype))
 
 
@@ -173,7 +172,7 @@ def rounded(
     """
     width = weight_NK.shape[1]
     if bits == 8:
-        parts = [_integers(part) for part in weight_NK.split(max(PART // 4 // width, 1))]
+        parts = [_integers(part) for part in weight_NK.split(max(PART // 16 // width, 1))]
         codes, scale = (torch.cat(each) for each in zip(*parts, strict=True))
         return codes, scale
     weight_NK = weight_NK.float()

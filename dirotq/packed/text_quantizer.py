@@ -34,8 +34,8 @@ METHOD = "dirotq"
 FORMAT = 3
 """Newest format of packed text encoders: the first with packed embeddings."""
 ELEMENTS: dict[int, Element] = {1: "int4", 2: "lm4", 3: "lm4"}
-"""What a 4-bit code is, by format. 8-bit codes are the same in all. What has no packed embeddings is
-written as the oldest that has its codes, which older DiRotQ read."""
+"""What a 4-bit code is, by format. 8-bit codes are the same in all. What has no packed embeddings
+is written as the oldest that has its codes, which older DiRotQ read."""
 OLDEST = {8: 1, 4: 2}
 """The format that is written without packed embeddings, by bits."""
 PACKED = (WeightOnlyLinear, WeightOnlyEmbedding)
@@ -132,7 +132,9 @@ class TextEncoderQuantizer(HfQuantizer):
         if config.embeddings is None:
             config.embeddings, _ = token_embeddings(model)
             config.format = FORMAT if config.embeddings else OLDEST[config.bits]
-        put_weight_only(model, config.bits, config.linears, config.embeddings, ELEMENTS[config.format])
+        put_weight_only(
+            model, config.bits, config.linears, config.embeddings, ELEMENTS[config.format]
+        )
         model.all_tied_weights_keys |= {
             _scale(name): _scale(other)
             for name, other in model.all_tied_weights_keys.items()
@@ -189,7 +191,7 @@ class _Round(ConversionOps):
                 f"{path}: the weights hold NaN or infinity; the checkpoint is damaged"
             )
         packed = model.get_submodule(path)
-        bits = 8 if isinstance(packed, WeightOnlyEmbedding) else packed.bits
+        bits: Bits = 8 if isinstance(packed, WeightOnlyEmbedding) else packed.bits
         codes, scale = self.codes.get(path) or rounded(weight, bits)
         return {f"{path}.weight": codes, f"{path}.scale": scale.to(packed.scale.dtype)}
 
@@ -242,20 +244,25 @@ def put_weight_only(
     Raises ArtifactError for a path of neither.
     """
     modules = dict(model.named_modules())
-    wanted = [*((name, bits) for name in linears), *((name, None) for name in embeddings)]
+    wanted: list[tuple[str, Bits | None]] = [(name, bits) for name in linears]
+    wanted += [(name, None) for name in embeddings]
     for name, width in wanted:
-        like, packed = modules.get(name), None
-        if width is None and like is not None and takes_embedding(like):
+        like: Any = modules.get(name, model)
+        packed: WeightOnlyEmbedding | WeightOnlyLinear
+        if width is None and takes_embedding(like):
             packed = WeightOnlyEmbedding(like)
-        elif like is not None and takes(like, width or 8):
+        elif takes(like, width or 8):
             packed = WeightOnlyLinear(like, width or 8, element)
             packed.widens = name.rpartition(".")[2] in (model._keep_in_fp32_modules or ())
-        if packed is None:
+        else:
             kind = "linear" if width else "embedding"
             raise ArtifactError(
                 f"{name:.80} is packed by the config.json of this {type(model).__name__}, and is "
                 f"no {kind} of it that takes {width or 8} bits; {AGAIN}"
             )
+        for tensor in packed.parameters():
+            # Or transformers draws codes that wait on the disk anew, of a normal distribution.
+            tensor._is_hf_initialized = True  # type: ignore[attr-defined]
         model.set_submodule(name, packed)
 
 

@@ -53,18 +53,19 @@ def refuse_missing_packages(folder: Path, source: str, *, prompts: bool = True) 
     import diffusers
 
     index = read_json(folder / INDEX)
-    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    name = str(index.get("_class_name"))
+    pipeline: Any = getattr(diffusers, name, None)
     found: dict[str, list[str]] = {}
     with quiet():
         for package, what in _wanted(folder, index, pipeline):
             found.setdefault(what, []).append(package)
         called = list(_called(pipeline))
     if called and prompts:
-        found.setdefault(f"the {pipeline.__name__}", []).extend(called)
+        found.setdefault(f"the {name}", []).extend(called)
     elif called:
         log.warning(
             "a %s needs %s to encode texts, which is not installed here: pip install %s",
-            pipeline.__name__, " and ".join(called), " ".join(called),
+            name, " and ".join(called), " ".join(called),
         )  # fmt: skip
     if not found:
         return
@@ -123,12 +124,13 @@ def _called(pipeline: Any) -> Iterator[str]:
 
     Only those that stand alone in its module: methods that use one are called on demand.
     """
-    module = sys.modules.get(getattr(pipeline, "__module__", ""))
-    for function in list(vars(module).values()) if module else ():
-        if not isinstance(function, FunctionType) or function.__module__ != module.__name__:
+    where = getattr(pipeline, "__module__", "")
+    known = vars(sys.modules[where]) if where in sys.modules else {}
+    for function in list(known.values()):
+        if not isinstance(function, FunctionType) or function.__module__ != where:
             continue
         code = dis.get_instructions(function)
         names = {step.argval for step in code if step.opname == "LOAD_GLOBAL"}
-        for name in sorted(names & OPTIONAL.keys() - vars(module).keys()):
+        for name in sorted(names & OPTIONAL.keys() - known.keys()):
             if f"is_{name}_available" not in names and not installed(name):
                 yield name

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from dirotq.kernels import weight_only
 from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.formats.quantize_weight import (
     codes_on_grid,
@@ -9,7 +10,6 @@ from dirotq.kernels.formats.quantize_weight import (
     unpack_weight,
     weight_scales,
 )
-from dirotq.kernels import weight_only
 from dirotq.kernels.weight_only import (
     WeightOnlyEmbedding,
     WeightOnlyLinear,
@@ -193,7 +193,7 @@ def test_a_head_with_the_weights_of_an_embedding_multiplies_them(monkeypatch):
 def test_weights_are_rounded_in_parts(monkeypatch):
     weight = embedding()[0].weight.data
     want = rounded(weight, 8)
-    monkeypatch.setattr(weight_only, "PART", 4 * 24 * 7)
+    monkeypatch.setattr(weight_only, "PART", 16 * 24 * 7)
     assert all(map(torch.equal, rounded(weight, 8), want))
 
 

@@ -260,7 +260,7 @@ def test_rows_can_be_added_to_embeddings_in_16_bits(packed, tmp_path, caplog):
     assert again.get_input_embeddings().weight[100].eq(1).all()
     torch.testing.assert_close(run(again, TOKENS), before, rtol=0.02, atol=0.02)  # bf16 rows
     tied = transformers.T5EncoderModel.from_pretrained(packed("T5EncoderModel", 8))
-    with pytest.raises(UnsupportedError, match="can't be resized: shared, encoder.embed_tokens"):
+    with pytest.raises(UnsupportedError, match=r"can't be resized: shared, encoder\.embed_tokens"):
         tied.resize_token_embeddings(101)
 
 
@@ -271,6 +271,17 @@ def test_casts_of_the_network_are_those_of_its_embeddings(packed):
         assert made.dtype == made.shared(TOKENS).dtype == dtype
         assert made.shared.weight.dtype == torch.int8
         assert made.shared.scale is made.encoder.embed_tokens.scale
+
+
+def test_shared_weights_that_wait_on_the_disk(packed, tmp_path):
+    folder, parts = packed("T5EncoderModel", 4), ("embed_tokens", "final_layer_norm", "dropout")
+    places = {f"encoder.{part}": "cpu" for part in (*parts, "block.0")}
+    places |= {"shared": "disk", "encoder.embed_tokens": "disk", "encoder.block.1": "disk"}
+    made = transformers.T5EncoderModel.from_pretrained(
+        folder, dtype=torch.float32, device_map=places, offload_folder=tmp_path
+    )
+    want = transformers.T5EncoderModel.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(run(made, TOKENS), run(want, TOKENS))
 
 
 @pytest.mark.parametrize(

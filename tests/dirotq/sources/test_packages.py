@@ -5,10 +5,12 @@ import logging
 import sys
 from types import ModuleType
 
+import diffusers
 import pytest
 import transformers
 from damaged import *  # noqa: F403
 from damaged import edit
+from transformers.utils import DummyObject
 
 from dirotq.errors import UnsupportedError
 from dirotq.sources.completeness import refuse_incomplete
@@ -52,9 +54,7 @@ def test_a_vocabulary_without_tokenizer_json(own, file, packages, monkeypatch):
     folder = own("flux")
     vocabulary(folder, "tokenizer_2", "T5Tokenizer", file)
     names = " ".join(sorted(packages.split(" and ")))
-    refused(
-        folder, f"the tokenizer_2 (T5Tokenizer) needs {packages}.", f"pip install {names}"
-    )
+    refused(folder, f"the tokenizer_2 (T5Tokenizer) needs {packages}.", f"pip install {names}")
     monkeypatch.setattr("dirotq.sources.packages.installed", lambda package: True)
     refuse_missing_packages(folder, "the model")
 
@@ -78,16 +78,14 @@ def test_a_processor_that_needs_torchvision(own, monkeypatch):
 @pytest.mark.parametrize("name", ["the pipeline", "a component"])
 def test_classes_whose_places_libraries_keep(name, own, monkeypatch):
     """They stand for Kolors without sentencepiece, and for tokenizers that need it."""
-    import diffusers
-
-    kept = type("Kept", (), {"_backends": ["torch", "gguf_of_tomorrow"]})
+    kept = DummyObject("Kept", (), {"_backends": ["torch", "gguf_of_tomorrow"]})
     folder = own("flux")
     if name == "the pipeline":
         monkeypatch.setattr(diffusers, "KeptPipeline", kept, raising=False)
         edit(folder / "model_index.json", _class_name="KeptPipeline")
         refused(folder, "the KeptPipeline needs gguf_of_tomorrow")
     else:
-        monkeypatch.setattr(transformers, "KeptTokenizer", kept, raising=False)
+        monkeypatch.setattr("dirotq.sources.packages.class_named", lambda *entry: kept)
         edit(folder / "model_index.json", tokenizer=["transformers", "KeptTokenizer"])
         refused(folder, "the tokenizer (KeptTokenizer) needs gguf_of_tomorrow")
 
