@@ -67,7 +67,7 @@ class WeightOnlyLinear(nn.Module):
     bias: Tensor | None
 
     def __init__(self, like: nn.Linear, bits: Bits, element: Element = "lm4") -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # of a subclass that is a linear too
         self.in_features, self.out_features, self.bits = like.in_features, like.out_features, bits
         self.spec = _spec(like, element) if bits == 4 else None
         self._key = ops.format_key(self.spec) if self.spec is not None else ""
@@ -117,20 +117,27 @@ class WeightOnlyLinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, W{self.bits}A16"
 
 
-class WeightOnlyEmbedding(nn.Module):
+class SharedHead(WeightOnlyLinear, nn.Linear):  # type: ignore[misc]
+    """An 8-bit linear with the weights of an embedding. diffusers' group offloading brings tensors
+    that modules share to linears and embeddings alone, by their class."""
+
+
+class WeightOnlyEmbedding(nn.Embedding):
     """An embedding of tokens with 8-bit weights in rows, widened as they are looked up.
 
     ``weight``  int8, [N, K] codes
     ``scale``   [N, 1], in the dtype that is computed in, which casts of the network change: a
                 network says its dtype by its first floating tensor, which this often is
 
-    Both are those of an 8-bit :class:`WeightOnlyLinear`, which can share them.
+    Both are those of an 8-bit :class:`WeightOnlyLinear`, which can share them. By class it is an
+    embedding for the reason that :class:`SharedHead` is a linear.
     """
 
     scale: Tensor
+    max_norm = None
 
     def __init__(self, like: nn.Embedding) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # no 16-bit weights
         self.num_embeddings, self.embedding_dim = like.num_embeddings, like.embedding_dim
         self.padding_idx = like.padding_idx
         self.factor: float | None = getattr(like, "scalar_embed_scale", None)
@@ -139,10 +146,10 @@ class WeightOnlyEmbedding(nn.Module):
         self.weight = _frozen(torch.empty(rows, self.embedding_dim, dtype=torch.int8, device=on))
         self.scale = _frozen(torch.empty(rows, 1, dtype=like.weight.dtype, device=on))
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Map tokens, integers [...], to rows [..., K] in the dtype of ``scale``."""
         dtype = self.scale.dtype
-        rows = widened(self.weight[tokens], self.scale[tokens], dtype)
+        rows = widened(self.weight[input], self.scale[input], dtype)
         return rows if self.factor is None else rows * torch.tensor(self.factor, dtype=dtype)
 
     def extra_repr(self) -> str:

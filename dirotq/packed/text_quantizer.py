@@ -21,6 +21,7 @@ from dirotq.errors import ArtifactError, NumericalError, UnsupportedError
 from dirotq.kernels.formats.weight import Element
 from dirotq.kernels.weight_only import (
     Bits,
+    SharedHead,
     WeightOnlyEmbedding,
     WeightOnlyLinear,
     rounded,
@@ -252,7 +253,7 @@ def put_weight_only(
         if width is None and takes_embedding(like):
             packed = WeightOnlyEmbedding(like)
         elif takes(like, width or 8):
-            packed = WeightOnlyLinear(like, width or 8, element)
+            packed = (WeightOnlyLinear if width else SharedHead)(like, width or 8, element)
             packed.widens = name.rpartition(".")[2] in (model._keep_in_fp32_modules or ())
         else:
             kind = "linear" if width else "embedding"

@@ -6,7 +6,9 @@ import json
 import pytest
 import torch
 import transformers
+from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file, save_file
+from tiny_offload import absent
 from torch import nn
 
 from dirotq.errors import ArtifactError, NumericalError, UnsupportedError
@@ -271,6 +273,19 @@ def test_casts_of_the_network_are_those_of_its_embeddings(packed):
         assert made.dtype == made.shared(TOKENS).dtype == dtype
         assert made.shared.weight.dtype == torch.int8
         assert made.shared.scale is made.encoder.embed_tokens.scale
+
+
+@pytest.mark.parametrize("name", ["T5EncoderModel", "Qwen3ForCausalLM", "MistralForCausalLM"])
+def test_shared_weights_that_come_layer_by_layer(name, packed, monkeypatch):
+    made = type(network(name)).from_pretrained(packed(name, 4), dtype=torch.float32)
+    want = run(made, TOKENS)
+    logits = made(TOKENS).logits if name != "T5EncoderModel" else want
+    absent(monkeypatch)
+    cpu = torch.device("cpu")
+    apply_group_offloading(made, cpu, cpu, offload_type="leaf_level")
+    assert torch.equal(run(made, TOKENS), want)
+    got = made(TOKENS).logits if name != "T5EncoderModel" else want
+    assert torch.equal(got, logits)
 
 
 def test_shared_weights_that_wait_on_the_disk(packed, tmp_path):
