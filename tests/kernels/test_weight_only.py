@@ -183,7 +183,8 @@ def test_a_head_with_the_weights_of_an_embedding_multiplies_them(monkeypatch):
     head = WeightOnlyLinear(nn.Linear(24, 50, bias=True), 8)
     head.weight, head.scale = made.weight, made.scale
     head.bias.data = torch.linspace(-1, 1, 50).bfloat16()
-    x = torch.randn(3, 24)
+    x = torch.randn(3, 24).double()
+    made.double()
     want = x @ made(torch.arange(50)).mT + head.bias
     torch.testing.assert_close(head(x), want)
     monkeypatch.setattr(weight_only, "PART", 24 * 7)  # 7 rows at a time, the last of them one
