@@ -21,12 +21,12 @@ from torch import nn
 
 from dirotq.benchmarks.contestants import RANK, planned, random_packed
 from dirotq.benchmarks.whole_images import CLIP, T5, whole
-from dirotq.kernels.weight_only import Bits, WeightOnlyLinear, rounded
+from dirotq.kernels.weight_only import Bits, rounded
 from dirotq.models.autoencoders import tile
 from dirotq.models.families import family_of
 from dirotq.packed.swap import put_packed
 from dirotq.packed.text_encoders import BITS
-from dirotq.packed.text_quantizer import packable
+from dirotq.packed.text_quantizer import PACKED, packable, put_weight_only, token_embeddings
 from dirotq.quantize.running import CONTEXT, PHASES, TOLD, Running, Way, activations
 from dirotq.runtime.accelerate import accelerate
 from dirotq.runtime.graphs import GraphedForward
@@ -106,13 +106,27 @@ def pipeline(width: str, device: str = "cuda", sizes: Any = None, **changes: Any
 
 def pack(encoder: Any, bits: Bits) -> None:
     """Round the weights of a text encoder in memory, in place."""
-    for name in packable(encoder, bits):
-        linear = encoder.get_submodule(name)
-        packed = WeightOnlyLinear(linear, bits)
-        packed.weight.data, packed.scale.data = rounded(linear.weight.data, bits)
-        if packed.bias is not None:
-            packed.bias.data.copy_(linear.bias.data)
-        encoder.set_submodule(name, packed)
+    likes = dict(encoder.named_modules())
+    _put(encoder, bits)
+    made: dict[int, Any] = {}  # what shared weights in 16 bits shares them still
+    for name, packed in encoder.named_modules():
+        if isinstance(packed, PACKED):
+            weight = likes[name].weight.data
+            if weight.data_ptr() not in made:
+                packed.weight.data, scale = rounded(weight, getattr(packed, "bits", 8))
+                packed.scale.data = scale.to(packed.scale.dtype)
+                made[weight.data_ptr()] = packed
+            first = made[weight.data_ptr()]
+            packed.weight, packed.scale = first.weight, first.scale
+            if getattr(packed, "bias", None) is not None:
+                packed.bias.data.copy_(likes[name].bias.data)
+
+
+def _put(encoder: Any, bits: Bits) -> list[str]:
+    """Put modules for codes into a text encoder; return the paths of its embeddings."""
+    embeddings, _ = token_embeddings(encoder)
+    put_weight_only(encoder, bits, packable(encoder, bits), embeddings, "lm4")
+    return embeddings
 
 
 def expected(pipe: Any) -> Running:
@@ -204,8 +218,8 @@ def _by_shapes(encoders: Any, transformer: Any, vae: Mapping[str, Any], width: s
     family = family_of(type(transformer).__name__)
     put_packed(transformer, planned(family, transformer, "dirotq", RANK).items())
     for encoder in encoders.values():
-        for name in packable(encoder, BITS[width]) if width in BITS else ():
-            encoder.set_submodule(name, WeightOnlyLinear(encoder.get_submodule(name), BITS[width]))
+        for name in _put(encoder, BITS[width])[1:] if width in BITS else ():
+            encoder.set_submodule(name, nn.Identity())  # what shares its weights with the first one
     parts = {**encoders, "transformer": transformer}
     return Running(
         weights={n: _bytes([part]) for n, part in parts.items()} | {"vae": VAE_BYTES},

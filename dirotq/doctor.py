@@ -55,6 +55,7 @@ def findings() -> Iterator[tuple[str, str]]:
             except Exception as error:  # noqa: BLE001 - whatever a broken install raises
                 found += f" (import fails: {type(error).__name__}: {error})"
         yield name, found
+    yield "optional", _optional()
     yield "gpu", "; ".join(map(str, graphics.installed())) or "none that nvidia-smi knows"
     usable, told = _cuda()
     yield "cuda", told
@@ -70,6 +71,16 @@ def findings() -> Iterator[tuple[str, str]]:
         f"all stages on the {'GPU (device=cuda)' if usable else 'CPU (device=cpu)'}; "
         f"packed models on {'the Triton kernels' if fast else 'the torch reference path'}",
     )
+
+
+def _optional() -> str:
+    """Name packages that some models' folders need. A folder that lacks one is refused first."""
+    from dirotq.sources.packages import OPTIONAL, installed
+
+    missing = [f"{name} ({why})" for name, why in OPTIONAL.items() if not installed(name)]
+    if not missing:
+        return f"{', '.join(OPTIONAL)} are here"
+    return f"not here, for models that need them: {'; '.join(missing)}"
 
 
 def _store() -> str:

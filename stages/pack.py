@@ -55,7 +55,7 @@ class Pack:
     Metrics: ``text_linears_nearest`` counts 4-bit linears of text encoders that nothing calibrated.
     """
 
-    version: ClassVar[str] = "5"
+    version: ClassVar[str] = "6"
     needs = memory.pack
 
     model: DiffusersModel

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dirotq.files.json_file import INDEX, components, read_json
-from dirotq.kernels.weight_only import Bits, WeightOnlyLinear
+from dirotq.kernels.weight_only import Bits
 from dirotq.quiet import heed, quiet
 from dirotq.sources.components import class_named
 
@@ -30,6 +30,7 @@ class Choice:
     """What becomes of one text encoder: its ``bits`` and ``size``, or ``why`` it stays as it is.
 
     ``linears``  paths of those that are packed, with the channels of each
+    ``kept``  why the embeddings of its tokens stay in 16 bits, or ""
     """
 
     cls: Any
@@ -37,6 +38,7 @@ class Choice:
     size: int = 0
     why: str = ""
     linears: Mapping[str, int] = field(default_factory=dict)
+    kept: str = ""
 
 
 def choose(source: Path, width: str) -> dict[str, Choice]:
@@ -54,6 +56,10 @@ def choose(source: Path, width: str) -> dict[str, Choice]:
         found[name] = choice = _chosen(cls, source / name, BITS[width])
         if choice.why:
             log.warning("the %s (%s) stays in 16 bits: %s", name, cls_name, choice.why)
+        elif choice.kept:
+            log.warning(
+                "embeddings of the %s (%s) stay in 16 bits: %s", name, cls_name, choice.kept
+            )
     return found
 
 
@@ -121,12 +127,13 @@ def _chosen(cls: Any, part: Path, bits: Bits) -> Choice:
         return Choice(cls, why="it is no model of transformers")
     if "quantization_config" in read_json(part / "config.json"):
         return Choice(cls, why="it is quantized already")
-    from dirotq.packed.text_quantizer import packable
+    from dirotq.packed.text_quantizer import packable, put_weight_only, token_embeddings
 
     try:
         with quiet(), torch.device("meta"):
             empty = cls(cls.config_class.from_pretrained(part, local_files_only=True))
         linears = packable(empty, bits)
+        embeddings, kept = token_embeddings(empty)
     except Exception as error:  # noqa: BLE001  any line of a foreign class
         why = f"it can't be built without weights ({type(error).__name__}: {error})"
         return Choice(cls, why=why)
@@ -134,15 +141,8 @@ def _chosen(cls: Any, part: Path, bits: Bits) -> Choice:
         why = f"it has no linears in repeated blocks that take {bits}-bit weights"
         return Choice(cls, why=why)
     channels = {name: empty.get_submodule(name).in_features for name in linears}
-    return Choice(cls, bits, _size(empty, linears, bits), linears=channels)
-
-
-def _size(empty: torch.nn.Module, linears: Iterable[str], bits: Bits) -> int:
-    """Return the bytes of a text encoder with these linears packed, all else in 16 bits."""
-    saved = 0
-    for name in linears:
-        linear = empty.get_submodule(name)
-        packed = WeightOnlyLinear(linear, bits)  # type: ignore[arg-type]
-        saved += sum(2 * t.numel() for t in linear.parameters())
-        saved -= sum(t.numel() * t.element_size() for t in packed.parameters())
-    return sum(2 * t.numel() for t in empty.parameters()) - saved
+    put_weight_only(empty, bits, linears, embeddings, "lm4")
+    for name in embeddings[1:]:  # which share the first one's codes and scales, once loaded
+        empty.set_submodule(name, torch.nn.Identity())
+    size = sum(t.numel() * (1 if t.dtype == torch.int8 else 2) for t in empty.parameters())
+    return Choice(cls, bits, size, linears=channels, kept=kept)

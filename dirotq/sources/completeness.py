@@ -17,6 +17,7 @@ from dirotq.models.families import is_denoiser
 from dirotq.models.installed import SAVED_BY, installed
 from dirotq.quiet import quiet
 from dirotq.sources.components import DENOISER, class_named, is_entry, problems
+from dirotq.sources.packages import refuse_missing_packages
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +44,10 @@ def refuse_incomplete(
     without  components whose weights don't count
     prompts  texts will be encoded, so the encoders can't be null even where the class allows it
 
-    Files that are as they were at the last call are not looked at again.
+    Raises UnsupportedError for packages that are not installed. Files that are as they were at the
+    last call are not looked at again.
     """
+    refuse_missing_packages(folder, source, prompts=prompts)
     if unknown := list(_unknown_classes(folder)):
         raise error(
             f"{source} can't be opened here: {'; '.join(unknown)}. Install a version that has it, "

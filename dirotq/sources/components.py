@@ -63,21 +63,7 @@ def problems(part: Path, entry: list[str], partner: Any, *, weights: bool) -> It
     except DirotqError as error:
         yield str(error)
     except Exception as error:  # noqa: BLE001  any line of a foreign class
-        if _lacks_torchvision(cls):
-            yield (
-                "reads videos by torchvision, which is not installed here: pip install "
-                "torchvision, of the build of your torch"
-            )
-            return
         yield f"can't be made of its folder ({type(error).__name__}: {_short(error)})"
-
-
-def _lacks_torchvision(cls: Any) -> bool:
-    """Tell whether a processor has a part for videos, which transformers makes by torchvision."""
-    from transformers.utils import is_torchvision_available
-
-    parts: Collection[str] = getattr(cls, "get_attributes", list)()
-    return "video_processor" in parts and not is_torchvision_available()
 
 
 def class_named(library: str, name: str) -> Any:

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from dirotq.kernels import weight_only
 from dirotq.kernels.formats.pack_int4 import pack_int4
 from dirotq.kernels.formats.quantize_weight import (
     codes_on_grid,
@@ -9,7 +10,13 @@ from dirotq.kernels.formats.quantize_weight import (
     unpack_weight,
     weight_scales,
 )
-from dirotq.kernels.weight_only import WeightOnlyLinear, rounded, takes
+from dirotq.kernels.weight_only import (
+    WeightOnlyEmbedding,
+    WeightOnlyLinear,
+    rounded,
+    takes,
+    takes_embedding,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -130,3 +137,68 @@ def test_what_it_takes():
     assert takes(nn.Linear(96, 8), 4) and takes(nn.Linear(100, 8), 8)
     assert not takes(nn.Linear(100, 8), 4)  # no whole groups
     assert not takes(nn.Conv1d(96, 8, 1), 8) and not takes(packed(linear(), 8), 8)
+
+
+def embedding(dtype=torch.float32) -> tuple[nn.Embedding, WeightOnlyEmbedding]:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(50, 24, generator=generator) * torch.logspace(-4, 2, 50)[:, None]
+    rows[7] = 0
+    like = nn.Embedding.from_pretrained(rows.to(dtype), padding_idx=7)
+    made = WeightOnlyEmbedding(like)
+    made.weight.data, scale = rounded(like.weight.data, 8)
+    made.scale.data = scale.to(dtype)
+    return like, made
+
+
+def test_no_embedding_is_off_by_more_than_half_a_step():
+    like, made = embedding()
+    lost = made(torch.arange(50)) - like.weight
+    assert (lost.abs() <= made.scale / 2 * (1 + 1e-5)).all() and lost.abs().max() > 0
+    assert not made(torch.tensor(7)).any()
+    decibels = 10 * (like.weight.square().sum() / lost.square().sum()).log10()
+    assert 40 < decibels < 50
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_it_looks_up_what_its_codes_say(dtype):
+    _, made = embedding(dtype)
+    made.scale.data.clamp_(min=1e-3)  # of float16's normal numbers
+    tokens = torch.tensor([[0, 7, 49], [3, 3, 1]])
+    want = made.weight[tokens].double() * made.scale[tokens].double()
+    assert torch.equal(made(tokens), want.to(dtype))
+    made.factor = 7.7
+    assert torch.equal(made(tokens), want.to(dtype) * torch.tensor(7.7).to(dtype))
+
+
+def test_casts_change_the_dtype_of_scales_alone():
+    _, made = embedding()
+    before = {name: tensor.clone() for name, tensor in made.state_dict().items()}
+    made.bfloat16().float()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in made.state_dict().items())
+    assert made.half()(torch.tensor([1])).dtype == torch.float16
+
+
+def test_a_head_with_the_weights_of_an_embedding_multiplies_them(monkeypatch):
+    _, made = embedding()
+    head = WeightOnlyLinear(nn.Linear(24, 50, bias=True), 8)
+    head.weight, head.scale = made.weight, made.scale
+    head.bias.data = torch.linspace(-1, 1, 50).bfloat16()
+    x = torch.randn(3, 24).double()
+    made.double()
+    want = x @ made(torch.arange(50)).mT + head.bias
+    torch.testing.assert_close(head(x), want)
+    monkeypatch.setattr(weight_only, "PART", 24 * 7)  # 7 rows at a time, the last of them one
+    torch.testing.assert_close(head(x), want)
+
+
+def test_weights_are_rounded_in_parts(monkeypatch):
+    weight = embedding()[0].weight.data
+    want = rounded(weight, 8)
+    monkeypatch.setattr(weight_only, "PART", 16 * 24 * 7)
+    assert all(map(torch.equal, rounded(weight, 8), want))
+
+
+def test_what_it_looks_up():
+    assert takes_embedding(nn.Embedding(3, 4)) and not takes_embedding(nn.Linear(3, 4))
+    assert not takes_embedding(nn.Embedding(3, 4, max_norm=1.0))  # which it would write
+    assert not takes_embedding(type("Other", (nn.Embedding,), {})(3, 4))

@@ -6,13 +6,15 @@ import json
 import pytest
 import torch
 import transformers
+from diffusers.hooks import apply_group_offloading
 from safetensors.torch import load_file, save_file
+from tiny_offload import absent
 from torch import nn
 
 from dirotq.errors import ArtifactError, NumericalError, UnsupportedError
-from dirotq.kernels.weight_only import WeightOnlyLinear
+from dirotq.kernels.weight_only import WeightOnlyEmbedding, WeightOnlyLinear
 from dirotq.packed.text_encoders import choose, packed_bits
-from dirotq.packed.text_quantizer import TextEncoderConfig, packable
+from dirotq.packed.text_quantizer import TextEncoderConfig, packable, token_embeddings
 
 SIZE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 99}
 HEADS = {"num_attention_heads": 2, "num_key_value_heads": 1}
@@ -46,9 +48,9 @@ def qwen_vl():
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
-def causal(name, **more):
+def causal(name, kind="ForCausalLM", **more):
     config = getattr(transformers, f"{name}Config")(**LANGUAGE, **more)
-    return getattr(transformers, f"{name}ForCausalLM")(config)
+    return getattr(transformers, f"{name}{kind}")(config)
 
 
 BUILD = {
@@ -60,7 +62,19 @@ BUILD = {
     "Qwen2_5_VLForConditionalGeneration": (qwen_vl, 14 + 5),
     "MistralForCausalLM": (functools.partial(causal, "Mistral"), 14),
     "Gemma2ForCausalLM": (functools.partial(causal, "Gemma2"), 14),
+    "Gemma2Model": (functools.partial(causal, "Gemma2", "Model"), 14),
     "Qwen3ForCausalLM": (functools.partial(causal, "Qwen3", tie_word_embeddings=True), 14),
+}
+EMBEDDINGS = {
+    "T5EncoderModel": ["shared", "encoder.embed_tokens"],
+    "UMT5EncoderModel": ["shared", "encoder.embed_tokens"],
+    "CLIPTextModel": ["embeddings.token_embedding"],
+    "CLIPTextModelWithProjection": ["text_model.embeddings.token_embedding"],
+    "Qwen2_5_VLForConditionalGeneration": ["model.language_model.embed_tokens"],
+    "MistralForCausalLM": ["model.embed_tokens"],
+    "Gemma2ForCausalLM": ["model.embed_tokens", "lm_head"],
+    "Gemma2Model": ["embed_tokens"],
+    "Qwen3ForCausalLM": ["model.embed_tokens", "lm_head"],
 }
 
 
@@ -104,14 +118,19 @@ def test_every_class_is_packed_saved_and_restored(name, bits, packed):
     cls, folder = type(network(name)), packed(name, bits)
     made, info = cls.from_pretrained(folder, dtype=torch.bfloat16, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    inside = [m for m in made.modules() if isinstance(m, WeightOnlyLinear)]
-    assert len(inside) == BUILD[name][1]
+    inside = {n: m for n, m in made.named_modules() if isinstance(m, WeightOnlyLinear)}
+    assert len(inside.keys() - EMBEDDINGS[name]) == BUILD[name][1]
     output = made.get_output_embeddings()
-    assert output is None or type(output) is nn.Linear
+    assert output is None or (type(output) is nn.Linear) == ("lm_head" not in inside)
+    looked_up, *sharing = (made.get_submodule(path) for path in EMBEDDINGS[name])
+    assert isinstance(looked_up, WeightOnlyEmbedding) and looked_up.weight.dtype == torch.int8
+    assert all(m.weight is looked_up.weight and m.scale is looked_up.scale for m in sharing)
     want = run(network(name), TOKENS)
     lost = (run(made, TOKENS) - want).norm() / want.norm()
     assert 0 < lost < (0.06 if bits == 8 else 0.5)
-    cls.from_pretrained(folder, dtype=torch.float32).save_pretrained(folder.parent / "again")
+    wide = cls.from_pretrained(folder, dtype=torch.float32)
+    assert (made.dtype, wide.dtype) == (torch.bfloat16, torch.float32)  # which pipelines ask for
+    wide.save_pretrained(folder.parent / "again")
     again, first = (load_file(f / "model.safetensors") for f in (folder.parent / "again", folder))
     assert again.keys() == first.keys()
     assert all(
@@ -142,7 +161,10 @@ def test_t5_in_float16_keeps_the_range_that_it_asks_for(packed):
 @pytest.mark.parametrize(
     "changes, error, says",
     [
-        ({"format": 3}, UnsupportedError, "reads up to 2"),
+        ({"format": 4}, UnsupportedError, "reads up to 3"),
+        ({"format": 2}, ArtifactError, "format 2"),
+        ({"embeddings": [1]}, ArtifactError, r"embeddings \[1\]"),
+        ({"embeddings": ["encoder.final_layer_norm"]}, ArtifactError, "no embedding of"),
         ({"format": "1"}, ArtifactError, "damaged"),
         ({"bits": 5}, ArtifactError, "bits 5"),
         ({"linears": "all"}, ArtifactError, "linears 'all'"),
@@ -210,7 +232,114 @@ def test_an_encoder_that_is_quantized_already_is_kept(packed, tmp_path):
     assert packed_bits(folder / "text_encoder") == 4
 
 
-def test_tied_weights_and_what_stands_around_the_blocks_stay(packed):
+def test_folders_without_packed_embeddings_load(tmp_path):
+    """Those of format 1, and 4-bit ones of format 2."""
+    like = network("T5EncoderModel")
+    like.save_pretrained(tmp_path / "whole")
+    for bits, format in ((8, 1), (4, 2)):
+        config = TextEncoderConfig(bits=bits, linears=packable(like, bits))
+        made = type(like).from_pretrained(tmp_path / "whole", quantization_config=config)
+        made.save_pretrained(tmp_path / "packed")
+        saved = json.loads((tmp_path / "packed" / "config.json").read_text())
+        assert saved["quantization_config"].keys() == {"quant_method", "format", "bits", "linears"}
+        assert saved["quantization_config"]["format"] == format
+        again = type(like).from_pretrained(tmp_path / "packed")
+        assert type(again.shared) is nn.Embedding
+        assert torch.equal(run(again, TOKENS), run(made, TOKENS))
+
+
+def test_rows_can_be_added_to_embeddings_in_16_bits(packed, tmp_path, caplog):
+    """As textual inversions do, which write them."""
+    folder = packed("CLIPTextModel", 8)
+    made = transformers.CLIPTextModel.from_pretrained(folder, dtype=torch.float32)
+    before = run(made, TOKENS)
+    made.resize_token_embeddings(101, mean_resizing=False)
+    made.get_input_embeddings().weight.data[100] = 1.0
+    assert "in 16 bits again" in caplog.text
+    assert torch.equal(run(made, TOKENS), before)
+    made.save_pretrained(tmp_path)
+    again = transformers.CLIPTextModel.from_pretrained(tmp_path, dtype=torch.float32)
+    assert again.get_input_embeddings().weight[100].eq(1).all()
+    torch.testing.assert_close(run(again, TOKENS), before, rtol=0.02, atol=0.02)  # bf16 rows
+    tied = transformers.T5EncoderModel.from_pretrained(packed("T5EncoderModel", 8))
+    with pytest.raises(UnsupportedError, match=r"can't be resized: shared, encoder\.embed_tokens"):
+        tied.resize_token_embeddings(101)
+
+
+def test_casts_of_the_network_are_those_of_its_embeddings(packed):
+    made = transformers.T5EncoderModel.from_pretrained(packed("T5EncoderModel", 8))
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        made.to(dtype)
+        assert made.dtype == made.shared(TOKENS).dtype == dtype
+        assert made.shared.weight.dtype == torch.int8
+        assert made.shared.scale is made.encoder.embed_tokens.scale
+
+
+@pytest.mark.parametrize("name", ["T5EncoderModel", "Qwen3ForCausalLM", "MistralForCausalLM"])
+def test_shared_weights_that_come_layer_by_layer(name, packed, monkeypatch):
+    made = type(network(name)).from_pretrained(packed(name, 4), dtype=torch.float32)
+    want = run(made, TOKENS)
+    logits = made(TOKENS).logits if name != "T5EncoderModel" else want
+    absent(monkeypatch)
+    cpu = torch.device("cpu")
+    apply_group_offloading(made, cpu, cpu, offload_type="leaf_level")
+    assert torch.equal(run(made, TOKENS), want)
+    got = made(TOKENS).logits if name != "T5EncoderModel" else want
+    assert torch.equal(got, logits)
+
+
+def test_shared_weights_that_wait_on_the_disk(packed, tmp_path):
+    folder, parts = packed("T5EncoderModel", 4), ("embed_tokens", "final_layer_norm", "dropout")
+    places = {f"encoder.{part}": "cpu" for part in (*parts, "block.0")}
+    places |= {"shared": "disk", "encoder.embed_tokens": "disk", "encoder.block.1": "disk"}
+    made = transformers.T5EncoderModel.from_pretrained(
+        folder, dtype=torch.float32, device_map=places, offload_folder=tmp_path
+    )
+    want = transformers.T5EncoderModel.from_pretrained(folder, dtype=torch.float32)
+    assert torch.equal(run(made, TOKENS), run(want, TOKENS))
+
+
+@pytest.mark.parametrize(
+    "build, why",
+    [
+        (lambda: gemma4(), "embed_tokens is a Gemma4TextScaledWordEmbedding"),
+        (lambda: sharing(), "are one module"),
+    ],
+)
+def test_embeddings_that_are_read_otherwise_stay(build, why):
+    paths, said = token_embeddings(build())
+    assert not paths and why in said
+
+
+def gemma4():
+    """Its network reads a row of the weights itself."""
+    with torch.device("meta"):
+        config = LANGUAGE | {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 9}
+        return transformers.Gemma4TextModel(transformers.Gemma4TextConfig(**config))
+
+
+def sharing():
+    made = t5("T5")
+    made.encoder.embed_tokens = made.shared
+    return made
+
+
+def test_embeddings_that_stay_are_said(monkeypatch, tmp_path, caplog):
+    monkeypatch.setattr("dirotq.packed.text_quantizer.takes_embedding", lambda module: False)
+    folder = pipeline_of(tmp_path, network("CLIPTextModel"))
+    chosen = choose(folder, "w8")["text_encoder"]
+    assert chosen.bits == 8 and "embeddings of the text_encoder (CLIPTextModel) stay" in caplog.text
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_the_size_that_is_told_is_that_of_the_files(name, packed, tmp_path):
+    folder = pipeline_of(tmp_path, network(name))
+    tensors = load_file(packed(name, 4) / "model.safetensors")
+    told = choose(folder, "w4")["text_encoder"].size
+    assert told == sum(t.nbytes for t in tensors.values())
+
+
+def test_linears_with_tied_weights_and_what_stands_around_the_blocks_stay(packed):
     names = packable(network("Qwen3ForCausalLM"), 4)
     assert names and all(".layers." in name for name in names)
     assert "text_projection" not in packable(network("CLIPTextModelWithProjection"), 4)

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from damaged import *  # noqa: F403
 from damaged import edit, refused
 from safetensors.torch import save_file
@@ -13,7 +12,6 @@ from safetensors.torch import save_file
 from dirotq.errors import ConfigError
 from dirotq.sources.completeness import refuse_incomplete
 
-WITH_VIDEOS = ["image_processor", "tokenizer", "video_processor"]
 DAMAGE = [
     ("vae/config.json", {"scaling_factor": "0.2"}, "scaling_factor: '0.2'"),
     ("vae/config.json", {"scaling_factor": float("nan")}, "a value is NaN"),
@@ -153,11 +151,3 @@ def test_settings_that_a_class_does_not_know(own, caplog):
     refused(folder, "does not know: gated_attention = True, of the installed", "diffusers>=99.1.0")
     edit(file, gated_attention=None)
     refuse_incomplete(folder, "what is switched off changes nothing")
-
-
-def test_a_processor_that_needs_torchvision(own, monkeypatch):
-    """As published it has a part for videos, which transformers can't make without."""
-    folder = own("qwen_image_edit")
-    monkeypatch.setattr(transformers.Qwen2VLProcessor, "get_attributes", lambda: WITH_VIDEOS)
-    monkeypatch.setattr(transformers.utils, "is_torchvision_available", lambda: False)
-    refused(folder, "processor (Qwen2VLProcessor) reads videos by torchvision", "pip install")
