@@ -28,8 +28,6 @@ TIKTOKEN = ("tiktoken.model", "*.tiktoken")
 SENTENCEPIECE = "*.model"
 OPTIONAL = {
     "ftfy": "texts of Wan's image-to-video pipelines",
-    "protobuf": "vocabularies of SentencePiece without a tokenizer.json (PixArt-Sigma)",
-    "sentencepiece": "vocabularies of SentencePiece without a tokenizer.json (PixArt-Sigma)",
     "tiktoken": "vocabularies of tiktoken",
     "torchvision": "processors with a part for videos (Qwen-Image-Edit)",
 }

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import shutil
 import sys
 from types import ModuleType
 
@@ -10,6 +11,7 @@ import pytest
 import transformers
 from damaged import *  # noqa: F403
 from damaged import edit
+from sentencepiece import SentencePieceTrainer
 from transformers.utils import DummyObject
 
 from dirotq.errors import UnsupportedError
@@ -57,6 +59,19 @@ def test_a_vocabulary_without_tokenizer_json(own, file, packages, monkeypatch):
     refused(folder, f"the tokenizer_2 (T5Tokenizer) needs {packages}.", f"pip install {names}")
     monkeypatch.setattr("dirotq.sources.packages.installed", lambda package: True)
     refuse_missing_packages(folder, "the model")
+
+
+def test_a_vocabulary_of_sentencepiece_is_read(own, tmp_path):
+    folder, texts = own("flux"), tmp_path / "texts"
+    vocabulary(folder, "tokenizer_2", "T5Tokenizer", "spiece.model")
+    texts.write_text("a red circle left of a blue square\n" * 9)
+    SentencePieceTrainer.train(
+        input=texts, model_prefix=tmp_path / "spiece", vocab_size=20, minloglevel=2,
+        pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+    )  # fmt: skip
+    shutil.copy(tmp_path / "spiece.model", folder / "tokenizer_2")
+    tokenizer = transformers.T5Tokenizer.from_pretrained(folder / "tokenizer_2")
+    assert tokenizer.decode(tokenizer("a red circle").input_ids) == "a red circle</s>"
 
 
 def test_a_vocabulary_beside_tokenizer_json_is_not_read(own):
@@ -111,4 +126,4 @@ def test_what_is_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "google", None)
     monkeypatch.setitem(sys.modules, "google.protobuf", None)
     assert not installed("protobuf")
-    assert {"protobuf", "sentencepiece", "torchvision"} <= OPTIONAL.keys()
+    assert {"ftfy", "tiktoken", "torchvision"} == OPTIONAL.keys()
