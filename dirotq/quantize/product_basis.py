@@ -1,21 +1,27 @@
 """Directions of least product: energy left in the input times energy left in the weights.
 
-Docs/method.md M2, Eq. 15. Letters: D channels, N outputs, L directions kept, Q candidates, F of
-them free, B directions of a step.
+Docs/method.md M2, Eq. 15. Letters: D channels, N outputs, L directions kept, P of them chosen so
+far, B directions iterated, Y that widen them, C of a step; M is 2: S and WᵀW.
 """
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from dirotq.kernels.full_float32 import full_float32
-from dirotq.quantize.spectrum import principal_basis, refuse_infinite
+from dirotq.quantize.spectrum import principal_basis, refuse_indefinite, refuse_infinite
 
 STEP = 8
 """Directions chosen at a time: the grid that ranks lie on."""
+BLOCK = 3 * STEP
+"""Directions iterated: those of a step, and those of two more, with which the first converge."""
 ROUNDS = 2
-"""Each step weighs both energies by what it leaves of them: found by repetition. Two rounds leave
-0.003 % more of the product than ten do."""
-
+"""Products with both matrices per step; twice as many where there is no step before."""
+AHEAD = 0.1
+"""Share of a step by which energies are extrapolated."""
 NOTHING = 1e-9
 """Share of an energy that counts as none."""
 
@@ -27,70 +33,147 @@ def product_basis(s_DD: Tensor, w_ND: Tensor, leading: int | None = None) -> tup
     w_ND     weights of all linears that read x, float32 [N, D]
     leading  how many directions to return; None for all D
 
-    The last r columns are the directions of rank r, for every multiple r of STEP: each step is the
-    best beside those before it. Steps are sought among the leading directions of S and of WᵀW
-    together. Energies are not sorted. Weights whose squares are zero in float32 make all directions
-    alike: those of the inputs alone lead (:func:`principal_basis`).
+    The last r columns are the directions of rank r, for every multiple r of STEP: each step is
+    sought beside those before it, whatever comes after. Energies are not sorted. Weights whose
+    squares are zero in float32 make all directions alike: those of the inputs alone lead
+    (:func:`principal_basis`).
 
-    Raises NumericalError if S is zero or not positive semi-definite, or S or WᵀW is not finite.
+    Raises NumericalError if S is zero or has a negative variance, or S or WᵀW is not finite.
     """
-    dim = len(s_DD)
-    wanted = min(leading or dim, dim)
+    wanted = min(leading or len(s_DD), len(s_DD))
+    refuse_infinite(s_DD, "the second moment")
+    variances_D = s_DD.diagonal()
+    refuse_indefinite(float(variances_D.min()), float(variances_D.max()), len(s_DD))
     with full_float32():
         gram_DD = w_ND.mT @ w_ND
         refuse_infinite(gram_DD, "the weights' Gram matrix")
         if not bool(gram_DD.diagonal().amax() > 0):
             return principal_basis(s_DD, leading)
-        q_DQ = _candidates(s_DD, gram_DD, wanted)
-        s_QQ, gram_QQ = (_within(matrix, q_DQ) for matrix in (s_DD, gram_DD))
-    left = s_DD.diagonal().double().sum(), gram_DD.diagonal().double().sum()
-    free_QF = torch.eye(len(s_QQ), dtype=s_QQ.dtype, device=s_QQ.device)
-    chosen: list[Tensor] = []
-    for start in range(0, wanted, STEP):
-        both = free_QF.mT @ s_QQ @ free_QF, free_QF.mT @ gram_QQ @ free_QF
-        turn_FF, left = _step(both, left, min(STEP, wanted - start))
-        turned_QF = free_QF @ turn_FF
-        free_QF, best_QB = turned_QF[:, :-STEP], turned_QF[:, -STEP:]
-        chosen.insert(0, best_QB)
-    vectors_QL = torch.cat(chosen, 1)[:, -wanted:]
-    return ((s_QQ @ vectors_QL) * vectors_QL).sum(0).clamp_min(0), q_DQ @ vectors_QL
+        return _steps((s_DD, gram_DD), wanted)
 
 
-def _candidates(s_DD: Tensor, gram_DD: Tensor, wanted: int) -> Tensor:
-    """Return an orthonormal basis of the leading directions of both, float64 [D, Q]."""
-    _, of_inputs = principal_basis(s_DD, wanted)
-    if 2 * wanted >= len(s_DD):
-        return torch.eye(len(s_DD), dtype=of_inputs.dtype, device=s_DD.device)
-    _, of_weights = principal_basis(gram_DD, wanted)
-    return torch.linalg.qr(torch.cat([of_inputs, of_weights], 1)).Q
-
-
-def _step(
-    both: tuple[Tensor, Tensor], left: tuple[Tensor, Tensor], count: int
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Return a rotation [F, F] whose last ``count`` columns are best, and what they leave of both.
+def _steps(both: Sequence[Tensor], wanted: int) -> tuple[Tensor, Tensor]:
+    """Choose STEP directions at a time: energies of x [L] and directions [D, L], both float64.
 
     At a least product, directions lead the sum of both matrices, each over what is left of it: the
-    gradient of the product's logarithm is zero. The logarithm is concave, so repeating this never
-    raises the product, but there are several such places: the better of two beginnings is taken.
+    gradient of the product's logarithm is zero. What is left is foretold from the step before, then
+    found by repetition. There are several such places: the first step has two beginnings, and
+    takes the better one. All is weighed by what would be left AHEAD of the step: the best
+    eight directions alone are worse company for the next eight.
     """
-    found = []
-    for weights in ((1 / left[0], 1 / left[1]), (1 / left[0], 0 / left[1])):
-        for _ in range(ROUNDS):
-            turn_FF = torch.linalg.eigh(weights[0] * both[0] + weights[1] * both[1]).eigenvectors
-            best_FB = turn_FF[:, -count:]
-            held = [(best_FB * (matrix @ best_FB)).sum() for matrix in both]
-            # Where the directions hold all there is, only rounding would be left to divide by.
-            s_left, gram_left = (
-                torch.maximum(energy - of_best, NOTHING * energy)
-                for energy, of_best in zip(left, held, strict=True)
-            )
-            weights = 1 / s_left, 1 / gram_left
-        found.append((float(s_left.log() + gram_left.log()), turn_FF, (s_left, gram_left)))
-    _, turn_FF, after = min(found, key=lambda one: one[0])
-    return turn_FF, after
+    block, inputs_DC = _first(both)
+    left_M = torch.stack([matrix.diagonal().double().sum() for matrix in both])
+    foretold = [left_M, _after(left_M, inputs_DC, _products(both, inputs_DC))]
+    energies: list[Tensor] = []
+    for start in range(0, wanted, STEP):
+        count = min(STEP, wanted - start)
+        for _ in range(ROUNDS if start else 2 * ROUNDS):
+            block = block.widened(block.summed(1 / foretold[0]))
+            turned = [block.turned(1 / weighing_M) for weighing_M in foretold]
+            after = [_after(left_M, x.x_DB[:, -count:], x.of_MDB[..., -count:]) for x in turned]
+            # One where there is nothing to choose: no wait for the device.
+            best = int(torch.stack([x.log().sum() for x in after]).argmin()) if after[1:] else 0
+            block, after_M = turned[best].narrowed(BLOCK + count), after[best]
+            foretold = [after_M * (after_M / left_M) ** AHEAD]
+        foretold, left_M = [after_M * (after_M / left_M) ** (1 + AHEAD)], after_M
+        energies.insert(0, (block.x_DB * block.of_MDB[0]).sum(0)[-count:])
+        block = block.chosen(count)
+    return torch.cat(energies).clamp_min(0), block.chosen_DP
 
 
-def _within(matrix_DD: Tensor, q_DQ: Tensor) -> Tensor:
-    """Return QᵀMQ, float64 [Q, Q]: the product with D columns in M's own precision."""
-    return q_DQ.mT @ (matrix_DD @ q_DQ.to(matrix_DD.dtype)).double()
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """Orthonormal directions beside the chosen ones, and both matrices' products with them.
+
+    A block Krylov iteration with Rayleigh-Ritz that goes on from step to step. float64; products
+    with D columns are in the matrices' own precision.
+    """
+
+    both: Sequence[Tensor]
+    chosen_DP: Tensor
+    x_DB: Tensor
+    of_MDB: Tensor
+
+    def summed(self, weights_M: Tensor) -> Tensor:
+        """Return products with the weighted sum of both matrices, [D, B]."""
+        return torch.einsum("m,mdb->db", weights_M, self.of_MDB)
+
+    def widened(self, y_DY: Tensor) -> Self:
+        """Add directions that span y's, as many as there is room for."""
+        beside_DA = torch.cat([self.chosen_DP, self.x_DB], 1)
+        room = len(y_DY) - beside_DA.shape[1]
+        if not room:
+            return self
+        new_DY = _beside(beside_DA, y_DY[:, -room:])
+        return replace(
+            self,
+            x_DB=torch.cat([self.x_DB, new_DY], 1),
+            of_MDB=torch.cat([self.of_MDB, _products(self.both, new_DY)], 2),
+        )
+
+    def turned(self, weights_M: Tensor) -> Self:
+        """Turn directions to eigenvectors of the weighted sum among them, ascending."""
+        turn_BB = torch.linalg.eigh(self.x_DB.mT @ self.summed(weights_M)).eigenvectors
+        return replace(self, x_DB=self.x_DB @ turn_BB, of_MDB=self.of_MDB @ turn_BB)
+
+    def narrowed(self, count: int) -> Self:
+        """Keep the last ``count`` directions; all, where they are all that is left."""
+        if self.x_DB.shape[1] + self.chosen_DP.shape[1] == len(self.x_DB):
+            return self
+        return replace(self, x_DB=self.x_DB[:, -count:], of_MDB=self.of_MDB[..., -count:])
+
+    def chosen(self, count: int) -> Self:
+        """Choose the last ``count`` directions."""
+        return replace(
+            self,
+            chosen_DP=torch.cat([self.x_DB[:, -count:], self.chosen_DP], 1),
+            x_DB=self.x_DB[:, :-count],
+            of_MDB=self.of_MDB[..., :-count],
+        )
+
+
+def _first(both: Sequence[Tensor]) -> tuple[_Block, Tensor]:
+    """Return a block of the leading directions of each matrix, and the first STEP of S's, [D, C]."""
+    dim, device = len(both[0]), both[0].device
+    generator = torch.Generator(device="cpu").manual_seed(dim)
+    start_DB = torch.randn(dim, min(BLOCK, dim), generator=generator, dtype=torch.float64)
+    none_D0 = torch.zeros(dim, 0, dtype=torch.float64, device=device)
+    empty = _Block(both, none_D0, none_D0, torch.stack([none_D0, none_D0]))
+    leading = []
+    for weights_M in torch.eye(2, dtype=torch.float64, device=device):
+        block = empty.widened(start_DB.to(device))
+        for _ in range(2 * ROUNDS):
+            block = block.widened(block.summed(weights_M)).turned(weights_M)
+            block = replace(block, x_DB=block.x_DB[:, -BLOCK:], of_MDB=block.of_MDB[..., -BLOCK:])
+        leading.append(block.x_DB)
+    return empty.widened(torch.cat(leading[::-1], 1)), leading[0][:, -STEP:]
+
+
+def _after(left_M: Tensor, x_DC: Tensor, of_MDC: Tensor) -> Tensor:
+    """Return what directions leave of both energies, at least NOTHING of each, float64 [M].
+
+    Where they hold all there is, only rounding would be left to divide by.
+    """
+    return torch.maximum(left_M - (x_DC * of_MDC).sum((1, 2)), NOTHING * left_M)
+
+
+def _products(both: Sequence[Tensor], x_DB: Tensor) -> Tensor:
+    """Return both matrices' products with x, float64 [M, D, B]."""
+    return torch.stack([(matrix @ x_DB.to(matrix.dtype)).double() for matrix in both])
+
+
+def _beside(beside_DA: Tensor, y_DY: Tensor) -> Tensor:
+    """Return orthonormal columns that span what of y is orthogonal to other ones, [D, Y].
+
+    Two rounds of projection and Cholesky QR. Where y has too few dimensions, Householder's QR, which
+    fills up with directions of no matter.
+    """
+    q_DY = y_DY
+    for _ in range(2):
+        q_DY = q_DY / q_DY.norm(dim=0).clamp_min(1e-300)
+        q_DY = q_DY - beside_DA @ (beside_DA.mT @ q_DY)
+        lower_YY, failed = torch.linalg.cholesky_ex(q_DY.mT @ q_DY)
+        if failed:
+            return torch.linalg.qr(torch.cat([beside_DA, y_DY], 1)).Q[:, beside_DA.shape[1] :]
+        q_DY = torch.linalg.solve_triangular(lower_YY, q_DY.mT, upper=False).mT
+    return q_DY

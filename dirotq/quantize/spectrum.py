@@ -33,7 +33,7 @@ def principal_basis(s_DD: Tensor, leading: int | None = None) -> tuple[Tensor, T
         return leading_basis(s_DD, leading)
     variances_D, vectors_DD = torch.linalg.eigh(s_DD.double())
     low, high = float(variances_D[0]), float(variances_D[-1])
-    _refuse_indefinite(low, high, dim)
+    refuse_indefinite(low, high, dim)
     kept = slice(dim - min(dim, leading or dim), None)
     return variances_D.clamp_min(0)[kept], vectors_DD[:, kept]
 
@@ -49,7 +49,7 @@ def leading_basis(s_DD: Tensor, leading: int) -> tuple[Tensor, Tensor]:
     """
     generator = torch.Generator(device="cpu").manual_seed(len(s_DD))
     start = torch.randn(len(s_DD), leading + MARGIN, generator=generator)
-    _refuse_indefinite(float(s_DD.diagonal().min()), float(s_DD.diagonal().max()), len(s_DD))
+    refuse_indefinite(float(s_DD.diagonal().min()), float(s_DD.diagonal().max()), len(s_DD))
     trace = float(s_DD.diagonal().double().sum())
     q_DB = _orthonormal(start.to(s_DD.device, torch.float64))
     captured = 0.0
@@ -63,7 +63,7 @@ def leading_basis(s_DD: Tensor, leading: int) -> tuple[Tensor, Tensor]:
             break
         captured = now
         q_DB = _orthonormal(y_DB)
-    _refuse_indefinite(float(variances_B[-leading:].min()), float(variances_B[-1]), len(s_DD))
+    refuse_indefinite(float(variances_B[-leading:].min()), float(variances_B[-1]), len(s_DD))
     return variances_B[-leading:].clamp_min(0), q_DB @ turn_BB[:, -leading:]
 
 
@@ -81,7 +81,7 @@ def _orthonormal(y_DB: Tensor) -> Tensor:
     return q_DB
 
 
-def _refuse_indefinite(low: float, high: float, dim: int) -> None:
+def refuse_indefinite(low: float, high: float, dim: int) -> None:
     """Moments are float32 sums, each off by a rounding of the largest: D of them move an eigenvalue
     by as much as D roundings. Few calls leave many that should be zero."""
     if low < -dim * torch.finfo(torch.float32).eps * max(high, 0.0):
