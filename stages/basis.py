@@ -42,7 +42,7 @@ class FitBasis:
     Raises NumericalError naming the site.
     """
 
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     resumable: ClassVar[bool] = True
     what: ClassVar[str] = "basis"
     needs = memory.basis

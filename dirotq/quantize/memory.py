@@ -71,13 +71,15 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
 def basis(stage: Any, work: Workload, machine: Machine) -> Needs:
     """One site at a time: S as stored and as a square, then its directions in float64.
 
-    Beside them directions that count the weights need these and their Gram matrix, in float32.
+    Principal ones of few channels take a full eigendecomposition. Those that count the weights take
+    none, but these and their Gram matrix in float32, and as many directions again while they work.
     """
     widest, stored = work.widest, max(map(work.moment_bytes, work.block_sites))
-    dense = stage.leading is None or widest <= DENSE
+    product = stage.directions == "product"
+    dense = not product and (stage.leading is None or widest <= DENSE)
     matrices = 8 * 5 * widest**2 if dense else 4 * widest**2 + stored
     thin = 6 * 8 * widest * ((stage.leading or widest) + MARGIN)
-    if stage.directions == "product":
+    if product:
         matrices += 4 * (widest**2 + work.largest_weight)
         thin *= 2
     lower = "method.leading=64 (the rank needs no more)"

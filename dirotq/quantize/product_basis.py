@@ -25,6 +25,9 @@ AHEAD = 0.1
 NOTHING = 1e-9
 """Share of an energy that counts as none."""
 
+_Both = Sequence[Sequence[Tensor]]
+"""S and WᵀW, each as factors."""
+
 
 def product_basis(s_DD: Tensor, w_ND: Tensor, leading: int | None = None) -> tuple[Tensor, Tensor]:
     """Return the energy of x along each direction, [L], and directions, [D, L], both float64.
@@ -36,7 +39,8 @@ def product_basis(s_DD: Tensor, w_ND: Tensor, leading: int | None = None) -> tup
     The last r columns are the directions of rank r, for every multiple r of STEP: each step is
     sought beside those before it, whatever comes after. Energies are not sorted. Weights whose
     squares are zero in float32 make all directions alike: those of the inputs alone lead
-    (:func:`principal_basis`).
+    (:func:`principal_basis`). Products with S and W are in float32, as S itself is known:
+    what is left of S below 1e-5 of its largest variance is rounding.
 
     Raises NumericalError if S is zero or has a negative variance, or S or WᵀW is not finite.
     """
@@ -45,15 +49,20 @@ def product_basis(s_DD: Tensor, w_ND: Tensor, leading: int | None = None) -> tup
     variances_D = s_DD.diagonal()
     refuse_indefinite(float(variances_D.min()), float(variances_D.max()), len(s_DD))
     with full_float32():
-        gram_DD = w_ND.mT @ w_ND
-        refuse_infinite(gram_DD, "the weights' Gram matrix")
-        if not bool(gram_DD.diagonal().amax() > 0):
+        squares_D = w_ND.square().sum(0)
+        refuse_infinite(squares_D, "the weights' Gram matrix")
+        if not bool(squares_D.amax() > 0):
             return principal_basis(s_DD, leading)
-        return _steps((s_DD, gram_DD), wanted)
+        # Fewer outputs than channels: two products with W are less than one with WᵀW.
+        gram = (w_ND.mT, w_ND) if len(w_ND) < len(s_DD) else (w_ND.mT @ w_ND,)
+        left_M = torch.stack([diag_D.double().sum() for diag_D in (variances_D, squares_D)])
+        return _steps(((s_DD,), gram), left_M, wanted)
 
 
-def _steps(both: Sequence[Tensor], wanted: int) -> tuple[Tensor, Tensor]:
+def _steps(both: _Both, left_M: Tensor, wanted: int) -> tuple[Tensor, Tensor]:
     """Choose STEP directions at a time: energies of x [L] and directions [D, L], both float64.
+
+    left_M  both energies, float64 [M]
 
     At a least product, directions lead the sum of both matrices, each over what is left of it: the
     gradient of the product's logarithm is zero. What is left is foretold from the step before, then
@@ -62,18 +71,17 @@ def _steps(both: Sequence[Tensor], wanted: int) -> tuple[Tensor, Tensor]:
     eight directions alone are worse company for the next eight.
     """
     block, inputs_DC = _first(both)
-    left_M = torch.stack([matrix.diagonal().double().sum() for matrix in both])
     foretold = [left_M, _after(left_M, inputs_DC, _products(both, inputs_DC))]
     energies: list[Tensor] = []
     for start in range(0, wanted, STEP):
         count = min(STEP, wanted - start)
         for _ in range(ROUNDS if start else 2 * ROUNDS):
             block = block.widened(block.summed(1 / foretold[0]))
-            turned = [block.turned(1 / weighing_M) for weighing_M in foretold]
+            turned = [block.turned(1 / weighing_M, BLOCK + count) for weighing_M in foretold]
             after = [_after(left_M, x.x_DB[:, -count:], x.of_MDB[..., -count:]) for x in turned]
-            # One where there is nothing to choose: no wait for the device.
+            # Comparing waits for the device: the first round of all alone has two.
             best = int(torch.stack([x.log().sum() for x in after]).argmin()) if after[1:] else 0
-            block, after_M = turned[best].narrowed(BLOCK + count), after[best]
+            block, after_M = turned[best], after[best]
             foretold = [after_M * (after_M / left_M) ** AHEAD]
         foretold, left_M = [after_M * (after_M / left_M) ** (1 + AHEAD)], after_M
         energies.insert(0, (block.x_DB * block.of_MDB[0]).sum(0)[-count:])
@@ -85,11 +93,11 @@ def _steps(both: Sequence[Tensor], wanted: int) -> tuple[Tensor, Tensor]:
 class _Block:
     """Orthonormal directions beside the chosen ones, and both matrices' products with them.
 
-    A block Krylov iteration with Rayleigh-Ritz that goes on from step to step. float64; products
-    with D columns are in the matrices' own precision.
+    A block Krylov iteration with Rayleigh-Ritz that goes on from step to step. float64; the
+    products are made in the matrices' own precision.
     """
 
-    both: Sequence[Tensor]
+    both: _Both
     chosen_DP: Tensor
     x_DB: Tensor
     of_MDB: Tensor
@@ -111,16 +119,15 @@ class _Block:
             of_MDB=torch.cat([self.of_MDB, _products(self.both, new_DY)], 2),
         )
 
-    def turned(self, weights_M: Tensor) -> Self:
-        """Turn directions to eigenvectors of the weighted sum among them, ascending."""
-        turn_BB = torch.linalg.eigh(self.x_DB.mT @ self.summed(weights_M)).eigenvectors
-        return replace(self, x_DB=self.x_DB @ turn_BB, of_MDB=self.of_MDB @ turn_BB)
+    def turned(self, weights_M: Tensor, keep: int) -> Self:
+        """Turn to the ``keep`` leading eigenvectors of the weighted sum among them, ascending.
 
-    def narrowed(self, count: int) -> Self:
-        """Keep the last ``count`` directions; all, where they are all that is left."""
-        if self.x_DB.shape[1] + self.chosen_DP.shape[1] == len(self.x_DB):
-            return self
-        return replace(self, x_DB=self.x_DB[:, -count:], of_MDB=self.of_MDB[..., -count:])
+        Where they are all that the chosen ones leave, all of them: no product brings them back.
+        """
+        turn_BB = torch.linalg.eigh(self.x_DB.mT @ self.summed(weights_M)).eigenvectors
+        if self.chosen_DP.shape[1] + self.x_DB.shape[1] < len(self.x_DB):
+            turn_BB = turn_BB[:, -keep:]
+        return replace(self, x_DB=self.x_DB @ turn_BB, of_MDB=self.of_MDB @ turn_BB)
 
     def chosen(self, count: int) -> Self:
         """Choose the last ``count`` directions."""
@@ -132,9 +139,9 @@ class _Block:
         )
 
 
-def _first(both: Sequence[Tensor]) -> tuple[_Block, Tensor]:
-    """Return a block of the leading directions of each matrix, and the first STEP of S's, [D, C]."""
-    dim, device = len(both[0]), both[0].device
+def _first(both: _Both) -> tuple[_Block, Tensor]:
+    """Return a block of the leading directions of both, and the first STEP of S's, [D, C]."""
+    dim, device = len(both[0][0]), both[0][0].device
     generator = torch.Generator(device="cpu").manual_seed(dim)
     start_DB = torch.randn(dim, min(BLOCK, dim), generator=generator, dtype=torch.float64)
     none_D0 = torch.zeros(dim, 0, dtype=torch.float64, device=device)
@@ -143,9 +150,8 @@ def _first(both: Sequence[Tensor]) -> tuple[_Block, Tensor]:
     for weights_M in torch.eye(2, dtype=torch.float64, device=device):
         block = empty.widened(start_DB.to(device))
         for _ in range(2 * ROUNDS):
-            block = block.widened(block.summed(weights_M)).turned(weights_M)
-            block = replace(block, x_DB=block.x_DB[:, -BLOCK:], of_MDB=block.of_MDB[..., -BLOCK:])
-        leading.append(block.x_DB)
+            block = block.widened(block.summed(weights_M)).turned(weights_M, BLOCK)
+        leading.append(block.x_DB[:, -BLOCK:])
     return empty.widened(torch.cat(leading[::-1], 1)), leading[0][:, -STEP:]
 
 
@@ -157,16 +163,22 @@ def _after(left_M: Tensor, x_DC: Tensor, of_MDC: Tensor) -> Tensor:
     return torch.maximum(left_M - (x_DC * of_MDC).sum((1, 2)), NOTHING * left_M)
 
 
-def _products(both: Sequence[Tensor], x_DB: Tensor) -> Tensor:
+def _products(both: _Both, x_DB: Tensor) -> Tensor:
     """Return both matrices' products with x, float64 [M, D, B]."""
-    return torch.stack([(matrix @ x_DB.to(matrix.dtype)).double() for matrix in both])
+    found = []
+    for factors in both:
+        y_DB = x_DB.to(factors[-1].dtype)
+        for factor in reversed(factors):
+            y_DB = factor @ y_DB
+        found.append(y_DB.double())
+    return torch.stack(found)
 
 
 def _beside(beside_DA: Tensor, y_DY: Tensor) -> Tensor:
     """Return orthonormal columns that span what of y is orthogonal to other ones, [D, Y].
 
-    Two rounds of projection and Cholesky QR. Where y has too few dimensions, Householder's QR, which
-    fills up with directions of no matter.
+    Two rounds of projection and Cholesky QR. Where y has too few dimensions, Householder's QR,
+    which fills up with any directions.
     """
     q_DY = y_DY
     for _ in range(2):

@@ -65,12 +65,28 @@ def test_the_first_step_is_a_minimum():
 
 
 def test_ranks_are_nested():
-    """Where all directions are candidates, more of them change nothing of the first."""
+    """More directions change nothing of the first."""
     s, w = site()
     few, many = product_basis(s, w, 24)[1], product_basis(s, w)[1][:, -24:]
     for rank in (8, 16, 24):
         a, b = few[:, -rank:], many[:, -rank:]
         torch.testing.assert_close(a @ a.mT, b @ b.mT, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("outputs", [40, 300])  # W and WᵀW are what is multiplied
+def test_each_step_leads_the_sum_of_what_is_left(outputs, monkeypatch):
+    """Without a look ahead the iteration ends at Eq. 15's fixed point, by a dense decomposition."""
+    monkeypatch.setattr("dirotq.quantize.product_basis.AHEAD", 0)
+    s, _ = site(dim=160)
+    w = torch.randn(outputs, 160, generator=torch.Generator().manual_seed(5))
+    vectors = product_basis(s, w, 32)[1]
+    s, gram = s.double(), w.double().mT @ w.double()
+    for rank in (8, 16, 24, 32):
+        found, before = vectors[:, -rank:], vectors[:, len(vectors[0]) - rank + STEP :]
+        rest, free = (torch.eye(160).double() - p @ p.mT for p in (found, before))
+        weighed = sum(m / (rest @ m).trace() for m in (s, gram))
+        most = torch.linalg.eigvalsh(free @ weighed @ free)[-STEP:].sum()
+        assert float((found[:, :STEP] * (weighed @ found[:, :STEP])).sum()) > 0.999 * float(most)
 
 
 def test_weights_alike_in_all_directions_leave_the_leading_ones_of_the_inputs():
