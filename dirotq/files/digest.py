@@ -87,6 +87,27 @@ def stamp(path: Path) -> Stamp:
     return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
+def stamps(folder: Path) -> tuple[tuple[str, Stamp], ...]:
+    """Return what changes with a folder, with what is in it, and in the folders there.
+
+    What can't be read has none.
+    """
+    inside = _listed(folder)
+    deeper = [path for one in inside for path in _listed(one)]
+    found = []
+    for path in (folder, *inside, *deeper):
+        with contextlib.suppress(OSError):
+            found.append((str(path), stamp(path)))
+    return tuple(found)
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        return sorted(folder.iterdir())
+    except OSError:  # a file, for one
+        return []
+
+
 def _settled(seen: Stamp) -> bool:
     return time.time_ns() - max(seen[1:3]) >= TICK
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ConfigError, DirotqError
-from dirotq.files.digest import Stamp, stamp
+from dirotq.files.digest import stamps
 from dirotq.files.json_file import INDEX, components, denoisers, read_json
 from dirotq.models.families import is_denoiser
 from dirotq.models.installed import SAVED_BY, installed
@@ -53,7 +53,7 @@ def refuse_incomplete(
             f"{source} can't be opened here: {'; '.join(unknown)}. Install a version that has it, "
             "or correct a name that is misspelt"
         )
-    found = _problems(folder.resolve(), weights, tuple(without), prompts, _stamps(folder))
+    found = _problems(folder.resolve(), weights, tuple(without), prompts, stamps(folder))
     if found:
         more = f" ({len(found) - 3} more)" if len(found) > 3 else ""
         raise error(
@@ -82,12 +82,6 @@ def _unknown_classes(folder: Path) -> Iterator[str]:
             said = read_json(config) if config.is_file() else {}
             known = library if library in SAVED_BY else "diffusers"
             yield f"the {part} is a {cls!r}, which is no class of {installed(said, known)}"
-
-
-def _stamps(folder: Path) -> tuple[tuple[str, Stamp], ...]:
-    """Return what changes when a file does."""
-    files = sorted(p for p in (*folder.glob("*"), *folder.glob("*/*")) if p.is_file())
-    return tuple((str(file.relative_to(folder)), stamp(file)) for file in files)
 
 
 @functools.lru_cache(maxsize=32)

@@ -4,12 +4,13 @@ Either way the rest of DiRotQ sees a plain, checked folder. Of a repository only
 downloaded: configurations and tokenizers for a plan, safetensors when weights are read.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ConfigError, UnsupportedError
-from dirotq.files.digest import input_digests
+from dirotq.files.digest import input_digests, stamps
 from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
 from dirotq.models.families import family_of
 from dirotq.sources.completeness import refuse_incomplete
@@ -42,25 +43,34 @@ def pipeline_folder(
     place = on_hub(source)
     if place is None:
         root = resolve(source)
-        _refuse_no_pipeline(root, source)
-        _refuse_pickles(root)
+        _check_local(root, source, without, stamps(root))
         weights = True  # they are here anyway
     else:
         root = _fetch(place, weights=False)
-    index = read_json(root / INDEX)
-    refuse_doors(root)
-    _refuse_foreign(root, index, source)
-    if place is not None and weights:
-        _fetch(place, weights=True, without=without)
-    pipeline_files(root, index)  # all can be read, no link leaves
-    if place is not None:
+        index = read_json(root / INDEX)
+        _refuse_foreign(root, index, source)
+        if weights:
+            _fetch(place, weights=True, without=without)
+        pipeline_files(root, index)
         unproven(root, _used(root, index, without), place.listing())
-    if weights:
-        for part in _model_parts(root, index, without):
-            _refuse_weights(part, source)
+        if weights:
+            _refuse_weights(root, index, source, without)
     if complete:
         refuse_incomplete(root, source, weights=weights, without=(without,))
     return root
+
+
+@functools.lru_cache(maxsize=32)
+def _check_local(root: Path, source: str, without: str, _: Any) -> None:
+    """Refuse what is no pipeline's folder; one that is as it was at the last call is not read again:
+    every stage asks, often.
+    """
+    _refuse_no_pipeline(root, source)
+    _refuse_pickles(root)
+    index = read_json(root / INDEX)
+    _refuse_foreign(root, index, source)
+    pipeline_files(root, index)  # all can be read, no link leaves
+    _refuse_weights(root, index, source, without)
 
 
 def pipeline_identity(source: str, *, without: str = "") -> dict[str, Any]:
@@ -208,7 +218,10 @@ def _refuse_pickles(root: Path) -> None:
 
 
 def _refuse_foreign(root: Path, index: Mapping[str, Any], source: str) -> None:
-    """Refuse a pipeline that is not one of diffusers around one 16-bit diffusion transformer."""
+    """Refuse a pipeline that is not one of diffusers around one 16-bit diffusion transformer, or
+    that needs code of its own.
+    """
+    refuse_doors(root)
     parts = components(index)
     if "transformer" not in parts and "unet" in parts:
         raise UnsupportedError(
@@ -252,12 +265,13 @@ def _refuse_foreign(root: Path, index: Mapping[str, Any], source: str) -> None:
             )
 
 
-def _refuse_weights(part: Path, source: str) -> None:
-    if missing := missing_weights(part):
-        raise ConfigError(
-            f"{source}: the component {part.name} lacks {', '.join(missing[:4])}. Files of other "
-            "names (.bin, fp16 or ema variants) are not used; download the model again, or write "
-            "one with pipeline.save_pretrained(folder, safe_serialization=True)"
-        )
-    for name in sorted(weight_names(part)):
-        refuse_quantized(read_header(part / name), f"{part.name}/{name} of {source}")
+def _refuse_weights(root: Path, index: Mapping[str, Any], source: str, without: str) -> None:
+    for part in _model_parts(root, index, without):
+        if missing := missing_weights(part):
+            raise ConfigError(
+                f"{source}: the component {part.name} lacks {', '.join(missing[:4])}. Files of "
+                "other names (.bin, fp16 or ema variants) are not used; download the model again, "
+                "or write one with pipeline.save_pretrained(folder, safe_serialization=True)"
+            )
+        for name in sorted(weight_names(part)):
+            refuse_quantized(read_header(part / name), f"{part.name}/{name} of {source}")
