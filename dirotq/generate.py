@@ -116,13 +116,10 @@ def _called(pipeline: Any, options: argparse.Namespace, call: Mapping[str, Any],
 
 def _open_original(model: Any, device: str) -> Any:
     """Open the 16-bit pipeline where and in what the packed one ran."""
-    import torch
-
-    from dirotq.device import compute_dtype, pick_device
+    from dirotq.device import compute_dtype, pick_device, release
 
     target = pick_device(device)
-    if target.type == "cuda":
-        torch.cuda.empty_cache()
+    release(target)  # the packed one
     return model.pipeline(compute_dtype(target), target)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dirotq.calibrate.trajectory import is_encoder, open_hollow, stop_at_denoisers
+from dirotq.calibrate.trajectory import is_encoder, stop_at_denoisers
 from dirotq.errors import NumericalError
 from dirotq.kernels.full_float32 import full_float32
 from dirotq.kernels.gptq import FactorizationError
@@ -21,6 +21,7 @@ from dirotq.kernels.weight_only import rounded
 from dirotq.models.call import Call
 from dirotq.progress import track
 from dirotq.sources.generation import generate
+from dirotq.sources.hollow import open_hollow
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import Prompt
 

@@ -235,9 +235,28 @@ class DiffusersModel:
             return Weights(self.folder(), self.parts)
         return Weights(self.folder() / "transformer")
 
-    def pipeline(self, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
-        """Open the whole 16-bit pipeline, in ``dtype`` on ``device``."""
-        return open_pipeline(self.folder(), dtype, device)
+    def weights_apart(self) -> dict[str, Weights]:
+        """Return the tensors of each denoiser, by component, with its own names."""
+        return {part: Weights(self.folder() / part) for part in self.parts}
+
+    def pipeline(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        given: Mapping[str, Any] | None = None,
+    ) -> "DiffusionPipeline":
+        """Open the whole 16-bit pipeline, in ``dtype`` on ``device``.
+
+        Several denoisers are read one after the other, and again and again if there is no room for
+        all of them (dirotq/sources/turns.py).
+
+        given  components that take the places of the folder's
+        """
+        if len(self.parts) == 1:
+            return open_pipeline(self.folder(), dtype, device, given=given)
+        from .turns import open_in_turn  # slow: accelerate
+
+        return open_in_turn(self, dtype, device, given)
 
 
 def component_bytes(model: DiffusersModel) -> dict[str, int]:
