@@ -14,6 +14,7 @@ from dirotq.files.json_file import INDEX, components, read_json
 from dirotq.models.autoencoders import precision
 from dirotq.quiet import heed, quiet
 
+from .calls import pipeline_class
 from .doors import refuse_doors, refuse_sizes
 from .hub import first_line
 
@@ -84,8 +85,11 @@ def read_pipeline(
 
     from dirotq.sources.completeness import absent
 
+    # A component that the pipeline's class calls optional, as Wan's transformers, is read although
+    # it is given, unless the class itself reads the folder (diffusers 0.42.1).
+    own = pipeline_class(read_json(folder / INDEX)) if given else None
     with quiet() as said:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
+        pipe = (own or diffusers.DiffusionPipeline).from_pretrained(
             folder,
             dtype=dtypes(folder, dtype),
             use_safetensors=True,

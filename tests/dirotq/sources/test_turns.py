@@ -67,6 +67,9 @@ def test_calls_are_recorded_in_turn(model, full):
     def recorded():
         source = Trajectories(model, torch.float32, CPU, None)
         source.encode([PROMPTS])
+        assert all(
+            p.is_meta for one in denoisers_of(source.pipe).values() for p in one.parameters()
+        )
         source.load_transformer()
         return source.record(PROMPTS, range), source
 
