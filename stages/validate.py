@@ -80,7 +80,7 @@ class Validate:
     ``report.html`` (one file, nothing to fetch) and ``pairs.png`` (of the first prompts).
     """
 
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     resumable: ClassVar[bool] = True
     needs = memory.validate
 
