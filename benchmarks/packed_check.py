@@ -29,7 +29,7 @@ def check(model: DiffusersModel, artifacts: dict[str, Artifact], device: torch.d
 
     Of several denoisers one after the other.
     """
-    lines = ["| site | error here | error of the CPU reference | apart |\n|---|---|---|---|"]
+    lines = []
     plan = [e for e in read_plan(artifacts["rank"].file("plan.json")) if e.site.kind == "block"]
     calls = by_part(load_probe(artifacts["capture"]))
     for part, inside in zip(model.parts, model.prefixes, strict=True):
@@ -50,7 +50,8 @@ def _check_one(
     """Check the component ``part``, which is called ``inside`` in the network of all."""
     folder = artifacts["pack"].data / "model" / part
     cls = getattr(diffusers, model.family.transformer)
-    dtype, lines = compute_dtype(device), []
+    dtype = compute_dtype(device)
+    lines = ["| site | error here | error of the CPU reference | apart |\n|---|---|---|---|"]
     with quiet():
         packed = cls.from_pretrained(folder, dtype=dtype).to(device).eval()
     rows = zarr.open_group(artifacts["capture"].data / "rows.zarr", mode="r")

@@ -21,7 +21,6 @@ from dirotq.kernels.weight_only import rounded
 from dirotq.models.call import Call
 from dirotq.progress import track
 from dirotq.sources.generation import generate
-from dirotq.sources.hollow import open_hollow
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import Prompt
 
@@ -59,7 +58,7 @@ def calibrated_codes(
     Raises NumericalError naming a linear whose inputs are not finite, or whose second moment can't
     be factored.
     """
-    pipe = open_hollow(model, dtype, device)
+    pipe: Any = model.hollow(dtype, device)
     calls = _calls(pipe, model, prompts, list(linears), device)
     found: dict[str, Codes] = {}
     for name, paths in linears.items():

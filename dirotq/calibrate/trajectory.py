@@ -23,7 +23,6 @@ from dirotq.models.denoisers import denoisers_of
 from dirotq.models.skeleton import move_buffers
 from dirotq.sources.components import DENOISER
 from dirotq.sources.generation import foreign, generate
-from dirotq.sources.hollow import open_hollow
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.opening import SHARE, module_bytes
 from dirotq.sources.prompts import Prompt
@@ -56,7 +55,7 @@ class Trajectories:
     ) -> None:
         self.model, self.dtype, self.device, self.vram = model, dtype, device, vram
         self.call = model.call_arguments()
-        self.pipe = open_hollow(model, dtype, device)
+        self.pipe: Any = model.hollow(dtype, device)
         self.made: list[Call] = []
         """Every call of the last generation."""
         self._encoded: dict[str, Any] = {}
@@ -117,7 +116,7 @@ class Trajectories:
                 weights[part].fill(denoiser, names, self.device, self.dtype)
                 move_buffers(denoiser, self.device)
 
-    def _stream(self, parts: Mapping[str, nn.Module], weights: Mapping[str, Weights]) -> None:
+    def _stream(self, parts: Mapping[str, Any], weights: Mapping[str, Weights]) -> None:
         """Let denoisers wait in page-locked memory, all in that of one, and come block by block."""
         size = sum(map(module_bytes, parts.values()))
         log.info("the transformer's %.1f GB are streamed from host memory", size / 1e9)

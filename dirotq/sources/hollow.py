@@ -1,32 +1,31 @@
 """A pipeline whose denoisers have no weights yet: who needs them reads them from disk."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from .model import DiffusersModel
 from .opening import read_pipeline
 
 
 def open_hollow(
-    model: DiffusersModel,
+    folder: Path,
+    denoisers: Mapping[str, nn.Module],
     dtype: torch.dtype,
     device: torch.device,
-    given: Mapping[str, Any] | None = None,
+    given: Mapping[str, Any],
 ) -> Any:
-    """Open a 16-bit pipeline on the CPU, its denoisers without weights; it says ``device``.
+    """Open a checked 16-bit folder on the CPU, its denoisers without weights; it says ``device``.
 
-    given  components that take the places of the folder's
+    denoisers  by component, on the meta device
+    given      components that take the places of the folder's
     """
-    network, folder = model.skeleton(), model.folder()
-    for parameter in network.parameters():
-        parameter.data = parameter.data.to(dtype)  # buffers stay as wide as they were computed
-    denoisers = {
-        part: network.get_submodule(inside)
-        for part, inside in zip(model.parts, model.prefixes, strict=True)
-    }
-    pipe: Any = read_pipeline(folder, dtype, given={**denoisers, **(given or {})})
+    for module in denoisers.values():
+        for parameter in module.parameters():
+            parameter.data = parameter.data.to(dtype)  # buffers stay as wide as they were computed
+    pipe: Any = read_pipeline(folder, dtype, given={**denoisers, **given})
     # diffusers takes the first component's device for the pipeline's; ours come and go.
     here = property(lambda _: device)
     pipe.__class__ = type(

@@ -22,6 +22,7 @@ from dirotq.sources.opening import open_pipeline
 from dirotq.sources.prompts import Prompt, PromptSet
 
 from .folder import missing_weights, weight_names
+from .hollow import open_hollow
 from .lora import parse_loras
 from .origin import pipeline_folder, pipeline_identity, single_file
 from .single_file import default_base
@@ -254,9 +255,28 @@ class DiffusersModel:
         """
         if len(self.parts) == 1:
             return open_pipeline(self.folder(), dtype, device, given=given)
-        from .turns import open_in_turn  # slow: accelerate
+        from .turns import bring  # slow: accelerate
 
-        return open_in_turn(self, dtype, device, given)
+        pipe = self.hollow(dtype, device, given)
+        bring(pipe, self.weights_apart(), dtype, device)
+        return pipe
+
+    def hollow(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        given: Mapping[str, Any] | None = None,
+    ) -> "DiffusionPipeline":
+        """Open the 16-bit pipeline on the CPU, its denoisers without weights; it says ``device``.
+
+        given  components that take the places of the folder's
+        """
+        network = self.skeleton()
+        denoisers = {
+            part: network.get_submodule(inside)
+            for part, inside in zip(self.parts, self.prefixes, strict=True)
+        }
+        return open_hollow(self.folder(), denoisers, dtype, device, given or {})
 
 
 def component_bytes(model: DiffusersModel) -> dict[str, int]:

@@ -19,8 +19,6 @@ from dirotq.models.denoisers import denoisers_of
 from dirotq.models.skeleton import assign, drop, move_buffers
 from dirotq.pipeline.machine import free_ram
 
-from .hollow import open_hollow
-from .model import DiffusersModel
 from .opening import SHARE, module_bytes
 from .weights import Weights
 
@@ -66,7 +64,7 @@ def _stay(_: nn.Module) -> None:
     """Leave a module where it is."""
 
 
-class _Called(ModelHook):  # type: ignore[misc]
+class _Called(ModelHook):
     """What a module's ``forward`` calls first and, by diffusers, ``encode`` and ``decode``."""
 
     def __init__(self, turns: Turns) -> None:
@@ -90,7 +88,7 @@ def take_turns(
 
     for part, module in parts.items():
         own = list(module.state_dict())
-        turns.add(module, partial(read, weights[part], own), lambda one, own=own: drop(one, own))
+        turns.add(module, partial(read, weights[part], own), partial(drop, names=own))
 
 
 def share_memory(
@@ -132,20 +130,16 @@ def share_memory(
         turns.add(parts[part], partial(read, weights[part]), _stay)
 
 
-def open_in_turn(
-    model: DiffusersModel,
-    dtype: torch.dtype,
-    device: torch.device,
-    given: Mapping[str, Any] | None = None,
-) -> Any:
-    """Open a 16-bit pipeline of several denoisers; arguments as of :func:`open_hollow`.
+def bring(
+    pipe: Any, weights: Mapping[str, Weights], dtype: torch.dtype, device: torch.device
+) -> None:
+    """Give a hollow pipeline's denoisers their weights, and put the other components in place.
 
     On their way to a GPU, denoisers are never whole in host memory. They stay on the device if it
     has room for all of them; else they take turns. Where a GPU does not even hold one of them
     beside all other components, these take turns too, and wait in host memory.
     """
-    pipe = open_hollow(model, dtype, device, given)
-    parts, weights = denoisers_of(pipe), model.weights_apart()
+    parts = denoisers_of(pipe)
     others = [
         module
         for name, module in pipe.components.items()
@@ -161,14 +155,13 @@ def open_in_turn(
         for part, module in parts.items():
             weights[part].fill(module, list(module.state_dict()), device, dtype)
             move_buffers(module, device)
-        return pipe
+        return
     turns = Turns(device)
     take_turns(parts, weights, dtype, turns)
     for module in others if crowded else []:
         turns.add_component(module)
     told = "components" if crowded else " and ".join(parts)
     log.info("the pipeline's %s take turns on %s, which can't hold all", told, device)
-    return pipe
 
 
 def free_memory(device: torch.device) -> int:

@@ -14,7 +14,6 @@ from dirotq.calibrate.trajectory import Trajectories
 from dirotq.errors import UnsupportedError
 from dirotq.models.denoisers import denoisers_of
 from dirotq.sources.generation import generate
-from dirotq.sources.hollow import open_hollow
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.opening import open_pipeline
 from dirotq.sources.prompts import Prompt
@@ -81,7 +80,7 @@ def test_calls_are_recorded_in_turn(model, full):
 
 
 def test_denoisers_that_are_streamed_share_memory(model, want):
-    pipe = open_hollow(model, torch.float32, CPU)
+    pipe = model.hollow(torch.float32, CPU)
     parts, kept = denoisers_of(pipe), []
 
     def keep(tensor):
@@ -97,7 +96,7 @@ def test_denoisers_that_are_streamed_share_memory(model, want):
 
 
 def test_denoisers_of_other_shapes_share_none(model):
-    parts = denoisers_of(open_hollow(model, torch.float32, CPU))
+    parts = denoisers_of(model.hollow(torch.float32, CPU))
     parts["transformer_2"].proj_out = nn.Linear(8, 8)
     with pytest.raises(UnsupportedError, match=r"capture\.vram"):
         share_memory(parts, model.weights_apart(), torch.float32, Turns(CPU), torch.clone)
