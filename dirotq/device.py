@@ -1,5 +1,6 @@
 """Where and in which precision a stage computes."""
 
+import gc
 import os
 import re
 
@@ -48,6 +49,16 @@ def refuse_dtype(name: str) -> None:
     """Raise ConfigError unless :func:`choose_dtype` knows the name."""
     if name not in DTYPES:
         raise ConfigError(f"dtype={name} is unknown; use {', '.join(DTYPES)}")
+
+
+def release(device: torch.device) -> None:
+    """Free what nobody names any more, a pipeline that was called among it.
+
+    diffusers' hooks know their modules, which know their hooks: only the collector frees them.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def device_name(device: torch.device) -> str:

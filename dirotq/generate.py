@@ -11,7 +11,7 @@ from PIL import Image
 
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.models.pipeline_images import PICTURES, as_taken, pictures_needed
-from dirotq.original import as_pictures, original_of, psnr
+from dirotq.original import as_pictures, original_of, psnr, sound_ratio
 from dirotq.pipeline.housekeeping import store_option
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.manifest import read_json
@@ -56,6 +56,8 @@ def add_generate(add: Callable[..., argparse.ArgumentParser]) -> None:
 def _generate(options: argparse.Namespace) -> int:
     """Load a packed model and write one image, or one video as an animated image.
 
+    The sound of a video lies beside it, as a WAV file.
+
     With --compare, NAME-original lies beside it afterwards: the 16-bit model's, of the same prompt
     and noise.
     """
@@ -88,13 +90,18 @@ def _generate(options: argparse.Namespace) -> int:
     made = _called(pipeline, options, images | settings, arguments)
     if original is None:
         print(_write(made, out, options.fps))
+        _write_sound(made, pipeline, out)
         return 0
+    _write_sound(made, pipeline, out)
     del pipeline  # one of both is in memory
     pipeline = _open_original(original, options.device)
     want = _called(pipeline, options, images | settings, arguments)
     print(_write(as_pictures(made), out, options.fps))
     print(_write(as_pictures(want), beside, options.fps))
+    _write_sound(want, pipeline, beside)
     print(f"PSNR {psnr(made, want):.1f} dB")
+    if (ratio := sound_ratio(made, want)) is not None:
+        print(f"sound: SNR {ratio:.1f} dB")
     return 0
 
 
@@ -116,13 +123,10 @@ def _called(pipeline: Any, options: argparse.Namespace, call: Mapping[str, Any],
 
 def _open_original(model: Any, device: str) -> Any:
     """Open the 16-bit pipeline where and in what the packed one ran."""
-    import torch
-
-    from dirotq.device import compute_dtype, pick_device
+    from dirotq.device import compute_dtype, pick_device, release
 
     target = pick_device(device)
-    if target.type == "cuda":
-        torch.cuda.empty_cache()
+    release(target)  # the packed one
     return model.pipeline(compute_dtype(target), target)
 
 
@@ -246,6 +250,16 @@ def _write(made: Any, out: Path, fps: int) -> Path:
         out = out.with_suffix(Path(MOVING).suffix)
     first.save(out, save_all=True, append_images=others, duration=round(1000 / fps), loop=0)
     return out
+
+
+def _write_sound(made: Any, pipeline: Any, out: Path) -> None:
+    """Write the sound of a video, where its pipeline makes one, beside it."""
+    from dirotq.sources.sound import sampling_rate, sound_of, write_sound  # slow: torch
+
+    if (sound := sound_of(made)) is not None:
+        file = out.with_suffix(".wav")
+        write_sound(file, sound[0], sampling_rate(pipeline))
+        print(file)
 
 
 def _opaque(image: Image.Image, out: Path) -> Image.Image:

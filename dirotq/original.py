@@ -64,6 +64,26 @@ def psnr(made: Any, want: Any) -> float:
     return float(psnr(one, other))
 
 
+def sound_ratio(made: Any, want: Any) -> float | None:
+    """Return the SNR in dB of one sound to the other; None where the pipelines make none.
+
+    Raises ConfigError if one of both makes none, or their lengths differ.
+    """
+    from dirotq.evaluate.sounds import snr
+    from dirotq.sources.sound import sound_of
+
+    one, other = sound_of(made), sound_of(want)
+    if one is None or other is None or one.shape != other.shape:
+        if one is other:
+            return None
+        shapes = [None if sound is None else tuple(sound.shape) for sound in (one, other)]
+        raise ConfigError(
+            f"the packed model's sound is {shapes[0]} and the original's {shapes[1]}; they are not "
+            "of one model"
+        )
+    return float(snr(one, other))
+
+
 def as_pictures(made: Any) -> Any:
     """Return what a pipeline made as tensors, the images or frames of its first result as PIL."""
     from PIL import Image

@@ -55,7 +55,7 @@ class Capture:
     Raises NumericalError naming the site whose activations are not finite or that saw no token.
     """
 
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     resumable: ClassVar[bool] = True
     what: ClassVar[str] = "capture: record"
     needs = memory.capture

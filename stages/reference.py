@@ -24,6 +24,8 @@ from dirotq.sources.prompts import PromptSet
 class Reference:
     """Images of the model before anything was done to it, and how far they are from themselves.
 
+    Where it makes videos with sound, the sound too.
+
     ``batch``   prompts per pipeline call; one batch is the unit of resuming
     ``floor``   make every image twice, see :func:`floor_batch` and :func:`other_attention`
     ``dtype``   ``float32``, ``bfloat16``, or ``auto``: what the device computes in
@@ -33,7 +35,7 @@ class Reference:
     machine would run them. No method can be expected to be closer to ``original``.
     """
 
-    version: ClassVar[str] = "1"
+    version: ClassVar[str] = "2"
     resumable: ClassVar[bool] = True
     needs = memory.reference
 

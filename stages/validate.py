@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
+from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype, release
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.evaluate.about import about
 from dirotq.evaluate.attribute_judge import AttributeJudge
@@ -54,7 +54,6 @@ from dirotq.quantize.planning import read_spectrum
 from dirotq.quantize.running import of_folder
 from dirotq.quantize.uncalibrated import advice
 from dirotq.sources.model import DiffusersModel
-from dirotq.sources.opening import open_pipeline
 from dirotq.sources.prompts import PromptSet, refuse_shared
 from dirotq.sources.weights import Weights
 
@@ -81,7 +80,7 @@ class Validate:
     ``report.html`` (one file, nothing to fetch) and ``pairs.png`` (of the first prompts).
     """
 
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     resumable: ClassVar[bool] = True
     needs = memory.validate
 
@@ -150,7 +149,7 @@ class Validate:
         del denoisers, network
         parameters = sum(p.numel() for p in self.model.skeleton().parameters())
         del pipe
-        _empty(device)
+        release(device)
         embeddings = _text_encoders(self, pack, device, dtype, tree, units)
         if has_images(tree, ENCODERS):
             sets = replace(sets, places={**sets.places, ENCODERS: (tree, ENCODERS)})
@@ -220,10 +219,8 @@ def _text_encoders(
     pipe = stage.model.pipeline(dtype, device)
     want = encoded(pipe, names, prompts, call, stage.batch)
     del pipe
-    _empty(device)
-    pipe = open_pipeline(
-        stage.model.folder(), dtype, device, given=load_encoders(folder, names, dtype)
-    )
+    release(device)
+    pipe = stage.model.pipeline(dtype, device, load_encoders(folder, names, dtype))
     got = encoded(pipe, names, prompts, call, stage.batch)
     where = "CPU" if device.type == "cpu" else device_name(device)
     writer = ImageWriter(
@@ -231,13 +228,8 @@ def _text_encoders(
     )
     generate_all(writer, pipe, prompts, call, stage.batch, "images, text encoders packed")
     del pipe
-    _empty(device)
+    release(device)
     return embedding_errors(want, got)
-
-
-def _empty(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
 
 
 def _shown(sets: ImageSets, indices: Sequence[int]) -> list[torch.Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dirotq.calibrate.trajectory import is_encoder, open_hollow, stop_at_denoisers
+from dirotq.calibrate.trajectory import is_encoder, stop_at_denoisers
 from dirotq.errors import NumericalError
 from dirotq.kernels.full_float32 import full_float32
 from dirotq.kernels.gptq import FactorizationError
@@ -58,7 +58,7 @@ def calibrated_codes(
     Raises NumericalError naming a linear whose inputs are not finite, or whose second moment can't
     be factored.
     """
-    pipe = open_hollow(model, dtype, device)
+    pipe: Any = model.hollow(dtype, device)
     calls = _calls(pipe, model, prompts, list(linears), device)
     found: dict[str, Codes] = {}
     for name, paths in linears.items():

@@ -7,7 +7,8 @@ generates latents, without an image decoder. Both halves are the pipeline's own 
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,20 +19,22 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from dirotq.models.call import Call, digest_of
-from dirotq.models.denoisers import denoisers_of, joined
+from dirotq.models.denoisers import denoisers_of
 from dirotq.models.skeleton import move_buffers
-from dirotq.quiet import heed, quiet
-from dirotq.sources.completeness import absent
 from dirotq.sources.components import DENOISER
 from dirotq.sources.generation import foreign, generate
 from dirotq.sources.model import DiffusersModel
-from dirotq.sources.opening import dtypes
+from dirotq.sources.opening import SHARE, module_bytes
 from dirotq.sources.prompts import Prompt
+from dirotq.sources.turns import Turns, free_memory, share_memory, take_turns
+from dirotq.sources.weights import Weights
 
 from .replay import HostArena
 
 log = logging.getLogger(__name__)
 
+FITS = 0.75
+"""Of the memory to stay within, what weights on the GPU may take."""
 ENCODES = ("encode_prompt", "encode_image")
 """Methods of pipelines that run an encoder."""
 
@@ -44,7 +47,7 @@ class Trajectories:
     """A pipeline that generates latents for batches of prompts and hands out its denoiser's calls.
 
     vram  bytes of GPU memory to stay within: a transformer that needs more than three quarters of
-          it is streamed from host memory, block by block
+          it is streamed from host memory, block by block; several that do take turns
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class Trajectories:
     ) -> None:
         self.model, self.dtype, self.device, self.vram = model, dtype, device, vram
         self.call = model.call_arguments()
-        self.pipe = open_hollow(model, dtype, device)
+        self.pipe: Any = model.hollow(dtype, device)
         self.made: list[Call] = []
         """Every call of the last generation."""
         self._encoded: dict[str, Any] = {}
@@ -94,27 +97,39 @@ class Trajectories:
             torch.cuda.empty_cache()
 
     def load_transformer(self) -> None:
-        """Give the transformer its weights, on the GPU or streamed to it."""
-        parts = denoisers_of(self.pipe)
-        transformer, weights = joined(parts), self.model.weights()
-        size = sum(p.numel() for p in transformer.parameters()) * self.dtype.itemsize
-        stream = self.device.type == "cuda" and self.vram is not None and size > self.vram * 3 // 4
-        names = list(transformer.state_dict())
-        keep = HostArena().keep if stream else None
-        weights.fill(transformer, names, self.device, self.dtype, keep=keep)
-        if stream:
-            log.info("the transformer's %.1f GB are streamed from host memory", size / 1e9)
-            for denoiser in parts.values():
-                denoiser.enable_group_offload(
-                    onload_device=self.device,
-                    offload_device=torch.device("cpu"),
-                    offload_type="block_level",
-                    num_blocks_per_group=1,
-                    use_stream=True,
-                    non_blocking=True,
-                )
+        """Give the denoisers their weights: all at once, one at a time, or streamed to the GPU."""
+        parts, weights = denoisers_of(self.pipe), self.model.weights_apart()
+        each = list(map(module_bytes, parts.values()))
+        on_gpu = self.device.type == "cuda"
+        room = FITS * self.vram if on_gpu and self.vram is not None else math.inf
+        streamed = max(each) > room
+        if len(parts) > 1:
+            room = min(room, SHARE * free_memory(self.device))
+        if streamed:
+            self._stream(parts, weights)
+        elif len(parts) > 1 and sum(each) > room:
+            log.info("%s take turns: there is no room for all of them", " and ".join(parts))
+            take_turns(parts, weights, self.dtype, Turns(self.device))
         else:
-            move_buffers(transformer, self.device)
+            for part, denoiser in parts.items():
+                names = list(denoiser.state_dict())
+                weights[part].fill(denoiser, names, self.device, self.dtype)
+                move_buffers(denoiser, self.device)
+
+    def _stream(self, parts: Mapping[str, Any], weights: Mapping[str, Weights]) -> None:
+        """Let denoisers wait in page-locked memory, all in that of one, and come block by block."""
+        size = sum(map(module_bytes, parts.values()))
+        log.info("the transformer's %.1f GB are streamed from host memory", size / 1e9)
+        share_memory(parts, weights, self.dtype, Turns(self.device), HostArena().keep)
+        for denoiser in parts.values():
+            denoiser.enable_group_offload(
+                onload_device=self.device,
+                offload_device=torch.device("cpu"),
+                offload_type="block_level",
+                num_blocks_per_group=1,
+                use_stream=True,
+                non_blocking=True,
+            )
 
     def record(self, shard: Sequence[Prompt], choose: Callable[[int], Sequence[int]]) -> list[Call]:
         """Generate one batch; return the calls that ``choose(number of calls made)`` names, on the
@@ -191,7 +206,7 @@ def _told(value: Any) -> Any:
 def stop_at_denoisers(pipe: Any) -> Iterator[None]:
     """Leave the block where the pipeline is about to call a denoiser."""
     hooks = [
-        denoiser.register_forward_pre_hook(_raise_reached)
+        denoiser.register_forward_pre_hook(_raise_reached, prepend=True)
         for denoiser in denoisers_of(pipe).values()
     ]
     try:
@@ -214,33 +229,3 @@ def is_encoder(name: str, module: Any) -> bool:
 
 def _to(value: Any, device: torch.device) -> Any:
     return Call((value,), {}).map(lambda tensor: tensor.to(device)).args[0]
-
-
-def open_hollow(model: DiffusersModel, dtype: torch.dtype, device: torch.device) -> Any:
-    """Open the pipeline on the CPU, its transformer without weights; it says ``device``."""
-    import diffusers
-
-    folder = model.folder()
-    # nn.Module's `to`: diffusers' own warns about what it would keep in float32.
-    network = nn.Module.to(model.skeleton(), dtype)
-    denoisers = {
-        part: network.get_submodule(inside)
-        for part, inside in zip(model.parts, model.prefixes, strict=True)
-    }
-    with quiet() as said:
-        pipe = diffusers.DiffusionPipeline.from_pretrained(
-            folder,
-            **denoisers,
-            dtype=dtypes(folder, dtype),
-            use_safetensors=True,
-            local_files_only=True,
-            **absent(folder),
-        )
-    heed(said)
-    pipe.set_progress_bar_config(disable=True)
-    # diffusers takes the first component's device for the pipeline's; ours come and go.
-    here = property(lambda _: device)
-    pipe.__class__ = type(
-        type(pipe).__name__, (type(pipe),), {"device": here, "_execution_device": here}
-    )
-    return pipe

@@ -1,4 +1,4 @@
-"""Generated images on disk: Zarr, 16-bit fixed point, one image per chunk.
+"""Generated images on disk: Zarr, 16-bit fixed point, one image per chunk; float32 sounds beside.
 
 8 bits would be too coarse: two images rounded to 1/255 differ by a PSNR of 55.9 dB if they were
 equal before, which takes 0.7 dB off a score of 48 dB. 1/65535 leaves the limit at 104 dB.
@@ -18,7 +18,7 @@ from zarr.codecs import BloscCodec, Crc32cCodec
 from dirotq.errors import ArtifactError
 from dirotq.pipeline.units import Units
 from dirotq.progress import track
-from dirotq.sources.generation import generate
+from dirotq.sources.generation import generate_with_sound
 from dirotq.sources.prompts import Prompt
 
 STEPS = 65535
@@ -72,10 +72,13 @@ class ImageWriter:
         batches = [range(start, min(start + batch, self.count)) for start in starts]
         return [batch for batch in batches if not done[batch.start : batch.stop].all()]
 
-    def write(self, start: int, images: Tensor, seconds: float) -> None:
+    def write(
+        self, start: int, images: Tensor, seconds: float, sounds: Tensor | None = None
+    ) -> None:
         """Write images [B, 3, H, W] or videos [B, F, 3, H, W], floats in [0, 1], from ``start`` on.
 
         seconds  time per image of this batch
+        sounds   float [B, channels, samples] that belong to the videos, or None
 
         Raises ValueError for images outside of [0, 1] or more than there is place for.
         """
@@ -92,6 +95,8 @@ class ImageWriter:
         array = _array(self.group, self.name).with_config({"write_empty_chunks": True})
         stored = (images.double() * STEPS).round().cpu().numpy().astype(np.uint16)
         array[start : start + len(images)] = stored
+        if sounds is not None:
+            self._write_sounds(start, sounds)
         _array(self.group, _seconds(self.name))[start : start + len(images)] = seconds
         self._note(range(start, start + len(images)))
 
@@ -102,11 +107,23 @@ class ImageWriter:
         """Note one unit per image: its pixels, its seconds, and what describes both arrays."""
         if self.units is None:
             return
-        arrays = (self.name, _seconds(self.name))
+        arrays = [self.name, _seconds(self.name)]
+        arrays += [sound for sound in [_sound(self.name)] if sound in self.group]
         for index in indices:
             chunks = [self.tree / _chunk(_array(self.group, name), index) for name in arrays]
             about = [self.tree / name / "zarr.json" for name in arrays]
             self.units.finish(f"{self.name} {index}", [*chunks, *about])
+
+    def _write_sounds(self, start: int, sounds: Tensor) -> None:
+        name, shape = _sound(self.name), tuple(sounds.shape[1:])
+        if name not in self.group:
+            self.group.create_array(
+                name, shape=(self.count, *shape), chunks=(1, *shape), dtype="float32",
+                fill_value=float("nan"),  # one that is missing is not silent
+                compressors=[BloscCodec(cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()],
+            )  # fmt: skip
+        array = _array(self.group, name)
+        array[start : start + len(sounds)] = sounds.float().cpu().numpy()
 
     def _create(self, shape: tuple[int, ...]) -> None:
         self.group.create_array(
@@ -132,8 +149,8 @@ def generate_all(
     """
     for span in track(writer.missing(batch), what):
         began = time.perf_counter()
-        images = generate(pipe, prompts[span.start : span.stop], call)
-        writer.write(span.start, images, (time.perf_counter() - began) / len(span))
+        images, sounds = generate_with_sound(pipe, prompts[span.start : span.stop], call)
+        writer.write(span.start, images, (time.perf_counter() - began) / len(span), sounds)
 
 
 def read_images(tree: Path, name: str, indices: Sequence[int] | slice = slice(None)) -> Tensor:
@@ -163,6 +180,23 @@ def read_images(tree: Path, name: str, indices: Sequence[int] | slice = slice(No
         if not (tree / _chunk(array, index)).exists():
             raise ArtifactError(f"{tree}: image {index} of {name!r} is gone; somebody removed it")
     return torch.from_numpy(images).div_(STEPS)
+
+
+def read_sounds(tree: Path, name: str, indices: slice) -> Tensor | None:
+    """Read the sounds of images ``name``: float32 [B, channels, samples]; None if there are none.
+
+    Raises ArtifactError if one is gone, was never written, or does not match its checksum.
+    """
+    group = zarr.open_group(tree, mode="r")
+    if _sound(name) not in group:
+        return None
+    try:
+        sounds = torch.from_numpy(np.asarray(_array(group, _sound(name))[indices]))
+    except (ValueError, RuntimeError) as error:
+        raise ArtifactError(f"{tree}: a sound of {name!r} is damaged ({error})") from error
+    if not sounds.isfinite().all():
+        raise ArtifactError(f"{tree}: a sound of {name!r} is gone; somebody removed it")
+    return sounds
 
 
 def read_seconds(tree: Path, name: str) -> Tensor:
@@ -199,6 +233,10 @@ def has_images(tree: Path, name: str) -> bool:
 
 def _attributes(tree: Path, name: str) -> dict[str, Any]:
     return dict(_find(zarr.open_group(tree, mode="r"), tree, _seconds(name)).attrs)
+
+
+def _sound(name: str) -> str:
+    return f"{name}_sound"
 
 
 def _seconds(name: str) -> str:

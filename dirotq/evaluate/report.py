@@ -26,6 +26,8 @@ LABELS = {
     "psnr": "PSNR, dB",
     "ssim": "SSIM",
     "ms_ssim": "MS-SSIM",
+    "sound_snr": "SNR of the sound, dB",
+    "sound_lsd": "log-spectral distance of the sound, dB",
     "captioned": "captioned attributes, share per image",
     "fid": "FID, attribute reader",
     "kid": "KID, attribute reader",

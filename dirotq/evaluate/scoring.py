@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dirotq.errors import ArtifactError
 from dirotq.evaluate.attribute_judge import AttributeJudge
 from dirotq.evaluate.distributions import frechet_distance, kernel_distance
 from dirotq.evaluate.fidelity import fidelity
-from dirotq.evaluate.images import read_images
+from dirotq.evaluate.images import read_images, read_sounds
 from dirotq.evaluate.metrics import Metric
+from dirotq.evaluate.sounds import likeness
 from dirotq.evaluate.statistics import difference_interval, mean_interval
 from dirotq.kernels.full_float32 import full_float32
 from dirotq.progress import track
@@ -102,7 +104,8 @@ def score(
 ) -> Scores:
     """Score everything, in one pass over the images and one more per learned metric.
 
-    PSNR, SSIM and MS-SSIM to the original; with a reader, ``captioned`` (the share of its captioned
+    PSNR, SSIM and MS-SSIM to the original, and the same of sounds where the pipeline makes some
+    (dirotq/evaluate/sounds.py); with a reader, ``captioned`` (the share of its captioned
     attributes that an image shows), FID and KID of its features to the original's, from two images
     on.
     """
@@ -114,6 +117,9 @@ def score(
         for name in [name for name in images if name != ORIGINAL]:
             for kind, values in fidelity(images[name], images[ORIGINAL]).items():
                 found.images.setdefault(kind, {}).setdefault(name, []).extend(values)
+        for kind, of_sets in _heard(sets, span).items():
+            for name, values in of_sets.items():
+                found.images.setdefault(kind, {}).setdefault(name, []).extend(values)
         if reader is not None:
             for name, shown in images.items():
                 features_BF[name].append(reader.features(stills(shown)))
@@ -122,6 +128,28 @@ def score(
         _judge(found, reader, features_BF, counts)
     for name, metric in learned.items():
         _measure(found, name, metric, sets, prompts, device)
+    return found
+
+
+def _heard(sets: ImageSets, span: slice) -> dict[str, dict[str, list[float]]]:
+    """Return {metric: {set: values}} of the sounds of a batch; nothing where there are none.
+
+    Raises ArtifactError if some of the sets have none, or others than the 16-bit model's.
+    """
+    sounds = {name: read_sounds(*at, span) for name, at in sets.places.items()}
+    shapes = {name: None if s is None else tuple(s.shape[1:]) for name, s in sounds.items()}
+    if len(set(shapes.values())) > 1:
+        raise ArtifactError(
+            f"sounds of {shapes} (channels, samples) can't be compared: their images are of "
+            "several models, or of several versions of DiRotQ; recompute them with "
+            "force=[reference,validate]"
+        )
+    found: dict[str, dict[str, list[float]]] = {}
+    want = sounds.pop(ORIGINAL)
+    for name, got in sounds.items():
+        if got is not None and want is not None:
+            for kind, values in likeness(got, want).items():
+                found.setdefault(kind, {})[name] = values
     return found
 
 

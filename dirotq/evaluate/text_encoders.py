@@ -37,7 +37,7 @@ def encoded(
         getattr(pipe, name).register_forward_hook(_recorder(found[name]), with_kwargs=True)
         for name in names
     ]
-    hooks.append(pipe.transformer.register_forward_pre_hook(_stop))
+    hooks.append(pipe.transformer.register_forward_pre_hook(_stop, prepend=True))
     try:
         for start in track(range(0, len(prompts), batch), "text encoders"):
             with contextlib.suppress(_Reached):

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dirotq.evaluate.fidelity import PSNR_LIMIT
+from dirotq.evaluate.sounds import LIMIT
 from dirotq.evaluate.statistics import Interval, difference_interval
 
 MARGIN = 1.0
@@ -23,6 +24,8 @@ WORDS = (
     (-math.inf, "other", "Not the same images any more"),
 )
 """(dB from which on, its name, its words)."""
+SAME = LIMIT - 0.1
+"""dB from which on a sound is the other one."""
 FEW = 8
 """Prompts below which an interval says little."""
 
@@ -56,6 +59,8 @@ def verdict(images: Sequence[Mapping[str, Any]], scores: Mapping[str, Any]) -> d
         )
     if found := scores.get("captioned", {}).get("difference"):
         reasons.append(_captioned(found))
+    if "sound_snr" in scores:
+        reasons.append(_sound(scores["sound_snr"], scores["sound_lsd"]))
     if len(packed) < FEW:
         reasons.append(f"{_prompts(len(packed))} are few: another set may tell otherwise.")
     return {"level": level, "headline": words, "reasons": reasons}
@@ -90,6 +95,22 @@ def _captioned(found: Mapping[str, float]) -> str:
         return f"Captioned attributes: no difference from 16 bit could be shown {apart}."
     word = "more" if points["mean"] > 0 else "fewer"
     return f"{abs(points['mean']):.1f} points {word} of the captioned attributes show {apart}."
+
+
+def _sound(
+    snr: Mapping[str, Mapping[str, float]], distance: Mapping[str, Mapping[str, float]]
+) -> str:
+    if snr["packed"]["mean"] >= SAME:
+        return "The sound is that of the 16-bit model."
+    told = (
+        f"The sound's error lies {snr['packed']['mean']:.1f} dB below the 16-bit sound (SNR), and "
+        f"its spectra are {distance['packed']['mean']:.1f} dB from that sound's (log-spectral "
+        "distance)"
+    )
+    if (floor := snr.get("floor", {}).get("mean")) is None:
+        return f"{told}."
+    same = "gives the same sound" if floor >= SAME else f"has an SNR of {floor:.1f} dB"
+    return f"{told}. The 16-bit model run again {same}."
 
 
 def _prompts(count: int) -> str:

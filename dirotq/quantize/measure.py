@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from dirotq.calibrate.replay import Replay
-from dirotq.device import compute_dtype
+from dirotq.device import compute_dtype, release
 from dirotq.errors import NumericalError
 from dirotq.evaluate.fidelity import psnr
 from dirotq.kernels.linear import PointwiseView, SiteView
@@ -106,6 +106,7 @@ def plans_psnr(
     call = model.call_arguments()
 
     def images(plan: Sequence[SitePlan] | None, what: str) -> Tensor:
+        release(device)  # the pipeline of another plan
         pipe = model.pipeline(compute_dtype(device), device)
         if plan is not None:
             lines, weights = {line.site: line for line in plan}, model.weights()

@@ -8,6 +8,7 @@ from typing import Any
 
 from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.calibrate.text_codes import WIDEST
+from dirotq.calibrate.trajectory import FITS
 from dirotq.errors import ConfigError
 from dirotq.kernels.formats.quantize_weight import CHUNK
 from dirotq.pipeline.machine import Machine, Needs
@@ -17,6 +18,7 @@ from dirotq.quantize.sensitive import parse_sensitive
 from dirotq.quantize.spectrum import DENSE, MARGIN
 from dirotq.quantize.uncalibrated import part_of
 from dirotq.quantize.workload import Workload
+from dirotq.sources.opening import SHARE
 
 GPU_RAM = 3.0e9
 """Host memory of a process with torch and a CUDA context: gptq of FLUX.1 on an H200 took 2.9 GB."""
@@ -42,15 +44,17 @@ FRAGMENTS = 1.15
 
 def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
     """Latents of all prompts with the whole network; then the recorded calls block by block."""
-    limit, weights = budget(machine, stage.vram), machine.width * work.parameters
-    streams = machine.gpu and stage.vram is not None and weights > 0.75 * limit
+    limit, largest = budget(machine, stage.vram), machine.width * work.largest_denoiser
+    streams = machine.gpu and stage.vram is not None and largest > FITS * limit
+    share = FITS if machine.gpu and stage.vram is not None else SHARE
+    weights = _denoisers(work, machine.width, share * (limit if machine.gpu else machine.ram))
     moments = {site.name: work.moment_bytes(site) for site in work.sites}
-    largest = max(moments.values())
+    of_site = max(moments.values())
     of_block = max(sum(moments[s.name] for s in sites) for sites in work.by_block.values())
     waiting, parked = _waiting(work, machine, -(-work.recorded // work.samples), limit)
     # One block's sums are stored, and another's weights read, while calls pass a block.
-    block = 2 * (machine.width * work.block_parameters + of_block) + largest
-    streamed = 2 * (machine.width * work.block_parameters + of_block + largest)
+    block = 2 * (machine.width * work.block_parameters + of_block) + of_site
+    streamed = 2 * (machine.width * work.block_parameters + of_block + of_site)
     alive = _activations(work, work.samples, machine.width)
     encoders = sum(
         size for name, size in work.components.items() if name.startswith("text_encoder")
@@ -59,8 +63,8 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
     replaying = block + alive + waiting * (FRAGMENTS if machine.gpu and not parked else 1)
     # An upper bound of the recorded calls, as a prompt's steps share its text.
     calls = work.recorded * work.argument_bytes
-    host = _components(work) + calls + 2 * largest + _block_read(work) + parked
-    host += weights if streams else 0
+    host = _components(work) + calls + 2 * of_site + _block_read(work) + parked
+    host += largest if streams else 0
     disk = sum(moments.values()) + sum(2 * stage.rows * site.in_features for site in work.sites)
     adapts = machine.gpu and stage.vram is None  # as yet it takes what is free
     lower = f"capture.vram={0.9 * limit / 1e9:.0f}GB, " if adapts else ""
@@ -105,7 +109,8 @@ def rank_budget(stage: Any, work: Workload, machine: Machine) -> Needs:
     parts = [_spectra(work, machine), _sensitivities(work, machine)]
     if stage.gate:
         images = _image_peak(work, stage.batch, machine.width)
-        device = machine.width * work.parameters + _components(work) + images
+        memory = SHARE * (machine.vram if machine.gpu else machine.ram)
+        device = _denoisers(work, machine.width, memory) + _components(work) + images
         host, disk = 24 * stage.gate * work.pixels, 1200 * len(work.sites)
         lower = "rank.gate=0 (which leaves the comparison out), rank.batch=1"
         parts.append(_needs(machine, device, host, disk, lower, bound=True))
@@ -213,7 +218,10 @@ def _generation(
     beside  further bytes on the disk;  sets  how many times all images are made
     """
     width = {"auto": machine.width, "float32": 4, "bfloat16": 2}[dtype]
-    device = width * work.parameters + _components(work) + _image_peak(work, batch, width)
+    memory = SHARE * (machine.vram if machine.gpu else machine.ram)
+    components = _components(work)
+    device = _denoisers(work, width, memory - (components if machine.gpu else 0))
+    device += components + _image_peak(work, batch, width)
     picture = 3 * work.pixels
     host = batch * picture * (4 + 8 + 2)  # as they came, in the writer's float64, rounded
     disk = sets * work.heldout * picture * IMAGE_BYTES + beside
@@ -230,6 +238,12 @@ def _needs(
     else:
         vram, ram = 0.0, CPU_RAM + CPU_SLACK * (device + host)
     return Needs(vram=vram, ram=ram, disk=disk, lower=lower, bound=bound)
+
+
+def _denoisers(work: Workload, width: int, room: float) -> float:
+    """Bytes of all denoisers, or of one where there is no room and they take turns."""
+    every = width * work.parameters
+    return every if every <= room else width * work.largest_denoiser
 
 
 def _waiting(work: Workload, machine: Machine, count: int, limit: int) -> tuple[float, float]:

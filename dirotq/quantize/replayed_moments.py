@@ -21,7 +21,7 @@ from dirotq.calibrate.aside import Aside
 from dirotq.calibrate.recorder import Recorder, Seen
 from dirotq.calibrate.relay import END, Relay
 from dirotq.calibrate.replay import Replay
-from dirotq.device import compute_dtype, pick_device
+from dirotq.device import compute_dtype, pick_device, release
 from dirotq.errors import ConfigError
 from dirotq.models.call import Call, by_part, load_calls, timestep
 from dirotq.models.denoisers import prefix
@@ -70,8 +70,7 @@ class ReplayedMoments:
         return dataclasses.replace(self, index=index, count=count, meeting=str(meeting))
 
     def maker(self, out: Path, names: Sequence[str]) -> Make:
-        if pick_device(self.device).type == "cuda":
-            torch.cuda.empty_cache()  # of whoever recorded the calls
+        release(pick_device(self.device))  # whoever recorded the calls
         calls = load_calls(out / "calls", self.shards)
         _refuse_idle(self.model.prefixes, by_part(calls))
         return partial(self.made, out, calls)

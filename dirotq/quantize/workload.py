@@ -130,6 +130,12 @@ class Workload:
         return sum(p.numel() for p in self.transformer.parameters())
 
     @cached_property
+    def largest_denoiser(self) -> int:
+        """Parameters of the largest of several denoisers, or of the one that there is."""
+        parts = map(self.transformer.get_submodule, self.model.prefixes)
+        return max(sum(p.numel() for p in part.parameters()) for part in parts)
+
+    @cached_property
     def by_block(self) -> dict[str, list[Site]]:
         """The repeated modules that hold sites, in order, each with its sites."""
         found: dict[str, list[Site]] = {}

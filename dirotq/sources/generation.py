@@ -13,6 +13,7 @@ from dirotq.pipeline.faults import BROKEN_GPU, OUT_OF_MEMORY
 
 from .prompt_files import NEGATIVE, open_picture
 from .prompts import Prompt
+from .sound import sound_of
 
 STUMBLES = (
     ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
@@ -43,20 +44,31 @@ def foreign(pipe: Any) -> Iterator[None]:
 def generate(
     pipe: Any, prompts: Sequence[Prompt], call: Mapping[str, Any], *, output: str = "pt"
 ) -> Tensor:
+    """Return the images of :func:`generate_with_sound` alone."""
+    return generate_with_sound(pipe, prompts, call, output=output)[0]
+
+
+def generate_with_sound(
+    pipe: Any, prompts: Sequence[Prompt], call: Mapping[str, Any], *, output: str = "pt"
+) -> tuple[Tensor, Tensor | None]:
     """Call the pipeline once for a batch of prompts, each from the noise of its own seed.
 
     returns  float32 on the CPU: images [B, 3, H, W] or videos [B, F, 3, H, W] in [0, 1]
-             (``output="pt"``), on white where a pipeline makes them transparent; or latents
+             (``output="pt"``), on white where a pipeline makes them transparent; or latents.
+             With them the sound, [B, channels, samples] in [-1, 1], or its latents; None where the
+             pipeline makes none
 
     Where a list of pictures is one prompt's references (models/pipeline_images.py), it is called
     once for each prompt.
 
-    Raises NumericalError if an image is not finite.
+    Raises NumericalError if an image or a sound is not finite.
     """
     given = _inputs(prompts)
     if given.keys() & set(PICTURES) and not takes_batches(type(pipe)):
         if len(prompts) > 1:
-            return torch.cat([generate(pipe, [one], call, output=output) for one in prompts])
+            each = [generate_with_sound(pipe, [one], call, output=output) for one in prompts]
+            sounds = [sound for _, sound in each if sound is not None]
+            return torch.cat([images for images, _ in each]), torch.cat(sounds) if sounds else None
         given |= {n: as_taken(type(pipe), given[n][0]) for n in PICTURES if n in given}
     made = pipe(
         prompt=[p.text for p in prompts],
@@ -66,12 +78,15 @@ def generate(
         **{**call, **given},
     )
     result: Tensor = (made.images if hasattr(made, "images") else made.frames).float().cpu()
-    if not result.isfinite().all():
-        raise NumericalError(
-            f"the pipeline produced a non-finite image for one of {[p.text for p in prompts]}; "
-            "the model itself overflows in this precision, or its weights are damaged"
-        )
-    return _on_white(result) if output == "pt" else result
+    sound = sound_of(made)
+    for what, found in (("image", result), ("sound", sound)):
+        if found is not None and not found.isfinite().all():
+            raise NumericalError(
+                f"the pipeline produced a non-finite {what} for one of "
+                f"{[p.text for p in prompts]}; the model itself overflows in this precision, or "
+                "its weights are damaged"
+            )
+    return _on_white(result) if output == "pt" else result, sound
 
 
 def _on_white(images: Tensor) -> Tensor:

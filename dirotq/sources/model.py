@@ -22,6 +22,7 @@ from dirotq.sources.opening import open_pipeline
 from dirotq.sources.prompts import Prompt, PromptSet
 
 from .folder import missing_weights, weight_names
+from .hollow import open_hollow
 from .lora import parse_loras
 from .origin import pipeline_folder, pipeline_identity, single_file
 from .single_file import default_base
@@ -235,9 +236,47 @@ class DiffusersModel:
             return Weights(self.folder(), self.parts)
         return Weights(self.folder() / "transformer")
 
-    def pipeline(self, dtype: torch.dtype, device: torch.device) -> "DiffusionPipeline":
-        """Open the whole 16-bit pipeline, in ``dtype`` on ``device``."""
-        return open_pipeline(self.folder(), dtype, device)
+    def weights_apart(self) -> dict[str, Weights]:
+        """Return the tensors of each denoiser, by component, with its own names."""
+        return {part: Weights(self.folder() / part) for part in self.parts}
+
+    def pipeline(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        given: Mapping[str, Any] | None = None,
+    ) -> "DiffusionPipeline":
+        """Open the whole 16-bit pipeline, in ``dtype`` on ``device``.
+
+        Several denoisers are read one after the other, and again and again if there is no room for
+        all of them (dirotq/sources/turns.py).
+
+        given  components that take the places of the folder's
+        """
+        if len(self.parts) == 1:
+            return open_pipeline(self.folder(), dtype, device, given=given)
+        from .turns import bring  # slow: accelerate
+
+        pipe = self.hollow(dtype, device, given)
+        bring(pipe, self.weights_apart(), dtype, device)
+        return pipe
+
+    def hollow(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        given: Mapping[str, Any] | None = None,
+    ) -> "DiffusionPipeline":
+        """Open the 16-bit pipeline on the CPU, its denoisers without weights; it says ``device``.
+
+        given  components that take the places of the folder's
+        """
+        network = self.skeleton()
+        denoisers = {
+            part: network.get_submodule(inside)
+            for part, inside in zip(self.parts, self.prefixes, strict=True)
+        }
+        return open_hollow(self.folder(), denoisers, dtype, device, given or {})
 
 
 def component_bytes(model: DiffusersModel) -> dict[str, int]:

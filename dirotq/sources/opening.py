@@ -14,6 +14,7 @@ from dirotq.files.json_file import INDEX, components, read_json
 from dirotq.models.autoencoders import precision
 from dirotq.quiet import heed, quiet
 
+from .calls import pipeline_class
 from .doors import refuse_doors, refuse_sizes
 from .hub import first_line
 
@@ -25,6 +26,8 @@ log = logging.getLogger(__name__)
 ONE_BY_ONE = ("AutoencoderKLHunyuanVideo15",)
 """Autoencoders whose attention fails for a batch, in diffusers 0.42.1: its mask broadcasts over one
 sample alone. In slices they decode any number."""
+SHARE = 0.8
+"""Of free memory, what weights may take: the rest is for what they compute."""
 
 
 def open_pipeline(
@@ -46,9 +49,7 @@ def open_pipeline(
     Raises ArtifactError naming what is damaged or incomplete; ConfigError or UnsupportedError if
     the folder would run code or read elsewhere, or needs packages that are not here.
     """
-    import diffusers
-
-    from dirotq.sources.completeness import absent, packed_parts, refuse_incomplete
+    from dirotq.sources.completeness import packed_parts, refuse_incomplete
 
     with explained(folder):
         refuse_doors(folder)
@@ -63,25 +64,44 @@ def open_pipeline(
             prompts=not packed,
             error=ArtifactError,
         )
-        with quiet() as said:
-            pipe = diffusers.DiffusionPipeline.from_pretrained(
-                folder,
-                dtype=dtypes(folder, dtype),
-                use_safetensors=True,
-                local_files_only=True,
-                variant=variant,
-                **absent(folder),
-                **(given or {}),
-            )
-        heed(said)
-    pipe.set_progress_bar_config(disable=True)
-    if type(getattr(pipe, "vae", None)).__name__ in ONE_BY_ONE:
-        pipe.vae.use_slicing = True
+        pipe = read_pipeline(folder, dtype, variant=variant, given=given)
     if offloading is None:
         offloading = "model" if _too_large(pipe, device) else "none"
         if offloading == "model":
             log.info("the pipeline's components take turns on %s, which can't hold all", device)
     place(pipe, device, offloading)
+    return pipe
+
+
+def read_pipeline(
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    variant: str | None = None,
+    given: Mapping[str, Any] | None = None,
+) -> "DiffusionPipeline":
+    """Read a folder that was checked into host memory; arguments as of :func:`open_pipeline`."""
+    import diffusers
+
+    from dirotq.sources.completeness import absent
+
+    # A component that the pipeline's class calls optional, as Wan's transformers, is read although
+    # it is given, unless the class itself reads the folder (diffusers 0.42.1).
+    own = pipeline_class(read_json(folder / INDEX)) if given else None
+    with quiet() as said:
+        pipe = (own or diffusers.DiffusionPipeline).from_pretrained(
+            folder,
+            dtype=dtypes(folder, dtype),
+            use_safetensors=True,
+            local_files_only=True,
+            variant=variant,
+            **absent(folder),
+            **(given or {}),
+        )
+    heed(said)
+    pipe.set_progress_bar_config(disable=True)
+    if type(getattr(pipe, "vae", None)).__name__ in ONE_BY_ONE:
+        pipe.vae.use_slicing = True
     return pipe
 
 
@@ -112,14 +132,18 @@ def place(pipe: "DiffusionPipeline", device: torch.device, offloading: str) -> N
 
 def _too_large(pipe: "DiffusionPipeline", device: torch.device) -> bool:
     on_gpu = device.type == "cuda"
-    return on_gpu and component_bytes(pipe) > torch.cuda.mem_get_info(device)[0] * 0.8
+    return on_gpu and component_bytes(pipe) > torch.cuda.mem_get_info(device)[0] * SHARE
 
 
 def component_bytes(pipe: "DiffusionPipeline") -> int:
     """Return what the weights of all components of a pipeline take."""
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    tensors = [t for m in modules for t in (*m.parameters(), *m.buffers())]
-    return sum(t.numel() * t.element_size() for t in tensors)
+    return sum(map(module_bytes, modules))
+
+
+def module_bytes(module: torch.nn.Module) -> int:
+    """Return what the weights of a module take, or will take if they are on the meta device."""
+    return sum(t.numel() * t.element_size() for t in (*module.parameters(), *module.buffers()))
 
 
 @contextmanager

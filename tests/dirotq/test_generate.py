@@ -1,5 +1,7 @@
 import json
+import wave
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -217,6 +219,22 @@ def test_a_video_is_an_animated_image(dirotq, model, tmp_path, monkeypatch):
         assert "export_to_video" in refused.err
     monkeypatch.setattr(generate, "pipeline_class", lambda index: None)  # told by the result only
     assert dirotq("generate", folder, "--prompt", "x", "--out", "late.jpg").out == "late.webp\n"
+
+
+def test_the_sound_of_a_video_lies_beside_it(dirotq, model, tmp_path, monkeypatch):
+    class Loud(FakeVideoPipeline):
+        vocoder = SimpleNamespace(config=SimpleNamespace(output_sampling_rate=8000))
+
+        def __call__(self, *words, **settings):
+            made = super().__call__(*words, **settings)
+            made.audio = torch.zeros(1, 2, 4000)
+            return made
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("dirotq.loading.load", Loud)
+    assert dirotq("generate", model(Filmer), "--prompt", "x").out == "video.webp\nvideo.wav\n"
+    with wave.open("video.wav") as file:
+        assert file.getnframes() / file.getframerate() == 0.5
 
 
 def test_what_a_pipeline_refuses_is_no_traceback(dirotq, model, monkeypatch):

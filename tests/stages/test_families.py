@@ -64,6 +64,9 @@ def test_every_family_runs_through(line, name):
     assert artifacts["fuse"].metrics["network_error"] < 1e-5
     assert artifacts["validate"].metrics["sqnr_db"] > 10
     assert artifacts["validate"].metrics["psnr"] > 20
+    sound = artifacts["validate"].metrics.get("sound_snr")
+    assert (sound is None) == (name != "ltx2")
+    assert sound is None or sound > 10
     report = json.loads(artifacts["validate"].file("report.json").read_text())
     assert len(report["timesteps"]) > 1  # of every pipeline, whatever it calls them
     assert all(None not in site["by_timestep"] for site in report["sites"])

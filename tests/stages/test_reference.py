@@ -7,7 +7,7 @@ from tiny_line import run_stage, stage
 from dirotq.errors import ConfigError
 from dirotq.evaluate import images
 from dirotq.evaluate.images import made_in, made_on, read_images, read_seconds
-from dirotq.sources.generation import generate
+from dirotq.sources.generation import generate, generate_with_sound
 from dirotq.stages.reference import Reference, floor_batch, other_attention
 
 pytestmark = pytest.mark.usefixtures("looks_every_time")
@@ -61,9 +61,9 @@ def test_an_interrupted_run_makes_no_image_twice(reference, tree, tmp_path, monk
             made.append("again")
             raise KeyboardInterrupt
         made.append((len(prompts), [p.seed for p in prompts]))
-        return generate(pipe, prompts, call)
+        return generate_with_sound(pipe, prompts, call)
 
-    monkeypatch.setattr(images, "generate", stop_at_the_third)
+    monkeypatch.setattr(images, "generate_with_sound", stop_at_the_third)
     with pytest.raises(KeyboardInterrupt):
         run_stage(single, tmp_path)
     run_stage(single, tmp_path)

@@ -104,11 +104,13 @@ def cases(line, finished):
     )
     reference = dataclasses.replace(stage(line(), "reference"), batch=1, floor=False)
     seed = lambda pipe, prompts, call: str(prompts[0].seed)  # noqa: E731
-    made["reference"] = Case(reference, stored_images, "generate", seed, ("106",), ("106", "107"))
+    made["reference"] = Case(
+        reference, stored_images, "generate_with_sound", seed, ("106",), ("106", "107")
+    )
     validate = dataclasses.replace(stage(line(), "validate"), batch=1, pairs=0)
     slots = ("capture", "basis", "rank", "pack", "reference")
     made["validate"] = Case(
-        validate, stored_images, "generate", seed, ("106",), ("106", "107"),
+        validate, stored_images, "generate_with_sound", seed, ("106",), ("106", "107"),
         {slot: finished[slot] for slot in slots},
     )  # fmt: skip
     return made

@@ -16,7 +16,7 @@ from dirotq.errors import ArtifactError, ConfigError
 from dirotq.evaluate import images as stored_images
 from dirotq.evaluate.images import read_images
 from dirotq.quantize.tensors import read_array
-from dirotq.sources.generation import generate
+from dirotq.sources.generation import generate, generate_with_sound
 from dirotq.stages.validate import Validate
 
 pytestmark = pytest.mark.usefixtures("looks_every_time")
@@ -298,13 +298,15 @@ def test_images_stay_and_an_interrupted_run_goes_on(
         if made:
             raise KeyboardInterrupt
         made.append(prompts[0].seed)
-        return generate(pipe, prompts, call)
+        return generate_with_sound(pipe, prompts, call)
 
-    monkeypatch.setattr(stored_images, "generate", stop_after_one)
+    monkeypatch.setattr(stored_images, "generate_with_sound", stop_after_one)
     with pytest.raises(KeyboardInterrupt):
         run_stage(single, tmp_path, **inputs)
     monkeypatch.setattr(
-        stored_images, "generate", lambda *args: made.append(args[1][0].seed) or generate(*args)
+        stored_images,
+        "generate_with_sound",
+        lambda *args: made.append(args[1][0].seed) or generate_with_sound(*args),
     )
     run_stage(single, tmp_path, **inputs)
     assert made == [106, 107]

@@ -13,6 +13,7 @@ from dirotq.evaluate.images import (
     made_on,
     read_images,
     read_seconds,
+    read_sounds,
     typical_seconds,
 )
 
@@ -59,6 +60,19 @@ def test_who_made_them_and_in_which_precision(tmp_path):
     assert typical_seconds(tmp_path, "packed") == 2
     with pytest.raises(ArtifactError, match=r"begun in float32.*dtype=float32"):
         ImageWriter(tmp_path, "packed", 3, device="B", dtype="bfloat16")
+
+
+def test_sounds_lie_beside_their_videos(tmp_path):
+    videos, sounds = _images(3, 2, 3, 4, 4), _images(3, 2, 18) - 0.5
+    sounds[1] = 0  # silence is no sound that is missing
+    writer = ImageWriter(tmp_path, "packed", 3)
+    for start in range(3):
+        writer.write(start, videos[start : start + 1], 1.0, sounds[start : start + 1])
+    assert torch.equal(read_sounds(tmp_path, "packed", slice(1, 3)), sounds[1:])
+    assert read_sounds(tmp_path, "original", slice(0, 3)) is None
+    (tmp_path / "packed_sound" / "c" / "2" / "0" / "0").unlink()
+    with pytest.raises(ArtifactError, match="a sound of 'packed' is gone"):
+        read_sounds(tmp_path, "packed", slice(0, 3))
 
 
 def test_videos_and_chosen_indices_keep_their_order(tmp_path):

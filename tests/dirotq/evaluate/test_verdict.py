@@ -30,6 +30,23 @@ def test_words_by_distance_where_the_floor_is_far(psnr, level):
     assert "30.0 dB below that" in found["reasons"][1]
 
 
+@pytest.mark.parametrize(
+    ("packed", "floor", "says"),
+    [
+        (17.25, None, "17.2 dB below the 16-bit sound (SNR), and its spectra are 3.0 dB from"),
+        (17.25, 31.0, "The 16-bit model run again has an SNR of 31.0 dB."),
+        (17.25, 100.0, "The 16-bit model run again gives the same sound."),
+        (100.0, None, "The sound is that of the 16-bit model."),
+    ],
+)
+def test_the_sound_is_told_where_there_is_one(packed, floor, says):
+    again = {} if floor is None else {"floor": {"mean": floor}}
+    scores = {"sound_snr": {"packed": {"mean": packed}} | again}
+    scores["sound_lsd"] = {"packed": {"mean": 3.0}}
+    assert says in " ".join(verdict(rows([40.0] * 8), scores)["reasons"])
+    assert "sound" not in " ".join(verdict(rows([40.0] * 8), {})["reasons"])
+
+
 @pytest.mark.parametrize(("gap", "level"), [(0.99, "floor"), (-5.0, "floor"), (1.01, "visible")])
 def test_no_farther_off_than_the_16_bit_model_itself(gap, level):
     """Whatever the PSNR: bf16 images of 25 dB are no better the second time."""

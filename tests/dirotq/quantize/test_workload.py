@@ -1,5 +1,7 @@
 """Shapes of published models on the meta device: no weights exist."""
 
+from types import SimpleNamespace
+
 import pytest
 from hydra.utils import instantiate
 from published_shapes import write_shapes
@@ -7,7 +9,8 @@ from tiny_pipelines import family_folder
 
 from dirotq.models.family import Site
 from dirotq.pipeline.config import compose_config
-from dirotq.quantize import workload
+from dirotq.pipeline.machine import Machine
+from dirotq.quantize import memory, workload
 from dirotq.quantize.running import Way, of_work
 from dirotq.quantize.workload import Workload
 
@@ -67,6 +70,21 @@ def test_two_denoisers_are_told_apart(tiny_root):
     assert running.weights.items() >= work.packed_parts.items()
     first, second = (running.phases(Way(kind))["denoise"] for kind in ("none", "model"))
     assert first - second == sum(running.weights.values()) - max(work.packed_parts.values())
+
+
+def test_two_denoisers_take_turns_where_there_is_no_room(tiny_root):
+    work = of(family_folder(tiny_root, "wan22"), "rank.r=8", "method.text_group=64")
+    assert work.largest_denoiser == work.parameters // 2
+    recorded = SimpleNamespace(vram=None, rows=1)
+    drawn = SimpleNamespace(batches={"original": 1}, dtype="auto")
+    for told, stage in ((memory.capture, recorded), (memory.reference, drawn)):
+        enough, tight = (
+            told(stage, work, Machine(name="CPU", vram=0, ram=ram)).ram
+            for ram in (10 * 4 * work.parameters, 4 * work.parameters)
+        )
+        assert enough > tight
+    saved = memory.CPU_SLACK * 4 * work.largest_denoiser
+    assert enough - tight == pytest.approx(saved)
 
 
 def test_text_of_models_without_a_table():
