@@ -19,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dirotq.errors import ConfigError
 from dirotq.pipeline import dag
 from dirotq.pipeline.executor import Executor
+from dirotq.pipeline.idle import refuse_idle
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.quoting import parsed, quote, quoted, setting
 from dirotq.pipeline.remote_store import RemoteStore
@@ -52,10 +53,6 @@ PLAIN: Mapping[str, Any] = {
     "pipeline": Mapping[str, Mapping[str, str]],
 }
 """Types of the settings that belong to no class."""
-
-SHARED = ("prompts.calibration", "branch")
-"""Parts of the configuration that stages share, and that some pipelines have no use for."""
-_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 STUMBLES = (
     HydraException, OmegaConfBaseException,
@@ -114,7 +111,13 @@ def build(cfg: DictConfig) -> Pipeline:
                 raise ConfigError(
                     f"force={name}: no such stage; this pipeline has {', '.join(wiring)}"
                 )
-        stages = {name: make(cfg[name], name) for name in dag.order(wiring, cfg.until)}
+        running = dag.order(wiring, cfg.until)
+        for name in force:
+            if name not in running:
+                raise ConfigError(
+                    f"force={name}: until={cfg.until} does not run it; leave one of the two out"
+                )
+        stages = {name: make(cfg[name], name) for name in running}
         executor = make(cfg.executor, "executor")
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(reworded(error)) from error
@@ -170,7 +173,7 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
                 reworded(error, lambda: compose("config", overrides=chosen))
             ) from error
         _refuse_unknown(cfg, module)
-        _refuse_idle(cfg, words)
+        refuse_idle(cfg, words, module)
         if appended := [word for word in words if _appends(word)]:
             plain = cfg
             with suppress(*STUMBLES):  # a later word changes what was appended
@@ -274,49 +277,6 @@ def _refuse_unknown(cfg: DictConfig, module: str) -> None:
     for key in cfg:
         if str(key) not in known:
             raise no_such_setting("", str(key), known)
-
-
-def _refuse_idle(cfg: DictConfig, words: Sequence[str]) -> None:
-    """Refuse settings of stages that a chosen pipeline leaves out, and of parts that no stage
-    reads which runs (calibration prompts without calibration): they would change nothing.
-    """
-    chosen = [word for word in words if setting(word)[1] in ("preset", "pipeline")]
-    if not chosen or not OmegaConf.is_dict(cfg.get("pipeline")):
-        return
-    wiring: Any = OmegaConf.to_container(cfg.pipeline, resolve=False)
-    until = cfg.get("until")
-    running = list(dag.order(wiring, until if until in wiring else None))
-    read = _read_by(cfg, running)
-    for word in words:
-        key = setting(word)[1]
-        stage = re.split(r"[.@]", key)[0]
-        node: Any = cfg.get(stage) if stage in cfg and stage not in cfg.pipeline else None
-        if OmegaConf.is_dict(node) and ".stages." in str(node.get(TARGET)):
-            raise ConfigError(
-                f"{word} says something of the stage {stage}, which {chosen[-1]} leaves out (it "
-                f"runs {', '.join(map(str, cfg.pipeline))}). Leave one of the two out"
-            )
-        part = next((p for p in SHARED if key == p or key.startswith(f"{p}.")), None)
-        if part is not None and part not in read:
-            raise ConfigError(
-                f"{word} says something of {part}, which no stage reads with {chosen[-1]} (it "
-                f"runs {', '.join(running)}). Leave one of the two out"
-            )
-
-
-def _read_by(cfg: DictConfig, stages: Sequence[str]) -> set[str]:
-    """Return the paths that the settings of ``stages`` refer to, and what those refer to."""
-    found: set[str] = set()
-    waiting = list(stages)
-    while waiting:
-        node = OmegaConf.select(cfg, waiting.pop())
-        if not OmegaConf.is_config(node):
-            continue
-        plain: Any = OmegaConf.to_container(node, resolve=False)
-        new = set(_REFERENCE.findall(str(plain))) - found
-        found |= new
-        waiting += new
-    return found
 
 
 def _primary(module: str) -> Any:

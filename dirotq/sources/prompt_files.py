@@ -67,6 +67,9 @@ def open_picture(path: str | Path) -> "Image":
             colours = opened.convert("RGBA")
             white = Image.new("RGBA", colours.size, "white")
             return Image.alpha_composite(white, colours).convert("RGB")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        found = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
+        raise ConfigError(f"{path} {found}; give the path of a picture") from error
     # Beside OSError: what Pillow's decoders raise for damaged files, and for 180 megapixels.
     except (
         OSError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,

@@ -168,7 +168,12 @@ def _load(chosen: PromptSet, place: HubPath | None, stamp: str) -> tuple[Prompt,
             f"{chosen.path} can't be read ({error!s:.300}). A prompt set is a .jsonl file, one "
             '{"prompt": "...", "seed": 1} per line, or .json, .csv, .parquet, .yaml or .txt'
         ) from error
-    if len(chosen_rows) < chosen.count or chosen.count < 1:
+    if chosen.count < 1:
+        raise ConfigError(
+            f"{chosen.path}: no prompts were asked for; set prompts.calibration.count and "
+            "prompts.heldout.count to 1 or more"
+        )
+    if len(chosen_rows) < chosen.count:
         raise ConfigError(
             f"{chosen.path} holds {len(chosen_rows)} prompts from row {chosen.start} on, "
             f"{chosen.count} were asked for; set prompts.calibration.count or "
