@@ -173,13 +173,13 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
                 reworded(error, lambda: compose("config", overrides=chosen))
             ) from error
         _refuse_unknown(cfg, module)
-        refuse_idle(cfg, words, module)
         if appended := [word for word in words if _appends(word)]:
             plain = cfg
             with suppress(*STUMBLES):  # a later word changes what was appended
                 plain = compose("config", [word for word in words if word not in appended])
             for word in appended:
                 _refuse_appended(cfg, plain, setting(word)[1])
+        refuse_idle(cfg, words, module)
     return cfg
 
 

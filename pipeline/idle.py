@@ -35,7 +35,7 @@ def refuse_idle(cfg: DictConfig, words: Sequence[str], module: str) -> None:
     by = chosen[-1] if chosen else "this pipeline"
     for word, name in zip(words, names, strict=True):
         stage = re.split(r"[.@]", name)[0]
-        node: Any = cfg.get(stage) if stage in cfg and stage not in wiring else None
+        node: Any = cfg.get(stage) if stage in cfg and stage not in {*wiring, *read} else None
         if OmegaConf.is_dict(node) and ".stages." in str(node.get(TARGET)):
             others = [f"pipeline={other}" for other in _pipelines_with(stage, module)]
             hint = f", or choose {' or '.join(others)}" if others and not chosen else ""

@@ -35,9 +35,11 @@ def reworded(error: BaseException, tree: Callable[[], DictConfig] | None = None)
     return prefix + ("; ".join(dict.fromkeys(said)) or type(error).__name__)
 
 
-def _no_choice(group: str, name: str, options: str) -> str:
-    known = options.split()
+def _no_choice(path: str, group: str, options: str) -> str:
+    name, known = path.removeprefix(f"{group}/"), options.split()
     hint = close_to(name, known)
+    if group == "prompts" and not hint:
+        hint = " a file is given as prompts.calibration.path=FILE and prompts.heldout.path=FILE;"
     if name in EXTRAS:
         hint = f" it comes with an extra: pip install 'dirotq[{EXTRAS[name]}]';"
     return f"{group}={name}: there is no such choice;{hint} {group} has {', '.join(known)}"
@@ -60,7 +62,7 @@ def _not_a_choice(kind: str) -> str:
 
 
 _WORDS: tuple[tuple[str, Callable[..., str]], ...] = (
-    (r"Could not find '(.+?)/([^/']*)'.*Available options in '[^']*':(.*?)Config search",
+    (r"Could not find '([^']+)'.*Available options in '([^']*)':(.*?)Config search",
      _no_choice),
     (r"Could not (?:find|load) '(.+?)/([^/']*)'",
      "{}={}: there is no such choice; `dirotq compress --help` lists them".format),

@@ -17,6 +17,8 @@ from dirotq.pipeline.settings import close_to, refuse_misfit
 from dirotq.sources.prompt_files import NEGATIVE
 from dirotq.sources.prompts import Prompt
 
+SCALE = "true_cfg_scale"
+"""Of guidance by a negative prompt, in pipelines whose guidance_scale is an input."""
 OURS = ("prompt", "generator", "output_type", "return_dict", "latents", *PICTURES)
 """Arguments that DiRotQ gives itself, from prompts and seeds."""
 NATURAL = ("num_inference_steps", "height", "width", "num_frames", "max_sequence_length")
@@ -38,9 +40,13 @@ def arguments(cls: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(cls.__call__).parameters
 
 
-def refuse_prompts(cls: Any, prompts: Sequence[Prompt], where: str) -> None:
+def refuse_prompts(
+    cls: Any, prompts: Sequence[Prompt], where: str, call: Mapping[str, Any]
+) -> None:
     """Raise ConfigError for prompts that lack a picture that the pipeline needs, or hold what it
     does not take: a picture, several of them, a negative prompt.
+
+    call  its other arguments; with a ``true_cfg_scale`` of 1 negative prompts are not looked at
     """
     name, taken = cls.__name__, pictures_taken(cls)
     for needed in pictures_needed(cls):
@@ -68,6 +74,14 @@ def refuse_prompts(cls: Any, prompts: Sequence[Prompt], where: str) -> None:
             raise ConfigError(
                 f"{where}: the prompt {prompt.text!r:.60} has a {NEGATIVE}, and a {name} takes "
                 "none; remove that column"
+            )
+    negative = [prompt.text for prompt in prompts if prompt.negative is not None]
+    if negative and (scale := arguments(cls).get(SCALE)) is not None:
+        if (found := call.get(SCALE, scale.default)) is None or found <= 1:
+            raise ConfigError(
+                f"{where}: the prompt {negative[0]!r:.60} has a {NEGATIVE}, which a {name} reads "
+                f"only with a {SCALE} above 1, and it is {found}: set it "
+                f"(+model.call.{SCALE}=4), or remove that column"
             )
 
 

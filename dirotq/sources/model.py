@@ -134,7 +134,7 @@ class DiffusersModel:
         if cls is None:
             return
         loaded = prompts.load()
-        refuse_prompts(cls, loaded, prompts.path)
+        refuse_prompts(cls, loaded, prompts.path, self.call_arguments())
         size = self.batch(loaded, most)
         for start in range(0, len(loaded), size):
             refuse_mixed(loaded[start : start + size], prompts.path)

@@ -55,7 +55,7 @@ def test_a_limit_of_gpu_memory_is_the_loaders(dirotq, loaded, tmp_path):
     assert [pipeline.vram for pipeline in loaded] == ["16GB", None]
     for more, says in (
         (("--vram", "much"), "'much' is no size in bytes"),
-        (("--vram", "24"), "'24' is 24 bytes of GPU memory"),
+        (("--vram", "24"), "--vram: '24' is 24 bytes"),
         (("--vram", "16GB", "--compare"), "--vram and --compare"),
     ):
         result = dirotq("generate", *args, *more)
@@ -131,7 +131,7 @@ def model(tmp_path, monkeypatch):
         (["--device", "cuda:999"], "--device=cuda:999"),
         (["--device", "tpu"], "--device=tpu is unknown"),
         (["--image", "file"], "--image file can't be read as a picture"),
-        (["--image", "nowhere.png"], "--image nowhere.png can't be read"),
+        (["--image", "nowhere.png"], "--image nowhere.png does not exist"),
         (["--fps", "0"], "--fps 0"),
     ],
 )

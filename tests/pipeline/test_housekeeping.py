@@ -65,5 +65,9 @@ def test_a_run_folder_elsewhere_is_recorded_all_the_same(dirotq, tmp_path):
 
 
 def test_empty_store(dirotq):
+    store = ArtifactStore("store")
+    assert "there is no store" in dirotq("verify").err
+    assert "nothing to remove; there is no store" in dirotq("gc").out
+    store.root.mkdir()
     assert "0 of 0" in dirotq("verify").out
-    assert "nothing to remove" in dirotq("gc").out
+    assert dirotq("gc").out == "nothing to remove\n"
