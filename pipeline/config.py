@@ -37,6 +37,7 @@ from dirotq.pipeline.store import Artifact, ArtifactStore
 from dirotq.pipeline.wording import reworded
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@\s,]+)?")
+PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(\w[\w.-]*/\w[\w.-]*)")
 PLAIN: Mapping[str, Any] = {
     "until": str | None,
     "force": str | list[str],
@@ -191,7 +192,10 @@ def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = Fa
     same name, and a folder over a hub id. Raises ConfigError if the value is nothing of these.
     """
     result = []
-    for override in overrides:
+    models = [place for place, word in enumerate(overrides) if word.startswith("model=")]
+    for place, override in enumerate(overrides):
+        if place in models[:-1]:
+            continue  # the last one counts, as of any setting; an earlier one's path would win
         words = quoted(override, sweep=sweep)  # refuses what can be no setting, whatever it names
         group, _, value = override.partition("=")
         if group != "model" or not value:
@@ -203,6 +207,8 @@ def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = Fa
             result.append(override)
         elif (path := _model_path(value)) is not None:
             result += ["model=local", f"model.path={quote(path)}"]
+        elif found := PAGE.match(value):
+            raise ConfigError(f"model={value} is an address; give the hub id, model={found[1]}")
         else:
             raise ConfigError(
                 f"model={value}: no such model.{close_to(value, known).replace(' d', ' D')} Known "

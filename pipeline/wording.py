@@ -74,6 +74,8 @@ _WORDS: tuple[tuple[str, Callable[..., str]], ...] = (
      "+{0}=...: {0} is chosen already; write {0}=... without the +".format),
     (r"Could not delete from config\. '([^']*)' does not exist",
      "~{0}: there is nothing called {0} to leave out".format),
+    (r"Error merging override ([^=]+)=.*Cannot merge DictConfig with ListConfig",
+     "{0} is a mapping, no list: write +{0}.NAME=VALUE, or {0}={{NAME: VALUE}}".format),
     (r"Ambiguous value for argument '(.*?)'\n", _ambiguous),
     (r"Config group override must be a string or a list\. Got (\w+)", _not_a_choice),
 )  # fmt: skip

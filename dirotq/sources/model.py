@@ -17,8 +17,15 @@ from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
 from dirotq.models.pipeline_images import takes_batches
 from dirotq.models.skeleton import empty_transformer
-from dirotq.sources.calls import pipeline_class, refuse_call, refuse_mixed, refuse_prompts
+from dirotq.sources.calls import (
+    pipeline_class,
+    refuse_call,
+    refuse_mixed,
+    refuse_prompts,
+    refuse_unread,
+)
 from dirotq.sources.opening import open_pipeline
+from dirotq.sources.prompt_files import NEGATIVE
 from dirotq.sources.prompts import Prompt, PromptSet
 
 from .folder import missing_weights, weight_names
@@ -122,6 +129,9 @@ class DiffusersModel:
             stored = read_json(file)
             refuse_call(cls, {n: v for n, v in stored.items() if n not in self.call}, str(file))
         refuse_call(cls, self.call, "model.call")
+        if (negative := self.call.get(NEGATIVE)) is not None:
+            said = f"model.call.{NEGATIVE}={negative!r:.60} is set"
+            refuse_unread(cls, self.call_arguments(), said)
 
     def check_prompts(self, prompts: PromptSet, most: int) -> None:
         """Refuse prompts without the pictures that the pipeline edits, or with what it won't take.
