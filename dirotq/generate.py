@@ -21,6 +21,7 @@ from dirotq.pipeline.store import ArtifactStore
 from dirotq.progress import begin, told
 from dirotq.sources.calls import arguments, pipeline_class, refuse_call
 from dirotq.sources.prompt_files import open_picture
+from dirotq.sources.prompts import resolve
 
 STILL, MOVING = "image.png", "video.webp"
 """Where a result goes unless told otherwise."""
@@ -137,7 +138,7 @@ def model_folder(name: str, store: str) -> Path:
 
     Raises ConfigError for a folder that holds no pipeline, ArtifactError for an unknown artifact.
     """
-    if (folder := Path(name)).is_dir():
+    if (folder := resolve(name)).is_dir():
         for inside in (folder, folder / "data" / "model"):  # an artifact's own folder is as good
             if (inside / "model_index.json").is_file():
                 return inside

@@ -12,6 +12,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -165,6 +166,7 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
     words = with_model_folder(overrides, module)
     _refuse_unreadable(words)
     with _hydra(module):
+        _refuse_no_choices(words)
         try:
             cfg = compose("config", overrides=words)
         except STUMBLES as error:
@@ -254,6 +256,21 @@ def _refuse_unreadable(words: Sequence[str]) -> None:
                 f"{word} is no setting that can be read: write NAME=VALUE, such as rank.r=32; a "
                 "list in [ ], a mapping in { }, and text with commas or brackets in quotes of its "
                 "own: \"NAME='some, text'\""
+            )
+
+
+def _refuse_no_choices(words: Sequence[str]) -> None:
+    """Refuse a number where a group wants the name of a choice (rank=64); Hydra names no group."""
+    for word in words:
+        _, key, value = setting(word)
+        plain = isinstance(found := parsed(word), Override) and found.value()
+        if type(plain) not in (int, float):
+            continue
+        if known := GlobalHydra.instance().config_loader().get_group_options(key):
+            hint = f"; the number itself is rank.r={value}" if key == "rank" else ""
+            raise ConfigError(
+                f"{word}: {key} is a group of the configuration, and its choices are "
+                f"{', '.join(known)}{hint}"
             )
 
 

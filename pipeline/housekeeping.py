@@ -142,7 +142,11 @@ def _removed(remove: Callable[[Path], None], path: Path) -> tuple[int, str] | No
 
 
 def _count(text: str) -> int:
-    if (value := int(text)) < 0:
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
+    if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative; use 0 or more")
     return value
 

@@ -120,6 +120,8 @@ class ArtifactStore:
         known = ", ".join(map(str, found or self.list()))
         what = "several artifacts match" if found else "no artifact matches"
         rest = f": it is one of {known}" if known else ", where there are none"
+        if name.count("/") > 1 or name.startswith((".", "~")):
+            rest += " (an artifact is named STAGE/FINGERPRINT, not by a path)"
         raise ArtifactError(f"{what} {name!r} in {self.root}{rest}")
 
     def list(self) -> list[Artifact]:

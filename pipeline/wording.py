@@ -23,8 +23,9 @@ def reworded(error: BaseException, tree: Callable[[], DictConfig] | None = None)
     tree  makes the configuration without overrides, to look for names that are meant
     """
     text = str(error)
+    whole = f"{text}\n{error.__cause__ or ''}"
     for pattern, words in _WORDS:
-        if found := re.search(pattern, text, re.DOTALL):
+        if found := re.search(pattern, whole, re.DOTALL):
             return words(*found.groups())
     if found := re.search(r"Could not override '([^']*)'", text):
         return _unknown(found[1], tree)

@@ -133,6 +133,7 @@ def model(tmp_path, monkeypatch):
         (["--image", "file"], "--image file can't be read as a picture"),
         (["--image", "nowhere.png"], "--image nowhere.png does not exist"),
         (["--fps", "0"], "--fps 0"),
+        (["--fps", "8"], "--fps is about a video, and this model makes images"),
     ],
 )
 def test_what_no_model_can_do_is_said_before_one_is_loaded(
@@ -260,3 +261,15 @@ def test_a_transparent_image_is_saved_as_its_format_allows(dirotq, monkeypatch, 
         assert dirotq("generate", *words, "--device", "cpu").status == 0
         with Image.open(tmp_path / name) as image:
             assert image.getpixel((4, 4)) == colour
+
+
+def test_a_place_without_a_model(dirotq, loaded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").touch()
+    for name, says in (
+        (str(tmp_path / "gone"), "gone does not exist; give a packed folder"),
+        ("a.safetensors", "a.safetensors is a file; give a packed folder"),
+        ("pack/1f3a", "no artifact matches 'pack/1f3a'"),
+    ):
+        assert says in dirotq("generate", name, "--prompt", "x").err
+    assert loaded == []
