@@ -30,7 +30,7 @@ def add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
 def verify(options: argparse.Namespace) -> int:
     """Check all artifacts, or the named ones. Status 2 if one is damaged or can't be read."""
     store = ArtifactStore(options.store)
-    if not store.root.is_dir():
+    if not (options.artifacts or store.root.is_dir()):
         raise ConfigError(f"{_missing(store)}; give its folder with --store or DIROTQ_STORE")
     chosen = [store.find(name) for name in options.artifacts] or store.everything()
     states = []

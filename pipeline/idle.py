@@ -16,6 +16,7 @@ SHARED = ("prompts.calibration", "branch", "rubric")
 """Parts of the configuration that stages share, and that some pipelines have no use for."""
 _REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
+
 def refuse_idle(cfg: DictConfig, words: Sequence[str], module: str) -> None:
     """Refuse settings of stages that the pipeline leaves out, and of parts that no stage reads
     which runs (calibration prompts without calibration, a branch of a method that has none): they

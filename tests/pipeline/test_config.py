@@ -66,7 +66,7 @@ def test_the_last_model_counts(tmp_path):
 
 def test_a_page_of_the_hub_is_no_id():
     page = "https://huggingface.co/org/name/tree/main"
-    with pytest.raises(ConfigError, match="is an address; give the hub id, model=org/name$"):
+    with pytest.raises(ConfigError, match=r"is an address; give the hub id, model=org/name$"):
         with_model_folder([f"model={page}"], TOY)
 
 

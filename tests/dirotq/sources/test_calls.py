@@ -77,7 +77,7 @@ def test_negative_prompts_that_nothing_reads():
     rows = [Prompt("a", 0), Prompt("b", 1, negative="dark")]
     with pytest.raises(ConfigError, match=r"'b' has a negative_prompt, which a Distilled reads .*"):
         refuse_prompts(Distilled, rows, "x.jsonl", {})
-    with pytest.raises(ConfigError, match=r"true_cfg_scale above 1, and it is 1: set \+model\.call"):
+    with pytest.raises(ConfigError, match="true_cfg_scale above 1, and it is 1: set"):
         refuse_prompts(Distilled, rows, "x.jsonl", {"true_cfg_scale": 1})
     refuse_prompts(Distilled, rows, "x.jsonl", {"true_cfg_scale": 1.5})
     refuse_prompts(Distilled, rows[:1], "x.jsonl", {})
