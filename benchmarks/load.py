@@ -35,7 +35,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = Path(scratch) / "made"
-        files = make(folder, int(options.gb * 1e9), parse_bytes(options.shard))
+        files = make(folder, int(options.gb * 1e9), parse_bytes(options.shard, "--shard"))
         print(
             f"{options.gb:g} GB in {len(files)} shards of at most {options.shard}, "
             f"{os.cpu_count()} CPUs\n\n| threads | GB/s, warm |\n|---|---|"

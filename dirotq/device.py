@@ -61,6 +61,18 @@ def release(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
+def refuse_vram(vram: str | int, device: torch.device, setting: str) -> None:
+    """Raise ConfigError for a limit of GPU memory where nothing computes on a GPU.
+
+    setting  under which it was given
+    """
+    if device.type != "cuda":
+        raise ConfigError(
+            f"{setting}={vram} is about a GPU's memory, and device={device} has none: leave it "
+            "out, or give device=cuda"
+        )
+
+
 def device_name(device: torch.device) -> str:
     """Name the card, or the CPU, for people."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Mapping
 from io import BytesIO
 from pathlib import Path
@@ -20,9 +21,13 @@ from dirotq.pipeline.store import ArtifactStore
 from dirotq.progress import begin, told
 from dirotq.sources.calls import arguments, pipeline_class, refuse_call
 from dirotq.sources.prompt_files import open_picture
+from dirotq.sources.prompts import resolve
 
 STILL, MOVING = "image.png", "video.webp"
 """Where a result goes unless told otherwise."""
+ARTIFACT = re.compile(r"[a-z_]+(/[0-9a-f]*)?|[0-9a-f]+")
+"""What names one; anything else is a path."""
+FPS = 16
 SEEDS = 1 << 64
 """torch takes seeds below this one."""
 
@@ -47,7 +52,7 @@ def add_generate(add: Callable[..., argparse.ArgumentParser]) -> None:
         help="make it with the 16-bit model too, and tell the PSNR; default: the model that the "
         "artifact was made from",
     )  # fmt: skip
-    parser.add_argument("--fps", type=int, default=16, help="of a video (default: %(default)s)")
+    parser.add_argument("--fps", type=int, help=f"of a video (default: {FPS})")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--vram", metavar="SIZE", help="GPU memory to stay within, such as 16GB")
     store_option(parser)
@@ -70,6 +75,8 @@ def _generate(options: argparse.Namespace) -> int:
         settings["num_inference_steps"] = options.steps
     images = _images(options)
     moving = _refuse_model(folder, settings, images)
+    if options.fps is not None and not moving:
+        raise ConfigError("--fps is about a video, and this model makes images: leave it out")
     out = options.out or Path(MOVING if moving else STILL)
     _refuse_place(out, moving=moving)
 
@@ -89,15 +96,15 @@ def _generate(options: argparse.Namespace) -> int:
     pipeline = load(folder, device=options.device, vram=options.vram)
     made = _called(pipeline, options, images | settings, arguments)
     if original is None:
-        print(_write(made, out, options.fps))
+        print(_write(made, out, options.fps or FPS))
         _write_sound(made, pipeline, out)
         return 0
     _write_sound(made, pipeline, out)
     del pipeline  # one of both is in memory
     pipeline = _open_original(original, options.device)
     want = _called(pipeline, options, images | settings, arguments)
-    print(_write(as_pictures(made), out, options.fps))
-    print(_write(as_pictures(want), beside, options.fps))
+    print(_write(as_pictures(made), out, options.fps or FPS))
+    print(_write(as_pictures(want), beside, options.fps or FPS))
     _write_sound(want, pipeline, beside)
     print(f"PSNR {psnr(made, want):.1f} dB")
     if (ratio := sound_ratio(made, want)) is not None:
@@ -135,11 +142,16 @@ def model_folder(name: str, store: str) -> Path:
 
     Raises ConfigError for a folder that holds no pipeline, ArtifactError for an unknown artifact.
     """
-    if (folder := Path(name)).is_dir():
+    if (folder := resolve(name)).is_dir():
         for inside in (folder, folder / "data" / "model"):  # an artifact's own folder is as good
             if (inside / "model_index.json").is_file():
                 return inside
         raise ConfigError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+    if folder.exists() or not ARTIFACT.fullmatch(name):
+        found = "is a file" if folder.exists() else "does not exist"
+        raise ConfigError(
+            f"{name} {found}; give a packed folder, or an artifact of the store such as pack/1f3a"
+        )
     artifact = ArtifactStore(store).find(name)
     held = [file for file in artifact.manifest["files"] if file.endswith("model_index.json")]
     if not held:
@@ -159,7 +171,7 @@ def _refuse_options(options: argparse.Namespace) -> None:
             raise ConfigError(f"--{name} {value}: use a whole number from 1 on")
     refuse_device(options.device, "--device")
     if options.vram is not None:
-        parse_vram(options.vram)
+        parse_vram(options.vram, "--vram")
         if options.compare is not None:
             raise ConfigError(
                 "--vram and --compare: the limit is for a packed model, and the 16-bit one would "

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dirotq.device import compute_dtype, expandable_segments, pick_device
+from dirotq.device import compute_dtype, expandable_segments, pick_device, refuse_vram
 from dirotq.errors import ConfigError
 from dirotq.files.sums import unchecked
 from dirotq.models.autoencoders import tile
@@ -76,12 +76,8 @@ def load(
 
 def _limit(vram: str | int, device: torch.device) -> int:
     """Return ``vram`` in bytes. Raises ConfigError without a GPU, or for more than it has."""
-    wanted = parse_vram(vram)
-    if device.type != "cuda":
-        raise ConfigError(
-            f"vram={vram} is about a GPU's memory, and the model is loaded to {device}: leave it "
-            "out, or give device='cuda'"
-        )
+    wanted = parse_vram(vram, "vram")
+    refuse_vram(vram, device, "vram")
     if not expandable_segments():
         log.warning(
             "torch may hold GPU memory beside what its tensors take: CUDA was used before this "

@@ -12,6 +12,7 @@ from typing import Any
 from hydra import compose, initialize_config_module
 from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dirotq.errors import ConfigError
 from dirotq.pipeline import dag
 from dirotq.pipeline.executor import Executor
+from dirotq.pipeline.idle import refuse_idle
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.quoting import parsed, quote, quoted, setting
 from dirotq.pipeline.remote_store import RemoteStore
@@ -36,6 +38,7 @@ from dirotq.pipeline.store import Artifact, ArtifactStore
 from dirotq.pipeline.wording import reworded
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(@[^@\s,]+)?")
+PAGE = re.compile(r"https?://(?:huggingface\.co|hf\.co)/(\w[\w.-]*/\w[\w.-]*)")
 PLAIN: Mapping[str, Any] = {
     "until": str | None,
     "force": str | list[str],
@@ -52,10 +55,6 @@ PLAIN: Mapping[str, Any] = {
     "pipeline": Mapping[str, Mapping[str, str]],
 }
 """Types of the settings that belong to no class."""
-
-SHARED = ("prompts.calibration", "branch")
-"""Parts of the configuration that stages share, and that some pipelines have no use for."""
-_REFERENCE = re.compile(r"\$\{([\w.]+)\}")
 
 STUMBLES = (
     HydraException, OmegaConfBaseException,
@@ -114,7 +113,13 @@ def build(cfg: DictConfig) -> Pipeline:
                 raise ConfigError(
                     f"force={name}: no such stage; this pipeline has {', '.join(wiring)}"
                 )
-        stages = {name: make(cfg[name], name) for name in dag.order(wiring, cfg.until)}
+        running = dag.order(wiring, cfg.until)
+        for name in force:
+            if name not in running:
+                raise ConfigError(
+                    f"force={name}: until={cfg.until} does not run it; leave one of the two out"
+                )
+        stages = {name: make(cfg[name], name) for name in running}
         executor = make(cfg.executor, "executor")
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(reworded(error)) from error
@@ -161,6 +166,7 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
     words = with_model_folder(overrides, module)
     _refuse_unreadable(words)
     with _hydra(module):
+        _refuse_no_choices(words)
         try:
             cfg = compose("config", overrides=words)
         except STUMBLES as error:
@@ -170,13 +176,13 @@ def compose_config(overrides: Sequence[str], module: str) -> DictConfig:
                 reworded(error, lambda: compose("config", overrides=chosen))
             ) from error
         _refuse_unknown(cfg, module)
-        _refuse_idle(cfg, words)
         if appended := [word for word in words if _appends(word)]:
             plain = cfg
             with suppress(*STUMBLES):  # a later word changes what was appended
                 plain = compose("config", [word for word in words if word not in appended])
             for word in appended:
                 _refuse_appended(cfg, plain, setting(word)[1])
+        refuse_idle(cfg, words, module)
     return cfg
 
 
@@ -188,7 +194,10 @@ def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = Fa
     same name, and a folder over a hub id. Raises ConfigError if the value is nothing of these.
     """
     result = []
-    for override in overrides:
+    models = [place for place, word in enumerate(overrides) if word.startswith("model=")]
+    for place, override in enumerate(overrides):
+        if place in models[:-1]:
+            continue  # the last one counts, as of any setting; an earlier one's path would win
         words = quoted(override, sweep=sweep)  # refuses what can be no setting, whatever it names
         group, _, value = override.partition("=")
         if group != "model" or not value:
@@ -200,6 +209,8 @@ def with_model_folder(overrides: Sequence[str], module: str, *, sweep: bool = Fa
             result.append(override)
         elif (path := _model_path(value)) is not None:
             result += ["model=local", f"model.path={quote(path)}"]
+        elif found := PAGE.match(value):
+            raise ConfigError(f"model={value} is an address; give the hub id, model={found[1]}")
         else:
             raise ConfigError(
                 f"model={value}: no such model.{close_to(value, known).replace(' d', ' D')} Known "
@@ -248,6 +259,21 @@ def _refuse_unreadable(words: Sequence[str]) -> None:
             )
 
 
+def _refuse_no_choices(words: Sequence[str]) -> None:
+    """Refuse a number where a group wants the name of a choice (rank=64); Hydra names no group."""
+    for word in words:
+        _, key, value = setting(word)
+        plain = isinstance(found := parsed(word), Override) and found.value()
+        if type(plain) not in (int, float):
+            continue
+        if known := GlobalHydra.instance().config_loader().get_group_options(key):
+            hint = f"; the number itself is rank.r={value}" if key == "rank" else ""
+            raise ConfigError(
+                f"{word}: {key} is a group of the configuration, and its choices are "
+                f"{', '.join(known)}{hint}"
+            )
+
+
 @contextmanager
 def _hydra(module: str) -> Iterator[None]:
     """Start Hydra's compose API on ``module``, unless Hydra is running already."""
@@ -274,49 +300,6 @@ def _refuse_unknown(cfg: DictConfig, module: str) -> None:
     for key in cfg:
         if str(key) not in known:
             raise no_such_setting("", str(key), known)
-
-
-def _refuse_idle(cfg: DictConfig, words: Sequence[str]) -> None:
-    """Refuse settings of stages that a chosen pipeline leaves out, and of parts that no stage
-    reads which runs (calibration prompts without calibration): they would change nothing.
-    """
-    chosen = [word for word in words if setting(word)[1] in ("preset", "pipeline")]
-    if not chosen or not OmegaConf.is_dict(cfg.get("pipeline")):
-        return
-    wiring: Any = OmegaConf.to_container(cfg.pipeline, resolve=False)
-    until = cfg.get("until")
-    running = list(dag.order(wiring, until if until in wiring else None))
-    read = _read_by(cfg, running)
-    for word in words:
-        key = setting(word)[1]
-        stage = re.split(r"[.@]", key)[0]
-        node: Any = cfg.get(stage) if stage in cfg and stage not in cfg.pipeline else None
-        if OmegaConf.is_dict(node) and ".stages." in str(node.get(TARGET)):
-            raise ConfigError(
-                f"{word} says something of the stage {stage}, which {chosen[-1]} leaves out (it "
-                f"runs {', '.join(map(str, cfg.pipeline))}). Leave one of the two out"
-            )
-        part = next((p for p in SHARED if key == p or key.startswith(f"{p}.")), None)
-        if part is not None and part not in read:
-            raise ConfigError(
-                f"{word} says something of {part}, which no stage reads with {chosen[-1]} (it "
-                f"runs {', '.join(running)}). Leave one of the two out"
-            )
-
-
-def _read_by(cfg: DictConfig, stages: Sequence[str]) -> set[str]:
-    """Return the paths that the settings of ``stages`` refer to, and what those refer to."""
-    found: set[str] = set()
-    waiting = list(stages)
-    while waiting:
-        node = OmegaConf.select(cfg, waiting.pop())
-        if not OmegaConf.is_config(node):
-            continue
-        plain: Any = OmegaConf.to_container(node, resolve=False)
-        new = set(_REFERENCE.findall(str(plain))) - found
-        found |= new
-        waiting += new
-    return found
 
 
 def _primary(module: str) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.filesize import decimal
 
-from dirotq.errors import ArtifactError
+from dirotq.errors import ArtifactError, ConfigError
 from dirotq.pipeline import cache, runs
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.disk import printable, size_of
@@ -30,6 +30,8 @@ def add_verify(add: Callable[..., argparse.ArgumentParser]) -> None:
 def verify(options: argparse.Namespace) -> int:
     """Check all artifacts, or the named ones. Status 2 if one is damaged or can't be read."""
     store = ArtifactStore(options.store)
+    if not (options.artifacts or store.root.is_dir()):
+        raise ConfigError(f"{_missing(store)}; give its folder with --store or DIROTQ_STORE")
     chosen = [store.find(name) for name in options.artifacts] or store.everything()
     states = []
     for artifact in chosen:
@@ -79,7 +81,7 @@ def gc(options: argparse.Namespace) -> int:
             size, status = 0, max(status, problem[0])
         total += size
     if not found:
-        print("nothing to remove")
+        print("nothing to remove" + (f"; {_missing(store)}" if not store.root.is_dir() else ""))
     elif options.yes:
         print(f"removed {decimal(total)}")
     else:
@@ -110,6 +112,10 @@ def garbage(store: ArtifactStore, keep: int) -> Iterator[tuple[Path, str]]:
             yield artifact.path, f"none of the last {keep} runs refers to it"
 
 
+def _missing(store: ArtifactStore) -> str:
+    return printable(f"there is no store {store.root}")
+
+
 def _state(store: ArtifactStore, artifact: Artifact) -> tuple[str, str]:
     try:
         with artifact.held(wait=False):
@@ -136,7 +142,11 @@ def _removed(remove: Callable[[Path], None], path: Path) -> tuple[int, str] | No
 
 
 def _count(text: str) -> int:
-    if (value := int(text)) < 0:
+    try:
+        value = int(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from error
+    if value < 0:
         raise argparse.ArgumentTypeError(f"{value} is negative; use 0 or more")
     return value
 

@@ -100,7 +100,7 @@ def no_such_setting(parent: str, entry: str, known: Iterable[str], moved: str = 
 
 def close_to(word: str, known: Iterable[str], parent: str = "") -> str:
     """Return `` did you mean `x`?``, or nothing."""
-    close = difflib.get_close_matches(word, known, n=1)
+    close = difflib.get_close_matches(word.lower(), known, n=1)
     prefix = f"{parent}." if parent else ""
     return f" did you mean `{prefix}{close[0]}`?" if close else ""
 

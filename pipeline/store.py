@@ -117,9 +117,12 @@ class ArtifactStore:
         ]
         if len(found) == 1:
             return found[0]
-        known = ", ".join(map(str, found or self.list())) or "nothing"
+        known = ", ".join(map(str, found or self.list()))
         what = "several artifacts match" if found else "no artifact matches"
-        raise ArtifactError(f"{what} {name!r} in {self.root}: it is one of {known}")
+        rest = f": it is one of {known}" if known else ", where there are none"
+        if name.count("/") > 1 or name.startswith((".", "~")):
+            rest += " (an artifact is named STAGE/FINGERPRINT, not by a path)"
+        raise ArtifactError(f"{what} {name!r} in {self.root}{rest}")
 
     def list(self) -> list[Artifact]:
         """List every published artifact that may be read, by stage and time of publication."""

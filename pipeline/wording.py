@@ -23,8 +23,9 @@ def reworded(error: BaseException, tree: Callable[[], DictConfig] | None = None)
     tree  makes the configuration without overrides, to look for names that are meant
     """
     text = str(error)
+    whole = f"{text}\n{error.__cause__ or ''}"
     for pattern, words in _WORDS:
-        if found := re.search(pattern, text, re.DOTALL):
+        if found := re.search(pattern, whole, re.DOTALL):
             return words(*found.groups())
     if found := re.search(r"Could not override '([^']*)'", text):
         return _unknown(found[1], tree)
@@ -35,9 +36,11 @@ def reworded(error: BaseException, tree: Callable[[], DictConfig] | None = None)
     return prefix + ("; ".join(dict.fromkeys(said)) or type(error).__name__)
 
 
-def _no_choice(group: str, name: str, options: str) -> str:
-    known = options.split()
+def _no_choice(path: str, group: str, options: str) -> str:
+    name, known = path.removeprefix(f"{group}/"), options.split()
     hint = close_to(name, known)
+    if group == "prompts" and not hint:
+        hint = " a file is given as prompts.calibration.path=FILE and prompts.heldout.path=FILE;"
     if name in EXTRAS:
         hint = f" it comes with an extra: pip install 'dirotq[{EXTRAS[name]}]';"
     return f"{group}={name}: there is no such choice;{hint} {group} has {', '.join(known)}"
@@ -60,7 +63,7 @@ def _not_a_choice(kind: str) -> str:
 
 
 _WORDS: tuple[tuple[str, Callable[..., str]], ...] = (
-    (r"Could not find '(.+?)/([^/']*)'.*Available options in '[^']*':(.*?)Config search",
+    (r"Could not find '([^']+)'.*Available options in '([^']*)':(.*?)Config search",
      _no_choice),
     (r"Could not (?:find|load) '(.+?)/([^/']*)'",
      "{}={}: there is no such choice; `dirotq compress --help` lists them".format),
@@ -72,6 +75,8 @@ _WORDS: tuple[tuple[str, Callable[..., str]], ...] = (
      "+{0}=...: {0} is chosen already; write {0}=... without the +".format),
     (r"Could not delete from config\. '([^']*)' does not exist",
      "~{0}: there is nothing called {0} to leave out".format),
+    (r"Error merging override ([^=]+)=.*Cannot merge DictConfig with ListConfig",
+     "{0} is a mapping, no list: write +{0}.NAME=VALUE, or {0}={{NAME: VALUE}}".format),
     (r"Ambiguous value for argument '(.*?)'\n", _ambiguous),
     (r"Config group override must be a string or a list\. Got (\w+)", _not_a_choice),
 )  # fmt: skip

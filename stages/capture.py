@@ -17,7 +17,7 @@ from typing import ClassVar
 import zarr
 
 from dirotq.calibrate.trajectory import Trajectories
-from dirotq.device import compute_dtype, pick_device
+from dirotq.device import compute_dtype, pick_device, refuse_vram
 from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.call import PROBE, PROBES, Call, by_part, call_files, load_calls, save_calls
 from dirotq.pipeline.divided import Make, in_units
@@ -78,10 +78,12 @@ class Capture:
                 f"capture.rows={self.rows}: each must be at least 1"
             )
         if self.vram is not None:
-            parse_vram(self.vram)
+            parse_vram(self.vram, "capture.vram")
 
     def check(self) -> None:
         """Refuse, before anything runs, an incomplete model, or an argument it won't take."""
+        if self.vram is not None and self.device == "cpu":  # of auto, the machine that computes
+            refuse_vram(self.vram, pick_device("cpu"), "capture.vram")
         self.model.check()
         self.model.check_prompts(self.prompts, self.batch)
 
@@ -95,7 +97,9 @@ class Capture:
         device, shards = pick_device(self.device), _shards(self)
         places = {name: index for index, name in enumerate(shards)}
         wanted = -(-self.calls // _batch(self))
-        vram = None if self.vram is None else parse_vram(self.vram)
+        if self.vram is not None:
+            refuse_vram(self.vram, device, "capture.vram")
+        vram = None if self.vram is None else parse_vram(self.vram, "capture.vram")
         source = Trajectories(self.model, compute_dtype(device), device, vram)
         source.encode([shards[name] for name in names])
         source.load_transformer()

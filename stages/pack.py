@@ -38,6 +38,8 @@ from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
 from dirotq.sources.weights import plan_shards, write_index
 
+LEAST_SHARD = 10_000
+"""Bytes of a shard below which a unit was forgotten."""
 CODED = ("qweight", "wscale", "wglobal")
 """What `gptq` knows better than `fuse`."""
 
@@ -65,7 +67,7 @@ class Pack:
     device: str = untracked()
 
     def __post_init__(self) -> None:
-        parse_bytes(self.shard)
+        parse_bytes(self.shard, "pack.shard", LEAST_SHARD)
         if self.text_encoders not in get_args(Width):
             raise ConfigError(
                 f"text_encoders={self.text_encoders}: use {', '.join(get_args(Width)[:-1])} or "
@@ -114,7 +116,7 @@ class Pack:
                     name: tensor.numel() * stored_dtype(name, tensor).itemsize
                     for name, tensor in denoiser.state_dict().items()
                 }
-                shards = plan_shards(sizes, parse_bytes(self.shard))
+                shards = plan_shards(sizes, parse_bytes(self.shard, "pack.shard"))
                 for file, names in track(shards.filename_to_tensors.items(), "pack"):
                     inside = {before + name: (before + name).rpartition(".") for name in names}
                     coded = {n: parts for n, parts in inside.items() if parts[0] in sites}

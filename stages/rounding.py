@@ -73,7 +73,10 @@ class RoundWeights:
             )
 
     def check(self) -> None:
-        """Refuse, before anything runs, what the shapes alone can refute."""
+        """Refuse, before anything runs, an incomplete model, an argument it won't take, and what
+        the shapes alone can refute.
+        """
+        self.model.check()
         sites = self.model.sites()
         refuse_few(self.model.skeleton(), sites, self.least_packed, "round")
         check_plan(self.method, sites, 1, lambda _: 0)

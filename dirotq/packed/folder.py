@@ -32,6 +32,12 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
         artifact.tree("model")
     config = root / "transformer" / "config.json"
     if not config.is_file() or not (root / INDEX).is_file():
+        if not root.is_dir():
+            found = "is a file" if root.exists() else "does not exist"
+            raise ArtifactError(
+                f"{folder!s:.300} {found}; give the folder that `dirotq compress` printed (one on "
+                "the hub is downloaded first: hf download ORG/NAME --local-dir FOLDER)"
+            )
         raise ArtifactError(
             f"{folder} holds no packed pipeline (no {INDEX} with a transformer/config.json below "
             "it); give the folder that `dirotq compress` printed"

@@ -153,7 +153,10 @@ def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
 def pack(stage: Any, work: Workload, machine: Machine) -> Needs:
     """Write the packed transformer, a shard at a time, and copy or pack the other components."""
     packed = sum(work.packed.values())
-    host, disk = SHARDS * min(packed, parse_bytes(stage.shard)), packed + _components(work)
+    host, disk = (
+        SHARDS * min(packed, parse_bytes(stage.shard, "pack.shard")),
+        packed + _components(work),
+    )
     if work.encoders:  # one at a time, whole; its largest weight in float32 while it is rounded
         host = max(host, max(work.encoders.values()) + ROUNDING)
         disk += sum(work.encoders.values()) - sum(work.components.get(n, 0) for n in work.encoders)
@@ -186,7 +189,7 @@ def budget(machine: Machine, vram: str | int | None) -> int:
 
     Raises ConfigError for a setting above what the GPU has.
     """
-    wanted = machine.vram if vram is None else parse_bytes(vram)
+    wanted = machine.vram if vram is None else parse_bytes(vram, "capture.vram")
     if machine.gpu and wanted > machine.vram:
         raise ConfigError(
             f"capture.vram={vram} is more than {machine.name} has ({machine.vram / 1e9:.1f} GB): "

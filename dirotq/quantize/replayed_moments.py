@@ -136,7 +136,7 @@ class ReplayedMoments:
         return self.index == self.count - 1
 
     def _passes(self, replay: Replay, calls: Sequence[Call]) -> list[range]:
-        vram = None if self.vram is None else parse_bytes(self.vram)
+        vram = None if self.vram is None else parse_bytes(self.vram, "capture.vram")
         share = -(-len(calls) // self.count)
         at_once = replay.make_room(calls[0], share, vram, self.count)
         if self.count > 1:

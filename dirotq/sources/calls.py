@@ -17,8 +17,12 @@ from dirotq.pipeline.settings import close_to, refuse_misfit
 from dirotq.sources.prompt_files import NEGATIVE
 from dirotq.sources.prompts import Prompt
 
+SCALE = "true_cfg_scale"
+"""Of guidance by a negative prompt, in pipelines whose guidance_scale is an input."""
 OURS = ("prompt", "generator", "output_type", "return_dict", "latents", *PICTURES)
 """Arguments that DiRotQ gives itself, from prompts and seeds."""
+PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
+"""Arguments that are 1: a prompt has one seed, and what it makes is compared one by one."""
 NATURAL = ("num_inference_steps", "height", "width", "num_frames", "max_sequence_length")
 """Arguments that count something: 1 or more."""
 
@@ -38,9 +42,13 @@ def arguments(cls: Any) -> Mapping[str, inspect.Parameter]:
     return inspect.signature(cls.__call__).parameters
 
 
-def refuse_prompts(cls: Any, prompts: Sequence[Prompt], where: str) -> None:
+def refuse_prompts(
+    cls: Any, prompts: Sequence[Prompt], where: str, call: Mapping[str, Any]
+) -> None:
     """Raise ConfigError for prompts that lack a picture that the pipeline needs, or hold what it
     does not take: a picture, several of them, a negative prompt.
+
+    call  its other arguments; with a ``true_cfg_scale`` of 1 negative prompts are not looked at
     """
     name, taken = cls.__name__, pictures_taken(cls)
     for needed in pictures_needed(cls):
@@ -69,6 +77,22 @@ def refuse_prompts(cls: Any, prompts: Sequence[Prompt], where: str) -> None:
                 f"{where}: the prompt {prompt.text!r:.60} has a {NEGATIVE}, and a {name} takes "
                 "none; remove that column"
             )
+    if negative := [prompt.text for prompt in prompts if prompt.negative is not None]:
+        refuse_unread(cls, call, f"{where}: the prompt {negative[0]!r:.60} has a {NEGATIVE}")
+
+
+def refuse_unread(cls: Any, call: Mapping[str, Any], said: str) -> None:
+    """Raise ConfigError where a pipeline would pass over a negative prompt.
+
+    call  all other arguments; ``said`` begins the message
+    """
+    if (scale := arguments(cls).get(SCALE)) is None:
+        return
+    if (found := call.get(SCALE, scale.default)) is None or found <= 1:
+        raise ConfigError(
+            f"{said}, which a {cls.__name__} reads only with a {SCALE} above 1, and it is {found}: "
+            f"set +model.call.{SCALE}=4, or leave the {NEGATIVE} out"
+        )
 
 
 def refuse_mixed(prompts: Sequence[Prompt], where: str) -> None:
@@ -107,6 +131,11 @@ def refuse_call(cls: Any, call: Mapping[str, Any], where: str) -> None:
             )
         if value is None:
             continue
+        if name in PER_PROMPT and value != 1:
+            raise ConfigError(
+                f"{where}.{name}={value!r}: DiRotQ makes one of each prompt; leave it out, and "
+                "give more prompts"
+            )
         if name in NATURAL and (type(value) is not int or value < 1):
             raise ConfigError(f"{where}.{name}={value!r}: use a whole number from 1 on")
         if isinstance(value, bool | int | float | str):

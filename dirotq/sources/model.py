@@ -17,8 +17,15 @@ from dirotq.models.families import family_of
 from dirotq.models.family import ModelFamily, Site
 from dirotq.models.pipeline_images import takes_batches
 from dirotq.models.skeleton import empty_transformer
-from dirotq.sources.calls import pipeline_class, refuse_call, refuse_mixed, refuse_prompts
+from dirotq.sources.calls import (
+    pipeline_class,
+    refuse_call,
+    refuse_mixed,
+    refuse_prompts,
+    refuse_unread,
+)
 from dirotq.sources.opening import open_pipeline
+from dirotq.sources.prompt_files import NEGATIVE
 from dirotq.sources.prompts import Prompt, PromptSet
 
 from .folder import missing_weights, weight_names
@@ -123,6 +130,9 @@ class DiffusersModel:
             stored = read_json(file)
             refuse_call(cls, {n: v for n, v in stored.items() if n not in self.call}, str(file))
         refuse_call(cls, self.call, "model.call")
+        if (negative := self.call.get(NEGATIVE)) is not None:
+            said = f"model.call.{NEGATIVE}={negative!r:.60} is set"
+            refuse_unread(cls, self.call_arguments(), said)
 
     def check_prompts(self, prompts: PromptSet, most: int) -> None:
         """Refuse prompts without the pictures that the pipeline edits, or with what it won't take.
@@ -135,7 +145,7 @@ class DiffusersModel:
         if cls is None:
             return
         loaded = prompts.load()
-        refuse_prompts(cls, loaded, prompts.path)
+        refuse_prompts(cls, loaded, prompts.path, self.call_arguments())
         size = self.batch(loaded, most)
         for start in range(0, len(loaded), size):
             refuse_mixed(loaded[start : start + size], prompts.path)

@@ -31,6 +31,9 @@ LINE = 1 << 24
 LEAST_SIDE, MOST_NARROW = 16, 32
 """Pixels of a picture's shorter side, and how often it may go into the longer one: pipelines round
 both to patches of up to 32 pixels, and a side of none ends in a division by zero."""
+DEEP = re.compile(r"[A-Z]+;16\w*")
+ORIENTATION, TURNED = 0x0112, range(2, 9)
+"""EXIF's tag, and its values of pictures that don't lie in the file as they are looked at."""
 WHOLE = 1 << 28
 """Bytes that a file may have that is read at once."""
 MISSING = frozenset(
@@ -52,21 +55,26 @@ def rows(file: Path, column: str, start: int) -> Iterator[Row]:
 
 
 def open_picture(path: str | Path) -> "Image":
-    """Decode a whole picture to RGB, what is transparent on white.
+    """Decode a whole picture to RGB: upright, what is transparent on white.
 
     Raises ConfigError if it is missing, truncated or no picture, of more than 8 bits a channel
-    (Pillow would cut them off), or too small or narrow for a model's patches.
+    (Pillow would cut them off), one of several in a file, or too small or narrow for a model's
+    patches.
     """
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as opened:
-            _refuse_shape(path, opened.mode, opened.size)
+            _refuse_kind(path, opened)
+            upright = ImageOps.exif_transpose(opened)
             if not opened.has_transparency_data:
-                return opened.convert("RGB")
-            colours = opened.convert("RGBA")
+                return upright.convert("RGB")
+            colours = upright.convert("RGBA")
             white = Image.new("RGBA", colours.size, "white")
             return Image.alpha_composite(white, colours).convert("RGB")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        found = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
+        raise ConfigError(f"{path} {found}; give the path of a picture") from error
     # Beside OSError: what Pillow's decoders raise for damaged files, and for 180 megapixels.
     except (
         OSError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,
@@ -78,19 +86,32 @@ def open_picture(path: str | Path) -> "Image":
         ) from error
 
 
-def is_transparent(path: Path) -> bool:
-    """Tell whether something of a picture is, which :func:`open_picture` lays on white."""
+def treatment(path: Path) -> frozenset[str]:
+    """Return what :func:`open_picture` does to a picture beside decoding it: ``white`` behind what
+    is transparent, ``upright`` where a camera says how it was held.
+    """
     from PIL import Image
 
     with Image.open(path) as opened:
-        return bool(opened.has_transparency_data)
+        turned = opened.getexif().get(ORIENTATION, 1) in TURNED
+        done = {"white": opened.has_transparency_data, "upright": turned}
+    return frozenset(name for name, does in done.items() if does)
 
 
-def _refuse_shape(path: str | Path, mode: str, size: tuple[int, int]) -> None:
-    if mode == "F" or mode.startswith("I"):
+def _refuse_kind(path: str | Path, opened: "Image") -> None:
+    mode, size = opened.mode, opened.size
+    # What Pillow reads as 8 bits has its real form among the arguments of its decoder: RGB;16B.
+    deep = [mode, *DEEP.findall(str(getattr(opened, "tile", "")))]
+    if mode == "F" or mode.startswith("I") or len(deep) > 1:
         raise ConfigError(
-            f"{path} has more than 8 bits a channel (Pillow's mode {mode}), which would be cut "
+            f"{path} has more than 8 bits a channel (Pillow's mode {deep[-1]}), which would be cut "
             "off; save it with 8 bits a channel, as PNG or JPEG"
+        )
+    frames = getattr(opened, "n_frames", 1)
+    if frames > 1 and opened.format != "MPO":  # of a camera: the photo, then its previews
+        raise ConfigError(
+            f"{path} holds {frames} pictures, and a model starts from one; save the one that is "
+            "meant as PNG or JPEG"
         )
     short, long = sorted(size)
     if short < LEAST_SIDE or long > MOST_NARROW * short:

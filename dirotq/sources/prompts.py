@@ -1,12 +1,14 @@
 """Prompt sets: a file, or a whole dataset of the Hugging Face Hub, read through `datasets`."""
 
 import functools
+import logging
 import os
 import re
 import reprlib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib.resources import files
 from itertools import islice
 from pathlib import Path
@@ -16,10 +18,15 @@ from dirotq.errors import ConfigError
 from dirotq.files.digest import file_digest, input_digests
 from dirotq.models.pipeline_images import PICTURES
 from dirotq.sources.hub import HubPath, explained, hub_path
-from dirotq.sources.prompt_files import NEGATIVE, READERS, check_picture, is_transparent, rows
+from dirotq.sources.prompt_files import NEGATIVE, READERS, USED, check_picture, rows, treatment
 
+log = logging.getLogger(__name__)
+
+ALIKE = 0.8
+"""From it on, difflib takes one name for another misspelt."""
 SEEDS = (-(2**63), 2**64 - 1)
 """What torch.Generator.manual_seed takes, both included."""
+ADDRESS = "://"
 EXACT = 2**53
 """Whole numbers below it are exact in a float."""
 
@@ -73,6 +80,9 @@ class PromptSet:
                     "of rows, 0 or more"
                 )
 
+        if not self.path.strip():
+            raise ConfigError("prompts: path is empty; give a file, or the id of a dataset")
+
     def identity(self) -> dict[str, Any]:
         """Return what tells the prompts: bytes, not a path; of the hub, a commit."""
         chosen = {"column": self.column, "start": self.start, "count": self.count}
@@ -83,8 +93,10 @@ class PromptSet:
         given = (each for prompt in self.load() for each in prompt.inputs.values())
         images = [Path(path) for each in given for path in paths_of(each)]
         shown = list(input_digests(dict.fromkeys(images)).values())
-        white = {"transparent": "white"} if any(map(is_transparent, images)) else {}
-        return chosen | ({"images": shown} if shown else {}) | white
+        treated = frozenset[str]().union(*map(treatment, images))
+        white = {"transparent": "white"} if "white" in treated else {}
+        turned = {"turned": "upright"} if "upright" in treated else {}
+        return chosen | ({"images": shown} if shown else {}) | white | turned
 
     def load(self) -> list[Prompt]:
         """Read the prompts. Raises ConfigError if rows, or texts in them, are missing."""
@@ -94,17 +106,23 @@ class PromptSet:
 
     def _on_hub(self) -> HubPath | None:
         """Return the dataset that ``path`` names, unless there is such a file here."""
-        if "://" in self.path or os.path.lexists(resolve(self.path)):
+        if ADDRESS in self.path or os.path.lexists(resolve(self.path)):
             return None
         return hub_path(self.path, "dataset")
 
     def _file(self) -> Path:
+        if self.subset is not None:
+            raise ConfigError(
+                f"subset={self.subset!r:.60} is a part of a dataset on the hub, and the prompts "
+                f"come from a file, {self.path:.300}: leave subset out"
+            )
         path = resolve(self.path)
         try:
             if path.is_file():  # not a folder, and not a pipe, which would never end
                 path.open("rb").close()
                 return path
-            problem = "is no regular file" if path.exists() else "does not exist"
+            absent = "is an address, no file here" if ADDRESS in self.path else "does not exist"
+            problem = "is no regular file" if path.exists() else absent
         except OSError as error:
             problem = f"can't be read ({error.strerror})"
         raise ConfigError(
@@ -163,19 +181,38 @@ def _load(chosen: PromptSet, place: HubPath | None, stamp: str) -> tuple[Prompt,
         found = rows(file, chosen.column, chosen.start)
     try:
         chosen_rows = list(islice(found, chosen.count))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{chosen.path} is no text in UTF-8 ({error!s:.300}): save it anew with that encoding"
+        ) from error
     except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(
             f"{chosen.path} can't be read ({error!s:.300}). A prompt set is a .jsonl file, one "
             '{"prompt": "...", "seed": 1} per line, or .json, .csv, .parquet, .yaml or .txt'
         ) from error
-    if len(chosen_rows) < chosen.count or chosen.count < 1:
+    if chosen.count < 1:
+        raise ConfigError(
+            f"{chosen.path}: no prompts were asked for; set prompts.calibration.count and "
+            "prompts.heldout.count to 1 or more"
+        )
+    if len(chosen_rows) < chosen.count:
         raise ConfigError(
             f"{chosen.path} holds {len(chosen_rows)} prompts from row {chosen.start} on, "
             f"{chosen.count} were asked for; set prompts.calibration.count or "
             "prompts.heldout.count to 1 ... that many"
         )
+    _hint(chosen, chosen_rows[0])
     numbered = enumerate(chosen_rows, chosen.start)
     return tuple(_prompt(chosen, row, number, folder) for number, row in numbered)
+
+
+def _hint(chosen: PromptSet, row: Mapping[Any, Any]) -> None:
+    """Say which columns are named almost like one that is looked at: they are not."""
+    for name in sorted(map(str, row.keys() - {chosen.column, *USED})):
+        if (close := get_close_matches(name, USED, 1, ALIKE)) and close[0] not in row:
+            log.warning(
+                "%s: nothing reads the column %r; is %r meant?", chosen.path, name, close[0]
+            )
 
 
 def _dataset_rows(chosen: PromptSet, place: HubPath) -> Iterator[Mapping[str, Any]]:
@@ -265,15 +302,19 @@ def _pictures(row: Mapping[Any, Any], where: str, folder: Path) -> dict[str, str
                     'several as ["a.png", "b.png"]'
                 )
             found[name] = tuple(_picture(path, name, where, folder) for path in given)
+        elif isinstance(given, int | float):
+            raise ConfigError(f"{where}: the {name} {shortly(given)} is no path of a picture")
     return found
 
 
 def _picture(given: str, name: str, where: str, folder: Path) -> str:
-    if "://" in given:
+    if ADDRESS in given:
         raise ConfigError(
             f"{where}: the {name} {given:.300} is an address; download the picture and give its "
             "path, relative ones from the file's folder"
         )
+    if not given.strip():
+        raise ConfigError(f"{where}: the {name} is empty; give the path of a picture")
     picture = folder / resolve(given)
     if not os.path.isfile(picture):  # noqa: PTH113 (Path's raises for odd names)
         found = "is a folder" if os.path.isdir(picture) else "does not exist"  # noqa: PTH112

@@ -25,6 +25,8 @@ from dirotq.models.skeleton import assign
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WHOLE = "diffusion_pytorch_model.safetensors"
+POINTER = b"version https://git-lfs"
+"""How the text begins that stands for a file in a clone without its large files."""
 AGAIN = "download it again, or make it again with `dirotq compress`"
 
 Device = torch.device | str
@@ -135,6 +137,12 @@ def open_weights(file: Path) -> Iterator[Any]:
         with safe_open(file, framework="pt") as tensors:
             yield tensors
     except SafetensorError as error:
+        with file.open("rb") as opened:
+            if opened.read(len(POINTER)) == POINTER:
+                raise ArtifactError(
+                    f"{file} is a pointer of Git LFS, not the weights: fetch them with `git lfs "
+                    "pull` in that folder, or download the model with `hf download`"
+                ) from error
         raise ArtifactError(
             f"{file} is damaged or was not written to its end ({error}); {AGAIN}"
         ) from error
@@ -148,8 +156,13 @@ def read_header(file: Path) -> Header:
 
 
 def refuse_quantized(header: Header, name: str) -> None:
-    """Raise UnsupportedError if weights are stored in fewer than 16 bits."""
+    """Raise UnsupportedError if weights are stored in fewer than 16 bits, or as complex numbers."""
     for tensor, (dtype, _) in header.items():
+        if dtype.startswith("C"):
+            raise UnsupportedError(
+                f"{name}: {tensor} is stored as complex numbers ({dtype}), of which a transformer "
+                "has none; store it as real ones"
+            )
         whole = dtype[0] in "IUB" and dtype != "BF16" and tensor.endswith((".weight", ".bias"))
         if whole or dtype.startswith(("F8_", "F6_", "F4")) or dtype in ("I8", "U8", "I4", "U4"):
             raise UnsupportedError(

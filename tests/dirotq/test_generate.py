@@ -57,7 +57,7 @@ def test_a_limit_of_gpu_memory_is_the_loaders(dirotq, loaded, tmp_path):
     assert [pipeline.vram for pipeline in loaded] == ["16GB", None]
     for more, says in (
         (("--vram", "much"), "'much' is no size in bytes"),
-        (("--vram", "24"), "'24' is 24 bytes of GPU memory"),
+        (("--vram", "24"), "--vram: '24' is 24 bytes"),
         (("--vram", "16GB", "--compare"), "--vram and --compare"),
     ):
         result = dirotq("generate", *args, *more)
@@ -133,8 +133,9 @@ def model(tmp_path, monkeypatch):
         (["--device", "cuda:999"], "--device=cuda:999"),
         (["--device", "tpu"], "--device=tpu is unknown"),
         (["--image", "file"], "--image file can't be read as a picture"),
-        (["--image", "nowhere.png"], "--image nowhere.png can't be read"),
+        (["--image", "nowhere.png"], "--image nowhere.png does not exist"),
         (["--fps", "0"], "--fps 0"),
+        (["--fps", "8"], "--fps is about a video, and this model makes images"),
     ],
 )
 def test_what_no_model_can_do_is_said_before_one_is_loaded(
@@ -278,3 +279,15 @@ def test_a_transparent_image_is_saved_as_its_format_allows(dirotq, monkeypatch, 
         assert dirotq("generate", *words, "--device", "cpu").status == 0
         with Image.open(tmp_path / name) as image:
             assert image.getpixel((4, 4)) == colour
+
+
+def test_a_place_without_a_model(dirotq, loaded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.safetensors").touch()
+    for name, says in (
+        (str(tmp_path / "gone"), "gone does not exist; give a packed folder"),
+        ("a.safetensors", "a.safetensors is a file; give a packed folder"),
+        ("pack/1f3a", "no artifact matches 'pack/1f3a'"),
+    ):
+        assert says in dirotq("generate", name, "--prompt", "x").err
+    assert loaded == []

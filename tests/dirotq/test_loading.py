@@ -52,7 +52,8 @@ def test_no_packed_pipeline(packed_folder, missing):
         shutil.rmtree(packed_folder)
     else:
         (packed_folder / missing).unlink()
-    with pytest.raises(ArtifactError, match="holds no packed pipeline"):
+    says = "does not exist" if missing == "." else "holds no packed pipeline"
+    with pytest.raises(ArtifactError, match=says):
         dirotq.load(packed_folder)
 
 

@@ -32,6 +32,12 @@ def test_unknown_stage_names(override):
         line(override)
 
 
+def test_a_stage_behind_the_last_is_not_forced():
+    with pytest.raises(ConfigError, match="force=total: until=squares does not run it"):
+        line("until=squares", "force=total")
+    assert line("until=squares", "force=squares").force == {"squares"}
+
+
 def test_a_stage_that_refuses_its_value_says_so_itself():
     with pytest.raises(ConfigError, match=r"^squares.power=5: allowed are 2 and 3$"):
         line("squares.power=5")
@@ -49,6 +55,19 @@ def test_a_folder_is_a_model(tmp_path, name):
     cfg = compose_config([f"model={folder}"], TOY)
     assert cfg.model.path == str(folder)
     assert cfg.model.offset == 7  # conf/model/local.yaml
+
+
+def test_the_last_model_counts(tmp_path):
+    assert with_model_folder([f"model={tmp_path}", "until=x", "model=small"], TOY) == [
+        "until=x",
+        "model=small",
+    ]
+
+
+def test_a_page_of_the_hub_is_no_id():
+    page = "https://huggingface.co/org/name/tree/main"
+    with pytest.raises(ConfigError, match=r"is an address; give the hub id, model=org/name$"):
+        with_model_folder([f"model={page}"], TOY)
 
 
 def test_relative_folder_becomes_absolute(tmp_path, monkeypatch):

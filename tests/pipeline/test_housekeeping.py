@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 
 
@@ -64,6 +66,10 @@ def test_a_run_folder_elsewhere_is_recorded_all_the_same(dirotq, tmp_path):
     assert "nothing to remove" in dirotq("gc").out
 
 
-def test_empty_store(dirotq):
+def test_empty_store(dirotq, store):
+    shutil.rmtree(store.root, ignore_errors=True)
+    assert "there is no store" in dirotq("verify").err
+    assert "nothing to remove; there is no store" in dirotq("gc").out
+    store.root.mkdir(parents=True)
     assert "0 of 0" in dirotq("verify").out
-    assert "nothing to remove" in dirotq("gc").out
+    assert dirotq("gc").out == "nothing to remove\n"

@@ -102,6 +102,11 @@ def test_the_place_inside_of_a_mapping_is_named():
         ("+model.call.num_inference_steps=1.5", r"num_inference_steps=1\.5: use a whole number"),
         ("+model.call.guidance_scale=inf", r"model\.call\.guidance_scale=inf does not fit"),
         ("+model.call.generator=1", r"DiRotQ gives generator itself"),
+        ("rank=64", r"its choices are budget, .*; the number itself is rank\.r=64"),
+        ("method=RTN", r"method=RTN: there is no such choice; did you mean `rtn`\?"),
+        ("prompts=a/b.jsonl", r"prompts=a/b\.jsonl: .*prompts\.calibration\.path=FILE"),
+        ("model.call=[1]", r"model\.call is a mapping, no list: write \+model\.call\.NAME=VALUE"),
+        ("pack.shard=2", r"pack\.shard: 2 is 2 bytes"),
         ("metrics=nix", r"metrics=nix: there is no such choice; metrics has clip_score, fid"),
     ],
 )

@@ -20,7 +20,10 @@ STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "vali
 @functools.cache
 def compose(*overrides):
     """Three tests look at each configuration, and Hydra takes most of a second to compose it."""
-    return compose_config(overrides, "dirotq.conf")
+    group = overrides[0].partition("=")[0] if overrides else ""
+    runs = {"judge": "judged", "rubric": "judged", "round": "instant"}  # idle in other pipelines
+    pipeline = [f"pipeline={runs[group]}"] if group in runs else []
+    return compose_config([*pipeline, *overrides], "dirotq.conf")
 
 
 def choices(root):

@@ -78,6 +78,7 @@ def refused(said: Said, *parts: str) -> None:
         ("act_format=int4_pow2 act_format.element=int8", ["leave INT8", "'token' or 'group'"]),
         ("method.rounding=up", ["'up'", "'gptq' or 'nearest'"]),
         ("gptq.damping=0", ["gptq.damping=0", "0 < damping <= 1"]),
+        ("capture.vram=8GB", ["capture.vram=8GB is about a GPU's memory", "device=cpu has none"]),
         ("capture.batch=0", ["capture.batch=0", "at least 1"]),
         ("prompts.calibration.path=nowhere.jsonl", ["nowhere.jsonl does not exist"]),
     ],

@@ -104,7 +104,7 @@ def prompts(tmp_path):
 @pytest.fixture(scope="session")
 def configured():
     """The stage of conf/judge/openai.yaml, never asked anything by itself."""
-    overrides = ["judge=openai", "judge.backend.model=looker"]
+    overrides = ["pipeline=judged", "judge=openai", "judge.backend.model=looker"]
     return instantiate(compose_config(overrides, "dirotq.conf").judge, _convert_="all")
 
 

@@ -129,6 +129,7 @@ def test_another_method_without_statistics(instant):
         ("rank.r=32", "the stage rank, which preset=instant leaves out"),
         ("prompts.calibration.count=3", "no stage reads with preset=instant (it runs round, pack)"),
         ("branch=project", "branch=project says something of branch, which no stage reads"),
+        ("+model.call.prompt=x", "DiRotQ gives prompt itself"),
         ("until=gptq", "'gptq' is no stage of this pipeline"),
         ("preset=instnat", "preset"),
         ("method=quarot round.least_packed=2", "round.least_packed=2"),

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from dirotq.errors import ConfigError
-from dirotq.sources.calls import refuse_call, refuse_mixed
+from dirotq.sources.calls import refuse_call, refuse_mixed, refuse_prompts
 from dirotq.sources.prompts import Prompt
 
 
@@ -15,6 +15,7 @@ class Pipeline:
         guidance_scale: float = 3.5,
         sigmas: list[float] | None = None,
         clean: bool = True,
+        num_images_per_prompt: int = 1,
         generator: object = None,
     ):
         raise NotImplementedError
@@ -29,6 +30,7 @@ class Pipeline:
         {"sigmas": [1.0, 0.5]},
         {"clean": False},
         {"guidance_scale": None},
+        {"num_images_per_prompt": 1},
     ],
 )
 def test_what_fits_passes(call):
@@ -45,6 +47,7 @@ def test_what_fits_passes(call):
         ({"guidance_scale": "high"}, r"guidance_scale='high' does not fit"),
         ({"clean": 1}, r"clean=1 does not fit.*true or false"),
         ({"prompt": "x"}, r"DiRotQ gives prompt itself"),
+        ({"num_images_per_prompt": 3}, r"num_images_per_prompt=3: DiRotQ makes one of each prompt"),
     ],
 )
 def test_what_does_not_is_named(call, says):
@@ -61,3 +64,20 @@ def test_prompts_of_one_call_have_the_same_columns():
     pictured = Prompt("d", 3, inputs={"image": "d.png"})
     with pytest.raises(ConfigError, match="the prompt 'c' has no image"):
         refuse_mixed([pictured, rows[2]], "x.jsonl")
+
+
+class Distilled:
+    """As FLUX.1's: its guidance_scale is an input, and a negative prompt needs another scale."""
+
+    def __call__(self, prompt, negative_prompt=None, true_cfg_scale: float = 1.0):
+        raise NotImplementedError
+
+
+def test_negative_prompts_that_nothing_reads():
+    rows = [Prompt("a", 0), Prompt("b", 1, negative="dark")]
+    with pytest.raises(ConfigError, match=r"'b' has a negative_prompt, which a Distilled reads .*"):
+        refuse_prompts(Distilled, rows, "x.jsonl", {})
+    with pytest.raises(ConfigError, match="true_cfg_scale above 1, and it is 1: set"):
+        refuse_prompts(Distilled, rows, "x.jsonl", {"true_cfg_scale": 1})
+    refuse_prompts(Distilled, rows, "x.jsonl", {"true_cfg_scale": 1.5})
+    refuse_prompts(Distilled, rows[:1], "x.jsonl", {})

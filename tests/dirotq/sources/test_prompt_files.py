@@ -2,6 +2,8 @@
 
 import json
 import os
+import struct
+import zlib
 
 import datasets
 import pyarrow
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dirotq.errors import ConfigError
-from dirotq.sources.prompt_files import MISSING, open_picture, rows
+from dirotq.sources.prompt_files import MISSING, ORIENTATION, open_picture, rows, treatment
 from dirotq.sources.prompts import SEEDS, PromptSet, shortly
 
 
@@ -295,3 +297,69 @@ def test_pictures_too_small_or_narrow(tmp_path, size):
         open_picture(tmp_path / "a.png")
     Image.new("RGB", (16, 512)).save(tmp_path / "a.png")
     assert open_picture(tmp_path / "a.png").size == (16, 512)
+
+
+def test_a_picture_is_upright_as_the_camera_says(tmp_path):
+    turned = Image.Exif()
+    turned[ORIENTATION] = 6  # a quarter to the right
+    Image.new("RGB", (48, 32)).save(tmp_path / "a.jpg", exif=turned)
+    Image.new("RGB", (48, 32)).save(tmp_path / "b.jpg")
+    assert open_picture(tmp_path / "a.jpg").size == (32, 48)
+    assert open_picture(tmp_path / "b.jpg").size == (48, 32)
+    assert [treatment(tmp_path / name) for name in ("a.jpg", "b.jpg")] == [{"upright"}, set()]
+
+
+def test_one_of_several_pictures_is_not_chosen(tmp_path):
+    frames = [Image.new("RGB", (16, 16), (n, 0, 0)) for n in (0, 99)]
+    frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+    with pytest.raises(ConfigError, match=r"a\.gif holds 2 pictures"):
+        open_picture(tmp_path / "a.gif")
+    frames[0].save(tmp_path / "a.mpo", save_all=True, append_images=frames[1:])  # of a camera
+    assert open_picture(tmp_path / "a.mpo").size == (16, 16)
+
+
+def test_colours_of_16_bits(tmp_path):
+    """Pillow reads them as 8 bits, in silence."""
+    part = lambda kind, data: (  # noqa: E731
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    )
+    head = struct.pack(">IIBBBBB", 16, 16, 16, 2, 0, 0, 0)
+    rows = zlib.compress(16 * (b"\0" + 16 * b"\x9c\x40\x01\x2c\x4e\x20"))
+    file = tmp_path / "a.png"
+    file.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + part(b"IHDR", head) + part(b"IDAT", rows) + part(b"IEND", b"")
+    )
+    with pytest.raises(ConfigError, match="more than 8 bits a channel"):
+        open_picture(file)
+
+
+def test_text_that_is_no_utf_8(write):
+    for content in ('{"prompt": "café"}'.encode("latin1"), '{"prompt": "a"}'.encode("utf-16")):
+        with pytest.raises(ConfigError, match="is no text in UTF-8"):
+            prompts(write("a.jsonl", content)).load()
+
+
+def test_places_that_hold_no_prompts(write):
+    file = write("a.jsonl", '{"prompt": "a"}')
+    with pytest.raises(ConfigError, match="path is empty"):
+        prompts(" ")
+    with pytest.raises(ConfigError, match="is an address, no file here"):
+        prompts("https://example.com/a.jsonl").load()
+    with pytest.raises(ConfigError, match="subset='x' is a part of a dataset on the hub"):
+        prompts(file, subset="x").load()
+
+
+@pytest.mark.parametrize(
+    ("column", "meant"),
+    [("sed", "seed"), ("images", "image"), ("negativ_prompt", "negative_prompt"),
+     ("image_id", None), ("caption", None)],
+)  # fmt: skip
+def test_columns_that_are_almost_read_are_said(write, caplog, column, meant):
+    prompts(write("a.jsonl", f'{{"prompt": "a", "{column}": 1}}')).load()
+    assert [record.args[1:] for record in caplog.records] == ([(column, meant)] if meant else [])
+
+
+@pytest.mark.parametrize(("given", "says"), [(5, "image 5 is no path"), ('""', "image is empty")])
+def test_what_is_no_picture(write, given, says):
+    with pytest.raises(ConfigError, match=says):
+        prompts(write("a.jsonl", f'{{"prompt": "a", "image": {given}}}')).load()

@@ -55,7 +55,7 @@ def test_too_few_rows(jsonl):
     file = jsonl({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
     with pytest.raises(ConfigError, match=r"holds 1 prompts from row 2 on, 5 were asked for"):
         prompts(file, start=2, count=5).load()
-    with pytest.raises(ConfigError, match="0 were asked for"):
+    with pytest.raises(ConfigError, match="no prompts were asked for"):
         prompts(file, count=0).load()
 
 

@@ -2,7 +2,15 @@ import json
 
 import pytest
 
-from dirotq.sources.weights import INDEX, WHOLE, plan_shards, write_index
+from dirotq.errors import ArtifactError, UnsupportedError
+from dirotq.sources.weights import (
+    INDEX,
+    WHOLE,
+    plan_shards,
+    read_header,
+    refuse_quantized,
+    write_index,
+)
 
 SIZES = {"a": 3, "b": 3, "c": 9, "d": 1}
 
@@ -35,3 +43,19 @@ def test_several_files_are_found_through_the_index(tmp_path):
         "metadata": {"total_size": 16},
         "weight_map": {"a": one, "b": one, "c": one, "d": two},
     }
+
+
+def test_a_pointer_of_git_lfs_is_no_damage(tmp_path):
+    file = tmp_path / WHOLE
+    file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 12\n")
+    with pytest.raises(ArtifactError, match="is a pointer of Git LFS, not the weights"):
+        read_header(file)
+    file.write_text("<html>404</html>")
+    with pytest.raises(ArtifactError, match="is damaged"):
+        read_header(file)
+
+
+def test_complex_numbers_are_no_weights():
+    refuse_quantized({"a.weight": ("F64", (1,))}, "x")
+    with pytest.raises(UnsupportedError, match=r"x: a\.weight is stored as complex numbers \(C64"):
+        refuse_quantized({"a.weight": ("C64", (1,))}, "x")
