@@ -77,6 +77,7 @@ def _generate(options: argparse.Namespace) -> int:
     moving = _refuse_model(folder, settings, images)
     if options.fps is not None and not moving:
         raise ConfigError("--fps is about a video, and this model makes images: leave it out")
+    fps = options.fps or FPS
     out = options.out or Path(MOVING if moving else STILL)
     _refuse_place(out, moving=moving)
 
@@ -96,15 +97,15 @@ def _generate(options: argparse.Namespace) -> int:
     pipeline = load(folder, device=options.device, vram=options.vram)
     made = _called(pipeline, options, images | settings, arguments)
     if original is None:
-        print(_write(made, out, options.fps or FPS))
+        print(_write(made, out, fps))
         _write_sound(made, pipeline, out)
         return 0
     _write_sound(made, pipeline, out)
     del pipeline  # one of both is in memory
     pipeline = _open_original(original, options.device)
     want = _called(pipeline, options, images | settings, arguments)
-    print(_write(as_pictures(made), out, options.fps or FPS))
-    print(_write(as_pictures(want), beside, options.fps or FPS))
+    print(_write(as_pictures(made), out, fps))
+    print(_write(as_pictures(want), beside, fps))
     _write_sound(want, pipeline, beside)
     print(f"PSNR {psnr(made, want):.1f} dB")
     if (ratio := sound_ratio(made, want)) is not None:

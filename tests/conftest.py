@@ -3,14 +3,12 @@
 Triton kernels run on the GPU where there is one, in Triton's interpreter where there is none.
 """
 
-import copy
 import gc
-import io
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import pytest
 
@@ -27,6 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis  # noqa: E402
 import torch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
+from parsed_once import parsed_once  # noqa: E402
 
 # An example that takes 200 ms says that the machine is busy, not that the code is wrong.
 hypothesis.settings.register_profile("dirotq", deadline=None)
@@ -47,18 +46,8 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def yaml_is_parsed_once() -> Iterator[None]:
-    """Hydra parses thirty files for each configuration; text that was parsed before is copied."""
-    parsed: dict[str, Any] = {}
-
-    def load(file: str | Path | IO[Any]) -> Any:
-        text = Path(file).read_text("utf-8") if isinstance(file, str | Path) else file.read()
-        if text not in parsed:
-            parsed[text] = parse(io.StringIO(text))
-        return copy.deepcopy(parsed[text])
-
     with pytest.MonkeyPatch.context() as patch:
-        parse = OmegaConf.load
-        patch.setattr(OmegaConf, "load", staticmethod(load))
+        patch.setattr(OmegaConf, "load", staticmethod(parsed_once(OmegaConf.load)))
         yield
 
 

@@ -62,7 +62,7 @@ def pipeline_folder(
 
 @functools.lru_cache(maxsize=32)
 def _check_local(root: Path, source: str, without: str, _: Any) -> None:
-    """Refuse what is no pipeline's folder; one that is as it was at the last call is not read again:
+    """Refuse what is no pipeline's folder. One that is as it was is not read again:
     every stage asks, often.
     """
     _refuse_no_pipeline(root, source)

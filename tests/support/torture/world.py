@@ -92,6 +92,8 @@ class World:
             path.chmod(0o755 if path.is_dir() else 0o644)
         world = cls(root, until)
 
+        world.line(world.store)  # its files are parsed once, for all forks
+
         def job() -> list[str]:
             from tiny_line import run
 
