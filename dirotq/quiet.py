@@ -4,6 +4,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from dirotq.errors import ArtifactError
 
@@ -30,9 +31,10 @@ def quiet() -> Iterator[list[str]]:
         for library, logger in zip(libraries, loggers, strict=True)
     ]
     said = _Collected()
-    for library, logger in zip(libraries, loggers, strict=True):
-        library.set_verbosity_warning()
-        library.disable_progress_bar()
+    for library, logger, (level, bars, _) in zip(libraries, loggers, before, strict=True):
+        _level(library, logging.WARNING, level)
+        if bars:
+            library.disable_progress_bar()
         logger.handlers = [said]
     try:
         yield said.messages
@@ -40,10 +42,16 @@ def quiet() -> Iterator[list[str]]:
         for library, logger, (level, bars, handlers) in zip(
             libraries, loggers, before, strict=True
         ):
-            library.set_verbosity(level)
+            _level(library, level, logging.WARNING)
             logger.handlers = handlers
             if bars:
                 library.enable_progress_bar()
+
+
+def _level(library: Any, wanted: int, present: int) -> None:
+    """Set a library's level where it is another: loggers of all libraries forget their own then."""
+    if wanted != present:
+        library.set_verbosity(wanted)
 
 
 class _Collected(logging.Handler):

@@ -264,7 +264,7 @@ def _refuse_no_choices(words: Sequence[str]) -> None:
     for word in words:
         _, key, value = setting(word)
         plain = isinstance(found := parsed(word), Override) and found.value()
-        if type(plain) not in (int, float):
+        if type(plain) not in (int, float) or "." in key:
             continue
         if known := GlobalHydra.instance().config_loader().get_group_options(key):
             hint = f"; the number itself is rank.r={value}" if key == "rank" else ""

@@ -4,7 +4,6 @@ diffusers and transformers import many packages only where they are used: after 
 read, or in the first call.
 """
 
-import dis
 import importlib.util
 import logging
 import sys
@@ -57,7 +56,7 @@ def refuse_missing_packages(folder: Path, source: str, *, prompts: bool = True) 
     with quiet():
         for package, what in _wanted(folder, index, pipeline):
             found.setdefault(what, []).append(package)
-        called = list(_called(pipeline))
+        called = [package for package in _called(pipeline) if not installed(package)]
     if called and prompts:
         found.setdefault(f"the {name}", []).extend(called)
     elif called:
@@ -117,18 +116,17 @@ def _of_vocabulary(part: Path) -> Iterator[str]:
     yield from (package for package in wanted if not installed(package))
 
 
-def _called(pipeline: Any) -> Iterator[str]:
+def _called(pipeline: Any) -> list[str]:
     """Name packages that functions beside a pipeline call without asking whether they are there.
 
     Only those that stand alone in its module: methods that use one are called on demand.
     """
     where = getattr(pipeline, "__module__", "")
     known = vars(sys.modules[where]) if where in sys.modules else {}
+    found: set[str] = set()
     for function in list(known.values()):
-        if not isinstance(function, FunctionType) or function.__module__ != where:
-            continue
-        code = dis.get_instructions(function)
-        names = {step.argval for step in code if step.opname == "LOAD_GLOBAL"}
-        for name in sorted(names & OPTIONAL.keys() - known.keys()):
-            if f"is_{name}_available" not in names and not installed(name):
-                yield name
+        if isinstance(function, FunctionType) and function.__module__ == where:
+            names = set(function.__code__.co_names)
+            asked = {name for name in OPTIONAL if f"is_{name}_available" in names}
+            found |= names & OPTIONAL.keys() - known.keys() - asked
+    return sorted(found)
