@@ -13,9 +13,10 @@ def empty_transformer(config: dict[str, Any], cls: Any) -> Any:
     Of a packed transformer's config it is the 16-bit one.
     """
     import accelerate
+    from diffusers.models.modeling_utils import no_init_weights
 
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
-    with accelerate.init_empty_weights():
+    with accelerate.init_empty_weights(), no_init_weights():
         return cls.from_config(plain).eval()
 
 

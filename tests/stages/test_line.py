@@ -106,11 +106,11 @@ def test_compress_from_python(tiny_root, tmp_path):
     assert made.folder is None and made.report is None and not made.scores
 
 
-KILLS = {
-    "capture-between-shards": ("capture", "dirotq.stages.capture", "save_calls", 1),
-    "capture-between-blocks": ("capture", "dirotq.quantize.replayed_moments", "write_rows", 5),
-    "gptq": ("gptq", "dirotq.stages.gptq", "save_site", 5),
-}
+KILLS = (
+    ("capture", "dirotq.stages.capture", "save_calls", 1),  # between shards
+    ("capture", "dirotq.quantize.replayed_moments", "write_rows", 5),  # between blocks
+    ("gptq", "dirotq.stages.gptq", "save_site", 5),
+)
 """Stage, and after how many calls of which function it is killed."""
 KILL = """
 import importlib, json, os, signal, sys
@@ -134,40 +134,26 @@ run(build(compose_config(command, "dirotq.conf")))
 """
 
 
-@pytest.fixture(scope="module")
-def killed(tiny_root, tmp_path_factory):
-    """{kill: store of a line that died of it}.
+def test_kill_dash_nine_then_the_same_command(tiny_root, finished, tmp_path):
+    """Each command goes on where the one before died.
 
     Processes of their own: forks of one would share its OpenMP threads, and wait for them for ever.
     """
-    stores = {name: tmp_path_factory.mktemp(name) for name in KILLS}
     path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"
-    started = []
-    for name, store in stores.items():
-        kill = [*KILLS[name][1:], overrides(tiny_root, store, "until=pack")]
-        started.append(
-            subprocess.Popen(
-                [sys.executable, "-c", KILL, json.dumps(kill)],
-                env=dict(os.environ, PYTHONPATH=path),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    said = [process.communicate()[1] for process in started]
-    assert [process.returncode for process in started] == [-signal.SIGKILL] * len(started), said
-    return stores
-
-
-def test_kill_dash_nine_then_the_same_command(tiny_root, finished, killed):
-    """One test: parametrized, each worker would start and kill all of them."""
-    for kill, store in killed.items():
-        stage = KILLS[kill][0]
-        (left,) = (store / stage).iterdir()
-        assert left.suffix == ".partial", kill
-        assert any((left / "data").rglob("*.safetensors")), kill
-        artifacts = run(configured(tiny_root, store, "until=pack"))
-        assert artifacts[stage].path.stem == left.stem, kill
-        assert not left.exists(), kill
-        for name, artifact in artifacts.items():
-            assert tree_bytes(artifact.data) == tree_bytes(finished[name].data), (kill, name)
+    left = {}
+    for stage, *kill in KILLS:
+        command = json.dumps([*kill, overrides(tiny_root, tmp_path, "until=pack")])
+        done = subprocess.run(
+            [sys.executable, "-c", KILL, command],
+            env=dict(os.environ, PYTHONPATH=path), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        (left[stage],) = (tmp_path / stage).iterdir()
+        assert left[stage].suffix == ".partial", kill
+        assert any((left[stage] / "data").rglob("*.safetensors")), kill
+    artifacts = run(configured(tiny_root, tmp_path, "until=pack"))
+    for stage, folder in left.items():
+        assert artifacts[stage].path.stem == folder.stem
+        assert not folder.exists()
+    for name, artifact in artifacts.items():
+        assert tree_bytes(artifact.data) == tree_bytes(finished[name].data), name
