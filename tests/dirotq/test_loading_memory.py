@@ -49,12 +49,12 @@ def packed_transformer(folder: Path) -> type:
 
 def packed_encoder(folder: Path) -> type:
     config = transformers.T5Config(
-        vocab_size=4000, d_model=512, d_ff=2048, num_layers=6, num_heads=8,
+        vocab_size=4000, d_model=512, d_ff=2048, num_layers=3, num_heads=8,
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     cls = transformers.T5EncoderModel
     cls(config).bfloat16().save_pretrained(folder / "whole")
-    packing = TextEncoderConfig(bits=4)
+    packing = TextEncoderConfig(bits=8)
     made = cls.from_pretrained(folder / "whole", quantization_config=packing, dtype=torch.bfloat16)
     made.save_pretrained(folder, max_shard_size=SHARD)
     return cls
