@@ -49,7 +49,7 @@ def packed_transformer(folder: Path) -> type:
 
 def packed_encoder(folder: Path) -> type:
     config = transformers.T5Config(
-        vocab_size=4000, d_model=512, d_ff=2048, num_layers=3, num_heads=8,
+        vocab_size=4000, d_model=512, d_ff=2048, num_layers=4, num_heads=8,
         feed_forward_proj="gated-gelu",
     )  # fmt: skip
     cls = transformers.T5EncoderModel
