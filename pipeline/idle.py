@@ -36,7 +36,7 @@ def refuse_idle(cfg: DictConfig, words: Sequence[str], module: str) -> None:
     by = chosen[-1] if chosen else "this pipeline"
     for word, name in zip(words, names, strict=True):
         stage = re.split(r"[.@]", name)[0]
-        node: Any = cfg.get(stage) if stage in cfg and stage not in {*wiring, *read} else None
+        node: Any = None if stage in {*wiring, *read} else _node(cfg, stage)
         if OmegaConf.is_dict(node) and ".stages." in str(node.get(TARGET)):
             others = [f"pipeline={other}" for other in _pipelines_with(stage, module)]
             hint = f", or choose {' or '.join(others)}" if others and not chosen else ""
@@ -54,6 +54,11 @@ def refuse_idle(cfg: DictConfig, words: Sequence[str], module: str) -> None:
         )
 
 
+def _node(cfg: DictConfig, path: str) -> Any:
+    """Return what stands at a path; None where nothing does, or an interpolation leads nowhere."""
+    return OmegaConf.select(cfg, path, throw_on_resolution_failure=False)
+
+
 def _pipelines_with(stage: str, module: str) -> list[str]:
     """Name the choices of conf/pipeline that run a stage."""
     found = files(module).joinpath("pipeline").iterdir()
@@ -66,7 +71,7 @@ def _read_by(cfg: DictConfig, stages: Sequence[str]) -> set[str]:
     found: set[str] = set()
     waiting = list(stages)
     while waiting:
-        node = OmegaConf.select(cfg, waiting.pop())
+        node = _node(cfg, waiting.pop())
         if not OmegaConf.is_config(node):
             continue
         plain: Any = OmegaConf.to_container(node, resolve=False)

@@ -39,6 +39,7 @@ def race(
     workers = [
         spawn.Process(target=_work, args=(root, rounds, seed + i, told)) for i in range(processes)
     ]
+    root.mkdir(exist_ok=True)  # without a store there is nothing to verify
     for worker in workers:
         worker.start()
     problems, deadline = [], time.monotonic() + limit

@@ -27,4 +27,4 @@ def test_export_tells_what_it_wrote(line, tmp_path, capsys):
 def test_a_folder_that_is_not_there(tmp_path, capsys):
     status, said = call(capsys, tmp_path / "nothing", "nvfp4")
     assert status == 2
-    assert "holds no packed pipeline" in said.err
+    assert "nothing does not exist" in said.err

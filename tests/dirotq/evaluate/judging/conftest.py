@@ -36,7 +36,7 @@ def rubric() -> Rubric:
 @pytest.fixture(scope="session")
 def openai():
     """The backend of conf/judge/openai.yaml, with fields replaced."""
-    overrides = ["judge=openai", "judge.backend.model=looker"]
+    overrides = ["pipeline=judged", "judge=openai", "judge.backend.model=looker"]
     node = compose_config(overrides, "dirotq.conf").judge.backend
     built: OpenAIServer = instantiate(node, _convert_="all")
 
