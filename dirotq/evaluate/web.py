@@ -1,6 +1,7 @@
 """Pages that are one file: template, style and script in it, nothing fetched, nothing injected."""
 
 import base64
+import functools
 import hashlib
 import re
 from collections.abc import Mapping
@@ -19,19 +20,24 @@ POLICY = (
 
 def render(template: str, **values: Any) -> str:
     """Render a template of this folder with the style of all pages. Text in it is escaped."""
-    environment = jinja2.Environment(
+    style = (HERE / "page.css.j2").read_text()
+    return _environment().get_template(template).render(style=style, **values)
+
+
+@functools.cache
+def _environment() -> jinja2.Environment:
+    """Make it once: it keeps what it compiles."""
+    made = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
     )
-    environment.filters |= {
+    made.filters |= {
         "number": number,
         "size": size,
         "plain": plain,
         "breaks": breaks,
         "count": count,
     }
-    return environment.get_template(template).render(
-        style=(HERE / "page.css.j2").read_text(), **values
-    )
+    return made
 
 
 def script(name: str) -> Mapping[str, str]:

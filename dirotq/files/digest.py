@@ -61,22 +61,23 @@ def content_digest(path: Path, kind: str) -> str:
 
 
 def input_digests(paths: Iterable[Path]) -> dict[Path, str]:
-    """Return the SHA-256 of each file, as hex, hashed in threads where it is not known already.
+    """Return the SHA-256 of each file, as hex; large ones are hashed in threads.
 
-    Known are those above 64 MB whose real path and :data:`Stamp` are those of an earlier run
-    (digests.json in :func:`cache_root`; a damaged one is started anew).
+    Known already are those above 64 MB whose real path and :data:`Stamp` are those of an earlier
+    run (digests.json in :func:`cache_root`; a damaged one is started anew).
     """
     files = list(paths)
     large = [path for path in files if path.stat().st_size > LARGE]
     found = _recall(large)
-    missing = [path for path in files if path not in found]
-    stamps = {path: stamp(path) for path in large if path in missing}  # before they are read
+    missing = [path for path in large if path not in found]
+    stamps = {path: stamp(path) for path in missing}  # before they are read
     if (size := sum(seen[0] for seen in stamps.values())) > PAUSE:
         first = next(iter(stamps))
         log.info("%.0f GB of %s and other files are read once, to know them", size / 1e9, first)
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         # hashlib lets the other threads run while it computes.
         found |= dict(zip(missing, pool.map(file_digest, missing), strict=True))
+    found |= {path: file_digest(path) for path in files if path not in found}
     _remember({p: (old, found[p]) for p, old in stamps.items() if _settled(old)})
     return found
 

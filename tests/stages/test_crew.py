@@ -29,15 +29,16 @@ def crews():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("name", STAGES)
-def test_bytes_do_not_depend_on_the_workers(line, finished, crews, tmp_path, caplog, name):
-    inputs, found = {slot: finished[slot] for slot in STAGES[name]}, {}
-    for workers, way in crews.items():
-        out = tmp_path / str(workers)
-        out.mkdir()
-        metrics = in_units(stage(line(), name), out, inputs, *way)
-        made = {n: b for n, b in tree_bytes(out).items() if not n.startswith(JOURNAL)}
-        found[workers] = made, metrics
-    assert set(found[1][0]) == set(tree_bytes(finished[name].data))
-    assert found[1] == found[2]
+def test_bytes_do_not_depend_on_the_workers(line, finished, crews, tmp_path, caplog):
+    """One test: parametrized, each process of pytest-xdist would start a crew."""
+    for name, slots in STAGES.items():
+        inputs, found = {slot: finished[slot] for slot in slots}, {}
+        for workers, way in crews.items():
+            out = tmp_path / name / str(workers)
+            out.mkdir(parents=True)
+            metrics = in_units(stage(line(), name), out, inputs, *way)
+            made = {n: b for n, b in tree_bytes(out).items() if not n.startswith(JOURNAL)}
+            found[workers] = made, metrics
+        assert set(found[1][0]) == set(tree_bytes(finished[name].data)), name
+        assert found[1] == found[2], name
     assert "alone" not in caplog.text  # no part was done by one process
