@@ -4,7 +4,7 @@ from fuzz_cli import COMMAND_LINES, check_command_line
 from hypothesis import HealthCheck, given, settings
 
 
-@settings(max_examples=50, suppress_health_check=list(HealthCheck))
+@settings(max_examples=25, suppress_health_check=list(HealthCheck))
 @given(COMMAND_LINES)
 def test_any_command_line_ends_in_words(words):
     check_command_line(words)
