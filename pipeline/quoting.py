@@ -5,6 +5,7 @@ value of a setting that names a file or folder is handed over as quoted text, wh
 is any other value that the grammar can't read. Lists, mappings, sweeps and interpolations stay.
 """
 
+import functools
 import os
 import re
 
@@ -58,6 +59,7 @@ def setting(arg: str) -> tuple[str, str, str]:
     return head[: len(head) - len(key)], key, value
 
 
+@functools.lru_cache(maxsize=1024)
 def parsed(arg: str) -> Override | None:
     """Parse one override as Hydra does; None if its grammar can't read it."""
     try:
