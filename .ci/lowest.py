@@ -26,7 +26,8 @@ TESTS = (
     "tests/stages/test_line.py", "tests/dirotq/sources/test_model.py", "tests/dirotq/test_cli.py",
     "tests/dirotq/test_registration.py", "tests/dirotq/evaluate/test_report.py",
     "tests/pipeline/test_multirun.py", "tests/pipeline/test_quoting.py",
-    "tests/pipeline/test_remote_store.py",
+    "tests/pipeline/test_remote_store.py", "tests/dirotq/packed/test_text_quantizer.py",
+    "tests/stages/test_text_encoders.py",
 )  # fmt: skip
 FEW = (
     "prompts.calibration.count=4", "capture.calls=16", "prompts.heldout.count=2",

@@ -35,7 +35,6 @@ from dirotq.sources.opening import place
 STEPS = 4
 IMAGES = 2
 """The first one records the graphs that the second one's encoding goes beside."""
-WAYS = ("none", "none, tiled", "model", "group")
 VOCABULARY = {"text_encoder": 49408, "text_encoder_2": 32128}
 """Of the published tokenizers; those that are trained here are small."""
 CALL = {"height": 1024, "width": 1024, "max_sequence_length": 512, "guidance_scale": 3.5}
@@ -62,13 +61,14 @@ SHOWN = {
     "model": TOLD["model"],
     "group": TOLD["group"],
 }
+"""What is printed and measured, by its name in docs/low-vram.md."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shapes", action="store_true", help="what is expected, without a GPU")
     parser.add_argument("--text-encoders", default="w4", choices=("keep", *BITS))
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=list(TOLD))
+    parser.add_argument("--ways", nargs="+", default=list(SHOWN), choices=list(SHOWN))
     options = parser.parse_args()
     if options.shapes:
         print("\n".join(shapes(options.text_encoders)))
@@ -82,7 +82,7 @@ def main() -> None:
           "| in host memory | phase | GB told | GB allocated | of it idle graphs | GB reserved |\n"
           "|---|---|---|---|---|---|")  # fmt: skip
     for way in options.ways:
-        told = said.phases(TOLD[way])
+        told = said.phases(SHOWN[way])
         for phase, *found in measured(pipe, way):
             row = " | ".join(f"{v / 1e9:.2f}" for v in (told[phase] - CONTEXT, *found))
             print(f"| {way} | {phase} | {row} |", flush=True)
@@ -146,7 +146,7 @@ def measured(
 ) -> Iterator[tuple[str, int, int, int]]:
     """Make images; yield (phase, peak of what is allocated and what idle graphs hold, the latter
     alone, peak of what torch reserved)."""
-    way = TOLD[name]
+    way = SHOWN[name]
     resident = way.offloading == "none"
     found = dict.fromkeys(PHASES, (0, 0, 0))
     idle, encoding = 0, False

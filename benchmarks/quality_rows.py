@@ -135,12 +135,19 @@ ABLATIONS = (
     ),
 )
 
+ENCODERS = tuple(
+    _row(f"encoders_{width}", f"text encoders {width}", f"{FORM} text_encoders={width}", OURS)
+    for width in ("w8", "w4")
+)
+"""Beside the same packed transformer."""
+
 SECTIONS = {
     "methods": METHODS,
     "formats": FORMATS,
     "runtime": RUNTIME,
     "allocation": ALLOCATION,
     "ablations": ABLATIONS,
+    "encoders": ENCODERS,
 }
 
 

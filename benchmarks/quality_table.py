@@ -15,6 +15,7 @@ from dirotq.benchmarks.published import put
 from dirotq.benchmarks.quality_rows import (
     ABLATIONS,
     ALLOCATION,
+    ENCODERS,
     FORMATS,
     METHODS,
     MODELS,
@@ -98,6 +99,7 @@ def tables(found: Mapping[str, Results]) -> dict[str, str]:
     made["runtime"] = compared(RUNTIME, found, own_floor=True)
     made["allocation"] = compared(ALLOCATION, found)
     made["ablations"] = compared(ABLATIONS, found)
+    made["encoders"] = compared(ENCODERS, found)
     made["claims"] = claims(found)
     made["provenance"] = provenance(found)
     return made

@@ -133,9 +133,13 @@ class TextEncoderQuantizer(HfQuantizer):
         if config.embeddings is None:
             config.embeddings, _ = token_embeddings(model)
             config.format = FORMAT if config.embeddings else OLDEST[config.bits]
+        dtype = model.dtype
         put_weight_only(
             model, config.bits, config.linears, config.embeddings, ELEMENTS[config.format]
         )
+        if not self.pre_quantized:
+            _await_weights(model, dtype)
+        self.dtypes = {name: tensor.dtype for name, tensor in model.named_parameters()}
         model.all_tied_weights_keys |= {
             _scale(name): _scale(other)
             for name, other in model.all_tied_weights_keys.items()
@@ -154,6 +158,11 @@ class TextEncoderQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, PACKED):
                 _check_numbers(name, module)
+        for name, tensor in model.named_parameters():
+            # transformers before 5.24 leaves what it renames in the dtype of the file.
+            dtype = self.dtypes.get(name)
+            if tensor.dtype == torch.bfloat16 and dtype in (torch.float16, torch.float32):
+                tensor.data = tensor.data.to(dtype)
         self.pre_quantized = True
         if self.quantization_config.embeddings:
             model.resize_token_embeddings = functools.partial(_resize, model)
@@ -290,6 +299,15 @@ def _resize(model: Any, *args: Any, **kwargs: Any) -> Any:
         type(model).__name__, (whole.weight.nbytes - packed.weight.nbytes) / 1e6,
     )  # fmt: skip
     return model.resize_token_embeddings(*args, **kwargs)
+
+
+def _await_weights(model: Any, dtype: torch.dtype) -> None:
+    """Let packed modules await 16-bit weights: transformers before 5.24 casts what it reads to the
+    dtype that is there, codes' int8, before it is rounded. Weights that no file has stay floating,
+    which :func:`_check_numbers` refuses."""
+    for module in model.modules():
+        if isinstance(module, PACKED):
+            module.weight = nn.Parameter(module.weight.to(dtype), requires_grad=False)
 
 
 def _scale(weight: str) -> str:

@@ -1,5 +1,6 @@
 """The seven stages on a tiny pipeline of every model family."""
 
+import functools
 import inspect
 import json
 import math
@@ -7,10 +8,10 @@ import math
 import pytest
 import torch
 import zarr
+from family_line import family_line
 from tiny_families import TINY
-from tiny_line import LINE, run
+from tiny_line import run
 from tiny_pipelines import PIPELINES, UNTABLED, family_folder
-from tiny_tokenizers import LONG_CAPTION
 
 from dirotq.errors import UnsupportedError
 from dirotq.models import families
@@ -18,36 +19,16 @@ from dirotq.models.denoisers import placed
 from dirotq.models.discovery import discovered
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.config import Pipeline, build, compose_config
 from dirotq.quantize.plan import read_plan
 from dirotq.sources.opening import open_pipeline
 
 STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate"]
-SHAPES = ("circle", "star", "square", "line", "cross", "ring", "dot", "arc")
 
 
 @pytest.fixture(scope="module")
 def line(tiny_root):
     """The line of a family: ``line("sana", "rank.r=8")``."""
-    prompts = tiny_root / "families.jsonl"
-    # Every batch of two holds a short and a long prompt.
-    texts = [shape if i % 2 else f"{LONG_CAPTION} {shape}" for i, shape in enumerate(SHAPES)]
-    rows = [json.dumps({"prompt": text, "seed": i}) + "\n" for i, text in enumerate(texts)]
-    prompts.write_text("".join(rows))
-
-    def configured(name: str, *more: str) -> Pipeline:
-        overrides = [
-            f"model={family_folder(tiny_root, name)}",
-            f"prompts.calibration.path={prompts}",
-            f"prompts.heldout.path={prompts}",
-            f"store={tiny_root / 'families'}",
-            "method.text_group=64",
-            *LINE,
-            *more,
-        ]
-        return build(compose_config(overrides, "dirotq.conf"))
-
-    return configured
+    return functools.partial(family_line, tiny_root)
 
 
 def planned(artifacts: dict[str, Artifact]) -> list[Site]:
