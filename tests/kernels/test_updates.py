@@ -11,11 +11,11 @@ from scaled_mm import emulated
 from tiny_spec import FP4, tiny_spec
 from torch import Tensor
 
-from dirotq.kernels import engine, updates
+from dirotq.kernels import directions, engine
 from dirotq.kernels.appended import LIMIT
+from dirotq.kernels.directions import Part
 from dirotq.kernels.linear import QuantLinear, SharedRead, SiteView
 from dirotq.kernels.plan import Plan, candidates_for, takes_directions
-from dirotq.kernels.updates import Part
 
 ROWS = slice(0, 48), slice(48, 80), slice(80, 96)
 
@@ -62,7 +62,7 @@ def test_exact_in_float64(name):
 
 def wide(monkeypatch, spec, parts: list[Part]):
     """A linear and its directions as kernels take them, on a CPU as well."""
-    monkeypatch.setattr(updates, "capability", lambda device: 90)
+    monkeypatch.setattr(directions, "capability", lambda device: 90)
     linear, adapter = adapted(spec, parts)
     linear.renew()
     made = linear.updates.made
@@ -169,7 +169,7 @@ def test_powers_of_two_keep_what_fp8_columns_hold(monkeypatch, size):
 
 def test_rows_without_a_scale_are_no_columns(monkeypatch):
     spec = tiny_spec(**SHAPE | {"rank": 8})
-    monkeypatch.setattr(updates, "capability", lambda device: 90)
+    monkeypatch.setattr(directions, "capability", lambda device: 90)
     linear, _ = adapted(spec, [part(ROWS[0], 320)])
     linear.wscale[3] = 0
     linear.renew()

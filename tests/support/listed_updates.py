@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dirotq.kernels.updates import Part
+from dirotq.kernels.directions import Part
 
 
 @dataclass(eq=False)
