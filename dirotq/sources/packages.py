@@ -124,5 +124,5 @@ def _called(pipeline: Any) -> list[str]:
         try:
             getattr(module, name, str)("")
         except NameError as error:  # imported only where it is installed
-            return [error.name]
+            return [str(error.name)]
     return []

@@ -12,7 +12,7 @@ Letters: N rows, K columns, G groups. A group's scale is one byte: E4M3 under a 
 import torch
 from torch import Tensor
 
-from .pack_int4 import pack_ranked, unpack_ranked
+from .nibbles import pack_ranked, unpack_ranked
 
 GROUPS = {"nvfp4": 16, "mxfp4": 32}
 """Elements that share a scale."""

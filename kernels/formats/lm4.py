@@ -18,7 +18,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .pack_int4 import pack_ranked, unpack_ranked
+from .nibbles import pack_ranked, unpack_ranked
 
 LEVELS = (0.25, 0.8125, 1.375, 2.0, 2.75, 3.5, 4.5, 6.0)
 """Magnitudes by rank, a constant of the file format."""
