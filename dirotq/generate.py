@@ -96,15 +96,13 @@ def _generate(options: argparse.Namespace) -> int:
     arguments = f"those of {defaults}, --prompt, --steps, --image and --mask"
     pipeline = load(folder, device=options.device, vram=options.vram)
     made = _called(pipeline, options, images | settings, arguments)
-    if original is None:
-        print(_write(made, out, fps))
-        _write_sound(made, pipeline, out)
-        return 0
+    print(_write(made if original is None else as_pictures(made), out, fps))
     _write_sound(made, pipeline, out)
+    if original is None:
+        return 0
     del pipeline  # one of both is in memory
     pipeline = _open_original(original, options.device)
     want = _called(pipeline, options, images | settings, arguments)
-    print(_write(as_pictures(made), out, fps))
     print(_write(as_pictures(want), beside, fps))
     _write_sound(want, pipeline, beside)
     print(f"PSNR {psnr(made, want):.1f} dB")

@@ -1,41 +1,20 @@
-"""Low-rank updates of a packed linear, such as LoRAs, as further directions of its branch.
+"""The updates of a packed linear's outputs: whose they are, and when they have changed.
 
-An update s B A reads the input itself. Its rows of A become further columns of the basis P, and
-s B further columns of W P, in the rows that it changes (docs/method.md M8). They stay in the main
-branch's input (``beside``), so codes and scales are computed as without them.
-
-Letters: N outputs, D channels, R directions of the branch, r of the updates.
+What is made of them is in kernels/directions.py.
 """
 
+import operator
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .appended import LIMIT
 from .buffers import Packed
-from .chip import capability
+from .directions import ROOM, Directions, Group, Part, made_of, scale_again
 from .formats.spec import QuantSpec
-from .plan import takes_directions
-
-ROOM = 4.0
-"""By how much scales may grow until directions are balanced anew."""
-
-
-class Part(NamedTuple):
-    """An update s B A of some outputs."""
-
-    rows: slice
-    down: Tensor
-    """A, [r, D], floating; or a 1x1 convolution's, [r, D, 1, 1]"""
-    up: Tensor
-    """B, [rows, r], likewise"""
-    scale: float | Tensor
-    load: Callable[[], tuple[Tensor, Tensor]] | None = None
-    """Returns A and B where ``down`` and ``up`` are offloaded."""
 
 
 class Source(Protocol):
@@ -53,27 +32,6 @@ class Source(Protocol):
         ...
 
 
-class Directions(NamedTuple):
-    """What an operator takes (kernels/ops.py).
-
-    In bfloat16 they are the whole branch, [D, R + r] and [N, R + r], its own directions first.
-    In float32 or float64 they are the updates alone, [D, r] and [N, r]: products of their own.
-    """
-
-    down: Tensor
-    up: Tensor
-
-
-@dataclass(slots=True)
-class _Group:
-    """Parts of one A: the columns that they share."""
-
-    columns: slice
-    parts: list[int]
-    balance: Tensor | None = None
-    """2^-e, float32 [r]: A was multiplied by 2^e"""
-
-
 @dataclass(slots=True)
 class _Made:
     """What directions were made of."""
@@ -82,7 +40,7 @@ class _Made:
     scales: list[Any]
     held: list[Part]
     """Keeps tensors alive, by whose identity ``weights`` tells them apart."""
-    groups: list[_Group]
+    groups: list[Group]
     largest: list[float]
 
 
@@ -156,12 +114,7 @@ class Updates:
         if not parts:
             self.made = self._made = None
         elif device.type != "meta":
-            weights, scales = [device, *_weights(parts)], [_scale(part) for part in parts]
-            made = self._made
-            if made is None or made.weights != weights or self.made is None:
-                self._make(parts, weights, scales, packed, spec)
-            elif made.scales != scales:
-                self._scale_again(made, parts, scales, packed, spec)
+            self._make(parts, packed, spec)
         found = [t for p in parts for t in (p.down, p.up, p.scale) if isinstance(t, Tensor)]
         self._held = [tensor.detach() for tensor in found]
         self._written = [alias for alias in self._held if not alias.is_inference()]
@@ -192,150 +145,20 @@ class Updates:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _make(
-        self,
-        parts: list[Part],
-        weights: list[Any],
-        scales: list[Any],
-        packed: Packed,
-        spec: QuantSpec,
-    ) -> None:
-        device = packed.qweight.device
-        values = [_loaded(part, device) for part in parts]
-        groups = _grouped(parts, [down for down, _ in values])
-        count = groups[-1].columns.stop
-        wide = takes_directions(capability(device), spec, count)
+    def _make(self, parts: list[Part], packed: Packed, spec: QuantSpec) -> None:
+        """Make the directions; where scales alone have changed, write only what they multiply."""
+        weights, scales = [packed.qweight.device, *_weights(parts)], [_scale(p) for p in parts]
+        known = self._made if self._made and self._made.weights == weights else None
+        if known and known.scales == scales:
+            return
         numbers = [float(part.scale) for part in parts]
-        if wide and spec.can_append:
-            wide = _balance(groups, parts, values, numbers, packed)
-        dtype = torch.bfloat16
-        if not wide:
-            kinds = [t.dtype for pair in values for t in pair]
-            dtype = torch.float64 if torch.float64 in kinds else torch.float32
-        lead = packed.rank if wide else 0
-        down_Dr = torch.empty(spec.in_features, lead + count, dtype=dtype, device=device)
-        if lead and packed.basis is not None:
-            down_Dr[:, :lead] = packed.basis
-        for group in groups:
-            down = values[group.parts[0]][0]
-            if group.balance is not None:
-                down = down.float() / group.balance[:, None]
-            down_Dr[:, lead:][:, group.columns] = down.mT
-        up_Nr = _ups(groups, parts, [up for _, up in values], numbers, packed, spec, dtype, lead)
-        self.made = Directions(down_Dr, up_Nr)
+        if known and self.made and not any(map(operator.gt, map(abs, numbers), known.largest)):
+            scale_again(self.made, known.groups, parts, numbers)
+            known.scales = scales
+            return
+        self.made, groups = made_of(parts, numbers, packed, spec)
         largest = [max(abs(number), 1.0) * ROOM for number in numbers]
         self._made = _Made(weights, scales, parts, groups, largest)
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _scale_again(
-        self,
-        made: _Made,
-        parts: list[Part],
-        scales: list[Any],
-        packed: Packed,
-        spec: QuantSpec,
-    ) -> None:
-        """Write s B anew where it lies: CUDA graphs that read it stay right."""
-        numbers = [float(part.scale) for part in parts]
-        if any(abs(n) > most for n, most in zip(numbers, made.largest, strict=True)):
-            self._make(parts, made.weights, scales, packed, spec)
-            return
-        assert self.made is not None
-        up = self.made.up
-        ups = [_loaded(part, up.device)[1] for part in parts]
-        _fill(up[:, up.shape[1] - made.groups[-1].columns.stop :], made.groups, parts, ups, numbers)
-        made.scales = scales
-
-
-def _fill(
-    out_Nr: Tensor, groups: list[_Group], parts: list[Part], ups: list[Tensor], scales: list[float]
-) -> None:
-    """Write s B of every part into its rows and columns."""
-    for group in groups:
-        for i in group.parts:
-            factor = scales[i] if group.balance is None else group.balance * scales[i]
-            up = ups[i] if out_Nr.dtype == torch.bfloat16 else ups[i].to(out_Nr.dtype)
-            torch.mul(up, factor, out=out_Nr[parts[i].rows, group.columns])
-
-
-def _ups(
-    groups: list[_Group],
-    parts: list[Part],
-    ups: list[Tensor],
-    scales: list[float],
-    packed: Packed,
-    spec: QuantSpec,
-    dtype: torch.dtype,
-    lead: int,
-) -> Tensor:
-    """Return W P and, behind it, s B of every part in its rows, [N, lead + r]."""
-    count = groups[-1].columns.stop
-    out_Nr = torch.zeros(spec.outputs, lead + count, dtype=dtype, device=packed.qweight.device)
-    if lead and packed.wp is not None:
-        out_Nr[:, :lead] = packed.wp
-    _fill(out_Nr[:, lead:], groups, parts, ups, scales)
-    return out_Nr
-
-
-def _grouped(parts: list[Part], downs: list[Tensor]) -> list[_Group]:
-    """Give every part its columns; those of other outputs with an equal A share theirs."""
-    groups: list[_Group] = []
-    for i, down in enumerate(downs):
-        for group in groups:
-            apart = all(_disjoint(parts[i].rows, parts[j].rows) for j in group.parts)
-            if apart and _equal(down, downs[group.parts[0]]):
-                group.parts.append(i)
-                break
-        else:
-            start = groups[-1].columns.stop if groups else 0
-            groups.append(_Group(slice(start, start + len(down)), [i]))
-    return groups
-
-
-def _balance(
-    groups: list[_Group],
-    parts: list[Part],
-    values: list[tuple[Tensor, Tensor]],
-    scales: list[float],
-    packed: Packed,
-) -> bool:
-    """Move powers of two between A and B, so that FP8 columns hold both; tell whether they can.
-
-    A direction of c is about |A| / 11 in FP8 (kernels/appended.py), where a row's step is a
-    twentieth of 7 root mean squares, and one of B at most |B| / wscale. Four times the latter
-    for the former lets both lie about as far from FP8's smallest numbers.
-    """
-    wscale_N1, held = packed.wscale.float(), []
-    for group in groups:
-        a = values[group.parts[0]][0].float().norm(dim=1)
-        b = torch.zeros_like(a)
-        for i in group.parts:
-            up = values[i][1].float().abs() * max(abs(scales[i]), 1.0)
-            b = b.maximum(torch.where(up == 0, 0.0, up / wscale_N1[parts[i].rows]).amax(0))
-        least = (b * ROOM / LIMIT).log2().ceil()
-        exponent = ((4 * b / a).log2() / 2).round().maximum(least)
-        some = (a > 0) & (b > 0)
-        group.balance = torch.exp2(-torch.where(some, exponent, 0.0))
-        held.append(b.isfinite().all() & a.isfinite().all())
-    if bool(torch.stack(held).all()):
-        return True
-    for group in groups:
-        group.balance = None
-    return False
-
-
-def _loaded(part: Part, device: torch.device) -> tuple[Tensor, Tensor]:
-    down, up = (part.down, part.up) if part.load is None else part.load()
-    return down.to(device).flatten(1), up.to(device).flatten(1)
-
-
-def _disjoint(a: slice, b: slice) -> bool:
-    return bool(a.stop <= b.start or b.stop <= a.start)
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and (a is b or torch.equal(a, b))
 
 
 def _weights(parts: list[Part]) -> list[Any]:

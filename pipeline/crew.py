@@ -13,7 +13,6 @@ import uuid
 from collections import Counter, deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, wait
-from types import TracebackType
 from typing import Any
 
 from dirotq.errors import ArtifactError, UnsupportedError
@@ -49,12 +48,7 @@ class Crew:
     def __enter__(self) -> "Crew":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._workplace.close()
 
     def share(

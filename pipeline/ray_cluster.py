@@ -7,19 +7,16 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from dirotq.errors import ConfigError, UnsupportedError
-from dirotq.pipeline.cluster import NO_START, refuse_counts, refuse_device, refuse_missing
-from dirotq.pipeline.crew import Crew
+from dirotq.pipeline.cluster import NO_START, ClusterExecutor, refuse_missing
 from dirotq.pipeline.desk import Desk
 from dirotq.pipeline.divided import Divided
-from dirotq.pipeline.executor import RunStage, run_shared
 from dirotq.pipeline.job import Answer, Job, Seen, answer, forget, threads
 from dirotq.pipeline.machine import Needs
 from dirotq.pipeline.workplace import LATE, LostError, Share, few_at_a_time, settle, shared_desk
@@ -35,7 +32,7 @@ OBJECTS = 100 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
-class RayExecutor:
+class RayExecutor(ClusterExecutor):
     """Has the units of divided stages made by actors.
 
     workers  actors, each with ``cpus`` cores and ``gpus`` GPUs
@@ -45,28 +42,16 @@ class RayExecutor:
     Raises ConfigError for counts or an address that can't be.
     """
 
-    workers: int
-    cpus: int
-    gpus: int
     address: str | None
 
     def __post_init__(self) -> None:
-        refuse_counts(self.workers, self.cpus, self.gpus)
+        super().__post_init__()
         host, _, port = (self.address or "auto").rpartition(":")
         if self.address not in (None, "auto") and not (host and port.isdigit()):
             raise ConfigError(
                 f"executor.address={self.address}: use HOST:PORT of the cluster's head, auto, or "
                 "null for a cluster of this run's own"
             )
-
-    @property
-    def processes(self) -> int:
-        """Workers, beside this process."""
-        return self.workers
-
-    def refuse(self, device: str, setting: str) -> None:
-        """Raise ConfigError where this process and its workers would differ in what they use."""
-        refuse_device(self.gpus, device, setting)
 
     def together(self, stage: Any, needs: Needs) -> Needs:
         """Return what a stage needs of this machine, which has all actors if the cluster is ours.
@@ -81,15 +66,10 @@ class RayExecutor:
         """Count the units that one of the actors is given."""
         return few_at_a_time(left, self.workers)
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[RunStage]:
-        """Yield what runs a stage. Nothing is started before a stage has units for others.
-
-        Raises ConfigError without Ray.
-        """
+    def workplace(self) -> "Actors":
+        """Return the actors of one run; raises ConfigError without Ray."""
         refuse_missing("ray", "ray")
-        with Crew(Actors(self)) as crew:
-            yield partial(run_shared, crew, None)
+        return Actors(self)
 
 
 class Actors:

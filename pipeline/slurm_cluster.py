@@ -12,15 +12,12 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from dirotq.errors import ConfigError, UnsupportedError
-from dirotq.pipeline.cluster import NO_START, refuse_counts, refuse_device, refuse_missing
-from dirotq.pipeline.crew import Crew
+from dirotq.pipeline.cluster import NO_START, ClusterExecutor, refuse_missing
 from dirotq.pipeline.desk import Desk
-from dirotq.pipeline.executor import RunStage, run_shared
 from dirotq.pipeline.job import Job, Seen, answer, threads
 from dirotq.pipeline.machine import Needs
 from dirotq.pipeline.worker import environ
@@ -35,7 +32,7 @@ ENDS = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
-class SlurmExecutor:
+class SlurmExecutor(ClusterExecutor):
     """Has the units of divided stages made by jobs.
 
     workers  jobs at the same time, each with ``cpus`` cores, ``gpus`` GPUs and ``minutes``
@@ -45,26 +42,14 @@ class SlurmExecutor:
     Raises ConfigError for counts that can't be.
     """
 
-    workers: int
-    cpus: int
-    gpus: int
     minutes: int
     cluster: Literal["slurm", "local"]
     options: Mapping[str, Any]
 
     def __post_init__(self) -> None:
-        refuse_counts(self.workers, self.cpus, self.gpus)
+        super().__post_init__()
         if self.minutes < 1:
             raise ConfigError(f"executor.minutes={self.minutes}: use at least 1")
-
-    @property
-    def processes(self) -> int:
-        """Workers, beside this process."""
-        return self.workers
-
-    def refuse(self, device: str, setting: str) -> None:
-        """Raise ConfigError where this process and its workers would differ in what they use."""
-        refuse_device(self.gpus, device, setting)
 
     def together(self, stage: Any, needs: Needs) -> Needs:
         """Return what a stage needs of this machine. Of other machines nothing is known here."""
@@ -74,12 +59,8 @@ class SlurmExecutor:
         """Count the units of one job: an equal share, for a job takes long to start."""
         return -(-left // idle)
 
-    @contextlib.contextmanager
-    def opened(self) -> Iterator[RunStage]:
-        """Yield what runs a stage. Nothing is submitted before a stage has units for others.
-
-        Raises ConfigError without submitit or SLURM.
-        """
+    def workplace(self) -> "Jobs":
+        """Return the jobs of one run; raises ConfigError without submitit or SLURM."""
         refuse_missing("submitit", "slurm")
         if self.cluster == "slurm" and shutil.which("sbatch") is None:
             raise ConfigError(
@@ -87,8 +68,7 @@ class SlurmExecutor:
                 "submitted; or use the processes of this machine: executor=local "
                 f"executor.workers={self.workers}"
             )
-        with Crew(Jobs(self)) as crew:
-            yield partial(run_shared, crew, None)
+        return Jobs(self)
 
 
 class Jobs:

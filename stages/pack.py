@@ -1,12 +1,12 @@
 """The folder people download: a standard diffusers pipeline whose transformer is packed."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -77,23 +77,13 @@ class Pack:
     def run(
         self, out: Path, *, rank: Artifact, gptq: Artifact, fuse: Artifact
     ) -> Mapping[str, float]:
-        # Slow: diffusers.
-        from dirotq.quantizer import STORED, DirotqConfig, mark_packed, stored_dtype
-
         plan = read_plan(rank.file("plan.json"))
         folder = out / "model"
         source = self.model.folder()
         encoders = choose(source, self.text_encoders)
         packed = {name: choice for name, choice in encoders.items() if choice.bits}
         copies = place_rest(source, folder, written=packed)
-        codes = self._calibrated({n: c for n, c in packed.items() if c.bits == 4})
-        encoder_bytes = sum(
-            write_packed(source / name, folder / name, choice, self.shard, codes.get(name))
-            for name, choice in track(packed.items(), "text encoders")
-        )
-        calibrated = sum(map(len, codes.values()))
-        four = sum(len(choice.linears) for choice in packed.values() if choice.bits == 4)
-        del codes
+        told = self._write_encoders(source, folder, packed) if packed else {}
         for copy in copies:
             if copy.name == "config.json":
                 _neutral_dtype(copy)
@@ -101,37 +91,13 @@ class Pack:
         parameters = sum(p.numel() for p in transformer.parameters())
         kept_share = share_kept(transformer, (entry.site for entry in plan))
         put_packed(transformer, ((entry.site, entry.spec) for entry in plan))
-        tensor, weights = _site_tensors(plan, gptq, fuse), self.model.weights()
+        tensor = _site_tensors(plan, gptq, fuse)
         with ThreadPoolExecutor(1) as pool:
-            settled = []
-            for component, part in zip(self.model.parts, self.model.prefixes, strict=True):
-                before, target = prefix(part), folder / component
-                alike = [entry for entry in plan if entry.site.name.startswith(before)]
-                denoiser = transformer.get_submodule(part)
-                mark_packed(denoiser, DirotqConfig.of((alone(e.site, part), e.spec) for e in alike))
-                target.mkdir(parents=True)
-                denoiser.save_config(target)
-                sites = {entry.site.name for entry in alike}
-                sizes = {
-                    name: tensor.numel() * stored_dtype(name, tensor).itemsize
-                    for name, tensor in denoiser.state_dict().items()
-                }
-                shards = plan_shards(sizes, parse_bytes(self.shard, "pack.shard"))
-                for file, names in track(shards.filename_to_tensors.items(), "pack"):
-                    inside = {before + name: (before + name).rpartition(".") for name in names}
-                    coded = {n: parts for n, parts in inside.items() if parts[0] in sites}
-                    kept = weights.tensors(n for n in inside if n not in coded)
-                    tensors = {
-                        n: t.to(STORED) if t.is_floating_point() else t for n, t in kept.items()
-                    }
-                    tensors |= {n: tensor(site, buffer) for n, (site, _, buffer) in coded.items()}
-                    save_file(
-                        {name: tensors[before + name].contiguous() for name in names},
-                        target / file,
-                        metadata={"format": "pt"},
-                    )
-                    settled.append(pool.submit(_settle, target / file))
-                write_index(target, shards)
+            settled = [
+                pool.submit(_settle, file)
+                for component, part in zip(self.model.parts, self.model.prefixes, strict=True)
+                for file in self._write(transformer, part, folder / component, plan, tensor)
+            ]
             for one in settled:
                 one.result()
         call = self.model.call_arguments()
@@ -154,10 +120,63 @@ class Pack:
             "bits_per_parameter": 8 * size / parameters,
             "compression": 16 * parameters / (8 * size),
             "block_parameters_kept": kept_share,
-            **({"text_encoders_megabytes": encoder_bytes / 1e6} if packed else {}),
+            **told,
             **({"text_encoders_kept": len(encoders) - len(packed)} if encoders else {}),
-            **({"text_linears_nearest": four - calibrated} if four else {}),
         }
+
+    def _write(
+        self,
+        network: Any,
+        part: str,
+        target: Path,
+        plan: Sequence[SitePlan],
+        tensor: Callable[[str, str], Tensor],
+    ) -> Iterator[Path]:
+        """Write the denoiser ``part`` of the network of all; yield each shard when it is there.
+
+        tensor  returns what a site holds, by site and buffer
+        """
+        # Slow: diffusers.
+        from dirotq.quantizer import STORED, DirotqConfig, mark_packed, stored_dtype
+
+        before, denoiser, weights = prefix(part), network.get_submodule(part), self.model.weights()
+        entries = [entry for entry in plan if entry.site.name.startswith(before)]
+        mark_packed(denoiser, DirotqConfig.of((alone(e.site, part), e.spec) for e in entries))
+        target.mkdir(parents=True)
+        denoiser.save_config(target)
+        sites = {entry.site.name for entry in entries}
+        sizes = {
+            name: t.numel() * stored_dtype(name, t).itemsize
+            for name, t in denoiser.state_dict().items()
+        }
+        shards = plan_shards(sizes, parse_bytes(self.shard, "pack.shard"))
+        for file, names in track(shards.filename_to_tensors.items(), "pack"):
+            inside = {before + name: (before + name).rpartition(".") for name in names}
+            coded = {n: parts for n, parts in inside.items() if parts[0] in sites}
+            kept = weights.tensors(n for n in inside if n not in coded)
+            tensors = {n: t.to(STORED) if t.is_floating_point() else t for n, t in kept.items()}
+            tensors |= {n: tensor(site, buffer) for n, (site, _, buffer) in coded.items()}
+            save_file(
+                {name: tensors[before + name].contiguous() for name in names},
+                target / file,
+                metadata={"format": "pt"},
+            )
+            yield target / file
+        write_index(target, shards)
+
+    def _write_encoders(
+        self, source: Path, folder: Path, packed: Mapping[str, Choice]
+    ) -> dict[str, float]:
+        """Write text encoders; return their size, and how many 4-bit linears saw no prompts."""
+        codes = self._calibrated({n: c for n, c in packed.items() if c.bits == 4})
+        size = sum(
+            write_packed(source / name, folder / name, choice, self.shard, codes.get(name))
+            for name, choice in track(packed.items(), "text encoders")
+        )
+        told = {"text_encoders_megabytes": size / 1e6}
+        if four := sum(len(choice.linears) for choice in packed.values() if choice.bits == 4):
+            told["text_linears_nearest"] = four - sum(map(len, codes.values()))
+        return told
 
     def _calibrated(self, encoders: Mapping[str, Choice]) -> dict[str, Codes]:
         """Return codes of linears of these text encoders; none without prompts."""

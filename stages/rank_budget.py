@@ -151,14 +151,7 @@ class AllocateRank:
             name: _sensitivity(spectra[name], ranks_before[name], errors[name])
             for name in prices.each
         }
-        names = list(gains)
-        steps, _ = water_fill(
-            [gains[n] * spectra[n].steps(self.grid, prices.most[n]) for n in names],
-            [self.grid * prices.each[n] for n in names],
-            # A budget that is a sum of prices must not be missed by its last bit.
-            prices.room(limit) * (1 + 1e-12),
-        )
-        ranks = {name: self.grid * count for name, count in zip(names, steps, strict=True)}
+        ranks = self._bought(gains, spectra, prices, limit)
         rows: list[dict[str, Any]] = [
             {
                 "site": name,
@@ -211,6 +204,23 @@ class AllocateRank:
             return prices, prices.total(prices.uniform(self.like))
         prices.check(limit, "rank.bits" if self.overhead is None else "rank.overhead")
         return prices, limit
+
+    def _bought(
+        self,
+        gains: Mapping[str, float],
+        spectra: Mapping[str, Spectrum],
+        prices: Prices,
+        limit: float,
+    ) -> dict[str, int]:
+        """Return the ranks that lower the predicted error most within the limit, by site."""
+        names = list(gains)
+        steps, _ = water_fill(
+            [gains[n] * spectra[n].steps(self.grid, prices.most[n]) for n in names],
+            [self.grid * prices.each[n] for n in names],
+            # A budget that is a sum of prices must not be missed by its last bit.
+            prices.room(limit) * (1 + 1e-12),
+        )
+        return {name: self.grid * count for name, count in zip(names, steps, strict=True)}
 
     def _gated(
         self, budgeted: Planned, uniform: Planned, basis: Artifact, device: torch.device

@@ -15,8 +15,9 @@ from peft.utils import hotswap
 from torch import Tensor, nn
 
 from dirotq.errors import UnsupportedError
+from dirotq.kernels.directions import Part
 from dirotq.kernels.linear import PointwiseView, QuantLinear, SiteView, rows_of
-from dirotq.kernels.updates import Part, Updates
+from dirotq.kernels.updates import Updates
 from dirotq.sources.lora_files import refuse_other_kinds
 
 

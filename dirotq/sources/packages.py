@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import FunctionType
 from typing import Any
 
 from dirotq.errors import UnsupportedError
@@ -26,11 +25,13 @@ PACKAGES = {"vision": "pillow", "bs4": "beautifulsoup4", "opencv": "opencv-pytho
 TIKTOKEN = ("tiktoken.model", "*.tiktoken")
 SENTENCEPIECE = "*.model"
 OPTIONAL = {
-    "ftfy": "texts of Wan's image-to-video pipelines",
+    "ftfy": "texts of Wan's image-to-video and of SkyReels' pipelines",
     "tiktoken": "vocabularies of tiktoken",
     "torchvision": "processors with a part for videos (Qwen-Image-Edit)",
 }
 """What pipelines of folders often call for, and which."""
+CLEANERS = ("basic_clean", "_basic_clean")
+"""What diffusers calls functions that clean texts, by ftfy."""
 
 
 def installed(package: str) -> bool:
@@ -117,16 +118,11 @@ def _of_vocabulary(part: Path) -> Iterator[str]:
 
 
 def _called(pipeline: Any) -> list[str]:
-    """Name packages that functions beside a pipeline call without asking whether they are there.
-
-    Only those that stand alone in its module: methods that use one are called on demand.
-    """
-    where = getattr(pipeline, "__module__", "")
-    known = vars(sys.modules[where]) if where in sys.modules else {}
-    found: set[str] = set()
-    for function in list(known.values()):
-        if isinstance(function, FunctionType) and function.__module__ == where:
-            names = set(function.__code__.co_names)
-            asked = {name for name in OPTIONAL if f"is_{name}_available" in names}
-            found |= names & OPTIONAL.keys() - known.keys() - asked
-    return sorted(found)
+    """Name what the function beside a pipeline that cleans its texts uses without asking for it."""
+    module = sys.modules.get(getattr(pipeline, "__module__", ""))
+    for name in CLEANERS:
+        try:
+            getattr(module, name, str)("")
+        except NameError as error:  # imported only where it is installed
+            return [str(error.name)]
+    return []

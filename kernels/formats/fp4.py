@@ -12,7 +12,7 @@ Letters: N rows, K columns, G groups. A group's scale is one byte: E4M3 under a 
 import torch
 from torch import Tensor
 
-from .pack_int4 import looked_up
+from .nibbles import pack_ranked, unpack_ranked
 
 GROUPS = {"nvfp4": 16, "mxfp4": 32}
 """Elements that share a scale."""
@@ -55,22 +55,12 @@ def pack_e2m1(code_NK: Tensor) -> Tensor:
 
     Raises ValueError if a number is no code, K is odd or the dtype is not int8.
     """
-    if code_NK.dtype != torch.int8 or code_NK.shape[-1] % 2:
-        raise ValueError(
-            f"codes must be int8 with an even last dim, got {code_NK.dtype} {tuple(code_NK.shape)}"
-        )
-    codes = torch.tensor(CODES, dtype=torch.int16, device=code_NK.device)
-    magnitude_NK = code_NK.short().abs()
-    nibbles = torch.bucketize(magnitude_NK, codes).clamp_max(len(CODES) - 1)
-    if bool((unknown := codes[nibbles] != magnitude_NK).any()):
-        raise ValueError(f"{int(code_NK[unknown][0])} is no code: those are 0 and +-{CODES[1:]}")
-    nibbles = nibbles.to(torch.uint8) | (code_NK < 0).to(torch.uint8) << 3
-    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+    return pack_ranked(code_NK, CODES)
 
 
 def unpack_e2m1(packed_NK2: Tensor) -> Tensor:
     """Undo :func:`pack_e2m1`: uint8 [N, K // 2] -> int8 [N, K]."""
-    return looked_up(packed_NK2, (*CODES, *(-c for c in CODES)))
+    return unpack_ranked(packed_NK2, CODES)
 
 
 def global_scale(amax: Tensor) -> Tensor:

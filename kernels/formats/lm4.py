@@ -18,7 +18,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from .pack_int4 import looked_up
+from .nibbles import pack_ranked, unpack_ranked
 
 LEVELS = (0.25, 0.8125, 1.375, 2.0, 2.75, 3.5, 4.5, 6.0)
 """Magnitudes by rank, a constant of the file format."""
@@ -52,19 +52,9 @@ def pack_lm4(code_NK: Tensor) -> Tensor:
 
     Raises ValueError if a number is no code, K is odd or the dtype is not int8.
     """
-    if code_NK.dtype != torch.int8 or code_NK.shape[-1] % 2:
-        raise ValueError(
-            f"codes must be int8 with an even last dim, got {code_NK.dtype} {tuple(code_NK.shape)}"
-        )
-    codes = torch.tensor(CODES, dtype=torch.int16, device=code_NK.device)
-    magnitude_NK = code_NK.short().abs()
-    rank_NK = torch.bucketize(magnitude_NK, codes, out_int32=True).clamp_max(len(CODES) - 1)
-    if bool((unknown := codes[rank_NK] != magnitude_NK).any()):
-        raise ValueError(f"{int(code_NK[unknown][0])} is no code: those are +-{CODES}")
-    nibbles_NK = rank_NK.to(torch.uint8) | (code_NK < 0).to(torch.uint8) << 3
-    return nibbles_NK[..., 0::2] | (nibbles_NK[..., 1::2] << 4)
+    return pack_ranked(code_NK, CODES)
 
 
 def unpack_lm4(packed_NK2: Tensor) -> Tensor:
     """Undo :func:`pack_lm4`: uint8 [N, K // 2] -> int8 [N, K]."""
-    return looked_up(packed_NK2, (*CODES, *(-c for c in CODES)))
+    return unpack_ranked(packed_NK2, CODES)

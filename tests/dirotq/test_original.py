@@ -67,6 +67,20 @@ def test_the_pair_and_its_psnr(generated, artifact, folder, tmp_path):
     assert again[1] == lines
 
 
+def test_the_packed_image_is_there_before_the_other_is_made(
+    generated, artifact, folder, tmp_path, monkeypatch
+):
+    def fails(*_):
+        raise ConfigError("no room for it")
+
+    monkeypatch.setattr("dirotq.generate._open_original", fails)
+    packed = artifact(f"model={folder}")
+    status, lines, err = generated(packed, "--compare")
+    assert status != 0 and "no room for it" in err
+    assert lines == [str(tmp_path / "star.png")]
+    assert Image.open(lines[0]).size > (1, 1)
+
+
 def test_the_model_has_to_be_the_one_that_was_packed(artifact, folder, own_folder):
     packed = artifact(f"model={own_folder}")
     assert original_of(packed, "", CONF).path == str(own_folder)

@@ -13,9 +13,9 @@ from torch import Tensor
 import dirotq
 from dirotq.kernels import engine
 from dirotq.kernels.chip import capability
+from dirotq.kernels.directions import Part
 from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import candidates_for, name_of
-from dirotq.kernels.updates import Part
 from dirotq.runtime.graphs import graph_forward, ungraph_forward
 
 pytest.importorskip("triton")

@@ -29,6 +29,16 @@ def test_identity_is_content_not_place(folder, own_folder):
     assert recipe(source(own_folder)) == recipe(source(folder))
 
 
+def test_sites_are_found_once_and_lists_of_them_are_the_callers(folder, monkeypatch):
+    model = source(folder)
+    found = model.sites()
+    count = len(found)
+    found.clear()
+    monkeypatch.setattr(DiffusersModel, "skeleton", None)
+    assert len(model.sites()) == count > 0
+    assert recipe(model) == recipe(source(folder))
+
+
 @pytest.mark.parametrize("name", ["README.md", "training.json", "vae/samples.png"])
 def test_identity_ignores_what_no_result_depends_on(folder, own_folder, name):
     (own_folder / name).write_text("about this model")

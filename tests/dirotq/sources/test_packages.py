@@ -2,8 +2,10 @@
 
 import importlib
 import logging
+import re
 import shutil
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import diffusers
@@ -16,8 +18,10 @@ from transformers.utils import DummyObject
 
 from dirotq.errors import UnsupportedError
 from dirotq.sources.completeness import refuse_incomplete
-from dirotq.sources.packages import OPTIONAL, installed, refuse_missing_packages
+from dirotq.sources.packages import CLEANERS, OPTIONAL, installed, refuse_missing_packages
 
+FUNCTION = re.compile(r"^def (\w+)(.*\n(?:(?:[ )].*)?\n)*)", re.MULTILINE)
+"""Name and text of one that stands alone in a module."""
 WITH_VIDEOS = ["image_processor", "tokenizer", "video_processor"]
 
 
@@ -117,6 +121,14 @@ def test_what_a_pipeline_calls_without_looking(own, monkeypatch, caplog):
     assert "needs ftfy to encode texts" in caplog.text
     edit(folder / "model_index.json", _class_name="WanPipeline")
     refuse_missing_packages(folder, "the model")
+
+
+def test_every_function_beside_a_pipeline_that_cleans_texts_is_known():
+    folder, found = Path(diffusers.__file__).parent / "pipelines", set()
+    for file in folder.glob("*/*.py"):
+        functions = FUNCTION.findall(file.read_text())
+        found |= {name for name, body in functions if "ftfy." in body}
+    assert found == set(CLEANERS)
 
 
 def test_what_is_installed(monkeypatch):

@@ -88,4 +88,4 @@ def kept(reasons: dict[str, str]) -> str:
 
 if __name__ == "__main__":
     diffusers.logging.set_verbosity_error()
-    put(PAGE, "classes", HEAD + "\n".join(line(name) for name in classes()))
+    put(PAGE, "classes", HEAD + "\n".join(line(name) for name in classes()) + "\n")
