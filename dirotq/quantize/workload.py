@@ -19,7 +19,7 @@ from dirotq.packed.text_encoders import Choice, choose
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
 from dirotq.quantize.running import of_work, pixels_per_token
-from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes
+from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes, component_numbers
 
 TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
 """Linears on text in joint attention, of models that no family table describes."""
@@ -281,9 +281,14 @@ class Workload:
 
     @cached_property
     def components(self) -> dict[str, int]:
-        """Bytes of the pipeline's other weights (encoders, decoder), as far as they are known."""
+        """Bytes on disk of the other weights (encoders, decoder), as far as they are known."""
         sizes = component_bytes(self.model)
         return {name: size for name, size in sizes.items() if name not in self.model.parts}
+
+    @cached_property
+    def component_numbers(self) -> dict[str, int]:
+        """How many numbers those are, in whatever dtype they are stored."""
+        return {name: component_numbers(self.model, name) for name in self.components}
 
     @property
     def cache_bytes(self) -> int:
