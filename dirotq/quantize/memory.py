@@ -12,6 +12,7 @@ from dirotq.calibrate.text_codes import WIDEST
 from dirotq.calibrate.trajectory import FITS
 from dirotq.errors import ConfigError
 from dirotq.kernels.formats.quantize_weight import CHUNK
+from dirotq.models.decoding import bytes_of, decoding
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.quantize.running import ALIVE
@@ -33,8 +34,6 @@ SHARDS = 2.25
 """Shards that `pack` holds at its peak: 7.5 GB with FLUX.1's of 2 GB."""
 ROUNDING = 1.5e9
 """A text encoder's weight while it is rounded: the weight in float32, and six tensors of a part."""
-DECODED = 512
-"""Numbers alive in an image decoder, per pixel."""
 IMAGE_BYTES = 1.8
 """Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
 SEARCHED = 8 * 4 * CHUNK
@@ -296,8 +295,10 @@ def _activations(work: Workload, samples: int, width: int) -> float:
 
 def _image_peak(work: Workload, batch: int, width: int) -> float:
     """Activations of the network or of the decoder, whichever are more."""
-    decoding = batch * DECODED * work.pixels * width
-    return max(_activations(work, batch * work.guided, width), decoding)
+    stored = bytes_of(work.autoencoder)  # in a pipeline of 16 bits: 4 where it needs float32
+    numbers = decoding(work.autoencoder, *work.size)["decoding"] / stored
+    decoded = batch * max(width, stored) * numbers
+    return max(_activations(work, batch * work.doubled, width), decoded)
 
 
 def _block_read(work: Workload) -> int:

@@ -11,7 +11,7 @@ from dirotq.models.family import Site
 from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.machine import Machine
 from dirotq.quantize import memory, workload
-from dirotq.quantize.running import Way, of_work
+from dirotq.quantize.running import Way, activations, of_work
 from dirotq.quantize.workload import Workload
 
 
@@ -85,6 +85,27 @@ def test_two_denoisers_take_turns_where_there_is_no_room(tiny_root):
         assert enough > tight
     saved = memory.CPU_SLACK * 4 * work.largest_denoiser
     assert enough - tight == pytest.approx(saved)
+
+
+def test_branches_of_guidance_may_be_calls_of_their_own(tiny_root):
+    work = of(family_folder(tiny_root, "wan22"), "rank.r=8", "method.text_group=64")
+    assert (work.guided, work.doubled, work.samples) == (2, 1, work.batch)
+    guided, scale = {"guidance_scale": 4.0}, {"true_cfg_scale": 4.0}
+    wan, other = ({"_class_name": name} for name in ("WanTransformer3DModel", "Other"))
+    one, two, true = (
+        activations(config, {}, 64, call)["denoising"]
+        for config, call in ((wan, guided), (other, guided), (other, guided | scale))
+    )
+    assert one == true == two / 2
+
+
+def test_decoders_are_counted_in_the_precision_that_they_need(tiny_root, monkeypatch):
+    monkeypatch.setattr(memory, "_activations", lambda *_: 0)
+    wan = of(family_folder(tiny_root, "wan22"), "rank.r=8", "method.text_group=64")
+    assert memory._image_peak(wan, 3, 2) == memory._image_peak(wan, 3, 4)
+    assert memory._image_peak(wan, 3, 2) == 3 * of_work(wan, {}).decoding
+    flux = of("tiny_flux")
+    assert memory._image_peak(flux, 1, 4) == 2 * memory._image_peak(flux, 1, 2)
 
 
 def test_two_packed_denoisers_are_both_there(tiny_root):
