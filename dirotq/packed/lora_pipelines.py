@@ -23,7 +23,7 @@ def _checking(load: Callable[..., Any]) -> Callable[..., Any]:
     def load_lora_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
         # Wan 2.2's expert of low noise is asked for by name.
         second = kwargs.get("load_into_transformer_2", False)
-        target = getattr(self, "transformer_2" if second else "transformer", None)
+        target: Any = getattr(self, "transformer_2" if second else "transformer", None)
         if is_packed(target):
             first = next(iter(list(inspect.signature(load).parameters)[1:]))
             given = args[0] if args else kwargs.pop(first)
