@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dirotq.calibrate.trajectory import is_encoder, stop_at_denoisers
+from dirotq.device import give_back
 from dirotq.errors import NumericalError
 from dirotq.kernels.full_float32 import full_float32
 from dirotq.kernels.gptq import FactorizationError
@@ -80,8 +81,7 @@ def calibrated_codes(
                 found[name][path] = codes.cpu(), scale.cpu()
         pipe.register_modules(**{name: None})
         del encoder
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(device)
     return found
 
 

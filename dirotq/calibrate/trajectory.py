@@ -18,6 +18,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from dirotq.device import give_back
 from dirotq.models.call import Call, digest_of
 from dirotq.models.denoisers import denoisers_of
 from dirotq.models.skeleton import move_buffers
@@ -93,8 +94,7 @@ class Trajectories:
         for name, encode in plain.items():
             setattr(pipe, name, self._remembering(encode, anew=False))
         pipe.register_modules(**dict.fromkeys(encoders - own))
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        give_back(self.device)
 
     def load_transformer(self) -> None:
         """Give the denoisers their weights: all at once, one at a time, or streamed to the GPU."""

@@ -21,7 +21,10 @@ from dirotq.sources.lora_files import converted_whole, with_alphas
 def _checking(load: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(load)
     def load_lora_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_packed(getattr(self, "transformer", None)):
+        # Wan 2.2's expert of low noise is asked for by name.
+        second = kwargs.get("load_into_transformer_2", False)
+        target: Any = getattr(self, "transformer_2" if second else "transformer", None)
+        if is_packed(target):
             first = next(iter(list(inspect.signature(load).parameters)[1:]))
             given = args[0] if args else kwargs.pop(first)
             name = "this LoRA" if isinstance(given, dict) else f"the LoRA {given}"
@@ -34,7 +37,7 @@ def _checking(load: Callable[..., Any]) -> Callable[..., Any]:
             own = {k.removeprefix(start): t for k, t in made.items() if k.startswith(start)}
             loras = {k: t for k, t in own.items() if ".lora" in k and not k.startswith(wider)}
             if loras:
-                check_fits(self.transformer, loras, name)
+                check_fits(target, loras, name)
             args = (given if ready is None else ready, *args[1:])
         return load(self, *args, **kwargs)
 

@@ -4,6 +4,7 @@ A function per stage, which is the stage's ``needs``; pipeline/preflight.py hold
 machine. docs/compress.md has them beside what was measured.
 """
 
+from collections.abc import Container
 from typing import Any
 
 from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
@@ -11,6 +12,7 @@ from dirotq.calibrate.text_codes import WIDEST
 from dirotq.calibrate.trajectory import FITS
 from dirotq.errors import ConfigError
 from dirotq.kernels.formats.quantize_weight import CHUNK
+from dirotq.models.decoding import bytes_of, decoding
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.quantize.running import ALIVE
@@ -32,8 +34,6 @@ SHARDS = 2.25
 """Shards that `pack` holds at its peak: 7.5 GB with FLUX.1's of 2 GB."""
 ROUNDING = 1.5e9
 """A text encoder's weight while it is rounded: the weight in float32, and six tensors of a part."""
-DECODED = 512
-"""Numbers alive in an image decoder, per pixel."""
 IMAGE_BYTES = 1.8
 """Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
 SEARCHED = 8 * 4 * CHUNK
@@ -63,7 +63,7 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
     replaying = block + alive + waiting * (FRAGMENTS if machine.gpu and not parked else 1)
     # An upper bound of the recorded calls, as a prompt's steps share its text.
     calls = work.recorded * work.argument_bytes
-    host = _components(work) + calls + 2 * of_site + _block_read(work) + parked
+    host = _components(work, machine.width) + calls + 2 * of_site + _block_read(work) + parked
     host += largest if streams else 0
     disk = sum(moments.values()) + sum(2 * stage.rows * site.in_features for site in work.sites)
     adapts = machine.gpu and stage.vram is None  # as yet it takes what is free
@@ -109,8 +109,7 @@ def rank_budget(stage: Any, work: Workload, machine: Machine) -> Needs:
     parts = [_spectra(work, machine), _sensitivities(work, machine)]
     if stage.gate:
         images = _image_peak(work, stage.batch, machine.width)
-        memory = SHARE * (machine.vram if machine.gpu else machine.ram)
-        device = _denoisers(work, machine.width, memory) + _components(work) + images
+        device = _original(work, machine.width, machine) + images
         host, disk = 24 * stage.gate * work.pixels, 1200 * len(work.sites)
         lower = "rank.gate=0 (which leaves the comparison out), rank.batch=1"
         parts.append(_needs(machine, device, host, disk, lower, bound=True))
@@ -155,7 +154,7 @@ def pack(stage: Any, work: Workload, machine: Machine) -> Needs:
     packed = sum(work.packed.values())
     host, disk = (
         SHARDS * min(packed, parse_bytes(stage.shard, "pack.shard")),
-        packed + _components(work),
+        packed + sum(work.components.values()),
     )
     if work.encoders:  # one at a time, whole; its largest weight in float32 while it is rounded
         host = max(host, max(work.encoders.values()) + ROUNDING)
@@ -169,19 +168,29 @@ def pack(stage: Any, work: Workload, machine: Machine) -> Needs:
         factors = (2 * 4 + 8 * 3) * max(widths, default=0) ** 2
         encoders = machine.width / 2 * sum(work.components.get(n, 0) for n in four)
         device = (0 if machine.gpu else encoders) + factors
-        host = max(host, _components(work) + sum(work.encoders.values()))
+        host = max(host, _components(work, 2) + sum(work.encoders.values()))
         lower = "text_encoders=w8 (which calibrates nothing), pack.shard=1GB"
     return _needs(machine, device, host, disk, lower, bound=True)
 
 
 def reference(stage: Any, work: Workload, machine: Machine) -> Needs:
-    batches = stage.batches.values()
-    return _generation(work, machine, "reference", max(batches), stage.dtype, 0, len(batches))
+    """Hold the 16-bit pipeline, or one of its denoisers at a time."""
+    batches, width = stage.batches.values(), _width(stage.dtype, machine)
+    weights = _original(work, width, machine)
+    return _generation(work, machine, stage, weights, max(batches), len(batches), 0)
 
 
 def validate(stage: Any, work: Workload, machine: Machine) -> Needs:
+    """Hold the packed pipeline, all of its denoisers; with packed text encoders, then the 16-bit
+    one.
+    """
+    width = _width(stage.dtype, machine)
+    weights = _packed(work, width)
+    if work.encoders:
+        weights = max(weights, _original(work, width, machine))
     beside = stage.pairs * 6 * work.pixels + 1500 * len(work.planned)
-    return _generation(work, machine, "validate", stage.batch, stage.dtype, beside, 1)
+    sets = 2 if work.encoders else 1  # with the encoders alone packed
+    return _generation(work, machine, stage, weights, stage.batch, sets, beside)
 
 
 def budget(machine: Machine, vram: str | int | None) -> int:
@@ -213,23 +222,44 @@ def _sensitivities(work: Workload, machine: Machine) -> Needs:
 
 
 def _generation(
-    work: Workload, machine: Machine, stage: str, batch: int, dtype: str, beside: int, sets: int
+    work: Workload,
+    machine: Machine,
+    stage: Any,
+    weights: float,
+    batch: int,
+    sets: int,
+    beside: float,
 ) -> Needs:
-    """Hold the whole pipeline, and ``batch`` of the held-out images at a time.
+    """Hold a pipeline's ``weights``, and ``batch`` of the held-out images at a time.
 
-    stage   whose settings they are;  dtype  as of dirotq.device.choose_dtype
-    beside  further bytes on the disk;  sets  how many times all images are made
+    sets  how many times all images are made;  beside  further bytes on the disk
     """
-    width = {"auto": machine.width, "float32": 4, "bfloat16": 2}[dtype]
-    memory = SHARE * (machine.vram if machine.gpu else machine.ram)
-    components = _components(work)
-    device = _denoisers(work, width, memory - (components if machine.gpu else 0))
-    device += components + _image_peak(work, batch, width)
+    device = weights + _image_peak(work, batch, _width(stage.dtype, machine))
     picture = 3 * work.pixels
     host = batch * picture * (4 + 8 + 2)  # as they came, in the writer's float64, rounded
     disk = sets * work.heldout * picture * IMAGE_BYTES + beside
-    lower = f"{stage}.batch=1, until=pack (which leaves it out)"
+    lower = f"{type(stage).__name__.lower()}.batch=1, until=pack (which leaves it out)"
     return _needs(machine, device, host, disk, lower, bound=True)
+
+
+def _width(dtype: str, machine: Machine) -> int:
+    """Bytes of a number; ``dtype`` as of dirotq.device.choose_dtype."""
+    return {"auto": machine.width, "float32": 4, "bfloat16": 2}[dtype]
+
+
+def _original(work: Workload, width: int, machine: Machine) -> float:
+    """Bytes of the 16-bit pipeline's weights while it makes images."""
+    room = SHARE * (machine.vram if machine.gpu else machine.ram)
+    components = _components(work, width)
+    return components + _denoisers(work, width, room - (components if machine.gpu else 0))
+
+
+def _packed(work: Workload, width: int) -> float:
+    """Bytes of the packed pipeline's weights, with a site's in float32 where it is unpacked."""
+    codes = work.packed["codes"]
+    rest = sum(work.packed.values()) - codes
+    components = _components(work, width, without=work.encoders) + sum(work.encoders.values())
+    return codes + rest * width / 2 + components + 16 * work.largest_weight
 
 
 def _needs(
@@ -265,8 +295,10 @@ def _activations(work: Workload, samples: int, width: int) -> float:
 
 def _image_peak(work: Workload, batch: int, width: int) -> float:
     """Activations of the network or of the decoder, whichever are more."""
-    decoding = batch * DECODED * work.pixels * width
-    return max(_activations(work, batch * work.guided, width), decoding)
+    stored = bytes_of(work.autoencoder)  # in a pipeline of 16 bits: 4 where it needs float32
+    numbers = decoding(work.autoencoder, *work.size)["decoding"] / stored
+    decoded = batch * max(width, stored) * numbers
+    return max(_activations(work, batch * work.doubled, width), decoded)
 
 
 def _block_read(work: Workload) -> int:
@@ -274,8 +306,9 @@ def _block_read(work: Workload) -> int:
     return 2 * work.block_parameters
 
 
-def _components(work: Workload) -> int:
-    return sum(work.components.values())
+def _components(work: Workload, width: int, without: Container[str] = ()) -> int:
+    """Bytes in memory of the pipeline's other weights, ``width`` bytes a number."""
+    return width * sum(n for name, n in work.component_numbers.items() if name not in without)
 
 
 def _directions(work: Workload, leading: int | None) -> int:

@@ -38,6 +38,8 @@ NO_GRAPHS = (
     "(dirotq.accelerate(pipe, graphs=True) records them)"
 )
 
+SEPARATE = ("WanTransformer3DModel", "QwenImageTransformer2DModel")
+"""Transformers that their pipelines call once per branch of guidance, not on a doubled batch."""
 ALIVE = 4.2
 """Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
 CONTEXT = 0.6e9
@@ -231,7 +233,7 @@ def of_work(work: Any, encoders: Mapping[str, int]) -> Running:
     return Running(
         weights=weights,
         layers=weights,
-        denoising=ALIVE * 2 * work.tokens(site) * wide * work.guided,
+        denoising=ALIVE * 2 * work.tokens(site) * wide * work.doubled,
         **decoding(work.autoencoder, *work.size),
     )
 
@@ -272,5 +274,6 @@ def _config(part: Path) -> dict[str, Any]:
 
 def _guided(call: Mapping[str, Any], config: Mapping[str, Any]) -> int:
     """Return the samples of one call: two where guidance doubles the batch."""
-    scale = call.get("true_cfg_scale", call.get("guidance_scale", 0))
-    return 2 if scale > 1 and not config.get("guidance_embeds") else 1
+    if config.get("_class_name") in SEPARATE or "true_cfg_scale" in call:
+        return 1  # a call for each branch
+    return 2 if call.get("guidance_scale", 0) > 1 and not config.get("guidance_embeds") else 1

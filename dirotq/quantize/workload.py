@@ -18,13 +18,11 @@ from dirotq.packed.swap import footprint, put_packed
 from dirotq.packed.text_encoders import Choice, choose
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
-from dirotq.quantize.running import of_work, pixels_per_token
-from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes
+from dirotq.quantize.running import SEPARATE, of_work, pixels_per_token
+from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes, component_numbers
 
 TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
 """Linears on text in joint attention, of models that no family table describes."""
-SEPARATE = ("WanTransformer3DModel", "QwenImageTransformer2DModel")
-"""Transformers that their pipelines call once per branch of guidance, not on a doubled batch."""
 TILE_BYTES = 4 * TILE**2
 
 
@@ -116,14 +114,18 @@ class Workload:
         """Samples that pass through the network when the recorded calls are replayed."""
         steps = int(self.call.get("num_inference_steps", 20))
         made = self.calibration * steps * self.guided
+        return min(self.calls * self.doubled, made)
+
+    @property
+    def doubled(self) -> int:
+        """Samples of one prompt in one call: two where both branches of guidance are one batch."""
         separate = self._true_guidance or self.model.family.transformer in SEPARATE
-        doubled = 1 if separate else self.guided
-        return min(self.calls * doubled, made)
+        return 1 if separate else self.guided
 
     @property
     def samples(self) -> int:
         """In one call of the denoiser."""
-        return self.batch * self.guided
+        return self.batch * self.doubled
 
     @cached_property
     def parameters(self) -> int:
@@ -281,9 +283,14 @@ class Workload:
 
     @cached_property
     def components(self) -> dict[str, int]:
-        """Bytes of the pipeline's other weights (encoders, decoder), as far as they are known."""
+        """Bytes on disk of the other weights (encoders, decoder), as far as they are known."""
         sizes = component_bytes(self.model)
         return {name: size for name, size in sizes.items() if name not in self.model.parts}
+
+    @cached_property
+    def component_numbers(self) -> dict[str, int]:
+        """How many numbers those are, in whatever dtype they are stored."""
+        return {name: component_numbers(self.model, name) for name in self.components}
 
     @property
     def cache_bytes(self) -> int:

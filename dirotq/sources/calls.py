@@ -19,6 +19,8 @@ from dirotq.sources.prompts import Prompt
 
 SCALE = "true_cfg_scale"
 """Of guidance by a negative prompt, in pipelines whose guidance_scale is an input."""
+BOUNDARY, SECOND_SCALE = "boundary_ratio", "guidance_scale_2"
+"""What divides the steps between two experts, and the guidance of the second, of low noise."""
 OURS = ("prompt", "generator", "output_type", "return_dict", "latents", *PICTURES)
 """Arguments that DiRotQ gives itself, from prompts and seeds."""
 PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt")
@@ -92,6 +94,18 @@ def refuse_unread(cls: Any, call: Mapping[str, Any], said: str) -> None:
         raise ConfigError(
             f"{said}, which a {cls.__name__} reads only with a {SCALE} above 1, and it is {found}: "
             f"set +model.call.{SCALE}=4, or leave the {NEGATIVE} out"
+        )
+
+
+def refuse_second(cls: Any, index: Mapping[str, Any], call: Mapping[str, Any]) -> None:
+    """Raise ConfigError for the guidance of a second expert in a pipeline that has one expert."""
+    if BOUNDARY not in inspect.signature(cls.__init__).parameters:
+        return
+    if (found := call.get(SECOND_SCALE)) is not None and index.get(BOUNDARY) is None:
+        raise ConfigError(
+            f"{SECOND_SCALE}={found} is the guidance of a second expert, and this {cls.__name__} "
+            f"has none: its model_index.json names no {BOUNDARY}. Leave it out "
+            f"(++model.call.{SECOND_SCALE}=null, or take it out of generation.json)"
         )
 
 

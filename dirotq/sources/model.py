@@ -1,5 +1,6 @@
 """A diffusion pipeline on disk: what it is, how to load parts of it, how to call it."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ from dirotq.sources.calls import (
     refuse_call,
     refuse_mixed,
     refuse_prompts,
+    refuse_second,
     refuse_unread,
 )
 from dirotq.sources.opening import open_pipeline
@@ -131,6 +133,7 @@ class DiffusersModel:
             stored = read_json(file)
             refuse_call(cls, {n: v for n, v in stored.items() if n not in self.call}, str(file))
         refuse_call(cls, self.call, "model.call")
+        refuse_second(cls, read_json(folder / INDEX), self.call_arguments())
         if (negative := self.call.get(NEGATIVE)) is not None:
             said = f"model.call.{NEGATIVE}={negative!r:.60} is set"
             refuse_unread(cls, self.call_arguments(), said)
@@ -299,6 +302,17 @@ def component_bytes(model: DiffusersModel) -> dict[str, int]:
     root = model.folder(weights=False)
     folders = (root / name for name in sorted(components(read_json(root / INDEX))))
     return {folder.name: _bytes(folder) for folder in folders if folder.is_dir()}
+
+
+def component_numbers(model: DiffusersModel, name: str) -> int:
+    """Return how many numbers a component's weights hold; of files that aren't there, as if they
+    were stored in 16 bits.
+    """
+    part = model.folder(weights=False) / name
+    if missing_weights(part):
+        return _bytes(part) // 2
+    headers = (read_header(part / file) for file in weight_names(part))
+    return sum(math.prod(shape) for header in headers for _, shape in header.values())
 
 
 def cache_bytes(model: DiffusersModel) -> int:

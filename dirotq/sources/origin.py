@@ -235,9 +235,12 @@ def _refuse_foreign(root: Path, index: Mapping[str, Any], source: str) -> None:
             "transformer/config.json: the model is incomplete. Download or save it again"
         )
     if "transformer" not in parts:
+        other = next((part for part in sorted(parts) if part.startswith("transformer")), None)
+        advice = f". Call its {other} so, in {INDEX} and as folder" if other else ""
+        advice += ", with a boundary_ratio of null" if other and index.get("boundary_ratio") else ""
         raise ConfigError(
             f"{source} has no component `transformer` (its components are {sorted(parts)}): DiRotQ "
-            "compresses pipelines whose denoiser is a diffusion transformer"
+            f"compresses pipelines whose denoiser is a diffusion transformer{advice}"
         )
     library, listed = parts["transformer"]
     settings = read_json(config)

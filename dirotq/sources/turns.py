@@ -14,6 +14,7 @@ import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from torch import Tensor, nn
 
+from dirotq.device import give_back
 from dirotq.errors import UnsupportedError
 from dirotq.models.denoisers import denoisers_of
 from dirotq.models.skeleton import assign, drop, move_buffers
@@ -54,8 +55,7 @@ class Turns:
             return
         if last is not None:
             self._go(last)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            give_back(self.device)
         come(module)
         self._last, self._go = weakref.ref(module), go
 

@@ -1,9 +1,10 @@
 import os
 
+import psutil
 import pytest
 import torch
 
-from dirotq.device import ALLOCATOR, compute_dtype, expandable_segments, pick_device
+from dirotq.device import ALLOCATOR, compute_dtype, expandable_segments, give_back, pick_device
 from dirotq.errors import ConfigError
 
 no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -12,6 +13,19 @@ no_cuda = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA 
 def test_cpu_computes_in_float32_and_cuda_in_bfloat16():
     assert compute_dtype(pick_device("cpu")) == torch.float32
     assert compute_dtype(torch.device("cuda:1")) == torch.bfloat16
+
+
+def test_memory_that_is_free_goes_back_to_the_system():
+    """Of tensors below 32 MB, between which something is still held: glibc alone keeps their
+    memory.
+    """
+    process, each = psutil.Process(), 1 << 20
+    torch.empty(24 << 20, dtype=torch.uint8)  # from then on glibc keeps what is smaller
+    held = [torch.ones(each, dtype=torch.uint8) for _ in range(200)]
+    full = process.memory_info().rss
+    del held[:-1]
+    give_back(torch.device("cpu"))
+    assert full - process.memory_info().rss > 150 * each
 
 
 @no_cuda

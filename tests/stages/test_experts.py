@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from tiny_families import TINY
-from tiny_line import LINE, run
+from tiny_line import LINE, run, run_stage, stage, tree_bytes
 from tiny_pipelines import family_folder
 
 import dirotq
@@ -17,6 +17,7 @@ from dirotq.exports.export import export
 from dirotq.kernels.linear import QuantLinear
 from dirotq.models.denoisers import alone, denoisers_of
 from dirotq.pipeline.config import build, compose_config
+from dirotq.quantize import replayed_moments
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import read_plan
 from dirotq.quantize.running import CONTEXT, Way, of_folder
@@ -63,6 +64,23 @@ def own(tiny_root, tmp_path):
 @pytest.fixture
 def packed(made, tmp_path):
     return shutil.copytree(made["pack"].tree("model"), tmp_path / "packed")
+
+
+@pytest.fixture(scope="module")
+def deep(tiny_root):
+    """A 16-bit folder whose expert of low noise has a block more."""
+    folder = shutil.copytree(family_folder(tiny_root, "wan22"), tiny_root / "deep")
+    second = TINY["wan"].build(seed=1, num_layers=3).to(torch.bfloat16)
+    second.save_pretrained(folder / "transformer_2")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(experts, deep):
+    """That folder, packed and loaded."""
+    made = run(experts(f"model={deep}", "until=pack"))
+    assert made["fuse"].metrics["network_error"] < 1e-5
+    return dirotq.load(made["pack"].tree("model"), device="cpu")
 
 
 def edit(folder, **values):
@@ -209,6 +227,69 @@ def test_a_missing_expert_is_named(own, packed):
         dirotq.load(packed, device="cpu")
     with pytest.raises(ArtifactError, match="the transformer_2 is listed"):
         dirotq.load(packed, device="cpu", verify=False)
+
+
+def test_experts_of_different_depth(loaded):
+    kinds = [list(map(type, one.modules())) for one in denoisers_of(loaded).values()]
+    first, second = (kind.count(QuantLinear) for kind in kinds)
+    assert 2 * (second - 1) == 3 * (first - 1)  # seven sites a block, one before them
+
+
+def test_a_lora_is_held_against_the_expert_that_it_is_for(loaded):
+    """Of the block that the other one lacks."""
+    layer = "transformer.blocks.2.attn1.to_q"
+    lora = {
+        f"{layer}.lora_A.weight": torch.ones(4, 64),
+        f"{layer}.lora_B.weight": torch.ones(64, 4),
+    }
+    with pytest.raises(ConfigError, match=r"blocks\.2\.attn1\.to_q \(no such module\)"):
+        loaded.load_lora_weights(lora, adapter_name="low")
+    loaded.load_lora_weights(lora, adapter_name="low", load_into_transformer_2=True)
+    assert loaded.get_list_adapters() == {"transformer_2": ["low"]}
+
+
+def test_a_run_that_is_killed_between_experts_goes_on(experts, made, tmp_path, monkeypatch):
+    monkeypatch.setattr("dirotq.pipeline.units.LOOK", -1)
+    capture, wrote, right = stage(experts(), "capture"), [], replayed_moments.write_moment
+
+    def killed(group, name, *args, **kwargs):
+        if name.startswith("transformer_2."):
+            raise KeyboardInterrupt
+        right(group, name, *args, **kwargs)
+
+    def noted(group, name, *args, **kwargs):
+        wrote.append(name)
+        right(group, name, *args, **kwargs)
+
+    monkeypatch.setattr(replayed_moments, "write_moment", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_stage(capture, tmp_path)
+    monkeypatch.setattr(replayed_moments, "write_moment", noted)
+    run_stage(capture, tmp_path)
+    again = [name for name in wrote if not name.startswith("transformer_2.")]
+    assert again == ["transformer.condition_embedder.time_proj"]  # one unit with the other's
+    got, want = tree_bytes(tmp_path), tree_bytes(made["capture"].data)
+    assert got.items() >= {name: want[name] for name in want if name.startswith("moments")}.items()
+
+
+def test_one_expert_taken_out_leaves_a_model_of_one(own):
+    shutil.rmtree(own / "transformer_2")
+    edit(own, transformer_2=[None, None], boundary_ratio=None)
+    with pytest.raises(ConfigError, match=r"guidance_scale_2=3\.0 .* names no boundary_ratio"):
+        DiffusersModel(path=str(own), call={}).check()
+    model = DiffusersModel(path=str(own), call={"guidance_scale_2": None})
+    model.check()
+    assert model.prefixes == ("",)
+
+
+def test_the_second_expert_alone_has_to_have_the_name_of_the_first(own):
+    shutil.rmtree(own / "transformer")
+    edit(own, transformer=[None, None])
+    with pytest.raises(ConfigError, match=r"Call its transformer_2 so, .*a boundary_ratio of null"):
+        DiffusersModel(path=str(own), call={}).folder()
+    edit(own, boundary_ratio=None)
+    with pytest.raises(ConfigError, match=r"Call its transformer_2 so, .*as folder$"):
+        DiffusersModel(path=str(own), call={}).folder()
 
 
 def test_an_expert_without_a_step_is_refused(experts, tmp_path):

@@ -11,7 +11,7 @@ from dirotq.models.family import Site
 from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.machine import Machine
 from dirotq.quantize import memory, workload
-from dirotq.quantize.running import Way, of_work
+from dirotq.quantize.running import Way, activations, of_work
 from dirotq.quantize.workload import Workload
 
 
@@ -85,6 +85,55 @@ def test_two_denoisers_take_turns_where_there_is_no_room(tiny_root):
         assert enough > tight
     saved = memory.CPU_SLACK * 4 * work.largest_denoiser
     assert enough - tight == pytest.approx(saved)
+
+
+def test_branches_of_guidance_may_be_calls_of_their_own(tiny_root):
+    work = of(family_folder(tiny_root, "wan22"), "rank.r=8", "method.text_group=64")
+    assert (work.guided, work.doubled, work.samples) == (2, 1, work.batch)
+    guided, scale = {"guidance_scale": 4.0}, {"true_cfg_scale": 4.0}
+    wan, other = ({"_class_name": name} for name in ("WanTransformer3DModel", "Other"))
+    one, two, true = (
+        activations(config, {}, 64, call)["denoising"]
+        for config, call in ((wan, guided), (other, guided), (other, guided | scale))
+    )
+    assert one == true == two / 2
+
+
+def test_decoders_are_counted_in_the_precision_that_they_need(tiny_root, monkeypatch):
+    monkeypatch.setattr(memory, "_activations", lambda *_: 0)
+    wan = of(family_folder(tiny_root, "wan22"), "rank.r=8", "method.text_group=64")
+    assert memory._image_peak(wan, 3, 2) == memory._image_peak(wan, 3, 4)
+    assert memory._image_peak(wan, 3, 2) == 3 * of_work(wan, {}).decoding
+    flux = of("tiny_flux")
+    assert memory._image_peak(flux, 1, 4) == 2 * memory._image_peak(flux, 1, 2)
+
+
+def test_two_packed_denoisers_are_both_there(tiny_root):
+    folder = family_folder(tiny_root, "wan22")
+    work = of(folder, "rank.r=8", "method.text_group=64")
+    parts, codes = sum(work.packed_parts.values()), work.packed["codes"]
+    numbers = sum(work.component_numbers.values())
+    assert 0.9 < 2 * numbers / sum(work.components.values()) < 1  # without headers of files
+    both = parts + 2 * numbers + 16 * work.largest_weight
+    assert memory._packed(work, 2) == both
+    assert memory._packed(work, 4) == both + parts - codes + 2 * numbers
+    stage = SimpleNamespace(batch=1, pairs=0, dtype="auto")
+    tight, enough = (Machine(name="CPU", vram=0, ram=ram) for ram in (1, 10**12))
+    assert memory.validate(stage, work, tight) == memory.validate(stage, work, enough)
+
+
+def test_packed_text_encoders_are_compared_in_the_16_bit_pipeline(tiny_root):
+    folder = family_folder(tiny_root, "wan22")
+    more = ("rank.r=8", "method.text_group=64")
+    plain, packed = of(folder, *more), of(folder, *more, "text_encoders=w8")
+    stage = SimpleNamespace(batch=1, pairs=0, dtype="auto")
+    here = Machine(name="CPU", vram=0, ram=10**12)
+    original = memory._original(packed, 4, here)
+    assert original > memory._packed(packed, 4) > memory._packed(packed, 2)
+    told = memory.validate(stage, packed, here)
+    saved = memory.CPU_SLACK * (original - memory._packed(plain, 4))
+    assert told.ram - memory.validate(stage, plain, here).ram == pytest.approx(saved)
+    assert told.disk > 1.5 * memory.validate(stage, plain, here).disk
 
 
 def test_text_of_models_without_a_table():
