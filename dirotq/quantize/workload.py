@@ -70,7 +70,7 @@ class Workload:
     @cached_property
     def transformer(self) -> Any:
         """On the meta device."""
-        return self.model.skeleton()
+        return self.model.shapes()
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -275,7 +275,7 @@ class Workload:
     @cached_property
     def _packed(self) -> Any:
         """The packed denoisers, on the meta device."""
-        skeleton = self.model.skeleton()
+        skeleton = self.model.shapes()
         put_packed(skeleton, self.planned)
         return skeleton
 

@@ -37,7 +37,7 @@ def difference(cls: Any, part: Path, shapes: Shapes, *, exact: bool = False) -> 
 def _of_diffusers(cls: Any, part: Path, shapes: Shapes, exact: bool) -> str:
     import accelerate
 
-    with accelerate.init_empty_weights():
+    with accelerate.init_empty_weights(), torch.device("meta"):  # buffers are computed for seconds
         model = cls.from_config(cls.load_config(part, local_files_only=True))
     found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     if not exact and not (part / "diffusion_pytorch_model.safetensors.index.json").is_file():

@@ -192,11 +192,21 @@ class DiffusersModel:
 
     def skeleton(self) -> Any:
         """Build the transformer, its parameters on the meta device, its buffers computed."""
+        return self._empty(buffers=True)
+
+    def shapes(self) -> Any:
+        """Build the transformer on the meta device, buffers too: for its names and shapes."""
+        return self._empty(buffers=False)
+
+    def _empty(self, *, buffers: bool) -> Any:
         import diffusers
 
         cls, folder = getattr(diffusers, self.family.transformer), self.folder(weights=False)
         return joined(
-            {part: empty_transformer(cls.load_config(folder / part), cls) for part in self.parts}
+            {
+                part: empty_transformer(cls.load_config(folder / part), cls, buffers=buffers)
+                for part in self.parts
+            }
         )
 
     @property
@@ -214,7 +224,7 @@ class DiffusersModel:
 
         Of a class without a table they are discovered, or UnsupportedError says why they can't be.
         """
-        network = self.skeleton()
+        network = self.shapes()
         found = [
             placed(self._sites_of(network.get_submodule(part)), part) for part in self.prefixes
         ]
