@@ -121,7 +121,7 @@ def fp8_blocks(transformer: Any) -> Any:
 
 def linears_in_blocks(model: str, changes: dict[str, Any]) -> dict[str, tuple[int, int]]:
     """Return inputs and outputs of the linears that are packed, modulators left out, by name."""
-    return _in_blocks(_skeleton(model, changes))
+    return _in_blocks(_skeleton(model, changes, buffers=False))
 
 
 def blocks_of(transformer: Any) -> list[nn.Module]:
@@ -161,9 +161,9 @@ def collect() -> None:
         torch._C._host_emptyCache()  # pinned memory of group offloading
 
 
-def _skeleton(model: str, changes: dict[str, Any]) -> Any:
+def _skeleton(model: str, changes: dict[str, Any], *, buffers: bool = True) -> Any:
     cls, config = full_size.ARCHITECTURES[model]
-    return empty_transformer(config | changes, getattr(diffusers, cls))
+    return empty_transformer(config | changes, getattr(diffusers, cls), buffers=buffers)
 
 
 def _in_blocks(transformer: Any) -> dict[str, tuple[int, int]]:

@@ -63,7 +63,7 @@ def sites_and_rest(model: Any) -> "tuple[list[Site], dict[str, str]]":
         return found.sites, found.kept
     sites = model.sites()
     packed = {linear for site in sites for linear in site.linears}
-    linears = [name for name, module in model.skeleton().named_modules() if is_linear(module)]
+    linears = [name for name, module in model.shapes().named_modules() if is_linear(module)]
     why = TABLED.format(name=model.family.name)
     return sites, {name: why for name in linears if name not in packed}
 

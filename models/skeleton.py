@@ -7,16 +7,20 @@ import torch
 from torch import Tensor, nn
 
 
-def empty_transformer(config: dict[str, Any], cls: Any) -> Any:
+def empty_transformer(config: dict[str, Any], cls: Any, *, buffers: bool = True) -> Any:
     """Make a diffusers transformer whose parameters have no memory yet; buffers have values.
 
-    Of a packed transformer's config it is the 16-bit one.
+    Of a packed transformer's config it is the 16-bit one. Other models of diffusers are made too.
+
+    buffers  False: they have none either. SD3 computes its positions for seconds, which is too long
+             where names and shapes are all that is asked
     """
     import accelerate
     from diffusers.models.modeling_utils import no_init_weights
 
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
-    with accelerate.init_empty_weights(), no_init_weights():
+    where = accelerate.init_empty_weights() if buffers else torch.device("meta")
+    with where, no_init_weights():
         return cls.from_config(plain).eval()
 
 

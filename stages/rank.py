@@ -73,7 +73,7 @@ class ChooseRank:
     def check(self) -> None:
         """Refuse, before anything runs, what the shapes alone can refute."""
         sites = self.model.sites()
-        refuse_few(self.model.skeleton(), sites, self.least_packed)
+        refuse_few(self.model.shapes(), sites, self.least_packed)
         ranks = self.expected(sites)
         check_plan(self.method, sites, self.grid, lambda site: ranks[site.name])
         check_sensitive(self.sensitive, self.method, sites)

@@ -97,7 +97,7 @@ class AllocateRank:
     def check(self) -> None:
         """Refuse, before anything runs, what shapes and prompts can refute."""
         sites = self.model.sites()
-        refuse_few(self.model.skeleton(), sites, self.least_packed)
+        refuse_few(self.model.shapes(), sites, self.least_packed)
         check_plan(self.method, sites, self.grid, lambda s: largest_rank(self.method, s, self.grid))
         check_sensitive(self.sensitive, self.method, sites)
         leading = self.method.leading

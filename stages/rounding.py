@@ -78,7 +78,7 @@ class RoundWeights:
         """
         self.model.check()
         sites = self.model.sites()
-        refuse_few(self.model.skeleton(), sites, self.least_packed, "round")
+        refuse_few(self.model.shapes(), sites, self.least_packed, "round")
         check_plan(self.method, sites, 1, lambda _: 0)
 
     def run(self, out: Path) -> Mapping[str, float]:

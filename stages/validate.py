@@ -147,7 +147,7 @@ class Validate:
         size = footprint(network)
         parts = _parts(denoisers, sites) if len(denoisers) > 1 else {}
         del denoisers, network
-        parameters = sum(p.numel() for p in self.model.skeleton().parameters())
+        parameters = sum(p.numel() for p in self.model.shapes().parameters())
         del pipe
         release(device)
         embeddings = _text_encoders(self, pack, device, dtype, tree, units)

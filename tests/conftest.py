@@ -24,8 +24,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import hypothesis  # noqa: E402
 import torch  # noqa: E402
-from omegaconf import OmegaConf  # noqa: E402
-from parsed_once import parsed_once  # noqa: E402
+from composed_once import composed_once  # noqa: E402
 
 # An example that takes 200 ms says that the machine is busy, not that the code is wrong.
 hypothesis.settings.register_profile("dirotq", deadline=None)
@@ -45,9 +44,9 @@ def no_waiting_for_the_disk() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def yaml_is_parsed_once() -> Iterator[None]:
+def configurations_are_made_once() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OmegaConf, "load", staticmethod(parsed_once(OmegaConf.load)))
+        composed_once(patch.setattr)
         yield
 
 

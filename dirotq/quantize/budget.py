@@ -69,7 +69,7 @@ def in_bits(model: DiffusersModel, method: Method, sites: Sequence[Site], grid: 
     """Price bits per parameter of the packed transformer (dirotq/packed/swap.py)."""
     free, most = _free(method, sites, grid)
     entries = [(site, spec) for site in sites if (spec := method.spec(site, 0)) is not None]
-    skeleton = model.skeleton()
+    skeleton = model.shapes()
     parameters = sum(p.numel() for p in skeleton.parameters())
     each = {site.name: _direction_bits(method, site, grid) for site in free}
     return Prices(round(effective_bits(skeleton, entries) * parameters), each, most, parameters)

@@ -102,7 +102,7 @@ class Planned:
         (out / "kept.json").write_text(json.dumps(self.ignored, indent=1) + "\n")
 
     def metrics(self, model: DiffusersModel) -> dict[str, float]:
-        skeleton, ranks = model.skeleton(), [line.spec.rank for line in self.blocks]
+        skeleton, ranks = model.shapes(), [line.spec.rank for line in self.blocks]
         packed = [(line.site, line.spec) for line in self.lines]
         return {
             "mean_rank": sum(ranks) / max(len(ranks), 1),

@@ -68,7 +68,7 @@ class Workload:
     @cached_property
     def transformer(self) -> Any:
         """On the meta device."""
-        return self.model.skeleton()
+        return self.model.shapes()
 
     @cached_property
     def sites(self) -> list[Site]:
@@ -277,7 +277,7 @@ class Workload:
     @cached_property
     def _packed(self) -> Any:
         """The packed denoisers, on the meta device."""
-        skeleton = self.model.skeleton()
+        skeleton = self.model.shapes()
         put_packed(skeleton, self.planned)
         return skeleton
 

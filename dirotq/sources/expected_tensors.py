@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dirotq.files.json_file import read_json
+from dirotq.models.skeleton import empty_transformer
 from dirotq.sources.weights import named
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -35,10 +36,8 @@ def difference(cls: Any, part: Path, shapes: Shapes, *, exact: bool = False) -> 
 
 
 def _of_diffusers(cls: Any, part: Path, shapes: Shapes, exact: bool) -> str:
-    import accelerate
-
-    with accelerate.init_empty_weights():
-        model = cls.from_config(cls.load_config(part, local_files_only=True))
+    config = cls.load_config(part, local_files_only=True)
+    model = empty_transformer(config, cls, buffers=False)
     found = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     if not exact and not (part / "diffusion_pytorch_model.safetensors.index.json").is_file():
         model._fix_state_dict_keys_on_load(found)  # not done for shards

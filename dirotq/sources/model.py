@@ -196,11 +196,21 @@ class DiffusersModel:
 
     def skeleton(self) -> Any:
         """Build the transformer, its parameters on the meta device, its buffers computed."""
+        return self._empty(buffers=True)
+
+    def shapes(self) -> Any:
+        """Build the transformer on the meta device, buffers too: for its names and shapes."""
+        return self._empty(buffers=False)
+
+    def _empty(self, *, buffers: bool) -> Any:
         import diffusers
 
         cls, folder = getattr(diffusers, self.family.transformer), self.folder(weights=False)
         return joined(
-            {part: empty_transformer(cls.load_config(folder / part), cls) for part in self.parts}
+            {
+                part: empty_transformer(cls.load_config(folder / part), cls, buffers=buffers)
+                for part in self.parts
+            }
         )
 
     @property
@@ -222,7 +232,7 @@ class DiffusersModel:
 
     @cached_property  # building the network takes a fifth of a second at FLUX.1's size
     def _sites(self) -> tuple[Site, ...]:
-        network = self.skeleton()
+        network = self.shapes()
         found = [
             placed(self._sites_of(network.get_submodule(part)), part) for part in self.prefixes
         ]

@@ -107,7 +107,7 @@ def converted(file: Path, transformer: Path, source: str) -> dict[str, Tensor]:
     refuse_quantized(read_header(file), source)
     config = read_json(transformer / "config.json")
     name = config["_class_name"]
-    empty = empty_transformer(config, getattr(diffusers, name)).state_dict()
+    empty = empty_transformer(config, getattr(diffusers, name), buffers=False).state_dict()
     wanted = {key: tuple(tensor.shape) for key, tensor in empty.items()}
     tensors, unused = _transformer_of(file, source), list[str]()
     if not wanted.keys() <= tensors.keys():

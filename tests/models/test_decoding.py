@@ -15,9 +15,9 @@ KL = {"down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDec
 WAN_5B = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True,
           "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16,
           "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}  # fmt: skip
-SIDE = 768
+SIDE = 512
 CASES = {
-    "image": ("AutoencoderKL", KL, (16, SIDE // 8)),
+    "image": ("AutoencoderKL", KL, (16, 768 // 8)),  # its tiles are as large as SIDE
     "image, patches of latents": ("AutoencoderKLFlux2", {}, (32, SIDE // 8)),
     "image, deep compression": ("AutoencoderDC", {}, (32, SIDE // 32)),
     "image, causal": ("AutoencoderKLQwenImage", {}, (16, 1, SIDE // 8)),

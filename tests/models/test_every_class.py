@@ -14,6 +14,7 @@ from tiny_transformers.proof import apart, closed, found, output
 
 from dirotq.models.families import FAMILIES, family_of
 from dirotq.models.family import is_linear, is_pointwise
+from dirotq.models.skeleton import empty_transformer
 from dirotq.packed.swap import swap_sites
 
 
@@ -31,9 +32,16 @@ def test_the_page_lists_every_class(pytestconfig):
     assert page.count(", refused |") <= len(classes()) - 70
 
 
+def stored(network):
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
+
+
 @pytest.mark.parametrize("name", UNTABLED)
 def test_a_class_is_found_and_stays_what_it_was(name):
     network, inputs = made(name)
+    assert stored(empty_transformer(dict(network.config), type(network), buffers=False)) == stored(
+        network
+    )
     seen = found(network, inputs)
     packed = [linear for site in seen.sites for linear in site.linears]
     assert len(packed) == len(set(packed))

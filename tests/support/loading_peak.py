@@ -1,10 +1,12 @@
 """What loading a folder adds to the host memory of a process that does nothing else.
 
-Run as ``python loading_peak.py diffusers.FluxTransformer2DModel folder``; prints bytes.
+Run as ``python loading_peak.py diffusers.FluxTransformer2DModel folder ...``, a class and a folder
+as often as wanted; prints bytes, each on a line.
 """
 
 import gc
 import importlib
+import os
 import re
 import sys
 import threading
@@ -43,7 +45,7 @@ def watched():
         thread.join()
 
 
-def main(name: str, folder: str) -> None:
+def measure(name: str, folder: str) -> int:
     module, _, cls = name.rpartition(".")
     load = getattr(importlib.import_module(module), cls).from_pretrained
     load(folder, dtype=torch.bfloat16)  # imports, caches
@@ -51,7 +53,18 @@ def main(name: str, folder: str) -> None:
         made = load(folder, dtype=torch.bfloat16)
         for tensor in made.parameters():
             tensor.flatten().view(torch.uint8)[::4096].sum()  # what is mapped is read
-    print(peak[0])
+    return peak[0]
+
+
+def main(*asked: str) -> None:
+    """Measure each in a fork, which has nothing of the others."""
+    for name, folder in zip(asked[::2], asked[1::2]):
+        if not (child := os.fork()):
+            print(measure(name, folder), flush=True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status:
+            sys.exit(f"{name}: status {status}")
 
 
 if __name__ == "__main__":

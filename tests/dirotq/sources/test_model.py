@@ -263,6 +263,11 @@ def test_skeleton_has_the_shapes_and_no_memory(folder):
     assert {n: p.shape for n, p in skeleton.named_parameters()} == {
         n: p.shape for n, p in real.named_parameters()
     }
+    shapes = source(folder).shapes().state_dict()
+    assert all(tensor.is_meta for tensor in shapes.values())
+    assert {n: t.shape for n, t in shapes.items()} == {
+        n: t.shape for n, t in skeleton.state_dict().items()
+    }
     assert source(folder).sites() == source(folder).family.sites(real)
 
 

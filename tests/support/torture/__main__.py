@@ -17,7 +17,7 @@ from random import Random
 os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1", HF_HUB_OFFLINE="1")
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # what this process finds, workers find too
 
-from parsed_once import parsed_once
+from composed_once import composed_once
 
 from .damage import damage
 from .disk import full_disk
@@ -65,7 +65,6 @@ def main() -> None:
 def torture(root: Path, asked: dict[str, int | None], seed: int, until: str) -> int:
     """Run every kind that was asked for; the number of attempts that went wrong."""
     import tiny_line  # noqa: F401 - imported once, for all forks
-    from omegaconf import OmegaConf
     from tqdm import tqdm
 
     import dirotq.loading
@@ -74,7 +73,7 @@ def torture(root: Path, asked: dict[str, int | None], seed: int, until: str) -> 
     # Its lock is one for all processes: who is killed with it would stop all others for ever.
     tqdm.monitor_interval = 0
     tqdm.set_lock(threading.RLock())
-    OmegaConf.load = staticmethod(parsed_once(OmegaConf.load))
+    composed_once(setattr)
     world, failed = World.build(root, until), 0
     for kind, count in asked.items():
         if not count:
