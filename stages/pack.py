@@ -36,7 +36,7 @@ from dirotq.quantize.tensors import load_site, site_file
 from dirotq.sources.folder import place_rest
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
-from dirotq.sources.weights import plan_shards, write_index
+from dirotq.sources.weights import plan_shards, refuse_not_finite, write_index
 
 LEAST_SHARD = 10_000
 """Bytes of a shard below which a unit was forgotten."""
@@ -154,6 +154,7 @@ class Pack:
             inside = {before + name: (before + name).rpartition(".") for name in names}
             coded = {n: parts for n, parts in inside.items() if parts[0] in sites}
             kept = weights.tensors(n for n in inside if n not in coded)
+            refuse_not_finite(kept)  # `round` reads the packed ones alone
             tensors = {n: t.to(STORED) if t.is_floating_point() else t for n, t in kept.items()}
             tensors |= {n: tensor(site, buffer) for n, (site, _, buffer) in coded.items()}
             save_file(

@@ -56,5 +56,6 @@ def _record(spec: QuantSpec) -> dict[str, Any]:
 
 CONVROT_W4A4 = LayerFormat(
     name="convrot_w4a4", reader="ComfyUI", misfits=_misfits, tensors=_tensors, record=_record,
+    packed_by=("method=convrot weight_format=int4_channel act_format=int4_token",),
     modulators=AWQ_W4A16,
 )  # fmt: skip

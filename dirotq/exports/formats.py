@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dirotq.errors import ConfigError, UnsupportedError
 from dirotq.exports.convrot import CONVROT_W4A4
 from dirotq.exports.layer_format import LayerFormat
-from dirotq.exports.methods import expressible
+from dirotq.exports.methods import holds, planned_by
 from dirotq.exports.nvfp4 import COMFY_NVFP4, NVFP4
 from dirotq.exports.svdquant import SVDQUANT_W4A4
 from dirotq.kernels.formats.spec import QuantSpec
@@ -51,7 +51,9 @@ def _instead(specs: Iterable[QuantSpec]) -> str:
 
 
 def _methods(wanted: LayerFormat, entries: Sequence[Entry]) -> str:
-    words = expressible(wanted, [site for site, _ in entries])
+    sites = [site for site, _ in entries]
+    words = [one for one in wanted.packed_by if holds(wanted, planned_by(one), sites)]
     if not words:
-        return f"No method's plan of this transformer fits {wanted.name}"
+        tried = "` and `".join(wanted.packed_by)
+        return f"No plan of this transformer fits {wanted.name}: tried `{tried}`"
     return f"For {wanted.name}, pack it again with `dirotq compress {'` or `'.join(words)}`"

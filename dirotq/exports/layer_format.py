@@ -21,6 +21,8 @@ class LayerFormat:
                     meta device it gives dtypes and shapes
     ``record``      of a spec: the JSON object that describes the layer in the file; None: files of
                     this format hold none
+    ``packed_by``   settings of `dirotq compress` whose plans it holds, each in one line, the
+                    shortest first
     ``modulators``  how linears with 16-bit activations are written; None: as this format itself
     """
 
@@ -29,6 +31,7 @@ class LayerFormat:
     misfits: Callable[[QuantSpec], Iterator[str]]
     tensors: Callable[[Packed, QuantSpec], dict[str, Tensor]]
     record: Callable[[QuantSpec], dict[str, Any]] | None
+    packed_by: tuple[str, ...] = ()
     modulators: "LayerFormat | None" = None
 
     def of(self, spec: QuantSpec) -> "LayerFormat":

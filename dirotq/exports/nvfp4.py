@@ -100,11 +100,13 @@ BFLOAT16 = LayerFormat(
 )
 """Modulators where a format has nothing for them: 4-bit weights as bfloat16, rounded once."""
 
+PACKED_BY = ("method=rtn_nvfp4", "method=dirotq_nvfp4 method.branch=null")
+
 NVFP4 = LayerFormat(
     name="nvfp4", reader="diffusers (`bfl`), ModelOpt", misfits=_misfits, tensors=_tensors,
-    record=None, modulators=BFLOAT16,
+    record=None, packed_by=PACKED_BY, modulators=BFLOAT16,
 )  # fmt: skip
 COMFY_NVFP4 = LayerFormat(
     name="comfy_nvfp4", reader="ComfyUI", misfits=_comfy_misfits, tensors=_comfy_tensors,
-    record=_comfy_record, modulators=AWQ_W4A16,
+    record=_comfy_record, packed_by=PACKED_BY, modulators=AWQ_W4A16,
 )  # fmt: skip

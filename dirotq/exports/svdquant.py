@@ -64,4 +64,5 @@ def _record(spec: QuantSpec) -> dict[str, Any]:
 SVDQUANT_W4A4 = LayerFormat(
     name="svdquant_w4a4", reader="comfy-kitchen", misfits=_misfits, tensors=_tensors,
     record=_record, modulators=AWQ_W4A16,
+    packed_by=("method=absorb", "method=rtn", "method=smoothquant", "method=svdquant"),
 )  # fmt: skip

@@ -178,6 +178,11 @@ def _inside(name: str) -> bool:
 def _what_to_do(folder: Path) -> str:
     return (
         "Download the folder again, or pack it again with `dirotq compress`. If you changed it on "
-        'purpose, dirotq.load(folder, verify=False) takes it as it is, and `python -c "from '
-        f'dirotq.files.sums import write_sums; write_sums({str(folder)!r})"` renews the list'
+        "purpose, dirotq.load(folder, verify=False) takes it as it is, and "
+        f"{renewing(folder)} renews the list"
     )
+
+
+def renewing(folder: Path) -> str:
+    """Return the command that writes a folder's list anew, in backquotes."""
+    return f'`python -c "from dirotq.files.sums import write_sums; write_sums({str(folder)!r})"`'

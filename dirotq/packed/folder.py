@@ -2,13 +2,14 @@
 
 import logging
 import re
+import shlex
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.files.json_file import INDEX, read_json
-from dirotq.files.sums import SUMS, check_sums
+from dirotq.files.sums import SUMS, check_sums, renewing
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.manifest import MANIFEST
 from dirotq.pipeline.place import MARKER
@@ -32,7 +33,7 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
         artifact.tree("model")
     config = root / "transformer" / "config.json"
     if not config.is_file() or not (root / INDEX).is_file():
-        if not root.is_dir():
+        if not Path(folder).expanduser().is_dir():
             found = "is a file" if root.exists() else "does not exist"
             raise ArtifactError(
                 f"{folder!s:.300} {found}; give the folder that `dirotq compress` printed (one on "
@@ -40,23 +41,33 @@ def packed_folder(folder: str | Path, *, verify: bool = True) -> Path:
             )
         raise ArtifactError(
             f"{folder} holds no packed pipeline (no {INDEX} with a transformer/config.json below "
-            "it); give the folder that `dirotq compress` printed"
+            "it); give the folder that `dirotq compress` printed (`dirotq list` knows those of a "
+            "store)"
         )
-    if verify and not check_sums(root) and artifact is None:
+    listed = verify and check_sums(root)
+    _refuse_others(read_json(config).get("quantization_config"), folder)
+    if verify and not listed and artifact is None:
         log.warning(
-            "%s has no %s, so its bytes can't be checked: an older DiRotQ "
-            "wrote it (`python -c \"from dirotq.files.sums import write_sums; "
-            "write_sums('%s')\"` makes one)",
-            root, SUMS, root,
+            "%s has no %s, so its bytes can't be checked: an older DiRotQ wrote it (%s makes one)",
+            root, SUMS, renewing(root),
         )  # fmt: skip
-    packing = read_json(config).get("quantization_config")
-    method = packing.get("quant_method") if isinstance(packing, dict) else None
-    if method != "dirotq":
-        raise ArtifactError(
-            f"{folder} is a diffusers pipeline, but its transformer is not packed by DiRotQ "
-            f"(quant_method {method!r:.60}); pack it with `dirotq compress model={folder}`"
-        )
     return root
+
+
+def _refuse_others(packing: Any, folder: str | Path) -> None:
+    """Raise ArtifactError unless a transformer's ``quantization_config`` is DiRotQ's."""
+    method = packing.get("quant_method") if isinstance(packing, dict) else None
+    if method == "dirotq":
+        return
+    what_to_do = (
+        f"pack it with `dirotq compress {shlex.quote(f'model={folder}')}`"
+        if packing is None
+        else "pack the 16-bit model that it was made from, with `dirotq compress`"
+    )
+    raise ArtifactError(
+        f"{folder} is a diffusers pipeline, but its transformer is not packed by DiRotQ "
+        f"(quant_method {method!r:.60}); {what_to_do}"
+    )
 
 
 def held(folder: str | Path) -> AbstractContextManager[Any]:

@@ -169,6 +169,11 @@ class DiffusersModel:
     def _file(self) -> Path | None:
         file = single_file(self.path)
         if file is None and self.base:
+            if Path(self.path).expanduser().is_file():
+                raise ConfigError(
+                    f"{self.path} is no file of a kind that is read: give one that is named "
+                    ".safetensors (rename it if it is one)"
+                )
             raise ConfigError(
                 f"model.base={self.base} is for a model in a single .safetensors file; "
                 f"{self.path} is a whole pipeline. Leave model.base out"

@@ -5,6 +5,7 @@ downloaded: configurations and tokenizers for a plan, safetensors when weights a
 """
 
 import functools
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,10 @@ CARD = "README.md"
 MODULAR = "modular_model_index.json"
 LICENCES = ("LICEN[SC]E*", "NOTICE*")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+OTHERS = (".safetensors", ".gguf", ".onnx", ".msgpack", ".h5", *PICKLES)
+"""Suffixes of weights, whether they are read or not."""
+VARIANT = re.compile(r"(?:diffusion_pytorch_)?model\.(\w+?)(?:-\d{5}-of-\d{5})?\.safetensors")
+"""A file that `save_pretrained(variant=...)` named."""
 
 
 def pipeline_folder(
@@ -268,13 +273,34 @@ def _refuse_foreign(root: Path, index: Mapping[str, Any], source: str) -> None:
             )
 
 
+def _others(part: Path) -> str:
+    """Say which weights of other names lie in a component's folder, and how to use a variant."""
+    if any(part.glob("*model.safetensors.index.json")):
+        return ""  # they are its other shards
+    found = sorted(file.name for file in part.iterdir() if file.suffix in OTHERS)
+    if not found:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    variants = sorted({match[1] for name in found if (match := VARIANT.fullmatch(name))})
+    hint = (
+        f"from_pretrained(folder, variant={variants[0]!r}) opens what is there, and "
+        "save_pretrained(another_folder) writes it as it is read. "
+        if variants
+        else ""
+    )
+    return (
+        f"It has {', '.join(found[:3])}{more}; files of other names (pickles, GGUF, fp16 or ema "
+        f"variants) are not used. {hint}"
+    )
+
+
 def _refuse_weights(root: Path, index: Mapping[str, Any], source: str, without: str) -> None:
     for part in _model_parts(root, index, without):
         if missing := missing_weights(part):
             raise ConfigError(
-                f"{source}: the component {part.name} lacks {', '.join(missing[:4])}. Files of "
-                "other names (.bin, fp16 or ema variants) are not used; download the model again, "
-                "or write one with pipeline.save_pretrained(folder, safe_serialization=True)"
+                f"{source}: the component {part.name} lacks {', '.join(missing[:4])}. "
+                f"{_others(part)}Download the model again, or write one with "
+                "pipeline.save_pretrained(folder, safe_serialization=True)"
             )
         for name in sorted(weight_names(part)):
             refuse_quantized(read_header(part / name), f"{part.name}/{name} of {source}")

@@ -8,8 +8,10 @@ import csv
 import functools
 import json
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -31,6 +33,13 @@ LINE = 1 << 24
 LEAST_SIDE, MOST_NARROW = 16, 32
 """Pixels of a picture's shorter side, and how often it may go into the longer one: pipelines round
 both to patches of up to 32 pixels, and a side of none ends in a division by zero."""
+MOST_PIXELS = 1 << 26
+"""Of a picture, 64 megapixels. Pipelines scale pictures down to one or two of them; each prompt
+decodes its own anew."""
+_TOO_LARGE = (
+    f"a picture has at most {MOST_PIXELS} pixels (8192 x 8192): models scale it down anyway. "
+    "Save a smaller copy"
+)
 DEEP = re.compile(r"[A-Z]+;16\w*")
 ORIENTATION, TURNED = 0x0112, range(2, 9)
 """EXIF's tag, and its values of pictures that don't lie in the file as they are looked at."""
@@ -58,13 +67,13 @@ def open_picture(path: str | Path) -> "Image":
     """Decode a whole picture to RGB: upright, what is transparent on white.
 
     Raises ConfigError if it is missing, truncated or no picture, of more than 8 bits a channel
-    (Pillow would cut them off), one of several in a file, or too small or narrow for a model's
-    patches.
+    (Pillow would cut them off), one of several in a file, of more than MOST_PIXELS, or too small or
+    narrow for a model's patches.
     """
     from PIL import Image, ImageOps
 
     try:
-        with Image.open(path) as opened:
+        with _opened(path) as opened:
             _refuse_kind(path, opened)
             upright = ImageOps.exif_transpose(opened)
             if not opened.has_transparency_data:
@@ -75,10 +84,10 @@ def open_picture(path: str | Path) -> "Image":
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         found = "is a folder" if isinstance(error, IsADirectoryError) else "does not exist"
         raise ConfigError(f"{path} {found}; give the path of a picture") from error
-    # Beside OSError: what Pillow's decoders raise for damaged files, and for 180 megapixels.
+    # Beside OSError: what Pillow's decoders raise for damaged files.
     except (
         OSError, ArithmeticError, AttributeError, LookupError, MemoryError, RuntimeError,
-        SyntaxError, TypeError, ValueError, Image.DecompressionBombError,
+        SyntaxError, TypeError, ValueError,
     ) as error:  # fmt: skip
         raise ConfigError(
             f"{path} can't be read as a picture ({type(error).__name__}: {error}); save it anew as "
@@ -98,6 +107,20 @@ def treatment(path: Path) -> frozenset[str]:
     return frozenset(name for name, does in done.items() if does)
 
 
+@contextmanager
+def _opened(path: str | Path) -> "Iterator[Image]":
+    """Open a picture, its header alone. Pillow's own limit is out of the way: ours comes after."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            with Image.open(path) as opened:
+                yield opened
+        except Image.DecompressionBombError as error:
+            raise ConfigError(f"{path} is too large: {_TOO_LARGE}") from error
+
+
 def _refuse_kind(path: str | Path, opened: "Image") -> None:
     mode, size = opened.mode, opened.size
     # What Pillow reads as 8 bits has its real form among the arguments of its decoder: RGB;16B.
@@ -113,6 +136,8 @@ def _refuse_kind(path: str | Path, opened: "Image") -> None:
             f"{path} holds {frames} pictures, and a model starts from one; save the one that is "
             "meant as PNG or JPEG"
         )
+    if size[0] * size[1] > MOST_PIXELS:
+        raise ConfigError(f"{path} is {size[0]} x {size[1]} pixels, and {_TOO_LARGE}")
     short, long = sorted(size)
     if short < LEAST_SIDE or long > MOST_NARROW * short:
         raise ConfigError(

@@ -27,6 +27,8 @@ ALIKE = 0.8
 SEEDS = (-(2**63), 2**64 - 1)
 """What torch.Generator.manual_seed takes, both included."""
 ADDRESS = "://"
+MOST_PICTURES = 16
+"""Of one prompt. Each is as many tokens of every step as an image; no estimate counts them."""
 EXACT = 2**53
 """Whole numbers below it are exact in a float."""
 
@@ -300,6 +302,11 @@ def _pictures(row: Mapping[Any, Any], where: str, folder: Path) -> dict[str, str
                 raise ConfigError(
                     f"{where}: the {name} {shortly(given)} is no list of paths; give one path, or "
                     'several as ["a.png", "b.png"]'
+                )
+            if len(given) > MOST_PICTURES:
+                raise ConfigError(
+                    f"{where}: {len(given)} pictures as {name}; a prompt has at most "
+                    f"{MOST_PICTURES}, as every one makes each step longer. Leave some out"
                 )
             found[name] = tuple(_picture(path, name, where, folder) for path in given)
         elif isinstance(given, int | float):

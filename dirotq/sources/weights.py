@@ -82,12 +82,7 @@ class Weights:
         names = [f"{linear}.weight" for linear in site.linears]
         biases = [f"{linear}.bias" for linear in site.linears] if site.bias else []
         found = self.tensors([*names, *biases], device)
-        for name, tensor in found.items():
-            if not bool(tensor.isfinite().all()):
-                raise NumericalError(
-                    f"{name.rpartition('.')[0]}: the weights hold NaN or infinity; the checkpoint "
-                    "is damaged, nothing downstream can be right"
-                )
+        refuse_not_finite(found)
         # A 1x1 convolution's weight is [N, D, 1, 1].
         weight = torch.cat([found[name].float().flatten(1) for name in names])
         return weight, torch.cat([found[name].float() for name in biases]) if biases else None
@@ -125,6 +120,16 @@ class Weights:
         waiting = sorted(names, key=lambda name: str(self.files.get(name)))
         for start in range(0, len(waiting), 100):
             yield from self.tensors(waiting[start : start + 100], device).items()
+
+
+def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise NumericalError naming the module of the first tensor that holds NaN or infinity."""
+    for name, tensor in tensors.items():
+        if not bool(tensor.isfinite().all()):
+            raise NumericalError(
+                f"{name.rpartition('.')[0] or name}: the weights hold NaN or infinity; the "
+                "checkpoint is damaged, nothing downstream can be right"
+            )
 
 
 @contextmanager
