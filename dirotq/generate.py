@@ -229,7 +229,13 @@ def _refuse_place(out: Path, *, moving: bool) -> None:
             f"--out {out} has {found}, and the format of the image follows from it: use .png, "
             ".jpg, .webp or another that Pillow can write"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out {out}: the folder {out.parent} can't be made ({error.strerror}); give a file "
+            "in a folder of yours"
+        ) from error
     if not os.access(out if out.exists() else out.parent, os.W_OK):
         raise ConfigError(f"--out {out}: permission denied; give a file in a folder of yours")
 

@@ -146,4 +146,5 @@ def _place(folder: Path) -> Path:
 
 
 def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
+    """In GB, or where that would be 0.0, in MB."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"

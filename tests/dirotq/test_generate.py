@@ -129,7 +129,7 @@ def model(tmp_path, monkeypatch):
         (["--out", "x.docx"], "--out x.docx has the suffix .docx"),
         (["--out", "x.xbm"], "x.xbm has the suffix .xbm"),  # black and white only
         (["--out", "."], "--out . is a folder"),
-        (["--out", "file/x.png"], "file"),
+        (["--out", "file/x.png"], "--out file/x.png: the folder file can't be made"),
         (["--device", "cuda:999"], "--device=cuda:999"),
         (["--device", "tpu"], "--device=tpu is unknown"),
         (["--image", "file"], "--image file can't be read as a picture"),

@@ -41,9 +41,17 @@ def test_dtype_is_that_of_the_sixteen_bit_parts(finished):
     assert 0 < close < 0.1
 
 
-def test_a_pipeline_that_is_not_packed(folder):
+def test_a_pipeline_that_is_not_packed(folder, tmp_path, caplog):
     with pytest.raises(ArtifactError, match=r"not packed by DiRotQ.*dirotq compress model="):
         dirotq.load(folder)
+    with pytest.raises(ArtifactError, match=r"dirotq compress 'model=.*/it is'`"):
+        dirotq.load(shutil.copytree(folder, tmp_path / "it is"))
+    assert not caplog.records  # nothing of digests that it should have
+
+
+def test_an_artifact_that_is_no_model(finished):
+    with pytest.raises(ArtifactError, match=r"holds no packed pipeline.*dirotq list"):
+        dirotq.load(finished["rank"].path)
 
 
 @pytest.mark.parametrize("missing", ["model_index.json", "transformer/config.json", "."])
@@ -63,7 +71,7 @@ def test_another_quantizer(packed_folder):
     config["quantization_config"]["quant_method"] = "gguf"
     file.write_text(json.dumps(config))
     write_sums(packed_folder)
-    with pytest.raises(ArtifactError, match=r"not packed by DiRotQ \(quant_method 'gguf'\)"):
+    with pytest.raises(ArtifactError, match=r"\(quant_method 'gguf'\); pack the 16-bit model"):
         dirotq.load(packed_folder)
 
 

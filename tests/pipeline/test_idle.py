@@ -20,6 +20,13 @@ def composed(words: str):
         ("method=rtn branch.bits=8", "branch, which no stage reads with method=rtn"),
         ("pipeline=instant gptq.damping=0.1", "the stage gptq, which pipeline=instant leaves out"),
         ("preset=instant prompts.calibration.count=3", "no stage reads with preset=instant"),
+        ("preset=instant prompts.heldout.count=3", "no stage reads with preset=instant"),
+        ("preset=instant reference.batch=3", "the stage reference, before which preset=instant"),
+        ("preset=instant metrics=lpips", "Leave one of the two out, or add until=validate"),
+        ("method=rtn gptq.damping=0.1", "read with method.rounding=gptq alone, and here"),
+        ("method=svdquant basis.alpha=0.3", "basis.smoothing=fixed alone, and here"),
+        ("method=smoothquant basis.candidates=3", "basis.smoothing=grid alone"),
+        ("method=svdquant basis.regularization=0.1", "basis.branch=weighted alone"),
     ],
 )
 def test_what_no_stage_reads_is_refused(words, says):
@@ -34,6 +41,12 @@ def test_what_no_stage_reads_is_refused(words, says):
         "branch.bits=8 method=dirotq",
         "until=reference prompts.calibration.count=3",  # the next command may go on
         "preset=instant until=validate prompts.calibration.count=3",
+        "preset=instant until=validate reference.batch=3 metrics=lpips prompts.heldout.count=3",
+        "preset=instant until=pack reference.batch=3",  # the user's own: the next command goes on
+        "method=rtn method.rounding=gptq gptq.damping=0.1",
+        "method=smoothquant basis.alpha=0.3",
+        "method=svdquant basis.candidates=3",
+        "method=absorb basis.regularization=0.1",
     ],
 )
 def test_what_a_stage_reads_passes(words):

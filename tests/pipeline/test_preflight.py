@@ -87,6 +87,10 @@ def test_what_does_not_fit_is_refused(tmp_path, needs, says):
         preflight.refuse(fits(**needs), tmp_path)
 
 
+def test_sizes_are_never_zero_gigabytes():
+    assert (preflight._gb(99e6), preflight._gb(1e8)) == ("99.0 MB", "0.1 GB")
+
+
 def test_what_an_interrupted_run_left_is_not_needed_again(tmp_path):
     free = shutil.disk_usage(tmp_path).free
     found = fits(disk=free * 1.5)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_line import CALL, model_folder, prompt_file, run, run_stage, stage
 from torch.nn.functional import linear
 
@@ -25,10 +26,11 @@ def instant(tiny_root):
     """A line of preset=instant: ``instant("method=rtn")``."""
 
     def made(*more):
-        prompts = f"prompts.heldout.path={prompt_file(tiny_root)}"
+        heldout = (f"path={prompt_file(tiny_root)}", "start=6", "count=2")
+        prompts = [f"prompts.heldout.{word}" for word in heldout if "until=validate" in more]
         words = [
             f"model={model_folder(tiny_root)}", f"store={tiny_root / 'store'}", "preset=instant",
-            "device=cpu", prompts, "prompts.heldout.start=6", "prompts.heldout.count=2", *more,
+            "device=cpu", *prompts, *more,
         ]  # fmt: skip
         return build(compose_config(words, "dirotq.conf"))
 
@@ -49,6 +51,17 @@ def test_it_compresses_and_loads(packed, instant):
     assert image.isfinite().all()
     linears = [m for m in pipe.transformer.modules() if isinstance(m, QuantLinear)]
     assert {m.spec.rank for m in linears} == {0}
+
+
+def test_weights_that_stay_in_16_bits_are_finite_too(own_folder, store_root):
+    """No stage of the preset computes with them."""
+    (file,) = (own_folder / "transformer").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["proj_out.weight"][0, 0] = float("inf")
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = [f"model={own_folder}", f"store={store_root}", "preset=instant", "device=cpu"]
+    with pytest.raises(NumericalError, match="proj_out: the weights hold NaN or infinity"):
+        run(build(compose_config(words, "dirotq.conf")))
 
 
 def test_codes_are_those_of_the_weights(packed, instant):

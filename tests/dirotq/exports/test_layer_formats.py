@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from exportable import shortest
 from tiny_packed import packed
 from tiny_spec import FP4, tiny_spec
 
-from dirotq.exports.formats import FORMATS
+from dirotq.errors import UnsupportedError
+from dirotq.exports.formats import FORMATS, refuse_misfits
+from dirotq.models.family import Site
 
 NVFP4 = {**FP4["nvfp4"], "dim": 64}
 GROUPS = {"weight_scale": "group", "act_scale": "group", "weight_group": 64, "act_group": 64}
@@ -81,3 +84,20 @@ def test_modulators_are_held_without_rotation_and_branch(name, change, said):
     assert KNOWN[name].fits(plain)
     (problem,) = KNOWN[name].of(spec).misfits(spec)
     assert said in problem
+
+
+def _site(width: int) -> Site:
+    return Site("blocks.0.qkv", ("q", "k"), width, (256, 256), kind="block", bias=True)
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_what_a_format_is_packed_by_is_the_shortest_of_all_settings(name):
+    listed = list(KNOWN[name].packed_by)
+    assert listed == shortest(KNOWN[name], [_site(256), _site(1024)])[: len(listed)]
+
+
+@pytest.mark.parametrize(("width", "says"), [(256, "pack it again with"), (240, "No plan of this")])
+def test_only_plans_that_fit_the_widths_are_advised(width, says):
+    """240 channels have no groups of 64, which is all that svdquant_w4a4 knows."""
+    with pytest.raises(UnsupportedError, match=says):
+        refuse_misfits(KNOWN["svdquant_w4a4"], [(_site(width), tiny_spec(**NVFP4))])

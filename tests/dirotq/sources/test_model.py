@@ -86,6 +86,31 @@ def test_pickles_are_refused(own_folder, part, suffix):
         source(own_folder).folder()
 
 
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("flux-q4.gguf", r"It has flux-q4\.gguf; files of other names"),
+        ("diffusion_pytorch_model.fp16.safetensors", r"from_pretrained\(folder, variant='fp16'\)"),
+        ("diffusion_pytorch_model.fp16-00001-of-00001.safetensors", "variant='fp16'"),
+        ("weights.safetensors", r"are not used\. Download"),
+        ("notes.txt", r"lacks \S+ or \S+\. Download the model again"),
+    ],
+)
+def test_weights_of_other_names_are_named(own_folder, name, says):
+    (weights,) = (own_folder / "transformer").glob("*.safetensors")
+    weights.rename(weights.with_name(name))
+    with pytest.raises(ConfigError, match=says):
+        source(own_folder).folder()
+
+
+def test_a_file_of_another_suffix_is_no_pipeline(own_folder, tmp_path):
+    (tmp_path / "x.sft").touch()
+    with pytest.raises(ConfigError, match=r"x\.sft is no file of a kind that is read: .*rename"):
+        DiffusersModel(path=str(tmp_path / "x.sft"), base=str(own_folder), call={}).folder()
+    with pytest.raises(ConfigError, match="is a whole pipeline"):
+        DiffusersModel(path=str(own_folder), base=str(own_folder), call={}).folder()
+
+
 def test_a_pickle_beside_safetensors_is_never_opened(own_folder):
     (own_folder / "transformer" / "diffusion_pytorch_model.bin").write_bytes(b"not a model")
     assert source(own_folder).weights().files

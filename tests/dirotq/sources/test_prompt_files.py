@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from dirotq.errors import ConfigError
+from dirotq.sources import prompt_files
 from dirotq.sources.prompt_files import MISSING, ORIENTATION, open_picture, rows, treatment
 from dirotq.sources.prompts import SEEDS, PromptSet, shortly
 
@@ -297,6 +298,18 @@ def test_pictures_too_small_or_narrow(tmp_path, size):
         open_picture(tmp_path / "a.png")
     Image.new("RGB", (16, 512)).save(tmp_path / "a.png")
     assert open_picture(tmp_path / "a.png").size == (16, 512)
+
+
+def test_pictures_too_large(tmp_path, monkeypatch):
+    """By Pillow's bound too, which warns of half of what it refuses."""
+    monkeypatch.setattr(prompt_files, "MOST_PIXELS", 1 << 10)
+    for size in ((32, 32), (32, 33)):
+        Image.new("RGB", size).save(tmp_path / f"{size[1]}.png")
+    assert open_picture(tmp_path / "32.png").size == (32, 32)
+    for bound in (1 << 20, 600, 100):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", bound)
+        with pytest.raises(ConfigError, match=r"33\.png is .*at most .* pixels .*smaller copy"):
+            open_picture(tmp_path / "33.png")
 
 
 def test_a_picture_is_upright_as_the_camera_says(tmp_path):

@@ -12,7 +12,7 @@ import dirotq.sources.prompts
 from dirotq.errors import ConfigError
 from dirotq.pipeline.config import build, compose_config
 from dirotq.pipeline.stage import recipe
-from dirotq.sources.prompts import Prompt, PromptSet, refuse_shared, resolve
+from dirotq.sources.prompts import MOST_PICTURES, Prompt, PromptSet, refuse_shared, resolve
 
 
 @pytest.fixture
@@ -142,6 +142,10 @@ def test_images_of_editing_pipelines(jsonl, tmp_path):
         prompts(jsonl({"prompt": "a", "image": "gone.png"}), count=1).load()
     with pytest.raises(ConfigError, match=r"row 1: the image https://x\.org/a\.png is an address"):
         prompts(jsonl({"prompt": "a", "image": "https://x.org/a.png"}), count=1).load()
+    many = prompts(jsonl({"prompt": "a", "image": ["in.png"] * MOST_PICTURES}), count=1)
+    assert len(many.load()[0].inputs["image"]) == MOST_PICTURES
+    with pytest.raises(ConfigError, match=r"row 1: 17 pictures as image; .* at most 16"):
+        prompts(jsonl({"prompt": "a", "image": ["in.png"] * (MOST_PICTURES + 1)}), count=1).load()
     with pytest.raises(ConfigError, match=rf"the image {tmp_path} is a folder"):
         prompts(jsonl({"prompt": "a", "image": str(tmp_path)}), count=1).load()
 
