@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from dirotq.errors import ConfigError, DirotqError
+from dirotq.files.json_file import INDEX, read_json
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.quoting import setting
@@ -26,7 +27,9 @@ def original_of(folder: Path, given: str, config: str) -> Any:
     Raises ConfigError if nothing says which model it is, or if that is not what was packed.
     """
     if given:
-        return _model([f"model={given.removeprefix('model=')}"], config)
+        named = _model([f"model={given.removeprefix('model=')}"], config)
+        _refuse_another(folder, named, given)
+        return named
     place = folder.resolve().parent.parent
     artifact = Artifact(place.parent.name, place.name, place)
     overrides = artifact.provenance.get("overrides")
@@ -46,6 +49,17 @@ def original_of(folder: Path, given: str, config: str) -> Any:
             f"changed since; {GIVE}"
         )
     return found
+
+
+def _refuse_another(folder: Path, named: Any, given: str) -> None:
+    """Raise ConfigError unless both are pipelines of one class."""
+    around = named.folder(weights=False, complete=False)
+    mine, theirs = (read_json(root / INDEX).get("_class_name") for root in (folder, around))
+    if mine != theirs:
+        raise ConfigError(
+            f"--compare {given} is a {theirs}, and {folder} was packed from a {mine}: give the "
+            "16-bit model that it was made from"
+        )
 
 
 def psnr(made: Any, want: Any) -> float:

@@ -6,6 +6,7 @@ folders. Cards, pictures and licences are left to people; so is whatever else st
 
 import json
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -184,5 +185,7 @@ def _what_to_do(folder: Path) -> str:
 
 
 def renewing(folder: Path) -> str:
-    """Return the command that writes a folder's list anew, in backquotes."""
-    return f'`python -c "from dirotq.files.sums import write_sums; write_sums({str(folder)!r})"`'
+    """Return the command that writes a folder's list anew, for a shell, in backquotes."""
+    place = json.dumps(str(folder), ensure_ascii=False)  # as Python reads it too
+    code = f"from dirotq.files.sums import write_sums; write_sums({place})"
+    return f"`python -c {shlex.quote(code)}`"

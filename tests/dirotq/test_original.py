@@ -89,6 +89,8 @@ def test_the_model_has_to_be_the_one_that_was_packed(artifact, folder, own_folde
     with pytest.raises(ConfigError, match=r"is not what pack/\w+ was made from: it changed since"):
         original_of(packed, "", CONF)
     assert original_of(packed, str(own_folder), CONF).path == str(own_folder)
+    with pytest.raises(ConfigError, match=r"tiny_pixart is a PixArtSigmaPipeline.*a FluxPipeline"):
+        original_of(packed, "tiny_pixart", CONF)
     shutil.rmtree(own_folder)
     with pytest.raises(ConfigError, match=r"not where it was.*--compare ORIGINAL"):
         original_of(packed, "", CONF)

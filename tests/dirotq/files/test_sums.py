@@ -1,5 +1,7 @@
+import ast
 import json
 import os
+import shlex
 import shutil
 import subprocess
 from contextlib import suppress
@@ -13,7 +15,15 @@ from tiny_line import tree_bytes
 
 import dirotq
 from dirotq.errors import ArtifactError, UnsupportedError
-from dirotq.files.sums import SUMS, check_part, check_sums, read_sums, unchecked, write_sums
+from dirotq.files.sums import (
+    SUMS,
+    check_part,
+    check_sums,
+    read_sums,
+    renewing,
+    unchecked,
+    write_sums,
+)
 from dirotq.packed.folder import packed_folder as checked
 from dirotq.pipeline.locks import is_held
 
@@ -31,6 +41,15 @@ def small(tmp_path: Path) -> Path:
     (root / "part" / "x.safetensors").write_bytes(b"weights")
     write_sums(root)
     return root
+
+
+@pytest.mark.parametrize("name", ["plain", "it's", 'say "$HOME"', "back\\slash ü"])
+def test_the_advised_command_names_the_folder(tmp_path, name):
+    command, flag, code = shlex.split(renewing(tmp_path / name).strip("`"))
+    assert (command, flag) == ("python", "-c")
+    assert ast.literal_eval(code.partition("write_sums(")[2].removesuffix(")")) == str(
+        tmp_path / name
+    )
 
 
 def flip(file: Path, bit: int) -> None:
