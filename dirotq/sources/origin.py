@@ -278,9 +278,8 @@ def _others(part: Path) -> str:
     if any(part.glob("*model.safetensors.index.json")):
         return ""  # they are its other shards
     found = sorted(file.name for file in part.iterdir() if file.suffix in OTHERS)
-    if not found:
-        return ""
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    there = f"It has {', '.join(found[:3])}{more}. " if found else ""
     variants = sorted({match[1] for name in found if (match := VARIANT.fullmatch(name))})
     hint = (
         f"from_pretrained(folder, variant={variants[0]!r}) opens what is there, and "
@@ -288,10 +287,7 @@ def _others(part: Path) -> str:
         if variants
         else ""
     )
-    return (
-        f"It has {', '.join(found[:3])}{more}; files of other names (pickles, GGUF, fp16 or ema "
-        f"variants) are not used. {hint}"
-    )
+    return f"{there}Files of other names (pickles, GGUF, fp16 or ema variants) are not used. {hint}"
 
 
 def _refuse_weights(root: Path, index: Mapping[str, Any], source: str, without: str) -> None:

@@ -111,12 +111,14 @@ def small_words(own=()):
     keys = {word.lstrip("+~").partition("=")[0] for word in own}
     keys |= {"capture", "rank"} if "preset" in keys else set()
     wanted = [f"prompts.{name}.path=small.jsonl" for name in ("calibration", "heldout")]
-    idle = "prompts.calibration." if "preset" in keys else None
+    idle = ("prompts.calibration.",) if "preset" in keys else ()
+    if "preset" in keys and "until" not in keys:
+        idle += ("prompts.heldout.", "reference.", "validate.")
     return [
         w
         for w in (*wanted, *LINE)
         if not {w.partition("=")[0], w.partition(".")[0]} & keys
-        if idle is None or not w.startswith(idle)
+        if not w.startswith(idle)
     ]
 
 

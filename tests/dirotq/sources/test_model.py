@@ -89,11 +89,11 @@ def test_pickles_are_refused(own_folder, part, suffix):
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("flux-q4.gguf", r"It has flux-q4\.gguf; files of other names"),
+        ("flux-q4.gguf", r"It has flux-q4\.gguf\. Files of other names"),
         ("diffusion_pytorch_model.fp16.safetensors", r"from_pretrained\(folder, variant='fp16'\)"),
         ("diffusion_pytorch_model.fp16-00001-of-00001.safetensors", "variant='fp16'"),
         ("weights.safetensors", r"are not used\. Download"),
-        ("notes.txt", r"lacks \S+ or \S+\. Download the model again"),
+        ("notes.txt", r"lacks \S+ or \S+\. Files of other names .* are not used\. Download"),
     ],
 )
 def test_weights_of_other_names_are_named(own_folder, name, says):
