@@ -42,7 +42,7 @@ class ChooseRank:
     don't divide them, or an override that fits no site; :meth:`check` does so before anything runs.
     """
 
-    version: ClassVar[str] = "4"
+    version: ClassVar[str] = "5"
     moved: ClassVar[Mapping[str, str]] = {"worst": "rank.sensitive={count: 3, act_bits: 8}"}
     needs = memory.rank
 

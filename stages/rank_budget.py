@@ -60,7 +60,7 @@ class AllocateRank:
     branch does not project; :meth:`check` does so before anything runs.
     """
 
-    version: ClassVar[str] = "2"
+    version: ClassVar[str] = "3"
     moved: ClassVar[Mapping[str, str]] = {"worst": "rank.sensitive={count: 3, act_bits: 8}"}
     needs = memory.rank_budget
 

@@ -47,6 +47,7 @@ class Replay:
     dtype        compute dtype; with float32, 16-bit arguments are widened too
 
     ``park`` waiting calls' activations are kept in page-locked host memory (:meth:`make_room`).
+    ``graphs``: calls keep their autograd graphs (dirotq/calibrate/adjoint.py).
     ``current`` is the index of the call that is running, ``first`` for the first of those given to
     :meth:`steps`; ``outputs`` has what each call of the last pass returned.
     """
@@ -62,6 +63,7 @@ class Replay:
     ) -> None:
         self.transformer, self.weights, self.blocks = transformer, weights, tuple(blocks)
         self.device, self.dtype, self.park = device, dtype, False
+        self.graphs = False
         self.current = 0
         self.outputs: list[Tensor] = []
         self.arena = HostArena()
@@ -96,18 +98,33 @@ class Replay:
                 forward.proceed()
             while block := next((f.block for f in forwards if f.block), None):
                 tensors = coming.pop(block).result() if block in coming else self._read(block)
-                self._aside.hand_over(tensors.values())
-                for name, tensor in tensors.items():
-                    path, _, leaf = name.rpartition(".")
-                    assign(self.transformer.get_submodule(path), leaf, tensor)
-                names, place = list(tensors), self.blocks.index(block) + 1
-                del tensors, tensor
+                names, place = self._assign(tensors), self.blocks.index(block) + 1
+                del tensors
                 coming = {b: pool.submit(self._read, b) for b in self.blocks[place : place + 1]}
                 step = Step(block, [f for f in forwards if f.block == block])
                 yield step
                 step.run()
                 drop(self.transformer, names)
             self.outputs = [forward.output for forward in forwards]
+
+    def loaded(self, blocks: Sequence[str]) -> Iterator[str]:
+        """Yield blocks in the order given, the weights of each in memory until the next one is
+        asked for; the next one's are read meanwhile."""
+        with ThreadPoolExecutor(1) as pool:
+            coming = [pool.submit(self._read, block) for block in blocks[:1]]
+            for place, block in enumerate(blocks, 1):
+                names = self._assign(coming.pop().result())
+                coming = [pool.submit(self._read, b) for b in blocks[place : place + 1]]
+                yield block
+                drop(self.transformer, names)
+
+    def _assign(self, tensors: dict[str, Tensor]) -> list[str]:
+        """Put a block's weights into it; return their names."""
+        self._aside.hand_over(tensors.values())
+        for name, tensor in tensors.items():
+            path, _, leaf = name.rpartition(".")
+            assign(self.transformer.get_submodule(path), leaf, tensor)
+        return list(tensors)
 
     def _read(self, block: str) -> dict[str, Tensor]:
         names = names_in(self.transformer, block)
@@ -192,7 +209,7 @@ class _Forward:
             storage.resize_(host.numel())
             _bytes(storage, self.replay.device).copy_(host, non_blocking=True)
         self.replay.current = self.index
-        with torch.no_grad():
+        with torch.set_grad_enabled(self.replay.graphs):
             result = self.coroutine.switch()
         if self.coroutine.dead:
             self.block, self.output, self.storages, self.parked = "", result, [], []

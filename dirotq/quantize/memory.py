@@ -4,14 +4,17 @@ A function per stage, which is the stage's ``needs``; pipeline/preflight.py hold
 machine. docs/compress.md has them beside what was measured.
 """
 
+from collections import defaultdict
 from collections.abc import Container
 from typing import Any
 
+from dirotq.calibrate.adjoint import Adjoint
 from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.calibrate.text_codes import WIDEST
 from dirotq.calibrate.trajectory import FITS
 from dirotq.errors import ConfigError
 from dirotq.kernels.formats.quantize_weight import CHUNK
+from dirotq.models.call import PROBES
 from dirotq.models.decoding import bytes_of, decoding
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
@@ -34,6 +37,8 @@ SHARDS = 2.25
 """Shards that `pack` holds at its peak: 7.5 GB with FLUX.1's of 2 GB."""
 ROUNDING = 1.5e9
 """A text encoder's weight while it is rounded: the weight in float32, and six tensors of a part."""
+GRAPH = 4
+"""Numbers that a block's graph and its gradients keep for each that its linears read and write."""
 IMAGE_BYTES = 1.8
 """Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
 SEARCHED = 8 * 4 * CHUNK
@@ -213,12 +218,20 @@ def _spectra(work: Workload, machine: Machine) -> Needs:
 
 
 def _sensitivities(work: Workload, machine: Machine) -> Needs:
-    """One block, and a waiting call for each of its sites (dirotq/quantize/measure.py)."""
-    waiting, parked = _waiting(work, machine, len(work.block_sites) + 1, machine.vram)
-    block = 3 * machine.width * work.block_parameters + 8 * 3 * work.largest_weight
-    device = block + _activations(work, work.samples, machine.width) + waiting
-    host, disk = _block_read(work) + parked, 1200 * len(work.sites)
-    return _needs(machine, device, host, disk, "capture.batch=1", bound=True)
+    """One block with its graph, and what calls gave to all blocks (dirotq/quantize/measure.py)."""
+    inside = defaultdict(list)
+    for site in work.block_sites:
+        inside[site.block].append(work.tokens(site) * (site.in_features + sum(site.out_features)))
+    samples, width = work.samples, machine.width
+    graph = GRAPH * samples * width * max(map(sum, inside.values()))
+    each = Adjoint.COPIES * len(inside) * samples * work.state * width / 2
+    room = STATE_SHARE * machine.vram if machine.gpu else HOST_SHARE * machine.ram
+    waiting = max(min(PROBES, room // each), 1) * each
+    block = 3 * width * work.block_parameters + 8 * 3 * work.largest_weight
+    return _needs(
+        machine, block + graph + waiting, _block_read(work), 1200 * len(work.sites),
+        "capture.batch=1", bound=True,
+    )  # fmt: skip
 
 
 def _generation(

@@ -1,7 +1,7 @@
 """Sites whose 4-bit activations cost the most, and what they get instead (docs/method.md M6)."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,18 +68,26 @@ def worthwhile(
     shares  of the forward's multiply-adds
 
     Takes the largest gain per share first, as long as it is LEAST_GAIN of what is left of the sum.
-    A site that would exceed MOST_WORK is passed over.
+    A site that would exceed MOST_WORK is passed over. Small sites may so keep out one that gains
+    more than all of them: then the largest gain is taken first.
     """
     gains = {name: errors[name] - finer[name] for name in finer}
-    left, room, taken = sum(errors.values()), MOST_WORK, []
-    for name in sorted(gains, key=lambda name: -gains[name] / shares[name]):
-        decibels = gain_db(left, gains[name])
-        if decibels < LEAST_GAIN or shares[name] > room:
-            continue
-        left, room = left - gains[name], room - shares[name]
-        why = f"gains {decibels:.2f} dB for {shares[name]:.1%} of the arithmetic"
-        taken.append({"sites": name, "act_bits": 8, "why": why})
-    return taken
+
+    def taken(names: Iterable[str]) -> tuple[float, list[dict[str, Any]]]:
+        total = left = sum(errors.values())
+        room, entries = MOST_WORK, []
+        for name in names:
+            decibels = gain_db(left, gains[name])
+            if decibels < LEAST_GAIN or shares[name] > room:
+                continue
+            left, room = left - gains[name], room - shares[name]
+            why = f"gains {decibels:.2f} dB for {shares[name]:.1%} of the arithmetic"
+            entries.append({"sites": name, "act_bits": 8, "why": why})
+        return total - left, entries
+
+    by_share = sorted(gains, key=lambda name: -gains[name] / shares[name])
+    by_gain = sorted(gains, key=lambda name: -gains[name])
+    return max(taken(by_share), taken(by_gain), key=lambda found: found[0])[1]
 
 
 def gain_db(total: float, gain: float) -> float:

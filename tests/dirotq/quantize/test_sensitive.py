@@ -90,9 +90,17 @@ def test_what_does_not_fit_any_more_is_passed_over():
 
 
 def test_the_largest_gain_per_share_comes_first():
-    errors = {"a": 9.0, "b": 8.0}
-    found = worthwhile(errors, dict.fromkeys(errors, 0.0), {"a": 0.09, "b": 0.02})
-    assert [entry["sites"] for entry in found] == ["b"]
+    errors = {"a": 9.0, "b": 8.0, "c": 2.0}
+    shares = {"a": 0.09, "b": 0.02, "c": 0.02}
+    found = worthwhile(errors, dict.fromkeys(errors, 0.0), shares)
+    assert [entry["sites"] for entry in found] == ["b", "c"]
+
+
+def test_small_sites_do_not_keep_out_a_larger_gain():
+    errors = {"a": 9.0, "b": 4.0, "c": 2.0}
+    shares = {"a": 0.09, "b": 0.02, "c": 0.02}
+    found = worthwhile(errors, dict.fromkeys(errors, 0.0), shares)
+    assert [entry["sites"] for entry in found] == ["a"]
 
 
 def test_gains():

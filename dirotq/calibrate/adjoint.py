@@ -1,0 +1,192 @@
+"""Gradients of a denoiser's output by what its sites compute, with one block's weights in memory.
+
+Calls pass the network once, and what each block is given is kept. Then the blocks run again, from
+the last one to the first, each with its graph, and gradients go back through it. So the gradients
+by all sites together take a few forwards, however many sites there are.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from dirotq.models.call import Call
+from dirotq.progress import track
+
+from .replay import Replay
+
+Add = Callable[[str, Tensor, Tensor], None]
+"""Takes a site's name, what one of its linears returned, and by how much it would be off."""
+Watch = Callable[[str, Add], contextlib.AbstractContextManager[None]]
+"""Opens a context in which the linears of a block's sites ("": of those outside of blocks) are
+reported."""
+Gradients = list[Tensor | None]
+"""Of one tensor, for each direction of the output."""
+
+
+@dataclass(eq=False)
+class _Passed:
+    """One block that one call has passed.
+
+    given  what it got and gradients go on to, by place; it leads to earlier blocks
+    kept   all that it got, as it was
+    made   what it returned, from which on the network has another graph
+    """
+
+    block: str
+    call: int
+    given: dict[int, Tensor]
+    kept: list[Any]
+    tree: Any
+    made: list[Tensor]
+
+
+class Adjoint:
+    """A replay whose blocks keep what they are given; it serves nothing else from now on."""
+
+    COPIES = 3
+    """Of what a block is given: as it was, as an earlier block made it, and in the graph."""
+
+    def __init__(self, replay: Replay, directions: int) -> None:
+        self._replay, self._directions = replay, directions
+        self._computes: dict[str, Any] = {}
+        self._passed: list[_Passed] = []
+        self._watched: list[tuple[str, Tensor, Tensor]] = []
+        replay.graphs = True
+        for block in replay.blocks:
+            module = replay.transformer.get_submodule(block)
+            self._computes[block] = module.forward
+            module.forward = partial(self._forward, block)
+
+    def disturbed(
+        self, calls: Sequence[Call], first: int, watch: Watch, what: str
+    ) -> tuple[dict[str, Tensor], list[int]]:
+        """Return {site: float64 [calls, directions]}, how far along each direction the output moves
+        when a site is off, to first order; and the numbers in the output of each call.
+
+        first  number of the first call: directions are drawn from N(0, 1) by call and number
+        """
+        replay, self._passed = self._replay, []
+        outside: list[list[tuple[str, Tensor, Tensor]]] = [[] for _ in calls]
+        moved: dict[str, Tensor] = {}
+
+        def add(call: int, name: str, off: Tensor, gradients: Gradients) -> None:
+            if name not in moved:
+                shape = len(calls), self._directions
+                moved[name] = torch.zeros(shape, dtype=torch.float64, device=off.device)
+            for direction, gradient in enumerate(gradients):
+                if gradient is not None:
+                    product = torch.linalg.vecdot(gradient, off).double().sum()
+                    moved[name][call, direction] += product
+
+        with watch("", lambda *site: outside[replay.current - first].append(site)):
+            for step in track(replay.steps(calls, first), what, total=len(replay.blocks)):
+                step.run()
+        sources = [{y for _, y, _ in sites} for sites in outside]
+        for passed in self._passed:
+            sources[passed.call - first] |= {y for y in passed.made if y.requires_grad}
+        found: dict[Tensor, Gradients] = defaultdict(self._none)
+        sizes = [output.numel() for output in replay.outputs]
+        for call, output in enumerate(replay.outputs):
+            self._pull([output], [self._drawn(output, first + call)], sources[call], found)
+        replay.outputs = []
+        runs = [(block, list(run)) for block, run in groupby(reversed(self._passed), _block)]
+        self._passed = []
+        for block in track(replay.loaded([block for block, _ in runs]), what, total=len(runs)):
+            with watch(block, lambda *site: self._watched.append(site)):
+                for passed in runs.pop(0)[1]:
+                    call = passed.call - first
+                    sources[call].difference_update(passed.made)
+                    for name, off, gradients in self._back(passed, sources[call], found):
+                        add(call, name, off, gradients)
+        for call, sites in enumerate(outside):
+            for name, y, off in sites:
+                add(call, name, off, found.pop(y, self._none()))
+        return moved, sizes
+
+    def _forward(self, block: str, *args: Any, **kwargs: Any) -> Any:
+        """Let a call pass a block, and begin a new graph behind it."""
+        leaves, tree = tree_flatten((args, kwargs))
+        given = {i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad}
+        kept = [t.detach().clone() if i in given else t for i, t in enumerate(leaves)]
+        with torch.no_grad():
+            output, back = tree_flatten(self._computes[block](*args, **kwargs))
+        output = [_source(each) for each in output]
+        made = [each for each in output if isinstance(each, Tensor)]
+        self._passed.append(_Passed(block, self._replay.current, given, kept, tree, made))
+        # Copies: what follows may write to them, which sources don't allow.
+        return tree_unflatten([_copy(each) for each in output], back)
+
+    def _back(
+        self, passed: _Passed, sources: set[Tensor], found: dict[Tensor, Gradients]
+    ) -> list[tuple[str, Tensor, Gradients]]:
+        """Run a block again; return the gradients of its sites, add those of ``sources``."""
+        wanted = [found.pop(y, self._none()) for y in passed.made]
+        self._watched.clear()
+        inputs = {i: passed.kept[i].requires_grad_() for i in passed.given}
+        again = [_copy(each) for each in passed.kept]
+        args, kwargs = tree_unflatten(again, passed.tree)
+        with torch.enable_grad():
+            leaves = tree_leaves(self._computes[passed.block](*args, **kwargs))
+        outputs = [each for each in leaves if isinstance(each, Tensor)]
+        sites = list(self._watched)
+        here: dict[Tensor, Gradients] = defaultdict(self._none)
+        self._pull(outputs, wanted, {*inputs.values(), *(y for _, y, _ in sites)}, here)
+        self._pull(list(passed.given.values()), [here[t] for t in inputs.values()], sources, found)
+        self._watched.clear()
+        return [(name, off, here[y]) for name, y, off in sites]
+
+    def _pull(
+        self,
+        outputs: Sequence[Tensor],
+        gradients: Sequence[Gradients],
+        sources: set[Tensor],
+        found: dict[Tensor, Gradients],
+    ) -> None:
+        """Add to ``found`` what gradients of the outputs are by the sources."""
+        into = list(sources)
+        for direction in range(self._directions):
+            pairs = [
+                (output, each[direction])
+                for output, each in zip(outputs, gradients, strict=True)
+                if output.requires_grad and each[direction] is not None
+            ]
+            if not pairs or not into:
+                continue
+            made = torch.autograd.grad(
+                [output for output, _ in pairs], into, [gradient for _, gradient in pairs],
+                retain_graph=True, allow_unused=True,
+            )  # fmt: skip
+            for source, gradient in zip(into, made, strict=True):
+                if gradient is not None:
+                    before = found[source][direction]
+                    found[source][direction] = gradient if before is None else before + gradient
+
+    def _drawn(self, output: Tensor, call: int) -> Gradients:
+        generator = torch.Generator().manual_seed(call)
+        shape = (self._directions, *output.shape)
+        return list(torch.randn(shape, generator=generator).to(output.device, output.dtype))
+
+    def _none(self) -> Gradients:
+        return [None] * self._directions
+
+
+def _block(passed: _Passed) -> str:
+    return passed.block
+
+
+def _source(each: Any) -> Any:
+    """Return what a block returned as the beginning of a graph."""
+    real = isinstance(each, Tensor) and each.is_floating_point()
+    return each.detach().requires_grad_() if real else each
+
+
+def _copy(each: Any) -> Any:
+    return each.clone() if isinstance(each, Tensor) and each.requires_grad else each
