@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dirotq.models.call import Call
@@ -29,6 +30,8 @@ Watch = Callable[[str, Add], contextlib.AbstractContextManager[None]]
 reported."""
 Gradients = list[Tensor | None]
 """Of one tensor, for each direction of the output."""
+ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Without cuDNN, whose gradients are NaN for some lengths on Hopper (pytorch issue 196678)."""
 
 
 @dataclass(eq=False)
@@ -86,7 +89,10 @@ class Adjoint:
                     product = torch.linalg.vecdot(gradient, off).double().sum()
                     moved[name][call, direction] += product
 
-        with watch("", lambda *site: outside[replay.current - first].append(site)):
+        with (
+            sdpa_kernel(ATTENTION),
+            watch("", lambda *site: outside[replay.current - first].append(site)),
+        ):
             for step in track(replay.steps(calls, first), what, total=len(replay.blocks)):
                 step.run()
         sources = [{y for _, y, _ in sites} for sites in outside]
@@ -133,7 +139,7 @@ class Adjoint:
         inputs = {i: passed.kept[i].requires_grad_() for i in passed.given}
         again = [_copy(each) for each in passed.kept]
         args, kwargs = tree_unflatten(again, passed.tree)
-        with torch.enable_grad():
+        with torch.enable_grad(), sdpa_kernel(ATTENTION):
             leaves = tree_leaves(self._computes[passed.block](*args, **kwargs))
         outputs = [each for each in leaves if isinstance(each, Tensor)]
         sites = list(self._watched)

@@ -7,7 +7,6 @@ import tiny_line
 import transformers
 from tiny_tokenizers import clip_and_t5
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-from transformers.utils import is_torchvision_available
 
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2}
 ROTARY = {"rope_type": "default", "mrope_section": [4, 6, 6], "rope_theta": 1e4}
@@ -143,10 +142,9 @@ def _picture_tokens(tokenizer: Any) -> dict[str, int]:
 def picture_processor(cls: Any, tokenizer: Any, patch_size: int) -> Any:
     """A processor of texts and pictures.
 
-    Its part for videos needs torchvision, which is not installed here; no pipeline calls it.
+    Without its part for videos, which needs torchvision; no pipeline calls it.
     """
-    if not is_torchvision_available():
-        cls.get_attributes = staticmethod(lambda: ["image_processor", "tokenizer"])
+    cls.get_attributes = staticmethod(lambda: ["image_processor", "tokenizer"])
     return cls(
         image_processor=Qwen2VLImageProcessorPil(patch_size=patch_size, merge_size=2),
         tokenizer=tokenizer,
