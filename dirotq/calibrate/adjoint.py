@@ -7,7 +7,7 @@ by all sites together take a few forwards, however many sites there are.
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -18,8 +18,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from dirotq.errors import UnsupportedError
 from dirotq.models.call import Call
 from dirotq.progress import track
+from dirotq.sources.hub import first_line
 
 from .replay import Replay
 
@@ -38,24 +40,21 @@ ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBack
 class _Passed:
     """One block that one call has passed.
 
-    given  what it got and gradients go on to, by place; it leads to earlier blocks
-    kept   all that it got, as it was
+    got    all that it got
+    given  what of that leads to earlier blocks, by place, with its version
     made   what it returned, from which on the network has another graph
     """
 
     block: str
     call: int
-    given: dict[int, Tensor]
-    kept: list[Any]
+    got: list[Any]
     tree: Any
+    given: dict[int, int]
     made: list[Tensor]
 
 
 class Adjoint:
     """A replay whose blocks keep what they are given; it serves nothing else from now on."""
-
-    COPIES = 3
-    """Of what a block is given: as it was, as an earlier block made it, and in the graph."""
 
     def __init__(self, replay: Replay, directions: int) -> None:
         self._replay, self._directions = replay, directions
@@ -119,16 +118,15 @@ class Adjoint:
 
     def _forward(self, block: str, *args: Any, **kwargs: Any) -> Any:
         """Let a call pass a block, and begin a new graph behind it."""
-        leaves, tree = tree_flatten((args, kwargs))
-        given = {i: t for i, t in enumerate(leaves) if isinstance(t, Tensor) and t.requires_grad}
-        kept = [t.detach().clone() if i in given else t for i, t in enumerate(leaves)]
+        got, tree = tree_flatten((args, kwargs))
+        given = {i: t._version for i, t in enumerate(got) if _graphed(t)}
+        copied, more = tree_unflatten([t.clone() if _graphed(t) else t for t in got], tree)
         with torch.no_grad():
-            output, back = tree_flatten(self._computes[block](*args, **kwargs))
+            output, back = tree_flatten(self._computes[block](*copied, **more))
         output = [_source(each) for each in output]
         made = [each for each in output if isinstance(each, Tensor)]
-        self._passed.append(_Passed(block, self._replay.current, given, kept, tree, made))
-        # Copies: what follows may write to them, which sources don't allow.
-        return tree_unflatten([_copy(each) for each in output], back)
+        self._passed.append(_Passed(block, self._replay.current, got, tree, given, made))
+        return tree_unflatten([_Same.apply(t) if _graphed(t) else t for t in output], back)
 
     def _back(
         self, passed: _Passed, sources: set[Tensor], found: dict[Tensor, Gradients]
@@ -136,18 +134,36 @@ class Adjoint:
         """Run a block again; return the gradients of its sites, add those of ``sources``."""
         wanted = [found.pop(y, self._none()) for y in passed.made]
         self._watched.clear()
-        inputs = {i: passed.kept[i].requires_grad_() for i in passed.given}
-        again = [_copy(each) for each in passed.kept]
-        args, kwargs = tree_unflatten(again, passed.tree)
-        with torch.enable_grad(), sdpa_kernel(ATTENTION):
+        given = [passed.got[i] for i in passed.given]
+        if [t._version for t in given] != list(passed.given.values()):
+            raise UnsupportedError(
+                f"{type(self._replay.transformer).__name__} writes to what it gave to "
+                f"{passed.block} before, so no gradients can be computed: set rank.sensitive=null"
+            )
+        inputs = [t.detach().requires_grad_() for t in given]
+        again = dict(zip(passed.given, inputs, strict=True))
+        got = [again[i].clone() if i in again else each for i, each in enumerate(passed.got)]
+        args, kwargs = tree_unflatten(got, passed.tree)
+        with torch.enable_grad(), sdpa_kernel(ATTENTION), self._differentiable(passed.block):
             leaves = tree_leaves(self._computes[passed.block](*args, **kwargs))
         outputs = [each for each in leaves if isinstance(each, Tensor)]
         sites = list(self._watched)
         here: dict[Tensor, Gradients] = defaultdict(self._none)
-        self._pull(outputs, wanted, {*inputs.values(), *(y for _, y, _ in sites)}, here)
-        self._pull(list(passed.given.values()), [here[t] for t in inputs.values()], sources, found)
+        with self._differentiable(passed.block):
+            self._pull(outputs, wanted, {*inputs, *(y for _, y, _ in sites)}, here)
+        self._pull(given, [here[t] for t in inputs], sources, found)
         self._watched.clear()
         return [(name, off, here[y]) for name, y, off in sites]
+
+    @contextlib.contextmanager
+    def _differentiable(self, block: str) -> Iterator[None]:
+        try:
+            yield
+        except NotImplementedError as error:
+            raise UnsupportedError(
+                f"{block} of {type(self._replay.transformer).__name__} has no gradients on this "
+                f"device ({first_line(error)}): set rank.sensitive=null, or use another device"
+            ) from error
 
     def _pull(
         self,
@@ -188,11 +204,23 @@ def _block(passed: _Passed) -> str:
     return passed.block
 
 
+def _graphed(each: Any) -> bool:
+    return isinstance(each, Tensor) and each.requires_grad
+
+
 def _source(each: Any) -> Any:
     """Return what a block returned as the beginning of a graph."""
     real = isinstance(each, Tensor) and each.is_floating_point()
     return each.detach().requires_grad_() if real else each
 
 
-def _copy(each: Any) -> Any:
-    return each.clone() if isinstance(each, Tensor) and each.requires_grad else each
+class _Same(torch.autograd.Function):
+    """A tensor without a copy of it, that may be written to; the beginning of a graph may not."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return tensor.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0]

@@ -4,6 +4,7 @@ How much each site alone disturbs the denoiser's output, and the A/B check: imag
 prompts by several plans, before anything is built on one.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,6 +30,8 @@ from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import Prompt
 
+log = logging.getLogger(__name__)
+
 DIRECTIONS = 8
 """Of a call's output, along which errors are estimated."""
 
@@ -53,12 +56,11 @@ def site_errors(
     """
     replay = Replay.of(model, device, compute_dtype(device))
     adjoint = Adjoint(replay, DIRECTIONS)
-    errors = dict.fromkeys((line.site.name for line in lines), 0.0)
+    errors, cut = dict.fromkeys((line.site.name for line in lines), 0.0), set[str]()
     for denoiser, alike in by_part(calls).items():
         inside = [line for line in lines if line.site.name.startswith(prefix(denoiser))]
-        watch = partial(_watched, replay, inside, basis)
-        copies = Adjoint.COPIES * len(replay.blocks)
-        at_once = replay.make_room(alike[0], copies * len(alike)) // copies
+        watch = partial(_watched, replay, inside, basis, cut)
+        at_once = replay.make_room(alike[0], len(replay.blocks) * len(alike)) // len(replay.blocks)
         at_once, replay.park = max(at_once, 1), False
         for first in range(0, len(alike) if inside else 0, at_once):
             some = alike[first : first + at_once]
@@ -72,14 +74,22 @@ def site_errors(
                         "on the captured calls; the model overflows in this precision"
                     )
                 errors[name] += error / len(alike)
+    if cut:
+        log.warning(
+            "%d sites, such as %s, compute without gradients: how much they disturb is not known, "
+            "and counts as nothing", len(cut), min(cut),
+        )  # fmt: skip
     return errors
 
 
 @contextmanager
 def _watched(
-    replay: Replay, lines: Sequence[SitePlan], basis: Artifact, block: str, add: Add
+    replay: Replay, lines: Sequence[SitePlan], basis: Artifact, cut: set[str], block: str, add: Add
 ) -> Iterator[None]:
-    """While open, tell by how much the linears of a block's sites would be off."""
+    """While open, tell by how much the linears of a block's sites would be off.
+
+    Those that compute without gradients are added to ``cut``.
+    """
     with ExitStack() as hooks:
         for line in lines:
             if line.site.block != block:
@@ -93,6 +103,8 @@ def _watched(
                 def tell(
                     _: nn.Module, args: Any, y: Tensor, view: Any = view, name: str = line.site.name
                 ) -> Tensor:
+                    if block and not torch.is_grad_enabled():
+                        cut.add(name)
                     with torch.no_grad():
                         off = view(args[0]) - y
                     seen = y if y.requires_grad else y.detach().requires_grad_()

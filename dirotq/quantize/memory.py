@@ -8,7 +8,6 @@ from collections import defaultdict
 from collections.abc import Container
 from typing import Any
 
-from dirotq.calibrate.adjoint import Adjoint
 from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.calibrate.text_codes import WIDEST
 from dirotq.calibrate.trajectory import FITS
@@ -37,7 +36,7 @@ SHARDS = 2.25
 """Shards that `pack` holds at its peak: 7.5 GB with FLUX.1's of 2 GB."""
 ROUNDING = 1.5e9
 """A text encoder's weight while it is rounded: the weight in float32, and six tensors of a part."""
-GRAPH = 4
+GRAPH = 5
 """Numbers that a block's graph and its gradients keep for each that its linears read and write."""
 IMAGE_BYTES = 1.8
 """Bytes of a stored brightness: 16 bits, the higher half of which compresses."""
@@ -224,7 +223,7 @@ def _sensitivities(work: Workload, machine: Machine) -> Needs:
         inside[site.block].append(work.tokens(site) * (site.in_features + sum(site.out_features)))
     samples, width = work.samples, machine.width
     graph = GRAPH * samples * width * max(map(sum, inside.values()))
-    each = Adjoint.COPIES * len(inside) * samples * work.state * width / 2
+    each = len(inside) * samples * work.state * width / 2
     room = STATE_SHARE * machine.vram if machine.gpu else HOST_SHARE * machine.ram
     waiting = max(min(PROBES, room // each), 1) * each
     block = 3 * width * work.block_parameters + 8 * 3 * work.largest_weight

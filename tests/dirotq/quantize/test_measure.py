@@ -3,6 +3,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.attention import FeedForward
 from tiny_line import method, run
 
 from dirotq.errors import NumericalError
@@ -111,3 +112,11 @@ def test_an_error_that_is_not_finite_names_its_site(own_folder, captured):
 
     with pytest.raises(NumericalError, match=r"site (single_)?transformer_blocks"):
         measured(own_folder, captured, overflow)
+
+
+def test_what_computes_without_gradients_is_told(folder, captured, plain, monkeypatch, caplog):
+    monkeypatch.setattr(FeedForward, "forward", torch.no_grad()(FeedForward.forward))
+    found = measured(folder, captured)
+    assert found[FF] == 0 < plain[FF]
+    assert "4 sites, such as transformer_blocks.0.ff" in caplog.text
+    assert "compute without gradients" in caplog.text

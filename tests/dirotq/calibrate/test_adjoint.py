@@ -1,0 +1,143 @@
+"""Gradients by sites, block by block: against what the output does when all sites are off."""
+
+from contextlib import ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
+
+import pytest
+import torch
+from tiny_transformers import UNTABLED, made
+from tiny_transformers.proof import found
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from dirotq.calibrate.adjoint import Adjoint
+from dirotq.errors import UnsupportedError
+
+STEP, APART = 1e-3, 0.01
+"""Of the derivative by differences, and its relative error: parts of networks compute in float32,
+whose rounding is divided by the step."""
+ROUNDED = {"Kandinsky5Transformer3DModel", "SanaWMTransformer3DModel"}
+"""Parts of them compute in bfloat16."""
+FLEX = {"AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel"}
+"""Their attention has gradients on a GPU alone."""
+WITHOUT = {"HiDreamImageTransformer2DModel"}
+"""Its experts compute without gradients."""
+
+
+class WholeReplay:
+    """A replay's interface to a network whose weights are all in memory."""
+
+    def __init__(self, network, blocks):
+        self.transformer, self.blocks = network, blocks
+        self.current, self.outputs, self.graphs = 0, [], False
+
+    def forward(self, inputs):
+        with torch.set_grad_enabled(self.graphs):
+            made = [t for t in tree_leaves(self.transformer(**inputs)) if torch.is_tensor(t)]
+        return torch.cat([each.flatten() for each in made])
+
+    def steps(self, calls, first):
+        self.outputs = []
+        for self.current, call in enumerate(calls, first):
+            self.outputs.append(self.forward(call))
+        yield SimpleNamespace(run=lambda: None)
+
+    def loaded(self, blocks):
+        yield from blocks
+
+
+def off_by(module, shape):
+    """The same for each call of a linear: random, from its name."""
+    seed = sum(map(ord, module)) + sum(shape)
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def watching(network, sites):
+    @contextmanager
+    def watch(block, add):
+        with ExitStack() as hooks:
+            for site in sites:
+                for linear in site.linears if site.block == block else ():
+
+                    def tell(_, args, y, linear=linear, name=site.name):
+                        seen = y if y.requires_grad else y.detach().requires_grad_()
+                        add(name, seen, off_by(linear, y.shape))
+                        return seen.clone()
+
+                    hook = network.get_submodule(linear).register_forward_hook(tell)
+                    hooks.callback(hook.remove)
+            yield
+
+    return watch
+
+
+def moved_by_all(replay, inputs, sites, scale):
+    """The output when each linear of each site is off by ``scale`` times its error."""
+    with ExitStack() as hooks:
+        for site in sites:
+            for linear in site.linears:
+                module = replay.transformer.get_submodule(linear)
+                hook = module.register_forward_hook(
+                    lambda _, args, y, linear=linear: y + scale * off_by(linear, y.shape)
+                )
+                hooks.callback(hook.remove)
+        return replay.forward(inputs)
+
+
+def prepared(name):
+    network, inputs = made(name)
+    network.requires_grad_(False)
+    sites = [site for site in found(network, inputs).sites if site.kind == "block"]
+    blocks = tuple(dict.fromkeys(site.block for site in sites if site.block))
+    return WholeReplay(network, blocks), inputs, sites
+
+
+@pytest.mark.parametrize("name", [name for name in UNTABLED if name not in FLEX | WITHOUT])
+def test_sums_over_sites_are_a_directional_derivative(name):
+    replay, inputs, sites = prepared(name)
+    step, apart = (10 * STEP, 10 * APART) if name in ROUNDED else (STEP, APART)
+    ahead, behind = (moved_by_all(replay, inputs, sites, s) for s in (step, -step))
+    adjoint = Adjoint(replay, 2)
+    moved, sizes = adjoint.disturbed([inputs], 3, watching(replay.transformer, sites), "a test")
+    assert sizes == [ahead.numel()]
+    want = torch.stack(adjoint._drawn(ahead, 3)) @ ((ahead - behind) / (2 * step))
+    assert (sum(moved.values())[0] - want).norm() < apart * want.norm()
+    assert moved.keys() <= {site.name for site in sites}
+
+
+@pytest.mark.parametrize("name", sorted(FLEX))
+def test_what_has_no_gradients_here_is_refused(name):
+    replay, inputs, sites = prepared(name)
+    with pytest.raises(UnsupportedError, match=r"no gradients on this device .*sensitive=null"):
+        Adjoint(replay, 2).disturbed([inputs], 3, watching(replay.transformer, sites), "a test")
+
+
+class Writes(nn.Module):
+    """Writes to what it gave to a block; or to what the block returned, which it may."""
+
+    def __init__(self, to_output):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).double()
+        self.to_output = to_output
+
+    def forward(self, x):
+        given = self.blocks[0](x)
+        made = self.blocks[1](given)
+        (made if self.to_output else given).mul_(2)
+        return made + given
+
+
+@pytest.mark.parametrize("to_output", [True, False])
+def test_what_a_block_was_given_is_not_written_to(to_output):
+    network = Writes(to_output).requires_grad_(False)
+    adjoint = Adjoint(WholeReplay(network, ("blocks.0", "blocks.1")), 1)
+    inputs = {"x": torch.ones(2, 4, dtype=torch.float64)}
+
+    def watch(block, add):
+        return nullcontext()
+
+    if to_output:
+        assert adjoint.disturbed([inputs], 0, watch, "a test")[1] == [8]
+    else:
+        with pytest.raises(UnsupportedError, match=r"Writes writes .* blocks\.1 .*sensitive=null"):
+            adjoint.disturbed([inputs], 0, watch, "a test")
