@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -41,23 +42,26 @@ class _Passed:
     """One block that one call has passed.
 
     got    all that it got
-    given  what of that leads to earlier blocks, by place, with its version
-    made   what it returned, from which on the network has another graph
+    given  what of that leads to earlier blocks, by place: where gradients go on
+    made   what it returned, as the beginnings of another graph; they hold no numbers
     """
 
     block: str
     call: int
     got: list[Any]
     tree: Any
-    given: dict[int, int]
+    given: dict[int, GradientEdge]
     made: list[Tensor]
 
 
 class Adjoint:
-    """A replay whose blocks keep what they are given; it serves nothing else from now on."""
+    """A replay whose blocks keep what they are given; it serves nothing else from now on.
+
+    ``park``  what they are given is kept in host memory
+    """
 
     def __init__(self, replay: Replay, directions: int) -> None:
-        self._replay, self._directions = replay, directions
+        self._replay, self._directions, self.park = replay, directions, False
         self._computes: dict[str, Any] = {}
         self._passed: list[_Passed] = []
         self._watched: list[tuple[str, Tensor, Tensor]] = []
@@ -96,7 +100,7 @@ class Adjoint:
                 step.run()
         sources = [{y for _, y, _ in sites} for sites in outside]
         for passed in self._passed:
-            sources[passed.call - first] |= {y for y in passed.made if y.requires_grad}
+            sources[passed.call - first] |= set(passed.made)
         found: dict[Tensor, Gradients] = defaultdict(self._none)
         sizes = [output.numel() for output in replay.outputs]
         for call, output in enumerate(replay.outputs):
@@ -119,14 +123,19 @@ class Adjoint:
     def _forward(self, block: str, *args: Any, **kwargs: Any) -> Any:
         """Let a call pass a block, and begin a new graph behind it."""
         got, tree = tree_flatten((args, kwargs))
-        given = {i: t._version for i, t in enumerate(got) if _graphed(t)}
-        copied, more = tree_unflatten([t.clone() if _graphed(t) else t for t in got], tree)
+        given = {i: get_gradient_edge(t) for i, t in enumerate(got) if _graphed(t)}
+        # A copy: block and network may write to what the block is given.
+        kept = [self._kept(t) if i in given else t for i, t in enumerate(got)]
         with torch.no_grad():
-            output, back = tree_flatten(self._computes[block](*copied, **more))
-        output = [_source(each) for each in output]
-        made = [each for each in output if isinstance(each, Tensor)]
-        self._passed.append(_Passed(block, self._replay.current, got, tree, given, made))
-        return tree_unflatten([_Same.apply(t) if _graphed(t) else t for t in output], back)
+            output, back = tree_flatten(self._computes[block](*args, **kwargs))
+        begun = {i: _begin(t) for i, t in enumerate(output) if _real(t)}
+        made = [source for source, _ in begun.values()]
+        self._passed.append(_Passed(block, self._replay.current, kept, tree, given, made))
+        output = [begun[i][1] if i in begun else each for i, each in enumerate(output)]
+        return tree_unflatten(output, back)
+
+    def _kept(self, tensor: Tensor) -> Tensor:
+        return tensor.detach().cpu() if self.park else tensor.detach().clone()
 
     def _back(
         self, passed: _Passed, sources: set[Tensor], found: dict[Tensor, Gradients]
@@ -134,24 +143,19 @@ class Adjoint:
         """Run a block again; return the gradients of its sites, add those of ``sources``."""
         wanted = [found.pop(y, self._none()) for y in passed.made]
         self._watched.clear()
-        given = [passed.got[i] for i in passed.given]
-        if [t._version for t in given] != list(passed.given.values()):
-            raise UnsupportedError(
-                f"{type(self._replay.transformer).__name__} writes to what it gave to "
-                f"{passed.block} before, so no gradients can be computed: set rank.sensitive=null"
-            )
-        inputs = [t.detach().requires_grad_() for t in given]
-        again = dict(zip(passed.given, inputs, strict=True))
-        got = [again[i].clone() if i in again else each for i, each in enumerate(passed.got)]
+        device = self._replay.device
+        inputs = {i: passed.got[i].to(device).requires_grad_() for i in passed.given}
+        got = [inputs[i].clone() if i in inputs else each for i, each in enumerate(passed.got)]
         args, kwargs = tree_unflatten(got, passed.tree)
         with torch.enable_grad(), sdpa_kernel(ATTENTION), self._differentiable(passed.block):
             leaves = tree_leaves(self._computes[passed.block](*args, **kwargs))
-        outputs = [each for each in leaves if isinstance(each, Tensor)]
+        outputs = [each for each in leaves if _real(each)]
         sites = list(self._watched)
         here: dict[Tensor, Gradients] = defaultdict(self._none)
         with self._differentiable(passed.block):
-            self._pull(outputs, wanted, {*inputs, *(y for _, y, _ in sites)}, here)
-        self._pull(given, [here[t] for t in inputs], sources, found)
+            self._pull(outputs, wanted, {*inputs.values(), *(y for _, y, _ in sites)}, here)
+        edges = list(passed.given.values())
+        self._pull(edges, [here[t] for t in inputs.values()], sources, found)
         self._watched.clear()
         return [(name, off, here[y]) for name, y, off in sites]
 
@@ -167,7 +171,7 @@ class Adjoint:
 
     def _pull(
         self,
-        outputs: Sequence[Tensor],
+        outputs: Sequence[Tensor | GradientEdge],
         gradients: Sequence[Gradients],
         sources: set[Tensor],
         found: dict[Tensor, Gradients],
@@ -178,7 +182,8 @@ class Adjoint:
             pairs = [
                 (output, each[direction])
                 for output, each in zip(outputs, gradients, strict=True)
-                if output.requires_grad and each[direction] is not None
+                if (isinstance(output, GradientEdge) or output.requires_grad)
+                and each[direction] is not None
             ]
             if not pairs or not into:
                 continue
@@ -208,10 +213,17 @@ def _graphed(each: Any) -> bool:
     return isinstance(each, Tensor) and each.requires_grad
 
 
-def _source(each: Any) -> Any:
-    """Return what a block returned as the beginning of a graph."""
-    real = isinstance(each, Tensor) and each.is_floating_point()
-    return each.detach().requires_grad_() if real else each
+def _real(each: Any) -> bool:
+    return isinstance(each, Tensor) and each.is_floating_point()
+
+
+def _begin(made: Tensor) -> tuple[Tensor, Tensor]:
+    """Return a source, by which gradients are computed, and what a block returned as a graph that
+    begins with it. The source holds no numbers."""
+    source = made.detach().requires_grad_()
+    begun = _Same.apply(source)
+    source.data = torch.empty((), dtype=made.dtype, device=made.device).expand(made.shape)
+    return source, begun
 
 
 class _Same(torch.autograd.Function):

@@ -120,6 +120,7 @@ class TextEncoderQuantizer(HfQuantizer):
 
     requires_calibration = False
     quantization_config: TextEncoderConfig
+    pre_quantized: bool
     is_trainable = False
     is_compileable = True
 

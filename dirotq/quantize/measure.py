@@ -60,8 +60,10 @@ def site_errors(
     for denoiser, alike in by_part(calls).items():
         inside = [line for line in lines if line.site.name.startswith(prefix(denoiser))]
         watch = partial(_watched, replay, inside, basis, cut)
-        at_once = replay.make_room(alike[0], len(replay.blocks) * len(alike)) // len(replay.blocks)
-        at_once, replay.park = max(at_once, 1), False
+        # What each call gives to each block waits; half of the room is for a block's graph.
+        each = 2 * len(replay.blocks)
+        at_once = max(replay.make_room(alike[0], each * len(alike)) // each, 1)
+        adjoint.park, replay.park = replay.park, False
         for first in range(0, len(alike) if inside else 0, at_once):
             some = alike[first : first + at_once]
             moved, sizes = adjoint.disturbed(some, first, watch, "rank: sensitivities")

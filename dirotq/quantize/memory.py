@@ -223,12 +223,10 @@ def _sensitivities(work: Workload, machine: Machine) -> Needs:
         inside[site.block].append(work.tokens(site) * (site.in_features + sum(site.out_features)))
     samples, width = work.samples, machine.width
     graph = GRAPH * samples * width * max(map(sum, inside.values()))
-    each = len(inside) * samples * work.state * width / 2
-    room = STATE_SHARE * machine.vram if machine.gpu else HOST_SHARE * machine.ram
-    waiting = max(min(PROBES, room // each), 1) * each
+    waiting, parked = _waiting(work, machine, 2 * PROBES * len(inside), machine.vram)
     block = 3 * width * work.block_parameters + 8 * 3 * work.largest_weight
     return _needs(
-        machine, block + graph + waiting, _block_read(work), 1200 * len(work.sites),
+        machine, block + graph + waiting / 2, _block_read(work) + parked / 2, 1200 * len(work.sites),
         "capture.batch=1", bound=True,
     )  # fmt: skip
 

@@ -1,11 +1,8 @@
 """The bytes of a stage do not depend on how many processes made its units."""
 
-import multiprocessing
-
 import pytest
 import torch
 from tiny_line import stage, tree_bytes
-from warm_processes import warm_processes
 
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import in_units
@@ -24,11 +21,10 @@ STAGES = {
 def crews():
     """{workers: a crew}, with one thread per process: sums of several threads are rounded otherwise
     than those of one, whoever computes them."""
-    threads, warm = torch.get_num_threads(), warm_processes()
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch, Crew(Processes(2)) as two:
         patch.setenv("OMP_NUM_THREADS", "1")
-        patch.setattr(multiprocessing, "get_context", lambda way: warm)
         yield {1: (), 2: (two.share, two.chain)}
     torch.set_num_threads(threads)
 

@@ -1,16 +1,21 @@
 """All stages together, from the real config tree, on the tiny pipeline."""
 
+import json
 import math
+import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from tiny_line import METHODS, configured, overrides, run, tree_bytes
-from warm_processes import run_and_die, warm_processes
 
 import dirotq
 from dirotq.quantize.plan import read_plan
 
 STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate"]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 # Both formats of FP4 and both transforms; the other two pairs: tests/stages/test_rank.py.
@@ -107,17 +112,42 @@ KILLS = (
     ("gptq", "dirotq.stages.gptq", "save_site", 5),
 )
 """Stage, and after how many calls of which function it is killed."""
+KILL = """
+import importlib, json, os, signal, sys
+os.fsync = lambda handle: None  # as in conftest.py
+from tiny_line import run
+from dirotq.pipeline.config import build, compose_config
+
+module, name, count, command = json.loads(sys.argv[1])
+owner = importlib.import_module(module)
+right = getattr(owner, name)
+
+def kill_at(*args, **kwargs):
+    global count
+    count -= 1
+    if count < 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return right(*args, **kwargs)
+
+setattr(owner, name, kill_at)
+run(build(compose_config(command, "dirotq.conf")))
+"""
 
 
 def test_kill_dash_nine_then_the_same_command(tiny_root, finished, tmp_path):
-    """Each command goes on where the one before died."""
+    """Each command goes on where the one before died.
+
+    Processes of their own: forks of one would share its OpenMP threads, and wait for them for ever.
+    """
+    path = f"{ROOT}{os.pathsep}{ROOT / 'tests' / 'support'}"
     left = {}
     for stage, *kill in KILLS:
-        command = overrides(tiny_root, tmp_path, "until=pack")
-        process = warm_processes().Process(target=run_and_die, args=(*kill, command))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        command = json.dumps([*kill, overrides(tiny_root, tmp_path, "until=pack")])
+        done = subprocess.run(
+            [sys.executable, "-c", KILL, command],
+            env=dict(os.environ, PYTHONPATH=path), capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert done.returncode == -signal.SIGKILL, done.stderr
         (left[stage],) = (tmp_path / stage).iterdir()
         assert left[stage].suffix == ".partial", kill
         assert any((left[stage] / "data").rglob("*.safetensors")), kill

@@ -1,6 +1,6 @@
 """Gradients by sites, block by block: against what the output does when all sites are off."""
 
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -28,7 +28,7 @@ class WholeReplay:
     """A replay's interface to a network whose weights are all in memory."""
 
     def __init__(self, network, blocks):
-        self.transformer, self.blocks = network, blocks
+        self.transformer, self.blocks, self.device = network, blocks, torch.device("cpu")
         self.current, self.outputs, self.graphs = 0, [], False
 
     def forward(self, inputs):
@@ -113,31 +113,46 @@ def test_what_has_no_gradients_here_is_refused(name):
 
 
 class Writes(nn.Module):
-    """Writes to what it gave to a block; or to what the block returned, which it may."""
+    """Writes to what it gave to a block, and to what the block returned."""
 
-    def __init__(self, to_output):
+    def __init__(self):
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).double()
-        self.to_output = to_output
 
     def forward(self, x):
         given = self.blocks[0](x)
         made = self.blocks[1](given)
-        (made if self.to_output else given).mul_(2)
-        return made + given
+        given.mul_(2)
+        return made.add_(1) * given.sin()
 
 
-@pytest.mark.parametrize("to_output", [True, False])
-def test_what_a_block_was_given_is_not_written_to(to_output):
-    network = Writes(to_output).requires_grad_(False)
-    adjoint = Adjoint(WholeReplay(network, ("blocks.0", "blocks.1")), 1)
+@pytest.mark.parametrize("park", [False, True])
+def test_a_network_may_write_to_its_tensors(park):
+    replay = WholeReplay(Writes().requires_grad_(False), ("blocks.0", "blocks.1"))
+    sites = [SimpleNamespace(name=b, block=b, linears=(b,)) for b in replay.blocks]
     inputs = {"x": torch.ones(2, 4, dtype=torch.float64)}
+    ahead, behind = (moved_by_all(replay, inputs, sites, s) for s in (STEP, -STEP))
+    adjoint = Adjoint(replay, 2)
+    adjoint.park = park
 
+    @contextmanager
     def watch(block, add):
-        return nullcontext()
+        # Blocks are linears here, which `disturbed` calls without their hooks.
+        plain = adjoint._computes.get(block)
+        if block:
 
-    if to_output:
-        assert adjoint.disturbed([inputs], 0, watch, "a test")[1] == [8]
-    else:
-        with pytest.raises(UnsupportedError, match=r"Writes writes .* blocks\.1 .*sensitive=null"):
-            adjoint.disturbed([inputs], 0, watch, "a test")
+            def told(x):
+                y = plain(x)
+                seen = y if y.requires_grad else y.detach().requires_grad_()
+                add(block, seen, off_by(block, y.shape))
+                return seen.clone()
+
+            adjoint._computes[block] = told
+        yield
+        if block:
+            adjoint._computes[block] = plain
+
+    moved, _ = adjoint.disturbed([inputs], 0, watch, "a test")
+    want = torch.stack(adjoint._drawn(ahead, 0)) @ ((ahead - behind) / (2 * STEP))
+    assert moved.keys() == set(replay.blocks)
+    assert (sum(moved.values())[0] - want).norm() < 1e-4 * want.norm()
