@@ -179,7 +179,7 @@ class Adjoint:
         """Add to ``found`` what gradients of the outputs are by the sources."""
         into = list(sources)
         for direction in range(self._directions):
-            pairs = [
+            pairs: list[tuple[Any, Tensor | None]] = [
                 (output, each[direction])
                 for output, each in zip(outputs, gradients, strict=True)
                 if (isinstance(output, GradientEdge) or output.requires_grad)

@@ -225,10 +225,8 @@ def _sensitivities(work: Workload, machine: Machine) -> Needs:
     graph = GRAPH * samples * width * max(map(sum, inside.values()))
     waiting, parked = _waiting(work, machine, 2 * PROBES * len(inside), machine.vram)
     block = 3 * width * work.block_parameters + 8 * 3 * work.largest_weight
-    return _needs(
-        machine, block + graph + waiting / 2, _block_read(work) + parked / 2, 1200 * len(work.sites),
-        "capture.batch=1", bound=True,
-    )  # fmt: skip
+    device, host = block + graph + waiting / 2, _block_read(work) + parked / 2
+    return _needs(machine, device, host, 1200 * len(work.sites), "capture.batch=1", bound=True)
 
 
 def _generation(
