@@ -72,8 +72,10 @@ def site_errors(
                 error = sum(s / size for s, size in zip(squares, sizes, strict=True))
                 if not error < float("inf"):
                     raise NumericalError(
-                        f"site {name}: quantized alone it makes the denoiser's output non-finite "
-                        "on the captured calls; the model overflows in this precision"
+                        f"site {name}: how much it disturbs the denoiser's output is not finite "
+                        "on the captured calls; the model, or the gradients of a kernel, overflow "
+                        "in this precision. rank.sensitive=null does without, device=cpu computes "
+                        "in float32"
                     )
                 errors[name] += error / len(alike)
     if cut:
