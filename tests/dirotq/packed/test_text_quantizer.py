@@ -289,6 +289,7 @@ def test_shared_weights_that_come_layer_by_layer(name, packed, monkeypatch):
 
 
 def test_shared_weights_that_wait_on_the_disk(packed, tmp_path):
+    pytest.importorskip("accelerate", minversion="1.15", reason="older ones lose where they are")
     folder, parts = packed("T5EncoderModel", 4), ("embed_tokens", "final_layer_norm", "dropout")
     places = {f"encoder.{part}": "cpu" for part in (*parts, "block.0")}
     places |= {"shared": "disk", "encoder.embed_tokens": "disk", "encoder.block.1": "disk"}
