@@ -160,7 +160,7 @@ class TextEncoderQuantizer(HfQuantizer):
             if isinstance(module, PACKED):
                 _check_numbers(name, module)
         for name, tensor in model.named_parameters():
-            # transformers before 5.24 leaves what it renames in the dtype of the file.
+            # transformers before 5.21 leaves what it renames in the dtype of the file.
             dtype = self.dtypes.get(name)
             if tensor.dtype == torch.bfloat16 and dtype in (torch.float16, torch.float32):
                 tensor.data = tensor.data.to(dtype)
@@ -303,7 +303,7 @@ def _resize(model: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _await_weights(model: Any, dtype: torch.dtype) -> None:
-    """Let packed modules await 16-bit weights: transformers before 5.24 casts what it reads to the
+    """Let packed modules await 16-bit weights: transformers before 5.23 casts what it reads to the
     dtype that is there, codes' int8, before it is rounded. Weights that no file has stay floating,
     which :func:`_check_numbers` refuses."""
     for module in model.modules():
