@@ -147,12 +147,10 @@ class Adjoint:
         inputs = {i: passed.got[i].to(device).requires_grad_() for i in passed.given}
         got = [inputs[i].clone() if i in inputs else each for i, each in enumerate(passed.got)]
         args, kwargs = tree_unflatten(got, passed.tree)
+        here: dict[Tensor, Gradients] = defaultdict(self._none)
         with torch.enable_grad(), sdpa_kernel(ATTENTION), self._differentiable(passed.block):
             leaves = tree_leaves(self._computes[passed.block](*args, **kwargs))
-        outputs = [each for each in leaves if _real(each)]
-        sites = list(self._watched)
-        here: dict[Tensor, Gradients] = defaultdict(self._none)
-        with self._differentiable(passed.block):
+            outputs, sites = [each for each in leaves if _real(each)], list(self._watched)
             self._pull(outputs, wanted, {*inputs.values(), *(y for _, y, _ in sites)}, here)
         edges = list(passed.given.values())
         self._pull(edges, [here[t] for t in inputs.values()], sources, found)
