@@ -31,8 +31,12 @@ Add = Callable[[str, Tensor, Tensor], None]
 Watch = Callable[[str, Add], contextlib.AbstractContextManager[None]]
 """Opens a context in which the linears of a block's sites ("": of those outside of blocks) are
 reported."""
+Reported = tuple[str, Tensor, Tensor]
+"""The same, kept."""
 Gradients = list[Tensor | None]
 """Of one tensor, for each direction of the output."""
+ROOM = 2
+"""Times what blocks are given: half of the room for waiting calls is for a block's graph."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Without cuDNN, whose gradients are NaN for some lengths on Hopper (pytorch issue 196678)."""
 
@@ -64,7 +68,6 @@ class Adjoint:
         self._replay, self._directions, self.park = replay, directions, False
         self._computes: dict[str, Any] = {}
         self._passed: list[_Passed] = []
-        self._watched: list[tuple[str, Tensor, Tensor]] = []
         replay.graphs = True
         for block in replay.blocks:
             module = replay.transformer.get_submodule(block)
@@ -80,7 +83,8 @@ class Adjoint:
         first  number of the first call: directions are drawn from N(0, 1) by call and number
         """
         replay, self._passed = self._replay, []
-        outside: list[list[tuple[str, Tensor, Tensor]]] = [[] for _ in calls]
+        outside: list[list[Reported]] = [[] for _ in calls]
+        inside: list[Reported] = []
         moved: dict[str, Tensor] = {}
 
         def add(call: int, name: str, off: Tensor, gradients: Gradients) -> None:
@@ -109,11 +113,11 @@ class Adjoint:
         runs = [(block, list(run)) for block, run in groupby(reversed(self._passed), _block)]
         self._passed = []
         for block in track(replay.loaded([block for block, _ in runs]), what, total=len(runs)):
-            with watch(block, lambda *site: self._watched.append(site)):
+            with watch(block, lambda *site: inside.append(site)):
                 for passed in runs.pop(0)[1]:
                     call = passed.call - first
                     sources[call].difference_update(passed.made)
-                    for name, off, gradients in self._back(passed, sources[call], found):
+                    for name, off, gradients in self._back(passed, inside, sources[call], found):
                         add(call, name, off, gradients)
         for call, sites in enumerate(outside):
             for name, y, off in sites:
@@ -135,14 +139,19 @@ class Adjoint:
         return tree_unflatten(output, back)
 
     def _kept(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().cpu() if self.park else tensor.detach().clone()
+        where = torch.device("cpu") if self.park else tensor.device
+        return tensor.detach().to(where, copy=True)
 
     def _back(
-        self, passed: _Passed, sources: set[Tensor], found: dict[Tensor, Gradients]
+        self,
+        passed: _Passed,
+        inside: list[Reported],
+        sources: set[Tensor],
+        found: dict[Tensor, Gradients],
     ) -> list[tuple[str, Tensor, Gradients]]:
-        """Run a block again; return the gradients of its sites, add those of ``sources``."""
+        """Run a block again; return the gradients of its sites, which come to be ``inside``, and
+        add those of ``sources``."""
         wanted = [found.pop(y, self._none()) for y in passed.made]
-        self._watched.clear()
         device = self._replay.device
         inputs = {i: passed.got[i].to(device).requires_grad_() for i in passed.given}
         got = [inputs[i].clone() if i in inputs else each for i, each in enumerate(passed.got)]
@@ -150,12 +159,13 @@ class Adjoint:
         here: dict[Tensor, Gradients] = defaultdict(self._none)
         with torch.enable_grad(), sdpa_kernel(ATTENTION), self._differentiable(passed.block):
             leaves = tree_leaves(self._computes[passed.block](*args, **kwargs))
-            outputs, sites = [each for each in leaves if _real(each)], list(self._watched)
-            self._pull(outputs, wanted, {*inputs.values(), *(y for _, y, _ in sites)}, here)
+            outputs = [each for each in leaves if _real(each)]
+            self._pull(outputs, wanted, {*inputs.values(), *(y for _, y, _ in inside)}, here)
         edges = list(passed.given.values())
         self._pull(edges, [here[t] for t in inputs.values()], sources, found)
-        self._watched.clear()
-        return [(name, off, here[y]) for name, y, off in sites]
+        found_here = [(name, off, here[y]) for name, y, off in inside]
+        inside.clear()  # for the next call
+        return found_here
 
     @contextlib.contextmanager
     def _differentiable(self, block: str) -> Iterator[None]:

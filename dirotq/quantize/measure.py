@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dirotq.calibrate.adjoint import Add, Adjoint
+from dirotq.calibrate.adjoint import ROOM, Add, Adjoint
 from dirotq.calibrate.replay import Replay
 from dirotq.device import compute_dtype, release
 from dirotq.errors import NumericalError
@@ -60,8 +60,7 @@ def site_errors(
     for denoiser, alike in by_part(calls).items():
         inside = [line for line in lines if line.site.name.startswith(prefix(denoiser))]
         watch = partial(_watched, replay, inside, basis, cut)
-        # What each call gives to each block waits; half of the room is for a block's graph.
-        each = 2 * len(replay.blocks)
+        each = ROOM * len(replay.blocks)  # what each call gives to each block waits
         at_once = max(replay.make_room(alike[0], each * len(alike)) // each, 1)
         adjoint.park, replay.park = replay.park, False
         for first in range(0, len(alike) if inside else 0, at_once):

@@ -8,6 +8,7 @@ from collections import defaultdict
 from collections.abc import Container
 from typing import Any
 
+from dirotq.calibrate.adjoint import ROOM
 from dirotq.calibrate.replay import HOST_SHARE, STATE_SHARE, calls_at_once
 from dirotq.calibrate.text_codes import WIDEST
 from dirotq.calibrate.trajectory import FITS
@@ -223,9 +224,9 @@ def _sensitivities(work: Workload, machine: Machine) -> Needs:
         inside[site.block].append(work.tokens(site) * (site.in_features + sum(site.out_features)))
     samples, width = work.samples, machine.width
     graph = GRAPH * samples * width * max(map(sum, inside.values()))
-    waiting, parked = _waiting(work, machine, 2 * PROBES * len(inside), machine.vram)
+    waiting, parked = _waiting(work, machine, ROOM * PROBES * len(inside), machine.vram)
     block = 3 * width * work.block_parameters + 8 * 3 * work.largest_weight
-    device, host = block + graph + waiting / 2, _block_read(work) + parked / 2
+    device, host = block + graph + waiting / ROOM, _block_read(work) + parked / ROOM
     return _needs(machine, device, host, 1200 * len(work.sites), "capture.batch=1", bound=True)
 
 

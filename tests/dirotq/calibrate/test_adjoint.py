@@ -117,7 +117,8 @@ class Writes(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4)]).double()
+        blocks = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)]
+        self.blocks = nn.ModuleList(blocks).double()
 
     def forward(self, x):
         given = self.blocks[0](x)
@@ -129,30 +130,12 @@ class Writes(nn.Module):
 @pytest.mark.parametrize("park", [False, True])
 def test_a_network_may_write_to_its_tensors(park):
     replay = WholeReplay(Writes().requires_grad_(False), ("blocks.0", "blocks.1"))
-    sites = [SimpleNamespace(name=b, block=b, linears=(b,)) for b in replay.blocks]
+    sites = [SimpleNamespace(name=b, block=b, linears=(f"{b}.0",)) for b in replay.blocks]
     inputs = {"x": torch.ones(2, 4, dtype=torch.float64)}
     ahead, behind = (moved_by_all(replay, inputs, sites, s) for s in (STEP, -STEP))
     adjoint = Adjoint(replay, 2)
     adjoint.park = park
-
-    @contextmanager
-    def watch(block, add):
-        # Blocks are linears here, which `disturbed` calls without their hooks.
-        plain = adjoint._computes.get(block)
-        if block:
-
-            def told(x):
-                y = plain(x)
-                seen = y if y.requires_grad else y.detach().requires_grad_()
-                add(block, seen, off_by(block, y.shape))
-                return seen.clone()
-
-            adjoint._computes[block] = told
-        yield
-        if block:
-            adjoint._computes[block] = plain
-
-    moved, _ = adjoint.disturbed([inputs], 0, watch, "a test")
+    moved, _ = adjoint.disturbed([inputs], 0, watching(replay.transformer, sites), "a test")
     want = torch.stack(adjoint._drawn(ahead, 0)) @ ((ahead - behind) / (2 * STEP))
     assert moved.keys() == set(replay.blocks)
     assert (sum(moved.values())[0] - want).norm() < 1e-4 * want.norm()

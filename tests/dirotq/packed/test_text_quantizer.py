@@ -204,6 +204,19 @@ def test_weights_that_are_not_finite(tmp_path):
         )
 
 
+def test_weights_that_no_file_has_are_refused(tmp_path):
+    """They are not packed as whatever was in memory."""
+    t5("T5").save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    lost = "encoder.block.0.layer.0.SelfAttention.q"
+    del stored[f"{lost}.weight"]
+    save_file(stored, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ArtifactError, match=rf"{lost}\.weight is stored as torch\.bfloat16"):
+        transformers.T5EncoderModel.from_pretrained(
+            tmp_path, quantization_config=TextEncoderConfig(bits=8), dtype=torch.bfloat16
+        )
+
+
 def pipeline_of(folder, model, library="transformers"):
     """A pipeline's folder with this text encoder alone."""
     model.save_pretrained(folder / "text_encoder")

@@ -79,6 +79,24 @@ def test_calls_in_several_passes_change_nothing(folder, captured, monkeypatch):
     assert measured(folder, captured, calls=3) == pytest.approx(together, rel=1e-9)
 
 
+@pytest.mark.parametrize("full", [False, True])
+def test_what_has_no_room_waits_in_host_memory(folder, captured, plain, monkeypatch, full):
+    def make_room(replay, call, count):
+        replay.park = full
+        return count
+
+    parked, keep = [], measure.Adjoint._kept
+
+    def kept(adjoint, tensor):
+        parked.append(adjoint.park)
+        return keep(adjoint, tensor)
+
+    monkeypatch.setattr(measure.Replay, "make_room", make_room)
+    monkeypatch.setattr(measure.Adjoint, "_kept", kept)
+    assert measured(folder, captured) == plain
+    assert set(parked) == {full}
+
+
 def test_estimates_are_what_each_site_does_by_itself(folder, captured, monkeypatch):
     """Against one forward for each site, whose output it is off in."""
     monkeypatch.setattr(measure, "DIRECTIONS", 256)

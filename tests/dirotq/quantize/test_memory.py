@@ -7,6 +7,7 @@ from hydra.utils import instantiate
 from published_shapes import write_shapes
 
 from dirotq.errors import ConfigError
+from dirotq.models.call import PROBES
 from dirotq.pipeline.config import build, compose_config
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.quantize import memory
@@ -138,3 +139,15 @@ def test_calls_on_their_way():
     assert calls_at_once(10, 8, room=80, host=0) == (8, False)
     assert calls_at_once(10, 8, room=79, host=45) == (4, True)
     assert calls_at_once(10, 8, room=0, host=0) == (1, True)
+
+
+def test_what_calls_give_to_blocks_waits_where_there_is_room():
+    cfg = compose_config(["model=tiny_flux"], "dirotq.conf")
+    work = instantiate(cfg.workload, _convert_="all")
+    each = work.samples * work.state  # 16 bits a number
+    count = PROBES * len({site.block for site in work.block_sites})
+    small = dataclasses.replace(H200, vram=1_000_000)
+    here, parked = (memory._sensitivities(work, machine) for machine in (H200, small))
+    # Beside a GPU without room for all, one block's is there, and all of it in host memory.
+    assert here.vram - parked.vram == pytest.approx(memory.GPU_SLACK * (count - 1) * each)
+    assert parked.ram - here.ram == pytest.approx(count * each)
