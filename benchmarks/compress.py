@@ -18,22 +18,18 @@ import json
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import torch
-
-from dirotq.benchmarks import compress_table, full_size, packed_check
-from dirotq.device import pick_device
+# torch and what stands on it come after the workers have been started, as in `dirotq compress`.
+from dirotq.benchmarks import compress_table
 from dirotq.pipeline import dag, early, preflight
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.compress import start_workers
 from dirotq.pipeline.config import build, compose_config
 
-LAYERS = ("num_layers", "num_single_layers")
 TINY = "tiny_flux"
 """The model that comes with DiRotQ, for a look at the benchmark itself."""
 WAYS = ("one", "several")
@@ -41,7 +37,7 @@ WAYS = ("one", "several")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=[*full_size.COMPRESSED, TINY])
+    parser.add_argument("model", help=f"a name of full_size.COMPRESSED, or {TINY}")
     parser.add_argument("--models", type=Path, default=Path("artifacts/full-size"))
     parser.add_argument("--store", default="artifacts")
     parser.add_argument("--figures", type=Path, default=Path("artifacts/bench/compress"))
@@ -52,6 +48,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="e.g. capture.vram=24GB")
     options = parser.parse_intermixed_args()
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # as `dirotq` does
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     shared = any(word.startswith("executor.") for word in options.overrides)
     if options.way or options.generate or not shared:
@@ -71,17 +68,26 @@ def compress(options: argparse.Namespace, several: bool) -> None:
 
     Without ``several``, what the overrides say of an executor is left out.
     """
-    device = pick_device("auto")
-    folder = generated(options.model, options.models, options.depth, device)
-    if options.generate:
-        return
+    folder = options.models / f"{options.model}-{options.depth:g}"
     words = [w for w in options.overrides if several or not w.startswith("executor.")]
     way = " ".join(w for w in words if w.startswith("executor.")) or "one process"
     common = " ".join(w for w in words if not w.startswith("executor.")) or "defaults"
     store = f"{options.store}-several" if several else options.store
-    told = [f"model={folder}", f"store={store}", f"until={options.until}"]
+    model = TINY if options.model == TINY else folder
+    told = [f"model={model}", f"store={store}", f"until={options.until}"]
     cfg = compose_config([*told, *words], "dirotq.conf")
     start_workers(cfg)
+
+    import torch
+
+    from dirotq.benchmarks import full_size, packed_check
+    from dirotq.device import pick_device
+
+    device = pick_device("auto")
+    if model == folder:
+        full_size.generated(options.model, options.models, options.depth, device)
+    if options.generate:
+        return
     line = build(cfg)
     found = preflight.examine(line, cfg)
     chip = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
@@ -119,22 +125,6 @@ def compress(options: argparse.Namespace, several: bool) -> None:
 
 def _file(options: argparse.Namespace, several: bool) -> Path:
     return options.figures / f"{options.model}-{options.depth:g}-{WAYS[several]}.json"
-
-
-def generated(name: str, models: Path, depth: float, device: torch.device) -> Path | str:
-    """Return the generated pipeline's folder, made if it is not there; the tiny model's name."""
-    if name == TINY:
-        return name
-    folder = models / f"{name}-{depth:g}"
-    if not (folder / "model_index.json").exists():
-        config = full_size.COMPRESSED[name][1]
-        changes = {key: max(round(config[key] * depth), 1) for key in LAYERS if key in config}
-        began = time.monotonic()
-        partial = folder.with_name(f"{folder.name}.partial")  # what a killed run leaves
-        shutil.rmtree(partial, ignore_errors=True)
-        full_size.build(name, partial, device, **changes).rename(folder)
-        print(f"generated {folder} in {time.monotonic() - began:.0f} s", flush=True)
-    return folder
 
 
 if __name__ == "__main__":

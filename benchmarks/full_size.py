@@ -7,6 +7,8 @@ holds most of its energy. Text encoders and autoencoders are small, in the width
 
 import json
 import math
+import shutil
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,12 +65,35 @@ ARCHITECTURES: Mapping[str, tuple[str, dict[str, Any]]] = {
 Z-Image, FLUX.2-klein 4B, Qwen-Image, Wan 2.1 14B (the last ones are their classes' defaults)."""
 FLUX2_DEV = {"num_layers": 8, "num_single_layers": 48, "guidance_embeds": False}
 """Without the guidance's two small linears: klein's pipeline, which gives none, runs it."""
+LAYERS = ("num_layers", "num_single_layers")
+"""Fields of a transformer's config that count its blocks."""
+
 COMPRESSED: Mapping[str, tuple[str, dict[str, Any]]] = {
     **{name: ARCHITECTURES[name] for name in ("flux", "pixart_sigma", "sana", "qwen_image")},
     "flux2_dev": ("Flux2Transformer2DModel", FLUX2_DEV),
     "wan22": ARCHITECTURES["wan"],
 }
 """Those that :func:`build` makes a whole pipeline of; Wan 2.2 has two transformers."""
+
+
+def generated(name: str, models: Path, depth: float, device: torch.device) -> Path:
+    """Return the folder of the pipeline ``name`` below ``models``, made if it is not there.
+
+    depth  share of its blocks
+    """
+    folder = models / f"{name}-{depth:g}"
+    if (folder / "model_index.json").exists():
+        return folder
+    if name not in COMPRESSED:
+        raise SystemExit(f"{name} is none of {', '.join(COMPRESSED)}")
+    config = COMPRESSED[name][1]
+    changes = {key: max(round(config[key] * depth), 1) for key in LAYERS if key in config}
+    began = time.monotonic()
+    partial = folder.with_name(f"{folder.name}.partial")  # what a killed run leaves
+    shutil.rmtree(partial, ignore_errors=True)
+    build(name, partial, device, **changes).rename(folder)
+    print(f"generated {folder} in {time.monotonic() - began:.0f} s", flush=True)
+    return folder
 
 
 def build(name: str, folder: Path, device: torch.device, **changes: Any) -> Path:

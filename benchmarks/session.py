@@ -15,8 +15,7 @@ from torch import Tensor
 
 import dirotq
 from dirotq.benchmarks import contestants as made
-from dirotq.benchmarks import forward_timing, kernel_categories, whole_images
-from dirotq.benchmarks.compress import generated
+from dirotq.benchmarks import forward_timing, full_size, kernel_categories, whole_images
 from dirotq.benchmarks.forward_rows import (
     COMPILED,
     EAGER,
@@ -55,7 +54,7 @@ class Places:
 
     def original(self, model: str) -> Path:
         """Return the folder of the generated 16-bit pipeline."""
-        return generated(model, self.models, 1.0, pick_device("auto"))
+        return full_size.generated(model, self.models, 1.0, pick_device("auto"))
 
     def packed(self, model: str, preset: str) -> Path:
         """Return the folder that our own pipeline packs by a method."""

@@ -3,7 +3,9 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
 
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError, NumericalError
@@ -76,14 +78,17 @@ class FitBasis:
         sites = {site.name: site for site in self._sites()}
         weights = self.model.weights() if self.directions == "product" else None
 
+        def read(site: Site) -> tuple[Any, Tensor | None]:
+            weight = None if weights is None else weights.stacked(site, device)[0]
+            return captured.moment_on(site, device), weight
+
         def make(names: Iterable[str]) -> Iterator[Made]:
-            for site, stored in ahead(captured.stored_moment, map(sites.__getitem__, names)):
+            for site, (stored, w_ND) in ahead(read, map(sites.__getitem__, names), device):
                 s_DD = moment(stored, device)
                 try:
-                    if weights is None:
+                    if w_ND is None:
                         variances, vectors = principal_basis(s_DD, self.leading)
                     else:
-                        w_ND, _ = weights.stacked(site, device)
                         variances, vectors = product_basis(s_DD, w_ND, self.leading)
                 except NumericalError as error:
                     raise NumericalError(f"site {site.name}: {error}") from error

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from dirotq.quantize import memory
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.nearest import nearest
 from dirotq.quantize.plan import SitePlan, read_plan
-from dirotq.quantize.rotation import site_rotation
+from dirotq.quantize.rotation import Rotation, read_basis
 from dirotq.quantize.tensors import ahead, load_site, save_site, site_file
 from dirotq.sources.model import DiffusersModel
 
@@ -76,19 +76,22 @@ class QuantizeWeights:
         captured, weights = Captured(capture), self.model.weights()
         entries = {entry.site.name: entry for entry in read_plan(rank.file("plan.json"))}
 
+        def read(entry: SitePlan) -> tuple[Any, ...]:
+            site = entry.site
+            stored, directions = captured.moment_on(site, device), read_basis(entry, basis, device)
+            return stored, directions, *weights.stacked(site, device)
+
         def make(names: Iterable[str]) -> Iterator[Made]:
-            sites = (entries[name].site for name in names)
-            for site, stored in ahead(captured.stored_moment, sites):
-                entry = entries[site.name]
-                rotation = site_rotation(entry, basis, device)
-                weight, bias = weights.stacked(site, device)
+            planned = (entries[name] for name in names)
+            for entry, (stored, directions, weight, bias) in ahead(read, planned, device):
+                rotation = Rotation.cut(directions, entry.spec)
                 w_z, protected = rotation.weights(weight)
                 del weight
                 s_DD = moment(stored, device)
                 s_z, energy = rotation.moments(s_DD), s_DD.diagonal().double().sum()
                 del s_DD
                 tensors = quantize_site(w_z, s_z, energy, entry, self.damping, protected, bias)
-                yield site.name, [save_site(out / "sites", site.name, tensors)]
+                yield entry.site.name, [save_site(out / "sites", entry.site.name, tensors)]
 
         return make
 

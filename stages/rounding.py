@@ -91,15 +91,16 @@ class RoundWeights:
         device, weights = pick_device(self.device), self.model.weights()
         lines = {line.site.name: line for line in self._planned().lines}
 
+        def read(site: Site) -> tuple[Tensor, Tensor | None]:
+            return weights.stacked(site, device)
+
         def make(names: Iterable[str]) -> Iterator[Made]:
             sites = (lines[name].site for name in names)
             # Beside a GPU the next site is read meanwhile; a CPU would not compute faster.
-            beside = device.type == "cuda"
-            here = ((site, weights.stacked(site)) for site in sites)
-            for site, (weight, bias) in ahead(weights.stacked, sites) if beside else here:
-                held = None if bias is None else bias.to(device)
-                tensors = round_site(weight.to(device), held, lines[site.name])
-                del weight
+            here = ((site, read(site)) for site in sites)
+            for site, found in ahead(read, sites, device) if device.type == "cuda" else here:
+                tensors = round_site(*found, lines[site.name])
+                del found
                 yield site.name, [save_site(out / "sites", site.name, tensors)]
 
         return make

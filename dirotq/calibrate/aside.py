@@ -6,6 +6,7 @@ of FLUX.1. Then nothing that a thread copies is there before the block has ended
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ class Aside:
 
     here = aside.mark()      # by the thread that computes: what is to be copied is queued
     with aside.after(here):  # by the other one
-        host = tensor.cpu()
+        host = download(tensor)
 
     with aside.after(None):  # what depends on no kernel
-        tensor = host.to(device)
+        tensor = upload(host, device)
     aside.hand_over([tensor])  # by the thread that computes, before it uses it
     """
 
@@ -45,7 +46,7 @@ class Aside:
             yield
         self._stream.synchronize()
 
-    def hand_over(self, tensors: Iterable[Tensor]) -> None:
+    def hand_over(self, tensors: Iterable[Any]) -> None:
         """Let the calling thread's stream use what was made in :meth:`after`.
 
         Otherwise the memory of one that is dropped would be written to by the next copy while
@@ -54,5 +55,5 @@ class Aside:
         if self._stream is not None:
             caller = torch.cuda.current_stream(self._device)
             for tensor in tensors:
-                if tensor.device.type == "cuda":
+                if isinstance(tensor, Tensor) and tensor.device.type == "cuda":
                     tensor.record_stream(caller)

@@ -84,9 +84,9 @@ class Recorder:
         index = self.replay.current
         x_TD = self._counted(site, args[0].detach(), self.calls[index])
         take = self._sampled(index, order, len(x_TD))
-        if len(take):
-            seen.sample.append(x_TD[take.to(x_TD.device)].to(torch.bfloat16))
-            seen.sampled += [index] * len(take)
+        for row in take.tolist():  # an index on the device would wait for all that is queued
+            seen.sample.append(x_TD[row : row + 1].to(torch.bfloat16, copy=True))
+        seen.sampled += [index] * len(take)
         if len(x_TD):
             absmax_D = x_TD.abs().amax(0).float()
             earlier = seen.absmax

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dirotq.models.family import Site
 from dirotq.pipeline.divided import NotShared
+from dirotq.transfer import download, upload
 
 from .aside import Aside
 from .recorder import Seen
@@ -77,7 +78,7 @@ class Relay:
         """Hand on what was seen in ``block``, once the message before it was taken."""
         if self._last:
             return
-        tensors = {name: t.cpu() for s, one in seen.items() for name, t in kept(one, s.name)}
+        tensors = {n: download(t) for s, one in seen.items() for n, t in kept(one, s.name)}
         file = self._file(self._index, self._handed)
         if self._handed:
             self._until(self._file(self._index, self._handed - 1), there=False)
@@ -96,10 +97,14 @@ class Relay:
         self._until(file, there=True)
         with (
             self._aside.after(None),
-            safe_open(file, framework="pt", device=str(self._device)) as stored,
+            safe_open(file, framework="pt") as stored,
         ):
-            block = stored.metadata()["block"]
-            tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+            block, tensors = stored.metadata()["block"], dict[str, Tensor]()
+            for name in stored.keys():  # noqa: SIM118
+                tensor = stored.get_tensor(name)
+                # Whole numbers are read here; on a GPU each would be waited for.
+                on = upload(tensor, self._device) if tensor.is_floating_point() else tensor.clone()
+                tensors[name] = on
         file.unlink()
         return block, tensors
 
@@ -132,7 +137,7 @@ def restore(seen: Seen, name: str, tensors: Mapping[str, Tensor]) -> None:
     """Give ``seen``, which saw nothing yet, what :func:`kept` returned."""
     found = {key: tensors.get(f"{name}/{key}") for key in ("total", "whole", "absmax", "sample")}
     seen.tokens = int(tensors[f"{name}/tokens"])
-    seen.sampled = [int(call) for call in tensors[f"{name}/sampled"]]
+    seen.sampled = tensors[f"{name}/sampled"].tolist()
     seen.total, seen.absmax = found["total"], found["absmax"]
     if (whole := found["whole"]) is not None:
         seen.whole = list(whole.split(tensors[f"{name}/lengths"].tolist()))

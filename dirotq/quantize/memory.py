@@ -78,7 +78,8 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 
 def basis(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """One site at a time: S as stored and as a square, then its directions in float64.
+    """One site at a time: S as stored and as a square, then its directions in float64. The next
+    one's S and weights are read meanwhile.
 
     Principal ones of few channels take a full eigendecomposition. Those that count the weights take
     none, but these and their Gram matrix in float32, and as many directions again while they work.
@@ -86,10 +87,10 @@ def basis(stage: Any, work: Workload, machine: Machine) -> Needs:
     widest, stored = work.widest, max(map(work.moment_bytes, work.block_sites))
     product = stage.directions == "product"
     dense = not product and (stage.leading is None or widest <= DENSE)
-    matrices = 8 * 5 * widest**2 if dense else 4 * widest**2 + stored
+    matrices = 8 * 5 * widest**2 if dense else 4 * widest**2 + 2 * stored
     thin = 6 * 8 * widest * ((stage.leading or widest) + MARGIN)
     if product:
-        matrices += 4 * (widest**2 + work.largest_weight)
+        matrices += 4 * (widest**2 + 2 * work.largest_weight)
         thin *= 2
     lower = "method.leading=64 (the rank needs no more)"
     return _needs(machine, matrices + thin, stored, 4 * _directions(work, stage.leading), lower)
@@ -124,22 +125,26 @@ def rank_budget(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 
 def gptq(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """One site at a time: S, its rotation and its factor in float64, weights in float32."""
+    """One site at a time: S, its rotation and its factor in float64, weights in float32. What the
+    next one is made from is read meanwhile.
+    """
     sizes = ((spec.width, spec.outputs) for _, spec in work.planned)
     device = max(8 * 4 * wide**2 + 4 * 6 * outputs * wide for wide, outputs in sizes)
     host = max(map(work.moment_bytes, work.sites))
+    device += host + 4 * work.largest_weight
     disk = work.packed["codes"] + work.packed["scales"]
     return _needs(machine, device, host, disk, "method.rounding=nearest (lower quality)")
 
 
 def rounding(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """One site: weights as read and transformed in float32, and GPTQ of one of its parts; beside a
-    GPU the next site waits.
+    """One site: weights as read and transformed in float32, and GPTQ of one of its parts; on a GPU
+    the next site's are read meanwhile.
     """
     sizes = ((s.outputs, s.width, part_of(s.width, s.weight_group_size)) for _, s in work.planned)
     device = SEARCHED + max(11 * n * k + 4 * 5 * n * part + 8 * 4 * part**2 for n, k, part in sizes)
     disk = sum(size for part, size in work.packed.items() if part != "kept")
-    host = 10 * work.largest_weight * (2 if machine.gpu else 0)
+    device += 4 * work.largest_weight if machine.gpu else 0
+    host = 4 * work.largest_weight if machine.gpu else 0
     return _needs(
         machine, device, host, disk, "method.rounding=nearest (lower quality)", bound=True
     )

@@ -17,6 +17,7 @@ from dirotq.kernels.full_float32 import full_float32
 from dirotq.models.family import Site
 from dirotq.pipeline.artifact import Artifact
 from dirotq.quantize.tensors import read_array, write_array
+from dirotq.transfer import upload
 
 TIMESTEPS = "timesteps"
 """Attribute of a site's sampled rows: the timestep of each; captures before 0.2 have none."""
@@ -32,6 +33,11 @@ class Captured:
     def stored_moment(self, site: Site) -> tuple[Tensor, dict]:
         """Return what :func:`moment` makes S of, on the CPU."""
         return read_stored(self._tree("moments.zarr", site), site.name)
+
+    def moment_on(self, site: Site, device: torch.device) -> tuple[Tensor, dict]:
+        """Return the same with the tensor on ``device``."""
+        stored, attributes = self.stored_moment(site)
+        return upload(stored, device), attributes
 
     def rows(self, site: Site) -> Tensor:
         """Return sampled activation rows, bfloat16 [T, D], on the CPU."""

@@ -147,9 +147,14 @@ class Rotation:
 
 def site_rotation(entry: SitePlan, basis: Artifact, device: torch.device) -> Rotation:
     """Cut the rotation of a planned site from the ``basis`` artifact."""
+    return Rotation.cut(read_basis(entry, basis, device), entry.spec)
+
+
+def read_basis(entry: SitePlan, basis: Artifact, device: torch.device) -> dict[str, Tensor]:
+    """Return what the ``basis`` artifact has of a planned site, as far as it is needed."""
     needed = entry.spec.rank or entry.spec.transform.kind == "dense" or entry.spec.transform.smooth
     file = f"sites/{site_file(entry.site.name)}"
-    return Rotation.cut(load_site(basis.file(file), device) if needed else {}, entry.spec)
+    return load_site(basis.file(file), device) if needed else {}
 
 
 def haar(dim: int, seed: int) -> Tensor:

@@ -5,7 +5,7 @@ And the loop that reads one ahead.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,13 +14,17 @@ import zarr
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
+from dirotq.calibrate.aside import Aside
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.pipeline.disk import replacing
+from dirotq.transfer import download, upload
 
 T = TypeVar("T")
 R = TypeVar("R")
 BYTES_PER_CHUNK = 16 << 20
+CPU = torch.device("cpu")
 AGAIN = "run the same command again: it makes that part anew"
 
 
@@ -53,7 +57,7 @@ def write_array(group: zarr.Group, name: str, tensor: Tensor) -> None:
 def write_rows(group: zarr.Group, name: str, start: int, rows: Tensor) -> None:
     """Write ``rows`` [n, ...] at row ``start``, in the array's dtype. One writer per chunk."""
     array = _array(group, name)
-    rows = rows.to(_dtype(array)).cpu().contiguous()
+    rows = download(rows.to(_dtype(array))).contiguous()
     bits = rows.view(torch.uint16) if rows.dtype == torch.bfloat16 else rows
     array[start : start + len(rows)] = bits.numpy()
 
@@ -82,7 +86,7 @@ def save_site(folder: Path, site: str, tensors: Mapping[str, Tensor]) -> Path:
     target = folder / site_file(site)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(target) as scratch:
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, scratch)
+        save_file({name: download(t).contiguous() for name, t in tensors.items()}, scratch)
     return target
 
 
@@ -92,7 +96,7 @@ def load_site(path: Path, device: torch.device | str = "cpu") -> dict[str, Tenso
     Raises ArtifactError if the file is gone or no whole safetensors file.
     """
     try:
-        return load_file(path, device=str(device))
+        return {name: upload(tensor, device) for name, tensor in load_file(path).items()}
     except (SafetensorError, FileNotFoundError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); {AGAIN}") from error
 
@@ -104,20 +108,35 @@ def site_file(site: str) -> str:
     return f"{site}.safetensors"
 
 
-def ahead(load: Callable[[T], R], items: Iterable[T]) -> Iterator[tuple[T, R]]:
+def ahead(
+    load: Callable[[T], R], items: Iterable[T], device: torch.device = CPU
+) -> Iterator[tuple[T, R]]:
     """Yield ``(item, load(item))`` in order, loading one item ahead in a thread.
 
     At most two loaded items are alive: the one yielded and the next.
+
+    device  where ``load`` puts tensors, beside what is computed there
     """
+    aside = Aside(device)
+
+    def loaded(item: T) -> R:
+        with aside.after(None):
+            return load(item)
+
+    def taken(coming: Future[R]) -> R:
+        found = coming.result()
+        aside.hand_over(tree_leaves(found))
+        return found
+
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for item in items:
-            following = (item, pool.submit(load, item))
+            following = (item, pool.submit(loaded, item))
             if waiting is not None:
-                yield waiting[0], waiting[1].result()
+                yield waiting[0], taken(waiting[1])
             waiting = following
         if waiting is not None:
-            yield waiting[0], waiting[1].result()
+            yield waiting[0], taken(waiting[1])
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array:

@@ -22,6 +22,7 @@ from dirotq.files.json_file import weight_map
 from dirotq.models.denoisers import prefix
 from dirotq.models.family import Site
 from dirotq.models.skeleton import assign
+from dirotq.transfer import upload
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WHOLE = "diffusion_pytorch_model.safetensors"
@@ -69,9 +70,10 @@ class Weights:
         found: dict[str, Tensor] = {}
         for file, inside in by_file.items():
             # Opened anew each time: pages of a file that stays mapped count as this process's RAM.
-            with safe_open(file, framework="pt", device=str(device)) as tensors:
+            with safe_open(file, framework="pt") as tensors:
                 before = self._prefixes[file]
-                found |= {n: tensors.get_tensor(n.removeprefix(before)) for n in inside}
+                for name in inside:
+                    found[name] = upload(tensors.get_tensor(name.removeprefix(before)), device)
         return found
 
     def stacked(self, site: Site, device: Device = "cpu") -> tuple[Tensor, Tensor | None]:

@@ -25,6 +25,6 @@ def test_estimates_are_those_of_the_cpu(line, folder):
     )  # fmt: skip
     assert list(cuda) == list(cpu)
     # The directions are the same. What hardly disturbs is rounded away in bfloat16.
-    loud = [name for name in cpu if cpu[name] > sum(cpu.values()) / 100]
-    assert len(loud) > 3
-    assert [cuda[name] for name in loud] == pytest.approx([cpu[n] for n in loud], rel=0.5)
+    floor = sum(cpu.values()) / 20
+    assert sum(error > floor for error in cpu.values()) > 1
+    assert list(cuda.values()) == pytest.approx(list(cpu.values()), rel=0.5, abs=floor)
