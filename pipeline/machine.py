@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -13,12 +13,17 @@ from dirotq.pipeline import graphics
 from dirotq.pipeline.provenance import versions
 
 
+Forwards = tuple[int, float]
+"""How many, of one prompt and one branch of guidance, and their FLOPs."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
     """What a run of a stage takes of a machine: bytes at the peak, and bytes left on the disk.
 
     ``bound``  the memory is an upper bound; without it, an estimate within a quarter
     ``lower``  settings that would lower the memory, for the message that refuses it
+    ``forwards``  of the model, by what they are for
     """
 
     vram: float = 0.0
@@ -26,6 +31,7 @@ class Needs:
     disk: float = 0.0
     bound: bool = False
     lower: str = ""
+    forwards: Mapping[str, Forwards] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
