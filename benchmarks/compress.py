@@ -31,7 +31,8 @@ from dirotq.device import pick_device
 from dirotq.pipeline import dag, early, preflight
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.compress import start_workers
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.config import build, compose_config, groups
+from dirotq.pipeline.quoting import quote
 
 LAYERS = ("num_layers", "num_single_layers")
 TINY = "tiny_flux"
@@ -79,7 +80,7 @@ def compress(options: argparse.Namespace, several: bool) -> None:
     way = " ".join(w for w in words if w.startswith("executor.")) or "one process"
     common = " ".join(w for w in words if not w.startswith("executor.")) or "defaults"
     store = f"{options.store}-several" if several else options.store
-    told = [f"model={folder}", f"store={store}", f"until={options.until}"]
+    told = [*chosen(options.model, folder), f"store={store}", f"until={options.until}"]
     cfg = compose_config([*told, *words], "dirotq.conf")
     start_workers(cfg)
     line = build(cfg)
@@ -135,6 +136,16 @@ def generated(name: str, models: Path, depth: float, device: torch.device) -> Pa
         full_size.build(name, partial, device, **changes).rename(folder)
         print(f"generated {folder} in {time.monotonic() - began:.0f} s", flush=True)
     return folder
+
+
+def chosen(name: str, folder: Path | str) -> list[str]:
+    """Return the overrides that choose a generated pipeline, with the defaults of the published one
+    of its name, if conf/model has it.
+    """
+    if name == TINY:
+        return [f"model={name}"]
+    known = name in groups("dirotq.conf")["model"]
+    return [f"model={name if known else 'local'}", f"model.path={quote(str(folder))}"]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import graphics
 from dirotq.pipeline.provenance import versions
 
-
 Forwards = tuple[int, float]
 """How many, of one prompt and one branch of guidance, and their FLOPs."""
 

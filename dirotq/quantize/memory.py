@@ -227,7 +227,7 @@ def _spectra(work: Workload, machine: Machine) -> Needs:
     return _needs(machine, 0, 4 * work.widest * kept, 800 * len(work.sites))
 
 
-def _sensitivities(work: Workload, machine: Machine, asked: Sensitive | None) -> Needs:
+def _sensitivities(work: Workload, machine: Machine, asked: Sensitive | None = None) -> Needs:
     """One block with its graph, and what calls gave to all blocks (dirotq/quantize/measure.py).
 
     asked  of sensitive sites; where it says no number of them, finer ones are measured too

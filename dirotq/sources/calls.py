@@ -83,9 +83,7 @@ def refuse_prompts(
         refuse_unread(cls, call, f"{where}: the prompt {negative[0]!r:.60} has a {NEGATIVE}")
 
 
-def refuse_unread(
-    cls: Any, call: Mapping[str, Any], said: str, where: str = "model.call"
-) -> None:
+def refuse_unread(cls: Any, call: Mapping[str, Any], said: str, where: str = "model.call") -> None:
     """Raise ConfigError where a pipeline would pass over a negative prompt.
 
     call  all other arguments; ``said`` begins the message, ``where`` a scale may be set
@@ -99,9 +97,7 @@ def refuse_unread(
         )
 
 
-def refuse_second(
-    cls: Any, index: Mapping[str, Any], call: Mapping[str, Any], where: str
-) -> None:
+def refuse_second(cls: Any, index: Mapping[str, Any], call: Mapping[str, Any], where: str) -> None:
     """Raise ConfigError for the guidance of a second expert in a pipeline that has one expert.
 
     call  all arguments, some of which were set in ``where``
