@@ -57,10 +57,8 @@ class Workload:
         """Return the work of one call for one prompt, as users call it; ``ranks`` has a model and a
         method.
         """
-        model, one = (
-            ranks.model.as_called(),
-            {"calibration": 1, "heldout": 1, "batch": 1, "calls": 1},
-        )
+        model = ranks.model.as_called()
+        one = {"calibration": 1, "heldout": 1, "batch": 1, "calls": 1}
         return cls(model=model, method=ranks.method, ranks=ranks, text_encoders="keep", **one)
 
     @cached_property
