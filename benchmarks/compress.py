@@ -28,7 +28,8 @@ from dirotq.benchmarks import compress_table
 from dirotq.pipeline import dag, early, preflight
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.compress import start_workers
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.config import build, compose_config, groups
+from dirotq.pipeline.quoting import quote
 
 TINY = "tiny_flux"
 """The model that comes with DiRotQ, for a look at the benchmark itself."""
@@ -73,8 +74,7 @@ def compress(options: argparse.Namespace, several: bool) -> None:
     way = " ".join(w for w in words if w.startswith("executor.")) or "one process"
     common = " ".join(w for w in words if not w.startswith("executor.")) or "defaults"
     store = f"{options.store}-several" if several else options.store
-    model = TINY if options.model == TINY else folder
-    told = [f"model={model}", f"store={store}", f"until={options.until}"]
+    told = [*chosen(options.model, folder), f"store={store}", f"until={options.until}"]
     cfg = compose_config([*told, *words], "dirotq.conf")
     start_workers(cfg)
 
@@ -84,7 +84,7 @@ def compress(options: argparse.Namespace, several: bool) -> None:
     from dirotq.device import pick_device
 
     device = pick_device("auto")
-    if model == folder:
+    if options.model != TINY:
         full_size.generated(options.model, options.models, options.depth, device)
     if options.generate:
         return
@@ -125,6 +125,16 @@ def compress(options: argparse.Namespace, several: bool) -> None:
 
 def _file(options: argparse.Namespace, several: bool) -> Path:
     return options.figures / f"{options.model}-{options.depth:g}-{WAYS[several]}.json"
+
+
+def chosen(name: str, folder: Path) -> list[str]:
+    """Return the overrides that choose a generated pipeline, with the defaults of the published one
+    of its name, if conf/model has it.
+    """
+    if name == TINY:
+        return [f"model={name}"]
+    known = name in groups("dirotq.conf")["model"]
+    return [f"model={name if known else 'local'}", f"model.path={quote(str(folder))}"]
 
 
 if __name__ == "__main__":

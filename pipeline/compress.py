@@ -240,6 +240,8 @@ def _run(
     found = preflight.examine(pipeline, cfg)
     preflight.refuse(found, pipeline.store.root)
     log.info("%s", report.outlook(pipeline, found))
+    for advice in found.work[1:]:
+        log.warning("%s", advice)
     runs.record(folder, pipeline.store, {step.name: str(step) for step in pipeline.steps})
     with pushed_too(pipeline.store.remote if pipeline.push else None) as push:
         return dag.run(

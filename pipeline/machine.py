@@ -2,8 +2,8 @@
 
 import os
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
@@ -12,6 +12,9 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import graphics
 from dirotq.pipeline.provenance import versions
 
+Forwards = tuple[int, float]
+"""How many, of one prompt and one branch of guidance, and their FLOPs."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
@@ -19,6 +22,7 @@ class Needs:
 
     ``bound``  the memory is an upper bound; without it, an estimate within a quarter
     ``lower``  settings that would lower the memory, for the message that refuses it
+    ``forwards``  of the model, by what they are for
     """
 
     vram: float = 0.0
@@ -26,6 +30,7 @@ class Needs:
     disk: float = 0.0
     bound: bool = False
     lower: str = ""
+    forwards: Mapping[str, Forwards] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,12 +40,14 @@ class Preflight:
     """Estimates of stages that would run; ``machine`` is None if none was asked for.
 
     ``notes``  what the workload has to say of the model, a sentence each
+    ``work``   what it says of how often the model is run; the second sentence, if any, advises less
     ``cache``  bytes that the model itself will take in DiRotQ's cache (single files, LoRAs)
     """
 
     machine: Machine | None = None
     estimates: dict[str, Estimate] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    work: tuple[str, ...] = ()
     cache: int = 0
 
     @property
@@ -77,8 +79,10 @@ def examine(pipeline: Pipeline, cfg: DictConfig) -> Preflight:
         partial = pipeline.store.root / step.name / f"{step.fingerprint}.partial"
         present = size_of(partial) if getattr(stage, "resumable", False) else 0
         estimates[step.name] = Estimate(pipeline.executor.together(stage, needs), present)
-    notes = tuple(getattr(workload, "notes", ()))
-    return Preflight(here, estimates, notes, cache=getattr(workload, "cache_bytes", 0))
+    notes, cache = tuple(getattr(workload, "notes", ())), getattr(workload, "cache_bytes", 0)
+    forwards = {k: v for e in estimates.values() for k, v in e.needs.forwards.items()}
+    work = tuple(workload.told(forwards)) if forwards else ()
+    return Preflight(here, estimates, notes, work, cache)
 
 
 def refuse(found: Preflight, root: Path) -> None:

@@ -46,7 +46,7 @@ def plan(pipeline: Pipeline, found: Preflight) -> None:
         table.add_row(step.name, state, step.fingerprint, *cells)
     Console().print(table)
     print(f"\n{outlook(pipeline, found)}")
-    for note in found.notes:
+    for note in (*found.notes, *found.work):
         print(note)
 
 

@@ -60,7 +60,7 @@ class Reference:
     def run(self, out: Path) -> Mapping[str, float]:
         device = pick_device(self.device)
         dtype = choose_dtype(self.dtype, device)
-        prompts, call = self.prompts.load(), self.model.call_arguments()
+        prompts, call = self.prompts.load(), self.model.sample_arguments()
         tree = out / "images.zarr"
         about = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
         units = Units(out, self)

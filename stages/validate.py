@@ -135,7 +135,7 @@ class Validate:
             tree, PACKED, len(prompts), device=where, dtype=_plain(dtype), units=units
         )
         resumed = len(prompts) - sum(map(len, writer.missing(self.batch)))
-        call = self.model.call_arguments()
+        call = self.model.sample_arguments()
         generate_all(writer, pipe, prompts, call, self.batch, "packed images")
         denoisers = denoisers_of(pipe)
         network = joined(denoisers)
@@ -215,7 +215,7 @@ def _text_encoders(
     folder = pack.tree("model")
     if not (names := packed_encoders(folder)):
         return []
-    prompts, call = stage.prompts.load(), stage.model.call_arguments()
+    prompts, call = stage.prompts.load(), stage.model.sample_arguments()
     pipe = stage.model.pipeline(dtype, device)
     want = encoded(pipe, names, prompts, call, stage.batch)
     del pipe

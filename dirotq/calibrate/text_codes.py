@@ -111,7 +111,7 @@ def _calls(
     try:
         for start in range(0, len(prompts), batch):
             with stop_at_denoisers(pipe):
-                generate(pipe, prompts[start : start + batch], model.call_arguments())
+                generate(pipe, prompts[start : start + batch], model.sample_arguments())
     finally:
         for each in hooks:
             each.remove()

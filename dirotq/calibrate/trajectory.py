@@ -55,7 +55,7 @@ class Trajectories:
         self, model: DiffusersModel, dtype: torch.dtype, device: torch.device, vram: int | None
     ) -> None:
         self.model, self.dtype, self.device, self.vram = model, dtype, device, vram
-        self.call = model.call_arguments()
+        self.call = model.sample_arguments()
         self.pipe: Any = model.hollow(dtype, device)
         self.made: list[Call] = []
         """Every call of the last generation."""

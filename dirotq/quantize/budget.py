@@ -88,7 +88,7 @@ def in_forwards(work: Workload, method: Method, grid: int) -> Prices:
         site.name: work.tokens(site)
         * 2.0
         * (2 * site.in_features + sum(site.out_features))
-        / work.forward_flops
+        / work.network_flops
         for site in work.block_sites
     }
     fixed = [(s, o.rank) for s in work.block_sites if (o := method.override(s)) and o.rank]

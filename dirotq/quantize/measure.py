@@ -133,7 +133,7 @@ def plans_psnr(
     Plans are packed in memory by nearest rounding, one after the other, in a pipeline that is
     loaded anew for each: memory for the whole 16-bit pipeline is needed, as in ``reference``.
     """
-    call = model.call_arguments()
+    call = model.sample_arguments()
 
     def images(plan: Sequence[SitePlan] | None, what: str) -> Tensor:
         release(device)  # the pipeline of another plan

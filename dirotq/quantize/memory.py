@@ -6,6 +6,7 @@ machine. docs/compress.md has them beside what was measured.
 
 from collections import defaultdict
 from collections.abc import Container
+from dataclasses import replace
 from typing import Any
 
 from dirotq.calibrate.adjoint import ROOM
@@ -18,8 +19,9 @@ from dirotq.models.call import PROBES
 from dirotq.models.decoding import bytes_of, decoding
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
+from dirotq.quantize.arithmetic import generating, measuring, proving, replaying
 from dirotq.quantize.running import ALIVE
-from dirotq.quantize.sensitive import parse_sensitive
+from dirotq.quantize.sensitive import Sensitive, parse_sensitive
 from dirotq.quantize.spectrum import DENSE, MARGIN
 from dirotq.quantize.uncalibrated import part_of
 from dirotq.quantize.workload import Workload
@@ -65,7 +67,7 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
         size for name, size in work.components.items() if name.startswith("text_encoder")
     )
     recording = max(encoders, streamed if streams else weights + alive)
-    replaying = block + alive + waiting * (FRAGMENTS if machine.gpu and not parked else 1)
+    passing = block + alive + waiting * (FRAGMENTS if machine.gpu and not parked else 1)
     # An upper bound of the recorded calls, as a prompt's steps share its text.
     calls = work.recorded * work.argument_bytes
     host = _components(work, machine.width) + calls + 2 * of_site + _block_read(work) + parked
@@ -73,8 +75,10 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
     disk = sum(moments.values()) + sum(2 * stage.rows * site.in_features for site in work.sites)
     adapts = machine.gpu and stage.vram is None  # as yet it takes what is free
     lower = f"capture.vram={0.9 * limit / 1e9:.0f}GB, " if adapts else ""
-    lower += "capture.batch=1, a smaller model.call.height and width"
-    return _needs(machine, max(recording, replaying), host, disk, lower, bound=True)
+    lower += "capture.batch=1, a smaller model.sample.height and width"
+    needs = _needs(machine, max(recording, passing), host, disk, lower, bound=True)
+    forwards = {"record": generating(work, work.calibration), "replay": replaying(work)}
+    return replace(needs, forwards=forwards)
 
 
 def basis(stage: Any, work: Workload, machine: Machine) -> Needs:
@@ -107,21 +111,24 @@ def low_rank(stage: Any, work: Workload, machine: Machine) -> Needs:
 def rank(stage: Any, work: Workload, machine: Machine) -> Needs:
     """One site's spectrum at a time, or what measuring sensitive sites takes."""
     asked = parse_sensitive(stage.sensitive, stage.method.activations.bits)
-    return _sensitivities(work, machine) if asked else _spectra(work, machine)
+    return _sensitivities(work, machine, asked) if asked else _spectra(work, machine)
 
 
 def rank_budget(stage: Any, work: Workload, machine: Machine) -> Needs:
     """Take the most of spectra, sensitivities and the A/B check's images (quantize/measure.py)."""
-    parts = [_spectra(work, machine), _sensitivities(work, machine)]
+    asked = parse_sensitive(stage.sensitive, stage.method.activations.bits)
+    parts = [_spectra(work, machine), _sensitivities(work, machine, asked)]
+    forwards = dict(parts[1].forwards)
     if stage.gate:
         images = _image_peak(work, stage.batch, machine.width)
         device = _original(work, machine.width, machine) + images
         host, disk = 24 * stage.gate * work.pixels, 1200 * len(work.sites)
         lower = "rank.gate=0 (which leaves the comparison out), rank.batch=1"
         parts.append(_needs(machine, device, host, disk, lower, bound=True))
+        forwards["rank's images"] = generating(work, 3 * stage.gate)  # 16-bit ones, and two plans'
     vram, ram, disk = (max(getattr(p, what) for p in parts) for what in ("vram", "ram", "disk"))
     lower = ", ".join(part.lower for part in parts if part.lower)
-    return Needs(vram=vram, ram=ram, disk=disk, bound=True, lower=lower)
+    return Needs(vram=vram, ram=ram, disk=disk, bound=True, lower=lower, forwards=forwards)
 
 
 def gptq(stage: Any, work: Workload, machine: Machine) -> Needs:
@@ -155,8 +162,9 @@ def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
     device = 3.0 * 4 * work.block_parameters + 8 * 2 * work.largest_weight
     device += _activations(work, work.samples, 4) + 3 * work.samples * work.state
     disk = sum(work.packed[part] for part in ("basis", "protected", "bias"))
-    lower = "capture.batch=1, a smaller model.call.height and width"
-    return _needs(machine, device, _block_read(work), disk, lower, bound=True)
+    lower = "capture.batch=1, a smaller model.sample.height and width"
+    needs = _needs(machine, device, _block_read(work), disk, lower, bound=True)
+    return replace(needs, forwards={"fuse's proof": proving(work)})
 
 
 def pack(stage: Any, work: Workload, machine: Machine) -> Needs:
@@ -187,7 +195,8 @@ def reference(stage: Any, work: Workload, machine: Machine) -> Needs:
     """Hold the 16-bit pipeline, or one of its denoisers at a time."""
     batches, width = stage.batches.values(), _width(stage.dtype, machine)
     weights = _original(work, width, machine)
-    return _generation(work, machine, stage, weights, max(batches), len(batches), 0)
+    needs = _generation(work, machine, stage, weights, max(batches), len(batches), 0)
+    return replace(needs, forwards={"reference": generating(work, len(batches) * work.heldout)})
 
 
 def validate(stage: Any, work: Workload, machine: Machine) -> Needs:
@@ -200,7 +209,8 @@ def validate(stage: Any, work: Workload, machine: Machine) -> Needs:
         weights = max(weights, _original(work, width, machine))
     beside = stage.pairs * 6 * work.pixels + 1500 * len(work.planned)
     sets = 2 if work.encoders else 1  # with the encoders alone packed
-    return _generation(work, machine, stage, weights, stage.batch, sets, beside)
+    needs = _generation(work, machine, stage, weights, stage.batch, sets, beside)
+    return replace(needs, forwards={"validate": generating(work, sets * work.heldout)})
 
 
 def budget(machine: Machine, vram: str | int | None) -> int:
@@ -222,8 +232,11 @@ def _spectra(work: Workload, machine: Machine) -> Needs:
     return _needs(machine, 0, 4 * work.widest * kept, 800 * len(work.sites))
 
 
-def _sensitivities(work: Workload, machine: Machine) -> Needs:
-    """One block with its graph, and what calls gave to all blocks (dirotq/quantize/measure.py)."""
+def _sensitivities(work: Workload, machine: Machine, asked: Sensitive | None = None) -> Needs:
+    """One block with its graph, and what calls gave to all blocks (dirotq/quantize/measure.py).
+
+    asked  of sensitive sites; where it says no number of them, finer ones are measured too
+    """
     inside = defaultdict(list)
     for site in work.block_sites:
         inside[site.block].append(work.tokens(site) * (site.in_features + sum(site.out_features)))
@@ -232,7 +245,9 @@ def _sensitivities(work: Workload, machine: Machine) -> Needs:
     waiting, parked = _waiting(work, machine, ROOM * PROBES * len(inside), machine.vram)
     block = 3 * width * work.block_parameters + 8 * 3 * work.largest_weight
     device, host = block + graph + waiting / ROOM, _block_read(work) + parked / ROOM
-    return _needs(machine, device, host, 1200 * len(work.sites), "capture.batch=1", bound=True)
+    needs = _needs(machine, device, host, 1200 * len(work.sites), "capture.batch=1", bound=True)
+    times = 2 if asked and asked.count is None else 1
+    return replace(needs, forwards={"sensitive sites": measuring(work, times)})
 
 
 def _generation(

@@ -198,8 +198,9 @@ def _refuse_idle(parts: Sequence[str], served: Mapping[str, Sequence[Call]]) -> 
         raise ConfigError(
             f"none of the recorded calls is one of {', '.join(idle)}, so it can't be calibrated: "
             f"the pipeline called {', '.join(served)} at all of them. Take more steps "
-            "(model.call.num_inference_steps), record more calls (capture.calls), or look at "
-            "boundary_ratio in model_index.json, which divides the steps"
+            "(num_inference_steps of model.call or model.sample), record more calls "
+            "(capture.calls), or look at boundary_ratio in model_index.json, which divides the "
+            "steps"
         )
 
 

@@ -212,8 +212,7 @@ def activations(
     """
     height, width = (int(call.get(side, 1024)) for side in ("height", "width"))
     frames = int(call.get("num_frames", 1))
-    latent = (frames - 1) // int(vae.get("scale_factor_temporal", 4)) + 1
-    image = height * width / pixels_per_token(config, vae) ** 2 * latent
+    image = height * width / pixels_per_token(config, vae) ** 2 * latent_frames(vae, frames)
     tokens = image + int(call.get("max_sequence_length", 256))
     denoising = ALIVE * 2 * tokens * wide * _guided(call, config)
     return {"denoising": denoising, **decoding(vae, height, width, frames)}
@@ -247,7 +246,12 @@ def pixels_per_token(config: Mapping[str, Any], vae: Mapping[str, Any]) -> float
     if patch == 1:  # some pipelines make the patches themselves
         channels = config.get("out_channels") or config.get("in_channels") or 1
         patch = max(isqrt(channels // vae.get("latent_channels", channels)), 1)
-    return float(2 ** (levels - 1) * patch)
+    return float(_factor(vae, "spatial", 2 ** (levels - 1)) * patch)
+
+
+def latent_frames(vae: Mapping[str, Any], frames: int) -> int:
+    """Return how many frames an autoencoder makes of a video's; the first stands alone."""
+    return (frames - 1) // _factor(vae, "temporal", 4) + 1
 
 
 def rounded_up(size: float) -> str:
@@ -265,6 +269,12 @@ def _on_gpu(part: Path) -> dict[str, int]:
             kept = {"I8": 1, "U8": 1, "BOOL": 1, "I64": 8, "I32": 4}.get(dtype, 2)
             found[path] += prod(shape) * (4 if leaf == "wglobal" else kept)
     return found
+
+
+def _factor(vae: Mapping[str, Any], what: str, default: int) -> int:
+    """Return by how much an autoencoder shrinks, as its config says it; else the default."""
+    names = (f"{what}_compression_ratio", f"scale_factor_{what}")
+    return int(next((vae[name] for name in names if vae.get(name)), default))
 
 
 def _config(part: Path) -> dict[str, Any]:

@@ -5,7 +5,8 @@ Letters: T tokens of a site in one call for one prompt, D channels, N outputs, R
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,9 +17,11 @@ from dirotq.models.coverage import told
 from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.packed.text_encoders import Choice, choose
+from dirotq.pipeline.machine import Forwards
+from dirotq.quantize import arithmetic
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
-from dirotq.quantize.running import SEPARATE, of_work, pixels_per_token
+from dirotq.quantize.running import SEPARATE, latent_frames, of_work, pixels_per_token
 from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes, component_numbers
 
 TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
@@ -28,7 +31,7 @@ TILE_BYTES = 4 * TILE**2
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """A model, how it is called, and how much of that a run asks for (conf: ``workload``).
+    """A model, how the line calls it, and how much of that a run asks for (conf: ``workload``).
 
     ``ranks``        stage ``rank``: its ``expected(sites)`` tells {site: directions that it will
                      protect}, or an upper estimate
@@ -51,9 +54,12 @@ class Workload:
 
     @classmethod
     def alone(cls, ranks: Any) -> "Workload":
-        """Return the work of one call for one prompt; ``ranks`` has a model and a method."""
+        """Return the work of one call for one prompt, as users call it; ``ranks`` has a model and a
+        method.
+        """
+        model = ranks.model.as_called()
         one = {"calibration": 1, "heldout": 1, "batch": 1, "calls": 1}
-        return cls(model=ranks.model, method=ranks.method, ranks=ranks, text_encoders="keep", **one)
+        return cls(model=model, method=ranks.method, ranks=ranks, text_encoders="keep", **one)
 
     @cached_property
     def size(self) -> tuple[int, int, int]:
@@ -80,18 +86,24 @@ class Workload:
 
     @cached_property
     def call(self) -> dict[str, Any]:
-        return dict(self.model.call_arguments())
+        """Arguments of the line's own runs."""
+        return dict(self.model.sample_arguments())
+
+    @property
+    def as_called(self) -> "Workload":
+        """The same, called as the packed model's users call it."""
+        return replace(self, model=self.model.as_called()) if self.model.sample else self
+
+    @property
+    def steps(self) -> int:
+        return int(self.call.get("num_inference_steps", 20))
 
     @cached_property
     def image_tokens(self) -> int:
         """Of one image or video."""
         height, width, frames = self.size
-        frames = (frames - 1) // int(self.autoencoder.get("scale_factor_temporal", 4)) + 1
-        return max(
-            round(height * width / pixels_per_token(self.transformer.config, self.autoencoder) ** 2)
-            * frames,
-            1,
-        )
+        side = pixels_per_token(self.transformer.config, self.autoencoder)
+        return max(round(height * width / side**2) * latent_frames(self.autoencoder, frames), 1)
 
     @property
     def text_tokens(self) -> int:
@@ -112,8 +124,7 @@ class Workload:
     @property
     def recorded(self) -> int:
         """Samples that pass through the network when the recorded calls are replayed."""
-        steps = int(self.call.get("num_inference_steps", 20))
-        made = self.calibration * steps * self.guided
+        made = self.calibration * self.steps * self.guided
         return min(self.calls * self.doubled, made)
 
     @property
@@ -170,14 +181,19 @@ class Workload:
 
     def share(self, site: Site) -> float:
         """Return the part of a forward's FLOPs that a site's linears have."""
-        return self._flops(site) / self.forward_flops
+        return self._flops(site) / self.network_flops
 
     def _flops(self, site: Site) -> float:
         return 2.0 * self.tokens(site) * site.in_features * sum(site.out_features)
 
-    @cached_property
+    @property
     def forward_flops(self) -> float:
-        """One forward for one prompt (one branch of guidance): linears and attention."""
+        """One forward for one prompt (one branch of guidance), of several denoisers on average."""
+        return self.network_flops / len(self.model.parts)
+
+    @cached_property
+    def network_flops(self) -> float:
+        """Linears and attention of all denoisers, in a forward of each."""
         total = sum(map(self._flops, self.sites))
         everything = self.image_tokens + self.text_tokens
         for sites in self.by_block.values():
@@ -233,7 +249,11 @@ class Workload:
     def notes(self) -> list[str]:
         """Sentences for `plan`."""
         share = told(self.transformer, [site for site, _ in self.planned])
-        return [share, *self._guidance, *of_work(self, self.encoders).told()]
+        return [share, *self._guidance, *of_work(self.as_called, self.encoders).told()]
+
+    def told(self, forwards: Mapping[str, Forwards]) -> list[str]:
+        """Say how much is run of it (dirotq/quantize/arithmetic.py)."""
+        return arithmetic.told(self, forwards)
 
     @property
     def _guidance(self) -> list[str]:

@@ -83,29 +83,32 @@ def refuse_prompts(
         refuse_unread(cls, call, f"{where}: the prompt {negative[0]!r:.60} has a {NEGATIVE}")
 
 
-def refuse_unread(cls: Any, call: Mapping[str, Any], said: str) -> None:
+def refuse_unread(cls: Any, call: Mapping[str, Any], said: str, where: str = "model.call") -> None:
     """Raise ConfigError where a pipeline would pass over a negative prompt.
 
-    call  all other arguments; ``said`` begins the message
+    call  all other arguments; ``said`` begins the message, ``where`` a scale may be set
     """
     if (scale := arguments(cls).get(SCALE)) is None:
         return
     if (found := call.get(SCALE, scale.default)) is None or found <= 1:
         raise ConfigError(
             f"{said}, which a {cls.__name__} reads only with a {SCALE} above 1, and it is {found}: "
-            f"set +model.call.{SCALE}=4, or leave the {NEGATIVE} out"
+            f"set +{where}.{SCALE}=4, or leave the {NEGATIVE} out"
         )
 
 
-def refuse_second(cls: Any, index: Mapping[str, Any], call: Mapping[str, Any]) -> None:
-    """Raise ConfigError for the guidance of a second expert in a pipeline that has one expert."""
+def refuse_second(cls: Any, index: Mapping[str, Any], call: Mapping[str, Any], where: str) -> None:
+    """Raise ConfigError for the guidance of a second expert in a pipeline that has one expert.
+
+    call  all arguments, some of which were set in ``where``
+    """
     if BOUNDARY not in inspect.signature(cls.__init__).parameters:
         return
     if (found := call.get(SECOND_SCALE)) is not None and index.get(BOUNDARY) is None:
         raise ConfigError(
             f"{SECOND_SCALE}={found} is the guidance of a second expert, and this {cls.__name__} "
             f"has none: its model_index.json names no {BOUNDARY}. Leave it out "
-            f"(++model.call.{SECOND_SCALE}=null, or take it out of generation.json)"
+            f"(++{where}.{SECOND_SCALE}=null, or take it out of generation.json)"
         )
 
 

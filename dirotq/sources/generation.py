@@ -36,8 +36,8 @@ def foreign(pipe: Any) -> Iterator[None]:
         raise UnsupportedError(
             f"the 16-bit {type(pipe).__name__} fails when it is called ({type(error).__name__}: "
             f"{error!s:.300}): a setting in a component's config.json or an argument of the call "
-            "(generation.json, model.call) does not fit its weights. Try the folder with "
-            "diffusers alone; if that makes an image, please report this"
+            "(generation.json, model.call, model.sample) does not fit its weights. Try the folder "
+            "with diffusers alone; if that makes an image, please report this"
         ) from error
 
 

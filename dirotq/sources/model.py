@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,8 @@ class DiffusersModel:
 
     ``path``  local diffusers folder, hub id (``org/name[@revision]``), or a .safetensors file with
               a finetuned transformer
-    ``call``  overrides of single pipeline arguments (steps, size, ...)
+    ``call``  overrides of single pipeline arguments (steps, size, ...), as its users call it
+    ``sample``  arguments that differ where the line itself generates: to calibrate and to score
     ``base``  the pipeline (folder or hub id) that a single file's other components come from; None:
               the one that its layout belongs to
     ``lora``  a file, or a list of files and {path, weight}, added to the transformer's weights
@@ -61,6 +63,7 @@ class DiffusersModel:
     call: Mapping[str, bool | float | str | list[float] | None]
     base: str | None = None
     lora: str | Sequence[str | Mapping[str, Any]] | None = None
+    sample: Mapping[str, bool | float | str | list[float] | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parse_loras(self.lora)
@@ -76,7 +79,9 @@ class DiffusersModel:
         # Images that a wide autoencoder made are others than those of 16 bits.
         _, vae = components(read_json(folder / INDEX)).get("vae", ("", ""))
         wide = {"vae": "float32"} if vae in WIDE else {}
-        return {**self._parts(), "call": self._call(folder, family), **table, **wide}
+        call, sampled = self._call(folder, family), self._call(folder, family, self.sample)
+        sample = {"sample": sampled} if sampled != call else {}
+        return {**self._parts(), "call": call, **sample, **table, **wide}
 
     def folder(self, *, weights: bool = True, complete: bool = True) -> Path:
         """Return the checked folder, downloaded and put together where that is needed.
@@ -116,9 +121,20 @@ class DiffusersModel:
         return self._base()[0]
 
     def call_arguments(self) -> dict[str, Any]:
-        """Merge call arguments of the family, of the folder's generation.json, and of ``call``."""
+        """Merge call arguments of the family, of the folder's generation.json, and of ``call``:
+        those that the packed model is for.
+        """
         folder = self.folder(weights=False, complete=False)
         return self._call(folder, _family_in(folder))
+
+    def sample_arguments(self) -> dict[str, Any]:
+        """Merge ``sample`` into these: what the line's own runs are called with."""
+        folder = self.folder(weights=False, complete=False)
+        return self._call(folder, _family_in(folder), self.sample)
+
+    def as_called(self) -> "DiffusersModel":
+        """Return the model whose runs are those of its users: without a ``sample``."""
+        return replace(self, sample={}) if self.sample else self
 
     def check(self) -> None:
         """Refuse what can be told before a run: the folder, a file or LoRA that does not fit it, or
@@ -132,11 +148,14 @@ class DiffusersModel:
         if (file := folder / CALL_FILE).is_file():
             stored = read_json(file)
             refuse_call(cls, {n: v for n, v in stored.items() if n not in self.call}, str(file))
-        refuse_call(cls, self.call, "model.call")
-        refuse_second(cls, read_json(folder / INDEX), self.call_arguments())
-        if (negative := self.call.get(NEGATIVE)) is not None:
-            said = f"model.call.{NEGATIVE}={negative!r:.60} is set"
-            refuse_unread(cls, self.call_arguments(), said)
+        for where, given, merged in (
+            ("model.call", self.call, self.call_arguments()),
+            ("model.sample", self.sample, self.sample_arguments()),
+        ):
+            refuse_call(cls, given, where)
+            refuse_second(cls, read_json(folder / INDEX), merged, where)
+            if (negative := given.get(NEGATIVE)) is not None:
+                refuse_unread(cls, merged, f"{where}.{NEGATIVE}={negative!r:.60} is set", where)
 
     def check_prompts(self, prompts: PromptSet, most: int) -> None:
         """Refuse prompts without the pictures that the pipeline edits, or with what it won't take.
@@ -149,7 +168,7 @@ class DiffusersModel:
         if cls is None:
             return
         loaded = prompts.load()
-        refuse_prompts(cls, loaded, prompts.path, self.call_arguments())
+        refuse_prompts(cls, loaded, prompts.path, self.sample_arguments())
         size = self.batch(loaded, most)
         for start in range(0, len(loaded), size):
             refuse_mixed(loaded[start : start + size], prompts.path)
@@ -160,10 +179,12 @@ class DiffusersModel:
         alone = any(p.inputs for p in prompts) and not (cls is None or takes_batches(cls))
         return 1 if alone else most
 
-    def _call(self, folder: Path, family: ModelFamily) -> dict[str, Any]:
+    def _call(
+        self, folder: Path, family: ModelFamily, more: Mapping[str, Any] = MappingProxyType({})
+    ) -> dict[str, Any]:
         file = folder / CALL_FILE
         stored = read_json(file) if file.is_file() else {}
-        chosen = {**family.call, **stored, **self.call}
+        chosen = {**family.call, **stored, **self.call, **more}
         return {name: value for name, value in chosen.items() if value is not None}
 
     def _file(self) -> Path | None:

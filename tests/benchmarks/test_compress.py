@@ -4,7 +4,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from dirotq.benchmarks.compress import TINY, chosen
 from dirotq.benchmarks.compress_table import Figures, beside, digest, row
+from dirotq.pipeline.config import compose_config
 
 ORDER = ["capture", "basis", "gptq", "pack"]
 
@@ -31,6 +33,15 @@ def run(figures, seconds, content="a"):
         worker = {"peak_rss_bytes": 10**9, "peak_vram_bytes": 3 * 10**9}
         figures.end(artifact(stage, content=content, workers=[worker]), seconds)
     return {"about": figures.about, "stages": figures.stages}
+
+
+def test_a_generated_model_has_the_defaults_of_the_published_one():
+    cfg = compose_config(chosen("wan22", "/models/it's wan"), "dirotq.conf")
+    assert cfg.model.path == "/models/it's wan"
+    assert (cfg.model.sample.num_frames, cfg.prompts.calibration.count) == (25, 4)
+    assert cfg.model.call.num_inference_steps == 40
+    assert compose_config(chosen("flux2_dev", "/x"), "dirotq.conf").model.path == "/x"
+    assert chosen(TINY, TINY) == [f"model={TINY}"]
 
 
 def test_what_a_stage_took_is_known_to_the_next_run(figures):

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from dirotq.errors import ConfigError
-from dirotq.pipeline import dag, machine, preflight, report
+from dirotq.pipeline import compress, dag, machine, preflight, report
 from dirotq.pipeline.config import Pipeline
 from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.machine import Machine, Needs
@@ -124,6 +124,32 @@ def test_what_the_model_takes_in_the_cache_is_counted(store, tmp_path, monkeypat
     assert f"3.0 GB more for the model in {tmp_path / 'cache'}" in " ".join(
         capsys.readouterr().out.split()
     )
+
+
+@dataclass(frozen=True)
+class Running(Telling):
+    """Runs the model twice."""
+
+    def needs(self, work, here) -> Needs:
+        return Needs(forwards={"telling": (2, 3e15)})
+
+
+class Weighing(dict):
+    def told(self, forwards):
+        return [f"forwards: {forwards}", "less of it: x=1"]
+
+
+def test_what_the_workload_says_of_forwards_is_shown(store, capsys, caplog):
+    steps = dag.plan({"telling": Running(1)}, {"telling": {}})
+    built = Pipeline(steps=steps, store=store, executor=LocalExecutor(), force=frozenset())
+    cfg = OmegaConf.merge(CFG, {"workload": {"_target_": f"{__name__}.Weighing"}})
+    found = preflight.examine(built, cfg)
+    assert found.work == ("forwards: {'telling': (2, 3000000000000000.0)}", "less of it: x=1")
+    report.plan(built, found)
+    assert capsys.readouterr().out.endswith("\n".join([*found.work, ""]))
+    compress._run(built, cfg, store.root / "runs" / "one", [])
+    warned = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+    assert warned == ["less of it: x=1"]
 
 
 @pytest.mark.parametrize("elsewhere", [True, False])

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from dirotq.errors import DirotqError
 from dirotq.pipeline import dag
 from dirotq.pipeline.config import build, compose_config
+from dirotq.quantize.arithmetic import VIDEO
 
 STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate"]
 
@@ -84,6 +85,7 @@ def test_slots_fit_the_wires(words):
 def test_every_choice_composes(choice, tmp_path):
     needed = {
         "model=local": [f"model.path={tmp_path}"],
+        "model=video": [f"model.path={tmp_path}"],
         "judge=local": [f"judge.backend.path={tmp_path}"],
         "judge=openai": ["judge.backend.model=NAME"],
     }
@@ -118,7 +120,7 @@ def test_every_choice_instantiates(choice):
         "transform=smooth": ["basis=svd", "branch=beside"],
     }
     cfg = compose(choice, *methods.get(choice, []))
-    if choice == "model=local":
+    if choice in ("model=local", "model=video"):
         pytest.skip("needs the folder that it is for")
     for name in [*STAGES, *(["round"] if choice == "preset=instant" else [])]:
         try:
@@ -205,6 +207,34 @@ def test_the_judged_line_plans(tmp_path):
         keys.add(line.steps[-1].fingerprint)
         assert line.steps[:-1] == build(compose()).steps
     assert len(keys) == 3
+
+
+VIDEOS = ("hunyuan_video", "hunyuan_video15", "ltx2", "wan", "wan22", "wan22_i2v")
+
+
+@pytest.mark.parametrize("model", VIDEOS)
+def test_lines_of_video_models_make_few_and_short_videos(model):
+    cfg = compose(f"model={model}")
+    sample, prompts = cfg.model.sample, cfg.prompts
+    assert (prompts.calibration.count, prompts.heldout.count, cfg.capture.calls) == (4, 2, 128)
+    assert (cfg.capture.batch, cfg.reference.batch, cfg.validate.batch) == (1, 1, 1)
+    assert sample.height % 32 == sample.width % 32 == 0
+    latent, rest = divmod(sample.num_frames - 1, 8 if model == "ltx2" else 4)
+    assert (latent, rest) == (6, 0)
+
+
+def test_every_video_model_is_among_them(root):
+    pipelines = {path.stem for path in (root / "conf" / "model").glob("*.yaml")}
+    videos = {
+        name for name in pipelines - {"local", "video"} if compose(f"model={name}").model.sample
+    }
+    assert videos == set(VIDEOS)
+
+
+def test_the_advice_to_videos_is_what_their_configurations_say(tmp_path):
+    own = compose("model=video", f"model.path={tmp_path}")
+    advised = compose("model=local", f"model.path={tmp_path}", *VIDEO.split())
+    assert advised == own
 
 
 def test_published_figures_keep_their_calibration():

@@ -122,7 +122,7 @@ def test_parts_of_a_rank_that_measures():
 def test_without_a_gpu_all_memory_is_host_memory():
     told = memory._needs(CPU, 1e9, 1e9, 7)
     ram = memory.CPU_RAM + 2e9 * memory.CPU_SLACK
-    assert dataclasses.astuple(told) == (0, ram, 7, False, "")
+    assert dataclasses.astuple(told) == (0, ram, 7, False, "", {})
     told = memory._needs(H200, 1e9, 2e9, 7)
     assert (told.vram, told.ram) == (memory.GPU_SLACK * 1e9, memory.GPU_RAM + 2e9)
 

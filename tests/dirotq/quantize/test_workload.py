@@ -11,7 +11,7 @@ from dirotq.models.family import Site
 from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.machine import Machine
 from dirotq.quantize import memory, workload
-from dirotq.quantize.running import Way, activations, of_work
+from dirotq.quantize.running import Way, activations, latent_frames, of_work, pixels_per_token
 from dirotq.quantize.workload import Workload
 
 
@@ -85,6 +85,35 @@ def test_two_denoisers_take_turns_where_there_is_no_room(tiny_root):
         assert enough > tight
     saved = memory.CPU_SLACK * 4 * work.largest_denoiser
     assert enough - tight == pytest.approx(saved)
+
+
+def test_a_forward_is_of_one_of_two_denoisers(tiny_root):
+    more = ("rank.r=8", "method.text_group=64")
+    one, two = (of(family_folder(tiny_root, name), *more) for name in ("wan", "wan22"))
+    assert two.forward_flops == one.forward_flops
+    assert sum(map(two.share, two.sites)) == pytest.approx(sum(map(one.share, one.sites)))
+
+
+def test_the_forecast_is_of_the_call_and_the_stages_of_the_sample(tiny_root):
+    folder = family_folder(tiny_root, "wan22")
+    more = ("rank.r=8", "method.text_group=64")
+    call, small = of(folder, *more), of(folder, *more, "+model.sample.num_frames=1")
+    assert (call.image_tokens, small.image_tokens) == (2 * 16, 16)
+    assert small.notes == call.notes
+    assert small.forward_flops < call.forward_flops == small.as_called.forward_flops
+    assert Workload.alone(small.ranks).image_tokens == call.image_tokens
+    stage, here = SimpleNamespace(batch=1, pairs=0, dtype="auto"), Machine(name="", vram=0, ram=1)
+    assert memory.validate(stage, small, here).disk < memory.validate(stage, call, here).disk
+
+
+def test_tokens_are_counted_by_what_an_autoencoder_says_of_itself(tiny_root):
+    """LTX-2's and Wan 2.2 5B's shrink more than their levels tell."""
+    assert latent_frames({"temporal_compression_ratio": 8}, 49) == 7
+    assert latent_frames({"scale_factor_temporal": 4}, 25) == latent_frames({}, 25) == 7
+    said = {"spatial_compression_ratio": 32, "block_out_channels": [8] * 4}
+    assert pixels_per_token({"patch_size": 1, "in_channels": 1}, said) == 32
+    wan5b = {"scale_factor_spatial": 16, "dim_mult": [1, 2, 4, 4]}
+    assert pixels_per_token({"patch_size": [1, 2, 2]}, wan5b) == 32
 
 
 def test_branches_of_guidance_may_be_calls_of_their_own(tiny_root):

@@ -77,6 +77,29 @@ def test_call_arguments_of_family_folder_and_user(folder, own_folder):
     assert source(own_folder).call_arguments()["height"] == 1024
 
 
+def test_sample_arguments_are_those_of_the_call_but_for_the_sample(folder):
+    call = source(folder).call_arguments()
+    assert source(folder).sample_arguments() == call
+    mine = DiffusersModel(
+        path=str(folder), call={"height": 64}, sample={"height": 32, "width": None}
+    )
+    assert mine.call_arguments() == call | {"height": 64}
+    assert mine.sample_arguments() == {n: v for n, v in call.items() if n != "width"} | {
+        "height": 32
+    }
+    assert mine.as_called().sample_arguments() == mine.call_arguments()
+
+
+def test_identity_changes_with_a_sample_that_differs_from_the_call(folder):
+    plain = source(folder)
+    assert plain.identity().keys() == {"files", "call"}  # as before there were samples
+    same = DiffusersModel(path=str(folder), call={}, sample={"height": 32})
+    assert recipe(same) == recipe(plain)
+    other = DiffusersModel(path=str(folder), call={}, sample={"height": 64})
+    want = {"sample": plain.call_arguments() | {"height": 64}}
+    assert other.identity() == plain.identity() | want
+
+
 @pytest.mark.parametrize("part", ["transformer", "text_encoder", "vae"])
 @pytest.mark.parametrize("suffix", [".bin", ".pt", ".ckpt"])
 def test_pickles_are_refused(own_folder, part, suffix):
