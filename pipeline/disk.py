@@ -92,18 +92,20 @@ def open_modes(folder: Path) -> None:
 
 def sync_tree(folder: Path) -> None:
     """Force every file and folder under ``folder`` to the disk, several at a time."""
-    sync_all(folder.rglob("*"))
+    sync_all(
+        f"{at}/{name}" for at, folders, files in os.walk(folder) for name in (*folders, *files)
+    )
     sync(folder)
 
 
-def sync_all(paths: Iterable[Path]) -> None:
+def sync_all(paths: Iterable[Path | str]) -> None:
     """Force files and folders to the disk, in threads: most of the time is waiting."""
     with ThreadPoolExecutor() as pool:
         for _ in pool.map(sync, paths):
             pass
 
 
-def sync(path: Path) -> None:
+def sync(path: Path | str) -> None:
     """Force one file, or a folder's list of names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
