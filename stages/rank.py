@@ -42,7 +42,7 @@ class ChooseRank:
     don't divide them, or an override that fits no site; :meth:`check` does so before anything runs.
     """
 
-    version: ClassVar[str] = "5"
+    version: ClassVar[str] = "6"
     moved: ClassVar[Mapping[str, str]] = {"worst": "rank.sensitive={count: 3, act_bits: 8}"}
     needs = memory.rank
 
@@ -95,9 +95,11 @@ class ChooseRank:
         if asked := parse_sensitive(self.sensitive, method.activations.bits):
             probes, device = load_probe(capture), pick_device(self.device)
 
-            def measure(method: Method, names: Collection[str]) -> Mapping[str, float]:
-                lines = make_plan(method, sites, choose).among(names)
-                return site_errors(self.model, lines, basis, probes, device) if lines else {}
+            def measure(
+                methods: Sequence[Method], names: Collection[str]
+            ) -> list[dict[str, float]]:
+                plans = [make_plan(method, sites, choose).among(names) for method in methods]
+                return site_errors(self.model, plans, basis, probes, device)
 
             blocks = [line.site.name for line in make_plan(method, sites, choose).blocks]
             added = asked.overrides(method, blocks, measure, Workload.alone(self))

@@ -12,6 +12,7 @@ import torch
 from dirotq.device import pick_device
 from dirotq.errors import ConfigError
 from dirotq.evaluate.statistics import difference_interval
+from dirotq.kernels.formats.spec import QuantSpec
 from dirotq.models.call import load_probe
 from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
@@ -20,7 +21,7 @@ from dirotq.pipeline.stage import untracked
 from dirotq.quantize import memory
 from dirotq.quantize.budget import Prices, in_bits, in_forwards, refuse_unpriced, water_fill
 from dirotq.quantize.measure import plans_psnr, site_errors
-from dirotq.quantize.plan import Method
+from dirotq.quantize.plan import Method, SitePlan
 from dirotq.quantize.planning import (
     Planned,
     Spectrum,
@@ -60,7 +61,7 @@ class AllocateRank:
     branch does not project; :meth:`check` does so before anything runs.
     """
 
-    version: ClassVar[str] = "3"
+    version: ClassVar[str] = "4"
     moved: ClassVar[Mapping[str, str]] = {"worst": "rank.sensitive={count: 3, act_bits: 8}"}
     needs = memory.rank_budget
 
@@ -130,22 +131,26 @@ class AllocateRank:
             rank = prices.largest_uniform(limit, self.grid)
             return plan_of(method, prices.uniform(rank), "uniform")
 
-        errors: dict[str, float] = {}
+        measured: dict[tuple[str, QuantSpec], float] = {}
 
-        def measure(method: Method, names: Collection[str]) -> Mapping[str, float]:
-            lines = uniform_plan(method).among(names)
-            found = site_errors(self.model, lines, basis, probes, device) if lines else {}
-            errors.update({name: found[name] for name in found.keys() - errors.keys()})
+        def estimate(plans: Sequence[Sequence[SitePlan]]) -> list[dict[str, float]]:
+            found = site_errors(self.model, plans, basis, probes, device)
+            for plan, errors in zip(plans, found, strict=True):
+                measured.update({(e.site.name, e.spec): errors[e.site.name] for e in plan})
             return found
+
+        def measure(methods: Sequence[Method], names: Collection[str]) -> list[dict[str, float]]:
+            return estimate([uniform_plan(method).among(names) for method in methods])
 
         if asked := parse_sensitive(self.sensitive, method.activations.bits):
             added = asked.overrides(method, set(spectra), measure, Workload.alone(self))
             method = replace(method, overrides=[*method.overrides, *added])
-            for entry in added:
-                errors.pop(entry["sites"])
-        measure(method, spectra.keys() - errors.keys())
         prices, limit = self._budget(method, sites)
         uniform = uniform_plan(method)
+        # All if nothing was asked for, or if what was chosen leaves another rank.
+        if new := [e for e in uniform.blocks if (e.site.name, e.spec) not in measured]:
+            estimate([new])
+        errors = {e.site.name: measured[e.site.name, e.spec] for e in uniform.blocks}
         ranks_before = {line.site.name: line.spec.rank for line in uniform.blocks}
         gains = {
             name: _sensitivity(spectra[name], ranks_before[name], errors[name])

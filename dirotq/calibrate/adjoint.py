@@ -7,16 +7,16 @@ by all sites together take a few forwards, however many sites there are.
 
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend, flex_attention, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from dirotq.errors import UnsupportedError
@@ -26,12 +26,15 @@ from dirotq.sources.hub import first_line
 
 from .replay import Replay
 
-Add = Callable[[str, Tensor, Tensor], None]
-"""Takes a site's name, what one of its linears returned, and by how much it would be off."""
+Add = Callable[[Hashable, Tensor, Tensor], None]
+"""Takes a name, what a linear returned, and by how much it would be off.
+
+A linear that may be off in several ways is given under several names; all linears of one name are
+off together."""
 Watch = Callable[[str, Add], contextlib.AbstractContextManager[None]]
 """Opens a context in which the linears of a block's sites ("": of those outside of blocks) are
 reported."""
-Reported = tuple[str, Tensor, Tensor]
+Reported = tuple[Hashable, Tensor, Tensor]
 """The same, kept."""
 Gradients = list[Tensor | None]
 """Of one tensor, for each direction of the output."""
@@ -39,6 +42,8 @@ ROOM = 2
 """Times what blocks are given: half of the room for waiting calls is for a block's graph."""
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Without cuDNN, whose gradients are NaN for some lengths on Hopper (pytorch issue 196678)."""
+REFUSAL = "_validate_device"
+"""What refuses gradients of flex attention on a CPU. Those of plain torch, they exist there too."""
 
 
 @dataclass(eq=False)
@@ -76,30 +81,33 @@ class Adjoint:
 
     def disturbed(
         self, calls: Sequence[Call], first: int, watch: Watch, what: str
-    ) -> tuple[dict[str, Tensor], list[int]]:
-        """Return {site: float64 [calls, directions]}, how far along each direction the output moves
-        when a site is off, to first order; and the numbers in the output of each call.
+    ) -> tuple[dict[Any, Tensor], list[int]]:
+        """Return {name: float64 [calls, directions]}, how far along each direction the output moves
+        when what was reported by a name is off, to first order; and the numbers in the output of
+        each call.
 
         first  number of the first call: directions are drawn from N(0, 1) by call and number
+
+        Raises UnsupportedError where the network has no gradients on this device.
         """
+        with _differentiable(self._replay.transformer):
+            return self._disturbed(calls, first, watch, what)
+
+    def _disturbed(
+        self, calls: Sequence[Call], first: int, watch: Watch, what: str
+    ) -> tuple[dict[Any, Tensor], list[int]]:
         replay, self._passed = self._replay, []
         outside: list[list[Reported]] = [[] for _ in calls]
         inside: list[Reported] = []
-        moved: dict[str, Tensor] = {}
+        moved: dict[Any, Tensor] = {}
 
-        def add(call: int, name: str, off: Tensor, gradients: Gradients) -> None:
+        def add(call: int, name: Hashable, off: Tensor, direction: int, gradient: Tensor) -> None:
             if name not in moved:
                 shape = len(calls), self._directions
                 moved[name] = torch.zeros(shape, dtype=torch.float64, device=off.device)
-            for direction, gradient in enumerate(gradients):
-                if gradient is not None:
-                    product = torch.linalg.vecdot(gradient, off).double().sum()
-                    moved[name][call, direction] += product
+            moved[name][call, direction] += torch.linalg.vecdot(gradient, off).double().sum()
 
-        with (
-            sdpa_kernel(ATTENTION),
-            watch("", lambda *site: outside[replay.current - first].append(site)),
-        ):
+        with watch("", lambda *site: outside[replay.current - first].append(site)):
             for step in track(replay.steps(calls, first), what, total=len(replay.blocks)):
                 step.run()
         sources = [{y for _, y, _ in sites} for sites in outside]
@@ -117,11 +125,12 @@ class Adjoint:
                 for passed in runs.pop(0)[1]:
                     call = passed.call - first
                     sources[call].difference_update(passed.made)
-                    for name, off, gradients in self._back(passed, inside, sources[call], found):
-                        add(call, name, off, gradients)
+                    self._back(passed, inside, sources[call], found, partial(add, call))
         for call, sites in enumerate(outside):
             for name, y, off in sites:
-                add(call, name, off, found.pop(y, self._none()))
+                for direction, gradient in enumerate(found.get(y, ())):
+                    if gradient is not None:
+                        add(call, name, off, direction, gradient)
         return moved, sizes
 
     def _forward(self, block: str, *args: Any, **kwargs: Any) -> Any:
@@ -148,34 +157,31 @@ class Adjoint:
         inside: list[Reported],
         sources: set[Tensor],
         found: dict[Tensor, Gradients],
-    ) -> list[tuple[str, Tensor, Gradients]]:
-        """Run a block again; return the gradients of its sites, which come to be ``inside``, and
-        add those of ``sources``."""
+        add: Callable[[Hashable, Tensor, int, Tensor], None],
+    ) -> None:
+        """Run a block again, add what its sites do, which come to be ``inside``, and the gradients
+        of ``sources``."""
         wanted = [found.pop(y, self._none()) for y in passed.made]
         device = self._replay.device
         inputs = {i: passed.got[i].to(device).requires_grad_() for i in passed.given}
         got = [inputs[i].clone() if i in inputs else each for i, each in enumerate(passed.got)]
         args, kwargs = tree_unflatten(got, passed.tree)
         here: dict[Tensor, Gradients] = defaultdict(self._none)
-        with torch.enable_grad(), sdpa_kernel(ATTENTION), self._differentiable(passed.block):
+        with torch.enable_grad():
             leaves = tree_leaves(self._computes[passed.block](*args, **kwargs))
-            outputs = [each for each in leaves if _real(each)]
-            self._pull(outputs, wanted, {*inputs.values(), *(y for _, y, _ in inside)}, here)
+        outputs = [each for each in leaves if _real(each)]
+        into = {*inputs.values(), *(y for _, y, _ in inside)}
+        # A direction's gradients are used at once: those of all sites take more than the graph.
+        for direction, made in self._pulled(outputs, wanted, into):
+            for name, y, off in inside:
+                if y in made:
+                    add(name, off, direction, made[y])
+            for given in inputs.values():
+                here[given][direction] = made.get(given)
+            del made
+        inside.clear()  # for the next call
         edges = list(passed.given.values())
         self._pull(edges, [here[t] for t in inputs.values()], sources, found)
-        found_here = [(name, off, here[y]) for name, y, off in inside]
-        inside.clear()  # for the next call
-        return found_here
-
-    @contextlib.contextmanager
-    def _differentiable(self, block: str) -> Iterator[None]:
-        try:
-            yield
-        except NotImplementedError as error:
-            raise UnsupportedError(
-                f"{block} of {type(self._replay.transformer).__name__} has no gradients on this "
-                f"device ({first_line(error)}): set rank.sensitive=null, or use another device"
-            ) from error
 
     def _pull(
         self,
@@ -185,6 +191,18 @@ class Adjoint:
         found: dict[Tensor, Gradients],
     ) -> None:
         """Add to ``found`` what gradients of the outputs are by the sources."""
+        for direction, made in self._pulled(outputs, gradients, sources):
+            for source, gradient in made.items():
+                before = found[source][direction]
+                found[source][direction] = gradient if before is None else before + gradient
+
+    def _pulled(
+        self,
+        outputs: Sequence[Tensor | GradientEdge],
+        gradients: Sequence[Gradients],
+        sources: set[Tensor],
+    ) -> Iterator[tuple[int, dict[Tensor, Tensor]]]:
+        """Yield each direction, and what its gradients are by the sources that have any."""
         into = list(sources)
         for direction in range(self._directions):
             pairs: list[tuple[Any, Tensor | None]] = [
@@ -195,14 +213,14 @@ class Adjoint:
             ]
             if not pairs or not into:
                 continue
-            made = torch.autograd.grad(
-                [output for output, _ in pairs], into, [gradient for _, gradient in pairs],
-                retain_graph=True, allow_unused=True,
-            )  # fmt: skip
-            for source, gradient in zip(into, made, strict=True):
-                if gradient is not None:
-                    before = found[source][direction]
-                    found[source][direction] = gradient if before is None else before + gradient
+            of, given = zip(*pairs, strict=True)
+            made = zip(
+                into,
+                torch.autograd.grad(of, into, given, retain_graph=True, allow_unused=True),
+                strict=True,
+            )
+            yield direction, {source: gradient for source, gradient in made if gradient is not None}
+            del made
 
     def _drawn(self, output: Tensor, call: int) -> Gradients:
         generator = torch.Generator().manual_seed(call)
@@ -211,6 +229,28 @@ class Adjoint:
 
     def _none(self) -> Gradients:
         return [None] * self._directions
+
+
+@contextlib.contextmanager
+def _differentiable(network: nn.Module) -> Iterator[None]:
+    """Let attention have gradients while open, in its graph and on the way back through it.
+
+    Raises UnsupportedError where something else has none on this device.
+    """
+    refusal = vars(flex_attention).get(REFUSAL)
+    try:
+        with sdpa_kernel(ATTENTION):
+            if refusal is not None:
+                setattr(flex_attention, REFUSAL, lambda *_: None)
+            yield
+    except NotImplementedError as error:
+        raise UnsupportedError(
+            f"{type(network).__name__} has no gradients on this device ({first_line(error)}): set "
+            "rank.sensitive=null, or use another device"
+        ) from error
+    finally:
+        if refusal is not None:
+            setattr(flex_attention, REFUSAL, refusal)
 
 
 def _block(passed: _Passed) -> str:

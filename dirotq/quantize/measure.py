@@ -5,6 +5,7 @@ prompts by several plans, before anything is built on one.
 """
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -24,7 +25,7 @@ from dirotq.models.denoisers import denoisers_of, joined, prefix
 from dirotq.packed.swap import swap_sites
 from dirotq.pipeline.artifact import Artifact
 from dirotq.progress import track
-from dirotq.quantize.nearest import pack_nearest
+from dirotq.quantize.nearest import pack_each, pack_nearest
 from dirotq.quantize.plan import SitePlan
 from dirotq.sources.generation import generate
 from dirotq.sources.model import DiffusersModel
@@ -34,39 +35,47 @@ log = logging.getLogger(__name__)
 
 DIRECTIONS = 8
 """Of a call's output, along which errors are estimated."""
+Numbered = dict[int, SitePlan]
+"""What plans, by their number, do to one site."""
 
 
 def site_errors(
     model: DiffusersModel,
-    lines: Sequence[SitePlan],
+    plans: Sequence[Sequence[SitePlan]],
     basis: Artifact,
     calls: Sequence[Call],
     device: torch.device,
-) -> dict[str, float]:
-    """Estimate the mean squared error of the denoiser's output over ``calls``: {site: error}.
+) -> list[dict[str, float]]:
+    """Estimate the mean squared error of the denoiser's output over ``calls``, by each plan:
+    {site: error}.
 
     One site alone is quantized as its line says, by nearest rounding. To first order that moves the
     output o by J e, with the error e of the site's own output, and for v of N(0, 1) the mean of
     (v . J e)^2 is |J e|^2. Gradients of v . o by all sites come together, block by block, for
-    DIRECTIONS v of each call (dirotq/calibrate/adjoint.py): over four calls an estimate is within a
-    quarter, as a standard deviation. Measuring every site by itself takes half the network for each
-    of them, and where an error is small, bfloat16 rounds it away.
+    DIRECTIONS v of each call (dirotq/calibrate/adjoint.py), and serve all plans: over four calls an
+    estimate is within a quarter, as a standard deviation. Measuring every site by itself takes half
+    the network for each of them, and where an error is small, bfloat16 rounds it away.
 
     Raises NumericalError naming the site whose error is not finite.
     """
     replay = Replay.of(model, device, compute_dtype(device))
     adjoint = Adjoint(replay, DIRECTIONS)
-    errors, cut = dict.fromkeys((line.site.name for line in lines), 0.0), set[str]()
+    errors = [dict.fromkeys((line.site.name for line in plan), 0.0) for plan in plans]
+    cut = set[str]()
     for denoiser, alike in by_part(calls).items():
-        inside = [line for line in lines if line.site.name.startswith(prefix(denoiser))]
-        watch = partial(_watched, replay, inside, basis, cut)
+        inside = defaultdict[str, Numbered](dict)
+        for number, plan in enumerate(plans):
+            for line in plan:
+                if line.site.name.startswith(prefix(denoiser)):
+                    inside[line.site.name][number] = line
+        watch = partial(_watched, replay, list(inside.values()), basis, cut)
         each = ROOM * len(replay.blocks)  # what each call gives to each block waits
         at_once = max(replay.make_room(alike[0], each * len(alike)) // each, 1)
         adjoint.park, replay.park = replay.park, False
         for first in range(0, len(alike) if inside else 0, at_once):
             some = alike[first : first + at_once]
             moved, sizes = adjoint.disturbed(some, first, watch, "rank: sensitivities")
-            for name, products in moved.items():
+            for (number, name), products in moved.items():
                 squares = products.square().mean(1).tolist()
                 error = sum(s / size for s, size in zip(squares, sizes, strict=True))
                 if not error < float("inf"):
@@ -76,7 +85,7 @@ def site_errors(
                         "in this precision. rank.sensitive=null does without, device=cpu computes "
                         "in float32"
                     )
-                errors[name] += error / len(alike)
+                errors[number][name] += error / len(alike)
     if cut:
         log.warning(
             "%d sites, such as %s, compute without gradients: how much they disturb is not known, "
@@ -87,31 +96,35 @@ def site_errors(
 
 @contextmanager
 def _watched(
-    replay: Replay, lines: Sequence[SitePlan], basis: Artifact, cut: set[str], block: str, add: Add
+    replay: Replay, sites: Sequence[Numbered], basis: Artifact, cut: set[str], block: str, add: Add
 ) -> Iterator[None]:
-    """While open, tell by how much the linears of a block's sites would be off.
+    """While open, tell by how much the linears of a block's sites would be off by each plan, as
+    (its number, the site).
 
     Those that compute without gradients are added to ``cut``.
     """
     with ExitStack() as hooks:
-        for line in lines:
-            if line.site.block != block:
+        for lines in sites:
+            site = next(iter(lines.values())).site
+            if site.block != block:
                 continue
-            packed = pack_nearest(line, basis, replay.weights, replay.device)
-            for linear, rows in line.site.slices():
-                view: nn.Module = SiteView(packed, rows)
-                if line.site.pointwise:
-                    view = PointwiseView(view)
+            made = pack_each(list(lines.values()), basis, replay.weights, replay.device)
+            for linear, rows in site.slices():
+                views: list[nn.Module] = [SiteView(packed, rows) for packed in made]
+                if site.pointwise:
+                    views = [PointwiseView(view) for view in views]
+                named = {(n, site.name): view for n, view in zip(lines, views, strict=True)}
 
                 def tell(
-                    _: nn.Module, args: Any, y: Tensor, view: Any = view, name: str = line.site.name
+                    _: nn.Module, args: Any, y: Tensor, named: Any = named, name: str = site.name
                 ) -> Tensor:
                     if block and not torch.is_grad_enabled():
                         cut.add(name)
-                    with torch.no_grad():
-                        off = view(args[0]) - y
                     seen = y if y.requires_grad else y.detach().requires_grad_()
-                    add(name, seen, off)
+                    for key, view in named.items():
+                        with torch.no_grad():
+                            off = view(args[0]) - y
+                        add(key, seen, off)
                     return seen.clone()  # what follows may write to it
 
                 module = replay.transformer.get_submodule(linear)

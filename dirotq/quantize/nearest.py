@@ -3,6 +3,7 @@
 Letters: N outputs, K main-branch inputs, G groups per row, R protected directions.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -81,12 +82,32 @@ def pack_nearest(
     All columns count alike in the search for a clipped scale: second moments of the main branch
     are not computed here.
     """
+    [packed] = pack_each([entry], basis, weights, device)
+    return packed
+
+
+def pack_each(
+    entries: Sequence[SitePlan], basis: Artifact, weights: Weights, device: torch.device
+) -> list[QuantLinear]:
+    """Do so by each of several plans of one site, and round once where activations alone differ."""
+    made, stored = [], dict[str, dict[str, Tensor]]()
+    for entry in entries:
+        rest = {k: v for k, v in entry.spec.recorded().items() if not k.startswith("act_")}
+        rounded_as = str((rest, entry.spec.width, entry.clip))
+        if rounded_as not in stored:
+            stored[rounded_as] = _stored(entry, basis, weights, device)
+        packed = QuantLinear(entry.spec, bias=entry.site.bias, device=device)
+        for name, tensor in stored[rounded_as].items():
+            getattr(packed, name).copy_(tensor)
+        made.append(packed)
+    return made
+
+
+def _stored(
+    entry: SitePlan, basis: Artifact, weights: Weights, device: torch.device
+) -> dict[str, Tensor]:
     rotation = site_rotation(entry, basis, device)
     weight, bias = weights.stacked(entry.site, device)
     main, protected = rotation.weights(weight)
     rounded = nearest(main, entry.spec, clip=entry.clip, wp_NR=protected, bias_N=bias)
-    stored = rotation.stored(protected, bias) | rounded.stored(entry.spec)
-    packed = QuantLinear(entry.spec, bias=entry.site.bias, device=device)
-    for name, tensor in stored.items():
-        getattr(packed, name).copy_(tensor)
-    return packed
+    return rotation.stored(protected, bias) | rounded.stored(entry.spec)

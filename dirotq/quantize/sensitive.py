@@ -15,8 +15,8 @@ MOST_WORK = 0.1
 """Share of a forward's multiply-adds that ``auto`` gives 8-bit activations."""
 FORM = "write auto, {count: 3, act_bits: 8} or {count: 3, keep: 16}, or null for none"
 
-Measure = Callable[[Method, Collection[str]], Mapping[str, float]]
-"""Measures what each named site alone, quantized by a method, adds to the network's error."""
+Measure = Callable[[Sequence[Method], Collection[str]], Sequence[Mapping[str, float]]]
+"""Measures what each named site alone adds to the network's error, quantized by each method."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +33,10 @@ class Sensitive:
         self, method: Method, names: Collection[str], measure: Measure, work: Workload
     ) -> list[dict[str, Any]]:
         """Return entries for ``method.overrides``, of sites among ``names``."""
-        errors = measure(method, names)
         if self.count is not None:
+            [errors] = measure([method], names)
             return self.worst(errors)
-        total = sum(errors.values())
-        able = [name for name in errors if gain_db(total, errors[name]) >= LEAST_GAIN]
-        finer = measure(refined(method, able), able) if able else {}
+        errors, finer = measure([method, refined(method)], names)
         shares = {site.name: work.share(site) for site in work.block_sites}
         return worthwhile(errors, finer, shares)
 
@@ -64,7 +62,7 @@ def worthwhile(
 
     errors  of every site, {site: any unit}; they add up to the network's error as far as sites
             disturb it independently
-    finer   with 8-bit activations, of those that may have them
+    finer   the same with 8-bit activations
     shares  of the forward's multiply-adds
 
     Takes the largest gain per share first, as long as it is LEAST_GAIN of what is left of the sum.
@@ -97,10 +95,9 @@ def gain_db(total: float, gain: float) -> float:
     return math.inf if gain >= total else -10 * math.log10(1 - gain / total)
 
 
-def refined(method: Method, names: Collection[str]) -> Method:
-    """Return the method with 8-bit activations at these sites."""
-    finer = [{"sites": name, "act_bits": 8} for name in names]
-    return replace(method, overrides=[*method.overrides, *finer])
+def refined(method: Method) -> Method:
+    """Return the method with 8-bit activations at all block sites."""
+    return replace(method, overrides=[*method.overrides, {"sites": "*", "act_bits": 8}])
 
 
 def check_sensitive(value: Any, method: Method, sites: Sequence[Any]) -> None:

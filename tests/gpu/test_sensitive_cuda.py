@@ -18,9 +18,9 @@ def test_estimates_are_those_of_the_cpu(line, folder):
     plan = make_plan(method("dirotq"), model.sites(), lambda site: (16, "a test"))
     cuda, cpu = (
         site_errors(
-            model, plan.blocks, captured["basis"], load_probe(captured["capture"]),
+            model, [plan.blocks], captured["basis"], load_probe(captured["capture"]),
             torch.device(where),
-        )
+        )[0]
         for where in ("cuda", "cpu")
     )  # fmt: skip
     assert list(cuda) == list(cpu)

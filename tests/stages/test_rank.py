@@ -228,16 +228,19 @@ def test_the_worst_site_takes_finer_activations(rank, finished, tmp_path):
 
 
 def test_sites_that_gain_enough_take_finer_activations(rank, finished, tmp_path, monkeypatch):
-    """Errors are measured once for all, and once more for those that could gain."""
+    """Errors of both precisions come from one pass."""
     asked = []
 
-    def errors(model, lines, *_):
-        asked.append({line.site.name: line.spec.activations.bits for line in lines})
-        return {
-            line.site.name: (100.0 if line.site.name == FF else 1.0)
-            / (10 if line.spec.activations.bits == 8 else 1)
-            for line in lines
-        }
+    def errors(model, plans, *_):
+        asked.append([{e.site.name: e.spec.activations.bits for e in plan} for plan in plans])
+        return [
+            {
+                line.site.name: (100.0 if line.site.name == FF else 1.0)
+                / (10 if line.spec.activations.bits == 8 else 1)
+                for line in plan
+            }
+            for plan in plans
+        ]
 
     monkeypatch.setattr("dirotq.stages.rank.site_errors", errors)
     monkeypatch.setattr("dirotq.quantize.sensitive.LEAST_GAIN", 1.0)
@@ -250,7 +253,7 @@ def test_sites_that_gain_enough_take_finer_activations(rank, finished, tmp_path,
     assert "% of the arithmetic: 8-bit activations" in finer[0].why
     assert metrics["sites_finer"] == 1
     blocks = [e for e in read_plan(tmp_path / "plan.json") if e.site.kind == "block"]
-    assert asked == [{e.site.name: 4 for e in blocks}, {FF: 8}]
+    assert asked == [[{e.site.name: bits for e in blocks} for bits in (4, 8)]]
 
 
 def test_auto_measures_nothing_where_eight_bits_are_no_finer(rank, finished, tmp_path, monkeypatch):

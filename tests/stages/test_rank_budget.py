@@ -33,12 +33,23 @@ def budget(tiny_root) -> AllocateRank:
 def alike(monkeypatch):
     """Relative errors of all sites count alike unless a test says otherwise."""
 
-    def errors(model, lines, basis, *_):
-        spectra = {line.site.name: read_spectrum(basis, line.site) for line in lines}
-        ranks = {line.site.name: line.spec.rank for line in lines}
-        return {name: one.tail(ranks[name]) / one.energy for name, one in spectra.items()}
+    def share(line, basis):
+        spectrum = read_spectrum(basis, line.site)
+        return spectrum.tail(line.spec.rank) / spectrum.energy
+
+    measuring(monkeypatch, share)
+
+
+def measuring(monkeypatch, error):
+    """Let ``error(line, basis)`` be what a site disturbs; return the plans of each pass."""
+    passes = []
+
+    def errors(model, plans, basis, *_):
+        passes.append(plans)
+        return [{line.site.name: error(line, basis) for line in plan} for plan in plans]
 
     monkeypatch.setattr(rank_budget, "site_errors", errors)
+    return passes
 
 
 def planned(stage, captured, out):
@@ -176,10 +187,7 @@ def test_overrides_are_paid_from_the_budget(budget, captured, tmp_path):
 def test_the_worst_sites_are_measured_and_stay_out(budget, captured, tmp_path, monkeypatch):
     worst = "transformer_blocks.0.ff.net.2"
 
-    def errors(model, lines, *_):
-        return {line.site.name: 9.0 if line.site.name == worst else 1.0 for line in lines}
-
-    monkeypatch.setattr(rank_budget, "site_errors", errors)
+    measuring(monkeypatch, lambda line, _: 9.0 if line.site.name == worst else 1.0)
     stage = dataclasses.replace(budget, sensitive={"count": 1, "keep": 16})
     plan, metrics = planned(stage, captured, tmp_path / "kept")
     assert worst not in plan
@@ -192,13 +200,43 @@ def test_the_worst_sites_are_measured_and_stay_out(budget, captured, tmp_path, m
     assert "number 1 in measured error" in plan[worst].why
 
 
+def allocated(out):
+    """Rows of ``allocation.json``, {site: row}."""
+    return {row["site"]: row for row in json.loads((out / "allocation.json").read_text())}
+
+
+def test_finer_activations_leave_ranks_and_were_measured(budget, captured, tmp_path, monkeypatch):
+    worst = "transformer_blocks.0.ff.net.2"
+
+    def error(line, _):
+        return (9.0 if line.site.name == worst else 1.0) / line.spec.activations.bits
+
+    made = measuring(monkeypatch, error)
+    monkeypatch.setattr("dirotq.quantize.sensitive.MOST_WORK", 0.5)
+    plan, _ = planned(dataclasses.replace(budget, sensitive="auto"), captured, tmp_path)
+    assert plan[worst].spec.activations.bits == 8
+    assert [len(plans) for plans in made] == [2]
+    assert allocated(tmp_path)[worst]["error_alone"] == 9 / 8
+
+
+def test_errors_are_those_at_the_ranks_that_kept_sites_leave(
+    budget, captured, tmp_path, monkeypatch
+):
+    made = measuring(monkeypatch, lambda line, _: 1.0 + line.spec.rank)
+    asked = {"count": 1, "keep": 16}
+    stage = dataclasses.replace(budget, like=None, bits=12.0, sensitive=asked)
+    planned(stage, captured, tmp_path)
+    rows = allocated(tmp_path).values()
+    assert [row["error_alone"] for row in rows] == [1.0 + row["uniform_rank"] for row in rows]
+    [[first], [again]] = made
+    assert {e.spec.rank for e in again} != {e.spec.rank for e in first}
+    assert len(again) == len(first) - 1 == len(rows)
+
+
 def test_measured_sensitivities_move_directions(budget, captured, tmp_path, monkeypatch):
     favoured = "transformer_blocks.0.ff.net.2"
 
-    def errors(model, lines, *_):
-        return {line.site.name: 1.0 if line.site.name == favoured else 1e-4 for line in lines}
-
-    monkeypatch.setattr(rank_budget, "site_errors", errors)
+    measuring(monkeypatch, lambda line, _: 1.0 if line.site.name == favoured else 1e-4)
     plan, _ = planned(budget, captured, tmp_path)
     ranks = block_ranks(plan)
     assert ranks[favoured] == max(ranks.values()) > 16
@@ -207,10 +245,7 @@ def test_measured_sensitivities_move_directions(budget, captured, tmp_path, monk
 def perverse(stage, captured, monkeypatch, wasted):
     """The stage with all directions at the sites ``wasted``, judged by real images."""
 
-    def errors(model, lines, *_):
-        return {line.site.name: float(line.site.name in wasted) for line in lines}
-
-    monkeypatch.setattr(rank_budget, "site_errors", errors)
+    measuring(monkeypatch, lambda line, _: float(line.site.name in wasted))
     return dataclasses.replace(stage, gate=4)
 
 

@@ -8,8 +8,10 @@ import torch
 from tiny_transformers import UNTABLED, made
 from tiny_transformers.proof import found
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.utils._pytree import tree_leaves
 
+from dirotq.calibrate import adjoint
 from dirotq.calibrate.adjoint import Adjoint
 from dirotq.errors import UnsupportedError
 
@@ -18,8 +20,6 @@ STEP, APART = 1e-3, 0.01
 whose rounding is divided by the step."""
 ROUNDED = {"Kandinsky5Transformer3DModel", "SanaWMTransformer3DModel"}
 """Parts of them compute in bfloat16."""
-FLEX = {"AnyFlowFARTransformer3DModel", "Kandinsky6SRTransformer3DModel"}
-"""Their attention has gradients on a GPU alone."""
 WITHOUT = {"HiDreamImageTransformer2DModel"}
 """Its experts compute without gradients."""
 
@@ -92,24 +92,63 @@ def prepared(name):
     return WholeReplay(network, blocks), inputs, sites
 
 
-@pytest.mark.parametrize("name", [name for name in UNTABLED if name not in FLEX | WITHOUT])
+@pytest.mark.parametrize("name", [name for name in UNTABLED if name not in WITHOUT])
 def test_sums_over_sites_are_a_directional_derivative(name):
     replay, inputs, sites = prepared(name)
     step, apart = (10 * STEP, 10 * APART) if name in ROUNDED else (STEP, APART)
     ahead, behind = (moved_by_all(replay, inputs, sites, s) for s in (step, -step))
-    adjoint = Adjoint(replay, 2)
-    moved, sizes = adjoint.disturbed([inputs], 3, watching(replay.transformer, sites), "a test")
+    passes = Adjoint(replay, 2)
+    moved, sizes = passes.disturbed([inputs], 3, watching(replay.transformer, sites), "a test")
     assert sizes == [ahead.numel()]
-    want = torch.stack(adjoint._drawn(ahead, 3)) @ ((ahead - behind) / (2 * step))
+    want = torch.stack(passes._drawn(ahead, 3)) @ ((ahead - behind) / (2 * step))
     assert (sum(moved.values())[0] - want).norm() < apart * want.norm()
     assert moved.keys() <= {site.name for site in sites}
 
 
-@pytest.mark.parametrize("name", sorted(FLEX))
-def test_what_has_no_gradients_here_is_refused(name):
-    replay, inputs, sites = prepared(name)
-    with pytest.raises(UnsupportedError, match=r"no gradients on this device .*sensitive=null"):
+class OneWay(torch.autograd.Function):
+    """An operation that nobody wrote the gradients of."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.sin()
+
+
+class Opaque(nn.Module):
+    """Has such an operation inside of its block, or behind it."""
+
+    def __init__(self, inside):
+        super().__init__()
+        self.inside = inside
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.Tanh())]).double()
+        self.blocks[0].register_forward_hook(lambda _, args, y: OneWay.apply(y) if inside else y)
+
+    def forward(self, x):
+        made = self.blocks[0](x)
+        return made if self.inside else OneWay.apply(made)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_what_has_no_gradients_here_is_refused(inside):
+    replay = WholeReplay(Opaque(inside).requires_grad_(False), ("blocks.0",))
+    sites = [SimpleNamespace(name="blocks.0", block="blocks.0", linears=("blocks.0.0",))]
+    inputs = {"x": torch.ones(2, 4, dtype=torch.float64)}
+    with pytest.raises(UnsupportedError, match=r"^Opaque has no gradients .*sensitive=null"):
         Adjoint(replay, 2).disturbed([inputs], 3, watching(replay.transformer, sites), "a test")
+
+
+def test_flex_attention_has_gradients_on_a_cpu_inside_alone():
+    x = torch.randn(1, 1, 16, 16, dtype=torch.float64, requires_grad=True)
+
+    def attended(attention):
+        return torch.autograd.grad(attention(x, x, x).sin().sum(), x)[0]
+
+    with adjoint._differentiable(nn.Identity()):
+        found = attended(flex_attention)
+    torch.testing.assert_close(found, attended(nn.functional.scaled_dot_product_attention))
+    with pytest.raises(UnsupportedError), adjoint._differentiable(nn.Identity()):
+        raise NotImplementedError
+    with pytest.raises(NotImplementedError, match="does not support backward on CPU"):
+        flex_attention(x, x, x)
 
 
 class Writes(nn.Module):
@@ -133,9 +172,9 @@ def test_a_network_may_write_to_its_tensors(park):
     sites = [SimpleNamespace(name=b, block=b, linears=(f"{b}.0",)) for b in replay.blocks]
     inputs = {"x": torch.ones(2, 4, dtype=torch.float64)}
     ahead, behind = (moved_by_all(replay, inputs, sites, s) for s in (STEP, -STEP))
-    adjoint = Adjoint(replay, 2)
-    adjoint.park = park
-    moved, _ = adjoint.disturbed([inputs], 0, watching(replay.transformer, sites), "a test")
-    want = torch.stack(adjoint._drawn(ahead, 0)) @ ((ahead - behind) / (2 * STEP))
+    passes = Adjoint(replay, 2)
+    passes.park = park
+    moved, _ = passes.disturbed([inputs], 0, watching(replay.transformer, sites), "a test")
+    want = torch.stack(passes._drawn(ahead, 0)) @ ((ahead - behind) / (2 * STEP))
     assert moved.keys() == set(replay.blocks)
     assert (sum(moved.values())[0] - want).norm() < 1e-4 * want.norm()

@@ -5,10 +5,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 from diffusers.models.attention import FeedForward
 from tiny_line import method, run
+from tiny_pipelines import family_folder
 
 from dirotq.errors import NumericalError
 from dirotq.kernels.linear import SiteView
-from dirotq.models.call import load_calls
+from dirotq.models.call import load_calls, load_probe
 from dirotq.quantize import measure
 from dirotq.quantize.measure import site_errors
 from dirotq.quantize.nearest import pack_nearest
@@ -35,7 +36,8 @@ def measured(folder, captured, change=None, rank=16, calls=1, more=()):
     model = DiffusersModel(path=str(folder), call={})
     plan = make_plan(method("dirotq", *more), model.sites(), lambda site: (rank, "a test"))
     probe, *_ = load_calls(captured["capture"].data, ["probe"])
-    return site_errors(model, plan.blocks, captured["basis"], [probe] * calls, CPU)
+    [errors] = site_errors(model, [plan.blocks], captured["basis"], [probe] * calls, CPU)
+    return errors
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,27 @@ def test_more_protected_directions_and_finer_codes_disturb_less(folder, captured
     fine = measured(folder, captured, more=("act_format=int8_token",))
     for better in (wide, fine):
         assert sum(better.values()) < 0.7 * sum(plain.values())
+
+
+@pytest.mark.parametrize("name", ["flux", "pixart"])
+def test_a_pass_of_several_plans_is_a_pass_of_each(line, tiny_root, captured, name):
+    """The very same numbers: of activations alone, of another rank, and of some sites."""
+    folder, made = tiny_root / "model", captured
+    if name != "flux":
+        folder = family_folder(tiny_root, name)
+        made = run(line(f"model={folder}", "until=basis"))
+    model = DiffusersModel(path=str(folder), call={})
+    probes = load_probe(made["capture"])
+
+    def plan(rank, *more):
+        return make_plan(method("dirotq", *more), model.sites(), lambda site: (rank, "a test"))
+
+    fine = plan(16, "act_format=int8_token").blocks
+    plans = [plan(16).blocks, fine, plan(24).blocks, fine[2:5]]
+    alone = [site_errors(model, [each], made["basis"], probes, CPU)[0] for each in plans]
+    assert site_errors(model, plans, made["basis"], probes, CPU) == alone
+    assert [list(each) for each in alone] == [[e.site.name for e in each] for each in plans]
+    assert alone[0] != alone[1] != alone[2]
 
 
 def test_calls_in_several_passes_change_nothing(folder, captured, monkeypatch):
