@@ -159,8 +159,8 @@ class Adjoint:
         found: dict[Tensor, Gradients],
         add: Callable[[Hashable, Tensor, int, Tensor], None],
     ) -> None:
-        """Run a block again, add what its sites do, which come to be ``inside``, and the gradients
-        of ``sources``."""
+        """Run a block again; ``add`` what its sites do, which come to be ``inside``, and to
+        ``found`` the gradients of ``sources``."""
         wanted = [found.pop(y, self._none()) for y in passed.made]
         device = self._replay.device
         inputs = {i: passed.got[i].to(device).requires_grad_() for i in passed.given}
@@ -171,7 +171,7 @@ class Adjoint:
             leaves = tree_leaves(self._computes[passed.block](*args, **kwargs))
         outputs = [each for each in leaves if _real(each)]
         into = {*inputs.values(), *(y for _, y, _ in inside)}
-        # A direction's gradients are used at once: those of all sites take more than the graph.
+        # Each is used at once: all directions' would take several times what the linears return.
         for direction, made in self._pulled(outputs, wanted, into):
             for name, y, off in inside:
                 if y in made:
@@ -214,13 +214,9 @@ class Adjoint:
             if not pairs or not into:
                 continue
             of, given = zip(*pairs, strict=True)
-            made = zip(
-                into,
-                torch.autograd.grad(of, into, given, retain_graph=True, allow_unused=True),
-                strict=True,
-            )
-            yield direction, {source: gradient for source, gradient in made if gradient is not None}
-            del made
+            made = torch.autograd.grad(of, into, given, retain_graph=True, allow_unused=True)
+            yield direction, {s: g for s, g in zip(into, made, strict=True) if g is not None}
+            del made  # before the next direction's
 
     def _drawn(self, output: Tensor, call: int) -> Gradients:
         generator = torch.Generator().manual_seed(call)

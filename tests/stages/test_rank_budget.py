@@ -224,7 +224,7 @@ def test_errors_are_those_at_the_ranks_that_kept_sites_leave(
 ):
     made = measuring(monkeypatch, lambda line, _: 1.0 + line.spec.rank)
     asked = {"count": 1, "keep": 16}
-    stage = dataclasses.replace(budget, like=None, bits=12.0, sensitive=asked)
+    stage = dataclasses.replace(budget, like=None, bits=8.5, sensitive=asked)
     planned(stage, captured, tmp_path)
     rows = allocated(tmp_path).values()
     assert [row["error_alone"] for row in rows] == [1.0 + row["uniform_rank"] for row in rows]
