@@ -42,9 +42,9 @@ def replaying(work: Any) -> Forwards:
     return work.recorded, work.recorded * each
 
 
-def measuring(work: Any, times: int) -> Forwards:
-    """Of what ``times`` measurements of all sites' errors take, on each denoiser's probes."""
-    count = times * GRADIENTS * PROBES * len(work.model.parts) * work.samples
+def measuring(work: Any) -> Forwards:
+    """Of what a measurement of all sites' errors takes, on each denoiser's probes."""
+    count = GRADIENTS * PROBES * len(work.model.parts) * work.samples
     return count, count * work.forward_flops
 
 

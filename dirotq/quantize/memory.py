@@ -21,7 +21,7 @@ from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.quantize.arithmetic import generating, measuring, proving, replaying
 from dirotq.quantize.running import ALIVE
-from dirotq.quantize.sensitive import Sensitive, parse_sensitive
+from dirotq.quantize.sensitive import parse_sensitive
 from dirotq.quantize.spectrum import DENSE, MARGIN
 from dirotq.quantize.uncalibrated import part_of
 from dirotq.quantize.workload import Workload
@@ -111,13 +111,12 @@ def low_rank(stage: Any, work: Workload, machine: Machine) -> Needs:
 def rank(stage: Any, work: Workload, machine: Machine) -> Needs:
     """One site's spectrum at a time, or what measuring sensitive sites takes."""
     asked = parse_sensitive(stage.sensitive, stage.method.activations.bits)
-    return _sensitivities(work, machine, asked) if asked else _spectra(work, machine)
+    return _sensitivities(work, machine) if asked else _spectra(work, machine)
 
 
 def rank_budget(stage: Any, work: Workload, machine: Machine) -> Needs:
     """Take the most of spectra, sensitivities and the A/B check's images (quantize/measure.py)."""
-    asked = parse_sensitive(stage.sensitive, stage.method.activations.bits)
-    parts = [_spectra(work, machine), _sensitivities(work, machine, asked)]
+    parts = [_spectra(work, machine), _sensitivities(work, machine)]
     forwards = dict(parts[1].forwards)
     if stage.gate:
         images = _image_peak(work, stage.batch, machine.width)
@@ -232,11 +231,8 @@ def _spectra(work: Workload, machine: Machine) -> Needs:
     return _needs(machine, 0, 4 * work.widest * kept, 800 * len(work.sites))
 
 
-def _sensitivities(work: Workload, machine: Machine, asked: Sensitive | None = None) -> Needs:
-    """One block with its graph, and what calls gave to all blocks (dirotq/quantize/measure.py).
-
-    asked  of sensitive sites; where it says no number of them, finer ones are measured too
-    """
+def _sensitivities(work: Workload, machine: Machine) -> Needs:
+    """One block with its graph, and what calls gave to all blocks (dirotq/quantize/measure.py)."""
     inside = defaultdict(list)
     for site in work.block_sites:
         inside[site.block].append(work.tokens(site) * (site.in_features + sum(site.out_features)))
@@ -246,8 +242,7 @@ def _sensitivities(work: Workload, machine: Machine, asked: Sensitive | None = N
     block = 3 * width * work.block_parameters + 8 * 3 * work.largest_weight
     device, host = block + graph + waiting / ROOM, _block_read(work) + parked / ROOM
     needs = _needs(machine, device, host, 1200 * len(work.sites), "capture.batch=1", bound=True)
-    times = 2 if asked and asked.count is None else 1
-    return replace(needs, forwards={"sensitive sites": measuring(work, times)})
+    return replace(needs, forwards={"sensitive sites": measuring(work)})
 
 
 def _generation(
