@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import threading
 import time
 import uuid
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from dirotq.pipeline.disk import remove_tree
 
 BEAT = 1.0
 """Seconds between two signs of life, and between two looks at what workers log."""
@@ -49,7 +50,9 @@ class Desk:
         finally:
             over.set()
             attending.join()
-            shutil.rmtree(self.folder, ignore_errors=True)
+            # Whoever told its last result may still be closing its log.
+            with contextlib.suppress(OSError):  # the journal that it lies in goes later
+                remove_tree(self.folder)
 
     @contextlib.contextmanager
     def seat(self) -> Iterator[None]:

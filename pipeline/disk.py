@@ -5,7 +5,9 @@ import errno
 import json
 import os
 import pwd
+import shutil
 import stat
+import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +15,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
+BUSY = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+"""What removing a folder meets while somebody else adds files to it, or removes some."""
+PATIENCE = 3.0
+"""Seconds in which a process that has done its work writes the last lines of its log."""
 
 
 def is_disk_full(error: BaseException | None) -> bool:
@@ -62,6 +68,21 @@ def replacing(path: Path, *, durable: bool = False) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             scratch.unlink()
         raise
+
+
+def remove_tree(folder: Path) -> None:
+    """Remove a folder, if it is there. What others still put into it meanwhile goes too.
+
+    Raises OSError if that does not end within :data:`PATIENCE`, and for what can't be removed.
+    """
+    end = time.monotonic() + PATIENCE
+    while folder.exists():
+        try:
+            shutil.rmtree(folder)
+        except OSError as error:
+            if error.errno not in BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
 
 
 def scratch_of(folder: Path, name: str) -> Iterator[Path]:

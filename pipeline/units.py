@@ -10,7 +10,6 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,7 +18,7 @@ from typing import Any, TypeVar
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.files.digest import file_digest
-from dirotq.pipeline.disk import files_below, sync, sync_all, write_json
+from dirotq.pipeline.disk import files_below, remove_tree, sync, sync_all, write_json
 from dirotq.pipeline.stage import recipe
 
 log = logging.getLogger(__name__)
@@ -248,7 +247,7 @@ def refuse_changed(out: Path, files: Mapping[str, Mapping[str, Any]]) -> None:
 def retire(out: Path) -> None:
     """Remove the journal from a folder that is about to be published, for good."""
     if (journal := out / JOURNAL).exists():
-        shutil.rmtree(journal)
+        remove_tree(journal)  # a worker of the last units may still close its log in there
         sync(out)
 
 

@@ -161,11 +161,21 @@ def _home(cache: str, kind: Kind, repo: str) -> Path:
 def _fetched(place: HubPath, commit: str, patterns: tuple[str, ...], cache: str) -> Path:
     """Ask once per process: a hub that does not answer takes its time."""
     import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
+    here = _home(cache, place.kind, place.id) / "snapshots" / commit
     with explained(place, f"all files matching {', '.join(patterns)}"):
-        folder = huggingface_hub.snapshot_download(
-            place.id, repo_type=place.kind, revision=commit, allow_patterns=list(patterns)
-        )
+        try:
+            folder = huggingface_hub.snapshot_download(
+                place.id, repo_type=place.kind, revision=commit, allow_patterns=list(patterns)
+            )
+        except HfHubHTTPError:
+            raise  # the hub answered
+        except (HTTPError, ConnectionError):
+            # Of a commit, versions 1.28 to 1.33 want the hub's list before they look into the cache.
+            if not here.is_dir() or place.listing():
+                raise
+            return here
     return Path(folder)
 
 

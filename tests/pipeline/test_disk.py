@@ -7,7 +7,41 @@ from pathlib import Path
 import pytest
 from toy_artifact import RECIPE, publish
 
-from dirotq.pipeline.disk import write_json
+from dirotq.pipeline import disk
+from dirotq.pipeline.disk import remove_tree, write_json
+
+
+@pytest.fixture
+def late(tmp_path, monkeypatch):
+    """``late(3)``: a folder that somebody adds a file to, just before it goes, three times."""
+
+    def made(times: int) -> Path:
+        (folder := tmp_path / "desk").mkdir()
+        left, real = [*range(times)], os.rmdir
+
+        def rmdir(path, **more):
+            if left:
+                (folder / f"{left.pop()}.log").touch()
+            real(path, **more)
+
+        monkeypatch.setattr(os, "rmdir", rmdir)
+        return folder
+
+    return made
+
+
+def test_a_folder_that_somebody_still_writes_to_goes(late):
+    """A worker whose last result is known closes its log: what is left would end the run."""
+    folder = late(3)
+    remove_tree(folder)
+    assert not folder.exists()
+    remove_tree(folder)  # is gone
+
+
+def test_who_never_stops_writing_is_not_waited_for(late, monkeypatch):
+    monkeypatch.setattr(disk, "PATIENCE", 0.1)
+    with pytest.raises(OSError, match="not empty"):
+        remove_tree(late(1000))
 
 
 @pytest.fixture

@@ -116,6 +116,38 @@ def test_without_a_network_and_a_list_the_folder_is_taken_as_it_is(snapshot, hom
         hub_path(f"org/name@{'b' * 40}", "model").fetch(["y.json"])
 
 
+@pytest.mark.parametrize(
+    "unreachable", [errors.OfflineModeIsEnabled("offline"), errors.HTTPError("no route to host")]
+)
+def test_so_it_is_by_a_library_that_wants_the_list_first(snapshot, monkeypatch, unreachable):
+    """As huggingface_hub 1.28 to 1.33 does of a commit. What the hub answers counts."""
+
+    def refused(*_, **__):
+        raise unreachable
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    pinned = hub_path(f"org/name@{'a' * 40}", "model")
+    assert pinned.fetch(["y.json"]) == snapshot
+    with pytest.raises(ConfigError, match="can't be reached"):
+        hub_path(f"org/name@{'b' * 40}", "model").fetch(["y.json"])
+    dirotq.sources.hub._fetched.cache_clear()
+    listed(snapshot, "y.json")  # which tells that the folder is not whole
+    with pytest.raises(ConfigError, match=r"does not hold all files matching y\.json"):
+        pinned.fetch(["y.json"])
+
+
+def test_what_the_hub_answers_is_no_lack_of_a_network(snapshot, monkeypatch):
+    httpx = pytest.importorskip("httpx2")
+    answer = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/x"))
+
+    def refused(*_, **__):
+        raise errors.HfHubHTTPError("forbidden", response=answer)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refused)
+    with pytest.raises(ConfigError, match="refused all files matching"):
+        hub_path(f"org/name@{'a' * 40}", "model").fetch(["y.json"])
+
+
 def test_a_damaged_note_of_the_commit_is_not_believed(home, monkeypatch):
     """An empty file, as power loss leaves it, would name the folder of all snapshots."""
     refs = home / "models--org--name" / "refs"
