@@ -48,9 +48,9 @@ def denoiser_call(
     for weights in WEIGHTS if load_encoders else WEIGHTS[:-1]:
         try:
             with quiet(), Cheaply() if weights == NOISE else nullcontext():
-                pipe = _pipeline_without_denoiser(folder, weights)
+                pipe = pipeline_without_denoiser(folder, weights)
                 pipe.transformer.register_forward_pre_hook(_stop, with_kwargs=True)
-                pipe(**_smallest(pipe) | arguments)
+                pipe(**smallest(pipe) | arguments)
             failures.append("it ended without a call of its transformer")
         except _Reached as reached:
             return reached.call.args, reached.call.kwargs
@@ -77,7 +77,11 @@ def _stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     raise _Reached(Call(args, kwargs).map(lambda t: t.float() if t.is_floating_point() else t))
 
 
-def _pipeline_without_denoiser(folder: Path, weights: str) -> Any:
+def pipeline_without_denoiser(folder: Path, weights: str) -> Any:
+    """Make a pipeline of a folder, its denoisers on the meta device.
+
+    weights  one of :data:`WEIGHTS`, for all other models
+    """
     import diffusers
 
     index = json.loads((folder / "model_index.json").read_text())
@@ -126,7 +130,8 @@ def _component(path: Path, entry: list[str | None], weights: str) -> Any:
         model = empty_transformer(cls.load_config(path), cls)
     else:
         with accelerate.init_empty_weights():
-            model = cls(cls.config_class.from_pretrained(path)).eval()
+            # Parts of it take the precision that the config notes; here there is one for all.
+            model = cls(cls.config_class.from_pretrained(path)).float().eval()
         model.set_attn_implementation("eager")  # others look at the mask's values
     if denoiser:
         return model
@@ -156,7 +161,7 @@ def _shapes_only(model: Any) -> Any:
     return model
 
 
-def _smallest(pipe: Any) -> dict[str, Any]:
+def smallest(pipe: Any) -> dict[str, Any]:
     """Choose arguments of the cheapest call, of those that the pipeline takes."""
     from PIL import Image
 

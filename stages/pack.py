@@ -15,7 +15,7 @@ from dirotq.calibrate.text_codes import Codes, calibrated_codes
 from dirotq.device import compute_dtype, pick_device
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.files.digest import file_digest
-from dirotq.files.json_file import CALL_FILE, INDEX, read_json
+from dirotq.files.json_file import CALL_FILE, INDEX, denoisers, read_json
 from dirotq.files.sums import write_sums
 from dirotq.kernels.linear import buffer_shapes
 from dirotq.models.coverage import share_kept
@@ -33,10 +33,15 @@ from dirotq.progress import track
 from dirotq.quantize import memory
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.tensors import load_site, site_file
-from dirotq.sources.folder import place_rest
+from dirotq.sources.folder import carried_files, place_rest
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
-from dirotq.sources.weights import plan_shards, refuse_not_finite, write_index
+from dirotq.sources.weights import (
+    plan_shards,
+    refuse_damaged,
+    refuse_not_finite,
+    write_index,
+)
 
 LEAST_SHARD = 10_000
 """Bytes of a shard below which a unit was forgotten."""
@@ -53,6 +58,8 @@ class Pack:
     ``prompts``  what calibrates 4-bit text encoders (GPTQ), or None: nearest codes
     ``shard``  largest weights file ("2GB": a file is one thread's work when it is checked)
     ``text_encoders``  what becomes of their weights: ``keep``, ``w8`` or ``w4``
+
+    Raises NumericalError naming a tensor, of any component, that holds NaN or infinity.
 
     Metrics: ``text_linears_nearest`` counts 4-bit linears of text encoders that nothing calibrated.
     """
@@ -82,6 +89,7 @@ class Pack:
         source = self.model.folder()
         encoders = choose(source, self.text_encoders)
         packed = {name: choice for name, choice in encoders.items() if choice.bits}
+        refuse_damaged(_weights_beside(source))  # no stage before may have run them
         copies = place_rest(source, folder, written=packed)
         told = self._write_encoders(source, folder, packed) if packed else {}
         for copy in copies:
@@ -187,6 +195,14 @@ class Pack:
         linears = {name: list(choice.linears) for name, choice in encoders.items()}
         prompts = self.prompts.load()
         return calibrated_codes(self.model, prompts, linears, device, compute_dtype(device))
+
+
+def _weights_beside(source: Path) -> Iterator[Path]:
+    """Yield the weights files of all components but the denoisers."""
+    index = read_json(source / INDEX)
+    for file in track(carried_files(source, index, without=denoisers(index)), "other components"):
+        if file.suffix == ".safetensors":
+            yield file
 
 
 def _settle(file: Path) -> None:

@@ -74,10 +74,10 @@ class Reference:
                 continue
             pipe = pipe or self.model.pipeline(dtype, device)
             if name == "floor":
-                with foreign(pipe), other_attention(device, dtype):
+                with foreign(type(pipe).__name__), other_attention(device, dtype):
                     generate_all(writers[name], pipe, prompts, call, batch, "16-bit images again")
             else:
-                with foreign(pipe):
+                with foreign(type(pipe).__name__):
                     generate_all(writers[name], pipe, prompts, call, batch, "16-bit images")
         return {
             "images": len(prompts) * len(writers),

@@ -37,6 +37,9 @@ class RoundWeights:
     ``least_packed``  share of the blocks' parameters that sites must hold: a model of which less
                       could be packed is refused
 
+    ``rehearse``      call the pipeline once without weights, to see that its parts fit each other:
+                      no stage of this pipeline runs the model
+
     Writes ``plan.json`` and ``kept.json`` as ``rank`` does, and ``sites/<site>.safetensors`` with
     all that a packed linear holds, and ``loss`` (float64 [1]: |ΔW|² over |W|²). One site's weights
     are in memory at a time; an interrupted run goes on at the next site.
@@ -53,6 +56,7 @@ class RoundWeights:
     model: DiffusersModel
     method: Method
     least_packed: float = untracked()
+    rehearse: bool = untracked()
     device: str = untracked()
 
     def __post_init__(self) -> None:
@@ -73,13 +77,15 @@ class RoundWeights:
             )
 
     def check(self) -> None:
-        """Refuse, before anything runs, an incomplete model, an argument it won't take, and what
-        the shapes alone can refute.
+        """Refuse, before anything runs, an incomplete model, an argument it won't take, what the
+        shapes alone can refute, and a pipeline that fails when it is called.
         """
         self.model.check()
         sites = self.model.sites()
         refuse_few(self.model.shapes(), sites, self.least_packed, "round")
         check_plan(self.method, sites, 1, lambda _: 0)
+        if self.rehearse:
+            self.model.rehearse("round.rehearse=false packs without this call")
 
     def run(self, out: Path) -> Mapping[str, float]:
         return in_units(self, out, {})

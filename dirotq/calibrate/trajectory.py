@@ -87,7 +87,7 @@ class Trajectories:
             for name in encoders
         ]
         for shard in shards:
-            with foreign(pipe), stop_at_denoisers(pipe):
+            with foreign(type(pipe).__name__), stop_at_denoisers(pipe):
                 generate(pipe, shard, self.call, output="latent")
         for note in notes:
             note.remove()
@@ -159,7 +159,7 @@ class Trajectories:
             )
         ]
         try:
-            with foreign(self.pipe):
+            with foreign(type(self.pipe).__name__):
                 generate(self.pipe, shard, self.call, output="latent")
         finally:
             for hook in hooks:

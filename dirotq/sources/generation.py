@@ -23,8 +23,10 @@ STUMBLES = (
 
 
 @contextmanager
-def foreign(pipe: Any) -> Iterator[None]:
+def foreign(pipeline: str, more: str = "") -> Iterator[None]:
     """Explain what a 16-bit pipeline raises while it is called; no line of it is ours.
+
+    pipeline  the name of its class;  more: what else to say
 
     Memory that ran out and a GPU that failed stay what they are (pipeline/faults.py).
     """
@@ -34,10 +36,10 @@ def foreign(pipe: Any) -> Iterator[None]:
         if OUT_OF_MEMORY.search(str(error)) or BROKEN_GPU.search(str(error)):
             raise
         raise UnsupportedError(
-            f"the 16-bit {type(pipe).__name__} fails when it is called ({type(error).__name__}: "
+            f"the 16-bit {pipeline} fails when it is called ({type(error).__name__}: "
             f"{error!s:.300}): a setting in a component's config.json or an argument of the call "
             "(generation.json, model.call, model.sample) does not fit its weights. Try the folder "
-            "with diffusers alone; if that makes an image, please report this"
+            f"with diffusers alone; if that makes an image, please report this{more}"
         ) from error
 
 

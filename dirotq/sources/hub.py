@@ -172,7 +172,7 @@ def _fetched(place: HubPath, commit: str, patterns: tuple[str, ...], cache: str)
         except HfHubHTTPError:
             raise  # the hub answered
         except (HTTPError, ConnectionError):
-            # Of a commit, versions 1.28 to 1.33 want the hub's list before they look into the cache.
+            # Of a commit, versions 1.28 to 1.33 want the hub's list before they look here.
             if not here.is_dir() or place.listing():
                 raise
             return here
