@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny_line import CALL, model_folder, prompt_file, run, run_stage, stage
 from torch.nn.functional import linear
 
-from dirotq.errors import ConfigError, NumericalError
+from dirotq.errors import ConfigError, NumericalError, UnsupportedError
 from dirotq.kernels.formats.quantize_weight import dequantize_weight, unpack_weight
 from dirotq.kernels.linear import QuantLinear
 from dirotq.loading import load
@@ -62,6 +62,57 @@ def test_weights_that_stay_in_16_bits_are_finite_too(own_folder, store_root):
     words = [f"model={own_folder}", f"store={store_root}", "preset=instant", "device=cpu"]
     with pytest.raises(NumericalError, match="proj_out: the weights hold NaN or infinity"):
         run(build(compose_config(words, "dirotq.conf")))
+
+
+@pytest.mark.parametrize(
+    ("part", "word"),
+    [
+        ("vae", "text_encoders=keep"),
+        ("text_encoder", "text_encoders=keep"),
+        ("text_encoder_2", "text_encoders=w8"),
+    ],
+)
+def test_weights_of_other_components_are_finite_too(own_folder, store_root, part, word):
+    (file,) = (own_folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(n for n, t in tensors.items() if t.is_floating_point())
+    tensors[name].view(-1)[-1] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    words = [f"model={own_folder}", f"store={store_root}", "preset=instant", "device=cpu", word]
+    with pytest.raises(NumericalError) as refused:
+        run(build(compose_config(words, "dirotq.conf")))
+    assert f"{file.resolve()}: {name} holds NaN or infinity" in str(refused.value)
+    assert not list(store_root.glob("pack/*/manifest.json"))
+
+
+def test_a_pipeline_that_can_not_be_called_is_refused_before_anything_runs(own_folder, store_root):
+    """Every tensor fits its config.json."""
+    config = own_folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"axes_dims_rope": [8, 12, 14]}))
+    words = [f"model={own_folder}", f"store={store_root}", "preset=instant", "device=cpu"]
+    with pytest.raises(UnsupportedError) as refused:
+        build(compose_config(words, "dirotq.conf"))
+    said = str(refused.value)
+    assert said.startswith(
+        "the 16-bit FluxPipeline fails when it is called (RuntimeError: The size"
+    )
+    assert said.endswith("round.rehearse=false packs without this call")
+    packed = run(build(compose_config([*words, "round.rehearse=false"], "dirotq.conf")))
+    assert list(packed) == ["round", "pack"]
+
+
+def test_a_pipeline_that_wants_what_nobody_gives_is_packed_with_a_warning(
+    own_folder, store_root, caplog
+):
+    index = own_folder / "model_index.json"
+    index.write_text(
+        json.dumps(json.loads(index.read_text()) | {"_class_name": "FluxControlPipeline"})
+    )
+    words = [f"model={own_folder}", f"store={store_root}", "preset=instant", "device=cpu"]
+    run(build(compose_config(words, "dirotq.conf")))
+    assert (
+        "whether the parts of this FluxControlPipeline fit each other is not known" in caplog.text
+    )
 
 
 def test_codes_are_those_of_the_weights(packed, instant):

@@ -1,11 +1,14 @@
 import json
+import math
 
 import pytest
+import torch
 
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.sources.weights import (
     INDEX,
     WHOLE,
+    is_finite,
     plan_shards,
     read_header,
     refuse_quantized,
@@ -59,3 +62,22 @@ def test_complex_numbers_are_no_weights():
     refuse_quantized({"a.weight": ("F64", (1,))}, "x")
     with pytest.raises(UnsupportedError, match=r"x: a\.weight is stored as complex numbers \(C64"):
         refuse_quantized({"a.weight": ("C64", (1,))}, "x")
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e5m2],
+)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_one_number_in_many_that_is_not_finite(dtype, value):
+    tensor = torch.ones(3, 1000).to(dtype)
+    assert is_finite(tensor)
+    if dtype.itemsize > 1:
+        assert is_finite(torch.full((7,), torch.finfo(dtype).max, dtype=dtype))
+    tensor[2, 777] = value
+    assert not is_finite(tensor)
+
+
+@pytest.mark.parametrize("tensor", [torch.ones(0, 3), torch.tensor(1.0), torch.ones(3).long()])
+def test_nothing_and_whole_numbers_are_finite(tensor):
+    assert is_finite(tensor)
