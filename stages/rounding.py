@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dirotq.device import pick_device
-from dirotq.errors import ConfigError
+from dirotq.errors import ConfigError, NumericalError
 from dirotq.models.coverage import refuse_few
 from dirotq.models.family import Site
 from dirotq.pipeline.divided import Make, in_units
@@ -138,13 +138,21 @@ def round_site(w_ND: Tensor, bias_N: Tensor | None, entry: SitePlan) -> dict[str
 
     w_ND    float32, [N, D], weights of all linears
     bias_N  float32, [N], or None
+
+    Raises NumericalError naming the site if its weights are too large for float32 to square.
     """
     rotation = Rotation.cut({}, entry.spec)
     main, protected = rotation.weights(w_ND)
+    squares = main.square().sum()
+    if not bool(squares.isfinite()):
+        raise NumericalError(
+            f"site {entry.site.name}: its weights reach {float(w_ND.abs().max()):.3g}, whose "
+            "squares are beyond float32; no network computes with them, the checkpoint is damaged"
+        )
     rounded = nearest(main, entry.spec, clip=entry.clip, wp_NR=protected, bias_N=bias_N)
     if entry.rounding == "gptq" and entry.site.kind == "block":
         codes = guessed_codes(main, rounded.codes, rounded.step, entry.spec.weights.element)
         rounded = rounded._replace(codes=codes)
-    lost = (rounded.values() - main).square().sum() / main.square().sum().clamp_min(1e-30)
+    lost = (rounded.values() - main).square().sum() / squares.clamp_min(1e-30)
     stored = rotation.stored(protected, bias_N) | rounded.stored(entry.spec)
     return stored | {"loss": lost.double().reshape(1)}

@@ -197,11 +197,20 @@ def _load(chosen: PromptSet, place: HubPath | None, stamp: str) -> tuple[Prompt,
             f"{chosen.path}: no prompts were asked for; set prompts.calibration.count and "
             "prompts.heldout.count to 1 or more"
         )
-    if len(chosen_rows) < chosen.count:
+    if (held := len(chosen_rows)) < chosen.count:
+        advice = f"set prompts.calibration.count or prompts.heldout.count to 1 ... {held}"
+        if not held:
+            advice = (
+                "give a file with prompts"
+                if not chosen.start
+                else (
+                    "rows are counted from 0: begin at an earlier one (prompts.calibration.start or "
+                    "prompts.heldout.start), and ask for no more than are left (prompts.heldout.count)"
+                )
+            )
         raise ConfigError(
-            f"{chosen.path} holds {len(chosen_rows)} prompts from row {chosen.start} on, "
-            f"{chosen.count} were asked for; set prompts.calibration.count or "
-            "prompts.heldout.count to 1 ... that many"
+            f"{chosen.path} holds {held or 'no'} prompts from row {chosen.start} on, "
+            f"{chosen.count} were asked for; {advice}"
         )
     _hint(chosen, chosen_rows[0])
     numbered = enumerate(chosen_rows, chosen.start)

@@ -19,6 +19,7 @@ from dirotq.quantize.plan import read_plan
 from dirotq.quantize.rotation import Rotation
 from dirotq.quantize.tensors import load_site, site_file
 from dirotq.quantize.uncalibrated import guessed_codes, part_of
+from dirotq.stages.rounding import round_site
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +221,16 @@ def test_damaged_weights_are_named(instant, tmp_path, monkeypatch):
     monkeypatch.setattr(weights.Weights, "tensors", damaged)
     with pytest.raises(NumericalError, match="attn"):
         run_stage(stage(instant(), "round"), tmp_path)
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "nearest"])
+def test_weights_that_float32_can_not_square_are_named(instant, rounding):
+    made = stage(instant(f"method.rounding={rounding}"), "round")
+    (entry, *_) = (line for line in made._planned().lines if line.site.kind == "block")
+    weight, bias = made.model.weights().stacked(entry.site)
+    assert round_site(weight * 1e12, bias, entry)["loss"] < 0.03
+    with pytest.raises(NumericalError, match=rf"site {entry.site.name}: its weights reach .*e\+2"):
+        round_site(weight * 1e22, bias, entry)
 
 
 def _spec(columns, outputs, weight_scale="group"):

@@ -51,6 +51,15 @@ def test_a_row_without_a_seed_gets_its_row_number(jsonl):
     assert [p.seed for p in prompts(file, start=2).load()] == [2, 3]
 
 
+def test_no_rows_at_all(jsonl):
+    """Held-out prompts begin at row 96 unless told otherwise: a short file has none."""
+    message = r"holds no prompts from row 1 on, 2 were asked for; rows are counted from 0: .*start"
+    with pytest.raises(ConfigError, match=message):
+        prompts(jsonl({"prompt": "a"}), start=1, count=2).load()
+    with pytest.raises(ConfigError, match=r"holds no prompts from row 0 on.*a file with prompts"):
+        prompts(jsonl(), start=0, count=2).load()
+
+
 def test_too_few_rows(jsonl):
     file = jsonl({"prompt": "a"}, {"prompt": "b"}, {"prompt": "c"})
     with pytest.raises(ConfigError, match=r"holds 1 prompts from row 2 on, 5 were asked for"):
@@ -112,7 +121,7 @@ def test_parquet(tmp_path):
         ("x.json", "5", "neither a list nor a mapping"),
         ("x.yaml", "a: [", "can't be read"),
         ("x.txt", "a\n\nb\n", "row 2: no text"),
-        ("x.jsonl", "", "holds 0 prompts from row 0"),
+        ("x.jsonl", "", "holds no prompts from row 0"),
         ("x.jsonl", '{"prompt": "a", "seed": "x"}\n' * 2, "seed 'x' is no whole number"),
         ("x.zip", "a", r"prompts are read from \.jsonl, .* not from \.zip"),
     ],
