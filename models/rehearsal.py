@@ -17,10 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from dirotq.quiet import quiet
 
-from .denoiser_call import FRAMES, NOISE, SIZE, pipeline_without_denoiser, smallest
+from .denoiser_call import NOISE, SIZE, pipeline_without_denoiser, smallest
 from .denoisers import MAIN
 from .hollow import Cheaply, hollow
 
+FRAMES = 9
+"""Of a video: as many as every autoencoder takes that puts four or eight of them together."""
 MOST = {"height": SIZE, "width": SIZE, "num_frames": FRAMES}
 PLAIN = (bool, int, str, type(None))
 
@@ -30,7 +32,7 @@ class UnreachedError(Exception):
 
 
 def rehearse(folder: Path, **arguments: Any) -> None:
-    """Call a pipeline once, at no more than 256 pixels and 25 frames, up to its image.
+    """Call a pipeline once, at no more than 256 x 256 pixels and nine frames, up to its image.
 
     A denoiser runs once for all calls of one shape: the number of steps costs little.
 
@@ -46,7 +48,7 @@ def rehearse(folder: Path, **arguments: Any) -> None:
             for name, part in pipe.components.items():
                 if MAIN in name and isinstance(part, nn.Module):
                     pipe.register_modules(**{name: _once(hollow(part), reached)})
-            pipe(**smallest(pipe) | _small(arguments), output_type="pt")
+            pipe(**_small(smallest(pipe) | arguments), output_type="pt")
     except Exception as error:
         if reached or _in_scheduler(error):
             raise

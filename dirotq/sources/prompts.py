@@ -199,15 +199,13 @@ def _load(chosen: PromptSet, place: HubPath | None, stamp: str) -> tuple[Prompt,
         )
     if (held := len(chosen_rows)) < chosen.count:
         advice = f"set prompts.calibration.count or prompts.heldout.count to 1 ... {held}"
-        if not held:
+        if not held and chosen.start:
             advice = (
-                "give a file with prompts"
-                if not chosen.start
-                else (
-                    "rows are counted from 0: begin at an earlier one (prompts.calibration.start or "
-                    "prompts.heldout.start), and ask for no more than are left (prompts.heldout.count)"
-                )
+                "rows are counted from 0: begin at an earlier one (prompts.calibration.start or "
+                "prompts.heldout.start), and ask for no more than are left"
             )
+        elif not held:
+            advice = "give a file with prompts"
         raise ConfigError(
             f"{chosen.path} holds {held or 'no'} prompts from row {chosen.start} on, "
             f"{chosen.count} were asked for; {advice}"

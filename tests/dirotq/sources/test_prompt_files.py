@@ -196,7 +196,7 @@ def test_a_line_without_an_end(write, monkeypatch):
         ("a.csv", 'prompt\n"a\nb\n', "unexpected end of data"),
         ("a.csv", "prompt\n" + "x" * 200_000, "field larger than field limit"),
         ("a.csv", "prompt\nNone\n", "row 1: no text under 'prompt', but None"),
-        ("a.csv", "", "holds 0 prompts"),
+        ("a.csv", "", "holds no prompts"),
         ("a.csv", "a cat\na dog\n", "no column 'prompt', there are .'a cat'"),
         ("a.parquet", b"PAR1" + b"\0" * 50 + b"PAR1", "can't be read"),
         ("a.parquet", b"", "can't be read"),
