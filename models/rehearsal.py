@@ -24,6 +24,8 @@ from .hollow import Cheaply, hollow
 FRAMES = 9
 """Of a video: as many as every autoencoder takes that puts four or eight of them together."""
 MOST = {"height": SIZE, "width": SIZE, "num_frames": FRAMES}
+ASKING = ("retrieve_timesteps", "calculate_shift")
+"""Functions by which pipelines ask a scheduler or its config for timesteps."""
 PLAIN = (bool, int, str, type(None))
 
 
@@ -98,7 +100,7 @@ def _in_scheduler(error: Exception) -> bool:
     """Tell whether a scheduler refused what its pipeline asks of it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return any(
-        f.f_code.co_name == "retrieve_timesteps"
+        f.f_code.co_name in ASKING
         or str(f.f_globals.get("__name__")).startswith("diffusers.schedulers.")
         for f in frames
     )

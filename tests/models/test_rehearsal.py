@@ -62,6 +62,7 @@ TRANSFORMER, VAE = "transformer/config.json", "vae/config.json"
         ("wan", _configured(VAE, latents_mean=[0.0] * 3), "is invalid for input of size 3"),
         ("flux", _configured(VAE, scaling_factor=None), "unsupported operand"),
         ("flux", _put("scheduler", diffusers.DDIMScheduler), "does not support custom sigmas"),
+        ("flux", _configured("scheduler/scheduler_config.json", max_shift=None), "NoneType"),
         ("flux", _put("scheduler", diffusers.UniPCMultistepScheduler), "use_flow_sigmas"),
     ],
 )
