@@ -22,6 +22,7 @@ from dirotq.quantize.planning import Planned, check_plan, make_plan
 from dirotq.quantize.rotation import Rotation
 from dirotq.quantize.tensors import ahead, load_site, save_site, site_file
 from dirotq.quantize.uncalibrated import advice, guessed_codes
+from dirotq.sources.callable import refuse_uncallable
 from dirotq.sources.model import DiffusersModel
 
 
@@ -85,7 +86,7 @@ class RoundWeights:
         refuse_few(self.model.shapes(), sites, self.least_packed, "round")
         check_plan(self.method, sites, 1, lambda _: 0)
         if self.rehearse:
-            self.model.rehearse("round.rehearse=false packs without this call")
+            refuse_uncallable(self.model, "round.rehearse=false packs without this call")
 
     def run(self, out: Path) -> Mapping[str, float]:
         return in_units(self, out, {})

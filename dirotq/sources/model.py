@@ -1,6 +1,5 @@
 """A diffusion pipeline on disk: what it is, how to load parts of it, how to call it."""
 
-import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,7 +28,6 @@ from dirotq.sources.calls import (
     refuse_second,
     refuse_unread,
 )
-from dirotq.sources.generation import foreign
 from dirotq.sources.opening import open_pipeline
 from dirotq.sources.prompt_files import NEGATIVE
 from dirotq.sources.prompts import Prompt, PromptSet
@@ -44,8 +42,6 @@ from .weights import Weights, read_header, refuse_quantized
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,27 +156,6 @@ class DiffusersModel:
             refuse_second(cls, read_json(folder / INDEX), merged, where)
             if (negative := given.get(NEGATIVE)) is not None:
                 refuse_unread(cls, merged, f"{where}.{NEGATIVE}={negative!r:.60} is set", where)
-
-    def rehearse(self, without: str) -> None:
-        """Call the pipeline once, small and with noise for weights (models/rehearsal.py).
-
-        without  says in an error how to do without it
-
-        Raises UnsupportedError if it fails. A pipeline that stops before its denoiser may want what
-        DiRotQ does not give it: then a line of the log says that nothing is known.
-        """
-        from dirotq.models.rehearsal import UnreachedError, rehearse
-
-        folder, call = self.folder(weights=False), self.call_arguments()
-        name = read_json(folder / INDEX)["_class_name"]
-        try:
-            with foreign(name, f". Noise stood for its weights; {without}"):
-                rehearse(folder, **call)
-        except UnreachedError as error:
-            log.warning(
-                "whether the parts of this %s fit each other is not known: it can't be called "
-                "without its weights (%.300s)", name, error,
-            )  # fmt: skip
 
     def check_prompts(self, prompts: PromptSet, most: int) -> None:
         """Refuse prompts without the pictures that the pipeline edits, or with what it won't take.
