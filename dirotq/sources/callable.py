@@ -3,6 +3,7 @@
 import logging
 
 from dirotq.files.json_file import INDEX, read_json
+from dirotq.models.rehearsal import UnreachedError, rehearse
 
 from .generation import foreign
 from .model import DiffusersModel
@@ -18,8 +19,6 @@ def refuse_uncallable(model: DiffusersModel, without: str) -> None:
     Raises UnsupportedError if it fails. A pipeline that stops before its denoiser may want what
     DiRotQ does not give it: then a line of the log says that nothing is known.
     """
-    from dirotq.models.rehearsal import UnreachedError, rehearse  # slow: torch's compiler
-
     folder = model.folder(weights=False)
     name = read_json(folder / INDEX)["_class_name"]
     try:
