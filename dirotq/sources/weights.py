@@ -6,6 +6,7 @@ Letters: D channels, N outputs of all linears of a site.
 import collections
 import functools
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from dirotq.models.denoisers import prefix
 from dirotq.models.family import Site
 from dirotq.models.skeleton import assign
 from dirotq.transfer import upload
+
+log = logging.getLogger(__name__)
 
 INDEX = "diffusion_pytorch_model.safetensors.index.json"
 WHOLE = "diffusion_pytorch_model.safetensors"
@@ -46,6 +49,7 @@ class Weights:
         self.files: dict[str, Path] = {}
         self.header: dict[str, tuple[str, tuple[int, ...]]] = {}
         self._prefixes: dict[Path, str] = {}
+        self._zero = False
         for part in parts:
             before = prefix(part)
             for file in weight_files(folder / part, diffusers=True):
@@ -85,6 +89,7 @@ class Weights:
         biases = [f"{linear}.bias" for linear in site.linears] if site.bias else []
         found = self.tensors([*names, *biases], device)
         refuse_not_finite(found)
+        self._zero = self._zero or warn_of_zero(found, str(self.folder))
         # A 1x1 convolution's weight is [N, D, 1, 1].
         weight = torch.cat([found[name].float().flatten(1) for name in names])
         return weight, torch.cat([found[name].float() for name in biases]) if biases else None
@@ -137,12 +142,15 @@ def refuse_not_finite(tensors: Mapping[str, Tensor]) -> None:
 def refuse_damaged(files: Iterable[Path]) -> None:
     """Raise NumericalError naming the first tensor of weights files that is not finite.
 
-    One tensor is in memory at a time.
+    A matrix of zeros is a line of the log, one of each file. One tensor is in memory at a time.
     """
     for file in files:
+        zero = False
         with open_weights(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118
-                if not is_finite(tensors.get_tensor(name)):
+                tensor = tensors.get_tensor(name)
+                zero = zero or warn_of_zero({name: tensor}, str(file))
+                if not is_finite(tensor):
                     raise NumericalError(
                         f"{file}: {name} holds NaN or infinity; the checkpoint is damaged. "
                         "Download it again, or save it anew"
@@ -156,6 +164,28 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.element_size() == 1:  # of 8-bit floats torch finds no extremes
         tensor = tensor.float()
     return all(bool(end.isfinite()) for end in tensor.aminmax())  # which keep NaN; fast in 16 bits
+
+
+def warn_of_zero(tensors: Mapping[str, Tensor], where: str) -> bool:
+    """Name in the log the first matrix that holds nothing but zeros, and tell whether there is one.
+
+    A download that was cut short leaves zeros, and so do layers that were never trained.
+    """
+    for name, tensor in tensors.items():
+        if tensor.ndim > 1 and tensor.numel() and is_zero(tensor[:1]) and is_zero(tensor):
+            log.warning(
+                "%s: %s is all zeros, and others may be. A download that was cut short leaves "
+                "zeros: look at images of the 16-bit model, and download it again if they are "
+                "wrong", where, name,
+            )  # fmt: skip
+            return True
+    return False
+
+
+def is_zero(tensor: Tensor) -> bool:
+    """Tell whether a tensor holds nothing but zeros."""
+    tensor = tensor.float() if tensor.element_size() == 1 else tensor
+    return not bool(tensor.any())
 
 
 @contextmanager

@@ -86,6 +86,21 @@ def test_weights_of_other_components_are_finite_too(own_folder, store_root, part
     assert not list(store_root.glob("pack/*/manifest.json"))
 
 
+def test_zeros_of_a_download_that_was_cut_short_are_named(own_folder, store_root, caplog):
+    for part in ("transformer", "vae"):
+        (file,) = (own_folder / part).glob("*.safetensors")
+        tensors = load_file(file)
+        for name in [n for n, t in tensors.items() if t.ndim > 1][-3:]:
+            tensors[name].zero_()
+        save_file(tensors, file, metadata={"format": "pt"})
+    words = [f"model={own_folder}", f"store={store_root}", "preset=instant", "device=cpu"]
+    run(build(compose_config(words, "dirotq.conf")))
+    said = [one.getMessage() for one in caplog.records if "is all zeros" in one.getMessage()]
+    assert len(said) == 2  # one for the transformer, one for the autoencoder's file
+    assert "transformer: " in said[0]
+    assert "vae" in said[1]
+
+
 def test_a_pipeline_that_can_not_be_called_is_refused_before_anything_runs(own_folder, store_root):
     """Every tensor fits its config.json."""
     config = own_folder / "transformer" / "config.json"

@@ -12,6 +12,7 @@ from dirotq.sources.weights import (
     plan_shards,
     read_header,
     refuse_quantized,
+    warn_of_zero,
     write_index,
 )
 
@@ -76,6 +77,17 @@ def test_one_number_in_many_that_is_not_finite(dtype, value):
         assert is_finite(torch.full((7,), torch.finfo(dtype).max, dtype=dtype))
     tensor[2, 777] = value
     assert not is_finite(tensor)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_a_matrix_of_zeros_is_named_and_nothing_else(dtype, caplog):
+    almost = torch.zeros(4, 5)
+    almost[3, 4] = 1
+    fine = {"norm.bias": torch.zeros(5), "none.weight": torch.zeros(0, 5), "almost": almost}
+    assert not warn_of_zero({name: t.to(dtype) for name, t in fine.items()}, "a file")
+    assert not caplog.records
+    assert warn_of_zero({"to_q.weight": torch.zeros(4, 5).to(dtype)}, "a file")
+    assert "a file: to_q.weight is all zeros" in caplog.text
 
 
 @pytest.mark.parametrize("tensor", [torch.ones(0, 3), torch.tensor(1.0), torch.ones(3).long()])
