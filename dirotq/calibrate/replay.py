@@ -68,6 +68,7 @@ class Replay:
         self.outputs: list[Tensor] = []
         self.arena = HostArena()
         self._aside = Aside(device)
+        self._queued: torch.cuda.Event | None = None
         weights.fill(transformer, names_outside(transformer, self.blocks), device, dtype)
         move_buffers(transformer, device)
         for block in self.blocks:
@@ -105,6 +106,7 @@ class Replay:
                 yield step
                 step.run()
                 drop(self.transformer, names)
+                self._keep_pace()
             self.outputs = [forward.output for forward in forwards]
 
     def loaded(self, blocks: Sequence[str]) -> Iterator[str]:
@@ -117,6 +119,16 @@ class Replay:
                 coming = [pool.submit(self._read, b) for b in blocks[place : place + 1]]
                 yield block
                 drop(self.transformer, names)
+                self._keep_pace()
+
+    def _keep_pace(self) -> None:
+        """Wait for the kernels of the block before the last one.
+
+        Queued kernels hold on to their block's weights, and blocks are read faster than passed.
+        """
+        if self._queued is not None:
+            self._queued.synchronize()
+        self._queued = self._aside.mark()
 
     def _assign(self, tensors: dict[str, Tensor]) -> list[str]:
         """Put a block's weights into it; return their names."""

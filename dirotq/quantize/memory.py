@@ -86,18 +86,22 @@ def basis(stage: Any, work: Workload, machine: Machine) -> Needs:
     one's S and weights are read meanwhile.
 
     Principal ones of few channels take a full eigendecomposition. Those that count the weights take
-    none, but these and their Gram matrix in float32, and as many directions again while they work.
+    none, but these twice in float32, their Gram matrix where that is smaller, and as many
+    directions again while they work.
     """
     widest, stored = work.widest, max(map(work.moment_bytes, work.block_sites))
     product = stage.directions == "product"
     dense = not product and (stage.leading is None or widest <= DENSE)
-    matrices = 8 * 5 * widest**2 if dense else 4 * widest**2 + 2 * stored
-    thin = 6 * 8 * widest * ((stage.leading or widest) + MARGIN)
+    matrices = 8 * 5 * widest**2 if dense else 4 * widest**2 + stored
+    thin, reading = 6 * 8 * widest * ((stage.leading or widest) + MARGIN), stored
     if product:
-        matrices += 4 * (widest**2 + 2 * work.largest_weight)
-        thin *= 2
+        inside = [(s, s.in_features, sum(s.out_features)) for s in work.block_sites]
+        square = max(4 * (d * d + 2 * n * d + (d * d if n >= d else 0)) for _, d, n in inside)
+        matrices, thin = square + stored, 2 * thin
+        reading = max(work.moment_bytes(site) + 4 * n * d for site, d, n in inside)
     lower = "method.leading=64 (the rank needs no more)"
-    return _needs(machine, matrices + thin, stored, 4 * _directions(work, stage.leading), lower)
+    disk = 4 * _directions(work, stage.leading)
+    return _needs(machine, matrices + thin + reading, stored, disk, lower)
 
 
 def low_rank(stage: Any, work: Workload, machine: Machine) -> Needs:

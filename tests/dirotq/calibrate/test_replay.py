@@ -120,3 +120,22 @@ def test_the_size_of_a_waiting_call_is_that_of_its_activations(replay):
     assert replay._state_bytes(call(1)) >= 4 * tokens * width
     assert replay._state_bytes(call(1, tokens=160)) > 4 * replay._state_bytes(call(1))
     assert not under_way()
+
+
+@pytest.mark.parametrize("walk", ["steps", "loaded"])
+def test_no_more_than_two_blocks_wait_for_a_device(replay, monkeypatch, walk):
+    """Kernels that are queued hold on to their block's weights."""
+    queued: list[int] = []
+
+    class Event:
+        def __init__(self):
+            queued.append(id(self))
+
+        def synchronize(self):
+            queued.remove(id(self))
+
+    monkeypatch.setattr(replay._aside, "mark", Event)
+    most = 0
+    for _ in replay.steps([call(1)]) if walk == "steps" else replay.loaded(replay.blocks):
+        most = max(most, len(queued))
+    assert most == len(queued) == 1  # beside the block that passes

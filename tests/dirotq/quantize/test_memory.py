@@ -41,9 +41,9 @@ def hold(told: Needs, **measured: float) -> None:
 
 FLUX = {
     "capture": {"ram": 4.4, "disk": 33.9},
-    "basis": {"vram": 2.0, "ram": 3.6, "disk": 0.78},
-    "rank": {"ram": 3.2},
-    "gptq": {"vram": 10.3, "ram": 2.9, "disk": 6.02},
+    "basis": {"vram": 3.05, "ram": 3.6, "disk": 0.78},
+    "rank": {"vram": 40.1, "ram": 3.95},
+    "gptq": {"vram": 10.9, "ram": 3.84, "disk": 5.97},
     "fuse": {"vram": 12.0, "ram": 3.2, "disk": 0.45},
     "pack": {"ram": 7.5, "disk": 6.62},
 }
@@ -52,7 +52,7 @@ FLUX = {
 def test_flux_takes_what_was_measured(tmp_path):
     """One H200, 24 prompts, 512 calls; its VRAM of capture was taken with another allocator."""
     folder = write_shapes("flux", tmp_path)
-    found = needs(H200, folder, "prompts.calibration.count=24", "basis=principal")
+    found = needs(H200, folder)
     for stage, measured in FLUX.items():
         hold(found[stage], **measured)
 
@@ -63,7 +63,7 @@ def test_directions_that_count_the_weights_hold_them(tmp_path):
     plain, ours = (
         needs(H200, folder, f"basis={which}")["basis"] for which in ("principal", "default")
     )
-    assert ours.vram - plain.vram > 4 * (15360**2 + 21504 * 3072)
+    assert ours.vram - plain.vram > 4 * (3 * 21504 * 3072)  # twice, and the next site's
     assert (ours.ram, ours.disk) == (plain.ram, plain.disk)
 
 
