@@ -40,11 +40,11 @@ def hold(told: Needs, **measured: float) -> None:
 
 
 FLUX = {
-    "capture": {"ram": 4.4, "disk": 33.9},
+    "capture": {"ram": 4.3, "disk": 33.9},
     "basis": {"vram": 3.05, "ram": 3.6, "disk": 0.78},
     "rank": {"vram": 40.1, "ram": 3.95},
     "gptq": {"vram": 10.9, "ram": 3.84, "disk": 5.97},
-    "fuse": {"vram": 12.0, "ram": 3.2, "disk": 0.45},
+    "fuse": {"vram": 12.9, "ram": 4.1, "disk": 0.45},
     "pack": {"ram": 7.5, "disk": 6.62},
 }
 
