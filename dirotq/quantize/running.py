@@ -16,6 +16,7 @@ from typing import Any, Literal
 from dirotq.errors import ConfigError
 from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
 from dirotq.models.decoding import bytes_of, decoding
+from dirotq.quantize import guidance
 from dirotq.sources.folder import weight_names
 from dirotq.sources.weights import read_header
 
@@ -38,8 +39,6 @@ NO_GRAPHS = (
     "(dirotq.accelerate(pipe, graphs=True) records them)"
 )
 
-SEPARATE = ("WanTransformer3DModel", "QwenImageTransformer2DModel")
-"""Transformers that their pipelines call once per branch of guidance, not on a doubled batch."""
 ALIVE = 4.2
 """Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
 CONTEXT = 0.6e9
@@ -214,7 +213,8 @@ def activations(
     frames = int(call.get("num_frames", 1))
     image = height * width / pixels_per_token(config, vae) ** 2 * latent_frames(vae, frames)
     tokens = image + int(call.get("max_sequence_length", 256))
-    denoising = ALIVE * 2 * tokens * wide * _guided(call, config)
+    transformer, embedded = str(config.get("_class_name")), bool(config.get("guidance_embeds"))
+    denoising = ALIVE * 2 * tokens * wide * guidance.samples(call, transformer, embedded)
     return {"denoising": denoising, **decoding(vae, height, width, frames)}
 
 
@@ -280,10 +280,3 @@ def _factor(vae: Mapping[str, Any], what: str, default: int) -> int:
 def _config(part: Path) -> dict[str, Any]:
     file = part / "config.json"
     return read_json(file) if file.is_file() else {}
-
-
-def _guided(call: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """Return the samples of one call: two where guidance doubles the batch."""
-    if config.get("_class_name") in SEPARATE or "true_cfg_scale" in call:
-        return 1  # a call for each branch
-    return 2 if call.get("guidance_scale", 0) > 1 and not config.get("guidance_embeds") else 1

@@ -18,10 +18,10 @@ from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.packed.text_encoders import Choice, choose
 from dirotq.pipeline.machine import Forwards
-from dirotq.quantize import arithmetic
+from dirotq.quantize import arithmetic, guidance
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
-from dirotq.quantize.running import SEPARATE, latent_frames, of_work, pixels_per_token
+from dirotq.quantize.running import latent_frames, of_work, pixels_per_token
 from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes, component_numbers
 
 TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
@@ -111,27 +111,25 @@ class Workload:
 
     @property
     def guided(self) -> int:
-        """Forwards per step: two where guidance needs the prompt's and an empty one's."""
-        embedded = bool(self.transformer.config.get("guidance_embeds"))
-        scale = "true_cfg_scale" not in self.call and self.call.get("guidance_scale", 0) > 1
-        return 2 if self._true_guidance or (scale and not embedded) else 1
+        """Forwards per step (dirotq/quantize/guidance.py)."""
+        return guidance.branches(self.call, *self._kind)
 
     @property
-    def _true_guidance(self) -> bool:
-        """Guidance that a negative prompt turns on, and that calls the transformer once more."""
-        return "negative_prompt" in self.call and self.call.get("true_cfg_scale", 0) > 1
+    def doubled(self) -> int:
+        """Samples of one prompt in one call."""
+        return guidance.samples(self.call, *self._kind)
+
+    @property
+    def _kind(self) -> tuple[str, bool]:
+        """The transformer's class, and whether the scale of guidance is an input of it."""
+        embedded = bool(self.transformer.config.get("guidance_embeds"))
+        return self.model.family.transformer, embedded
 
     @property
     def recorded(self) -> int:
         """Samples that pass through the network when the recorded calls are replayed."""
         made = self.calibration * self.steps * self.guided
         return min(self.calls * self.doubled, made)
-
-    @property
-    def doubled(self) -> int:
-        """Samples of one prompt in one call: two where both branches of guidance are one batch."""
-        separate = self._true_guidance or self.model.family.transformer in SEPARATE
-        return 1 if separate else self.guided
 
     @property
     def samples(self) -> int:
