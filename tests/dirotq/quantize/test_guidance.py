@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny_pipelines import PIPELINES, family_folder
+from tiny_pipelines import family_folder
 
 from dirotq.models.denoisers import denoisers_of
 from dirotq.quantize.guidance import FROM_ZERO, SEPARATE, branches, samples

@@ -8,7 +8,8 @@ from published_shapes import write_shapes
 
 from dirotq.errors import ConfigError
 from dirotq.models.call import PROBES
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.quantize import memory
 from dirotq.quantize.memory import budget, calls_at_once
