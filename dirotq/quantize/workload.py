@@ -18,11 +18,11 @@ from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.packed.text_encoders import Choice, choose
 from dirotq.pipeline.machine import Forwards
-from dirotq.quantize import arithmetic, guidance
+from dirotq.quantize import arithmetic, expected, guidance
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
-from dirotq.quantize.running import latent_frames, of_work, pixels_per_token
-from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes, component_numbers
+from dirotq.quantize.running import latent_frames, pixels_per_token
+from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes, component_layers
 
 TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
 """Linears on text in joint attention, of models that no family table describes."""
@@ -143,7 +143,7 @@ class Workload:
     @cached_property
     def largest_denoiser(self) -> int:
         """Parameters of the largest of several denoisers, or of the one that there is."""
-        parts = map(self.transformer.get_submodule, self.model.prefixes)
+        parts = self.denoisers.values()
         return max(sum(p.numel() for p in part.parameters()) for part in parts)
 
     @cached_property
@@ -247,7 +247,7 @@ class Workload:
     def notes(self) -> list[str]:
         """Sentences for `plan`."""
         share = told(self.transformer, [site for site, _ in self.planned])
-        return [share, *self._guidance, *of_work(self.as_called, self.encoders).told()]
+        return [share, *self._guidance, *expected.packed(self.as_called).told()]
 
     def told(self, forwards: Mapping[str, Forwards]) -> list[str]:
         """Say how much is run of it (dirotq/quantize/arithmetic.py)."""
@@ -287,10 +287,20 @@ class Workload:
     @cached_property
     def packed_parts(self) -> dict[str, int]:
         """Bytes of each packed denoiser, by component."""
+        return {part: sum(footprint(one).values()) for part, one in self.packed_denoisers.items()}
+
+    @property
+    def denoisers(self) -> dict[str, Any]:
+        """On the meta device, by component."""
+        return self._apart(self.transformer)
+
+    @property
+    def packed_denoisers(self) -> dict[str, Any]:
+        return self._apart(self._packed)
+
+    def _apart(self, network: Any) -> dict[str, Any]:
         parts = zip(self.model.parts, self.model.prefixes, strict=True)
-        return {
-            part: sum(footprint(self._packed.get_submodule(name)).values()) for part, name in parts
-        }
+        return {part: network.get_submodule(name) for part, name in parts}
 
     @cached_property
     def _packed(self) -> Any:
@@ -306,9 +316,13 @@ class Workload:
         return {name: size for name, size in sizes.items() if name not in self.model.parts}
 
     @cached_property
+    def component_layers(self) -> dict[str, dict[str, int]]:
+        """How many numbers each layer of those holds, in whatever dtype they are stored."""
+        return {name: component_layers(self.model, name) for name in self.components}
+
+    @property
     def component_numbers(self) -> dict[str, int]:
-        """How many numbers those are, in whatever dtype they are stored."""
-        return {name: component_numbers(self.model, name) for name in self.components}
+        return {name: sum(layers.values()) for name, layers in self.component_layers.items()}
 
     @property
     def cache_bytes(self) -> int:
