@@ -27,8 +27,9 @@ from pathlib import Path
 from dirotq.benchmarks import compress_table
 from dirotq.pipeline import dag, early, preflight
 from dirotq.pipeline.artifact import Artifact
+from dirotq.pipeline.build import build
 from dirotq.pipeline.compress import start_workers
-from dirotq.pipeline.config import build, compose_config, groups
+from dirotq.pipeline.config import compose_config, groups
 from dirotq.pipeline.quoting import quote
 
 TINY = "tiny_flux"

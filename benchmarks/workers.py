@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from dirotq.pipeline import dag
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.crew import Crew
 from dirotq.pipeline.divided import Inputs, Share, in_units
 from dirotq.pipeline.executor import LocalExecutor

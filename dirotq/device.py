@@ -46,6 +46,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return compute_dtype(device) if name == "auto" else getattr(torch, name)
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Name a dtype as settings do."""
+    return str(dtype).removeprefix("torch.")
+
+
 def refuse_dtype(name: str) -> None:
     """Raise ConfigError unless :func:`choose_dtype` knows the name."""
     if name not in DTYPES:

@@ -2,17 +2,19 @@
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dirotq.device import compute_dtype, expandable_segments, pick_device, refuse_vram
 from dirotq.errors import ConfigError
+from dirotq.files.json_file import INDEX, components, denoisers, read_json
 from dirotq.files.sums import unchecked
 from dirotq.models.autoencoders import tile
 from dirotq.packed.folder import held, packed_folder, variant_of
 from dirotq.pipeline.sizes import parse_vram
-from dirotq.quantize.running import of_folder
+from dirotq.quantize.running import Way, of_folder
+from dirotq.quiet import heed, quiet
 from dirotq.sources.opening import explained, open_pipeline
 
 if TYPE_CHECKING:
@@ -39,9 +41,10 @@ def load(
              once per process, in threads; False for a folder that was changed on purpose
     vram     GPU memory to stay within ("24GB"): no CUDA graphs are recorded, images are decoded in
              tiles, and weights wait in host memory (by components, or by layers), as far as that
-             takes, and a log line says so; by default the GPU's free memory decides, between none
-             and components. torch is asked for expandable segments, unless the environment says
-             something of its allocator or CUDA is in use; in the second case a log line says so
+             takes, and a log line says so; by default the GPU's free memory decides, between none,
+             components and layers. torch is asked for expandable segments, unless the environment
+             says something of its allocator or CUDA is in use; in the second case a log line says
+             so
 
     Raises ConfigError for arguments of another kind, and for a ``vram`` that can't be met;
     ArtifactError if the folder holds no packed pipeline, or a file or tensor changed, is missing,
@@ -57,21 +60,53 @@ def load(
         way = None if limit is None else of_folder(root).choose(limit)
         if way is not None:
             log.warning("within %.3g GB of GPU memory, %s", (limit or 0) / 1e9, way.said)
-        with unchecked():  # done, or not wanted
-            pipe = open_pipeline(
-                root,
-                dtype or compute_dtype(target),
-                target,
-                variant=variant_of(root, variant),
-                offloading=None if way is None else way.offloading,
-            )
-        if way is not None and way.tiled:
-            tile(pipe.vae)
-        if way is not None and way.offloading == "none" and not way.graphs:
-            from dirotq.runtime.accelerate import accelerate  # slow: diffusers
+        return _open(root, target, dtype or compute_dtype(target), variant, way)
 
-            accelerate(pipe, graphs=False)
-        return pipe
+
+def load_to_run(
+    folder: Path, way: Way, device: torch.device, dtype: torch.dtype
+) -> "DiffusionPipeline":
+    """Load a packed folder as :func:`load` does, to run in a way that was chosen already."""
+    with explained(folder), held(folder):
+        return _open(packed_folder(folder), device, dtype, None, way)
+
+
+def load_denoisers(folder: Path, dtype: torch.dtype) -> dict[str, Any]:
+    """Load the packed denoisers of a folder alone, by component, into host memory."""
+    import diffusers  # slow
+
+    with explained(folder), held(folder):
+        root = packed_folder(folder)
+        index = read_json(root / INDEX)
+        with unchecked(), quiet() as said:
+            found = {
+                part: getattr(diffusers, components(index)[part][1]).from_pretrained(
+                    root / part, dtype=dtype, use_safetensors=True, local_files_only=True
+                )
+                for part in denoisers(index)
+            }
+        heed(said)
+        return found
+
+
+def _open(
+    root: Path, device: torch.device, dtype: torch.dtype, variant: str | None, way: Way | None
+) -> "DiffusionPipeline":
+    with unchecked():  # done, or not wanted
+        pipe = open_pipeline(
+            root,
+            dtype,
+            device,
+            variant=variant_of(root, variant),
+            offloading=None if way is None else way.offloading,
+        )
+    if way is not None and way.tiled:
+        tile(pipe.vae)
+    if way is not None and way.offloading == "none" and not way.graphs:
+        from dirotq.runtime.accelerate import accelerate  # slow: diffusers
+
+        accelerate(pipe, graphs=False)
+    return pipe
 
 
 def _limit(vram: str | int, device: torch.device) -> int:

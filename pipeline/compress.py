@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from dirotq.errors import ConfigError
 from dirotq.pipeline import config, dag, early, forecast, preflight, report, runs
-from dirotq.pipeline.config import Pipeline, build, compose_config
+from dirotq.pipeline.build import Pipeline, build
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.quoting import parsed, quoted
 from dirotq.pipeline.settings import close_to, make

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dirotq.errors import ArtifactError, ConfigError
+from dirotq.pipeline.build import build
 from dirotq.pipeline.compress import add_overrides
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.differences import differences
 from dirotq.pipeline.store import ArtifactStore, default_root
 from dirotq.progress import begin

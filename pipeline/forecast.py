@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from dirotq.pipeline.config import Pipeline
+from dirotq.pipeline.build import Pipeline
 from dirotq.pipeline.history import Took, last_run_here, took
 from dirotq.pipeline.preflight import Preflight
 from dirotq.pipeline.workplace import few_at_a_time

@@ -15,7 +15,7 @@ from omegaconf import DictConfig
 from dirotq.errors import ConfigError
 from dirotq.files.digest import cache_root
 from dirotq.pipeline import machine
-from dirotq.pipeline.config import Pipeline
+from dirotq.pipeline.build import Pipeline
 from dirotq.pipeline.disk import size_of
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.settings import make

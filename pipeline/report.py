@@ -8,7 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from dirotq.files.digest import cache_root
-from dirotq.pipeline.config import Pipeline
+from dirotq.pipeline.build import Pipeline
 from dirotq.pipeline.dag import Outcome
 from dirotq.pipeline.history import Took, last_run_here, took
 from dirotq.pipeline.machine import Needs

@@ -9,12 +9,13 @@ from typing import ClassVar
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype
+from dirotq.device import choose_dtype, dtype_name, pick_device, refuse_dtype
 from dirotq.errors import ConfigError
 from dirotq.evaluate.images import ImageWriter, generate_all, typical_seconds
 from dirotq.pipeline.stage import untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
+from dirotq.quantize.drawing import choose_here, drawn_on
 from dirotq.sources.generation import foreign
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet
@@ -62,7 +63,8 @@ class Reference:
         dtype = choose_dtype(self.dtype, device)
         prompts, call = self.prompts.load(), self.model.sample_arguments()
         tree = out / "images.zarr"
-        about = {"device": device_name(device), "dtype": str(dtype).removeprefix("torch.")}
+        way = choose_here(self.model, max(self.batches.values()), dtype, device)
+        about = {"device": drawn_on(device, way), "dtype": dtype_name(dtype)}
         units = Units(out, self)
         writers = {
             name: ImageWriter(tree, name, len(prompts), units=units, **about)
@@ -72,7 +74,7 @@ class Reference:
         for name, batch in self.batches.items():
             if not writers[name].missing(batch):
                 continue
-            pipe = pipe or self.model.pipeline(dtype, device)
+            pipe = pipe or self.model.pipeline(dtype, device, offloading=way.offloading)
             if name == "floor":
                 with foreign(type(pipe).__name__), other_attention(device, dtype):
                     generate_all(writers[name], pipe, prompts, call, batch, "16-bit images again")

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
-from torch.nn.functional import linear
 
-from dirotq.device import choose_dtype, device_name, pick_device, refuse_dtype, release
+from dirotq.device import choose_dtype, dtype_name, pick_device, refuse_dtype, release
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.evaluate.about import about
 from dirotq.evaluate.attribute_judge import AttributeJudge
@@ -37,25 +35,23 @@ from dirotq.evaluate.scoring import (
     stills,
 )
 from dirotq.evaluate.text_encoders import embedding_errors, encoded
-from dirotq.evaluate.timesteps import RowErrors, by_timestep
 from dirotq.evaluate.verdict import verdict
-from dirotq.loading import load
-from dirotq.models.denoisers import denoisers_of, joined, prefix
-from dirotq.packed.swap import footprint
+from dirotq.loading import load_denoisers, load_to_run
 from dirotq.packed.text_encoders import load_encoders, packed_encoders
 from dirotq.pipeline.artifact import Artifact
 from dirotq.pipeline.lineage import stage_settings
 from dirotq.pipeline.stage import recipe, untracked
 from dirotq.pipeline.units import Units
 from dirotq.quantize import memory
+from dirotq.quantize.drawing import choose_here, drawn_on
 from dirotq.quantize.moments import Captured
+from dirotq.quantize.packed_network import describe
 from dirotq.quantize.plan import SitePlan, read_plan
 from dirotq.quantize.planning import read_spectrum
 from dirotq.quantize.running import of_folder
 from dirotq.quantize.uncalibrated import advice
 from dirotq.sources.model import DiffusersModel
 from dirotq.sources.prompts import PromptSet, refuse_shared
-from dirotq.sources.weights import Weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,41 +118,23 @@ class Validate:
         basis: Artifact | None = None,
     ) -> Mapping[str, float]:
         device = pick_device(self.device)
-        plan = read_plan(rank.file("plan.json"))
-        sets = _sets(self, out, reference)
-        tree, theirs = out / "images.zarr", reference.tree("images.zarr")
-
         dtype = choose_dtype(self.dtype, device)
-        pipe = _pipeline(pack, device, dtype, theirs)
-        prompts = self.prompts.load()
-        where = "CPU, reference path" if device.type == "cpu" else device_name(device)
-        units = Units(out, self)
-        writer = ImageWriter(
-            tree, PACKED, len(prompts), device=where, dtype=_plain(dtype), units=units
-        )
-        resumed = len(prompts) - sum(map(len, writer.missing(self.batch)))
-        call = self.model.sample_arguments()
-        generate_all(writer, pipe, prompts, call, self.batch, "packed images")
-        denoisers = denoisers_of(pipe)
-        network = joined(denoisers)
-        errors: Mapping[str, RowErrors] = {}
-        if capture is not None:
-            known = Captured(capture)
-            errors = _errors(self.model.weights(), network, plan, known, device)
-        sites, timesteps = _sites(plan, errors)
-        size = footprint(network)
-        parts = _parts(denoisers, sites) if len(denoisers) > 1 else {}
-        del denoisers, network
-        parameters = sum(p.numel() for p in self.model.shapes().parameters())
-        del pipe
-        release(device)
-        embeddings = _text_encoders(self, pack, device, dtype, tree, units)
+        plan, sets = read_plan(rank.file("plan.json")), _sets(self, out, reference)
+        _refuse_other_dtype(reference, dtype)
+        tree, units = out / "images.zarr", Units(out, self)
+
+        resumed = _draw_packed(self, pack, plan, tree, units, device, dtype)
+        denoisers = load_denoisers(pack.tree("model"), dtype)
+        known = None if capture is None else Captured(capture)
+        network = describe(self.model, denoisers, plan, known, device)
+        del denoisers
+        embeddings = _text_encoders(self, pack, tree, units, device, dtype)
         if has_images(tree, ENCODERS):
             sets = replace(sets, places={**sets.places, ENCODERS: (tree, ENCODERS)})
 
+        prompts = self.prompts.load()
         scores = score(sets, prompts, self.reader, self.learned, device)
         images, table = scores.rows(prompts), scores.table()
-        running = of_folder(pack.tree("model"))
         inputs = [one for one in (capture, basis, rank, pack, reference) if one is not None]
         judged = verdict(images, table)
         if capture is None:
@@ -167,46 +145,65 @@ class Validate:
             "images": images,
             "scores": table,
             "attributes": scores.attributes or None,
-            "sites": sites,
-            "timesteps": timesteps,
-            **({"denoisers": parts} if parts else {}),
-            "bytes": size | {"total": sum(size.values()), "original": 2 * parameters},
-            "bits_per_parameter": 8 * sum(size.values()) / parameters,
-            "parameters": parameters,
+            **network,
             "text_encoders": embeddings,
-            "running": running.reported(),
-            "seconds_per_image": {
-                "original": typical_seconds(theirs, ORIGINAL),
-                "packed": typical_seconds(tree, PACKED),
-            },
-            "device": made_on(tree, PACKED),
-            "devices": {"original": made_on(theirs, ORIGINAL), "packed": made_on(tree, PACKED)},
-            "dtype": made_in(tree, PACKED),
-            "size": list(read_images(tree, PACKED, [0]).shape[-2:]),
+            "running": of_folder(pack.tree("model")).reported(),
+            **_made(sets),
             "inputs": {a.stage: str(a) for a in inputs},
         }
-        metrics = _headline(report, scores)
-        report["metrics"] = metrics
-        (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-        spectra = {
-            entry.site.name: read_spectrum(basis, entry.site).left()
-            for entry in plan
-            if entry.site.kind == "block" and basis is not None
-        }
-        worst = worst_first(images, self.pairs)
-        write_report(out / "report.html", report, spectra, worst, *_shown(sets, worst))
-        if self.pairs:
-            write_pairs(out / "pairs.png", *_shown(sets, range(min(self.pairs, len(prompts)))))
-        return metrics
+        report["metrics"] = _headline(report, scores)
+        _write(self, out, report, _spectra(plan, basis), sets)
+        return report["metrics"]
+
+
+def _draw_packed(
+    stage: Validate,
+    pack: Artifact,
+    plan: list[SitePlan],
+    tree: Path,
+    units: Units,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> int:
+    """Make the packed pipeline's images; return how many an interrupted run had left."""
+    folder = pack.tree("model")
+    weight = max(entry.spec.outputs * entry.spec.in_features for entry in plan)
+    way = choose_here(stage.model, stage.batch, dtype, device, folder, weight)
+    where = "CPU, reference path" if device.type == "cpu" else drawn_on(device, way)
+    pipe = load_to_run(folder, way, device, dtype)
+    resumed = _draw(stage, pipe, tree, PACKED, units, where, dtype, "packed images")
+    del pipe
+    release(device)
+    return resumed
+
+
+def _draw(
+    stage: Validate,
+    pipe: Any,
+    tree: Path,
+    name: str,
+    units: Units,
+    where: str,
+    dtype: torch.dtype,
+    what: str,
+) -> int:
+    """Make a pipeline's images of all prompts; return how many were there."""
+    prompts, call = stage.prompts.load(), stage.model.sample_arguments()
+    writer = ImageWriter(
+        tree, name, len(prompts), device=where, dtype=dtype_name(dtype), units=units
+    )
+    there = len(prompts) - sum(map(len, writer.missing(stage.batch)))
+    generate_all(writer, pipe, prompts, call, stage.batch, what)
+    return there
 
 
 def _text_encoders(
     stage: Validate,
     pack: Artifact,
-    device: torch.device,
-    dtype: torch.dtype,
     tree: Path,
     units: Units,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> list[dict[str, Any]]:
     """Measure what packed text encoders do to embeddings, and make images with them alone packed.
 
@@ -216,20 +213,59 @@ def _text_encoders(
     if not (names := packed_encoders(folder)):
         return []
     prompts, call = stage.prompts.load(), stage.model.sample_arguments()
-    pipe = stage.model.pipeline(dtype, device)
+    way = choose_here(stage.model, stage.batch, dtype, device)
+    pipe = stage.model.pipeline(dtype, device, offloading=way.offloading)
     want = encoded(pipe, names, prompts, call, stage.batch)
     del pipe
     release(device)
-    pipe = stage.model.pipeline(dtype, device, load_encoders(folder, names, dtype))
+    encoders = load_encoders(folder, names, dtype)
+    pipe = stage.model.pipeline(dtype, device, encoders, way.offloading)
     got = encoded(pipe, names, prompts, call, stage.batch)
-    where = "CPU" if device.type == "cpu" else device_name(device)
-    writer = ImageWriter(
-        tree, ENCODERS, len(prompts), device=where, dtype=_plain(dtype), units=units
-    )
-    generate_all(writer, pipe, prompts, call, stage.batch, "images, text encoders packed")
+    where, what = drawn_on(device, way), "images, text encoders packed"
+    _draw(stage, pipe, tree, ENCODERS, units, where, dtype, what)
     del pipe
     release(device)
     return embedding_errors(want, got)
+
+
+def _write(
+    stage: Validate,
+    out: Path,
+    report: Mapping[str, Any],
+    spectra: Mapping[str, Any],
+    sets: ImageSets,
+) -> None:
+    """Write the report as numbers, as a page and as pairs of images."""
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    worst = worst_first(report["images"], stage.pairs)
+    write_report(out / "report.html", report, spectra, worst, *_shown(sets, worst))
+    if stage.pairs:
+        first = range(min(stage.pairs, stage.prompts.count))
+        write_pairs(out / "pairs.png", *_shown(sets, first))
+
+
+def _spectra(plan: list[SitePlan], basis: Artifact | None) -> dict[str, torch.Tensor]:
+    """Read what the directions that were left out hold, of every block site."""
+    return {
+        entry.site.name: read_spectrum(basis, entry.site).left()
+        for entry in plan
+        if entry.site.kind == "block" and basis is not None
+    }
+
+
+def _made(sets: ImageSets) -> dict[str, Any]:
+    """Say how the images were made: where, in which precision and size, in how many seconds."""
+    packed, original = sets.places[PACKED], sets.places[ORIGINAL]
+    return {
+        "seconds_per_image": {
+            "original": typical_seconds(*original),
+            "packed": typical_seconds(*packed),
+        },
+        "device": made_on(*packed),
+        "devices": {"original": made_on(*original), "packed": made_on(*packed)},
+        "dtype": made_in(*packed),
+        "size": list(read_images(*packed, [0]).shape[-2:]),
+    }
 
 
 def _shown(sets: ImageSets, indices: Sequence[int]) -> list[torch.Tensor]:
@@ -251,70 +287,15 @@ def _sets(stage: Validate, out: Path, reference: Artifact) -> ImageSets:
     return ImageSets(places, stage.prompts.count, stage.batch)
 
 
-def _pipeline(pack: Artifact, device: torch.device, dtype: torch.dtype, theirs: Path) -> Any:
-    """Load the packed pipeline, in the precision that the 16-bit images were made in."""
-    made = made_in(theirs, ORIGINAL)
-    if made != _plain(dtype):
+def _refuse_other_dtype(reference: Artifact, dtype: torch.dtype) -> None:
+    """Raise ArtifactError unless the 16-bit images were made in ``dtype``."""
+    place = reference.tree("images.zarr"), ORIGINAL
+    if (made := made_in(*place)) != dtype_name(dtype):
         raise ArtifactError(
-            f"the 16-bit images were made in {made} ({made_on(theirs, ORIGINAL)}) and the "
-            f"packed ones would be made in {_plain(dtype)}: their difference would be that of "
-            f"the precisions too. Run with dtype={made}, or give both stages one device"
+            f"the 16-bit images were made in {made} ({made_on(*place)}) and the packed ones would "
+            f"be made in {dtype_name(dtype)}: their difference would be that of the precisions "
+            f"too. Run with dtype={made}, or give both stages one device"
         )
-    return load(pack.tree("model"), device=str(device), dtype=dtype)
-
-
-def _errors(
-    weights: Weights,
-    packed: nn.Module,
-    plan: list[SitePlan],
-    captured: Captured,
-    device: torch.device,
-) -> dict[str, RowErrors]:
-    """Measure the output errors of every site on its sampled rows."""
-    errors = {}
-    for entry in plan:
-        x_TD = captured.rows(entry.site).to(device, torch.float32)
-        weight, bias = weights.stacked(entry.site, device)
-        want = linear(x_TD, weight, bias)
-        got = packed.get_submodule(entry.site.name)(x_TD)
-        signal_T, noise_T = (p.square().sum(-1).double().cpu() for p in (want, got - want))
-        errors[entry.site.name] = RowErrors(signal_T, noise_T, captured.timesteps(entry.site))
-    return errors
-
-
-def _sites(
-    plan: list[SitePlan], errors: Mapping[str, RowErrors]
-) -> tuple[list[dict[str, Any]], list[float]]:
-    """Return the output SQNR of every site, None where it was not measured, with its line of the
-    plan; and the timesteps that ``by_timestep`` of each site is for.
-    """
-    timesteps, columns = by_timestep(errors)
-    found = [
-        {
-            "site": entry.site.name,
-            "kind": entry.site.kind,
-            "dim": entry.site.in_features,
-            "outputs": entry.spec.outputs,
-            "rank": entry.spec.rank,
-            "format": entry.spec.format,
-            "sqnr_db": errors[entry.site.name].sqnr_db if errors else None,
-            "by_timestep": columns.get(entry.site.name, []),
-            "why": entry.why,
-        }
-        for entry in plan
-    ]
-    return found, timesteps
-
-
-def _parts(denoisers: Mapping[str, nn.Module], sites: list[dict[str, Any]]) -> dict[str, Any]:
-    """Sum up each denoiser of several: its bytes, and its block sites' mean output SQNR in dB."""
-    found = {}
-    for part, denoiser in denoisers.items():
-        inside = [s for s in sites if s["site"].startswith(prefix(part)) and s["kind"] == "block"]
-        known = [s["sqnr_db"] for s in inside if s["sqnr_db"] is not None]
-        sqnr = sum(known) / len(known) if known else None
-        found[part] = {"bytes": sum(footprint(denoiser).values()), "sqnr_db": sqnr}
-    return found
 
 
 def _headline(report: Mapping[str, Any], scores: Scores) -> dict[str, float]:
@@ -337,7 +318,3 @@ def _headline(report: Mapping[str, Any], scores: Scores) -> dict[str, float]:
     for name, shares in scores.attributes.items():
         metrics["attributes" if name == PACKED else f"attributes_{name}"] = shares["mean"]
     return metrics
-
-
-def _plain(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

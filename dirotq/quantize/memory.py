@@ -5,7 +5,6 @@ machine. docs/compress.md has them beside what was measured.
 """
 
 from collections import defaultdict
-from collections.abc import Container
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +15,12 @@ from dirotq.calibrate.trajectory import FITS
 from dirotq.errors import ConfigError
 from dirotq.kernels.formats.quantize_weight import CHUNK
 from dirotq.models.call import PROBES
-from dirotq.models.decoding import bytes_of, decoding
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.sizes import parse_bytes
 from dirotq.quantize.arithmetic import generating, measuring, proving, replaying
-from dirotq.quantize.running import ALIVE
+from dirotq.quantize.drawing import GPU_SLACK, choose, with_site
+from dirotq.quantize.expected import activations, decoded, original, packed
+from dirotq.quantize.running import Running
 from dirotq.quantize.sensitive import parse_sensitive
 from dirotq.quantize.spectrum import DENSE, MARGIN
 from dirotq.quantize.uncalibrated import part_of
@@ -32,8 +32,6 @@ GPU_RAM = 3.75e9
 an H200 stages of FLUX.1 took 3.6 to 4.3 GB in all, of Wan 2.2 up to 4.5."""
 CPU_RAM = 0.9e9
 """The same without a GPU: stages of tiny-flux on an x86 CPU took 0.84 to 0.98 GB."""
-GPU_SLACK = 1.35
-"""What torch's CUDA allocator reserves over what is in use: capture of FLUX.1 within 24 GB."""
 CPU_SLACK = 1.2
 """The same of host memory: with it no stage of tiny-flux on that CPU took more than its bound."""
 SHARDS = 2.25
@@ -63,7 +61,7 @@ def capture(stage: Any, work: Workload, machine: Machine) -> Needs:
     # One block's sums are stored, and another's weights read, while calls pass a block.
     block = 2 * (machine.width * work.block_parameters + of_block) + of_site
     streamed = 2 * (machine.width * work.block_parameters + of_block + of_site)
-    alive = _activations(work, work.samples, machine.width)
+    alive = activations(work, work.samples, machine.width)
     encoders = sum(
         size for name, size in work.components.items() if name.startswith("text_encoder")
     )
@@ -164,7 +162,7 @@ def rounding(stage: Any, work: Workload, machine: Machine) -> Needs:
 def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
     """Hold a block of both networks and the next one in float32, with a call; a site in float64."""
     device = 3.0 * 4 * work.block_parameters + 8 * 2 * work.largest_weight
-    device += _activations(work, work.samples, 4) + 3 * work.samples * work.state
+    device += activations(work, work.samples, 4) + 3 * work.samples * work.state
     disk = sum(work.packed[part] for part in ("basis", "protected", "bias"))
     lower = "capture.batch=1, a smaller model.sample.height and width"
     needs = _needs(machine, device, _block_read(work), disk, lower, bound=True)
@@ -173,10 +171,10 @@ def fuse(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 def pack(stage: Any, work: Workload, machine: Machine) -> Needs:
     """Write the packed transformer, a shard at a time, and copy or pack the other components."""
-    packed = sum(work.packed.values())
+    size = sum(work.packed.values())
     host, disk = (
-        SHARDS * min(packed, parse_bytes(stage.shard, "pack.shard")),
-        packed + sum(work.components.values()),
+        SHARDS * min(size, parse_bytes(stage.shard, "pack.shard")),
+        size + sum(work.components.values()),
     )
     if work.encoders:  # one at a time, whole; its largest weight in float32 while it is rounded
         host = max(host, max(work.encoders.values()) + ROUNDING)
@@ -196,24 +194,25 @@ def pack(stage: Any, work: Workload, machine: Machine) -> Needs:
 
 
 def reference(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """Hold the 16-bit pipeline, or one of its denoisers at a time."""
-    batches, width = stage.batches.values(), _width(stage.dtype, machine)
-    weights = _original(work, width, machine)
-    needs = _generation(work, machine, stage, weights, max(batches), len(batches), 0)
+    """Draw with the 16-bit pipeline."""
+    batches = stage.batches.values()
+    drawing = _draw_original(work, machine, stage, max(batches))
+    needs = _generation(work, machine, stage, drawing, max(batches), len(batches), 0)
     return replace(needs, forwards={"reference": generating(work, len(batches) * work.heldout)})
 
 
 def validate(stage: Any, work: Workload, machine: Machine) -> Needs:
-    """Hold the packed pipeline, all of its denoisers; with packed text encoders, then the 16-bit
-    one.
-    """
-    width = _width(stage.dtype, machine)
-    weights = _packed(work, width)
+    """Draw with the packed pipeline; with packed text encoders, then with the 16-bit one."""
+    running = packed(work, stage.batch, _width(stage.dtype, machine))
+    drawing = _draw(with_site(running, work.largest_weight), machine)
     if work.encoders:
-        weights = max(weights, _original(work, width, machine))
+        first, second = drawing, _draw_original(work, machine, stage, stage.batch)
+        drawing = max(first[0], second[0]), max(first[1], second[1])
+    if machine.gpu:  # sites are measured on their way from there
+        drawing = drawing[0], max(drawing[1], float(sum(work.packed.values())))
     beside = stage.pairs * 6 * work.pixels + 1500 * len(work.planned)
     sets = 2 if work.encoders else 1  # with the encoders alone packed
-    needs = _generation(work, machine, stage, weights, stage.batch, sets, beside)
+    needs = _generation(work, machine, stage, drawing, stage.batch, sets, beside)
     return replace(needs, forwards={"validate": generating(work, sets * work.heldout)})
 
 
@@ -254,21 +253,45 @@ def _generation(
     work: Workload,
     machine: Machine,
     stage: Any,
-    weights: float,
+    drawing: tuple[float, float],
     batch: int,
     sets: int,
     beside: float,
 ) -> Needs:
-    """Hold a pipeline's ``weights``, and ``batch`` of the held-out images at a time.
+    """Draw and write ``batch`` of the held-out images at a time.
 
-    sets  how many times all images are made;  beside  further bytes on the disk
+    drawing  bytes that it takes where it computes, and of weights that wait in host memory
+    sets     how many times all images are made;  beside  further bytes on the disk
     """
-    device = weights + _image_peak(work, batch, _width(stage.dtype, machine))
-    picture = 3 * work.pixels
-    host = batch * picture * (4 + 8 + 2)  # as they came, in the writer's float64, rounded
+    (device, host), picture = drawing, 3 * work.pixels
+    host += batch * picture * (4 + 8 + 2)  # as they came, in the writer's float64, rounded
     disk = sets * work.heldout * picture * IMAGE_BYTES + beside
-    lower = f"{type(stage).__name__.lower()}.batch=1, until=pack (which leaves it out)"
+    lower = (
+        f"{type(stage).__name__.lower()}.batch=1, a smaller model.sample.height and width, "
+        "until=pack (which leaves it out)"
+    )
     return _needs(machine, device, host, disk, lower, bound=True)
+
+
+def _draw(running: Running, machine: Machine) -> tuple[float, float]:
+    """Bytes of a pipeline that draws, where it computes and of weights that wait in host memory, in
+    the way that the stage will choose (quantize/drawing.py).
+    """
+    weights = sum(running.weights.values())
+    if not machine.gpu:
+        return weights + max(running.denoising, running.decoding), 0.0
+    way = choose(running, machine.vram)
+    return running.needs(way), 0.0 if way.offloading == "none" else weights
+
+
+def _draw_original(work: Workload, machine: Machine, stage: Any, batch: int) -> tuple[float, float]:
+    """Return the same of the 16-bit pipeline, several denoisers of which take turns by themselves
+    (dirotq/sources/turns.py).
+    """
+    width = _width(stage.dtype, machine)
+    if len(work.model.parts) > 1:
+        return _original(work, width, machine) + _image_peak(work, batch, width), 0.0
+    return _draw(original(work, batch, width), machine)
 
 
 def _width(dtype: str, machine: Machine) -> int:
@@ -281,14 +304,6 @@ def _original(work: Workload, width: int, machine: Machine) -> float:
     room = SHARE * (machine.vram if machine.gpu else machine.ram)
     components = _components(work, width)
     return components + _denoisers(work, width, room - (components if machine.gpu else 0))
-
-
-def _packed(work: Workload, width: int) -> float:
-    """Bytes of the packed pipeline's weights, with a site's in float32 where it is unpacked."""
-    codes = work.packed["codes"]
-    rest = sum(work.packed.values()) - codes
-    components = _components(work, width, without=work.encoders) + sum(work.encoders.values())
-    return codes + rest * width / 2 + components + 16 * work.largest_weight
 
 
 def _needs(
@@ -316,18 +331,9 @@ def _waiting(work: Workload, machine: Machine, count: int, limit: int) -> tuple[
     return (2 * each, at_once * each) if park else (at_once * each, 0)
 
 
-def _activations(work: Workload, samples: int, width: int) -> float:
-    """Bytes alive within a block, ``width`` bytes a number."""
-    largest = max(work.tokens(s) * (s.in_features + sum(s.out_features)) for s in work.block_sites)
-    return ALIVE * samples * width * largest
-
-
 def _image_peak(work: Workload, batch: int, width: int) -> float:
     """Activations of the network or of the decoder, whichever are more."""
-    stored = bytes_of(work.autoencoder)  # in a pipeline of 16 bits: 4 where it needs float32
-    numbers = decoding(work.autoencoder, *work.size)["decoding"] / stored
-    decoded = batch * max(width, stored) * numbers
-    return max(_activations(work, batch * work.doubled, width), decoded)
+    return max(activations(work, batch * work.doubled, width), decoded(work, batch, width))
 
 
 def _block_read(work: Workload) -> int:
@@ -335,9 +341,9 @@ def _block_read(work: Workload) -> int:
     return 2 * work.block_parameters
 
 
-def _components(work: Workload, width: int, without: Container[str] = ()) -> int:
+def _components(work: Workload, width: int) -> int:
     """Bytes in memory of the pipeline's other weights, ``width`` bytes a number."""
-    return width * sum(n for name, n in work.component_numbers.items() if name not in without)
+    return width * sum(work.component_numbers.values())
 
 
 def _directions(work: Workload, leading: int | None) -> int:

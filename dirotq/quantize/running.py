@@ -16,6 +16,7 @@ from typing import Any, Literal
 from dirotq.errors import ConfigError
 from dirotq.files.json_file import CALL_FILE, INDEX, components, read_json
 from dirotq.models.decoding import bytes_of, decoding
+from dirotq.quantize import guidance
 from dirotq.sources.folder import weight_names
 from dirotq.sources.weights import read_header
 
@@ -38,8 +39,6 @@ NO_GRAPHS = (
     "(dirotq.accelerate(pipe, graphs=True) records them)"
 )
 
-SEPARATE = ("WanTransformer3DModel", "QwenImageTransformer2DModel")
-"""Transformers that their pipelines call once per branch of guidance, not on a doubled batch."""
 ALIVE = 4.2
 """Activations alive at a block's peak, as a multiple of the input and output of its widest site."""
 CONTEXT = 0.6e9
@@ -122,9 +121,7 @@ class Running:
         elif way.offloading == "model":
             held = {p: max((self.weights[n] for n in parts[p]), default=0.0) for p in PHASES}
         else:
-            held = {
-                p: LAYERS * max((self.layers[n] for n in parts[p]), default=0.0) for p in PHASES
-            }
+            held = {p: max(map(self._streamed, parts[p]), default=0.0) for p in PHASES}
         return {phase: CONTEXT + held[phase] + beside[phase] for phase in PHASES}
 
     def needs(self, way: Way) -> float:
@@ -167,6 +164,10 @@ class Running:
             if kind in said
         ]
 
+    def _streamed(self, name: str) -> float:
+        """Return the bytes of a component's layers that are on the GPU at once."""
+        return min(LAYERS * self.layers[name], self.weights[name])
+
     def _parts(self, phase: str) -> list[str]:
         """Return the components that a phase computes with."""
         if phase == "load":
@@ -184,20 +185,36 @@ def of_folder(folder: Path) -> Running:
 
     Raises what damaged files raise.
     """
-    weights, layers = {}, {}
-    for name in components(read_json(folder / INDEX)):
-        sizes = _on_gpu(folder / name)
-        if sizes:
-            weights[name], layers[name] = sum(sizes.values()), max(sizes.values())
     file = folder / CALL_FILE
     call = read_json(file) if file.is_file() else {}
-    config, vae = (_config(folder / part) for part in ("transformer", "vae"))
-    packing = config.get("quantization_config") or {}
+    packing = _config(folder / "transformer").get("quantization_config") or {}
     sites = [entry["site"] for entry in packing.get("sites", ())]
     wide = [s["dim"] + sum(s["rows"]) for s in sites if s["kind"] == "block"]
-    if "vae" in weights:
-        weights["vae"], layers["vae"] = (bytes_of(vae) // 2 * n["vae"] for n in (weights, layers))
-    alive = activations(config, vae, max(wide, default=0), call)
+    return of_calls(folder, max(wide, default=0), call)
+
+
+def of_calls(
+    folder: Path, wide: int, call: Mapping[str, Any], *, batch: int = 1, width: int = 2
+) -> Running:
+    """Return what a folder takes, packed or not, each call for ``batch`` prompts.
+
+    wide   inputs and outputs of the widest site in a block
+    call   arguments of the pipeline
+    width  bytes of a number that is not packed
+
+    Raises what damaged files raise.
+    """
+    weights, layers = {}, {}
+    config, vae = (_config(folder / part) for part in ("transformer", "vae"))
+    of_vae = max(width, bytes_of(vae))
+    for name in components(read_json(folder / INDEX)):
+        sizes = _on_gpu(folder / name, of_vae if name == "vae" else width)
+        if sizes:
+            weights[name], layers[name] = sum(sizes.values()), max(sizes.values())
+    alive = activations(config, vae, wide, call)
+    scales = {"denoising": width / 2, "decoding": of_vae / bytes_of(vae)}
+    scales["tiled"] = scales["decoding"]
+    alive = {name: n and batch * scales[name] * n for name, n in alive.items()}
     return Running(weights=weights, layers=layers, **alive)
 
 
@@ -214,27 +231,9 @@ def activations(
     frames = int(call.get("num_frames", 1))
     image = height * width / pixels_per_token(config, vae) ** 2 * latent_frames(vae, frames)
     tokens = image + int(call.get("max_sequence_length", 256))
-    denoising = ALIVE * 2 * tokens * wide * _guided(call, config)
+    transformer, embedded = str(config.get("_class_name")), bool(config.get("guidance_embeds"))
+    denoising = ALIVE * 2 * tokens * wide * guidance.samples(call, transformer, embedded)
     return {"denoising": denoising, **decoding(vae, height, width, frames)}
-
-
-def of_work(work: Any, encoders: Mapping[str, int]) -> Running:
-    """Return what a model will take once it is packed.
-
-    work      of dirotq/quantize/workload.py
-    encoders  bytes of the text encoders that will be packed, by name
-    """
-    weights = {**work.components, **encoders, **work.packed_parts}
-    site = max(
-        work.block_sites, key=lambda s: work.tokens(s) * (s.in_features + sum(s.out_features))
-    )
-    wide = site.in_features + sum(site.out_features)
-    return Running(
-        weights=weights,
-        layers=weights,
-        denoising=ALIVE * 2 * work.tokens(site) * wide * work.doubled,
-        **decoding(work.autoencoder, *work.size),
-    )
 
 
 def pixels_per_token(config: Mapping[str, Any], vae: Mapping[str, Any]) -> float:
@@ -259,14 +258,14 @@ def rounded_up(size: float) -> str:
     return f"{-(-size // 1e8) / 10:.1f} GB"
 
 
-def _on_gpu(part: Path) -> dict[str, int]:
-    """Return the bytes of a component's layers on a GPU, by their paths."""
+def _on_gpu(part: Path, width: int) -> dict[str, int]:
+    """Return the bytes of a component's layers on a GPU, by their paths; ``width`` of a float."""
     found: dict[str, int] = defaultdict(int)
     names = weight_names(part) or {f.name for f in part.glob("*.safetensors")}
     for file in sorted(names):
         for name, (dtype, shape) in read_header(part / file).items():
             path, _, leaf = name.rpartition(".")
-            kept = {"I8": 1, "U8": 1, "BOOL": 1, "I64": 8, "I32": 4}.get(dtype, 2)
+            kept = {"I8": 1, "U8": 1, "BOOL": 1, "I64": 8, "I32": 4}.get(dtype, width)
             found[path] += prod(shape) * (4 if leaf == "wglobal" else kept)
     return found
 
@@ -280,10 +279,3 @@ def _factor(vae: Mapping[str, Any], what: str, default: int) -> int:
 def _config(part: Path) -> dict[str, Any]:
     file = part / "config.json"
     return read_json(file) if file.is_file() else {}
-
-
-def _guided(call: Mapping[str, Any], config: Mapping[str, Any]) -> int:
-    """Return the samples of one call: two where guidance doubles the batch."""
-    if config.get("_class_name") in SEPARATE or "true_cfg_scale" in call:
-        return 1  # a call for each branch
-    return 2 if call.get("guidance_scale", 0) > 1 and not config.get("guidance_embeds") else 1

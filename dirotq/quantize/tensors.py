@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from dirotq.calibrate.aside import Aside
+from dirotq.device import dtype_name
 from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.pipeline.disk import replacing
 from dirotq.transfer import download, upload
@@ -36,7 +37,7 @@ def create_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: to
     row = dtype.itemsize * math.prod(shape[1:])
     # Chunks of equal size: Zarr fills the last one up.
     chunks = -(-shape[0] * row // BYTES_PER_CHUNK)
-    kind = "uint16" if dtype == torch.bfloat16 else str(dtype).removeprefix("torch.")
+    kind = "uint16" if dtype == torch.bfloat16 else dtype_name(dtype)
     group.create_array(
         name,
         shape=shape,
@@ -44,7 +45,7 @@ def create_array(group: zarr.Group, name: str, shape: tuple[int, ...], dtype: to
         dtype=kind,
         compressors=None,  # bf16 gains a fifth and float32 nothing, at a tenth of the speed
         overwrite=True,
-        attributes={"torch_dtype": str(dtype).removeprefix("torch.")},
+        attributes={"torch_dtype": dtype_name(dtype)},
     )
 
 

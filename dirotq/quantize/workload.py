@@ -18,11 +18,11 @@ from dirotq.models.family import Site
 from dirotq.packed.swap import footprint, put_packed
 from dirotq.packed.text_encoders import Choice, choose
 from dirotq.pipeline.machine import Forwards
-from dirotq.quantize import arithmetic
+from dirotq.quantize import arithmetic, expected, guidance
 from dirotq.quantize.plan import Method
 from dirotq.quantize.planning import make_plan
-from dirotq.quantize.running import SEPARATE, latent_frames, of_work, pixels_per_token
-from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes, component_numbers
+from dirotq.quantize.running import latent_frames, pixels_per_token
+from dirotq.sources.model import DiffusersModel, cache_bytes, component_bytes, component_layers
 
 TEXT = re.compile(r"\.(add_|to_add_|ff_context|context_|txt_)")
 """Linears on text in joint attention, of models that no family table describes."""
@@ -111,27 +111,25 @@ class Workload:
 
     @property
     def guided(self) -> int:
-        """Forwards per step: two where guidance needs the prompt's and an empty one's."""
-        embedded = bool(self.transformer.config.get("guidance_embeds"))
-        scale = "true_cfg_scale" not in self.call and self.call.get("guidance_scale", 0) > 1
-        return 2 if self._true_guidance or (scale and not embedded) else 1
+        """Forwards per step (dirotq/quantize/guidance.py)."""
+        return guidance.branches(self.call, *self._kind)
 
     @property
-    def _true_guidance(self) -> bool:
-        """Guidance that a negative prompt turns on, and that calls the transformer once more."""
-        return "negative_prompt" in self.call and self.call.get("true_cfg_scale", 0) > 1
+    def doubled(self) -> int:
+        """Samples of one prompt in one call."""
+        return guidance.samples(self.call, *self._kind)
+
+    @property
+    def _kind(self) -> tuple[str, bool]:
+        """The transformer's class, and whether the scale of guidance is an input of it."""
+        embedded = bool(self.transformer.config.get("guidance_embeds"))
+        return self.model.family.transformer, embedded
 
     @property
     def recorded(self) -> int:
         """Samples that pass through the network when the recorded calls are replayed."""
         made = self.calibration * self.steps * self.guided
         return min(self.calls * self.doubled, made)
-
-    @property
-    def doubled(self) -> int:
-        """Samples of one prompt in one call: two where both branches of guidance are one batch."""
-        separate = self._true_guidance or self.model.family.transformer in SEPARATE
-        return 1 if separate else self.guided
 
     @property
     def samples(self) -> int:
@@ -145,7 +143,7 @@ class Workload:
     @cached_property
     def largest_denoiser(self) -> int:
         """Parameters of the largest of several denoisers, or of the one that there is."""
-        parts = map(self.transformer.get_submodule, self.model.prefixes)
+        parts = self.denoisers.values()
         return max(sum(p.numel() for p in part.parameters()) for part in parts)
 
     @cached_property
@@ -249,7 +247,7 @@ class Workload:
     def notes(self) -> list[str]:
         """Sentences for `plan`."""
         share = told(self.transformer, [site for site, _ in self.planned])
-        return [share, *self._guidance, *of_work(self.as_called, self.encoders).told()]
+        return [share, *self._guidance, *expected.packed(self.as_called).told()]
 
     def told(self, forwards: Mapping[str, Forwards]) -> list[str]:
         """Say how much is run of it (dirotq/quantize/arithmetic.py)."""
@@ -289,10 +287,20 @@ class Workload:
     @cached_property
     def packed_parts(self) -> dict[str, int]:
         """Bytes of each packed denoiser, by component."""
+        return {part: sum(footprint(one).values()) for part, one in self.packed_denoisers.items()}
+
+    @property
+    def denoisers(self) -> dict[str, Any]:
+        """On the meta device, by component."""
+        return self._apart(self.transformer)
+
+    @property
+    def packed_denoisers(self) -> dict[str, Any]:
+        return self._apart(self._packed)
+
+    def _apart(self, network: Any) -> dict[str, Any]:
         parts = zip(self.model.parts, self.model.prefixes, strict=True)
-        return {
-            part: sum(footprint(self._packed.get_submodule(name)).values()) for part, name in parts
-        }
+        return {part: network.get_submodule(name) for part, name in parts}
 
     @cached_property
     def _packed(self) -> Any:
@@ -308,9 +316,13 @@ class Workload:
         return {name: size for name, size in sizes.items() if name not in self.model.parts}
 
     @cached_property
+    def component_layers(self) -> dict[str, dict[str, int]]:
+        """How many numbers each layer of those holds, in whatever dtype they are stored."""
+        return {name: component_layers(self.model, name) for name in self.components}
+
+    @property
     def component_numbers(self) -> dict[str, int]:
-        """How many numbers those are, in whatever dtype they are stored."""
-        return {name: component_numbers(self.model, name) for name in self.components}
+        return {name: sum(layers.values()) for name, layers in self.component_layers.items()}
 
     @property
     def cache_bytes(self) -> int:

@@ -1,6 +1,7 @@
 """A diffusion pipeline on disk: what it is, how to load parts of it, how to call it."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -299,16 +300,19 @@ class DiffusersModel:
         dtype: torch.dtype,
         device: torch.device,
         given: Mapping[str, Any] | None = None,
+        offloading: str | None = None,
     ) -> "DiffusionPipeline":
         """Open the whole 16-bit pipeline, in ``dtype`` on ``device``.
 
         Several denoisers are read one after the other, and again and again if there is no room for
         all of them (dirotq/sources/turns.py).
 
-        given  components that take the places of the folder's
+        given       components that take the places of the folder's
+        offloading  what waits in host memory, as of :func:`open_pipeline`; several denoisers know
+                    by themselves
         """
         if len(self.parts) == 1:
-            return open_pipeline(self.folder(), dtype, device, given=given)
+            return open_pipeline(self.folder(), dtype, device, given=given, offloading=offloading)
         from .turns import bring  # slow: accelerate
 
         pipe = self.hollow(dtype, device, given)
@@ -340,15 +344,18 @@ def component_bytes(model: DiffusersModel) -> dict[str, int]:
     return {folder.name: _bytes(folder) for folder in folders if folder.is_dir()}
 
 
-def component_numbers(model: DiffusersModel, name: str) -> int:
-    """Return how many numbers a component's weights hold; of files that aren't there, as if they
-    were stored in 16 bits.
+def component_layers(model: DiffusersModel, name: str) -> dict[str, int]:
+    """Return {layer: how many numbers its weights hold}; of files that aren't there, as if they
+    were one layer, stored in 16 bits.
     """
     part = model.folder(weights=False) / name
     if missing_weights(part):
-        return _bytes(part) // 2
-    headers = (read_header(part / file) for file in weight_names(part))
-    return sum(math.prod(shape) for header in headers for _, shape in header.values())
+        return {"": _bytes(part) // 2}
+    found: dict[str, int] = defaultdict(int)
+    for file in weight_names(part):
+        for tensor, (_, shape) in read_header(part / file).items():
+            found[tensor.rpartition(".")[0]] += math.prod(shape)
+    return found
 
 
 def cache_bytes(model: DiffusersModel) -> int:

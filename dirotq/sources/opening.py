@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from dirotq.device import dtype_name
 from dirotq.errors import ArtifactError, DirotqError, UnsupportedError
 from dirotq.files.json_file import INDEX, components, read_json
 from dirotq.models.autoencoders import precision
@@ -41,7 +42,8 @@ def open_pipeline(
 ) -> "DiffusionPipeline":
     """Open a local diffusers folder, packed or not, from safetensors only.
 
-    On a GPU that can't hold all components at once they go there one at a time, as they are used.
+    On a GPU that can't hold all components at once they go there one at a time, as they are used;
+    one that can't hold the largest gets them layer by layer.
     ``variant`` is that of the files, where a component has it; ``given`` are components that take
     the places of the folder's. ``offloading`` says what waits in host memory: ``none``, components
     (``model``) or layers (``group``); None leaves it to the GPU's free memory.
@@ -66,9 +68,10 @@ def open_pipeline(
         )
         pipe = read_pipeline(folder, dtype, variant=variant, given=given)
     if offloading is None:
-        offloading = "model" if _too_large(pipe, device) else "none"
-        if offloading == "model":
-            log.info("the pipeline's components take turns on %s, which can't hold all", device)
+        offloading = _offloading(pipe, device)
+        if offloading != "none":
+            what = {"model": "components take turns", "group": "layers take turns"}[offloading]
+            log.info("the pipeline's %s on %s, which can't hold all", what, device)
     place(pipe, device, offloading)
     return pipe
 
@@ -111,7 +114,7 @@ def dtypes(folder: Path, dtype: torch.dtype) -> torch.dtype | dict[str, torch.dt
     wanted = precision(name, dtype)
     if wanted == dtype:
         return dtype
-    log.info("the %s computes in %s, which it needs", name, str(wanted).removeprefix("torch."))
+    log.info("the %s computes in %s, which it needs", name, dtype_name(wanted))
     return {"default": dtype, "vae": wanted}
 
 
@@ -130,15 +133,19 @@ def place(pipe: "DiffusionPipeline", device: torch.device, offloading: str) -> N
         pipe.to(device)
 
 
-def _too_large(pipe: "DiffusionPipeline", device: torch.device) -> bool:
-    on_gpu = device.type == "cuda"
-    return on_gpu and component_bytes(pipe) > torch.cuda.mem_get_info(device)[0] * SHARE
+def _offloading(pipe: "DiffusionPipeline", device: torch.device) -> str:
+    if device.type != "cuda":
+        return "none"
+    sizes, room = component_bytes(pipe), torch.cuda.mem_get_info(device)[0] * SHARE
+    if sum(sizes) <= room:
+        return "none"
+    return "model" if max(sizes) <= room else "group"
 
 
-def component_bytes(pipe: "DiffusionPipeline") -> int:
-    """Return what the weights of all components of a pipeline take."""
+def component_bytes(pipe: "DiffusionPipeline") -> list[int]:
+    """Return what the weights of each component of a pipeline take."""
     modules = [part for part in pipe.components.values() if isinstance(part, torch.nn.Module)]
-    return sum(map(module_bytes, modules))
+    return list(map(module_bytes, modules))
 
 
 def module_bytes(module: torch.nn.Module) -> int:

@@ -7,7 +7,8 @@ import pytest
 from dirotq.benchmarks import quality_rows
 from dirotq.benchmarks.quality import chosen_rows, refuse_other_count, store, summary
 from dirotq.benchmarks.quality_table import CLAIMS, claims, compared, methods, read, tables
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 
 
 def report(*psnr: float) -> dict:

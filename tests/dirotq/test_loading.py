@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 
 import diffusers
@@ -11,7 +12,7 @@ import dirotq
 from dirotq.errors import ArtifactError
 from dirotq.files.sums import SUMS, write_sums
 from dirotq.kernels.linear import QuantLinear
-from dirotq.sources.opening import component_bytes, open_pipeline
+from dirotq.sources.opening import SHARE, component_bytes, open_pipeline
 
 
 def image(pipe) -> torch.Tensor:
@@ -109,14 +110,19 @@ def test_a_pipeline_that_a_gpu_cannot_hold_takes_turns(folder, monkeypatch):
     cuda = torch.device("cuda")
     monkeypatch.setattr(
         "diffusers.FluxPipeline.enable_model_cpu_offload",
-        lambda self, device: moved.append("turns"),
+        lambda self, device: moved.append("components"),
+    )
+    monkeypatch.setattr(
+        "diffusers.FluxPipeline.enable_group_offload", lambda self, **_: moved.append("layers")
     )
     monkeypatch.setattr(
         "diffusers.FluxPipeline.to", lambda self, device: moved.append("whole") or self
     )
-    size = component_bytes(open_pipeline(folder, torch.float32, torch.device("cpu")))
-    assert size >= 4 * 100_000
-    for free in (size, 2 * size):
+    sizes = component_bytes(open_pipeline(folder, torch.float32, torch.device("cpu")))
+    assert sum(sizes) >= 4 * 100_000
+    for needed in (sum(sizes), sum(sizes) - 1, max(sizes), max(sizes) - 1):
+        free = math.ceil(needed / SHARE)
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, free))
         open_pipeline(folder, torch.float32, cuda)
-    assert moved == ["whole", "turns", "whole"]
+    # The pipeline was opened on the CPU first.
+    assert moved == ["whole", "whole", "components", "components", "layers"]

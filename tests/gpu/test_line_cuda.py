@@ -15,7 +15,8 @@ from dirotq.kernels.linear import QuantLinear
 from dirotq.kernels.plan import Plan
 from dirotq.models.call import Call, load_calls
 from dirotq.models.family import Site
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.quantize.plan import read_plan
 from dirotq.quantize.tensors import load_site, read_array, site_file
 from dirotq.sources.generation import generate

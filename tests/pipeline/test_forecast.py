@@ -7,7 +7,7 @@ import pytest
 from toy_units import Parts
 
 from dirotq.pipeline import dag, forecast
-from dirotq.pipeline.config import Pipeline
+from dirotq.pipeline.build import Pipeline
 from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.forecast import makespan
 from dirotq.pipeline.history import Took, took

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from dirotq.errors import ConfigError
 from dirotq.pipeline import compress, dag, machine, preflight, report
-from dirotq.pipeline.config import Pipeline
+from dirotq.pipeline.build import Pipeline
 from dirotq.pipeline.executor import LocalExecutor
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.pipeline.preflight import Estimate, Preflight

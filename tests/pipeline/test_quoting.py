@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from dirotq.errors import ConfigError
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.quoting import parsed, quote, quoted
 
 TOY = "toyline.conf"

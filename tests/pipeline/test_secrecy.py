@@ -2,7 +2,8 @@ import pytest
 
 from dirotq.errors import ConfigError
 from dirotq.pipeline import provenance as provenance_module
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.secrecy import refuse_secrets, without_secrets
 
 SECRET = "sk-proj-Zq81XyWvuTsrQponM26"

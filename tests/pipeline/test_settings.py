@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from dirotq.errors import ConfigError
 from dirotq.pipeline import wording
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.settings import fits, refuse_misfit
 
 REAL, TOY = "dirotq.conf", "toyline.conf"

@@ -12,7 +12,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from dirotq.errors import DirotqError
 from dirotq.pipeline import dag
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.quantize.arithmetic import VIDEO
 
 STAGES = ["capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate"]

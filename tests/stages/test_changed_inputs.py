@@ -7,7 +7,8 @@ import pytest
 from tiny_line import overrides
 
 from dirotq.pipeline import dag
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from dirotq.errors import ArtifactError, ConfigError, UnsupportedError
 from dirotq.exports.export import export
 from dirotq.kernels.linear import QuantLinear
 from dirotq.models.denoisers import alone, denoisers_of
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.quantize import replayed_moments
 from dirotq.quantize.moments import Captured, moment
 from dirotq.quantize.plan import read_plan

@@ -116,7 +116,8 @@ KILL = """
 import importlib, json, os, signal, sys
 os.fsync = lambda handle: None  # as in conftest.py
 from tiny_line import run
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 
 module, name, count, command = json.loads(sys.argv[1])
 owner = importlib.import_module(module)

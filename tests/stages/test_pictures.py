@@ -13,7 +13,8 @@ from tiny_pipelines import PICTURED, family_folder
 
 from dirotq.cli import main
 from dirotq.errors import ConfigError
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.sources.generation import generate
 from dirotq.sources.prompts import Prompt
 

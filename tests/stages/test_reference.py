@@ -3,10 +3,12 @@ import dataclasses
 import pytest
 import torch
 from tiny_line import run_stage, stage
+from tiny_offload import absent
 
 from dirotq.errors import ConfigError
 from dirotq.evaluate import images
 from dirotq.evaluate.images import made_in, made_on, read_images, read_seconds
+from dirotq.quantize.running import Way
 from dirotq.sources.generation import generate, generate_with_sound
 from dirotq.stages.reference import Reference, floor_batch, other_attention
 
@@ -104,3 +106,15 @@ def test_attention_on_cuda_is_another_kernel():
 def test_settings_out_of_range(reference, changes):
     with pytest.raises(ConfigError, match=r"batch=0|dtype=half"):
         dataclasses.replace(reference, **changes)
+
+
+@pytest.mark.parametrize("kind", ["model", "group"])
+def test_weights_that_wait_change_no_image(reference, tree, tmp_path, monkeypatch, kind):
+    if kind == "group":
+        absent(monkeypatch)
+    monkeypatch.setattr("dirotq.stages.reference.choose_here", lambda *_: Way(kind))
+    run_stage(reference, tmp_path)
+    made = tmp_path / "images.zarr"
+    for name in ("original", "floor"):
+        assert torch.equal(read_images(made, name), read_images(tree, name))
+    assert "in host memory" in made_on(made, "original")

@@ -12,7 +12,8 @@ from dirotq.errors import ConfigError, NumericalError, UnsupportedError
 from dirotq.kernels.formats.quantize_weight import dequantize_weight, unpack_weight
 from dirotq.kernels.linear import QuantLinear
 from dirotq.loading import load
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.quantize import uncalibrated
 from dirotq.quantize.nearest import nearest
 from dirotq.quantize.plan import read_plan

@@ -8,10 +8,12 @@ import diffusers
 import pytest
 import torch
 from tiny_line import CALL, CAPTIONS, publish, run_stage, stage
+from tiny_offload import absent
 
 import dirotq
 from dirotq.evaluate.images import read_images
 from dirotq.kernels.weight_only import WeightOnlyLinear
+from dirotq.quantize.running import Way
 
 ENCODERS = ("text_encoder", "text_encoder_2")
 
@@ -82,3 +84,24 @@ def test_the_report_has_them_alone_and_with_all(made, line, finished, tmp_path):
     assert metrics["psnr_encoders"] > metrics["psnr"]
     page = (tmp_path / "out" / "report.html").read_text()
     assert "text encoders alone packed" in page
+
+
+@pytest.mark.parametrize("kind", ["model", "group"])
+def test_weights_that_wait_change_no_number(made, line, finished, tmp_path, monkeypatch, kind):
+    name, folder, _ = made
+    packed = publish(
+        tmp_path / "store", "pack", lambda data: shutil.copytree(folder, data / "model")
+    )
+    validate = dataclasses.replace(stage(line(f"text_encoders={name}"), "validate"), pairs=0)
+    inputs = {n: finished[n] for n in ("rank", "reference")} | {"pack": packed}
+    found = {}
+    for way in (Way("none"), Way(kind)):
+        with monkeypatch.context() as patch:
+            if way.offloading == "group":
+                absent(patch)
+            patch.setattr("dirotq.stages.validate.choose_here", lambda *_, way=way: way)
+            run_stage(validate, out := tmp_path / way.offloading, **inputs)
+        report = json.loads((out / "report.json").read_text())
+        found[way] = report["text_encoders"], report["scores"]
+    one, other = found.values()
+    assert one == other

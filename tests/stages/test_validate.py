@@ -8,6 +8,7 @@ import pytest
 import torch
 import zarr
 from tiny_line import publish, run_stage, stage
+from tiny_offload import absent
 from torch.nn.functional import linear
 from web_page import Page, refuse_faults
 
@@ -15,6 +16,7 @@ import dirotq
 from dirotq.errors import ArtifactError, ConfigError
 from dirotq.evaluate import images as stored_images
 from dirotq.evaluate.images import read_images
+from dirotq.quantize.running import Way
 from dirotq.quantize.tensors import read_array
 from dirotq.sources.generation import generate, generate_with_sound
 from dirotq.stages.validate import Validate
@@ -338,3 +340,19 @@ def test_settings_out_of_range(validate, changes):
 def test_a_dtype_that_nobody_knows(validate):
     with pytest.raises(ConfigError, match=r"dtype=half is unknown; use auto, float32, bfloat16"):
         dataclasses.replace(validate, dtype="half")
+
+
+@pytest.mark.parametrize("kind", ["model", "group"])
+def test_weights_that_wait_change_no_number(
+    validate, inputs, report, finished, tmp_path, monkeypatch, kind
+):
+    if kind == "group":
+        absent(monkeypatch)
+    monkeypatch.setattr("dirotq.stages.validate.choose_here", lambda *_: Way(kind))
+    run_stage(validate, tmp_path, **inputs)
+    trees = tmp_path / "images.zarr", finished["validate"].tree("images.zarr")
+    got, want = (read_images(tree, "packed") for tree in trees)
+    assert torch.equal(got, want)
+    told = json.loads((tmp_path / "report.json").read_text())
+    for name in ("sites", "timesteps", "bytes", "scores"):
+        assert told[name] == report[name]

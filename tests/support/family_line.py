@@ -7,7 +7,8 @@ from tiny_line import LINE
 from tiny_pipelines import family_folder
 from tiny_tokenizers import LONG_CAPTION
 
-from dirotq.pipeline.config import Pipeline, build, compose_config
+from dirotq.pipeline.build import Pipeline, build
+from dirotq.pipeline.config import compose_config
 
 SHAPES = ("circle", "star", "square", "line", "cross", "ring", "dot", "arc")
 

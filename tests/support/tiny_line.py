@@ -23,7 +23,8 @@ from dirotq.assets import tiny_flux
 from dirotq.kernels import second_moment
 from dirotq.pipeline import dag
 from dirotq.pipeline.artifact import Artifact
-from dirotq.pipeline.config import Pipeline, build, compose_config
+from dirotq.pipeline.build import Pipeline, build
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.settings import make
 from dirotq.pipeline.store import ArtifactStore
 from dirotq.quantize.moments import moment, read_stored, write_moment

@@ -1,6 +1,7 @@
 """Needs beside what was measured (docs/compress.md), on published shapes without weights."""
 
 import dataclasses
+import json
 
 import pytest
 from hydra.utils import instantiate
@@ -8,7 +9,8 @@ from published_shapes import write_shapes
 
 from dirotq.errors import ConfigError
 from dirotq.models.call import PROBES
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.machine import Machine, Needs
 from dirotq.quantize import memory
 from dirotq.quantize.memory import budget, calls_at_once
@@ -151,3 +153,64 @@ def test_what_calls_give_to_blocks_waits_where_there_is_room():
     # Beside a GPU without room for all, one block's is there, and all of it in host memory.
     assert here.vram - parked.vram == pytest.approx(memory.GPU_SLACK * (count - 1) * each)
     assert parked.ram - here.ram == pytest.approx(count * each)
+
+
+T5 = 9_524_621_312
+"""Bytes of T5-XXL's encoder in 16 bits."""
+
+
+@pytest.fixture
+def whole_flux(tmp_path, monkeypatch):
+    """FLUX.1-dev with its large text encoder, whose weights are not downloaded yet."""
+    monkeypatch.setattr("dirotq.sources.origin._refuse_weights", lambda *_: None)
+    folder = write_shapes("flux", tmp_path / "model")
+    index = json.loads((folder / "model_index.json").read_text())
+    encoder = {"text_encoder_2": ["transformers", "T5EncoderModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index | encoder))
+    (folder / "text_encoder_2").mkdir()
+    (folder / "text_encoder_2" / "config.json").write_text("{}")
+    stored = {"metadata": {"total_size": T5}, "weight_map": {"x": "model-1.safetensors"}}
+    file = folder / "text_encoder_2" / "model.safetensors.index.json"
+    file.write_text(json.dumps(stored))
+    return folder
+
+
+def card(gigabytes):
+    return Machine(name="a card", vram=gigabytes * 10**9, ram=64 * 10**9)
+
+
+def too_large(machine, model, *overrides) -> set[str]:
+    found = needs(machine, model, *overrides)
+    return {n for n, one in found.items() if one.vram > machine.vram or one.ram > machine.ram}
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "refused", "advice"),
+    [
+        (16, {"capture", "rank", "fuse"}, ("capture.vram=14GB", "capture.batch=1")),
+        (24, {"capture"}, ("capture.vram=22GB",)),
+    ],
+)
+def test_the_whole_line_fits_small_cards(whole_flux, gigabytes, refused, advice):
+    """What is refused says which settings fit."""
+    found = needs(card(gigabytes), whole_flux)
+    assert too_large(card(gigabytes), whole_flux) == refused
+    assert all(one in found["capture"].lower for one in advice)
+    assert not too_large(card(gigabytes), whole_flux, *advice)
+
+
+def test_images_of_a_batch_are_too_many_for_a_smaller_card(tmp_path):
+    folder, drawn = write_shapes("flux", tmp_path), {"reference", "validate"}
+    plain = needs(card(12), folder, "capture.vram=11GB")
+    assert all(plain[name].vram > 12e9 and f"{name}.batch=1" in plain[name].lower for name in drawn)
+    advice = ("capture.vram=11GB", "reference.batch=1", "validate.batch=1")
+    assert not too_large(card(12), folder, *advice) & drawn
+
+
+def test_weights_that_wait_take_host_memory(whole_flux):
+    small, large = needs(card(24), whole_flux), needs(H200, whole_flux)
+    weights = 2 * 11.9e9 + T5
+    assert small["reference"].ram - large["reference"].ram == pytest.approx(weights, rel=0.01)
+    assert large["reference"].vram > memory.GPU_SLACK * weights
+    few = Machine(name="a card", vram=24 * 10**9, ram=32 * 10**9)
+    assert "reference" in too_large(few, whole_flux)

@@ -10,8 +10,9 @@ from tiny_pipelines import family_folder
 from dirotq.models.family import Site
 from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.machine import Machine
-from dirotq.quantize import memory, workload
-from dirotq.quantize.running import Way, activations, latent_frames, of_work, pixels_per_token
+from dirotq.quantize import expected, memory, workload
+from dirotq.quantize.drawing import with_site
+from dirotq.quantize.running import Way, activations, latent_frames, pixels_per_token
 from dirotq.quantize.workload import Workload
 
 
@@ -66,7 +67,7 @@ def test_two_denoisers_are_told_apart(tiny_root):
     work = of(family_folder(tiny_root, "wan22"), "rank.r=8", "method.text_group=64")
     assert list(work.packed_parts) == ["transformer", "transformer_2"]
     assert sum(work.packed_parts.values()) == sum(work.packed.values())
-    running = of_work(work, {})
+    running = expected.packed(work)
     assert running.weights.items() >= work.packed_parts.items()
     first, second = (running.phases(Way(kind))["denoise"] for kind in ("none", "model"))
     assert first - second == sum(running.weights.values()) - max(work.packed_parts.values())
@@ -129,10 +130,10 @@ def test_branches_of_guidance_may_be_calls_of_their_own(tiny_root):
 
 
 def test_decoders_are_counted_in_the_precision_that_they_need(tiny_root, monkeypatch):
-    monkeypatch.setattr(memory, "_activations", lambda *_: 0)
+    monkeypatch.setattr(memory, "activations", lambda *_: 0)
     wan = of(family_folder(tiny_root, "wan22"), "rank.r=8", "method.text_group=64")
     assert memory._image_peak(wan, 3, 2) == memory._image_peak(wan, 3, 4)
-    assert memory._image_peak(wan, 3, 2) == 3 * of_work(wan, {}).decoding
+    assert memory._image_peak(wan, 3, 2) == 3 * expected.packed(wan).decoding
     flux = of("tiny_flux")
     assert memory._image_peak(flux, 1, 4) == 2 * memory._image_peak(flux, 1, 2)
 
@@ -143,9 +144,10 @@ def test_two_packed_denoisers_are_both_there(tiny_root):
     parts, codes = sum(work.packed_parts.values()), work.packed["codes"]
     numbers = sum(work.component_numbers.values())
     assert 0.9 < 2 * numbers / sum(work.components.values()) < 1  # without headers of files
-    both = parts + 2 * numbers + 16 * work.largest_weight
-    assert memory._packed(work, 2) == both
-    assert memory._packed(work, 4) == both + parts - codes + 2 * numbers
+    half, whole = (expected.packed(work, width=width) for width in (2, 4))
+    assert sum(half.weights.values()) == parts + 2 * numbers
+    assert sum(whole.weights.values()) == parts + 2 * numbers + parts - codes + 2 * numbers
+    assert whole.denoising == 2 * half.denoising
     stage = SimpleNamespace(batch=1, pairs=0, dtype="auto")
     tight, enough = (Machine(name="CPU", vram=0, ram=ram) for ram in (1, 10**12))
     assert memory.validate(stage, work, tight) == memory.validate(stage, work, enough)
@@ -157,12 +159,12 @@ def test_packed_text_encoders_are_compared_in_the_16_bit_pipeline(tiny_root):
     plain, packed = of(folder, *more), of(folder, *more, "text_encoders=w8")
     stage = SimpleNamespace(batch=1, pairs=0, dtype="auto")
     here = Machine(name="CPU", vram=0, ram=10**12)
-    original = memory._original(packed, 4, here)
-    assert original > memory._packed(packed, 4) > memory._packed(packed, 2)
-    told = memory.validate(stage, packed, here)
-    saved = memory.CPU_SLACK * (original - memory._packed(plain, 4))
-    assert told.ram - memory.validate(stage, plain, here).ram == pytest.approx(saved)
-    assert told.disk > 1.5 * memory.validate(stage, plain, here).disk
+    one, both = memory._draw_original(packed, here, stage, 1), memory.validate(stage, packed, here)
+    alone = memory._draw(with_site(expected.packed(plain, 1, 4), plain.largest_weight), here)
+    assert one[0] > alone[0]
+    saved = memory.CPU_SLACK * (one[0] - alone[0])
+    assert both.ram - memory.validate(stage, plain, here).ram == pytest.approx(saved)
+    assert both.disk > 1.5 * memory.validate(stage, plain, here).disk
 
 
 def test_text_of_models_without_a_table():

@@ -10,7 +10,8 @@ from PIL import Image
 import dirotq.sources.hub
 import dirotq.sources.prompts
 from dirotq.errors import ConfigError
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline.build import build
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.stage import recipe
 from dirotq.sources.prompts import MOST_PICTURES, Prompt, PromptSet, refuse_shared, resolve
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from dirotq.errors import DirotqError
 
 if TYPE_CHECKING:
-    from dirotq.pipeline.config import Pipeline
+    from dirotq.pipeline.build import Pipeline
 
 STAGES = ("capture", "basis", "rank", "gptq", "fuse", "pack", "reference", "validate")
 SHORT = ("capture.calls=4", "prompts.calibration.count=4")
