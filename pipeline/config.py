@@ -21,6 +21,7 @@ from dirotq.errors import ConfigError
 from dirotq.pipeline import dag
 from dirotq.pipeline.executor import Executor
 from dirotq.pipeline.idle import refuse_idle
+from dirotq.pipeline.importing import no_collecting
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.quoting import parsed, quote, quoted, setting
 from dirotq.pipeline.remote_store import RemoteStore
@@ -88,6 +89,7 @@ class Pipeline:
         return None if forced else self.store.get(step.name, step.fingerprint)
 
 
+@no_collecting()
 def build(cfg: DictConfig) -> Pipeline:
     """Instantiate the stages that ``cfg.pipeline`` wires, up to ``cfg.until``.
 

@@ -5,6 +5,7 @@
   along the axis stays the same.
 - A function that a kernel calls finds Triton's language as the kernel's launch left it. The
   interpreter looks through the whole language again for each call: a third of the time.
+- Arrays get their type by the name of Triton's.
 - Sums of integers are computed once. The interpreter computes them in 64 bits too, and throws away
   whether they fit (it has ``debug`` off): a fifth of the time.
 """
@@ -17,6 +18,8 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 by_element = interpreter.ReduceOps.generic_reduce
+slow_array_type = interpreter._get_np_dtype
+array_types: dict[str, Any] = {}
 
 
 def by_slice(self: Any, input: tuple[Any, ...]) -> Any:
@@ -50,9 +53,18 @@ def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise interpreter.InterpreterError(repr(error)) from error
 
 
+def array_type(dtype: Any) -> Any:
+    """``_get_np_dtype``, which makes a table of all types for each question."""
+    name = dtype.scalar.name
+    if name not in array_types:
+        array_types[name] = slow_array_type(dtype)
+    return array_types[name]
+
+
 def install() -> None:
     interpreter.ReduceOps.generic_reduce = by_slice
     interpreter.InterpretedFunction.__call__ = call
+    interpreter._get_np_dtype = array_type
     builder = interpreter.interpreter_builder
     assert not builder.options.debug
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
