@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from dirotq.errors import ConfigError
 from dirotq.pipeline import dag
 from dirotq.pipeline.executor import Executor
+from dirotq.pipeline.importing import no_collecting
 from dirotq.pipeline.machine import refuse_device
 from dirotq.pipeline.remote_store import RemoteStore
 from dirotq.pipeline.secrecy import refuse_secret_settings
@@ -64,6 +65,7 @@ class Pipeline:
         return None if forced else self.store.get(step.name, step.fingerprint)
 
 
+@no_collecting()
 def build(cfg: DictConfig) -> Pipeline:
     """Instantiate the stages that ``cfg.pipeline`` wires, up to ``cfg.until``.
 

@@ -20,6 +20,7 @@ from dirotq.pipeline import config, dag, early, forecast, preflight, report, run
 from dirotq.pipeline.build import Pipeline, build
 from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.executor import LocalExecutor
+from dirotq.pipeline.importing import imported, no_collecting
 from dirotq.pipeline.quoting import parsed, quoted
 from dirotq.pipeline.settings import close_to, make
 from dirotq.pipeline.sharing import pushed_too
@@ -173,7 +174,9 @@ def _try_out(options: argparse.Namespace) -> None:
         if not prints:
             if not options.multirun:  # a launcher may run jobs elsewhere
                 start_workers(cfg)
-            build(cfg)
+            with no_collecting():
+                build(cfg)
+                imported()
 
 
 def _each_value(overrides: Sequence[str]) -> Iterator[list[str]]:
@@ -258,7 +261,9 @@ def _plan(options: argparse.Namespace) -> int:
     """
     begin("reading the settings and the model")
     cfg = compose_config(options.overrides, options.config)
-    pipeline = build(cfg)
+    with no_collecting():
+        pipeline = build(cfg)
+        imported()
     found = preflight.examine(pipeline, cfg)
     report.plan(pipeline, found)
     forecast.show(pipeline, found)

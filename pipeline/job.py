@@ -12,6 +12,7 @@ from dirotq.errors import ArtifactError, UnsupportedError
 from dirotq.pipeline import machine
 from dirotq.pipeline.desk import Desk
 from dirotq.pipeline.divided import Inputs, Make
+from dirotq.pipeline.importing import no_collecting
 from dirotq.pipeline.provenance import peaks, reset_peaks
 from dirotq.pipeline.stage import recipe
 from dirotq.pipeline.units import Units
@@ -115,6 +116,7 @@ class _Opened:
 
 
 @lru_cache(1)
+@no_collecting()
 def _opened(job: Job) -> _Opened:
     if getattr(job.stage, "device", None) == "cuda" and not machine.find("cuda").gpu:
         raise UnsupportedError(

@@ -19,6 +19,7 @@ from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
+from dirotq.pipeline.importing import imported, no_collecting
 from dirotq.pipeline.job import THREADS, Job, Seen, forget, make_units
 from dirotq.pipeline.workplace import Share, few_at_a_time
 
@@ -187,10 +188,12 @@ def _log_from(level: int) -> None:
     logging.getLogger().setLevel(level)
 
 
+@no_collecting()
 def _prepare(gpu: bool) -> None:
     """Import what stages need, and open the GPU that this process sees."""
     for name in IMPORTED:
         importlib.import_module(name)
+    imported()
     if gpu:
         sys.modules["torch"].zeros(1, device="cuda")  # the core imports none by itself
 

@@ -8,7 +8,8 @@ SLOW = (
 )  # fmt: skip
 JUDGED = ["model=tiny_flux", "pipeline=judged", "judge=openai", "judge.backend.model=m"]
 SCRIPT = f"""
-import sys
+import gc, sys
+gc.disable()
 from dirotq import cli
 from dirotq.pipeline import config
 from dirotq.pipeline.settings import make

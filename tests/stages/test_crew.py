@@ -23,8 +23,11 @@ def crews():
     than those of one, whoever computes them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch, Crew(Processes(2)) as two:
+    with pytest.MonkeyPatch.context() as patch, Crew(processes := Processes(2)) as two:
         patch.setenv("OMP_NUM_THREADS", "1")
+        for worker in processes.workers:  # as commands do: they import in less time so
+            worker.start()
+            worker.prepare()
         yield {1: (), 2: (two.share, two.chain)}
     torch.set_num_threads(threads)
 

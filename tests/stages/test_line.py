@@ -113,7 +113,8 @@ KILLS = (
 )
 """Stage, and after how many calls of which function it is killed."""
 KILL = """
-import importlib, json, os, signal, sys
+import gc, importlib, json, os, signal, sys
+gc.disable()  # as in conftest.py, and the process ends soon
 os.fsync = lambda handle: None  # as in conftest.py
 from tiny_line import run
 from dirotq.pipeline.build import build

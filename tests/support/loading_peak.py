@@ -14,9 +14,11 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
+gc.disable()  # until all is imported
 
-import dirotq  # noqa: F401 - registers the quantizer
+import torch  # noqa: E402
+
+import dirotq  # noqa: E402, F401 - registers the quantizer
 
 
 def resident() -> int:
@@ -49,6 +51,8 @@ def measure(name: str, folder: str) -> int:
     module, _, cls = name.rpartition(".")
     load = getattr(importlib.import_module(module), cls).from_pretrained
     load(folder, dtype=torch.bfloat16)  # imports, caches
+    gc.freeze()
+    gc.enable()
     with watched() as peak:
         made = load(folder, dtype=torch.bfloat16)
         for tensor in made.parameters():

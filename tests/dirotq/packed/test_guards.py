@@ -1,6 +1,7 @@
 """diffusers' own habits on packed transformers (K6 of what people bring)."""
 
 import copy
+import gc
 import io
 import multiprocessing
 import pickle
@@ -97,7 +98,7 @@ def _rows(transformer) -> list[float]:
 
 def test_a_spawned_process_takes_one(pipe):
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
+    with ProcessPoolExecutor(1, context, gc.disable) as pool:
         assert pool.submit(_rows, pipe.transformer).result() == _rows(pipe.transformer)
 
 
