@@ -4,7 +4,6 @@ Ends with status 1 if anything went wrong. The same ``--seed`` does the same thi
 """
 
 import argparse
-import gc
 import os
 import sys
 import tempfile
@@ -14,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
-gc.disable()  # until all is imported: nothing of it is garbage
 # Before torch and triton are imported. The children are forks, so one thread; no GPU is used.
 os.environ.update(OMP_NUM_THREADS="1", TRITON_INTERPRET="1", HF_HUB_OFFLINE="1")
 os.environ["PYTHONPATH"] = os.pathsep.join(sys.path)  # what this process finds, workers find too
@@ -76,8 +74,6 @@ def torture(root: Path, asked: dict[str, int | None], seed: int, until: str) -> 
     tqdm.monitor_interval = 0
     tqdm.set_lock(threading.RLock())
     composed_once(setattr)
-    gc.freeze()  # a fork that looks for garbage among all that was imported copies it
-    gc.enable()
     world, failed = World.build(root, until), 0
     for kind, count in asked.items():
         if not count:
