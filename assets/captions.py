@@ -25,6 +25,9 @@ from dirotq.assets.scenes import (
     slots,
 )
 
+CLIP_LENGTH = 64
+T5_LENGTH = 48
+"""Tokens of a caption, padding among them."""
 _PLACES = {
     "top left": ("at the top left", "in the top left corner"),
     "top": ("at the top", "at the top center"),

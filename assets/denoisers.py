@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
 from dirotq.assets import tiny_pixart
+from dirotq.assets.captions import T5_LENGTH
 from dirotq.assets.color_roles import NO_ROLE
-from dirotq.assets.tiny_flux import T5_LENGTH, build_clip, build_t5, build_transformer
+from dirotq.assets.tiny_flux import build_clip, build_t5, build_transformer
 from dirotq.assets.training_pool import Pool
 
 

@@ -26,8 +26,8 @@ from transformers import (
     T5Tokenizer,
 )
 
-CLIP_LENGTH = 64
-T5_LENGTH = 48
+from dirotq.assets.captions import CLIP_LENGTH, T5_LENGTH
+
 GENERATION = {
     "num_inference_steps": 20,
     "guidance_scale": 0.0,

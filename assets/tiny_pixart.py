@@ -16,7 +16,8 @@ from diffusers import (
 from torch import nn
 from transformers import T5EncoderModel, T5Tokenizer
 
-from dirotq.assets.tiny_flux import LATENT_CHANNELS, MAX_SHARD, T5_LENGTH, T5_WIDTH
+from dirotq.assets.captions import T5_LENGTH
+from dirotq.assets.tiny_flux import LATENT_CHANNELS, MAX_SHARD, T5_WIDTH
 
 TIMESTEPS = 1000  # the scheduler's unit of time
 GENERATION = {

@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer, T5Tokenizer
 
-from dirotq.assets.captions import captions_of
+from dirotq.assets.captions import CLIP_LENGTH, T5_LENGTH, captions_of
 from dirotq.assets.color_roles import color_roles
 from dirotq.assets.scenes import BACKGROUNDS, KIND, sample_side
-from dirotq.assets.tiny_flux import CLIP_LENGTH, T5_LENGTH
 
 _CHUNK = 4096
 # The backgrounds that look different when their two colors are swapped.

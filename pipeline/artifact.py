@@ -173,8 +173,11 @@ class Artifact:
             seen[name] = stamp
             return None
 
+        if len(asked := list(names)) == 1:
+            self._raise_damaged(problem(*asked))
+            return
         with ThreadPoolExecutor() as pool:  # hashing releases the GIL; a Zarr tree is many files
-            self._raise_damaged(next(filter(None, pool.map(problem, names)), None))
+            self._raise_damaged(next(filter(None, pool.map(problem, asked)), None))
 
     def _refuse_strangers(self, folder: Path, names: Iterable[str]) -> None:
         try:

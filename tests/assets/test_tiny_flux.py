@@ -9,14 +9,12 @@ from diffusers import FluxPipeline
 
 import dirotq.assets
 from dirotq.assets import evaluate
-from dirotq.assets.captions import captions_of
+from dirotq.assets.captions import CLIP_LENGTH, T5_LENGTH, captions_of
 from dirotq.assets.denoisers import FluxDenoiser
 from dirotq.assets.make_prompts import PROMPTS
 from dirotq.assets.scenes import sample_scenes
 from dirotq.assets.tiny_flux import (
-    CLIP_LENGTH,
     GENERATION,
-    T5_LENGTH,
     build_autoencoder,
     save_pipeline,
     train_tokenizers,

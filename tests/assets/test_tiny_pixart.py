@@ -12,10 +12,10 @@ from transformers import T5EncoderModel, T5Tokenizer
 
 import dirotq.assets
 from dirotq.assets import evaluate
+from dirotq.assets.captions import T5_LENGTH
 from dirotq.assets.color_roles import NO_ROLE
 from dirotq.assets.denoisers import PixArtDenoiser
 from dirotq.assets.make_prompts import PROMPTS
-from dirotq.assets.tiny_flux import T5_LENGTH
 from dirotq.assets.tiny_pixart import GENERATION, TIMESTEPS, build_transformer, save_pipeline
 from dirotq.assets.train_tiny_pixart import choose_guidance, load_autoencoder
 from dirotq.assets.training_pool import Pool

@@ -53,6 +53,14 @@ def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         raise interpreter.InterpreterError(repr(error)) from error
 
 
+def with_element_type(self: Any, element: Any) -> Any:
+    """``block_type.with_element_ty``, of a shape that was checked when this type was made."""
+    made = object.__new__(tl.block_type)
+    made.element_ty, made.shape, made.numel = element, self.shape, self.numel
+    made.name = f"<{self.shape}, {element}>"
+    return made
+
+
 def array_type(dtype: Any) -> Any:
     """``_get_np_dtype``, which makes a table of all types for each question."""
     name = dtype.scalar.name
@@ -65,6 +73,7 @@ def install() -> None:
     interpreter.ReduceOps.generic_reduce = by_slice
     interpreter.InterpretedFunction.__call__ = call
     interpreter._get_np_dtype = array_type
+    tl.block_type.with_element_ty = with_element_type
     builder = interpreter.interpreter_builder
     assert not builder.options.debug
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)

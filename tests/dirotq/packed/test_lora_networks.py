@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -76,39 +77,28 @@ def test_exact_in_every_family(name):
 
 
 def test_compiled_blocks_follow_and_are_compiled_once():
-    made = adapted("flux", "one", "two")
-    made.set_adapter("one")
+    made, plain = adapted("flux", "one", "two"), adapted("flux", "one", "two")
     with compiling() as seen:
         accelerate(made, compile=True)
-        for change in (
-            lambda: None,
-            lambda: made.set_adapters(["one"], [0.3]),
-            lambda: made.set_adapters(["two"], [2.0]),
-            lambda: _write(made),
-        ):
-            change()
-            want = tiny_offload.call(accelerate(made, compile=False), "flux")
-            accelerate(made, compile=True)
-            torch.testing.assert_close(tiny_offload.call(made, "flux"), want, rtol=1e-4, atol=1e-5)
+
+        def follow(change: Callable[[nn.Module], None]) -> int:
+            for network in (made, plain):
+                change(network)
+            got, want = tiny_offload.call(made, "flux"), tiny_offload.call(plain, "flux")
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+            return len(seen.graphs)
+
+        graphs = follow(lambda network: network.set_adapter("one"))
         assert seen["sites.rewrite"] >= 7
-
-
-def test_the_same_ranks_never_compile_again():
-    made = adapted("flux", "one", "two")
-    made.set_adapter("one")
-    with compiling() as seen:
-        accelerate(made, compile=True)
-        tiny_offload.call(made, "flux")
-        graphs = len(seen.graphs)
-        for names, weights in ((["one"], [0.3]), (["two"], [2.0]), (["one"], [0.0])):
-            made.set_adapters(names, weights)
-            tiny_offload.call(made, "flux")
-        _write(made)
-        tiny_offload.call(made, "flux")
-        assert len(seen.graphs) == graphs
-        made.set_adapters(["one", "two"], [1.0, 1.0])  # wider: ranks become symbols
-        tiny_offload.call(made, "flux")
-        assert len(seen.graphs) <= 2 * graphs
+        for change in (
+            lambda network: network.set_adapters(["one"], [0.3]),
+            lambda network: network.set_adapters(["two"], [2.0]),
+            lambda network: network.set_adapters(["one"], [0.0]),
+            _write,
+        ):
+            assert follow(change) == graphs  # of the same ranks
+        wider = follow(lambda network: network.set_adapters(["one", "two"], [1.0, 1.0]))
+        assert wider <= 2 * graphs  # ranks become symbols
 
 
 def _write(made: nn.Module) -> None:
