@@ -64,7 +64,6 @@ def main() -> None:
 
 def torture(root: Path, asked: dict[str, int | None], seed: int, until: str) -> int:
     """Run every kind that was asked for; the number of attempts that went wrong."""
-    gc.disable()  # until all is imported: nothing of it is garbage
     import tiny_line  # noqa: F401 - imported once, for all forks
     from tqdm import tqdm
 
