@@ -4,8 +4,8 @@ import gc
 
 import pytest
 
-from dirotq.pipeline import compress, config, worker
-from dirotq.pipeline.config import build, compose_config
+from dirotq.pipeline import build, compress, worker
+from dirotq.pipeline.config import compose_config
 from dirotq.pipeline.importing import imported, no_collecting
 
 
@@ -54,9 +54,9 @@ def test_commands_leave_out_what_they_import(dirotq, frozen, verb):
 def test_python_that_is_somebody_elses_is_left_as_it_is(monkeypatch, frozen, store_root):
     collecting = []
     monkeypatch.setattr(
-        config, "refuse_secret_settings", lambda _: collecting.append(gc.isenabled())
+        build, "refuse_secret_settings", lambda _: collecting.append(gc.isenabled())
     )
-    build(compose_config([], "toyline.conf"))
+    build.build(compose_config([], "toyline.conf"))
     assert collecting == [False]
     monkeypatch.setattr(compress, "CONFIG", "toyline.conf")
     compress.run([])
