@@ -4,6 +4,7 @@ Ends with status 1 if anything went wrong. The same ``--seed`` does the same thi
 """
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -74,6 +75,7 @@ def torture(root: Path, asked: dict[str, int | None], seed: int, until: str) -> 
     tqdm.monitor_interval = 0
     tqdm.set_lock(threading.RLock())
     composed_once(setattr)
+    gc.freeze()  # a fork that looks for garbage among all that was imported copies it
     world, failed = World.build(root, until), 0
     for kind, count in asked.items():
         if not count:
